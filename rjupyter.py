@@ -1,0 +1,2018 @@
+#!/usr/bin/env python3
+"""Put the Jupyter of a remote host into the browser in front of you, over SSH.
+
+    laptop                                              HOST
+    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
+        |  ssh -S socket HOST  <agent on stdin> ------> agent (python3) -> finds a port, launches, replies one line
+        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
+    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
+
+    rjupyter.py gpu1                       open Jupyter on gpu1; the same line comes back to it tomorrow
+    rjupyter.py --lab gpu1:work            JupyterLab in ~/work on gpu1
+    rjupyter.py gpu1:work/train.ipynb      open this notebook
+    rjupyter.py gpu1 stop                  end the server
+
+What runs on the host outlives this program; `stop` ends it.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, TextIO, Tuple
+from urllib.parse import quote, unquote
+
+if sys.version_info < (3, 8):
+    sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# constants
+#
+# Every number and every name that someone may want to change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+REMOTE_PORT = 8888  # the first one tried on the host: Jupyter's own
+LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter may sit
+CONNECT_TIMEOUT_S = 15
+BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
+START_TIMEOUT_S = 120
+SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
+CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
+ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
+PROBE_EVERY_S = 10
+BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
+SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
+SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_NO_JUPYTER = 3
+EXIT_SERVER_ENDED = 4
+EXIT_TIMEOUT = 6
+EXIT_INTERRUPTED = 130
+EXIT_SSH = 255
+
+Json = Dict[str, Any]
+
+APP_NAMES = {"notebook": "Jupyter Notebook", "lab": "JupyterLab"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# failures
+#
+# What is expected to go wrong is raised as a Failure, anywhere, and caught once, in main. Any other exception is a bug.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """An expected failure: `what` went wrong, `why`, what to `try_`, and the exit status that says so."""
+
+    def __init__(self, what: str, why: str = "", try_: str = "", status: int = EXIT_FAILURE) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.try_ = try_
+        self.status = status
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# messages
+#
+# Everything a person reads passes here. stdout carries the result and nothing else; the steps, the spinner and the
+# errors go to stderr. Text from the host is data: control characters are taken out before it reaches a terminal.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return `text` without control characters, so that it cannot drive the terminal; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r\n", "\n"))
+
+
+def command_line(*arguments: str) -> str:
+    """Return a command of ours as a person would type it: under the name it was called by, quoted for a shell."""
+    return " ".join([os.path.basename(sys.argv[0]) or "rjupyter.py"] + [shlex.quote(a) for a in arguments])
+
+
+class Messages:
+    """The voice of the program: steps, details, results and failures, each in its place.
+
+    `quiet` leaves failures and results; `verbose` adds details; `as_json` turns stdout into one object per line.
+    """
+
+    def __init__(self, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.as_json = as_json
+        self.is_terminal = sys.stderr.isatty()
+        can_move = self.is_terminal and os.environ.get("TERM") != "dumb"
+        self.has_colour = can_move and "NO_COLOR" not in os.environ
+        self.has_spinner = can_move and not quiet
+        self._lock = threading.Lock()
+        self._transient = ""
+
+    def step(self, text: str, event: str, **facts: Any) -> None:
+        """Say that a step is done: one line on stderr, and with --json one object on stdout."""
+        if not self.quiet:
+            self._write(sys.stderr, text)
+        if self.as_json:
+            self._write_json(event, facts)
+
+    def result(self, text: str, event: str, **facts: Any) -> None:
+        """Print what was asked for on stdout: the text, or with --json one object."""
+        if self.as_json:
+            self._write_json(event, facts)
+        else:
+            self._write(sys.stdout, text)
+
+    def note(self, text: str) -> None:
+        """Say something that the user should know and that is not a step."""
+        if not self.quiet:
+            self._write(sys.stderr, text)
+
+    def detail(self, text: str) -> None:
+        """Say something that only -v asks for."""
+        if self.verbose:
+            self._write(sys.stderr, text)
+
+    def end_line(self) -> None:
+        """Leave the line on which the terminal showed ^C."""
+        if self.is_terminal and not self.quiet:
+            self._write(sys.stderr, "")
+
+    def failure(self, failure: Failure) -> None:
+        """Print an error as what, why, try; long reasons are indented under their label."""
+        name = "\033[31mrjupyter:\033[0m" if self.has_colour else "rjupyter:"
+        text = "%s %s" % (name, printable(failure.what))
+        for label, words in (("why", failure.why), ("try", failure.try_)):
+            lines = printable(words).splitlines()
+            text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
+        self._write(sys.stderr, text, is_clean=True)
+        if self.as_json:
+            facts = {"what": failure.what, "why": failure.why, "try": failure.try_, "status": failure.status}
+            self._write_json("failure", facts)
+
+    @contextlib.contextmanager
+    def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[[str], None]]:
+        """Show that a step runs, from its first second on: a spinner with the elapsed time, elsewhere one plain line.
+
+        Yields a function that adds a word on where the step stands. Without `is_animated` the terminal keeps still,
+        because ssh may be asking a question there.
+        """
+        began = time.monotonic()
+        done = threading.Event()
+        where = [""]
+
+        def show() -> None:
+            delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
+            if done.wait(delay_s) or self.quiet:
+                return
+            if not self.has_spinner:
+                self._write(sys.stderr, text + "...")
+            elif not is_animated:
+                self._show_transient(text + "... ")
+            while self.has_spinner and is_animated:
+                frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
+                state = " (%s)" % where[0] if where[0] else ""
+                self._show_transient("%s %s%s  %d s " % (frame, text, state, time.monotonic() - began))
+                if done.wait(0.2):
+                    return
+
+        ticker = threading.Thread(target=show, daemon=True)
+        ticker.start()
+        try:
+            yield lambda words: where.__setitem__(0, words)
+        finally:
+            done.set()
+            ticker.join()
+            self._show_transient("")
+
+    def _show_transient(self, text: str) -> None:
+        with self._lock:
+            if text or self._transient:
+                width = max(20, _terminal_width() - 1)
+                sys.stderr.write("\r\033[K" + printable(text)[:width])
+                sys.stderr.flush()
+            self._transient = text
+
+    def _write(self, stream: TextIO, text: str, is_clean: bool = False) -> None:
+        with self._lock:
+            if self._transient:
+                sys.stderr.write("\r\033[K")
+                sys.stderr.flush()
+                self._transient = ""
+            with contextlib.suppress(BrokenPipeError):
+                stream.write((text if is_clean else printable(text)) + "\n")
+                stream.flush()
+
+    def _write_json(self, event: str, facts: Dict[str, Any]) -> None:
+        self._write(sys.stdout, json.dumps(dict({"event": event}, **facts)))
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        return 80
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ssh
+#
+# One class makes every ssh argv and owns the control socket; nothing below this room names an ssh option. ssh itself
+# keeps everything about connections: host keys, passwords, second factors, jump hosts, ~/.ssh/config.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
+# or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
+ALWAYS = ["-a", "-x", "-T", "-o", "RemoteCommand=none", "-o", "ControlPersist=no"]
+
+# ssh words that come just before ssh gives up. They are kept for our own error; all other lines pass at once, because
+# a banner or the text of a second factor must be read before the prompt that follows it.
+FATAL_WORDS = re.compile(
+    r"ssh: |ssh_|kex_|mux_|@@@|Permission denied \(|Connection (closed|reset|timed out)|Host key|Received disconnect"
+    r"|Disconnected from|Someone could be|It is also possible|The fingerprint for|Please contact your|Add correct host"
+    r"|Offending|remove with|  ssh-keygen|Bad |command-line|Unsupported option|.*terminating|client_loop|Timeout,"
+    r"|Too many auth|Unable to negotiate|no matching|Password authentication is disabled|.* host key for .* has changed"
+    r"|You have requested strict|channel |stdio forwarding|Keyboard-interactive authentication is|Their offer|SHA256:"
+)
+
+
+@contextlib.contextmanager
+def signals_left_to_us() -> Iterator[None]:
+    """Start children under this: Ctrl-C and a closed terminal reach the whole group, but we end our children."""
+    signums = [signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signums]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(signums, handlers):
+            signal.signal(signum, handler)
+
+
+class Child:
+    """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text)."""
+
+    def __init__(self, argv: List[str], has_stdin: bool = False, has_stdout: bool = True) -> None:
+        with signals_left_to_us():
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE if has_stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if has_stdout else subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
+        self._open_streams = 0
+        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr)):
+            if stream is not None:
+                self._open_streams += 1
+                threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
+
+    def _read(self, name: str, stream: Any) -> None:
+        with stream:
+            for line in stream:
+                self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r\n")))
+        self._lines.put(None)
+
+    def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
+        """Return the next line, or None when `timeout_s` passed or a stream ended."""
+        try:
+            line = self._lines.get(timeout=max(0.0, timeout_s)) if self._open_streams else None
+        except queue.Empty:
+            return None
+        if line is None and self._open_streams:
+            self._open_streams -= 1
+        return line
+
+    def remaining_lines(self, timeout_s: float = 1.0) -> Iterator[Tuple[str, str]]:
+        """Yield what is still to come, until every stream ended or `timeout_s` passed."""
+        deadline = time.monotonic() + timeout_s
+        while self._open_streams and time.monotonic() < deadline:
+            line = self.next_line(deadline - time.monotonic())
+            if line:
+                yield line
+
+    @property
+    def has_ended(self) -> bool:
+        """True when the process is gone or has closed all its output."""
+        return self._open_streams == 0 or self.process.poll() is not None
+
+    def write(self, data: bytes) -> None:
+        """Write to the child's stdin; a child that is gone shows in its status, not here."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.process.stdin.write(data)
+            self.process.stdin.flush()
+
+    def end(self) -> None:
+        """Terminate the child and reap it; kill it when it does not go within two seconds."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Ssh:
+    """The connection to one destination: makes every ssh argv, owns the control socket and the master behind it.
+
+    `options` are the user's own, passed on as they are. `can_ask` is False where nobody could answer a question.
+    """
+
+    def __init__(self, destination: str, options: List[str], can_ask: bool, messages: Messages) -> None:
+        self.destination = destination
+        self.options = options
+        self.can_ask = can_ask
+        self.messages = messages
+        self.control_path = ""
+        self.master: Optional[Child] = None
+        self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
+        self._last_words: List[str] = []
+
+    # -- argv ---------------------------------------------------------------------------------------------------------
+
+    def master_argv(self, config: Dict[str, str]) -> List[str]:
+        """Return the argv of the foreground `ssh -M -N`; `config` is what `ssh -G` says of this destination."""
+        # ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it
+        # drops that -L in silence.
+        argv = ["ssh", "-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
+        if config.get("serveraliveinterval", "0") == "0":
+            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
+        if config.get("connecttimeout", "none") in ("none", "0"):
+            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
+        if not self.can_ask:
+            argv += ["-o", "BatchMode=yes"]
+        return argv + ALWAYS + self.options + ["--", self.destination]
+
+    def session_argv(self, *specific: str, command: str = "") -> List[str]:
+        """Return the argv of a session through the master.
+
+        When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way.
+        """
+        argv = ["ssh", "-S", self.control_path, "-o", "ControlMaster=no", "-o", "ProxyCommand=false"]
+        argv += ["-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes"]
+        options = [o for o in _pairs(self.options) if o[0] != "-J"]
+        argv += ALWAYS + [word for option in options for word in option] + list(specific)
+        return argv + ["--", self.destination] + ([command] if command else [])
+
+    def control_argv(self, action: str, *specific: str) -> List[str]:
+        """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
+        argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
+        return argv + list(specific) + ["--", self.destination]
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Start the master in the foreground and wait until it has logged in.
+
+        Its control socket appears, in one piece, when authentication is done. Raises Failure (255) when ssh gives up.
+        """
+        config = self._read_config()
+        self.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
+        argv = self.master_argv(config)
+        self._log_argv(argv)
+        self.master = Child(argv, has_stdout=False)
+        self._guard = start_guard(self.master.process.pid)
+        deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
+        with self.messages.working("Connecting to %s" % self.destination, is_animated=not self.can_ask):
+            while not os.path.exists(self.control_path):
+                self._hear_master(0.01, is_connected=False)
+                if self.master.has_ended:
+                    for _, line in self.master.remaining_lines():
+                        self._last_words.append(line)
+                    raise self._connect_failure()
+                if deadline and time.monotonic() > deadline:
+                    why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
+                    raise Failure("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
+
+    def _hear_master(self, timeout_s: float, is_connected: bool) -> None:
+        assert self.master is not None
+        line = self.master.next_line(timeout_s)
+        if line:
+            if is_connected or FATAL_WORDS.match(line[1]):
+                self._last_words = (self._last_words + [line[1]])[-30:]
+                self.messages.detail("ssh: " + line[1])
+            else:
+                self.messages.note(line[1])
+
+    def _read_config(self) -> Dict[str, str]:
+        argv = ["ssh", "-G"] + self.options + ["--", self.destination]
+        try:
+            answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
+        except FileNotFoundError:
+            raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client") from None
+        except subprocess.TimeoutExpired:
+            raise Failure("ssh cannot read its configuration", "`ssh -G` gave no answer", shlex.join(argv)) from None
+        if answer.returncode:
+            words = answer.stderr.decode("utf-8", "replace").strip()
+            raise Failure("ssh does not take this", words, shlex.join(argv), EXIT_SSH)
+        lines = answer.stdout.decode("utf-8", "replace").splitlines()
+        return dict(line.split(" ", 1) for line in lines if " " in line)
+
+    def _connect_failure(self) -> Failure:
+        """Turn ssh's last words into a Failure (255) with a cause and a remedy."""
+        words = self._last_words
+        text = "\n".join(words)
+        lines = [line for line in words if line.strip() and not line.startswith("@@@")]
+        why = lines[-1].strip() if lines else "ssh ended and said nothing"
+        try_ = self.plain_command
+        host = self.destination.rsplit("@", 1)[-1]
+        if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
+            why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
+            removal = [line.strip() for line in words if "ssh-keygen" in line] or [
+                shlex.join(["ssh-keygen", "-R", host])
+            ]
+            try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
+        elif "Host key verification failed" in text:
+            why = "the host key of %s is not known here, and it was not accepted" % host
+            try_ += "   (once, in a terminal: it shows the key and asks)"
+        elif "Permission denied" in text:
+            why = [line.strip() for line in words if "Permission denied" in line][-1]
+            try_ = shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]) + "   (shows the keys offered)"
+            if not self.can_ask:
+                why += "\nthere is no terminal here to ask for a password or a second factor"
+                try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
+        elif "Connection refused" in text:
+            try_ += "   (is sshd running there, and is this its port?)"
+        return Failure("cannot connect to " + self.destination, why, try_, EXIT_SSH)
+
+    @property
+    def plain_command(self) -> str:
+        """The command that shows a person whether ssh itself gets there."""
+        return shlex.join(["ssh"] + self.options + [self.destination, "true"])
+
+    def _log_argv(self, argv: List[str]) -> None:
+        self.messages.detail("+ " + shlex.join(argv))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for `timeout_s`, or less when the connection ends; return whether it still stands."""
+        assert self.master is not None
+        deadline = time.monotonic() + timeout_s
+        while not self.master.has_ended and time.monotonic() < deadline:
+            self._hear_master(deadline - time.monotonic(), is_connected=True)
+        return not self.master.has_ended
+
+    @property
+    def last_words(self) -> str:
+        """What the connection's ssh said last, in one line."""
+        return self._last_words[-1] if self._last_words else "ssh ended and said nothing"
+
+    def close(self) -> None:
+        """End the connection, and with it every forward."""
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+            self._guard = None
+        if self.master is not None:
+            self.master.end()
+            self.master = None
+        with contextlib.suppress(OSError):
+            os.unlink(self.control_path)
+
+    # -- what goes through it -----------------------------------------------------------------------------------------
+
+    def session(self, command: str) -> Child:
+        """Run `command` on the host, through the master."""
+        argv = self.session_argv(command=command)
+        self._log_argv(argv)
+        return Child(argv, has_stdin=True)
+
+    def forward(self, spec: str) -> Tuple[bool, str]:
+        """Add the local forward `spec` to the master; return whether it listens, and ssh's words when it does not."""
+        return self._run(self.control_argv("forward", "-L", spec))
+
+    def can_reach(self, host: str, port: int) -> Tuple[bool, str]:
+        """Ask sshd for one connection to host:port from the host's side; return whether it came, and ssh's words.
+
+        `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
+        """
+        return self._run(self.session_argv("-W", "%s:%d" % (host, port)))
+
+    def _run(self, argv: List[str]) -> Tuple[bool, str]:
+        self._log_argv(argv)
+        try:
+            with signals_left_to_us():
+                answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
+        return answer.returncode == 0, answer.stderr.decode("utf-8", "replace").strip()
+
+
+def _pairs(options: List[str]) -> List[List[str]]:
+    """Split ssh options into one list each; only -4, -6 and -C stand alone."""
+    pairs: List[List[str]] = []
+    words = iter(options)
+    for word in words:
+        pairs.append([word] if word in ("-4", "-6", "-C") else [word, next(words)])
+    return pairs
+
+
+def start_guard(pid: int) -> "Optional[subprocess.Popen[bytes]]":
+    """Start a shell that ends process `pid` when this program is gone, however it went (kill -9 as well).
+
+    The shell waits on a pipe whose other end only we hold.
+    """
+    if os.name != "posix":
+        return None
+    with signals_left_to_us():
+        script = 'read _; kill "$0" 2>/dev/null'
+        return subprocess.Popen(["/bin/sh", "-c", script, str(pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def private_runtime_dir() -> str:
+    """Return our directory for sockets and tunnel records: ours alone (0700), its path short enough for a socket.
+
+    Raises Failure when there is no such place.
+    """
+    uid = os.getuid() if hasattr(os, "getuid") else 0
+    candidates = ["/tmp/rjupyter-%d" % uid]
+    if os.environ.get("XDG_RUNTIME_DIR"):
+        candidates.insert(0, os.path.join(os.environ["XDG_RUNTIME_DIR"], "rjupyter"))
+    longest_name = len("/ffffffff.ctl") + SSH_SOCKET_SUFFIX + 1
+    reasons = []
+    for path in candidates:
+        if len(os.fsencode(path)) + longest_name > SUN_PATH_MAX:
+            reasons.append("%s is too long for a socket" % path)
+            continue
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            status = os.lstat(path)
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        if not os.path.isdir(path) or os.path.islink(path) or status.st_uid != uid:
+            reasons.append("%s is not a directory of ours" % path)
+        elif status.st_mode & 0o077 == 0 or _made_private(path):
+            return path
+        else:
+            reasons.append("%s can be read by others" % path)
+    raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
+
+
+def _made_private(path: str) -> bool:
+    try:
+        os.chmod(path, 0o700)
+    except OSError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# agent: from here to the end of this room, the source is sent to the host
+#
+# It runs under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing from above.
+# Annotations beyond the builtins are quoted, because Python 3.6 would evaluate them. What stands under "both sides"
+# serves the laptop as well.
+# ---------------------------------------------------------------------------------------------------------------------
+
+AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, sys, time\n"
+# agent begins
+
+STATE_DIR = "~/.local/state/rjupyter"
+VENV_DIR = "~/.local/share/rjupyter/venv"
+KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
+POLL_S = 0.02
+HEARTBEAT_S = 5.0
+RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000
+
+
+class Trouble(Exception):
+    """An expected failure on the host; it travels in the reply and becomes a Failure there."""
+
+    def __init__(self, status: int, what: str, why: str = "", try_: str = "") -> None:
+        super().__init__(what)
+        self.reply = {"what": what, "why": why, "try": try_, "status": status}
+
+
+# -- both sides -------------------------------------------------------------------------------------------------------
+
+
+def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
+    """Return the first port from `start_port` up on which `host` can be listened on; raise OSError when none is left.
+
+    SO_REUSEADDR, because ssh and Jupyter set it too: a port in TIME_WAIT is free for them.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in range(start_port, 65536):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                probe.listen(1)
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+                continue
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port from %d up" % start_port)
+
+
+def http_request(
+    port: int, path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
+) -> "Tuple[int, bytes]":
+    """Ask the server on 127.0.0.1:`port`; return the HTTP status and the body (1 MB at most).
+
+    Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
+    Raises OSError when there is no answer within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    connection = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+    with contextlib.closing(connection):
+        if is_secure:
+            import ssl
+
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            connection = context.wrap_socket(connection)
+        head = "%s %s HTTP/1.0\r\nHost: 127.0.0.1:%d\r\nContent-Length: 0\r\n" % (method, path, port)
+        if token:
+            head += "Authorization: token %s\r\n" % token
+        connection.sendall((head + "\r\n").encode("utf-8"))
+        answer = b""
+        while len(answer) < 1000000:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            chunk = connection.recv(65536)
+            if not chunk:
+                break
+            answer += chunk
+    head_bytes, _, body = answer.partition(b"\r\n\r\n")
+    words = head_bytes.split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise ConnectionError("closed without an answer")
+    return int(words[1]), body
+
+
+def process_identity(pid: int) -> str:
+    """Return what tells this process from a later one with the same pid; empty when there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as process, open("/proc/sys/kernel/random/boot_id") as boot:
+            fields = process.read().rpartition(b")")[2].split()
+            # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
+            return "" if fields[0] == b"Z" else "%s:%s" % (boot.read().strip(), fields[19].decode())
+    except OSError:
+        pass
+    if os.path.exists("/proc/self/stat"):
+        return ""
+    import subprocess
+
+    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
+    answer = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode("utf-8", "replace")
+    return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
+
+
+def write_private(path: str, text: str) -> None:
+    """Write a file that only its owner can read, in one piece: a reader sees the old one or the new one."""
+    beside = "%s.%d" % (path, os.getpid())
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(text)
+    os.replace(beside, path)
+
+
+# -- the channel ------------------------------------------------------------------------------------------------------
+
+
+class Channel:
+    """The way back: lines of JSON behind the request's nonce, so that no banner or rc file can pass for one."""
+
+    def __init__(self, nonce: str) -> None:
+        self._nonce = nonce
+        self._last_sent = 0.0
+        # Whatever else writes to stdout here goes to stderr instead.
+        self._stream = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def send(self, kind: str, **facts: "Any") -> None:
+        """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
+        try:
+            self._stream.write("%s %s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
+            self._stream.flush()
+        except OSError:
+            pass
+        self._last_sent = time.monotonic()
+
+    def keep_alive(self) -> None:
+        """Send a sign of life when nothing was said for a few seconds: the client gives up on a silent agent."""
+        if time.monotonic() - self._last_sent > HEARTBEAT_S:
+            self.send("progress", text="")
+
+
+def native(text: str) -> str:
+    """Turn a name from a request into one for this system, whatever its locale; `portable` is the way back."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def portable(name: str) -> str:
+    """Turn a file name of this system into text that survives JSON."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+# -- state: which servers are ours ------------------------------------------------------------------------------------
+
+
+def state_dir() -> str:
+    """Return our directory for servers, made when it is missing, closed to others."""
+    path = os.path.join(os.path.expanduser(STATE_DIR), "servers")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod(os.path.dirname(path), 0o700)
+        os.chmod(path, 0o700)
+    except OSError as error:
+        raise Trouble(1, "cannot keep our state on the host", str(error))
+    return path
+
+
+def runtime_dir() -> str:
+    """Return Jupyter's runtime directory (jupyter_core.paths), made when it is missing, closed to others.
+
+    XDG_RUNTIME_DIR, which old versions used, vanishes at logout.
+    """
+    home = os.path.expanduser("~")
+    default = os.path.join(home, "Library/Jupyter") if sys.platform == "darwin" else ""
+    data = default or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local/share"), "jupyter")
+    data = os.environ.get("JUPYTER_DATA_DIR") or data
+    path = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if os.stat(path).st_uid == os.getuid():
+            os.chmod(path, 0o700)  # the files in it hold tokens, and not all of them are 0600
+    except OSError as error:
+        raise Trouble(1, "cannot use Jupyter's runtime directory", str(error))
+    return path
+
+
+def read_json(path: str) -> "Json":
+    """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.getuid() or status.st_size > RUNTIME_FILE_MAX or not stat.S_ISREG(status.st_mode):
+                return {}
+            found = json.loads(stream.read(RUNTIME_FILE_MAX).decode("utf-8", "replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def our_servers() -> "List[Json]":
+    """Return the records of our servers on this node that still run, newest first."""
+    servers = []
+    directory = state_dir()
+    for name in os.listdir(directory):
+        record = read_json(os.path.join(directory, name, "server.json"))
+        if record.get("node") == os.uname().nodename and isinstance(record.get("pid"), int):
+            if record.get("identity") and process_identity(record["pid"]) == record["identity"]:
+                servers.append(dict(record, id=name))
+    return sorted(servers, key=lambda record: str(record.get("created")), reverse=True)
+
+
+def forget_ended_servers() -> None:
+    """Remove what servers of this node left behind that ended more than a week ago."""
+    import shutil
+
+    running = [record["id"] for record in our_servers()]
+    for name in os.listdir(state_dir()):
+        path = os.path.join(state_dir(), name)
+        record = read_json(os.path.join(path, "server.json"))
+        try:
+            age_s = time.time() - os.stat(path).st_mtime
+        except OSError:
+            continue
+        if name not in running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def end_of_log(path: str, lines: int = 12) -> str:
+    """Return the last lines of a server's log, tokens taken out."""
+    import re
+
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    return re.sub(r"token=[^&\s\"']+", "token=...", "\n".join(tail))
+
+
+# -- Jupyter: find it, or install it ----------------------------------------------------------------------------------
+
+
+def runs(script: str) -> bool:
+    """True when `script` can be executed, its interpreter included: environments move and leave dead #! lines."""
+    if not (os.path.isfile(script) and os.access(script, os.X_OK)):
+        return False
+    try:
+        with open(script, "rb") as stream:
+            first = stream.readline(512)
+    except OSError:
+        return False
+    words = first[2:].split() if first.startswith(b"#!") else []
+    return not words or os.path.exists(words[0])
+
+
+def places_to_look() -> "List[str]":
+    """Return the directories where Jupyter's commands may be, in the order in which they are looked at."""
+    import glob
+
+    home = os.path.expanduser("~")
+    places = [place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)]
+    places.append(os.path.join(home, ".local/bin"))
+    for tree in ("miniconda3", "anaconda3", "miniforge3", "mambaforge"):
+        places.append(os.path.join(home, tree, "bin"))
+    places.append("/opt/conda/bin")
+    places.extend(sorted(glob.glob(os.path.join(glob.escape(home), ".pyenv/versions/*/bin")), reverse=True))
+    places.append(os.path.join(os.path.expanduser(VENV_DIR), "bin"))
+    return list(dict.fromkeys(places))
+
+
+def find_jupyter(app: str) -> "Tuple[str, str]":
+    """Return the app and the path of its command; empty when there is none.
+
+    Without an `app` asked for, the first place that has one decides; where it has both, the notebook.
+    """
+    for place in places_to_look():
+        for candidate in [app] if app else ["notebook", "lab"]:
+            script = os.path.join(place, "jupyter-" + candidate)
+            if runs(script):
+                return candidate, script
+    return "", ""
+
+
+def app_version(script: str, app: str) -> str:
+    """Return the installed version of the app behind `script`; empty when its environment does not tell."""
+    import glob
+
+    distribution = {"notebook": "notebook", "lab": "jupyterlab"}[app]
+    prefixes = [os.path.dirname(os.path.dirname(path)) for path in (script, os.path.realpath(script))]
+    try:
+        with open(script, "rb") as stream:
+            first = stream.readline(512)
+        prefixes.append(os.path.dirname(os.path.dirname(os.fsdecode(first[2:].split()[0]))))
+    except (OSError, IndexError):
+        pass
+    for prefix in prefixes:
+        for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
+            pattern = os.path.join(glob.escape(prefix), packages, distribution + "-[0-9]*.*-info")
+            found = [os.path.basename(path).split("-")[1] for path in glob.glob(pattern)]
+            if found:
+                return found[0].replace(".dist", "").replace(".egg", "")
+    return ""
+
+
+def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
+    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
+    import subprocess
+
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = [""]
+    assert process.stdout is not None
+    for raw in process.stdout:
+        line = raw.decode("utf-8", "replace").strip()
+        lines = (lines + [line])[-12:]
+        channel.send("progress", text=line[:60])
+    return process.wait(), "\n".join(lines)
+
+
+def install_commands() -> "List[List[str]]":
+    """Return the commands that make our private virtual environment: by uv where it is there, venv and pip else.
+
+    A virtual environment, never the system's Python, which its owner may have closed (PEP 668).
+    """
+    import shutil
+
+    venv = os.path.expanduser(VENV_DIR)
+    python = os.path.join(venv, "bin", "python")
+    uv = shutil.which("uv") or shutil.which("uv", path=os.path.expanduser("~/.local/bin:~/.cargo/bin"))
+    if uv:
+        make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
+        return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
+    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
+    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
+    return [make, install]
+
+
+def install_jupyter(channel: Channel) -> None:
+    """Install Jupyter into our private virtual environment; one at a time. Raises Trouble (3) when it fails."""
+    import fcntl
+
+    venv = os.path.expanduser(VENV_DIR)
+    commands = install_commands()
+    channel.send("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
+    began = time.monotonic()
+    os.makedirs(os.path.dirname(venv), mode=0o700, exist_ok=True)
+    with open(os.path.join(os.path.dirname(venv), "install.lock"), "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # a file system without locks
+            channel.send("progress", text="another run of ours installs it; waiting")
+            time.sleep(0.5)
+        if not find_jupyter("notebook")[1]:
+            for argv in commands:
+                status, output = run_with_progress(argv, channel)
+                if status:
+                    command = " ".join(argv)
+                    raise Trouble(3, "Jupyter could not be installed", "%s\n%s" % (command, output), how_to_install())
+    channel.send("installed", path=portable(venv), elapsed_s=time.monotonic() - began)
+
+
+def how_to_install() -> str:
+    """Return the commands that install Jupyter by hand, as a person on the host would type them."""
+    home = os.path.expanduser("~")
+    lines = [" ".join("~" + w[len(home) :] if w.startswith(home + "/") else w for w in c) for c in install_commands()]
+    if not os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")):
+        lines.insert(0, "sudo apt install python3-venv   (this Python has no ensurepip)")
+    return "on the host:\n" + "\n".join(portable(line) for line in lines)
+
+
+# -- launch -----------------------------------------------------------------------------------------------------------
+
+
+def resolve_path(path: str) -> "Tuple[str, str]":
+    """Split the PATH of a destination into an existing directory and a file in it (empty for a directory).
+
+    Relative to the home directory, as scp has it. Raises Trouble when there is no such thing.
+    """
+    full = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path)))
+    full = os.path.normpath(full)
+    if os.path.isdir(full):
+        return full, ""
+    if os.path.isfile(full):
+        return os.path.split(full)
+    kind = "notebook" if full.endswith(".ipynb") else "directory"
+    parent = full
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    why = "%s is not there; %s is" % (portable(full), portable(parent))
+    raise Trouble(1, "no such %s on the host" % kind, why, "another PATH, or make it there first")
+
+
+def new_server_dir() -> str:
+    """Make and return a directory for a new server; its name, four hexadecimal digits, is the server's id."""
+    while True:
+        path = os.path.join(state_dir(), os.urandom(2).hex())
+        try:
+            os.mkdir(path, 0o700)
+            return path
+        except FileExistsError:
+            continue
+
+
+def server_environment(directory: str) -> "Dict[str, str]":
+    """Return the environment for Jupyter: the user's, less what ends with this session, and our token in a file."""
+    environment = dict(os.environ, JUPYTER_RUNTIME_DIR=runtime_dir())
+    for name in ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
+        environment.pop(name, None)
+    token_file = os.path.join(directory, "token")
+    write_private(token_file, os.urandom(24).hex())
+    environment["JUPYTER_TOKEN_FILE"] = token_file
+    return environment
+
+
+def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
+    """Launch Jupyter, detached, and return its record once it listens; raises Trouble when it does not."""
+    import subprocess
+
+    app, script = find_jupyter(request["app"])
+    if not script:
+        if not request["may_install"]:
+            asked = {"": "Jupyter", "notebook": "Jupyter Notebook", "lab": "JupyterLab"}[request["app"]]
+            looked = "looked in %s" % ", ".join(portable(place) for place in places_to_look())
+            raise Trouble(3, "no %s on the host" % asked, looked, how_to_install())
+        install_jupyter(channel)
+        app, script = find_jupyter(request["app"])
+        if not script:
+            raise Trouble(3, "Jupyter was installed, but its command is not there", places_to_look()[-1])
+    directory = new_server_dir()
+    log = os.path.join(directory, "log")
+    environment = server_environment(directory)
+    began = time.monotonic()
+    deadline = began + request["start_timeout_s"]
+    port = request["port"]
+    starting = [server.get("port") for server in our_servers()]
+    while True:
+        port = find_free_port(port, request["ip"])
+        if port in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
+            port += 1
+            continue
+        argv = [script, "--no-browser", "--port=%d" % port, "--ip=" + request["ip"]]
+        # Not the file jpserver-PID-open.html: it holds the token, and umask alone decides who reads it.
+        argv += ["--ServerApp.no_browser_open_file=True"]
+        argv += ["--notebook-dir=" + root_dir] if root_dir else []
+        argv += ["--allow-root"] if os.getuid() == 0 else []
+        argv += [native(argument) for argument in request["server_args"]]
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                cwd=root_dir or os.path.expanduser("~"),
+                env=environment,
+                start_new_session=True,
+            )
+        record = {
+            "pid": process.pid,
+            "identity": process_identity(process.pid),
+            "node": os.uname().nodename,
+            "app": app,
+            "port": port,
+            "created": time.time(),
+            "root_dir": portable(root_dir),
+            "runtime_dir": portable(environment["JUPYTER_RUNTIME_DIR"]),
+            "local_port": request["local_port"],
+        }
+        write_private(os.path.join(directory, "server.json"), json.dumps(record))
+        record["version"] = app_version(script, app)
+        while time.monotonic() < deadline:
+            info = server_info(record)
+            if info:
+                record["root_dir"] = info["root_dir"]
+                write_private(os.path.join(directory, "server.json"), json.dumps(record))
+                return dict(record, id=os.path.basename(directory), start_s=time.monotonic() - began)
+            if process.poll() is not None:
+                break
+            channel.keep_alive()
+            time.sleep(POLL_S)
+        tail = end_of_log(log)
+        if process.poll() is None:
+            end_session(process.pid)
+            process.wait()
+            set_aside(directory)
+            why = "it did not listen within %d s; the end of its log:\n%s" % (request["start_timeout_s"], tail)
+            raise Trouble(6, "Jupyter did not start in time", why, "a longer --start-timeout")
+        is_port_lost = "already in use" in tail or "is not available" in tail
+        if not is_port_lost or port >= request["port"] + 100:
+            kept = set_aside(directory)
+            why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
+            raise Trouble(4, "Jupyter did not start", why, "the whole log is on the host in " + portable(kept))
+        port += 1  # lost between the look and Jupyter's bind
+
+
+def set_aside(directory: str) -> str:
+    """Remove the directory of a server that did not start; keep its log and return where."""
+    import shutil
+
+    kept = os.path.join(os.path.expanduser(STATE_DIR), "failed.log")
+    os.replace(os.path.join(directory, "log"), kept)
+    shutil.rmtree(directory, ignore_errors=True)
+    return kept
+
+
+def end_session(pid: int) -> None:
+    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+    import signal
+
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, signum)
+        except OSError:
+            return
+        deadline = time.monotonic() + 3
+        while process_identity(pid) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+
+def server_info(record: "Json") -> "Json":
+    """Return what Jupyter's own runtime file says of a server of ours; empty before it listens.
+
+    The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
+    """
+    directory = native(record["runtime_dir"])
+    for name in os.listdir(directory):
+        prefix, _, pid = name.partition("-")
+        if prefix in ("jpserver", "nbserver") and pid.endswith(".json") and pid[:-5].isdigit():
+            if pid[:-5] == str(record["pid"]) or session_of(int(pid[:-5])) == record["pid"]:
+                return checked_info(read_json(os.path.join(directory, name)))
+    return {}
+
+
+def session_of(pid: int) -> int:
+    """Return the session that process `pid` is in; 0 when there is no such process."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
+
+
+def checked_info(info: "Json") -> "Json":
+    """Return the fields of a runtime file that we use, each of its right type; empty when one is not."""
+    found = {
+        "port": info.get("port"),
+        "token": info.get("token"),
+        "base_url": info.get("base_url"),
+        "root_dir": info.get("root_dir", info.get("notebook_dir")),
+        "is_secure": info.get("secure", False),
+        "has_password": info.get("password", False),
+    }
+    types = (int, str, str, str, bool, bool)
+    return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+
+def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
+    """Return the servers of ours that the request means: same PATH, or without one all; same app, when it is named."""
+    servers = our_servers()
+    if root_dir:
+        servers = [s for s in servers if os.path.realpath(native(s["root_dir"])) == os.path.realpath(root_dir)]
+    return [s for s in servers if not request["app"] or s["app"] == request["app"]]
+
+
+def open_server(request: "Json", channel: Channel) -> "Json":
+    """Come back to a server of ours, or launch one; return its record and what its runtime file says."""
+    root_dir, file = resolve_path(request["path"]) if request["path"] is not None else ("", "")
+    if not request["is_new"]:
+        deadline = time.monotonic() + request["start_timeout_s"]
+        for record in matching_servers(request, root_dir):
+            # One that was launched a moment ago, by a client that has gone, may not listen yet.
+            while process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
+                info = server_info(record)
+                if info:
+                    is_only = len(our_servers()) == 1
+                    facts = dict(file=portable(file), is_launched=False, is_only=is_only, age_s=age_of(record))
+                    return dict(record, **info, **facts)
+                channel.keep_alive()
+                time.sleep(POLL_S)
+    forget_ended_servers()
+    record = launch_server(request, root_dir, channel)
+    return dict(record, **server_info(record), file=portable(file), is_launched=True, is_only=len(our_servers()) == 1)
+
+
+def age_of(record: "Json") -> float:
+    """Return how long ago a server was launched, in seconds."""
+    return max(0.0, time.time() - float(record["created"]))
+
+
+def describe_end(request: "Json", channel: Channel) -> "Json":
+    """Say whether a server of ours still runs, and the end of its log."""
+    directory = os.path.join(state_dir(), os.path.basename(request["id"]))
+    is_running = request["id"] in [record["id"] for record in our_servers()]
+    return {"is_running": is_running, "log": end_of_log(os.path.join(directory, "log"))}
+
+
+def stop_servers(request: "Json", channel: Channel) -> "Json":
+    """End servers of ours: those named by id, those of the PATH, or the only one; all with `is_all`."""
+    import shutil
+
+    if request["ids"]:
+        servers = [record for record in our_servers() if record["id"] in request["ids"]]
+        missing = sorted(set(request["ids"]) - {record["id"] for record in servers})
+        if missing:
+            raise Trouble(1, "no server of yours has this id: " + ", ".join(missing))
+    else:
+        root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
+        servers = matching_servers(request, root_dir)
+        if len(servers) > 1 and not request["is_all"]:
+            names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in servers]
+            raise Trouble(1, "%d servers run there" % len(servers), "\n".join(names), "stop ID, or stop --all")
+    for record in servers:
+        shut_down(record)
+        shutil.rmtree(os.path.join(state_dir(), record["id"]), ignore_errors=True)
+        channel.send("stopped", **record)
+    return {"count": len(servers)}
+
+
+def shut_down(record: "Json") -> None:
+    """End one server: ask Jupyter itself, which ends its kernels too, then TERM, then KILL."""
+    info = server_info(record)
+    if info:
+        try:
+            path = info["base_url"] + "api/shutdown"
+            http_request(info["port"], path, info["token"], 5, method="POST", is_secure=info["is_secure"])
+        except OSError:
+            pass
+    deadline = time.monotonic() + 5
+    while info and process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    if process_identity(record["pid"]) == record["identity"]:
+        end_session(record["pid"])
+
+
+def agent_main() -> None:
+    """Read one request from stdin, run its action, send one reply. Ends with status 0 whenever it replied."""
+    request = json.loads(sys.stdin.buffer.readline().decode("ascii"))
+    channel = Channel(request["nonce"])
+    try:
+        import pwd
+
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except (ImportError, KeyError):
+        user = str(os.getuid())
+    version = "%d.%d.%d" % sys.version_info[:3]
+    channel.send("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
+    actions = {"open": open_server, "stop": stop_servers, "describe_end": describe_end}
+    try:
+        channel.send("reply", reply=actions[request["action"]](request, channel))
+    except Trouble as trouble:
+        channel.send("reply", failure=trouble.reply)
+    except OSError as error:
+        channel.send("reply", failure={"what": "the host refused", "why": str(error), "try": "", "status": 1})
+    except Exception:
+        import traceback
+
+        what = "the agent failed; this is a bug of rjupyter"
+        channel.send("reply", failure={"what": what, "why": traceback.format_exc(), "try": "", "status": 1})
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
+# server
+#
+# The laptop's side of the agent: send it a request, hear its lines, check what it says of a server. Everything in a
+# reply is data from another machine; only what has the right type and form gets past this room.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Tried in this order by the remote command. python3 may be a shim that fails, or too old: then the next one.
+PYTHONS = [
+    "python3",
+    "/usr/bin/python3",
+    "/usr/local/bin/python3",
+    '"$HOME"/miniconda3/bin/python3',
+    '"$HOME"/anaconda3/bin/python3',
+    '"$HOME"/miniforge3/bin/python3',
+    '"$HOME"/mambaforge/bin/python3',
+    "/opt/conda/bin/python3",
+    '"$HOME"/.pyenv/versions/*/bin/python3',
+    "/opt/homebrew/bin/python3",
+]
+# Reads the agent's length, then the agent, and leaves the rest of stdin to it. -I and -S: nothing of the user's site
+# gets in, and half of the interpreter's start is saved. Without a quote, for it is quoted twice on its way.
+BOOTSTRAP = (
+    "import sys; sys.version_info < (3, 6) and sys.exit(99); import zlib; i = sys.stdin.buffer; "
+    "exec(zlib.decompress(i.read(int(i.readline())))); agent_main()"
+)
+NO_PYTHON = "rjupyter: no python3"
+
+
+def agent_command() -> str:
+    """Return the remote command that starts the agent: valid in sh, csh and fish (no `!`, no backslash, no quote)."""
+    loop = 'for p in %s; do command -v "$p" >/dev/null 2>&1 || continue; "$p" -IS -c "%s" && exit; done; echo "%s"'
+    return "exec /bin/sh -c '%s'" % (loop % (" ".join(PYTHONS), BOOTSTRAP, NO_PYTHON))
+
+
+def agent_source() -> bytes:
+    """Return the agent's room of this file, compressed, behind a line with its length: what BOOTSTRAP reads."""
+    import zlib
+
+    with open(os.path.abspath(__file__), encoding="utf-8") as stream:
+        room = stream.read().split("\n# agent begins\n")[1].split("\n# agent ends\n")[0]
+    packed = zlib.compress((AGENT_IMPORTS + room).encode("utf-8"), 9)
+    return b"%d\n%s" % (len(packed), packed)
+
+
+class Server(NamedTuple):
+    """A Jupyter server on the host, as the agent's reply describes it, each field checked."""
+
+    id: str
+    pid: int
+    app: str
+    version: str
+    port: int
+    token: str
+    base_url: str
+    root_dir: str
+    file: str  # the notebook that PATH names, relative to root_dir; empty for none
+    is_secure: bool
+    has_password: bool
+    local_port: int  # the one it was reached by before, or is to be reached by
+    is_launched: bool  # by this run
+    is_only: bool  # no other one of ours runs there
+    seconds: float  # the launch took; or, when it ran already, since it was launched
+
+    @classmethod
+    def from_reply(cls, reply: Json) -> "Server":
+        """Check a reply and return the server in it; raises Failure when a field is not what it must be."""
+        reply = dict(reply, seconds=reply.get("start_s", reply.get("age_s", 0.0)), version=reply.get("version", ""))
+        hints = cls.__annotations__
+        values = {name: reply.get(name) for name in cls._fields}
+        wrong = [name for name, value in values.items() if type(value) is not hints[name]]
+        if not wrong:
+            server = cls(**values)  # type: ignore[arg-type]
+            forms = {
+                "id": re.fullmatch(r"[0-9a-f]{4}", server.id),
+                "app": server.app in APP_NAMES,
+                "port": 0 < server.port < 65536,
+                "local_port": 0 < server.local_port < 65536,
+                "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", server.token),
+                "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", server.base_url),
+            }
+            wrong = [name for name, is_right in forms.items() if not is_right]
+        if wrong:
+            raise Failure("the host's reply makes no sense", "wrong in it: " + ", ".join(wrong))
+        return server
+
+    @property
+    def title(self) -> str:
+        """Its name as a person calls it."""
+        return ("%s %s" % (APP_NAMES[self.app], self.version)).strip()
+
+    def url(self, local_port: int, has_token: bool = True) -> str:
+        """Return the address of its page in a browser here, made from checked parts."""
+        is_notebook = self.file.endswith(".ipynb")
+        if self.app == "lab":
+            page = "lab/tree/" + quote_name(self.file) if self.file else "lab"
+        elif self.file:
+            page = ("notebooks/" if is_notebook else "edit/") + quote_name(self.file)
+        else:
+            page = "tree"
+        query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
+        scheme = "https" if self.is_secure else "http"
+        return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
+
+
+def quote_name(name: str) -> str:
+    """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
+    return quote(name.encode("utf-8", "surrogateescape"), safe="")
+
+
+class Agent:
+    """Runs actions on the host through the connection, and tells the user how they go."""
+
+    def __init__(self, ssh: Ssh, messages: Messages) -> None:
+        self.ssh = ssh
+        self.messages = messages
+        self.user = ""
+        self.node = ""
+        self._source = agent_source()
+        self._has_said_hello = False
+
+    def ask(self, action: str, doing: str, **request: Any) -> Json:
+        """Run one action on the host and return its reply; raises Failure for its failures, and for silence."""
+        nonce = "rjupyter-" + os.urandom(8).hex()
+        child = self.ssh.session(agent_command())
+        try:
+            child.write(self._source + json.dumps(dict(request, action=action, nonce=nonce)).encode() + b"\n")
+            with self.messages.working(doing) as show:
+                return self._hear(child, nonce, show)
+        finally:
+            child.end()
+
+    def _hear(self, child: Child, nonce: str, show: Callable[[str], None]) -> Json:
+        noise: List[str] = []
+        deadline = time.monotonic() + SILENCE_TIMEOUT_S
+        while True:
+            line = child.next_line(deadline - time.monotonic())
+            if line is None:
+                if child.has_ended:
+                    noise += [text for _, text in child.remaining_lines()]
+                    raise self._no_reply(noise, child.process.wait())
+                if time.monotonic() > deadline:
+                    raise Failure(
+                        "no answer from " + self.ssh.destination,
+                        "the agent said nothing for %d s" % SILENCE_TIMEOUT_S,
+                        self.ssh.plain_command + "   (does it answer?)",
+                        EXIT_TIMEOUT,
+                    )
+                continue
+            if line[0] == "stdout" and line[1].startswith(nonce + " "):
+                deadline = time.monotonic() + SILENCE_TIMEOUT_S
+                reply = self._take(json.loads(line[1][len(nonce) + 1 :]), show)
+                if reply is not None:
+                    return reply
+            else:
+                noise = (noise + [line[1]])[-12:]
+                self.messages.detail("host: " + line[1])
+
+    def _take(self, message: Json, show: Callable[[str], None]) -> Optional[Json]:
+        kind = message.get("kind")
+        if kind == "reply" and "failure" in message:
+            failure = message["failure"]
+            raise Failure(failure["what"], failure["why"], failure["try"], int(failure["status"]))
+        if kind == "reply":
+            return dict(message["reply"])
+        if kind == "hello":
+            self._say_hello(message)
+        elif kind == "progress":
+            show(str(message["text"]))
+        elif kind == "installing":
+            self.messages.note("No Jupyter on the host; installing it in %(path)s (%(tool)s)." % message)
+        elif kind == "installed":
+            text = "Installed Jupyter (%.0f s)." % message["elapsed_s"]
+            self.messages.step(text, "installed", path=message["path"], seconds=message["elapsed_s"])
+        elif kind == "stopped":
+            title = APP_NAMES.get(str(message.get("app")), "Jupyter")
+            text = "Stopped %s in %s (pid %s)." % (title, message.get("root_dir"), message.get("pid"))
+            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
+        return None
+
+    def _say_hello(self, message: Json) -> None:
+        self.user, self.node = str(message["user"]), str(message["node"])
+        if self._has_said_hello:
+            return
+        self._has_said_hello = True
+        text = "Connected to %s (%s@%s, python %s)." % (self.ssh.destination, self.user, self.node, message["python"])
+        self.messages.step(text, "connected", user=self.user, node=self.node, python=message["python"])
+
+    def _no_reply(self, noise: List[str], status: int) -> Failure:
+        host = self.ssh.destination
+        if NO_PYTHON in noise:
+            what = "no python3 on " + host
+            why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
+            return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
+        why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
+        if not self.ssh.wait(0.2):
+            return Failure("the connection to %s ended" % host, self.ssh.last_words, "", EXIT_SSH)
+        if any("Session open refused" in text or "session request failed" in text for text in noise):
+            return Failure("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
+        return Failure("the agent did not run on " + host, why, self.ssh.plain_command)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tunnel
+#
+# The local end: a port, the forward, the proof that our own server answers through it, the browser, and the hold.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tunnel:
+    """A forward from a local port to a server, held until the connection or the server ends."""
+
+    def __init__(self, ssh: Ssh, agent: Agent, server: Server, messages: Messages) -> None:
+        self.ssh = ssh
+        self.agent = agent
+        self.server = server
+        self.messages = messages
+        self.local_port = 0
+
+    def open(self, fixed_port: Optional[int]) -> None:
+        """Forward a local port to the server: `fixed_port` and no other, or the first free one.
+
+        The numeric 127.0.0.1 in front: without it, ssh takes ::1 alone when 127.0.0.1:PORT is a stranger's, and says
+        that all is well.
+        """
+        port = fixed_port or self._usual_port()
+        while True:
+            if not fixed_port:
+                port = find_free_port(port)
+            is_open, words = self.ssh.forward("127.0.0.1:%d:127.0.0.1:%d" % (port, self.server.port))
+            if is_open:
+                self.local_port = port
+                return
+            if not self.ssh.wait(0.1):
+                raise Failure("the connection to %s ended" % self.ssh.destination, self.ssh.last_words, "", EXIT_SSH)
+            if fixed_port:
+                why = "127.0.0.1:%d is taken on this machine" % port
+                raise Failure("cannot listen on local port %d" % port, why, "another --local-port, or none")
+            if "forwarding request failed" not in words:
+                raise Failure("cannot forward a port", words, "-v shows every ssh command")
+            port += 1  # taken between the look and ssh's bind
+
+    def _usual_port(self) -> int:
+        usual = self.server.local_port
+        return usual if find_free_port(usual) == usual else LOCAL_PORT
+
+    def check(self) -> None:
+        """Ask the server for its status through the tunnel; only one that takes our token is ours.
+
+        Raises Failure with the cause when it does not.
+        """
+        destination = self.ssh.destination
+        try:
+            status = self.probe(ANSWER_TIMEOUT_S)
+        except socket.timeout:
+            why = "no answer through the tunnel within %d s" % ANSWER_TIMEOUT_S
+            raise Failure("Jupyter does not answer", why, self._another(), EXIT_TIMEOUT) from None
+        except OSError as error:
+            can_reach, words = self.ssh.can_reach("127.0.0.1", self.server.port)
+            if can_reach:
+                raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
+            what = "%s does not forward to 127.0.0.1:%d" % (destination, self.server.port)
+            try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
+            raise Failure(what, words, try_) from None
+        if status != 200:
+            what = "a stranger answers on port %d of %s" % (self.server.port, destination)
+            raise Failure(what, "it does not take our token (HTTP status %d)" % status, self._another())
+
+    def probe(self, timeout_s: float) -> int:
+        """Return the HTTP status of /api/status through the tunnel; OSError when there is none.
+
+        no_track_activity: a look of ours must not keep an idle server alive.
+        """
+        path = self.server.base_url + "api/status?no_track_activity=1"
+        server = self.server
+        return http_request(self.local_port, path, server.token, timeout_s, is_secure=server.is_secure)[0]
+
+    def _another(self) -> str:
+        return command_line(self.ssh.destination, "--new") + "   (starts another)"
+
+    def hold(self) -> None:
+        """Keep the tunnel until something ends: raises Failure when the connection or the server does."""
+        while self.ssh.wait(PROBE_EVERY_S):
+            try:
+                self.probe(ANSWER_TIMEOUT_S)
+            except OSError:
+                if self.ssh.wait(0.2):
+                    self._report_end()
+        why = self.ssh.last_words
+        raise Failure("the connection to %s was lost" % self.ssh.destination, why, command_line(), EXIT_SSH)
+
+    def _report_end(self) -> None:
+        answer = self.agent.ask("describe_end", "Asking after the server", id=self.server.id)
+        if answer.get("is_running") is not True:
+            what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
+            raise Failure(what, "the end of its log:\n%s" % answer.get("log"), "", EXIT_SERVER_ENDED)
+
+
+def open_browser(url: str, command: Optional[str], messages: Messages) -> None:
+    """Open `url` in a browser here without handing it over in an argv, where others could read the token.
+
+    The browser gets the address of a listener of ours, which sends it on, once. Does not wait.
+    """
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(8)
+    listener.settimeout(BROWSER_TIMEOUT_S)
+    secret = "/" + os.urandom(16).hex()
+    threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True).start()
+    # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
+    script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
+    address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
+    opener = subprocess.Popen(
+        [sys.executable, "-c", script, address, command or ""],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def complain() -> None:
+        if opener.wait():
+            messages.note("No browser could be started; open the address above.")
+
+    threading.Thread(target=complain, daemon=True).start()
+
+
+def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
+    """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
+    with contextlib.suppress(OSError), listener:
+        while True:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError), connection:
+                connection.settimeout(5)
+                words = connection.recv(65536).split(None, 2)
+                if len(words) > 1 and words[1] == secret.encode():
+                    head = "HTTP/1.1 302 Found\r\nLocation: %s\r\nCache-Control: no-store\r\nContent-Length: 0\r\n"
+                    connection.sendall(((head + "Connection: close\r\n\r\n") % url).encode())
+                    return
+                connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+# -- tunnels in the background ----------------------------------------------------------------------------------------
+
+
+def record_path(pid: int) -> str:
+    """Return where the background tunnel of process `pid` is written down."""
+    return os.path.join(private_runtime_dir(), "%d.json" % pid)
+
+
+def background_tunnels() -> List[Json]:
+    """Return the records of the background tunnels that run; those of processes that are gone are removed."""
+    records = []
+    for name in os.listdir(private_runtime_dir()):
+        path = os.path.join(private_runtime_dir(), name)
+        if re.fullmatch(r"\d+\.json", name):
+            record = read_json(path)
+            if record and process_identity(record["pid"]) == record["identity"]:
+                records.append(record)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+    return records
+
+
+def close_tunnels(destination: str, path: Optional[str], messages: Messages) -> None:
+    """End the background tunnels to `destination`; those for `path` alone when there is one."""
+    closed = 0
+    for record in background_tunnels():
+        if record["destination"] == destination and path in (None, record["path"]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record["pid"], signal.SIGTERM)
+            deadline = time.monotonic() + CONTROL_TIMEOUT_S
+            while process_identity(record["pid"]) == record["identity"]:
+                if time.monotonic() > deadline:
+                    why = "process %d did not end within %d s" % (record["pid"], CONTROL_TIMEOUT_S)
+                    raise Failure("cannot close the tunnel", why, "kill -9 %d" % record["pid"])
+                time.sleep(POLL_S)
+            text = "Closed the tunnel on 127.0.0.1:%d." % record["local_port"]
+            messages.step(text, "closed", local_port=record["local_port"], pid=record["pid"])
+            closed += 1
+    if not closed:
+        messages.note("No tunnel to %s in the background." % destination)
+
+
+class Background:
+    """Going to the background like `ssh -f`: the child works on the terminal until the tunnel is up, then lets it go.
+
+    The fork comes first, so that ssh is a child of the process that will hold it.
+    """
+
+    def __init__(self) -> None:
+        self._ready, ready = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(ready)
+        else:
+            os.close(self._ready)
+            self._ready = ready
+
+    def wait(self) -> int:
+        """In the parent: wait until the child is up or has ended; return the exit status."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child has it too, and answers
+        if os.read(self._ready, 1):
+            return EXIT_OK
+        _, status = os.waitpid(self.pid, 0)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else EXIT_FAILURE
+
+    def detach(self, record: Json) -> str:
+        """In the child: write the tunnel down, leave the terminal, let the parent go; return the record's path."""
+        path = record_path(os.getpid())
+        identity = process_identity(os.getpid())
+        write_private(path, json.dumps(dict(record, pid=os.getpid(), identity=identity)))
+        os.setsid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.write(self._ready, b"1")
+        os.close(self._ready)
+        return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+#
+# Options, the destination, and one function for each action. `main` is where failures end.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Destination(NamedTuple):
+    """Where to: `host` is what ssh gets; `path` is None when there was none."""
+
+    host: str
+    path: Optional[str]
+
+
+def parse_destination(text: str) -> Destination:
+    """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
+
+    Raises ValueError with the reason when ssh could take it for something else.
+    """
+    path: Optional[str] = None
+    if text.startswith("ssh://"):
+        host, slash, rest = text[len("ssh://") :].partition("/")
+        host, path = "ssh://" + host, unquote(rest) if slash and rest else None
+        name = host[len("ssh://") :]
+    else:
+        match = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
+        if match:
+            host, path = match.group(1) + match.group(2), match.group(3)
+        elif text.count(":") > 1 and _is_ipv6(text.rsplit("@", 1)[-1]):
+            host = text
+        else:
+            host, colon, rest = text.partition(":")
+            path = rest if colon else None
+        name = host
+    if not name or name.startswith("-") or name.rsplit("@", 1)[-1].startswith("-"):
+        raise ValueError("no host in %r" % text)
+    if not name.isprintable() or " " in name or "/" in name:
+        raise ValueError("a host cannot be called %r" % name)
+    if path is not None and "\0" in path:
+        raise ValueError("a path cannot hold a NUL")
+    return Destination(host, path)
+
+
+def _is_ipv6(text: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(text.partition("%")[0]).version == 6
+    except ValueError:
+        return False
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the drawing of the docstring, and leaves room for the options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=max(80, min(120, _terminal_width())))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in our own form, and points at --help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one error and leave with status 2."""
+        Messages().failure(Failure("wrong usage", message, command_line("--help")))
+        sys.exit(EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every help text ends with its default where there is one."""
+    parser = Parser(
+        usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
+        description=__doc__,
+        epilog="actions: stop [ID ...] [--all], close. DESTINATION is whatever ssh takes; PATH, as scp has it, is a "
+        "directory or a notebook there.",
+        formatter_class=HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("destination", metavar="DESTINATION[:PATH]", type=_destination, help=argparse.SUPPRESS)
+
+    server = parser.add_argument_group("server")
+    server.add_argument("--app", choices=["notebook", "lab"], default="", help="what to open (notebook)")
+    server.add_argument("--lab", dest="app", action="store_const", const="lab", help="the same as --app lab")
+    server.add_argument("--new", action="store_true", help="start another server; do not come back to one")
+    server.add_argument("--stop-on-exit", action="store_true", help="end the server together with the tunnel")
+    port_help = "first port to try on the host (%d)" % REMOTE_PORT
+    server.add_argument("--port", type=_port, default=REMOTE_PORT, metavar="N", help=port_help)
+    ip_help = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
+    server.add_argument("--ip", type=_address, default="127.0.0.1", metavar="ADDR", help=ip_help)
+    arg_help = "an argument for Jupyter itself; repeatable"
+    server.add_argument("--server-arg", action="append", default=[], metavar="ARG", help=arg_help)
+    timeout_help = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
+    server.add_argument("--start-timeout", type=_seconds, default=START_TIMEOUT_S, metavar="S", help=timeout_help)
+    no_install_help = "do not install Jupyter where there is none; say how"
+    server.add_argument("--no-install", action="store_true", help=no_install_help)
+
+    tunnel = parser.add_argument_group("tunnel and browser")
+    local_help = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
+    tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
+    tunnel.add_argument("--no-browser", action="store_true", help="print the address only")
+    tunnel.add_argument("--browser", metavar="COMMAND", help="browser to open (the system's)")
+    tunnel.add_argument("-f", dest="background", action="store_true", help="go to the background once the tunnel is up")
+
+    ssh = parser.add_argument_group("ssh, letter for letter")
+    for letter, metavar in (("F", "FILE"), ("i", "KEY"), ("J", "HOST"), ("l", "USER"), ("o", "OPTION"), ("p", "PORT")):
+        action = _SshOption
+        ssh.add_argument("-" + letter, dest="ssh", action=action, default=[], metavar=metavar, help=SSH_HELP[letter])
+    for letter in "46C":
+        ssh.add_argument("-" + letter, dest="ssh", action=_SshOption, nargs=0, help=SSH_HELP[letter])
+
+    output = parser.add_argument_group("output")
+    for group in (output,):
+        group.add_argument("-q", "--quiet", action="store_true", help="the address and errors only")
+        group.add_argument("-v", "--verbose", action="store_true", help="every ssh command, and what the host prints")
+        group.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    output.add_argument("--version", action="version", version="rjupyter " + __version__, help="print the version")
+    output.add_argument("-h", "--help", action="help", help="print this help")
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, help=argparse.SUPPRESS)
+    stop = actions.add_parser("stop", help="end servers on the host")
+    stop.add_argument("ids", nargs="*", metavar="ID", help="which ones (the one of PATH, or the only one)")
+    stop.add_argument("--all", action="store_true", help="all of yours there")
+    actions.add_parser("close", help="end the tunnels that went to the background with -f")
+    return parser
+
+
+SSH_HELP = {
+    "F": "configuration file instead of ~/.ssh/config",
+    "i": "private key",
+    "J": "jump host",
+    "l": "user to log in as",
+    "o": "any option of ssh_config(5)",
+    "p": "port of sshd",
+    "4": "IPv4 only",
+    "6": "IPv6 only",
+    "C": "compress",
+}
+
+
+class _SshOption(argparse.Action):
+    """Collects ssh's own options, in the order in which they came."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        words = [option_string or ""] + ([values] if isinstance(values, str) else [])
+        setattr(namespace, self.dest, getattr(namespace, self.dest) + words)
+
+
+def _destination(text: str) -> Destination:
+    try:
+        return parse_destination(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
+    return int(text)
+
+
+def _address(text: str) -> str:
+    import ipaddress
+
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError("%r is not an address" % text) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError("a time is a positive number of seconds, not %r" % text)
+    return seconds
+
+
+def has_terminal() -> bool:
+    """True when someone could answer a question here: there is a controlling terminal."""
+    if os.name != "posix":
+        return sys.stdin.isatty()
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def can_ask() -> bool:
+    """True when ssh can put a question to someone: on the terminal, or by the askpass program that the user chose."""
+    return has_terminal() or bool(os.environ.get("SSH_ASKPASS"))
+
+
+def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold."""
+    background = Background() if args.background else None
+    if background and background.pid:
+        return background.wait()
+    record = ""
+    tunnel: Optional[Tunnel] = None
+    try:
+        ssh.connect()
+        tunnel = open_tunnel(args, ssh, agent, messages)
+        url = tunnel.server.url(tunnel.local_port, has_token=not tunnel.server.has_password)
+        messages.result(url, "open", url=url, local_port=tunnel.local_port, id=tunnel.server.id, pid=tunnel.server.pid)
+        if wants_browser(args):
+            open_browser(url, args.browser, messages)
+        if background:
+            destination, path = args.destination
+            messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
+            facts = {"destination": destination, "path": path, "local_port": tunnel.local_port}
+            record = background.detach(facts)
+        elif args.stop_on_exit:
+            messages.note("Ctrl-C closes the tunnel and ends the server.")
+        else:
+            stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
+            messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
+        tunnel.hold()
+    except (KeyboardInterrupt, Terminated):
+        if not tunnel or not tunnel.local_port:
+            raise
+        messages.end_line()
+        if args.stop_on_exit:
+            agent.ask("stop", "Stopping", ids=[tunnel.server.id], path=None, app="", is_all=False)
+        messages.note("Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args))
+        return EXIT_OK
+    finally:
+        ssh.close()
+        if record:
+            os.unlink(record)
+    return EXIT_OK
+
+
+def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
+    """Get a server on the host and a checked tunnel to it."""
+    if args.ip not in ("127.0.0.1", "::1"):
+        messages.note("Jupyter binds %s: everyone who reaches that address can try to connect." % args.ip)
+    reply = agent.ask(
+        "open",
+        "Launching Jupyter",
+        app=args.app,
+        path=args.destination.path,
+        is_new=args.new,
+        port=args.port,
+        ip=args.ip,
+        local_port=args.local_port or find_free_port(LOCAL_PORT),
+        server_args=args.server_arg,
+        start_timeout_s=args.start_timeout,
+        may_install=not args.no_install,
+    )
+    server = Server.from_reply(reply)
+    verb, seconds = ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", _age(server.seconds))
+    text = "%s %s in %s (pid %d, port %d, %s)."
+    text = text % (verb, server.title, server.root_dir, server.pid, server.port, seconds)
+    event = "launched" if server.is_launched else "found"
+    messages.step(text, event, id=server.id, pid=server.pid, port=server.port, app=server.app, root_dir=server.root_dir)
+    tunnel = Tunnel(ssh, agent, server, messages)
+    tunnel.open(args.local_port)
+    tunnel.check()
+    text = "Forwarding 127.0.0.1:%d to %s:%d." % (tunnel.local_port, ssh.destination, server.port)
+    messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port)
+    return tunnel
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return "up %d %s" % (seconds // size, unit)
+    return "up %d s" % seconds
+
+
+def wants_browser(args: argparse.Namespace) -> bool:
+    """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
+    if args.no_browser:
+        return False
+    return bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ)
+
+
+def back_again(args: argparse.Namespace, *action: str) -> str:
+    """Return the command that reaches the same server again, with the options that choose the host."""
+    destination, path = args.destination
+    options = list(args.ssh) + (["--lab"] if args.app == "lab" and not action else [])
+    if path is None or action[:1] == ("stop",):
+        return command_line(*options, destination, *action)
+    return command_line(*options, "%s:%s" % (destination, path), *action)
+
+
+def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Stop servers on the host."""
+    try:
+        ssh.connect()
+        request = {"ids": args.ids, "path": args.destination.path, "app": args.app, "is_all": args.all}
+        reply = agent.ask("stop", "Stopping", **request)
+    finally:
+        ssh.close()
+    if not reply.get("count"):
+        messages.note("No server of yours runs there.")
+    return EXIT_OK
+
+
+def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Close the tunnels in the background."""
+    close_tunnels(args.destination.host, args.destination.path, messages)
+    return EXIT_OK
+
+
+ACTIONS: Dict[Optional[str], Callable[[argparse.Namespace, Ssh, Agent, Messages], int]] = {
+    None: run_open,
+    "stop": run_stop,
+    "close": run_close,
+}
+
+
+def _on_signal(signum: int, frame: Any) -> None:
+    raise Terminated(signum)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program and return its exit status."""
+    args = build_parser().parse_args(argv)
+    messages = Messages(args.quiet, args.verbose, args.json)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _on_signal)
+    try:
+        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages)
+        return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)
+    except Failure as failure:
+        messages.failure(failure)
+        return failure.status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated as terminated:
+        return 128 + terminated.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""A private sshd on loopback, with keys and a home directory of its own: for the tests, the demo and the benchmarks.
+
+Nothing of the user's is read or written: not ~/.ssh, not ~/.jupyter, not ~/.local. Works as root and as an ordinary
+user (sshd then serves that user alone).
+"""
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Dict, List, Optional
+
+
+def find_sshd() -> str:
+    """Return the path of sshd; it must be called by an absolute one."""
+    path = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin:/sbin")
+    if not path:
+        raise RuntimeError("there is no sshd on this machine; tests/setup.sh installs it")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class PrivateSshd:
+    """An sshd below `directory`; logins get `home` as HOME and `path` as PATH."""
+
+    def __init__(self, directory: Path, path: str, host: str = "host", settings: str = "", user: str = "") -> None:
+        self.directory = directory
+        self.home = directory / "home"
+        self.path = path
+        self.host = host
+        self.settings = settings
+        self.user = user or getpass.getuser()
+        self.port = free_port()
+        self.config = directory / "ssh_config"
+        self.log = directory / "sshd.log"
+        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.environment: Dict[str, str] = {}
+        self.home.mkdir(parents=True, exist_ok=True)
+        for name in ("host_key", "user_key"):
+            if not (directory / name).exists():
+                argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(directory / name)]
+                subprocess.run(argv, check=True)
+        self._write_client_files()
+
+    def _write_client_files(self) -> None:
+        key = (self.directory / "host_key.pub").read_text().split()
+        (self.directory / "known_hosts").write_text("[127.0.0.1]:%d %s %s\n" % (self.port, key[0], key[1]))
+        self.config.write_text(
+            "Host %s\n  HostName 127.0.0.1\n  Port %d\n  User %s\n  IdentityFile %s\n  IdentitiesOnly yes\n"
+            "  UserKnownHostsFile %s\n  StrictHostKeyChecking yes\n"
+            % (self.host, self.port, self.user, self._file("user_key"), self._file("known_hosts"))
+        )
+
+    def _file(self, name: str) -> str:
+        return '"%s"' % (self.directory / name)
+
+    def start(self) -> "PrivateSshd":
+        """Start sshd and wait until it greets."""
+        environment = dict({"HOME": str(self.home), "PATH": self.path}, **self.environment)
+        pairs = " ".join('"%s=%s"' % pair for pair in environment.items())
+        config = self.directory / "sshd_config"
+        config.write_text(
+            "%s\nPort %d\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
+            "PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nPrintMotd no\nAcceptEnv LANG LC_*\nSetEnv %s\n"
+            "MaxStartups 100\n"
+            % (
+                self.settings,
+                self.port,
+                self.directory / "host_key",
+                self.directory / "user_key.pub",
+                pairs,
+            )
+        )
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation needs it to exist
+        argv = [find_sshd(), "-D", "-f", str(config), "-E", str(self.log)]
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while not self._greets():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("sshd did not start:\n" + self.log_text())
+            time.sleep(0.01)
+        return self
+
+    def _greets(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                return connection.recv(4) == b"SSH-"
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """End sshd; the sessions it serves go on, as with a real one."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(10)
+            self.process = None
+
+    def end_sessions(self) -> None:
+        """Kill the sshd processes that serve sessions."""
+        for pid in self.session_pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def session_pids(self) -> List[int]:
+        """Return the pids of the processes that serve connections, as sshd's log names them and the system confirms."""
+        pids = {int(pid) for pid in re.findall(r"User child is on pid (\d+)", self.log_text())}
+        return sorted(pid for pid in pids if os.path.exists("/proc/%d" % pid) or not os.path.exists("/proc"))
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def logins(self) -> int:
+        """Return how many logins sshd has accepted."""
+        return self.log_text().count("Accepted ")
+
+    def ssh(self, command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command on the host by plain ssh."""
+        argv = ["ssh", "-F", str(self.config), self.host, command]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
