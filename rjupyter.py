@@ -221,7 +221,7 @@ class Messages:
                 sys.stderr.write("\r\033[K")
                 sys.stderr.flush()
                 self._transient = ""
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):  # a closed pipe, a terminal that is gone
                 stream.write((text if is_clean else printable(text)) + "\n")
                 stream.flush()
 
@@ -231,7 +231,7 @@ class Messages:
 
 def _terminal_width() -> int:
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:
         return 80
 
@@ -1163,14 +1163,14 @@ def open_server(request: "Json", channel: Channel) -> "Json":
             while process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
                 info = server_info(record)
                 if info:
-                    is_only = len(our_servers()) == 1
-                    facts = dict(file=portable(file), is_launched=False, is_only=is_only, age_s=age_of(record))
-                    return dict(record, **info, **facts)
+                    found = dict(record, **info, age_s=age_of(record), is_launched=False)
+                    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
                 channel.keep_alive()
                 time.sleep(POLL_S)
     forget_ended_servers()
     record = launch_server(request, root_dir, channel)
-    return dict(record, **server_info(record), file=portable(file), is_launched=True, is_only=len(our_servers()) == 1)
+    found = dict(record, **server_info(record), is_launched=True)
+    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
 
 
 def age_of(record: "Json") -> float:
@@ -1369,6 +1369,7 @@ class Agent:
         self.messages = messages
         self.user = ""
         self.node = ""
+        self.is_root = False
         self._source = agent_source()
         self._has_said_hello = False
 
@@ -1433,6 +1434,7 @@ class Agent:
 
     def _say_hello(self, message: Json) -> None:
         self.user, self.node = str(message["user"]), str(message["node"])
+        self.is_root = message["is_root"] is True
         if self._has_said_hello:
             return
         self._has_said_hello = True
@@ -1934,6 +1936,8 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     text = text % (verb, server.title, server.root_dir, server.pid, server.port, seconds)
     event = "launched" if server.is_launched else "found"
     messages.step(text, event, id=server.id, pid=server.pid, port=server.port, app=server.app, root_dir=server.root_dir)
+    if server.is_launched and agent.is_root:
+        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % ssh.destination)
     tunnel = Tunnel(ssh, agent, server, messages)
     tunnel.open(args.local_port)
     tunnel.check()

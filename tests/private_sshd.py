@@ -124,7 +124,7 @@ class PrivateSshd:
 
     def logins(self) -> int:
         """Return how many logins sshd has accepted."""
-        return self.log_text().count("Accepted ")
+        return len(re.findall(r"Accepted \S+ for ", self.log_text()))
 
     def ssh(self, command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command on the host by plain ssh."""

@@ -1,0 +1,36 @@
+# `make help` lists the targets. Nothing here is needed to use rjupyter.py: copy the file and run it.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint install uninstall clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: ## the main job without a remote host: a private sshd here, its Jupyter in your browser
+	@PYTHON=$(PYTHON) sh tests/setup.sh demo
+	@.venv/bin/python tests/demo.py $(DEMO_ARGS)
+
+test: ## install what the tests need, and run them
+	@PYTHON=$(PYTHON) sh tests/setup.sh test
+	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
+
+lint: ## ruff, mypy --strict, shellcheck
+	@PYTHON=$(PYTHON) sh tests/setup.sh lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	shellcheck tests/*.sh .ci/run
+
+install: ## copy the one file to $(PREFIX)/bin/rjupyter
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 rjupyter.py "$(DESTDIR)$(PREFIX)/bin/rjupyter"
+
+uninstall: ## remove it again
+	rm -f "$(DESTDIR)$(PREFIX)/bin/rjupyter"
+
+clean: ## remove what demo, test and lint made here
+	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__

@@ -1,0 +1,272 @@
+"""Fixtures: a laptop and a host, each with a home of its own, and a check that nothing is left behind by a test."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import pytest
+from private_sshd import PrivateSshd
+
+TOP = Path(__file__).resolve().parent.parent
+SCRIPT = TOP / "rjupyter.py"
+VENV_BIN = Path(sys.executable).parent  # the environment that tests/setup.sh made: the host's Jupyter is in it
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
+DEADLINE_S = 90.0
+MARK = "RJUPYTER_TEST"
+
+sys.path.insert(0, str(TOP))
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` gives something true, and return it; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, "not within %d s: %s" % (timeout_s, what)
+        time.sleep(0.02)
+
+
+def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
+    """Return the processes whose environment holds `mark`, and not `without`, with their command lines."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                directory = Path("/proc", name)
+                environment = b"\0" + (directory / "environ").read_bytes()
+                if mark.encode() in environment and (without == "\0" or without.encode() not in environment):
+                    words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state != "Z":
+                        found[int(name)] = words.decode(errors="replace").strip()
+    return found
+
+
+class Run:
+    """A running rjupyter.py: `text` is what it printed so far, both streams as they came when it has a terminal."""
+
+    def __init__(self, argv: List[str], environment: Dict[str, str], has_terminal: bool, cwd: str) -> None:
+        self.text = ""
+        self.stdout = ""
+        self.stderr = ""
+        self.status: Optional[int] = None
+        self._fds: Dict[int, str] = {}
+        if has_terminal:
+            self.pid, self.terminal = pty.fork()
+            if not self.pid:
+                os.chdir(cwd)
+                os.execvpe(argv[0], argv, environment)
+            self._fds[self.terminal] = "stdout"
+        else:
+            self.process = subprocess.Popen(
+                argv,
+                env=environment,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self.pid = self.process.pid
+            assert self.process.stdout is not None and self.process.stderr is not None
+            self._fds = {self.process.stdout.fileno(): "stdout", self.process.stderr.fileno(): "stderr"}
+
+    def _read(self, timeout_s: float) -> None:
+        ready = select.select(list(self._fds), [], [], timeout_s)[0] if self._fds else []
+        for fd in ready:
+            try:
+                data = os.read(fd, 65536)
+            except OSError:  # the terminal of a program that ended
+                data = b""
+            if not data:
+                del self._fds[fd]
+            words = data.decode(errors="replace").replace("\r\n", "\n")
+            self.text += words
+            setattr(self, self._fds.get(fd, "stdout"), getattr(self, self._fds.get(fd, "stdout")) + words)
+
+    def expect(self, pattern: str, timeout_s: float = DEADLINE_S) -> "re.Match[str]":
+        """Wait until the output matches, and return the match."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            match = re.search(pattern, self.text, re.MULTILINE)
+            if match:
+                return match
+            assert self._fds and time.monotonic() < deadline, "no %r in:\n%s" % (pattern, self.text)
+            self._read(0.2)
+
+    def url(self) -> str:
+        return self.expect(r"^https?://127\.0\.0\.1:\d+/\S*$").group()
+
+    def type(self, text: str) -> None:
+        """Type on the terminal."""
+        os.write(self.terminal, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C: on the terminal where there is one, else as the signal."""
+        if hasattr(self, "terminal"):
+            self.type("\x03")
+        else:
+            os.killpg(self.pid, signal.SIGINT)
+
+    def wait(self, timeout_s: float = DEADLINE_S) -> int:
+        """Wait for the end and return the exit status, negative for a signal."""
+        deadline = time.monotonic() + timeout_s
+        while self.status is None:
+            self._read(0.02)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                if hasattr(self, "process"):
+                    self.process.returncode = self.status
+                break
+            assert time.monotonic() < deadline, "still running:\n" + self.text
+        while self._fds and select.select(list(self._fds), [], [], 0)[0]:
+            self._read(0)
+        assert "Traceback" not in self.text, self.text
+        return self.status
+
+    def close(self) -> None:
+        """Kill what still runs, and close our end."""
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        if hasattr(self, "terminal"):
+            os.close(self.terminal)
+
+
+class Laptop:
+    """The near side: a home and a runtime directory of its own, and rjupyter.py in it."""
+
+    def __init__(self, directory: Path, mark: str) -> None:
+        self.directory = directory
+        self.home = directory / "laptop"
+        self.runtime = directory / "run"
+        self.home.mkdir()
+        self.runtime.mkdir(mode=0o700)
+        self.runs: List[Run] = []
+        self.config = ""
+        self.python = sys.executable
+        self.environment = {
+            "HOME": str(self.home),
+            "PATH": SYSTEM_PATH,
+            "XDG_RUNTIME_DIR": str(self.runtime),
+            "TERM": "xterm",
+            "LANG": "C.UTF-8",
+            MARK: mark,
+        }
+
+    def start(self, *arguments: str, has_terminal: bool = True, **environment: str) -> Run:
+        """Start rjupyter.py with the ssh_config of the host at hand."""
+        argv = [self.python, str(SCRIPT)] + (["-F", self.config] if self.config else []) + list(arguments)
+        run = Run(argv, dict(self.environment, **environment), has_terminal, str(self.home))
+        self.runs.append(run)
+        return run
+
+    def run(self, *arguments: str, has_terminal: bool = False, **environment: str) -> Run:
+        """Run rjupyter.py to its end."""
+        run = self.start(*arguments, has_terminal=has_terminal, **environment)
+        run.wait()
+        return run
+
+
+class Host:
+    """The far side: a private sshd, and what our agent keeps in its home."""
+
+    def __init__(self, sshd: PrivateSshd) -> None:
+        self.sshd = sshd
+        self.home = sshd.home
+
+    def servers(self) -> List[Dict[str, Any]]:
+        """Return the records of the servers that rjupyter.py launched, with their ids."""
+        files = sorted(self.home.glob(".local/state/rjupyter/servers/*/server.json"))
+        return [dict(json.loads(file.read_text()), id=file.parent.name) for file in files]
+
+    def end_servers(self) -> None:
+        """Kill what was meant to outlive the client: the sessions that the servers lead."""
+        for record in self.servers():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(record["pid"], signal.SIGKILL)
+
+
+@pytest.fixture
+def mark() -> str:
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def directory(mark: str) -> Iterator[Path]:
+    """A short temporary directory: a control socket must fit below it. Checks that the test leaves nothing running."""
+    path = Path(tempfile.mkdtemp(prefix="rj-"))
+    yield path
+    try:
+        wait_until(lambda: not processes_with(mark), "no process left: %s" % processes_with(mark), 10)
+    except AssertionError:
+        left = processes_with(mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if left:
+            pytest.fail("left running: %s" % left)
+    finally:
+        for unreadable in path.rglob("*"):
+            if unreadable.is_dir() and not unreadable.is_symlink():
+                unreadable.chmod(0o700)
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def laptop(directory: Path, mark: str) -> Iterator[Laptop]:
+    laptop = Laptop(directory, mark)
+    yield laptop
+    for run in laptop.runs:
+        run.close()
+    left = [str(path) for path in laptop.runtime.rglob("*") if not path.is_dir()]
+    assert not left, "left in the runtime directory: %s" % left
+
+
+@pytest.fixture
+def make_host(directory: Path, mark: str, laptop: Laptop) -> Iterator[Callable[..., Host]]:
+    """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config."""
+    hosts = []
+
+    def make(path: str = str(VENV_BIN), settings: str = "", name: str = "host", **environment: str) -> Host:
+        base = directory / name
+        base.mkdir()
+        sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings)
+        sshd.environment = dict({MARK: mark}, **environment)
+        host = Host(sshd)
+        hosts.append(host)
+        laptop.config = str(sshd.config)
+        sshd.start()
+        return host
+
+    yield make
+    # The laptop's side first: when every run has ended, a process of its side is a leak, and would end with sshd here.
+    is_over = all(run.status is not None for run in laptop.runs)
+    local = processes_with(mark, without="SSH_CONNECTION=") if is_over else {}
+    for host in hosts:
+        host.end_servers()
+        host.sshd.stop()
+        host.sshd.end_sessions()
+    assert not local, "left on the laptop: %s" % local
+
+
+@pytest.fixture
+def host(make_host: Callable[..., Host]) -> Host:
+    """A host with the Jupyter of the tests' environment on its PATH."""
+    return make_host()

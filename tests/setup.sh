@@ -1,0 +1,94 @@
+#!/bin/sh
+# Install what the demo ("demo"), the tests ("test") or the linters ("lint") need, and nothing that is there already:
+# system packages where we may, a line that says what to install where we may not, and .venv for the rest.
+set -eu
+
+purpose=${1:-test}
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+PATH=$PATH:/usr/sbin:/usr/local/sbin:/sbin
+
+# missing: the things that are not there, in our words; packages() turns them into a package manager's names.
+missing=
+command -v ssh >/dev/null && command -v ssh-keygen >/dev/null || missing="$missing ssh"
+command -v "$PYTHON" >/dev/null || missing="$missing python"
+if [ "$purpose" != lint ]; then
+    command -v sshd >/dev/null || missing="$missing sshd"
+fi
+[ -x .venv/bin/python ] || "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing venv"
+if [ "$purpose" = test ]; then
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$missing chromium"
+    command -v chromedriver >/dev/null || missing="$missing chromedriver"
+fi
+if [ "$purpose" = lint ]; then
+    command -v shellcheck >/dev/null || missing="$missing shellcheck"
+fi
+
+packages() {
+    for thing in $missing; do
+        case $manager:$thing in
+            apt-get:ssh) echo openssh-client ;;
+            apt-get:sshd) echo openssh-server ;;
+            apt-get:python) echo python3 ;;
+            apt-get:venv) echo python3-venv ;;
+            apt-get:chromedriver) echo chromium-driver ;;
+            dnf:ssh | zypper:ssh) echo openssh-clients ;;
+            dnf:sshd | zypper:sshd) echo openssh-server ;;
+            dnf:python | dnf:venv | zypper:python | zypper:venv) echo python3 ;;
+            dnf:shellcheck | zypper:shellcheck) echo ShellCheck ;;
+            pacman:ssh | pacman:sshd | apk:ssh | apk:sshd) echo openssh ;;
+            pacman:python | pacman:venv) echo python ;;
+            pacman:chromedriver) echo chromium ;;
+            apk:python | apk:venv) echo python3 ;;
+            apk:chromedriver) echo chromium-chromedriver ;;
+            brew:ssh | brew:sshd) echo openssh ;;
+            brew:python | brew:venv) echo python ;;
+            *) echo "$thing" ;;
+        esac
+    done | sort -u | tr '\n' ' '
+}
+
+if [ -n "$missing" ]; then
+    manager=
+    for candidate in apt-get dnf pacman zypper apk brew; do
+        if command -v "$candidate" >/dev/null; then
+            manager=$candidate
+            break
+        fi
+    done
+    case $manager in
+        apt-get | dnf | zypper) install="$manager install -y" ;;
+        pacman) install="pacman -S --noconfirm --needed" ;;
+        apk) install="apk add" ;;
+        brew) install="brew install" ;;
+        *)
+            echo "setup: please install:$missing" >&2
+            exit 1
+            ;;
+    esac
+    wanted=$(packages)
+    sudo=
+    if [ "$(id -u)" != 0 ] && [ "$manager" != brew ]; then
+        if ! sudo -n true 2>/dev/null; then
+            echo "setup: this needs more packages; please run: sudo $install $wanted" >&2
+            exit 1
+        fi
+        sudo=sudo
+    fi
+    echo "setup: installing $wanted"
+    if [ "$manager" = apt-get ]; then
+        $sudo apt-get update -qq
+        # A package of openssh-server must not start a daemon of the system's on the developer's machine.
+        install="env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends"
+    fi
+    # shellcheck disable=SC2086 # words on purpose
+    $sudo $install $wanted >/dev/null
+fi
+
+# The stamp holds what was installed; a changed list installs again.
+if ! cmp -s tests/requirements.txt .venv/requirements.installed; then
+    echo "setup: installing Jupyter and the test tools into .venv (a minute or two)"
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+    cp tests/requirements.txt .venv/requirements.installed
+fi

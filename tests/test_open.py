@@ -1,0 +1,592 @@
+"""The main job, on real parts: sshd, Jupyter, kernels, a browser."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import websocket
+from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, wait_until
+
+import rjupyter
+
+
+def is_running(pid: int) -> bool:
+    return bool(rjupyter.process_identity(pid))  # a zombie has ended
+
+
+def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
+    """Ask the server behind a printed URL, with the token in it."""
+    parts = urlsplit(url)
+    token = parse_qs(parts.query)["token"][0]
+    request = urllib.request.Request("http://%s/api/%s" % (parts.netloc, path), method=method)
+    request.add_header("Authorization", "token " + token)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def compute(url: str, code: str) -> str:
+    """Run `code` in a new kernel, over the websocket through the tunnel, and return what it printed."""
+    parts = urlsplit(url)
+    token = parse_qs(parts.query)["token"][0]
+    kernel = api(url, "kernels", "POST", {})["id"]
+    address = "ws://%s/api/kernels/%s/channels?token=%s" % (parts.netloc, kernel, token)
+    connection = websocket.create_connection(address, timeout=60)
+    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+    header: Dict[str, str] = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
+    message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+    connection.send(json.dumps(message))
+    printed = ""
+    while True:
+        answer = json.loads(connection.recv())
+        if answer["msg_type"] == "stream":
+            printed += answer["content"]["text"]
+        if answer["msg_type"] == "execute_reply":
+            break
+    connection.close()
+    return printed
+
+
+def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
+    (host.home / "work").mkdir()
+    run = laptop.start("--no-browser", "host:work")
+    run.expect("To end it")
+    run.interrupt()
+    assert run.wait() == 0
+    shown = [line.rpartition("\033[K")[2] for line in run.text.rstrip().split("\n")]  # what a terminal shows in the end
+    lines = [line for line in shown if not line.startswith("You are root on host")]
+    patterns = [
+        r"Connected to host \(\w+@\S+, python 3\.\d+\.\d+\)\.",
+        r"Launched Jupyter Notebook \d\S* in %s/work \(pid \d+, port \d+, \d+\.\d s\)\." % re.escape(str(host.home)),
+        r"Forwarding 127\.0\.0\.1:\d+ to host:\d+\.",
+        r"http://127\.0\.0\.1:\d+/tree\?token=[0-9a-f]{48}",
+        r"Ctrl-C closes the tunnel; the server keeps running\. To end it: rjupyter\.py -F \S+ host stop",
+        r"\^C",
+        r"Closed\. Back again with: rjupyter\.py -F \S+ host:work",
+    ]
+    assert len(lines) == len(patterns), lines
+    for line, pattern in zip(lines, patterns):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    run.interrupt()
+    assert run.wait() == 0
+    assert run.stdout == url + "\n"
+    assert host.sshd.logins() == 1
+    (record,) = host.servers()
+    assert is_running(record["pid"])
+
+
+def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
+    first = laptop.start("host", has_terminal=False)
+    url = first.url()
+    (record,) = host.servers()
+    first.interrupt()
+    first.wait()
+    second = laptop.start("host", has_terminal=False)
+    assert second.url() == url
+    assert "Found Jupyter Notebook" in second.stderr
+    assert "(pid %d," % record["pid"] in second.stderr
+    assert host.sshd.logins() == 2
+
+
+def test_local_port_is_the_same_although_a_lower_one_became_free(laptop: Laptop, host: Host) -> None:
+    for name in ("one", "two"):
+        (host.home / name).mkdir()
+    one = laptop.start("host:one", has_terminal=False)
+    one.url()
+    two = laptop.start("host:two", has_terminal=False)
+    url = two.url()
+    assert urlsplit(url).port != urlsplit(one.url()).port
+    for run in (one, two):
+        run.interrupt()
+        assert run.wait() == 0
+    again = laptop.start("host:two", has_terminal=False)
+    assert again.url() == url
+
+
+def test_kernel_computes_through_the_tunnel(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    assert compute(url, "print(6 * 7)") == "42\n"
+
+
+def test_kernel_has_the_users_umask_and_not_our_token(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    token = parse_qs(urlsplit(url).query)["token"][0]
+    assert compute(url, "import os; print('%03o' % os.umask(0))") == "%03o\n" % current_umask()
+    assert token not in compute(url, "import os; print(dict(os.environ))")
+
+
+def current_umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+def test_new_starts_another(laptop: Laptop, host: Host) -> None:
+    first = laptop.start("host", has_terminal=False)
+    first.url()
+    second = laptop.start("--new", "host", has_terminal=False)
+    assert second.url() != first.url()
+    assert len({record["pid"] for record in host.servers()}) == 2
+    # With two of them, the hint must name the one.
+    identity = second.expect(r"To end it: .* host stop ([0-9a-f]{4})").group(1)
+    assert identity in [record["id"] for record in host.servers()]
+
+
+def test_stop_ends_server_and_kernels_and_removes_what_we_left(laptop: Laptop, host: Host, mark: str) -> None:
+    run = laptop.start("host", has_terminal=False)
+    compute(run.url(), "print(1)")
+    run.interrupt()
+    run.wait()
+    stop = laptop.run("host", "stop")
+    assert stop.status == 0
+    assert "Stopped Jupyter Notebook in %s" % host.home in stop.stderr
+    assert host.servers() == []
+    wait_until(lambda: not processes_with(mark), "all gone")
+    again = laptop.run("host", "stop")
+    assert (again.status, "No server of yours runs there." in again.stderr) == (0, True)
+
+
+def test_stop_names_the_servers_when_there_are_several(laptop: Laptop, host: Host) -> None:
+    for _ in range(2):
+        run = laptop.start("--new", "host", has_terminal=False)
+        run.url()
+    stop = laptop.run("host", "stop")
+    assert stop.status == 1
+    for record in host.servers():
+        assert record["id"] in stop.stderr
+    one, two = host.servers()
+    assert laptop.run("host", "stop", one["id"]).status == 0
+    assert [record["id"] for record in host.servers()] == [two["id"]]
+    wrong = laptop.run("host", "stop", "zzzz")
+    assert (wrong.status, "zzzz" in wrong.stderr) == (1, True)
+
+
+def test_stop_on_exit(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("--stop-on-exit", "host", has_terminal=False)
+    run.url()
+    run.expect("ends the server")
+    (record,) = host.servers()
+    run.interrupt()
+    assert run.wait() == 0
+    assert not is_running(record["pid"])
+    assert host.servers() == []
+
+
+def test_background_and_close(laptop: Laptop, host: Host, mark: str) -> None:
+    run = laptop.start("-f", "--no-browser", "host")
+    assert run.wait() == 0
+    url = run.url()
+    assert api(url, "status")["kernels"] == 0
+    other = laptop.run("other", "close")
+    assert (other.status, "No tunnel to other" in other.stderr) == (0, True)
+    close = laptop.run("host", "close")
+    assert close.status == 0
+    assert "Closed the tunnel on 127.0.0.1:%d." % urlsplit(url).port in close.stderr
+    with pytest.raises(OSError):
+        api(url, "status")
+    assert is_running(host.servers()[0]["pid"])
+
+
+def test_background_tells_its_failure_by_its_status(laptop: Laptop, host: Host) -> None:
+    run = laptop.run("-f", "host:nowhere")
+    assert (run.status, "no such directory" in run.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_close_the_tunnel_like_ctrl_c(laptop: Laptop, host: Host, signum: int) -> None:
+    run = laptop.start("host", has_terminal=False)
+    run.expect("To end it")
+    os.kill(run.pid, signum)
+    assert run.wait() == 0
+    assert is_running(host.servers()[0]["pid"])
+
+
+def test_kill_9_leaves_nothing_on_the_laptop(laptop: Laptop, host: Host, mark: str) -> None:
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    wait_until(lambda: not [w for w in processes_with(mark).values() if w.startswith("ssh ")], "ssh is gone", 10)
+    again = laptop.start("host", has_terminal=False)
+    assert again.url() == url
+
+
+def test_ctrl_c_before_there_is_a_result(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host")
+    run.expect("Launching Jupyter")
+    run.interrupt()
+    assert run.wait() == 130
+    # The launch goes on without us; the next run finds that server, and starts no second one.
+    again = laptop.start("host", has_terminal=False)
+    again.expect("Found Jupyter Notebook")
+    again.url()
+    assert len(host.servers()) == 1
+
+
+NASTY = [
+    "a b",
+    'it\'s "q"',
+    "#1 50% ?x&y=z",
+    "$(touch pwned) `id` $HOME",
+    "new\nline",
+    "Übung 日本",
+    "~tilde",
+    "-dash",
+    "a;b|c",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_that_hurt(laptop: Laptop, host: Host, name: str) -> None:
+    directory = host.home / name
+    directory.mkdir()
+    notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (directory / (name + ".ipynb")).write_text(json.dumps(notebook))
+    run = laptop.start("host:./%s/%s.ipynb" % (name, name), has_terminal=False)
+    url = run.url()
+    (record,) = host.servers()
+    assert record["root_dir"] == str(directory)
+    assert [entry["name"] for entry in api(url, "contents")["content"]] == [name + ".ipynb"]
+    with urllib.request.urlopen(url, timeout=30) as page:
+        assert page.status == 200
+    assert urlsplit(url).path.startswith("/notebooks/")
+    assert not list(Path(host.home).rglob("pwned"))
+
+
+def test_file_that_is_no_notebook(laptop: Laptop, host: Host) -> None:
+    (host.home / "notes.txt").write_text("x")
+    assert urlsplit(laptop.start("host:notes.txt", has_terminal=False).url()).path == "/edit/notes.txt"
+
+
+def test_lab(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("--lab", "host", has_terminal=False).url()
+    assert urlsplit(url).path == "/lab"
+    with urllib.request.urlopen(url, timeout=30) as page:
+        assert b"JupyterLab" in page.read()
+
+
+def test_ten_at_once(laptop: Laptop, host: Host) -> None:
+    runs = [laptop.start("--new", "host", has_terminal=False) for _ in range(10)]
+    urls = [run.url() for run in runs]
+    assert len({urlsplit(url).port for url in urls}) == 10
+    assert len({url.partition("token=")[2] for url in urls}) == 10
+    assert len({record["pid"] for record in host.servers()}) == 10
+    for url in urls:
+        assert api(url, "status")["kernels"] == 0
+    for run in runs:
+        run.interrupt()
+    assert [run.wait() for run in runs] == [0] * 10
+
+
+def test_taken_ports_lead_to_the_next(laptop: Laptop, host: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        run = laptop.start("--port", str(taken), "host", has_terminal=False)
+        run.url()
+        assert int(run.expect(r"port (\d+),").group(1)) > taken
+
+
+def test_fixed_local_port(laptop: Laptop, host: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = str(stranger.getsockname()[1])
+        run = laptop.run("--local-port", taken, "host")
+        assert run.status == 1
+        assert "cannot listen on local port " + taken in run.stderr
+    again = laptop.start("--local-port", taken, "host", has_terminal=False)
+    assert str(urlsplit(again.url()).port) == taken
+
+
+def test_private_files_stay_private(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    token = parse_qs(urlsplit(run.url()).query)["token"][0]
+    for top in (host.home, laptop.home, laptop.runtime):
+        for path in top.rglob("*"):
+            if path.is_file() and token.encode() in path.read_bytes():
+                modes = [p.stat().st_mode & 0o077 for p in [path, *path.parents] if str(p).startswith(str(top))]
+                assert 0 in modes, path
+                assert path.stat().st_mode & 0o077 == 0, path
+
+
+class StubBrowser:
+    """A program that stands in for a browser: it writes down its argv and the page it gets."""
+
+    def __init__(self, directory: Path) -> None:
+        self.argv = directory / "browser.argv"
+        self.page = directory / "browser.page"
+        self.program = directory / "browser"
+        self.program.write_text(
+            "#!%s\nimport sys, urllib.request\nopen(%r, 'w').write(' '.join(sys.argv))\n"
+            "page = urllib.request.urlopen(sys.argv[1])\nopen(%r, 'w').write(page.url)\n"
+            % (sys.executable, str(self.argv), str(self.page))
+        )
+        self.program.chmod(0o755)
+
+
+def test_stub_browser_gets_the_page_but_no_token_in_its_argv(laptop: Laptop, host: Host) -> None:
+    browser = StubBrowser(laptop.home)
+    run = laptop.start("--browser", "%s %%s" % browser.program, "host", has_terminal=False)
+    token = parse_qs(urlsplit(run.url()).query)["token"][0]
+    wait_until(lambda: browser.page.exists() and browser.page.read_text(), "the browser has the page")
+    assert urlsplit(browser.page.read_text()).port == urlsplit(run.url()).port
+    assert token not in browser.argv.read_text()
+
+
+def test_real_browser_runs_a_cell(laptop: Laptop, host: Host) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    cell: Dict[str, Any] = {"cell_type": "code", "id": "c1", "metadata": {}, "execution_count": None}
+    cell.update(outputs=[], source="")
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
+    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+    url = laptop.start("host:train.ipynb", has_terminal=False).url()
+    with chromium(laptop) as driver:
+        driver.get(url)
+        wait = WebDriverWait(driver, 60)
+        editor = wait.until(lambda d: d.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content"))
+        wait.until(lambda d: "Idle" in d.page_source or "idle" in d.page_source)
+        editor.click()
+        editor.send_keys("print('six times seven is', 6 * 7)")
+        editor.send_keys(Keys.SHIFT, Keys.ENTER)
+        wait.until(lambda d: "six times seven is 42" in d.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text)
+
+
+def chromium(laptop: Laptop) -> Any:
+    """Return a headless Chromium with a profile of its own, as a context manager."""
+    import shutil
+
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    profile = laptop.home / "chromium"
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--user-data-dir=%s" % profile,
+    ):
+        options.add_argument(argument)
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+def check_failure(run: Run, status: int, *words: str) -> None:
+    """A failure is: its status, nothing on stdout, and what, why, try on stderr."""
+    assert run.status == status, run.text
+    assert run.stdout == ""
+    assert re.search(r"^rjupyter: ", run.stderr, re.MULTILINE)
+    for word in words:
+        assert word in run.stderr, run.stderr
+
+
+def test_unknown_host(laptop: Laptop) -> None:
+    run = laptop.run("no-such-host.invalid")
+    check_failure(run, 255, "cannot connect to no-such-host.invalid", "why: ssh: Could not resolve", "try: ssh no-such")
+
+
+def test_refused(laptop: Laptop, host: Host) -> None:
+    host.sshd.stop()
+    check_failure(laptop.run("host"), 255, "cannot connect to host", "Connection refused", "try: ssh -F")
+
+
+def test_wrong_key(laptop: Laptop, host: Host) -> None:
+    other = host.sshd.directory / "other_key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
+    host.sshd.config.write_text(host.sshd.config.read_text().replace("user_key", "other_key"))
+    check_failure(laptop.run("host"), 255, "Permission denied", "no terminal here", "try: a key without a question")
+
+
+def test_changed_host_key(laptop: Laptop, host: Host) -> None:
+    known = host.sshd.directory / "known_hosts"
+    words = known.read_text().split()
+    other = (host.sshd.directory / "user_key.pub").read_text().split()[1]
+    known.write_text(" ".join([words[0], words[1], other]) + "\n")
+    check_failure(laptop.run("host"), 255, "host key of host is not the one known here", "ssh-keygen")
+
+
+def test_unknown_host_key_without_a_terminal(laptop: Laptop, host: Host) -> None:
+    (host.sshd.directory / "known_hosts").write_text("")
+    check_failure(laptop.run("host"), 255, "is not known here", "once, in a terminal")
+
+
+def test_unknown_host_key_is_asked_by_ssh_itself(laptop: Laptop, host: Host) -> None:
+    (host.sshd.directory / "known_hosts").write_text("")
+    host.sshd.config.write_text(host.sshd.config.read_text().replace("StrictHostKeyChecking yes", ""))
+    run = laptop.start("--no-browser", "host")
+    run.expect(r"Are you sure you want to continue connecting")
+    run.type("yes\n")
+    run.url()
+
+
+def test_no_such_directory(laptop: Laptop, host: Host) -> None:
+    check_failure(laptop.run("host:nowhere/at all"), 1, "no such directory", str(host.home / "nowhere/at all"))
+    check_failure(laptop.run("host:x.ipynb"), 1, "no such notebook")
+
+
+def test_jupyter_that_dies_at_start(laptop: Laptop, host: Host) -> None:
+    run = laptop.run("--server-arg=--ServerApp.port=nonsense", "host")
+    check_failure(run, 4, "Jupyter did not start", "ended with status 1", "nonsense", "failed.log")
+    assert "nonsense" in (host.home / ".local/state/rjupyter/failed.log").read_text()
+    assert host.servers() == []
+
+
+def stub_jupyter(directory: Path, script: str) -> str:
+    """Make a directory with a stub for `jupyter-notebook`, and return it for a PATH."""
+    directory.mkdir()
+    (directory / "jupyter-notebook").write_text("#!/bin/sh\n" + script)
+    (directory / "jupyter-notebook").chmod(0o755)
+    return str(directory)
+
+
+def test_stub_jupyter_that_never_listens(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    make_host(path=stub_jupyter(directory / "bin", "echo still importing; exec sleep 600"))
+    run = laptop.run("--start-timeout", "1", "host")
+    check_failure(run, 6, "did not start in time", "still importing", "--start-timeout")
+
+
+def test_stub_jupyter_loses_its_port_at_the_last_moment(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    script = 'test -e "$HOME/second" && exec %s/jupyter-notebook "$@"\n' % VENV_BIN
+    script += 'touch "$HOME/second"; echo "OSError: [Errno 98] Address already in use"; exit 1'
+    make_host(path=stub_jupyter(directory / "bin", script))
+    run = laptop.start("--port", "18888", "host", has_terminal=False)
+    run.url()
+    assert "port 18889," in run.stderr
+
+
+def bare_python(directory: Path) -> str:
+    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
+    base = getattr(sys, "_base_executable", sys.executable)
+    directory.mkdir()
+    (directory / "python3").symlink_to(os.path.realpath(base))
+    return str(directory)
+
+
+def test_no_jupyter_and_no_install(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    make_host(path=bare_python(directory / "bin"))
+    run = laptop.run("--no-install", "host")
+    check_failure(
+        run, 3, "no Jupyter on the host", str(directory / "bin"), "-m venv --system-site-packages ~/.local/share"
+    )
+
+
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_no_jupyter_installs_a_private_one(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, tool: str
+) -> None:
+    path = bare_python(directory / "bin")
+    if tool == "uv":
+        (directory / "bin" / "uv").symlink_to(VENV_BIN / "uv")
+    host = make_host(path=path)
+    run = laptop.start("host", has_terminal=False)
+    url = run.expect(r"^http://127\.0\.0\.1:\d+/\S*$", 400).group()
+    venv = host.home / ".local/share/rjupyter/venv"
+    assert "installing it in %s (%s)." % (venv, tool) in run.stderr
+    assert "include-system-site-packages = true" in (venv / "pyvenv.cfg").read_text()
+    assert compute(url, "import sys; print(sys.prefix)") == "%s\n" % venv
+    run.interrupt()
+    run.wait()
+    laptop.run("host", "stop")
+    again = laptop.start("host", has_terminal=False)
+    again.url()
+    assert "installing" not in again.stderr
+
+
+def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    host = make_host(path=bare_python(directory / "bin"), PIP_INDEX_URL="http://127.0.0.1:1", PIP_RETRIES="0")
+    host.sshd.environment["PIP_NO_INDEX"] = "1"
+    host.sshd.stop()
+    host.sshd.start()
+    check_failure(laptop.run("host"), 3, "could not be installed", "-m pip install")
+
+
+def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    run.url()
+    run.interrupt()
+    run.wait()
+    (record,) = host.servers()
+    info = Path(record["runtime_dir"]) / ("jpserver-%d.json" % record["pid"])
+    facts = json.loads(info.read_text())
+    info.write_text(json.dumps(dict(facts, token="0" * 48)))
+    check_failure(laptop.run("host"), 1, "a stranger answers", "does not take our token")
+
+
+def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    make_host(settings="AllowTcpForwarding no")
+    check_failure(laptop.run("host"), 1, "does not forward", "AllowTcpForwarding")
+
+
+def test_server_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    api(url, "shutdown", "POST")
+    assert run.wait() == 4
+    assert "has ended" in run.stderr
+
+
+def test_connection_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    run.expect("To end it")
+    host.sshd.stop()
+    host.sshd.end_sessions()
+    assert run.wait() == 255
+    assert "was lost" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["-oProxyCommand=touch pwned"],
+        ["--port", "99999", "host"],
+        ["--nonsense", "host"],
+        ["host", "dance"],
+        ["--", "-x"],
+    ],
+)
+def test_wrong_usage(laptop: Laptop, arguments: Any) -> None:
+    check_failure(laptop.run(*arguments), 2, "wrong usage", "--help")
+    assert not (laptop.home / "pwned").exists()
+
+
+def test_no_ssh_on_path(laptop: Laptop) -> None:
+    check_failure(laptop.run("host", PATH="/nonexistent"), 1, "no ssh on this machine")
+
+
+def test_example_config_is_valid() -> None:
+    example = Path(__file__).parent.parent / ".ssh_config.example"
+    aliases = re.findall(r"^Host (\w\S*)", example.read_text(), re.MULTILINE)
+    assert len(aliases) >= 5
+    for alias in aliases:
+        argv = ["ssh", "-F", str(example), "-G", alias]
+        answer = subprocess.run(argv, capture_output=True, text=True, env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"})
+        assert answer.returncode == 0, answer.stderr
