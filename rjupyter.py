@@ -250,7 +250,7 @@ ALWAYS = ["-a", "-x", "-T", "-o", "RemoteCommand=none", "-o", "ControlPersist=no
 # ssh words that come just before ssh gives up. They are kept for our own error; all other lines pass at once, because
 # a banner or the text of a second factor must be read before the prompt that follows it.
 FATAL_WORDS = re.compile(
-    r"ssh: |ssh_|kex_|mux_|@@@|Permission denied \(|Connection (closed|reset|timed out)|Host key|Received disconnect"
+    r"ssh: |ssh_|kex_|mux_|@@@|.*Permission denied \(|Connection (closed|reset|timed out)|Host key|Received disconnect"
     r"|Disconnected from|Someone could be|It is also possible|The fingerprint for|Please contact your|Add correct host"
     r"|Offending|remove with|  ssh-keygen|Bad |command-line|Unsupported option|.*terminating|client_loop|Timeout,"
     r"|Too many auth|Unable to negotiate|no matching|Password authentication is disabled|.* host key for .* has changed"
@@ -612,24 +612,32 @@ class Trouble(Exception):
 # -- both sides -------------------------------------------------------------------------------------------------------
 
 
-def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
-    """Return the first port from `start_port` up on which `host` can be listened on; raise OSError when none is left.
+def listen_on(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Return a socket that listens on `host`:`port`; raise OSError when that is taken or not ours to take.
 
     SO_REUSEADDR, because ssh and Jupyter set it too: a port in TIME_WAIT is free for them.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(8)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
+    """Return the first port from `start_port` up that `host` can listen on; raise OSError when none is left."""
     for port in range(start_port, 65536):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
-                continue
+        try:
+            listen_on(port, host).close()
             return port
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
     raise OSError(errno.EADDRINUSE, "no free port from %d up" % start_port)
 
 
@@ -752,6 +760,8 @@ def state_dir() -> str:
 def runtime_dir() -> str:
     """Return Jupyter's runtime directory (jupyter_core.paths), made when it is missing, closed to others.
 
+    Jupyter writes jpserver-PID-open.html there, which holds the token, and only its umask decides who reads that. To
+    close the directory does no harm; another umask would, for every file that the user's kernels write.
     XDG_RUNTIME_DIR, which old versions used, vanishes at logout.
     """
     home = os.path.expanduser("~")
@@ -761,8 +771,7 @@ def runtime_dir() -> str:
     path = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        if os.stat(path).st_uid == os.getuid():
-            os.chmod(path, 0o700)  # the files in it hold tokens, and not all of them are 0600
+        os.chmod(path, 0o700)
     except OSError as error:
         raise Trouble(1, "cannot use Jupyter's runtime directory", str(error))
     return path
@@ -1029,8 +1038,6 @@ def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
             port += 1
             continue
         argv = [script, "--no-browser", "--port=%d" % port, "--ip=" + request["ip"]]
-        # Not the file jpserver-PID-open.html: it holds the token, and umask alone decides who reads it.
-        argv += ["--ServerApp.no_browser_open_file=True"]
         argv += ["--notebook-dir=" + root_dir] if root_dir else []
         argv += ["--allow-root"] if os.getuid() == 0 else []
         argv += [native(argument) for argument in request["server_args"]]
@@ -1551,14 +1558,24 @@ class Tunnel:
             raise Failure(what, "the end of its log:\n%s" % answer.get("log"), "", EXIT_SERVER_ENDED)
 
 
+@contextlib.contextmanager
+def reserved(port: int) -> Iterator[None]:
+    """Keep others off a local port for a while, where it is free."""
+    try:
+        listener = listen_on(port)
+    except OSError:
+        yield
+        return
+    with listener:
+        yield
+
+
 def open_browser(url: str, command: Optional[str], messages: Messages) -> None:
     """Open `url` in a browser here without handing it over in an argv, where others could read the token.
 
     The browser gets the address of a listener of ours, which sends it on, once. Does not wait.
     """
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(8)
+    listener = listen_on(0)
     listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
     threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True).start()
@@ -1917,19 +1934,22 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     """Get a server on the host and a checked tunnel to it."""
     if args.ip not in ("127.0.0.1", "::1"):
         messages.note("Jupyter binds %s: everyone who reaches that address can try to connect." % args.ip)
-    reply = agent.ask(
-        "open",
-        "Launching Jupyter",
-        app=args.app,
-        path=args.destination.path,
-        is_new=args.new,
-        port=args.port,
-        ip=args.ip,
-        local_port=args.local_port or find_free_port(LOCAL_PORT),
-        server_args=args.server_arg,
-        start_timeout_s=args.start_timeout,
-        may_install=not args.no_install,
-    )
+    # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
+    local_port = args.local_port or find_free_port(LOCAL_PORT)
+    with reserved(local_port):
+        reply = agent.ask(
+            "open",
+            "Launching Jupyter",
+            app=args.app,
+            path=args.destination.path,
+            is_new=args.new,
+            port=args.port,
+            ip=args.ip,
+            local_port=local_port,
+            server_args=args.server_arg,
+            start_timeout_s=args.start_timeout,
+            may_install=not args.no_install,
+        )
     server = Server.from_reply(reply)
     verb, seconds = ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", _age(server.seconds))
     text = "%s %s in %s (pid %d, port %d, %s)."

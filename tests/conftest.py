@@ -25,6 +25,7 @@ VENV_BIN = Path(sys.executable).parent  # the environment that tests/setup.sh ma
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 DEADLINE_S = 90.0
 MARK = "RJUPYTER_TEST"
+ON_HOST = "RJUPYTER_SIDE=host"
 
 sys.path.insert(0, str(TOP))
 
@@ -177,6 +178,13 @@ class Laptop:
         self.runs.append(run)
         return run
 
+    def end_runs(self) -> None:
+        """Ctrl-C for what still runs."""
+        for run in self.runs:
+            if run.status is None:
+                run.interrupt()
+                run.wait(20)
+
     def run(self, *arguments: str, has_terminal: bool = False, **environment: str) -> Run:
         """Run rjupyter.py to its end."""
         run = self.start(*arguments, has_terminal=has_terminal, **environment)
@@ -233,6 +241,7 @@ def directory(mark: str) -> Iterator[Path]:
 def laptop(directory: Path, mark: str) -> Iterator[Laptop]:
     laptop = Laptop(directory, mark)
     yield laptop
+    laptop.end_runs()
     for run in laptop.runs:
         run.close()
     left = [str(path) for path in laptop.runtime.rglob("*") if not path.is_dir()]
@@ -248,7 +257,7 @@ def make_host(directory: Path, mark: str, laptop: Laptop) -> Iterator[Callable[.
         base = directory / name
         base.mkdir()
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings)
-        sshd.environment = dict({MARK: mark}, **environment)
+        sshd.environment = dict({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         host = Host(sshd)
         hosts.append(host)
         laptop.config = str(sshd.config)
@@ -256,13 +265,15 @@ def make_host(directory: Path, mark: str, laptop: Laptop) -> Iterator[Callable[.
         return host
 
     yield make
-    # The laptop's side first: when every run has ended, a process of its side is a leak, and would end with sshd here.
-    is_over = all(run.status is not None for run in laptop.runs)
-    local = processes_with(mark, without="SSH_CONNECTION=") if is_over else {}
+    # The laptop's side first: what is left of it after its runs is a leak, and would end with sshd.
+    laptop.end_runs()
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
+    local = processes_with(mark, without=ON_HOST)
     for host in hosts:
         host.end_servers()
         host.sshd.stop()
-        host.sshd.end_sessions()
+        host.sshd.end_connections()
     assert not local, "left on the laptop: %s" % local
 
 

@@ -30,6 +30,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def children(pid: int) -> List[int]:
+    """Return the pids of the children of a process."""
+    try:
+        tasks = list(Path("/proc/%d/task" % pid).iterdir())
+        return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
 class PrivateSshd:
     """An sshd below `directory`; logins get `home` as HOME and `path` as PATH."""
 
@@ -45,6 +54,7 @@ class PrivateSshd:
         self.log = directory / "sshd.log"
         self.process: Optional[subprocess.Popen[bytes]] = None
         self.environment: Dict[str, str] = {}
+        self._connections: List[int] = []
         self.home.mkdir(parents=True, exist_ok=True)
         for name in ("host_key", "user_key"):
             if not (directory / name).exists():
@@ -100,24 +110,23 @@ class PrivateSshd:
             return False
 
     def stop(self) -> None:
-        """End sshd; the sessions it serves go on, as with a real one."""
+        """End sshd; the connections it serves go on, as with a real one."""
         if self.process is not None:
+            self._connections = self.connection_pids()
             self.process.terminate()
             self.process.wait(10)
             self.process = None
 
-    def end_sessions(self) -> None:
-        """Kill the sshd processes that serve sessions."""
-        for pid in self.session_pids():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    def connection_pids(self) -> List[int]:
+        """Return the pids of the processes that serve the connections, also of those that sshd left behind."""
+        return self._connections + (children(self.process.pid) if self.process else [])
 
-    def session_pids(self) -> List[int]:
-        """Return the pids of the processes that serve connections, as sshd's log names them and the system confirms."""
-        pids = {int(pid) for pid in re.findall(r"User child is on pid (\d+)", self.log_text())}
-        return sorted(pid for pid in pids if os.path.exists("/proc/%d" % pid) or not os.path.exists("/proc"))
+    def end_connections(self, signum: int = signal.SIGKILL) -> None:
+        """Kill what serves the connections, or send it another signal."""
+        connections = self.connection_pids()
+        for pid in [child for connection in connections for child in children(connection)] + connections:
+            if Path("/proc/%d/cmdline" % pid).exists() and b"sshd" in Path("/proc/%d/cmdline" % pid).read_bytes():
+                os.kill(pid, signum)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -318,8 +318,7 @@ def test_private_files_stay_private(laptop: Laptop, host: Host) -> None:
         for path in top.rglob("*"):
             if path.is_file() and token.encode() in path.read_bytes():
                 modes = [p.stat().st_mode & 0o077 for p in [path, *path.parents] if str(p).startswith(str(top))]
-                assert 0 in modes, path
-                assert path.stat().st_mode & 0o077 == 0, path
+                assert 0 in modes, path  # closed itself, or in a directory that is
 
 
 class StubBrowser:
@@ -347,10 +346,6 @@ def test_stub_browser_gets_the_page_but_no_token_in_its_argv(laptop: Laptop, hos
 
 
 def test_real_browser_runs_a_cell(laptop: Laptop, host: Host) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
-
     cell: Dict[str, Any] = {"cell_type": "code", "id": "c1", "metadata": {}, "execution_count": None}
     cell.update(outputs=[], source="")
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -359,13 +354,32 @@ def test_real_browser_runs_a_cell(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host:train.ipynb", has_terminal=False).url()
     with chromium(laptop) as driver:
         driver.get(url)
-        wait = WebDriverWait(driver, 60)
-        editor = wait.until(lambda d: d.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content"))
-        wait.until(lambda d: "Idle" in d.page_source or "idle" in d.page_source)
+        run_cell(driver, "print('six times seven is', 6 * 7)", "six times seven is 42")
+
+
+def run_cell(driver: Any, code: str, output: str) -> None:
+    """Type `code` into the notebook's first cell, run it, and wait for its output. The page may redraw meanwhile."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def text_of(selector: str) -> str:
+        return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
+
+    def type_code(_: Any) -> bool:
+        editor = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
         editor.click()
-        editor.send_keys("print('six times seven is', 6 * 7)")
-        editor.send_keys(Keys.SHIFT, Keys.ENTER)
-        wait.until(lambda d: "six times seven is 42" in d.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text)
+        editor.send_keys(Keys.CONTROL, "a")
+        editor.send_keys(Keys.DELETE)
+        editor.send_keys(code)
+        return code in text_of(".jp-Cell .cm-content")
+
+    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+    wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
+    wait.until(type_code)
+    driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
+    wait.until(lambda _: output in text_of(".jp-OutputArea"))
 
 
 def chromium(laptop: Laptop) -> Any:
@@ -505,7 +519,7 @@ def test_no_jupyter_installs_a_private_one(
     path = bare_python(directory / "bin")
     if tool == "uv":
         (directory / "bin" / "uv").symlink_to(VENV_BIN / "uv")
-    host = make_host(path=path)
+    host = make_host(path=path, UV_SYSTEM_CERTS="1", UV_NATIVE_TLS="1")
     run = laptop.start("host", has_terminal=False)
     url = run.expect(r"^http://127\.0\.0\.1:\d+/\S*$", 400).group()
     venv = host.home / ".local/share/rjupyter/venv"
@@ -557,7 +571,7 @@ def test_connection_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> No
     run = laptop.start("host", has_terminal=False)
     run.expect("To end it")
     host.sshd.stop()
-    host.sshd.end_sessions()
+    host.sshd.end_connections()
     assert run.wait() == 255
     assert "was lost" in run.stderr
 
