@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADL
 
 def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
     """Return the processes whose environment holds `mark`, and not `without`, with their command lines."""
-    found = {}
+    found: Dict[int, str] = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):

@@ -196,7 +196,7 @@ def test_background_and_close(laptop: Laptop, host: Host, mark: str) -> None:
     assert (other.status, "No tunnel to other" in other.stderr) == (0, True)
     close = laptop.run("host", "close")
     assert close.status == 0
-    assert "Closed the tunnel on 127.0.0.1:%d." % urlsplit(url).port in close.stderr
+    assert "Closed the tunnel on 127.0.0.1:%s." % urlsplit(url).port in close.stderr
     with pytest.raises(OSError):
         api(url, "status")
     assert is_running(host.servers()[0]["pid"])
@@ -604,3 +604,19 @@ def test_example_config_is_valid() -> None:
         argv = ["ssh", "-F", str(example), "-G", alias]
         answer = subprocess.run(argv, capture_output=True, text=True, env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"})
         assert answer.returncode == 0, answer.stderr
+
+
+def test_make_demo(laptop: Laptop, mark: str) -> None:
+    """The README's first command, in a terminal, to its Ctrl-C; afterwards nothing of it is left."""
+    top = Path(__file__).parent.parent
+    argv = ["make", "-C", str(top), "demo", "DEMO_ARGS=--no-browser demo:work", "PYTHON=%s" % sys.executable]
+    run = Run(argv, dict(laptop.environment), has_terminal=True, cwd=str(top))
+    laptop.runs.append(run)
+    url = run.url()
+    assert api(url, "status")["kernels"] == 0
+    run.expect("To end it")
+    run.interrupt()
+    assert run.wait() == 0
+    directory = re.search(r"-F (\S+)/ssh_config", run.text)
+    assert directory and not Path(directory.group(1)).exists()
+    assert "are gone" in run.text

@@ -1,0 +1,208 @@
+"""The parts that need no host: parsing, checking, quoting, ports."""
+
+import contextlib
+import io
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import pytest
+
+import rjupyter
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "path"),
+    [
+        ("gpu1", "gpu1", None),
+        ("ana@gpu1", "ana@gpu1", None),
+        ("gpu1:work", "gpu1", "work"),
+        ("gpu1:", "gpu1", ""),
+        ("gpu1:a:b", "gpu1", "a:b"),
+        ("gpu1:/a b/c", "gpu1", "/a b/c"),
+        ("gpu1:new\nline", "gpu1", "new\nline"),
+        ("ana@[::1]:work", "ana@::1", "work"),
+        ("[fe80::1%eth0]", "fe80::1%eth0", None),
+        ("::1", "::1", None),
+        ("ana@::1", "ana@::1", None),
+        ("ssh://ana@gpu1:2222", "ssh://ana@gpu1:2222", None),
+        ("ssh://ana@gpu1:2222/", "ssh://ana@gpu1:2222", None),
+        ("ssh://gpu1/a%20b", "ssh://gpu1", "a b"),
+        ("ssh://gpu1//abs", "ssh://gpu1", "/abs"),
+    ],
+)
+def test_destination(text: str, host: str, path: Optional[str]) -> None:
+    assert rjupyter.parse_destination(text) == (host, path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":work", "-oProxyCommand=x", "ana@-x", "ssh://-x", "a b", "a\nb:x", "ssh://", "a/b", "[]:x", "h:a\0b"]
+)
+def test_destination_that_ssh_could_take_for_something_else(text: str) -> None:
+    with pytest.raises(ValueError, match=r"host|NUL"):
+        rjupyter.parse_destination(text)
+
+
+REPLY: Dict[str, Any] = {
+    "id": "07af",
+    "pid": 12,
+    "app": "notebook",
+    "version": "7.0",
+    "port": 8888,
+    "token": "abc",
+    "base_url": "/",
+    "root_dir": "/home/ana",
+    "file": "",
+    "is_secure": False,
+    "has_password": False,
+    "local_port": 8889,
+    "is_launched": True,
+    "is_only": True,
+    "start_s": 1.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "url"),
+    [
+        ({}, "http://127.0.0.1:8889/tree?token=abc"),
+        ({"app": "lab"}, "http://127.0.0.1:8889/lab?token=abc"),
+        ({"file": "a b#%.ipynb"}, "http://127.0.0.1:8889/notebooks/a%20b%23%25.ipynb?token=abc"),
+        ({"file": "ü\n.ipynb", "app": "lab"}, "http://127.0.0.1:8889/lab/tree/%C3%BC%0A.ipynb?token=abc"),
+        ({"file": "\udcff.py"}, "http://127.0.0.1:8889/edit/%FF.py?token=abc"),
+        ({"base_url": "/user/ana/", "is_secure": True}, "https://127.0.0.1:8889/user/ana/tree?token=abc"),
+        ({"token": "a&b=c d"[:5]}, "http://127.0.0.1:8889/tree?token=a%26b%3Dc"),
+        ({"token": ""}, "http://127.0.0.1:8889/tree"),
+    ],
+)
+def test_url(change: Dict[str, Any], url: str) -> None:
+    assert rjupyter.Server.from_reply({**REPLY, **change}).url(8889) == url
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"port": "8888"},
+        {"port": 0},
+        {"port": 70000},
+        {"port": True},
+        {"token": "a b"},
+        {"token": "a\r\nHost: x"},
+        {"token": None},
+        {"base_url": "evil.example.org/"},
+        {"base_url": "//evil.example.org/"},
+        {"base_url": "/a/../?"},
+        {"app": "vim"},
+        {"id": "../../x"},
+        {"pid": None},
+    ],
+)
+def test_reply_that_makes_no_sense(change: Dict[str, Any]) -> None:
+    with pytest.raises(rjupyter.Failure, match="makes no sense"):
+        rjupyter.Server.from_reply({**REPLY, **change})
+
+
+def test_text_from_the_host_cannot_drive_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    failure = rjupyter.Failure("a\033]0;title\007", "b\x9b2J\u202e", "c\r\nd")
+    rjupyter.Messages().failure(failure)
+    assert stream.getvalue() == "rjupyter: a?]0;title?\n  why: b?2J?\n  try: c\n       d\n"
+
+
+def test_port_in_time_wait_is_free_and_a_taken_one_is_not() -> None:
+    listener = rjupyter.listen_on(0)
+    port = listener.getsockname()[1]
+    assert rjupyter.find_free_port(port) != port
+    client = socket.create_connection(("127.0.0.1", port))
+    connection, _ = listener.accept()
+    connection.close()  # this side closes first, so it is the one in TIME_WAIT
+    client.recv(1)
+    client.close()
+    listener.close()
+    with pytest.raises(OSError, match="in use"), socket.socket() as plain:
+        plain.bind(("127.0.0.1", port))
+    assert rjupyter.find_free_port(port) == port
+
+
+def test_remote_command_is_valid_in_every_shell() -> None:
+    command = rjupyter.agent_command()
+    assert not re.search(r"[!\\\n]", command)
+    assert command.count("'") == 2
+    assert len(command) < 1000  # old csh takes 1024 characters in a word
+
+
+def interpreters() -> Any:
+    """Every Python that the agent may meet on a host, as far as this machine has them."""
+    found: Dict[int, str] = {}
+    for minor in range(6, 20):
+        for place in [
+            *Path.home().glob(".pyenv/versions/3.%d.*/bin" % minor),
+            Path("/usr/bin"),
+            Path("/usr/local/bin"),
+        ]:
+            program = place / ("python3.%d" % minor)
+            if program.exists():
+                found.setdefault(minor, str(program))
+    return [pytest.param(program, id="3.%d" % minor) for minor, program in sorted(found.items())]
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_agent_answers_under(python: str, tmp_path: Path) -> None:
+    request = b'{"nonce": "n", "action": "open", "path": "nowhere", "is_new": false}\n'
+    answer = subprocess.run(
+        [python, "-IS", "-c", rjupyter.BOOTSTRAP],
+        input=rjupyter.agent_source() + request,
+        capture_output=True,
+        env={"HOME": str(tmp_path), "LC_ALL": "C"},
+    )
+    hello, reply = answer.stdout.decode().splitlines()
+    assert '"kind": "hello"' in hello
+    assert "no such directory on the host" in reply
+    assert answer.stderr == b""
+
+
+def test_stub_of_an_old_python_is_passed_over(tmp_path: Path) -> None:
+    stub = tmp_path / "python3"
+    stub.write_text("#!/bin/sh\nexit 99\n")
+    stub.chmod(0o755)
+    answer = subprocess.run(
+        ["/bin/sh", "-c", rjupyter.agent_command()],
+        input=rjupyter.agent_source() + b'{"nonce": "n", "action": "open", "path": "nowhere", "is_new": false}\n',
+        capture_output=True,
+        env={"HOME": str(tmp_path), "PATH": "%s:/usr/bin:/bin" % tmp_path},
+    )
+    assert b"no such directory on the host" in answer.stdout
+
+
+def test_redirect_serves_its_secret_once() -> None:
+    listener = rjupyter.listen_on(0)
+    listener.settimeout(10)
+    origin = "http://127.0.0.1:%d" % listener.getsockname()[1]
+    thread = threading.Thread(target=rjupyter._redirect_once, args=(listener, "/secret", "http://127.0.0.1:9/?token=t"))
+    thread.start()
+    with contextlib.closing(socket.create_connection(listener.getsockname())):
+        pass  # a browser that connects ahead, for nothing
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(origin + "/favicon.ico")
+    with contextlib.closing(socket.create_connection(listener.getsockname())) as browser:
+        browser.sendall(b"GET /secret HTTP/1.1\r\n\r\n")
+        assert b"Location: http://127.0.0.1:9/?token=t\r\n" in browser.recv(4096)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert listener.fileno() == -1
+
+
+def test_version_and_help_name_the_program() -> None:
+    script = rjupyter.__file__
+    version = subprocess.run([sys.executable, script, "--version"], capture_output=True, text=True)
+    assert version.stdout == "rjupyter %s\n" % rjupyter.__version__
+    text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
+    for line in (rjupyter.__doc__ or "").splitlines():
+        assert line in text
