@@ -94,7 +94,8 @@ class PrivateSshd:
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation needs it to exist
         argv = [find_sshd(), "-D", "-f", str(config), "-E", str(self.log)]
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        # In a session of its own: a Ctrl-C on the terminal is for the client.
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 10
         while not self._greets():
             if self.process.poll() is not None or time.monotonic() > deadline:

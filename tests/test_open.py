@@ -616,7 +616,9 @@ def test_make_demo(laptop: Laptop, mark: str) -> None:
     assert api(url, "status")["kernels"] == 0
     run.expect("To end it")
     run.interrupt()
-    assert run.wait() == 0
+    run.wait()  # make itself ends by the signal, after its child
+    assert not is_running(int(run.expect(r"\(pid (\d+),").group(1)))
+    assert "Stopped" not in run.text and run.text.count("rjupyter: ") == 0
     directory = re.search(r"-F (\S+)/ssh_config", run.text)
     assert directory and not Path(directory.group(1)).exists()
     assert "are gone" in run.text
