@@ -15,6 +15,11 @@
 What runs on the host outlives this program; `stop` ends it.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
+
 import argparse
 import contextlib
 import errno
@@ -23,7 +28,6 @@ import os
 import queue
 import re
 import shlex
-import signal
 import socket
 import stat
 import subprocess
@@ -44,7 +48,6 @@ __version__ = "0.1.0"
 # Every number and every name that someone may want to change.
 # ---------------------------------------------------------------------------------------------------------------------
 
-REMOTE_PORT = 8888  # the first one tried on the host: Jupyter's own
 LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter may sit
 CONNECT_TIMEOUT_S = 15
 BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
@@ -598,6 +601,8 @@ VENV_DIR = "~/.local/share/rjupyter/venv"
 KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
 POLL_S = 0.02
 HEARTBEAT_S = 5.0
+SHELL_TIMEOUT_S = 10  # for the user's start-up files
+DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
 RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000
 
 
@@ -642,15 +647,15 @@ def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
 
 
 def http_request(
-    port: int, path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
+    address: "Tuple[str, int]", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
 ) -> "Tuple[int, bytes]":
-    """Ask the server on 127.0.0.1:`port`; return the HTTP status and the body (1 MB at most).
+    """Ask the server at `address`; return the HTTP status and the body (1 MB at most).
 
     Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
     Raises OSError when there is no answer within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    connection = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+    connection = socket.create_connection(address, timeout=timeout_s)
     with contextlib.closing(connection):
         if is_secure:
             import ssl
@@ -659,7 +664,7 @@ def http_request(
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = context.wrap_socket(connection)
-        head = "%s %s HTTP/1.0\r\nHost: 127.0.0.1:%d\r\nContent-Length: 0\r\n" % (method, path, port)
+        head = "%s %s HTTP/1.0\r\nHost: 127.0.0.1:%d\r\nContent-Length: 0\r\n" % (method, path, address[1])
         if token:
             head += "Authorization: token %s\r\n" % token
         connection.sendall((head + "\r\n").encode("utf-8"))
@@ -836,45 +841,182 @@ def end_of_log(path: str, lines: int = 12) -> str:
 # -- Jupyter: find it, or install it ----------------------------------------------------------------------------------
 
 
-def runs(script: str) -> bool:
-    """True when `script` can be executed, its interpreter included: environments move and leave dead #! lines."""
-    if not (os.path.isfile(script) and os.access(script, os.X_OK)):
-        return False
+def problem_of(script: str) -> str:
+    """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
+    if not os.path.isfile(script):
+        return "not there"
+    if not os.access(script, os.X_OK):
+        return "not executable"
     try:
         with open(script, "rb") as stream:
             first = stream.readline(512)
-    except OSError:
-        return False
+    except OSError as error:
+        return str(error)
     words = first[2:].split() if first.startswith(b"#!") else []
-    return not words or os.path.exists(words[0])
+    return "" if not words or os.path.exists(words[0]) else "needs %s, which is gone" % portable(os.fsdecode(words[0]))
 
 
-def places_to_look() -> "List[str]":
-    """Return the directories where Jupyter's commands may be, in the order in which they are looked at."""
-    import glob
+def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
+    """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
-    home = os.path.expanduser("~")
-    places = [place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)]
-    places.append(os.path.join(home, ".local/bin"))
-    for tree in ("miniconda3", "anaconda3", "miniforge3", "mambaforge"):
-        places.append(os.path.join(home, tree, "bin"))
-    places.append("/opt/conda/bin")
-    places.extend(sorted(glob.glob(os.path.join(glob.escape(home), ".pyenv/versions/*/bin")), reverse=True))
-    places.append(os.path.join(os.path.expanduser(VENV_DIR), "bin"))
-    return list(dict.fromkeys(places))
-
-
-def find_jupyter(app: str) -> "Tuple[str, str]":
-    """Return the app and the path of its command; empty when there is none.
-
-    Without an `app` asked for, the first place that has one decides; where it has both, the notebook.
+    Empty when the shell does not get that far in time: its files may wait for input, or leave. The leading dash makes
+    any shell a login shell; the dump is framed, for those files print as well.
     """
-    for place in places_to_look():
+    import signal
+    import subprocess
+
+    nonce = os.urandom(8).hex()
+    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
+    script = " && ".join(init + ["'%s' -IS -c '%s'" % (sys.executable, dump)])
+    argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else []) + ["-c", script]
+    try:
+        process = subprocess.Popen(
+            argv,
+            executable=shell,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return {}, str(error)
+    try:
+        out, err = process.communicate(timeout=SHELL_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return {}, "no answer within %d s" % SHELL_TIMEOUT_S
+    said = err.decode("utf-8", "replace").strip()
+    for line in out.decode("utf-8", "replace").splitlines():
+        if line.startswith(nonce):
+            return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
+    return {}, said
+
+
+def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
+    """Return what a terminal of the user would have: login and interactive, else login alone; after `init`.
+
+    Empty when neither works out; raises Trouble when there was an `init`, which must not be passed over in silence.
+    """
+    import pwd
+
+    shell = os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
+    said = ""
+    for is_interactive in (True, False):
+        environment, said = shell_environment(shell, init, is_interactive)
+        if environment:
+            return environment
+        tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
+    if init:
+        raise Trouble(1, "--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
+    return {}
+
+
+def conda_trees() -> "List[str]":
+    """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
+    home = os.path.expanduser("~")
+    trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), os.path.dirname(os.path.dirname(os.environ.get("CONDA_EXE", "")))]
+    for name in ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".local/share/mamba", ".conda"):
+        trees.append(os.path.join(home, name))
+    trees += ["/opt/conda", "/opt/miniconda3", "/opt/miniforge3"]
+    return [tree for tree in dict.fromkeys(trees) if tree and os.path.isdir(tree)]
+
+
+def environment_python(name: str, root_dir: str) -> str:
+    """Return the interpreter of an environment: a path (venv, conda, pixi), or a name (conda, mamba, pixi).
+
+    Raises Trouble (3) when there is none.
+    """
+    if os.sep in name or name.startswith("~"):
+        prefixes = [os.path.join(os.path.expanduser("~"), os.path.expanduser(name))]
+    else:
+        prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
+        for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
+            prefixes.append(os.path.join(parent, name))
+        try:
+            with open(os.path.expanduser("~/.conda/environments.txt")) as stream:  # conda's own list of all of them
+                prefixes += [line.strip() for line in stream if os.path.basename(line.strip()) == name]
+        except (OSError, UnicodeDecodeError):
+            pass
+        prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
+    for prefix in prefixes:
+        python = os.path.join(prefix, "bin", "python")
+        if os.path.isabs(prefix) and not problem_of(python):
+            return python
+    looked = "\n".join(portable(prefix) for prefix in prefixes if os.path.isabs(prefix))
+    raise Trouble(3, "no environment %s on the host" % portable(name), "looked for bin/python in\n" + looked)
+
+
+def launcher_of_python(python: str, app: str, where: str) -> "Json":
+    """Return how to run Jupyter under one interpreter; raises Trouble (3) when it has none."""
+    import subprocess
+
+    problem = problem_of(python)
+    modules = {"notebook": "notebook", "lab": "jupyterlab"}
+    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
+    for candidate in [app] if app else ["notebook", "lab"]:
+        if not problem and subprocess.call([python, "-c", check, modules[candidate]], stderr=subprocess.DEVNULL) == 0:
+            return launcher(candidate, [python, "-m", modules[candidate]], where, os.environ)
+    why = "%s: %s" % (portable(python), problem or "it has no module %s" % modules[app or "notebook"])
+    raise Trouble(3, "no Jupyter in this environment", why, "%s -m pip install notebook jupyterlab" % portable(python))
+
+
+def launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> "Json":
+    """Return how to run Jupyter: which app, the argv, where it was found, and the environment that it gets.
+
+    Its own directory comes first on PATH, so that `!pip` in a notebook is the pip beside it.
+    """
+    path = os.path.dirname(argv[0]) + os.pathsep + environment.get("PATH", os.defpath)
+    return {"app": app, "argv": argv, "where": where, "environment": dict(environment, PATH=path)}
+
+
+def launchers_in(places: "List[str]", app: str, where: str, environment: "Any", tried: "List[str]") -> "Iterator[Json]":
+    """Yield the launchers in `places`. Without an `app` asked for, the notebook before the lab in each of them."""
+    looked = []
+    for place in dict.fromkeys(places):
+        if not os.path.isabs(place) or not os.path.isdir(place):
+            continue
+        looked.append(place)
         for candidate in [app] if app else ["notebook", "lab"]:
             script = os.path.join(place, "jupyter-" + candidate)
-            if runs(script):
-                return candidate, script
-    return "", ""
+            problem = problem_of(script)
+            if not problem:
+                yield launcher(candidate, [script], where, environment)
+            elif problem != "not there":
+                tried.append("%s: %s" % (portable(script), problem))
+    tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
+
+
+def launchers(request: "Json", root_dir: str, tried: "List[str]") -> "Iterator[Json]":
+    """Yield the ways to run Jupyter on this host, best first; what was looked at goes to `tried`, in words."""
+    import glob
+
+    app = request["app"]
+    environment = os.environ  # type: Any
+    if request["init"]:
+        environment = user_environment([native(command) for command in request["init"]], tried)
+        os.environ.clear()
+        os.environ.update(environment)
+    if request["python"]:
+        python = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(request["python"])))
+        yield launcher_of_python(python, app, "--python")
+        return
+    if request["env"]:
+        yield launcher_of_python(environment_python(native(request["env"]), root_dir), app, "--env " + request["env"])
+        return
+    where = "PATH after --init" if request["init"] else "PATH"
+    yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
+    if not request["init"]:
+        of_terminal = user_environment([], tried)
+        places = of_terminal.get("PATH", "").split(os.pathsep)
+        yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
+    home = os.path.expanduser("~")
+    places = [os.path.join(root_dir or home, ".venv", "bin")]
+    places += [os.path.join(home, tree, "bin") for tree in ("miniconda3", "anaconda3", "miniforge3", "mambaforge")]
+    places += ["/opt/conda/bin", os.path.join(home, ".local/bin")]
+    places += sorted(glob.glob(os.path.join(glob.escape(home), ".pyenv/versions/*/bin")), reverse=True)
+    yield from launchers_in(places, app, "the usual places", environment, tried)
+    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
+    yield from launchers_in(places, app, "our own environment", environment, tried)
 
 
 def app_version(script: str, app: str) -> str:
@@ -930,8 +1072,11 @@ def install_commands() -> "List[List[str]]":
     return [make, install]
 
 
-def install_jupyter(channel: Channel) -> None:
-    """Install Jupyter into our private virtual environment; one at a time. Raises Trouble (3) when it fails."""
+def install_jupyter(app: str, channel: Channel) -> "Json":
+    """Install Jupyter into our private virtual environment, one at a time, and return its launcher.
+
+    Raises Trouble (3) when it fails.
+    """
     import fcntl
 
     venv = os.path.expanduser(VENV_DIR)
@@ -949,13 +1094,23 @@ def install_jupyter(channel: Channel) -> None:
                     break  # a file system without locks
             channel.send("progress", text="another run of ours installs it; waiting")
             time.sleep(0.5)
-        if not find_jupyter("notebook")[1]:
-            for argv in commands:
-                status, output = run_with_progress(argv, channel)
-                if status:
-                    command = " ".join(argv)
-                    raise Trouble(3, "Jupyter could not be installed", "%s\n%s" % (command, output), how_to_install())
+        found = own_launcher(app)
+        for argv in commands if not found else []:
+            status, output = run_with_progress(argv, channel)
+            if status:
+                why = "%s\n%s" % (" ".join(argv), output)
+                raise Trouble(3, "Jupyter could not be installed", why, how_to_install())
+        found = own_launcher(app)
+        if not found:
+            raise Trouble(3, "Jupyter was installed, but its command is not there", portable(venv), "remove it there")
     channel.send("installed", path=portable(venv), elapsed_s=time.monotonic() - began)
+    return found
+
+
+def own_launcher(app: str) -> "Json":
+    """Return the launcher in our private virtual environment; empty when there is none."""
+    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
+    return next(launchers_in(places, app, "our own environment", os.environ, []), {})
 
 
 def how_to_install() -> str:
@@ -975,8 +1130,7 @@ def resolve_path(path: str) -> "Tuple[str, str]":
 
     Relative to the home directory, as scp has it. Raises Trouble when there is no such thing.
     """
-    full = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path)))
-    full = os.path.normpath(full)
+    full = os.path.normpath(os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path))))
     if os.path.isdir(full):
         return full, ""
     if os.path.isfile(full):
@@ -1000,9 +1154,9 @@ def new_server_dir() -> str:
             continue
 
 
-def server_environment(directory: str) -> "Dict[str, str]":
+def jupyter_environment(environment: "Dict[str, str]", directory: str) -> "Dict[str, str]":
     """Return the environment for Jupyter: the user's, less what ends with this session, and our token in a file."""
-    environment = dict(os.environ, JUPYTER_RUNTIME_DIR=runtime_dir())
+    environment = dict(environment, JUPYTER_RUNTIME_DIR=runtime_dir())
     for name in ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
         environment.pop(name, None)
     token_file = os.path.join(directory, "token")
@@ -1011,51 +1165,67 @@ def server_environment(directory: str) -> "Dict[str, str]":
     return environment
 
 
+def configured_port() -> bool:
+    """True when the user's own configuration names a port: then theirs holds, and none goes on the command line."""
+    import re
+
+    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
+    for app in ("notebook", "server", "lab"):
+        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.port\s*="), (".json", r'"port"\s*:')):
+            try:
+                with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
+                    if re.search(pattern, stream.read(RUNTIME_FILE_MAX)):
+                        return True
+            except OSError:
+                continue
+    return False
+
+
 def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
     """Launch Jupyter, detached, and return its record once it listens; raises Trouble when it does not."""
-    import subprocess
+    tried = []  # type: List[str]
+    began = time.monotonic()
+    for found in launchers(request, root_dir, tried):
+        channel.send("found", where=found["where"], command=portable(found["argv"][0]), tried=tried)
+        record = launch_by(found, request, root_dir, channel)
+        if record:
+            return dict(record, start_s=time.monotonic() - began)
+        tried.append("%s: it cannot be run" % portable(found["argv"][0]))
+    if not request["may_install"]:
+        asked = {"": "Jupyter", "notebook": "Jupyter Notebook", "lab": "JupyterLab"}[request["app"]]
+        raise Trouble(3, "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install())
+    found = install_jupyter(request["app"], channel)
+    began = time.monotonic()
+    record = launch_by(found, request, root_dir, channel)
+    if not record:
+        raise Trouble(3, "Jupyter was installed, but it cannot be run", portable(found["argv"][0]))
+    return dict(record, start_s=time.monotonic() - began)
 
-    app, script = find_jupyter(request["app"])
-    if not script:
-        if not request["may_install"]:
-            asked = {"": "Jupyter", "notebook": "Jupyter Notebook", "lab": "JupyterLab"}[request["app"]]
-            looked = "looked in %s" % ", ".join(portable(place) for place in places_to_look())
-            raise Trouble(3, "no %s on the host" % asked, looked, how_to_install())
-        install_jupyter(channel)
-        app, script = find_jupyter(request["app"])
-        if not script:
-            raise Trouble(3, "Jupyter was installed, but its command is not there", places_to_look()[-1])
+
+def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
+    """Launch Jupyter in one way, on the first port that it gets; empty when its command cannot be run at all."""
     directory = new_server_dir()
     log = os.path.join(directory, "log")
-    environment = server_environment(directory)
+    environment = jupyter_environment(found["environment"], directory)
     began = time.monotonic()
-    deadline = began + request["start_timeout_s"]
-    port = request["port"]
+    port = request["port"] or DEFAULT_PORT
     starting = [server.get("port") for server in our_servers()]
-    while True:
+    for _ in range(100):
         port = find_free_port(port, request["ip"])
         if port in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
             port += 1
             continue
-        argv = [script, "--no-browser", "--port=%d" % port, "--ip=" + request["ip"]]
+        argv = list(found["argv"]) + ["--no-browser", "--ip=" + request["ip"]]
+        argv += ["--port=%d" % port] if request["port"] or not configured_port() else []
         argv += ["--notebook-dir=" + root_dir] if root_dir else []
         argv += ["--allow-root"] if os.getuid() == 0 else []
         argv += [native(argument) for argument in request["server_args"]]
-        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                cwd=root_dir or os.path.expanduser("~"),
-                env=environment,
-                start_new_session=True,
-            )
+        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log)
         record = {
             "pid": process.pid,
             "identity": process_identity(process.pid),
             "node": os.uname().nodename,
-            "app": app,
+            "app": found["app"],
             "port": port,
             "created": time.time(),
             "root_dir": portable(root_dir),
@@ -1063,15 +1233,13 @@ def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
             "local_port": request["local_port"],
         }
         write_private(os.path.join(directory, "server.json"), json.dumps(record))
-        record["version"] = app_version(script, app)
-        while time.monotonic() < deadline:
+        record["version"] = app_version(found["argv"][0], found["app"])
+        while process.poll() is None and time.monotonic() - began < request["start_timeout_s"]:
             info = server_info(record)
-            if info:
+            if info and answers(info):
                 record["root_dir"] = info["root_dir"]
                 write_private(os.path.join(directory, "server.json"), json.dumps(record))
-                return dict(record, id=os.path.basename(directory), start_s=time.monotonic() - began)
-            if process.poll() is not None:
-                break
+                return dict(record, id=os.path.basename(directory))
             channel.keep_alive()
             time.sleep(POLL_S)
         tail = end_of_log(log)
@@ -1081,12 +1249,31 @@ def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
             set_aside(directory)
             why = "it did not listen within %d s; the end of its log:\n%s" % (request["start_timeout_s"], tail)
             raise Trouble(6, "Jupyter did not start in time", why, "a longer --start-timeout")
-        is_port_lost = "already in use" in tail or "is not available" in tail
-        if not is_port_lost or port >= request["port"] + 100:
-            kept = set_aside(directory)
-            why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-            raise Trouble(4, "Jupyter did not start", why, "the whole log is on the host in " + portable(kept))
+        if process.returncode in (126, 127):
+            set_aside(directory)
+            return {}
+        if "already in use" not in tail and "is not available" not in tail:
+            break
         port += 1  # lost between the look and Jupyter's bind
+    kept = set_aside(directory)
+    why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
+    raise Trouble(4, "Jupyter did not start", why, "the whole log is on the host in " + portable(kept))
+
+
+def start_detached(argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str) -> "Any":
+    """Start a process in a session of its own that has nothing of ours open, and return it."""
+    import subprocess
+
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            cwd=directory,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def set_aside(directory: str) -> str:
@@ -1137,7 +1324,9 @@ def session_of(pid: int) -> int:
 
 def checked_info(info: "Json") -> "Json":
     """Return the fields of a runtime file that we use, each of its right type; empty when one is not."""
+    host = info.get("hostname")
     found = {
+        "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
         "port": info.get("port"),
         "token": info.get("token"),
         "base_url": info.get("base_url"),
@@ -1145,8 +1334,27 @@ def checked_info(info: "Json") -> "Json":
         "is_secure": info.get("secure", False),
         "has_password": info.get("password", False),
     }
-    types = (int, str, str, str, bool, bool)
+    types = (str, int, str, str, str, bool, bool)
     return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
+
+
+def ask_server(info: "Json", path: str, method: str = "GET") -> int:
+    """Ask a server on this host, with its token; return the HTTP status, 0 when there is no answer."""
+    address = (info["host"], info["port"])
+    try:
+        path = info["base_url"] + path
+        return http_request(address, path, info["token"], 5, method=method, is_secure=info["is_secure"])[0]
+    except OSError:
+        return 0
+
+
+def answers(info: "Json") -> bool:
+    """True when the server takes its token: Jupyter writes its runtime file before it binds, and may lose its port.
+
+    With a password and no token at all, that it asks for the password must do.
+    """
+    status = ask_server(info, "api/status?no_track_activity=1")
+    return status == 200 or (not info["token"] and info["has_password"] and status in (401, 403))
 
 
 # -- actions ----------------------------------------------------------------------------------------------------------
@@ -1218,11 +1426,7 @@ def shut_down(record: "Json") -> None:
     """End one server: ask Jupyter itself, which ends its kernels too, then TERM, then KILL."""
     info = server_info(record)
     if info:
-        try:
-            path = info["base_url"] + "api/shutdown"
-            http_request(info["port"], path, info["token"], 5, method="POST", is_secure=info["is_secure"])
-        except OSError:
-            pass
+        ask_server(info, "api/shutdown", "POST")
     deadline = time.monotonic() + 5
     while info and process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -1310,6 +1514,7 @@ class Server(NamedTuple):
     pid: int
     app: str
     version: str
+    host: str  # the address on the host that it binds
     port: int
     token: str
     base_url: str
@@ -1334,6 +1539,7 @@ class Server(NamedTuple):
             forms = {
                 "id": re.fullmatch(r"[0-9a-f]{4}", server.id),
                 "app": server.app in APP_NAMES,
+                "host": re.fullmatch(r"[\w.:%-]+", server.host) and not server.host.startswith("-"),
                 "port": 0 < server.port < 65536,
                 "local_port": 0 < server.local_port < 65536,
                 "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", server.token),
@@ -1428,6 +1634,8 @@ class Agent:
             self._say_hello(message)
         elif kind == "progress":
             show(str(message["text"]))
+        elif kind == "found":
+            self._say_found(message)
         elif kind == "installing":
             self.messages.note("No Jupyter on the host; installing it in %(path)s (%(tool)s)." % message)
         elif kind == "installed":
@@ -1447,6 +1655,15 @@ class Agent:
         self._has_said_hello = True
         text = "Connected to %s (%s@%s, python %s)." % (self.ssh.destination, self.user, self.node, message["python"])
         self.messages.step(text, "connected", user=self.user, node=self.node, python=message["python"])
+
+    def _say_found(self, message: Json) -> None:
+        for line in message["tried"]:
+            self.messages.detail("looked at " + line)
+        text = "Using %s (%s)." % (message["command"], message["where"])
+        if message["where"] != "PATH":
+            self.messages.note(text)
+        else:
+            self.messages.detail(text)
 
     def _no_reply(self, noise: List[str], status: int) -> Failure:
         host = self.ssh.destination
@@ -1489,7 +1706,7 @@ class Tunnel:
         while True:
             if not fixed_port:
                 port = find_free_port(port)
-            is_open, words = self.ssh.forward("127.0.0.1:%d:127.0.0.1:%d" % (port, self.server.port))
+            is_open, words = self.ssh.forward("127.0.0.1:%d:%s:%d" % (port, self._target, self.server.port))
             if is_open:
                 self.local_port = port
                 return
@@ -1501,6 +1718,10 @@ class Tunnel:
             if "forwarding request failed" not in words:
                 raise Failure("cannot forward a port", words, "-v shows every ssh command")
             port += 1  # taken between the look and ssh's bind
+
+    @property
+    def _target(self) -> str:
+        return "[%s]" % self.server.host if ":" in self.server.host else self.server.host
 
     def _usual_port(self) -> int:
         usual = self.server.local_port
@@ -1518,12 +1739,14 @@ class Tunnel:
             why = "no answer through the tunnel within %d s" % ANSWER_TIMEOUT_S
             raise Failure("Jupyter does not answer", why, self._another(), EXIT_TIMEOUT) from None
         except OSError as error:
-            can_reach, words = self.ssh.can_reach("127.0.0.1", self.server.port)
+            can_reach, words = self.ssh.can_reach(self._target, self.server.port)
             if can_reach:
                 raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
-            what = "%s does not forward to 127.0.0.1:%d" % (destination, self.server.port)
+            what = "%s does not forward to %s:%d" % (destination, self._target, self.server.port)
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
             raise Failure(what, words, try_) from None
+        if self.server.has_password and not self.server.token and status in (401, 403):
+            return
         if status != 200:
             what = "a stranger answers on port %d of %s" % (self.server.port, destination)
             raise Failure(what, "it does not take our token (HTTP status %d)" % status, self._another())
@@ -1535,7 +1758,8 @@ class Tunnel:
         """
         path = self.server.base_url + "api/status?no_track_activity=1"
         server = self.server
-        return http_request(self.local_port, path, server.token, timeout_s, is_secure=server.is_secure)[0]
+        address = ("127.0.0.1", self.local_port)
+        return http_request(address, path, server.token, timeout_s, is_secure=server.is_secure)[0]
 
     def _another(self) -> str:
         return command_line(self.ssh.destination, "--new") + "   (starts another)"
@@ -1780,16 +2004,27 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--lab", dest="app", action="store_const", const="lab", help="the same as --app lab")
     server.add_argument("--new", action="store_true", help="start another server; do not come back to one")
     server.add_argument("--stop-on-exit", action="store_true", help="end the server together with the tunnel")
-    port_help = "first port to try on the host (%d)" % REMOTE_PORT
-    server.add_argument("--port", type=_port, default=REMOTE_PORT, metavar="N", help=port_help)
+    port_help = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
+    server.add_argument("--port", type=_port, default=0, metavar="N", help=port_help)
     ip_help = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
     server.add_argument("--ip", type=_address, default="127.0.0.1", metavar="ADDR", help=ip_help)
     arg_help = "an argument for Jupyter itself; repeatable"
     server.add_argument("--server-arg", action="append", default=[], metavar="ARG", help=arg_help)
     timeout_help = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
     server.add_argument("--start-timeout", type=_seconds, default=START_TIMEOUT_S, metavar="S", help=timeout_help)
+
+    environment = parser.add_argument_group("environment on the host")
+    python_help = "run Jupyter under this interpreter"
+    environment.add_argument("--python", type=_text, metavar="PATH", help=python_help)
+    env_help = "conda, mamba or pixi environment by name, any environment by path"
+    environment.add_argument("--env", type=_text, metavar="NAME_OR_PATH", help=env_help)
+    init_help = "run this in your shell there first (`module load ...`); repeatable"
+    environment.add_argument("--init", type=_text, action="append", default=[], metavar="COMMAND", help=init_help)
     no_install_help = "do not install Jupyter where there is none; say how"
-    server.add_argument("--no-install", action="store_true", help=no_install_help)
+    install = environment.add_mutually_exclusive_group()
+    install_help = "install Jupyter for you alone where there is none (the default)"
+    install.add_argument("--install", action="store_true", help=install_help)
+    install.add_argument("--no-install", action="store_true", help=no_install_help)
 
     tunnel = parser.add_argument_group("tunnel and browser")
     local_help = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
@@ -1847,6 +2082,12 @@ def _destination(text: str) -> Destination:
         return parse_destination(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _text(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("needs a value")
+    return text
 
 
 def _port(text: str) -> int:
@@ -1947,6 +2188,9 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
             ip=args.ip,
             local_port=local_port,
             server_args=args.server_arg,
+            python=args.python or "",
+            env=args.env or "",
+            init=args.init,
             start_timeout_s=args.start_timeout,
             may_install=not args.no_install,
         )
@@ -1963,6 +2207,10 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     tunnel.check()
     text = "Forwarding 127.0.0.1:%d to %s:%d." % (tunnel.local_port, ssh.destination, server.port)
     messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port)
+    if server.has_password:
+        messages.note("The server has a password; the page asks for it.")
+    elif not server.token:
+        messages.note("The server wants no token and no password: everyone on %s can use it." % ssh.destination)
     return tunnel
 
 
@@ -2023,6 +2271,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
     args = build_parser().parse_args(argv)
     messages = Messages(args.quiet, args.verbose, args.json)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _on_signal)

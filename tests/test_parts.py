@@ -54,6 +54,7 @@ REPLY: Dict[str, Any] = {
     "pid": 12,
     "app": "notebook",
     "version": "7.0",
+    "host": "127.0.0.1",
     "port": 8888,
     "token": "abc",
     "base_url": "/",
@@ -89,6 +90,8 @@ def test_url(change: Dict[str, Any], url: str) -> None:
     "change",
     [
         {"port": "8888"},
+        {"host": "a b"},
+        {"host": "-x"},
         {"port": 0},
         {"port": 70000},
         {"port": True},
