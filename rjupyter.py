@@ -248,7 +248,7 @@ def _terminal_width() -> int:
 
 # On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
 # or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
-ALWAYS = ["-a", "-x", "-T", "-o", "RemoteCommand=none", "-o", "ControlPersist=no"]
+ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
 
 # ssh words that come just before ssh gives up. They are kept for our own error; all other lines pass at once, because
 # a banner or the text of a second factor must be read before the prompt that follows it.
@@ -320,18 +320,14 @@ class Child:
         """True when the process is gone or has closed all its output."""
         return self._open_streams == 0 or self.process.poll() is not None
 
-    def write(self, data: bytes) -> None:
-        """Write to the child's stdin; a child that is gone shows in its status, not here."""
+    def send(self, data: bytes) -> None:
+        """Give the child its stdin, all of it; a child that is gone shows in its status, not here."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError), self.process.stdin as stdin:
+            stdin.write(data)
 
     def end(self) -> None:
         """Terminate the child and reap it; kill it when it does not go within two seconds."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -352,6 +348,7 @@ class Ssh:
         self.options = options
         self.can_ask = can_ask
         self.messages = messages
+        self.always = ALWAYS
         self.control_path = ""
         self.master: Optional[Child] = None
         self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
@@ -370,7 +367,7 @@ class Ssh:
             argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
         if not self.can_ask:
             argv += ["-o", "BatchMode=yes"]
-        return argv + ALWAYS + self.options + ["--", self.destination]
+        return argv + self.always + self.options + ["--", self.destination]
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session through the master.
@@ -380,7 +377,7 @@ class Ssh:
         argv = ["ssh", "-S", self.control_path, "-o", "ControlMaster=no", "-o", "ProxyCommand=false"]
         argv += ["-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes"]
         options = [o for o in _pairs(self.options) if o[0] != "-J"]
-        argv += ALWAYS + [word for option in options for word in option] + list(specific)
+        argv += self.always + [word for option in options for word in option] + list(specific)
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
@@ -424,15 +421,18 @@ class Ssh:
                 self.messages.note(line[1])
 
     def _read_config(self) -> Dict[str, str]:
-        argv = ["ssh", "-G"] + self.options + ["--", self.destination]
+        argv = ["ssh", "-G"] + self.always + self.options + ["--", self.destination]
         try:
             answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
         except FileNotFoundError:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
             raise Failure("ssh cannot read its configuration", "`ssh -G` gave no answer", shlex.join(argv)) from None
+        words = answer.stderr.decode("utf-8", "replace").strip()
+        if "bad configuration option: remotecommand" in words.lower() and self.always == ALWAYS:
+            self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
+            return self._read_config()
         if answer.returncode:
-            words = answer.stderr.decode("utf-8", "replace").strip()
             raise Failure("ssh does not take this", words, shlex.join(argv), EXIT_SSH)
         lines = answer.stdout.decode("utf-8", "replace").splitlines()
         return dict(line.split(" ", 1) for line in lines if " " in line)
@@ -552,8 +552,7 @@ def private_runtime_dir() -> str:
 
     Raises Failure when there is no such place.
     """
-    uid = os.getuid() if hasattr(os, "getuid") else 0
-    candidates = ["/tmp/rjupyter-%d" % uid]
+    candidates = [own_tmp_dir()]
     if os.environ.get("XDG_RUNTIME_DIR"):
         candidates.insert(0, os.path.join(os.environ["XDG_RUNTIME_DIR"], "rjupyter"))
     longest_name = len("/ffffffff.ctl") + SSH_SOCKET_SUFFIX + 1
@@ -563,26 +562,10 @@ def private_runtime_dir() -> str:
             reasons.append("%s is too long for a socket" % path)
             continue
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            status = os.lstat(path)
+            return private_dir(path)
         except OSError as error:
             reasons.append(str(error))
-            continue
-        if not os.path.isdir(path) or os.path.islink(path) or status.st_uid != uid:
-            reasons.append("%s is not a directory of ours" % path)
-        elif status.st_mode & 0o077 == 0 or _made_private(path):
-            return path
-        else:
-            reasons.append("%s can be read by others" % path)
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
-
-
-def _made_private(path: str) -> bool:
-    try:
-        os.chmod(path, 0o700)
-    except OSError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,6 +683,32 @@ def process_identity(pid: int) -> str:
     return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
 
 
+def own_tmp_dir() -> str:
+    """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it."""
+    return "/tmp/rjupyter-%d" % (os.getuid() if hasattr(os, "getuid") else 0)
+
+
+def private_dir(path: str) -> str:
+    """Make `path` a directory that is ours alone and can be written, and return it; raise OSError where it cannot.
+
+    What others may have put there first, a link or a directory of theirs, is refused.
+    """
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+        raise PermissionError("%s is not a directory of ours" % path)
+    if status.st_mode & 0o077:
+        os.chmod(path, 0o700)
+    probe = os.path.join(path, ".%d" % os.getpid())
+    try:
+        with open(probe, "wb") as stream:
+            stream.write(bytes(4096))  # a full disk, or quota, still makes empty files
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(probe)
+    return path
+
+
 def write_private(path: str, text: str) -> None:
     """Write a file that only its owner can read, in one piece: a reader sees the old one or the new one."""
     beside = "%s.%d" % (path, os.getpid())
@@ -750,16 +759,23 @@ def portable(name: str) -> str:
 # -- state: which servers are ours ------------------------------------------------------------------------------------
 
 
-def state_dir() -> str:
-    """Return our directory for servers, made when it is missing, closed to others."""
-    path = os.path.join(os.path.expanduser(STATE_DIR), "servers")
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-    except OSError as error:
-        raise Trouble(1, "cannot keep our state on the host", str(error))
-    return path
+def state_dirs() -> "List[str]":
+    """Return our directories for servers, the best first: at home, or in /tmp where home cannot be written."""
+    return [os.path.join(top, "servers") for top in (os.path.expanduser(STATE_DIR), own_tmp_dir())]
+
+
+def first_private(candidates: "List[str]") -> str:
+    """Return the first of these directories that is, or can be made, ours alone and writable; Trouble without one."""
+    reasons = []
+    for path in candidates:
+        try:
+            private_dir(os.path.dirname(path))
+            return private_dir(path)
+        except OSError as error:
+            reasons.append(str(error))
+    raise Trouble(
+        1, "no place to keep our state on the host", "\n".join(reasons), "make room there, or a writable home"
+    )
 
 
 def runtime_dir() -> str:
@@ -775,11 +791,9 @@ def runtime_dir() -> str:
     data = os.environ.get("JUPYTER_DATA_DIR") or data
     path = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(path, 0o700)
-    except OSError as error:
-        raise Trouble(1, "cannot use Jupyter's runtime directory", str(error))
-    return path
+        return private_dir(path)
+    except OSError:
+        return first_private([os.path.join(own_tmp_dir(), "runtime")])
 
 
 def read_json(path: str) -> "Json":
@@ -796,15 +810,26 @@ def read_json(path: str) -> "Json":
     return found if isinstance(found, dict) else {}
 
 
+def server_dirs() -> "List[str]":
+    """Return the directories of our servers, whether they run or not."""
+    found = []
+    for top in state_dirs():
+        try:
+            if os.stat(top).st_uid == os.getuid():
+                found += [os.path.join(top, name) for name in os.listdir(top)]
+        except OSError:
+            continue
+    return found
+
+
 def our_servers() -> "List[Json]":
     """Return the records of our servers on this node that still run, newest first."""
     servers = []
-    directory = state_dir()
-    for name in os.listdir(directory):
-        record = read_json(os.path.join(directory, name, "server.json"))
+    for directory in server_dirs():
+        record = read_json(os.path.join(directory, "server.json"))
         if record.get("node") == os.uname().nodename and isinstance(record.get("pid"), int):
             if record.get("identity") and process_identity(record["pid"]) == record["identity"]:
-                servers.append(dict(record, id=name))
+                servers.append(dict(record, id=os.path.basename(directory), directory=directory))
     return sorted(servers, key=lambda record: str(record.get("created")), reverse=True)
 
 
@@ -812,15 +837,14 @@ def forget_ended_servers() -> None:
     """Remove what servers of this node left behind that ended more than a week ago."""
     import shutil
 
-    running = [record["id"] for record in our_servers()]
-    for name in os.listdir(state_dir()):
-        path = os.path.join(state_dir(), name)
+    running = [record["directory"] for record in our_servers()]
+    for path in server_dirs():
         record = read_json(os.path.join(path, "server.json"))
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
             continue
-        if name not in running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+        if path not in running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -860,35 +884,45 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
     Empty when the shell does not get that far in time: its files may wait for input, or leave. The leading dash makes
-    any shell a login shell; the dump is framed, for those files print as well.
+    any shell a login shell; the dump is framed, for those files print as well. With -c, csh does not count itself as
+    interactive; it takes its commands from stdin.
     """
     import signal
     import subprocess
+    import tempfile
 
     nonce = os.urandom(8).hex()
     dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
-    script = " && ".join(init + ["'%s' -IS -c '%s'" % (sys.executable, dump)])
-    argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else []) + ["-c", script]
-    try:
-        process = subprocess.Popen(
-            argv,
-            executable=shell,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return {}, str(error)
-    try:
-        out, err = process.communicate(timeout=SHELL_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return {}, "no answer within %d s" % SHELL_TIMEOUT_S
-    said = err.decode("utf-8", "replace").strip()
-    for line in out.decode("utf-8", "replace").splitlines():
-        if line.startswith(nonce):
-            return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
+    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
+    argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
+    argv += [] if shell.endswith("csh") else ["-c", script]
+    # Files and no pipes: a start-up file may leave a process behind that holds a pipe open for ever.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(
+                argv, executable=shell, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True
+            )
+        except OSError as error:
+            return {}, str(error)
+        assert process.stdin is not None
+        try:
+            # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
+            with process.stdin as stdin:
+                stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
+        except OSError:
+            pass  # a shell that never looked at it
+        try:
+            process.wait(SHELL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return {}, "no answer within %d s" % SHELL_TIMEOUT_S
+        out.seek(0)
+        err.seek(0)
+        said = err.read().decode("utf-8", "replace").strip()
+        for line in out.read().decode("utf-8", "replace").splitlines():
+            if line.startswith(nonce):
+                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
     return {}, said
 
 
@@ -1145,8 +1179,9 @@ def resolve_path(path: str) -> "Tuple[str, str]":
 
 def new_server_dir() -> str:
     """Make and return a directory for a new server; its name, four hexadecimal digits, is the server's id."""
+    top = first_private(state_dirs())
     while True:
-        path = os.path.join(state_dir(), os.urandom(2).hex())
+        path = os.path.join(top, os.urandom(2).hex())
         try:
             os.mkdir(path, 0o700)
             return path
@@ -1280,7 +1315,7 @@ def set_aside(directory: str) -> str:
     """Remove the directory of a server that did not start; keep its log and return where."""
     import shutil
 
-    kept = os.path.join(os.path.expanduser(STATE_DIR), "failed.log")
+    kept = os.path.join(os.path.dirname(os.path.dirname(directory)), "failed.log")
     os.replace(os.path.join(directory, "log"), kept)
     shutil.rmtree(directory, ignore_errors=True)
     return kept
@@ -1395,9 +1430,9 @@ def age_of(record: "Json") -> float:
 
 def describe_end(request: "Json", channel: Channel) -> "Json":
     """Say whether a server of ours still runs, and the end of its log."""
-    directory = os.path.join(state_dir(), os.path.basename(request["id"]))
     is_running = request["id"] in [record["id"] for record in our_servers()]
-    return {"is_running": is_running, "log": end_of_log(os.path.join(directory, "log"))}
+    logs = [os.path.join(path, "log") for path in server_dirs() if os.path.basename(path) == request["id"]]
+    return {"is_running": is_running, "log": end_of_log(logs[0]) if logs else ""}
 
 
 def stop_servers(request: "Json", channel: Channel) -> "Json":
@@ -1417,7 +1452,7 @@ def stop_servers(request: "Json", channel: Channel) -> "Json":
             raise Trouble(1, "%d servers run there" % len(servers), "\n".join(names), "stop ID, or stop --all")
     for record in servers:
         shut_down(record)
-        shutil.rmtree(os.path.join(state_dir(), record["id"]), ignore_errors=True)
+        shutil.rmtree(record["directory"], ignore_errors=True)
         channel.send("stopped", **record)
     return {"count": len(servers)}
 
@@ -1434,9 +1469,9 @@ def shut_down(record: "Json") -> None:
         end_session(record["pid"])
 
 
-def agent_main() -> None:
-    """Read one request from stdin, run its action, send one reply. Ends with status 0 whenever it replied."""
-    request = json.loads(sys.stdin.buffer.readline().decode("ascii"))
+def agent_main(packed_request: bytes) -> None:
+    """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
+    request = json.loads(packed_request.decode("ascii"))
     channel = Channel(request["nonce"])
     try:
         import pwd
@@ -1481,30 +1516,48 @@ PYTHONS = [
     "/opt/conda/bin/python3",
     '"$HOME"/.pyenv/versions/*/bin/python3',
     "/opt/homebrew/bin/python3",
+    "/usr/libexec/platform-python",
 ]
-# Reads the agent's length, then the agent, and leaves the rest of stdin to it. -I and -S: nothing of the user's site
-# gets in, and half of the interpreter's start is saved. Without a quote, for it is quoted twice on its way.
+# Takes the last two words of stdin, or of its own arguments: the agent and the request. -I and -S: nothing of the
+# user's site gets in, and half of the interpreter's start is saved. Without a quote, for it is quoted twice on its way.
 BOOTSTRAP = (
-    "import sys; sys.version_info < (3, 6) and sys.exit(99); import zlib; i = sys.stdin.buffer; "
-    "exec(zlib.decompress(i.read(int(i.readline())))); agent_main()"
+    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; decode = binascii.a2b_base64; "
+    "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
+    "exec(zlib.decompress(decode(words[0]))); agent_main(decode(words[1]))"
 )
 NO_PYTHON = "rjupyter: no python3"
 
 
-def agent_command() -> str:
-    """Return the remote command that starts the agent: valid in sh, csh and fish (no `!`, no backslash, no quote)."""
-    loop = 'for p in %s; do command -v "$p" >/dev/null 2>&1 || continue; "$p" -IS -c "%s" && exit; done; echo "%s"'
-    return "exec /bin/sh -c '%s'" % (loop % (" ".join(PYTHONS), BOOTSTRAP, NO_PYTHON))
+def agent_command(python: str = "") -> str:
+    """Return the remote command that starts the agent: valid in sh, csh and fish (no `!`, no backslash, no quote).
+
+    `python`, which the user named, comes last, where its name is one that no shell changes.
+    """
+    pythons = PYTHONS + ([python] if re.fullmatch(r"(~/)?[\w./+][\w./+-]*", python, re.ASCII) else [])
+    loop = 'for p in %s; do command -v "$p" >/dev/null 2>&1 || continue; "$p" -IS -c "%s" "$@" && exit; done; echo "%s"'
+    return "exec /bin/sh -c '%s' sh" % (loop % (" ".join(pythons), BOOTSTRAP, NO_PYTHON))
 
 
 def agent_source() -> bytes:
-    """Return the agent's room of this file, compressed, behind a line with its length: what BOOTSTRAP reads."""
+    """Return the agent's room of this file, compressed, as one word."""
+    import binascii
     import zlib
 
     with open(os.path.abspath(__file__), encoding="utf-8") as stream:
         room = stream.read().split("\n# agent begins\n")[1].split("\n# agent ends\n")[0]
-    packed = zlib.compress((AGENT_IMPORTS + room).encode("utf-8"), 9)
-    return b"%d\n%s" % (len(packed), packed)
+    return binascii.b2a_base64(zlib.compress((AGENT_IMPORTS + room).encode("utf-8"), 9), newline=False)
+
+
+def agent_input(command: str, source: bytes, request: Json) -> bytes:
+    """Return what `command` reads: one line whose last words are the agent and the request.
+
+    It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that takes
+    stdin for its script; and blank lines come first, because a start-up file may read one.
+    """
+    import binascii
+
+    words = [command.encode(), source, binascii.b2a_base64(json.dumps(request).encode(), newline=False)]
+    return b"\n\n%s\n" % b" ".join(words)
 
 
 class Server(NamedTuple):
@@ -1589,9 +1642,10 @@ class Agent:
     def ask(self, action: str, doing: str, **request: Any) -> Json:
         """Run one action on the host and return its reply; raises Failure for its failures, and for silence."""
         nonce = "rjupyter-" + os.urandom(8).hex()
-        child = self.ssh.session(agent_command())
+        command = agent_command(str(request.get("python", "")))
+        child = self.ssh.session(command)
         try:
-            child.write(self._source + json.dumps(dict(request, action=action, nonce=nonce)).encode() + b"\n")
+            child.send(agent_input(command, self._source, dict(request, action=action, nonce=nonce)))
             with self.messages.working(doing) as show:
                 return self._hear(child, nonce, show)
         finally:
@@ -1676,7 +1730,9 @@ class Agent:
             return Failure("the connection to %s ended" % host, self.ssh.last_words, "", EXIT_SSH)
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return Failure("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
-        return Failure("the agent did not run on " + host, why, self.ssh.plain_command)
+        why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+        try_ = self.ssh.plain_command + "   (must succeed)"
+        return Failure("the agent did not run on " + host, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

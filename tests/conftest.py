@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import pwd
 import re
 import select
 import shutil
@@ -248,16 +249,67 @@ def laptop(directory: Path, mark: str) -> Iterator[Laptop]:
     assert not left, "left in the runtime directory: %s" % left
 
 
+class User:
+    """A user of this machine that a test made, with a home below the test's directory."""
+
+    def __init__(self, home: Path, shell: str) -> None:
+        self.name = home.name
+        self.home = home
+        argv = ["useradd", "--no-create-home", "--home-dir", str(home), "--shell", shell, "--password", "*", self.name]
+        subprocess.run(argv, check=True, capture_output=True)
+        self.uid = pwd.getpwnam(self.name).pw_uid
+        home.mkdir(mode=0o755)
+        os.chown(home, self.uid, -1)
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file of the user's, below home."""
+        file = self.home / path
+        for parent in reversed(file.relative_to(self.home).parents):
+            (self.home / parent).mkdir(exist_ok=True)
+            os.chown(self.home / parent, self.uid, -1)
+        file.write_text(text)
+        os.chown(file, self.uid, -1)
+
+    def remove(self) -> None:
+        subprocess.run(["userdel", "--force", self.name], check=True, capture_output=True)
+        shutil.rmtree("/tmp/rjupyter-%d" % self.uid, ignore_errors=True)
+
+
 @pytest.fixture
-def make_host(directory: Path, mark: str, laptop: Laptop) -> Iterator[Callable[..., Host]]:
+def make_user(directory: Path) -> Iterator[Callable[[str], User]]:
+    """Makes real users with the login shell that is asked for. Root alone may."""
+    users = []
+
+    def make(shell: str) -> User:
+        if os.getuid() != 0:
+            pytest.skip("only root can make a user with the login shell " + shell)
+        directory.chmod(0o711)
+        users.append(User(directory / ("rj" + uuid.uuid4().hex[:8]), shell))
+        return users[-1]
+
+    yield make
+    for user in users:
+        user.remove()
+
+
+@pytest.fixture
+def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Iterator[Callable[..., Host]]:
     """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config."""
     hosts = []
 
-    def make(path: str = str(VENV_BIN), settings: str = "", name: str = "host", **environment: str) -> Host:
+    def make(
+        path: str = str(VENV_BIN),
+        settings: str = "",
+        name: str = "host",
+        user: Optional[User] = None,
+        **environment: str,
+    ) -> Host:
         base = directory / name
         base.mkdir()
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings)
-        sshd.environment = dict({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
+        if user:
+            sshd.serve(user.name, user.home)
+        sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         host = Host(sshd)
         hosts.append(host)
         laptop.config = str(sshd.config)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
 
 def find_sshd() -> str:
@@ -40,26 +40,32 @@ def children(pid: int) -> List[int]:
 
 
 class PrivateSshd:
-    """An sshd below `directory`; logins get `home` as HOME and `path` as PATH."""
+    """An sshd below `directory`; logins get `environment`: PATH, and a HOME of their own when it is the user's."""
 
-    def __init__(self, directory: Path, path: str, host: str = "host", settings: str = "", user: str = "") -> None:
+    def __init__(self, directory: Path, path: str = "", host: str = "host", settings: str = "") -> None:
         self.directory = directory
         self.home = directory / "home"
-        self.path = path
         self.host = host
         self.settings = settings
-        self.user = user or getpass.getuser()
+        self.user = getpass.getuser()
+        self.environment = {"HOME": str(self.home), "PATH": path}
         self.port = free_port()
         self.config = directory / "ssh_config"
         self.log = directory / "sshd.log"
         self.process: Optional[subprocess.Popen[bytes]] = None
-        self.environment: Dict[str, str] = {}
         self._connections: List[int] = []
         self.home.mkdir(parents=True, exist_ok=True)
         for name in ("host_key", "user_key"):
             if not (directory / name).exists():
                 argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(directory / name)]
                 subprocess.run(argv, check=True)
+        self._write_client_files()
+
+    def serve(self, user: str, home: Path) -> None:
+        """Let another user log in, with what that user's account and start-up files say; as root only."""
+        self.user = user
+        self.home = home
+        self.environment = {}
         self._write_client_files()
 
     def _write_client_files(self) -> None:
@@ -76,8 +82,7 @@ class PrivateSshd:
 
     def start(self) -> "PrivateSshd":
         """Start sshd and wait until it greets."""
-        environment = dict({"HOME": str(self.home), "PATH": self.path}, **self.environment)
-        pairs = " ".join('"%s=%s"' % pair for pair in environment.items())
+        pairs = " ".join('"%s=%s"' % pair for pair in self.environment.items())
         config = self.directory / "sshd_config"
         config.write_text(
             "%s\nPort %d\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"

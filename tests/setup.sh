@@ -19,6 +19,12 @@ fi
 if [ "$purpose" = test ]; then
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$missing chromium"
     command -v chromedriver >/dev/null || missing="$missing chromedriver"
+    if [ "$(id -u)" = 0 ]; then # root can make users with other login shells, and they need a Python of the system's
+        [ -x /usr/bin/python3 ] || missing="$missing python"
+        for shell in dash bash zsh fish ksh tcsh csh busybox; do
+            command -v $shell >/dev/null || missing="$missing $shell"
+        done
+    fi
 fi
 if [ "$purpose" = lint ]; then
     command -v shellcheck >/dev/null || missing="$missing shellcheck"

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import websocket
+from client import api, check_failure, compute
 from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, wait_until
 
 import rjupyter
@@ -21,40 +21,6 @@ import rjupyter
 
 def is_running(pid: int) -> bool:
     return bool(rjupyter.process_identity(pid))  # a zombie has ended
-
-
-def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
-    """Ask the server behind a printed URL, with the token in it."""
-    parts = urlsplit(url)
-    token = parse_qs(parts.query)["token"][0]
-    request = urllib.request.Request("http://%s/api/%s" % (parts.netloc, path), method=method)
-    request.add_header("Authorization", "token " + token)
-    if body is not None:
-        request.data = json.dumps(body).encode()
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read() or b"null")
-
-
-def compute(url: str, code: str) -> str:
-    """Run `code` in a new kernel, over the websocket through the tunnel, and return what it printed."""
-    parts = urlsplit(url)
-    token = parse_qs(parts.query)["token"][0]
-    kernel = api(url, "kernels", "POST", {})["id"]
-    address = "ws://%s/api/kernels/%s/channels?token=%s" % (parts.netloc, kernel, token)
-    connection = websocket.create_connection(address, timeout=60)
-    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-    header: Dict[str, str] = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
-    message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-    connection.send(json.dumps(message))
-    printed = ""
-    while True:
-        answer = json.loads(connection.recv())
-        if answer["msg_type"] == "stream":
-            printed += answer["content"]["text"]
-        if answer["msg_type"] == "execute_reply":
-            break
-    connection.close()
-    return printed
 
 
 def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
@@ -409,15 +375,6 @@ def chromium(laptop: Laptop) -> Any:
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
-
-
-def check_failure(run: Run, status: int, *words: str) -> None:
-    """A failure is: its status, nothing on stdout, and what, why, try on stderr."""
-    assert run.status == status, run.text
-    assert run.stdout == ""
-    assert re.search(r"^rjupyter: ", run.stderr, re.MULTILINE)
-    for word in words:
-        assert word in run.stderr, run.stderr
 
 
 def test_unknown_host(laptop: Laptop) -> None:

@@ -156,12 +156,16 @@ def interpreters() -> Any:
     return [pytest.param(program, id="3.%d" % minor) for minor, program in sorted(found.items())]
 
 
+def agent_input(command: str) -> bytes:
+    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    return rjupyter.agent_input(command, rjupyter.agent_source(), request)
+
+
 @pytest.mark.parametrize("python", interpreters())
 def test_agent_answers_under(python: str, tmp_path: Path) -> None:
-    request = b'{"nonce": "n", "action": "open", "path": "nowhere", "is_new": false}\n'
     answer = subprocess.run(
         [python, "-IS", "-c", rjupyter.BOOTSTRAP],
-        input=rjupyter.agent_source() + request,
+        input=agent_input(""),
         capture_output=True,
         env={"HOME": str(tmp_path), "LC_ALL": "C"},
     )
@@ -177,7 +181,7 @@ def test_stub_of_an_old_python_is_passed_over(tmp_path: Path) -> None:
     stub.chmod(0o755)
     answer = subprocess.run(
         ["/bin/sh", "-c", rjupyter.agent_command()],
-        input=rjupyter.agent_source() + b'{"nonce": "n", "action": "open", "path": "nowhere", "is_new": false}\n',
+        input=agent_input(""),
         capture_output=True,
         env={"HOME": str(tmp_path), "PATH": "%s:/usr/bin:/bin" % tmp_path},
     )

@@ -1,0 +1,65 @@
+"""What a test does with a server that is open: ask it, compute in its kernels; and what a failure looks like."""
+
+import json
+import re
+import ssl
+import urllib.request
+from typing import Any, Dict
+from urllib.parse import parse_qs, urlsplit
+
+import websocket
+from conftest import Run
+
+
+def base_url(url: str) -> str:
+    """Return the base_url in a printed URL: what comes before the page."""
+    match = re.match(r"(/(?:[^/]+/)*?)(?:tree|lab|notebooks|edit)\b", urlsplit(url).path)
+    assert match, url
+    return match.group(1)
+
+
+def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
+    """Ask the server behind a printed URL, with the token in it."""
+    parts = urlsplit(url)
+    token = parse_qs(parts.query)["token"][0]
+    request = urllib.request.Request(
+        "%s://%s%sapi/%s" % (parts.scheme, parts.netloc, base_url(url), path), method=method
+    )
+    request.add_header("Authorization", "token " + token)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+    with urllib.request.urlopen(request, timeout=30, context=ssl._create_unverified_context()) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def compute(url: str, code: str) -> str:
+    """Run `code` in a new kernel, over the websocket through the tunnel, and return what it printed."""
+    parts = urlsplit(url)
+    token = parse_qs(parts.query)["token"][0]
+    kernel = api(url, "kernels", "POST", {})["id"]
+    scheme = {"http": "ws", "https": "wss"}[parts.scheme]
+    address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
+    header = {"Authorization": "token " + token}
+    connection = websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
+    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+    head: Dict[str, str] = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
+    message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+    connection.send(json.dumps(message))
+    printed = ""
+    while True:
+        answer = json.loads(connection.recv())
+        if answer["msg_type"] == "stream":
+            printed += answer["content"]["text"]
+        if answer["msg_type"] == "execute_reply":
+            break
+    connection.close()
+    return printed
+
+
+def check_failure(run: Run, status: int, *words: str) -> None:
+    """A failure is: its status, nothing on stdout, and what, why, try on stderr."""
+    assert run.status == status, run.text
+    assert run.stdout == ""
+    assert re.search(r"^rjupyter: ", run.stderr, re.MULTILINE)
+    for word in words:
+        assert word in run.stderr, run.stderr

@@ -1,0 +1,383 @@
+"""Any environment on the host: where Jupyter is, which one, how the user configured it, and what the host lacks."""
+
+import hashlib
+import json
+import os
+import ssl
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from client import api, check_failure, compute
+from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, wait_until
+from jupyters import AGES, jupyter_for_everyone, jupyter_of
+
+import rjupyter
+
+
+def bare_python(directory: Path) -> str:
+    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
+    base = getattr(sys, "_base_executable", sys.executable)
+    directory.mkdir()
+    (directory / "python3").symlink_to(os.path.realpath(base))
+    return str(directory)
+
+
+@pytest.fixture
+def bare_host(make_host: Callable[..., Host], directory: Path) -> Host:
+    """A host with Python and without Jupyter on PATH."""
+    return make_host(path=bare_python(directory / "bin"))
+
+
+def environment_at(prefix: Path) -> Path:
+    """Put an environment with Jupyter at `prefix`, as conda, venv or pixi would."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix.symlink_to(jupyter_for_everyone().parent)
+    return prefix
+
+
+def prefix_of_kernel(url: str) -> str:
+    return compute(url, "import sys; print(sys.prefix)").strip()
+
+
+# -- where Jupyter is -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "miniconda3",
+        "anaconda3",
+        "miniforge3",
+        "mambaforge",
+        ".pyenv/versions/3.11.0",
+        "work/.venv",
+        ".local",
+        ".local/share/rjupyter/venv",
+    ],
+)
+def test_usual_place(laptop: Laptop, bare_host: Host, place: str) -> None:
+    (bare_host.home / "work").mkdir()
+    if place == ".local":  # as pip install --user has it: scripts among other things
+        (bare_host.home / ".local/bin").mkdir(parents=True)
+        (bare_host.home / ".local/bin/jupyter-notebook").symlink_to(jupyter_for_everyone() / "jupyter-notebook")
+    else:
+        environment_at(bare_host.home / place)
+    run = laptop.start("--no-install", "host:work", has_terminal=False)
+    run.url()
+    where = "our own environment" if "rjupyter" in place else "the usual places"
+    assert "Using %s/%s/bin/jupyter-notebook (%s)." % (bare_host.home, place, where) in run.stderr
+
+
+def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    """What is taken away one by one, best first: PATH, the login shell's PATH, a usual place, our own."""
+    path = bare_python(directory / "bin")
+    on_path = directory / "bin" / "jupyter-notebook"
+    on_path.symlink_to(jupyter_for_everyone() / "jupyter-notebook")
+    host = make_host(path=path)
+    of_shell = host.home / "of_shell" / "jupyter-notebook"
+    of_shell.parent.mkdir()
+    of_shell.symlink_to(on_path.resolve())
+    (host.home / ".profile").write_text("PATH=%s:$PATH\n" % of_shell.parent)
+    usual = environment_at(host.home / "miniconda3")
+    environment_at(host.home / ".local/share/rjupyter/venv")
+    for taken in (on_path, of_shell, usual, None):
+        run = laptop.start("--no-install", "-v", "--new", "--stop-on-exit", "host", has_terminal=False)
+        run.expect("ends the server")
+        expected = taken or host.home / ".local/share/rjupyter/venv"
+        assert "Using %s" % expected in run.stderr
+        run.interrupt()
+        run.wait()
+        if taken:
+            taken.unlink()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "argument"),
+    [
+        ("miniconda3/envs/ml", "ml"),
+        ("miniforge3", "base"),
+        ("micromamba/envs/ml", "ml"),
+        (".conda/envs/ml", "ml"),
+        ("odd/place/ml", "ml"),
+        (".pixi/envs/ml", "ml"),
+        ('envs/it\'s "ml" $x', '~/envs/it\'s "ml" $x'),
+        ("envs/ml", "envs/ml"),
+    ],
+)
+def test_env(laptop: Laptop, bare_host: Host, prefix: str, argument: str) -> None:
+    environment = environment_at(bare_host.home / prefix)
+    if prefix.startswith("odd"):
+        (bare_host.home / ".conda").mkdir()
+        (bare_host.home / ".conda/environments.txt").write_text("/nowhere\n%s\n" % environment)
+    run = laptop.start("--env", argument, "host", has_terminal=False)
+    assert prefix_of_kernel(run.url()) == str(environment)
+    assert "Using %s/bin/python (--env %s)." % (environment, argument) in run.stderr
+
+
+def test_env_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
+    environment_at(bare_host.home / "miniconda3")
+    run = laptop.run("--env", "ml", "host")
+    check_failure(run, 3, "no environment ml on the host", "%s/miniconda3/envs/ml" % bare_host.home)
+
+
+def test_env_without_jupyter(laptop: Laptop, bare_host: Host) -> None:
+    subprocess.run(["/usr/bin/env", "python3", "-m", "venv", "--without-pip", str(bare_host.home / "v")], check=True)
+    check_failure(laptop.run("--env", "~/v", "host"), 3, "no Jupyter in this environment", "-m pip install notebook")
+
+
+def test_python(laptop: Laptop, bare_host: Host) -> None:
+    environment = environment_at(bare_host.home / "odd name")
+    run = laptop.start("--python", "~/odd name/bin/python", "host", has_terminal=False)
+    assert prefix_of_kernel(run.url()) == str(environment)
+
+
+def test_python_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
+    check_failure(laptop.run("--python", "/no/python", "host"), 3, "no Jupyter in this environment", "/no/python")
+
+
+def test_lab_where_only_lab_is(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    make_host(path=str(jupyter_of("lab-3.2")))
+    run = laptop.start("host", has_terminal=False)
+    assert urlsplit(run.url()).path == "/lab"
+    assert "Launched JupyterLab 3.2" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "broken", ["#!/no/longer/there/python", "#!/bin/sh\necho 'pyenv: jupyter-notebook: not found'\nexit 127"]
+)
+def test_broken_command_leads_to_the_next(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, broken: str
+) -> None:
+    path = bare_python(directory / "bin")
+    (directory / "bin/jupyter-notebook").write_text(broken + "\n")
+    (directory / "bin/jupyter-notebook").chmod(0o755)
+    host = make_host(path=path)
+    environment_at(host.home / "miniconda3")
+    run = laptop.start("--no-install", "-v", "host", has_terminal=False)
+    run.url()
+    assert "Using %s/miniconda3" % host.home in run.stderr
+    assert "looked at %s/jupyter-notebook: " % path in run.stderr
+    assert len(host.servers()) == 1
+
+
+def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directory: Path) -> None:
+    (bare_host.home / ".profile").write_text("PATH=$PATH:%s/extra\n" % bare_host.home)
+    for name in ("extra", "miniconda3/bin", ".local/bin"):
+        (bare_host.home / name).mkdir(parents=True)
+    dead = bare_host.home / ".local/bin/jupyter-notebook"
+    dead.write_text("#!/gone/python\n")
+    dead.chmod(0o755)
+    run = laptop.run("--no-install", "host")
+    check_failure(run, 3, "no Jupyter on the host", "try: on the host:")
+    tried = run.stderr.partition("looked at\n")[2].partition("  try:")[0].splitlines()
+    of_shell = subprocess.check_output(
+        ["/bin/bash", "-l", "-c", "echo $PATH"], text=True, env={"HOME": str(bare_host.home), "PATH": SYSTEM_PATH}
+    )
+    assert [line.strip() for line in tried] == [
+        "PATH: " + ", ".join([str(directory / "bin"), *SYSTEM_PATH.split(":")]),
+        "the login shell's PATH: " + of_shell.strip().replace(":", ", "),
+        "%s: needs /gone/python, which is gone" % dead,
+        "the usual places: %s, %s" % (bare_host.home / "miniconda3/bin", dead.parent),
+        "our own environment: nothing there",
+    ]
+
+
+# -- which Jupyter ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
+    host = make_host(path=str(jupyter_of(age)))
+    (host.home / "a b").mkdir()
+    notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    (host.home / "a b/x#y.ipynb").write_text(json.dumps(notebook))
+    run = laptop.start("host:a b/x#y.ipynb", has_terminal=False)
+    url = run.url()
+    assert prefix_of_kernel(url) == str(jupyter_of(age).parent)
+    assert "Launched Jupyter%s %s" % (("Lab", "3.2.") if "lab" in age else (" Notebook", age[-3:] + ".")) in run.stderr
+    with urllib.request.urlopen(url, timeout=30) as page:
+        assert page.status == 200
+    assert [entry["name"] for entry in api(url, "contents")["content"]] == ["x#y.ipynb"]
+    token = parse_qs(urlsplit(url).query)["token"][0]
+    assert token not in compute(url, "import os; print(dict(os.environ))")
+    run.interrupt()
+    run.wait()
+    again = laptop.start("host", has_terminal=False)
+    assert urlsplit(again.url()).netloc == urlsplit(url).netloc
+    again.interrupt()
+    again.wait()
+    assert laptop.run("host", "stop").status == 0
+    wait_until(
+        lambda: (
+            not [w for w in processes_with("RJUPYTER_SIDE=host").values() if "ipykernel" in w and str(host.home) in w]
+        ),
+        "no kernel",
+    )
+
+
+# -- the user's own configuration -------------------------------------------------------------------------------------
+
+
+def configure(host: Host, app: str, **settings: Any) -> None:
+    lines = ["c.%s.%s = %r" % (app, name, value) for name, value in settings.items()]
+    file = {"ServerApp": "jupyter_server_config.py", "NotebookApp": "jupyter_notebook_config.py"}[app]
+    (host.home / ".jupyter").mkdir(exist_ok=True)
+    (host.home / ".jupyter" / file).write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(params=["ServerApp", "NotebookApp"])
+def configured(request: pytest.FixtureRequest, make_host: Callable[..., Host]) -> Any:
+    """A host with today's server, or with the classic notebook, and a function that writes its configuration."""
+    path = str(jupyter_for_everyone()) if request.param == "ServerApp" else str(jupyter_of("notebook-6.4"))
+    host = make_host(path=path)
+    return host, lambda **settings: configure(host, request.param, **settings)
+
+
+def test_configured_base_url(laptop: Laptop, configured: Any) -> None:
+    configured[1](base_url="/user/ana/")
+    url = laptop.start("host", has_terminal=False).url()
+    assert urlsplit(url).path == "/user/ana/tree"
+    assert compute(url, "print(1)") == "1\n"
+
+
+def test_configured_certificate_makes_it_https(laptop: Laptop, configured: Any) -> None:
+    host, write = configured
+    key, certificate = str(host.home / "key.pem"), str(host.home / "cert.pem")
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    subprocess.run([*argv, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    write(certfile=certificate, keyfile=key)
+    url = laptop.start("host", has_terminal=False).url()
+    assert url.startswith("https://")
+    assert compute(url, "print(1)") == "1\n"
+    with urllib.request.urlopen(url, timeout=30, context=ssl._create_unverified_context()) as page:
+        assert page.status == 200
+
+
+def test_configured_port_holds_and_the_option_wins(laptop: Laptop, configured: Any) -> None:
+    port = rjupyter.find_free_port(21000 + os.getpid() % 20000)
+    configured[1](port=port)
+    run = laptop.start("host", has_terminal=False)
+    run.url()
+    assert "port %d," % port in run.stderr
+    other = laptop.start("--new", "--port", str(port + 100), "host", has_terminal=False)
+    other.url()
+    assert "port %d," % port not in other.stderr
+
+
+def test_configured_password_is_said_and_no_token_shown(laptop: Laptop, configured: Any) -> None:
+    _, write = configured
+    salted = hashlib.sha1(b"opensesame" + b"0123456789ab").hexdigest()
+    write(password="sha1:0123456789ab:" + salted)  # jupyter_server.auth.passwd's form
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    run.expect("The server has a password; the page asks for it.")
+    assert urlsplit(url).query == ""
+    with urllib.request.urlopen(url, timeout=30) as page:
+        assert "/login" in page.url
+
+
+def test_configured_token_is_used(laptop: Laptop, configured: Any) -> None:
+    configured[1](token="my_own_token/&")
+    url = laptop.start("host", has_terminal=False).url()
+    assert parse_qs(urlsplit(url).query)["token"] == ["my_own_token/&"]
+    assert compute(url, "print(1)") == "1\n"
+
+
+def test_configured_ip_and_browser_do_not_win(laptop: Laptop, configured: Any) -> None:
+    """What would show the server to the network, or open a browser over there, is ours to decide."""
+    configured[1](ip="0.0.0.0", open_browser=True, browser="/bin/false %s")
+    run = laptop.start("host", has_terminal=False)
+    run.url()
+    port = int(run.expect(r"port (\d+),").group(1))
+    listening = Path("/proc/net/tcp").read_text()
+    assert "0100007F:%04X" % port in listening
+    assert " 00000000:%04X" % port not in listening
+
+
+# -- what the host lacks ----------------------------------------------------------------------------------------------
+
+
+def test_home_that_cannot_be_written(
+    laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]
+) -> None:
+    user = make_user("/bin/bash")
+    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    os.chown(user.home, 0, 0)
+    user.home.chmod(0o555)
+    make_host(user=user)
+    check_two_runs_and_stop(laptop, "/tmp/rjupyter-%d" % user.uid)
+
+
+def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
+    user = make_user("/bin/bash")
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=755,uid=%d" % user.uid, "tmpfs", str(user.home)], check=True
+    )
+    try:
+        user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+        filler = os.open(str(user.home / "filler"), os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError, match="No space"):
+            while True:
+                os.write(filler, bytes(4096))
+        os.close(filler)
+        make_host(user=user)
+        check_two_runs_and_stop(laptop, "/tmp/rjupyter-%d" % user.uid)
+    finally:
+        subprocess.run(["umount", "--lazy", str(user.home)], check=True)
+
+
+def check_two_runs_and_stop(laptop: Laptop, state: str) -> None:
+    """Everything works, with our state elsewhere; and it is ours alone."""
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    assert compute(url, "print(1)") == "1\n"
+    run.interrupt()
+    run.wait()
+    assert [path.stat().st_mode & 0o077 for path in (Path(state), Path(state, "servers"), Path(state, "runtime"))] == [
+        0,
+        0,
+        0,
+    ]
+    again = laptop.start("host", has_terminal=False)
+    assert again.url() == url
+    again.interrupt()
+    again.wait()
+    assert "Stopped" in laptop.run("host", "stop").stderr
+    assert not list(Path(state, "servers").iterdir())
+
+
+def test_nowhere_to_write_is_named(
+    laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]
+) -> None:
+    user = make_user("/bin/bash")
+    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    os.chown(user.home, 0, 0)
+    user.home.chmod(0o555)
+    theirs = Path("/tmp/rjupyter-%d" % user.uid)  # another user was here first
+    theirs.mkdir(mode=0o777)
+    make_host(user=user)
+    run = laptop.run("host")
+    check_failure(run, 1, "no place to keep", "Permission denied", "%s is not a directory of ours" % theirs)
+
+
+ODD = {
+    "TMPDIR": "/nowhere/at all",
+    "XDG_RUNTIME_DIR": "/run/user/gone",
+    "XDG_DATA_HOME": "",
+    "LC_ALL": "xx_XX.nonsense",
+    "http_proxy": "http://127.0.0.1:1",
+    "PYTHONSTARTUP": "/nowhere/x.py",
+    "IPYTHONDIR": "/nowhere/ipython",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_variable(laptop: Laptop, make_host: Callable[..., Host], name: str) -> None:
+    make_host(**{name: ODD[name]})
+    url = laptop.start("host", has_terminal=False).url()
+    assert compute(url, "print(1)") == "1\n"

@@ -1,0 +1,156 @@
+"""Any login shell, and what start-up files do: real users with real shells, whose Jupyter only their terminal finds."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, Callable, Dict, NamedTuple
+
+import pytest
+from client import check_failure, compute
+from conftest import Host, Laptop, User, processes_with
+from jupyters import jupyter_for_everyone
+
+DECOY_REPLY = 'rjupyter-0011223344556677 {"kind": "reply", "reply": {"id": "dead", "port": 1, "token": "decoy"}}'
+DECOY_TOKEN = "    http://127.0.0.1:1/tree?token=decoy"
+# Every shell takes these lines as they are: bytes on stdout and on stderr, a decoy reply, a decoy token line.
+NOISE = "/bin/echo Welcome\n/bin/sh -c 'echo Careful >&2'\n/bin/echo '%s'\n/bin/echo '%s'\n" % (
+    DECOY_REPLY,
+    DECOY_TOKEN,
+)
+
+
+class Shell(NamedTuple):
+    """A login shell, and what a user of it writes where; %s stands for the directory of Jupyter."""
+
+    program: str
+    files: Dict[str, str]
+
+
+PROFILE = {".profile": NOISE + "PATH=%s:$PATH; export PATH\n"}
+CSHRC = {".cshrc": NOISE + "if ($?prompt) setenv PATH %s:$PATH\n"}
+SHELLS = {
+    "sh": Shell("/bin/sh", PROFILE),
+    "dash": Shell("/bin/dash", PROFILE),
+    "ksh": Shell("/bin/ksh", PROFILE),
+    "busybox ash": Shell("ash", PROFILE),
+    "bash": Shell(
+        "/bin/bash",
+        {
+            ".profile": ". ~/.bashrc\n",
+            ".bashrc": NOISE + "case $- in *i*) ;; *) return ;; esac\nexport PATH=%s:$PATH\n",
+        },
+    ),
+    "zsh": Shell("/bin/zsh", {".zshenv": NOISE, ".zshrc": "path=(%s $path)\n"}),
+    "fish": Shell(
+        "/usr/bin/fish",
+        {".config/fish/config.fish": NOISE + "if status is-interactive\n  set -gx PATH %s $PATH\nend\n"},
+    ),
+    "tcsh": Shell("/bin/tcsh", CSHRC),
+    "csh": Shell("/bin/csh", CSHRC),
+}
+
+
+@pytest.fixture
+def make_shell_host(
+    make_user: Callable[[str], User], make_host: Callable[..., Host], directory: Path
+) -> Callable[..., Host]:
+    """Makes a host whose user has the given shell and start-up files."""
+
+    def make(shell: str, files: Dict[str, str], **options: Any) -> Host:
+        program = shell if os.path.isabs(shell) else str(directory / shell)
+        if os.path.isabs(shell) and not os.path.exists(shell):
+            pytest.skip("this machine has no " + shell)
+        if shell == "ash":
+            os.symlink("/bin/busybox", program)
+        user = make_user(program)
+        for name, text in files.items():
+            user.write(name, text.replace("%s", str(jupyter_for_everyone())))
+        return make_host(user=user, **options)
+
+    return make
+
+
+def check_open(laptop: Laptop, host: Host, *arguments: str) -> str:
+    """Open, compute in a kernel as that user, and return what was said on the way."""
+    run = laptop.start(*arguments, "host", has_terminal=False)
+    url = run.url()
+    assert "decoy" not in url
+    code = "import os, pwd, sys; print(pwd.getpwuid(os.getuid()).pw_name, os.getcwd(), sys.prefix)"
+    assert compute(url, code).split() == [host.sshd.user, str(host.home), str(jupyter_for_everyone().parent)]
+    assert host.sshd.logins() == 1
+    return run.stderr
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_login_shell_that_prints_and_hides_jupyter(
+    laptop: Laptop, make_shell_host: Callable[..., Host], name: str
+) -> None:
+    host = make_shell_host(*SHELLS[name])
+    said = check_open(laptop, host)
+    assert "Using %s/jupyter-notebook (the login shell's PATH)." % jupyter_for_everyone() in said
+    assert "Welcome" not in said and "decoy" not in said  # noise is for -v
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_init_in_the_users_own_shell(laptop: Laptop, make_shell_host: Callable[..., Host], name: str) -> None:
+    """`module` in a login shell is a function or an alias; here it is one that puts Jupyter on PATH."""
+    shell, _ = SHELLS[name]
+    own_words = {
+        "bash": {".profile": "module() { export PATH=%s:$PATH; }\n"},
+        "zsh": {".zprofile": "module() { path=(%s $path) }\n"},
+        "fish": {".config/fish/config.fish": "function module; set -gx PATH %s $PATH; end\n"},
+        "tcsh": {".login": "alias module 'setenv PATH %s:$PATH; /bin/true \\!*'\n"},
+        "csh": {".login": "alias module 'setenv PATH %s:$PATH; /bin/true \\!*'\n"},
+    }.get(name, {".profile": "module() { PATH=%s:$PATH; export PATH; }\n"})
+    host = make_shell_host(shell, own_words)
+    said = check_open(laptop, host, "--init", "module load 'anaconda 3'")
+    assert "(PATH after --init)" in said
+
+
+START_UPS = {
+    "exec fish when interactive": "case $- in *i*) exec fish ;; esac\n",
+    "exec fish always": "exec fish\n",
+    "exec zsh always": "exec zsh\n",
+    "exec tcsh always": "exec tcsh\n",
+    "reads a line": "read answer\nread another\n",
+    "leaves a process that holds stdout": "sleep 1000 &\n",
+    "fails": "set -e\nfalse || true\nno-such-command || true\n",
+}
+
+
+@pytest.mark.parametrize("what", START_UPS)
+def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host], mark: str, what: str) -> None:
+    path = "export PATH=%s:$PATH\n"
+    if what == "leaves a process that holds stdout":
+        path = "case $- in *i*) export PATH=%s:$PATH ;; esac\n"
+    files = {".bashrc": path + START_UPS[what], ".profile": ". ~/.bashrc\n"}
+    host = make_shell_host("/bin/bash", files)
+    check_open(laptop, host)
+    for pid, words in processes_with(mark).items():
+        if words == "sleep 1000":
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_start_up_file_that_never_ends_is_given_up(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
+    files = {".profile": "case $- in *i*) while :; do sleep 1; done ;; esac\n"}
+    host = make_shell_host("/bin/bash", files)
+    user_bin = host.home / ".local/bin"
+    user_bin.mkdir(parents=True)
+    (user_bin / "jupyter-notebook").symlink_to(jupyter_for_everyone() / "jupyter-notebook")
+    for path in (host.home / ".local", user_bin):
+        shutil.chown(path, host.sshd.user)
+    said = check_open(laptop, host, "-v")
+    assert "looked at the environment of /bin/bash: no answer within 10 s" in said
+    assert "(the usual places)" in said
+
+
+def test_start_up_file_that_leaves_is_named(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
+    make_shell_host("/bin/bash", {".bashrc": "echo Goodbye\nexit 3\n"})
+    check_failure(laptop.run("host"), 1, "the agent did not run on host", "Goodbye", "~/.bashrc", "try: ssh")
+
+
+def test_init_that_fails_is_named(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
+    make_shell_host("/bin/bash", {})
+    run = laptop.run("--init", "module load nothing", "host")
+    check_failure(run, 1, "--init failed on the host", "module load nothing", "module: command not found")
