@@ -951,7 +951,7 @@ def conda_trees() -> "List[str]":
     trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), os.path.dirname(os.path.dirname(os.environ.get("CONDA_EXE", "")))]
     for name in ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".local/share/mamba", ".conda"):
         trees.append(os.path.join(home, name))
-    trees += ["/opt/conda", "/opt/miniconda3", "/opt/miniforge3"]
+    trees += ["/opt/conda", "/opt/miniconda3", "/opt/anaconda3", "/opt/miniforge3"]
     return [tree for tree in dict.fromkeys(trees) if tree and os.path.isdir(tree)]
 
 
@@ -1045,9 +1045,10 @@ def launchers(request: "Json", root_dir: str, tried: "List[str]") -> "Iterator[J
         yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
     home = os.path.expanduser("~")
     places = [os.path.join(root_dir or home, ".venv", "bin")]
-    places += [os.path.join(home, tree, "bin") for tree in ("miniconda3", "anaconda3", "miniforge3", "mambaforge")]
-    places += ["/opt/conda/bin", os.path.join(home, ".local/bin")]
-    places += sorted(glob.glob(os.path.join(glob.escape(home), ".pyenv/versions/*/bin")), reverse=True)
+    places += [os.path.join(tree, "bin") for tree in conda_trees()]
+    places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
+    for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
+        places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
     yield from launchers_in(places, app, "the usual places", environment, tried)
     places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
     yield from launchers_in(places, app, "our own environment", environment, tried)

@@ -46,12 +46,13 @@ def compute(url: str, code: str) -> str:
     message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     connection.send(json.dumps(message))
     printed = ""
-    while True:
+    ends = {"execute_reply", "idle"}  # of two channels, in any order
+    while ends:
         answer = json.loads(connection.recv())
-        if answer["msg_type"] == "stream":
-            printed += answer["content"]["text"]
-        if answer["msg_type"] == "execute_reply":
-            break
+        if answer["parent_header"].get("msg_id") == "1":
+            if answer["msg_type"] == "stream":
+                printed += answer["content"]["text"]
+            ends -= {answer["msg_type"], answer["content"].get("execution_state")}
     connection.close()
     return printed
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from client import api, check_failure, compute
 from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, wait_until
-from jupyters import AGES, jupyter_for_everyone, jupyter_of
+from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of
 
 import rjupyter
 
@@ -381,3 +382,118 @@ def test_odd_variable(laptop: Laptop, make_host: Callable[..., Host], name: str)
     make_host(**{name: ODD[name]})
     url = laptop.start("host", has_terminal=False).url()
     assert compute(url, "print(1)") == "1\n"
+
+
+def test_home_with_a_name_that_hurts(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    home = directory / "an \"odd\" 'home' $x"
+    (home / "work").mkdir(parents=True)
+    host = make_host(path=bare_python(directory / "bin"))
+    host.home = home
+    host.sshd.environment["HOME"] = str(home).replace('"', '\\"')  # sshd_config's own quoting
+    host.sshd.stop()
+    host.sshd.start()
+    environment_at(home / "miniconda3")
+    run = laptop.start("host:work", has_terminal=False)
+    assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (home / "work")
+    assert "Using %s/miniconda3/bin/jupyter-notebook" % home in run.stderr
+    assert host.servers()[0]["root_dir"] == str(home / "work")
+
+
+def test_umask_000(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
+    user = make_user("/bin/bash")
+    user.write(".bashrc", "umask 000\nPATH=%s:$PATH\n" % jupyter_for_everyone())
+    make_host(user=user)
+    url = laptop.start("host", has_terminal=False).url()
+    token = parse_qs(urlsplit(url).query)["token"][0]
+    assert compute(url, "import os; print(os.umask(0))") == "0\n"
+    for path in user.home.rglob("*"):
+        if path.is_file() and token.encode() in path.read_bytes():
+            closed = [p for p in [path, *path.parents] if user.home in p.parents and p.stat().st_mode & 0o077 == 0]
+            assert closed, path
+
+
+def test_path_with_busybox_only(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    path = bare_python(directory / "bin")
+    for applet in subprocess.check_output(["busybox", "--list"], text=True).split():
+        if not (directory / "bin" / applet).exists():
+            (directory / "bin" / applet).symlink_to("/bin/busybox")
+    host = make_host(PATH=path)
+    environment_at(host.home / "miniconda3")
+    run = laptop.start("host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    run.interrupt()
+    run.wait()
+    assert "Stopped" in laptop.run("host", "stop").stderr
+
+
+def test_prologue_in_busybox_sh(directory: Path) -> None:
+    command = rjupyter.agent_command().replace("exec /bin/sh", "exec /bin/busybox sh")
+    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    answer = subprocess.run(
+        ["/bin/busybox", "sh", "-c", command],
+        input=rjupyter.agent_input(command, rjupyter.agent_source(), request),
+        capture_output=True,
+        env={"HOME": str(directory), "PATH": bare_python(directory / "bin")},
+    )
+    assert b"no such directory on the host" in answer.stdout
+
+
+def test_no_python_at_all(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """A host without python3, as far as the prologue sees; then one where the user names where it is."""
+    python3 = Path(bare_python(directory / "bin")) / "python3"
+    named = str(python3.rename(python3.with_name("python3.named")))
+    monkeypatch.setattr(rjupyter, "PYTHONS", ["no-such-python", "/no/such/python3"])
+    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    for python, words in (("", b"rjupyter: no python3\n"), (named, b"no such directory")):
+        command = rjupyter.agent_command(python)
+        data = rjupyter.agent_input(command, rjupyter.agent_source(), request)
+        answer = subprocess.run(["sh", "-c", command], input=data, capture_output=True, env={"HOME": str(directory)})
+        assert words in answer.stdout
+
+
+@pytest.mark.parametrize("smuggled", ["/x; touch pwned", "$(touch pwned)", "a b", "'", "-c", "/x'", "~", "/x\ny"])
+def test_python_named_by_the_user_cannot_smuggle(smuggled: str) -> None:
+    assert rjupyter.agent_command(smuggled) == rjupyter.agent_command()
+
+
+# -- the laptop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minor", [minor for minor in sorted(interpreters()) if minor >= 8])
+def test_client_under_python_3(laptop: Laptop, host: Host, minor: int) -> None:
+    laptop.python = interpreters()[minor]
+    run = laptop.start("host")
+    assert compute(run.url(), "print(1)") == "1\n"
+    run.expect("To end it")
+    run.interrupt()
+    assert run.wait() == 0
+    assert "Warning" not in run.text
+    assert "Stopped" in laptop.run("host", "stop").stderr
+
+
+@pytest.mark.parametrize("minor", [minor for minor in sorted(interpreters()) if minor < 8])
+def test_client_under_a_python_that_is_too_old(laptop: Laptop, minor: int) -> None:
+    laptop.python = interpreters()[minor]
+    run = laptop.run("host")
+    assert run.status == 1
+    assert re.fullmatch(r"rjupyter needs Python 3.8 or newer on this side; this is 3\.%d\.\d+\n" % minor, run.text)
+
+
+def test_ssh_config_that_replaces_the_command(laptop: Laptop, host: Host) -> None:
+    with open(host.sshd.config, "a") as config:
+        config.write("  RemoteCommand touch pwned\n  RequestTTY force\n  LocalForward 1 127.0.0.1:1\n")
+    url = laptop.start("host", has_terminal=False).url()
+    assert compute(url, "print(1)") == "1\n"
+    assert not (host.home / "pwned").exists()
+
+
+def test_stub_of_an_ssh_without_remote_command(laptop: Laptop, host: Host) -> None:
+    """OpenSSH before 7.6 does not know the option. The real ssh stands behind a wrapper that refuses it as that did."""
+    wrapper = laptop.home / "ssh"
+    refusal = "command-line: line 0: Bad configuration option: remotecommand"
+    wrapper.write_text(
+        '#!/bin/sh\ncase "$*" in *RemoteCommand*) echo \'%s\' >&2; exit 255 ;; esac\nexec /usr/bin/ssh "$@"\n' % refusal
+    )
+    wrapper.chmod(0o755)
+    run = laptop.start("host", has_terminal=False, PATH="%s:%s" % (laptop.home, SYSTEM_PATH))
+    assert compute(run.url(), "print(1)") == "1\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import pytest
+from jupyters import interpreters
 
 import rjupyter
 
@@ -141,30 +142,15 @@ def test_remote_command_is_valid_in_every_shell() -> None:
     assert len(command) < 1000  # old csh takes 1024 characters in a word
 
 
-def interpreters() -> Any:
-    """Every Python that the agent may meet on a host, as far as this machine has them."""
-    found: Dict[int, str] = {}
-    for minor in range(6, 20):
-        for place in [
-            *Path.home().glob(".pyenv/versions/3.%d.*/bin" % minor),
-            Path("/usr/bin"),
-            Path("/usr/local/bin"),
-        ]:
-            program = place / ("python3.%d" % minor)
-            if program.exists():
-                found.setdefault(minor, str(program))
-    return [pytest.param(program, id="3.%d" % minor) for minor, program in sorted(found.items())]
-
-
 def agent_input(command: str) -> bytes:
     request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
     return rjupyter.agent_input(command, rjupyter.agent_source(), request)
 
 
-@pytest.mark.parametrize("python", interpreters())
-def test_agent_answers_under(python: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("minor", sorted(interpreters()))
+def test_agent_answers_under_python_3(minor: int, tmp_path: Path) -> None:
     answer = subprocess.run(
-        [python, "-IS", "-c", rjupyter.BOOTSTRAP],
+        [interpreters()[minor], "-IS", "-c", rjupyter.BOOTSTRAP],
         input=agent_input(""),
         capture_output=True,
         env={"HOME": str(tmp_path), "LC_ALL": "C"},
