@@ -5,10 +5,12 @@ import json
 import os
 import pty
 import pwd
+import random
 import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +58,14 @@ def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
                     if state != "Z":
                         found[int(name)] = words.decode(errors="replace").strip()
     return found
+
+
+def quiet_port() -> int:
+    """Return a free port that no other test takes meanwhile: not near 8889, and not one that the kernel deals."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Run:

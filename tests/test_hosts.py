@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, wait_until
+from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, quiet_port, wait_until
 from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of
 
 import rjupyter
@@ -197,7 +197,7 @@ def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], 
     (host.home / "a b").mkdir()
     notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     (host.home / "a b/x#y.ipynb").write_text(json.dumps(notebook))
-    run = laptop.start("host:a b/x#y.ipynb", has_terminal=False)
+    run = laptop.start("--local-port", str(quiet_port()), "host:a b/x#y.ipynb", has_terminal=False)
     url = run.url()
     assert prefix_of_kernel(url) == str(jupyter_of(age).parent)
     assert "Launched Jupyter%s %s" % (("Lab", "3.2.") if "lab" in age else (" Notebook", age[-3:] + ".")) in run.stderr
@@ -260,7 +260,7 @@ def test_configured_certificate_makes_it_https(laptop: Laptop, configured: Any) 
 
 
 def test_configured_port_holds_and_the_option_wins(laptop: Laptop, configured: Any) -> None:
-    port = rjupyter.find_free_port(21000 + os.getpid() % 20000)
+    port = quiet_port()
     configured[1](port=port)
     run = laptop.start("host", has_terminal=False)
     run.url()
@@ -334,7 +334,7 @@ def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_ho
 
 def check_two_runs_and_stop(laptop: Laptop, state: str) -> None:
     """Everything works, with our state elsewhere; and it is ours alone."""
-    run = laptop.start("host", has_terminal=False)
+    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
     assert compute(url, "print(1)") == "1\n"
     run.interrupt()

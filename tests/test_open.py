@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, wait_until
+from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -57,7 +57,7 @@ def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> Non
 
 
 def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
-    first = laptop.start("host", has_terminal=False)
+    first = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = first.url()
     (record,) = host.servers()
     first.interrupt()
@@ -74,7 +74,7 @@ def test_local_port_is_the_same_although_a_lower_one_became_free(laptop: Laptop,
         (host.home / name).mkdir()
     one = laptop.start("host:one", has_terminal=False)
     one.url()
-    two = laptop.start("host:two", has_terminal=False)
+    two = laptop.start("--local-port", str(quiet_port()), "host:two", has_terminal=False)
     url = two.url()
     assert urlsplit(url).port != urlsplit(one.url()).port
     for run in (one, two):
@@ -183,7 +183,7 @@ def test_signals_close_the_tunnel_like_ctrl_c(laptop: Laptop, host: Host, signum
 
 
 def test_kill_9_leaves_nothing_on_the_laptop(laptop: Laptop, host: Host, mark: str) -> None:
-    run = laptop.start("host", has_terminal=False)
+    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
