@@ -1267,6 +1267,9 @@ def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -
             "root_dir": portable(root_dir),
             "runtime_dir": portable(environment["JUPYTER_RUNTIME_DIR"]),
             "local_port": request["local_port"],
+            "python": request["python"],
+            "env": request["env"],
+            "init": request["init"],
         }
         write_private(os.path.join(directory, "server.json"), json.dumps(record))
         record["version"] = app_version(found["argv"][0], found["app"])
@@ -1397,11 +1400,12 @@ def answers(info: "Json") -> bool:
 
 
 def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
-    """Return the servers of ours that the request means: same PATH, or without one all; same app, when it is named."""
+    """Return the servers of ours that the request means: same PATH, app and environment, each as far as it is named."""
     servers = our_servers()
     if root_dir:
         servers = [s for s in servers if os.path.realpath(native(s["root_dir"])) == os.path.realpath(root_dir)]
-    return [s for s in servers if not request["app"] or s["app"] == request["app"]]
+    named = {name: request[name] for name in ("app", "python", "env", "init") if request.get(name)}
+    return [s for s in servers if all(s.get(name) == value for name, value in named.items())]
 
 
 def open_server(request: "Json", channel: Channel) -> "Json":

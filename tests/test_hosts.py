@@ -120,6 +120,17 @@ def test_env(laptop: Laptop, bare_host: Host, prefix: str, argument: str) -> Non
     assert "Using %s/bin/python (--env %s)." % (environment, argument) in run.stderr
 
 
+def test_server_of_another_environment_is_not_the_one_that_was_asked_for(laptop: Laptop, bare_host: Host) -> None:
+    environment_at(bare_host.home / "miniconda3")
+    environment_at(bare_host.home / "miniforge3/envs/ml")
+    assert "miniconda3" in laptop.start("host", has_terminal=False).expect(r"Using .*").group()
+    asked = laptop.start("--env", "ml", "host", has_terminal=False)
+    assert prefix_of_kernel(asked.url()).endswith("envs/ml")
+    again = laptop.start("--env", "ml", "host", has_terminal=False)
+    again.expect("Found Jupyter")
+    assert len(bare_host.servers()) == 2
+
+
 def test_env_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
     environment_at(bare_host.home / "miniconda3")
     run = laptop.run("--env", "ml", "host")
