@@ -35,6 +35,7 @@ AGES: Dict[str, Age] = {
             "traitlets<5.10",
             "ipykernel<6.22",
             "jsonschema<4.18",
+            "six",  # jupyter_server 1.13 imports it and does not ask for it
         ],
         [9, 10, 8, 11],
     ),

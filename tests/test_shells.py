@@ -108,23 +108,22 @@ def test_init_in_the_users_own_shell(laptop: Laptop, make_shell_host: Callable[.
     assert "(PATH after --init)" in said
 
 
+EXPORT = "export PATH=%s:$PATH\n"
+EXPORT_WHEN_INTERACTIVE = "case $- in *i*) export PATH=%s:$PATH ;; esac\n"
 START_UPS = {
-    "exec fish when interactive": "case $- in *i*) exec fish ;; esac\n",
-    "exec fish always": "exec fish\n",
-    "exec zsh always": "exec zsh\n",
-    "exec tcsh always": "exec tcsh\n",
-    "reads a line": "read answer\nread another\n",
-    "leaves a process that holds stdout": "sleep 1000 &\n",
-    "fails": "set -e\nfalse || true\nno-such-command || true\n",
+    "execs fish when interactive": EXPORT_WHEN_INTERACTIVE + "case $- in *i*) exec fish ;; esac\n",
+    "execs fish always": EXPORT + "exec fish\n",
+    "execs zsh always": EXPORT + "exec zsh\n",
+    "execs tcsh always": EXPORT + "exec tcsh\n",
+    "reads a line": EXPORT + "read answer\nread another\n",
+    "reads a line when interactive": EXPORT_WHEN_INTERACTIVE + "case $- in *i*) read answer ;; esac\n",
+    "leaves a process that holds stdout": EXPORT_WHEN_INTERACTIVE + "sleep 1000 &\n",
 }
 
 
 @pytest.mark.parametrize("what", START_UPS)
 def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host], mark: str, what: str) -> None:
-    path = "export PATH=%s:$PATH\n"
-    if what == "leaves a process that holds stdout":
-        path = "case $- in *i*) export PATH=%s:$PATH ;; esac\n"
-    files = {".bashrc": path + START_UPS[what], ".profile": ". ~/.bashrc\n"}
+    files = {".bashrc": START_UPS[what], ".profile": ". ~/.bashrc\n"}
     host = make_shell_host("/bin/bash", files)
     check_open(laptop, host)
     for pid, words in processes_with(mark).items():
