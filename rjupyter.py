@@ -10,6 +10,7 @@
     rjupyter.py gpu1                       open Jupyter on gpu1; the same line comes back to it tomorrow
     rjupyter.py --lab gpu1:work            JupyterLab in ~/work on gpu1
     rjupyter.py gpu1:work/train.ipynb      open this notebook
+    rjupyter.py gpu1 list                  the servers there
     rjupyter.py gpu1 stop                  end the server
 
 What runs on the host outlives this program; `stop` ends it.
@@ -410,6 +411,17 @@ class Ssh:
                     why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
                     raise Failure("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
 
+    def __enter__(self) -> "Ssh":
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
     def _hear_master(self, timeout_s: float, is_connected: bool) -> None:
         assert self.master is not None
         line = self.master.next_line(timeout_s)
@@ -587,6 +599,7 @@ HEARTBEAT_S = 5.0
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
 RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000
+STATUS_PATH = "api/status?no_track_activity=1"  # without the latter, our looking would keep an idle server alive
 
 
 class Trouble(Exception):
@@ -727,6 +740,7 @@ class Channel:
     def __init__(self, nonce: str) -> None:
         self._nonce = nonce
         self._last_sent = 0.0
+        self.is_closed = False
         # Whatever else writes to stdout here goes to stderr instead.
         self._stream = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -737,7 +751,7 @@ class Channel:
             self._stream.write("%s %s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
             self._stream.flush()
         except OSError:
-            pass
+            self.is_closed = True
         self._last_sent = time.monotonic()
 
     def keep_alive(self) -> None:
@@ -778,22 +792,27 @@ def first_private(candidates: "List[str]") -> str:
     )
 
 
-def runtime_dir() -> str:
-    """Return Jupyter's runtime directory (jupyter_core.paths), made when it is missing, closed to others.
-
-    Jupyter writes jpserver-PID-open.html there, which holds the token, and only its umask decides who reads that. To
-    close the directory does no harm; another umask would, for every file that the user's kernels write.
-    XDG_RUNTIME_DIR, which old versions used, vanishes at logout.
-    """
+def runtime_dirs() -> "List[str]":
+    """Return where Jupyter keeps its runtime files (jupyter_core.paths), and the place that we fall back to."""
     home = os.path.expanduser("~")
     default = os.path.join(home, "Library/Jupyter") if sys.platform == "darwin" else ""
     data = default or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local/share"), "jupyter")
     data = os.environ.get("JUPYTER_DATA_DIR") or data
     path = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
+    return [path, os.path.join(own_tmp_dir(), "runtime")]
+
+
+def runtime_dir() -> str:
+    """Return Jupyter's runtime directory, made when it is missing, closed to others.
+
+    Jupyter writes jpserver-PID-open.html there, which holds the token, and only its umask decides who reads that. To
+    close the directory does no harm; another umask would, for every file that the user's kernels write.
+    XDG_RUNTIME_DIR, which old versions used, vanishes at logout.
+    """
     try:
-        return private_dir(path)
+        return private_dir(runtime_dirs()[0])
     except OSError:
-        return first_private([os.path.join(own_tmp_dir(), "runtime")])
+        return first_private(runtime_dirs()[1:])
 
 
 def read_json(path: str) -> "Json":
@@ -822,15 +841,79 @@ def server_dirs() -> "List[str]":
     return found
 
 
-def our_servers() -> "List[Json]":
-    """Return the records of our servers on this node that still run, newest first."""
-    servers = []
+RECORD_TYPES = {
+    "pid": int,
+    "identity": str,
+    "node": str,
+    "app": str,
+    "created": float,
+    "root_dir": str,
+    "runtime_dir": str,
+    "local_port": int,
+}
+
+
+def server_records() -> "List[Json]":
+    """Return what we wrote down of our servers, newest first, whether they run or not; what makes no sense is skipped.
+
+    A home is shared between nodes, and files can be damaged: each field is of its type, or the record is none.
+    """
+    records = []
     for directory in server_dirs():
         record = read_json(os.path.join(directory, "server.json"))
-        if record.get("node") == os.uname().nodename and isinstance(record.get("pid"), int):
-            if record.get("identity") and process_identity(record["pid"]) == record["identity"]:
-                servers.append(dict(record, id=os.path.basename(directory), directory=directory))
-    return sorted(servers, key=lambda record: str(record.get("created")), reverse=True)
+        if all(type(record.get(name)) is kind for name, kind in RECORD_TYPES.items()) and record["pid"] > 1:
+            records.append(dict(record, id=os.path.basename(directory), directory=directory, is_ours=True))
+    return sorted(records, key=lambda record: float(record["created"]), reverse=True)
+
+
+def runs_here(record: "Json") -> bool:
+    """True when the process of this record runs on this node."""
+    is_here = record["node"] == os.uname().nodename and record["identity"]
+    return bool(is_here and process_identity(record["pid"]) == record["identity"])
+
+
+def our_servers() -> "List[Json]":
+    """Return the records of our servers on this node that still run, newest first."""
+    return [record for record in server_records() if runs_here(record)]
+
+
+def other_servers() -> "List[Json]":
+    """Return records, as ours, of the user's servers that something else started: those whose runtime files we see.
+
+    Their ids are "p" and the pid. Nothing of them is ever removed: they may run on another node of a shared home.
+    """
+    ours = server_records()
+    records = []
+    for directory in runtime_dirs() + [native(record["runtime_dir"]) for record in ours]:
+        for kind, pid, path in runtime_files(directory):
+            info = checked_info(read_json(path))
+            if not info or [r for r in ours if r["pid"] in (pid, session_of(pid))]:
+                continue
+            records.append(
+                {
+                    "id": "p%d" % pid,
+                    "pid": pid,
+                    "identity": process_identity(pid),
+                    "node": os.uname().nodename,
+                    "app": app_of_process(pid, kind),
+                    "created": os.stat(path).st_mtime,
+                    "root_dir": info["root_dir"],
+                    "runtime_dir": portable(directory),
+                    "is_ours": False,
+                }
+            )
+    unique = {record["id"]: record for record in records}
+    return sorted(unique.values(), key=lambda record: float(record["created"]), reverse=True)
+
+
+def app_of_process(pid: int, kind: str) -> str:
+    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as stream:
+            words = stream.read(4096)
+    except OSError:
+        words = b""
+    return "lab" if kind == "jpserver" and (b"jupyter-lab" in words or b"jupyterlab" in words) else "notebook"
 
 
 def forget_ended_servers() -> None:
@@ -850,8 +933,6 @@ def forget_ended_servers() -> None:
 
 def end_of_log(path: str, lines: int = 12) -> str:
     """Return the last lines of a server's log, tokens taken out."""
-    import re
-
     try:
         with open(path, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
@@ -859,7 +940,14 @@ def end_of_log(path: str, lines: int = 12) -> str:
     except OSError:
         return ""
     tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
-    return re.sub(r"token=[^&\s\"']+", "token=...", "\n".join(tail))
+    return without_tokens("\n".join(tail))
+
+
+def without_tokens(text: str) -> str:
+    """Return a text of Jupyter's log without the tokens in its addresses."""
+    import re
+
+    return re.sub(r"token=[^&\s\"']+", "token=...", text)
 
 
 # -- Jupyter: find it, or install it ----------------------------------------------------------------------------------
@@ -1339,17 +1427,27 @@ def end_session(pid: int) -> None:
             time.sleep(POLL_S)
 
 
+def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
+    """Yield the runtime files of servers in a directory, each as its kind, the server's pid, and its path."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        kind, _, rest = name.partition("-")
+        pid, _, ending = rest.partition(".")
+        if kind in ("jpserver", "nbserver") and ending == "json" and pid.isdigit() and len(pid) < 10:
+            yield kind, int(pid), os.path.join(directory, name)
+
+
 def server_info(record: "Json") -> "Json":
-    """Return what Jupyter's own runtime file says of a server of ours; empty before it listens.
+    """Return what Jupyter's own runtime file says of a server; empty before it listens.
 
     The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
     """
-    directory = native(record["runtime_dir"])
-    for name in os.listdir(directory):
-        prefix, _, pid = name.partition("-")
-        if prefix in ("jpserver", "nbserver") and pid.endswith(".json") and pid[:-5].isdigit():
-            if pid[:-5] == str(record["pid"]) or session_of(int(pid[:-5])) == record["pid"]:
-                return checked_info(read_json(os.path.join(directory, name)))
+    for _, pid, path in runtime_files(native(record["runtime_dir"])):
+        if record["pid"] in (pid, session_of(pid)):
+            return checked_info(read_json(path))
     return {}
 
 
@@ -1377,14 +1475,18 @@ def checked_info(info: "Json") -> "Json":
     return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
 
 
-def ask_server(info: "Json", path: str, method: str = "GET") -> int:
-    """Ask a server on this host, with its token; return the HTTP status, 0 when there is no answer."""
+def ask_server(info: "Json", path: str, method: str = "GET") -> "Tuple[int, Any]":
+    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
     address = (info["host"], info["port"])
     try:
         path = info["base_url"] + path
-        return http_request(address, path, info["token"], 5, method=method, is_secure=info["is_secure"])[0]
+        status, body = http_request(address, path, info["token"], 5, method=method, is_secure=info["is_secure"])
     except OSError:
-        return 0
+        return 0, None
+    try:
+        return status, json.loads(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return status, None
 
 
 def answers(info: "Json") -> bool:
@@ -1392,7 +1494,7 @@ def answers(info: "Json") -> bool:
 
     With a password and no token at all, that it asks for the password must do.
     """
-    status = ask_server(info, "api/status?no_track_activity=1")
+    status, _ = ask_server(info, STATUS_PATH) if info else (0, None)
     return status == 200 or (not info["token"] and info["has_password"] and status in (401, 403))
 
 
@@ -1408,18 +1510,41 @@ def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
     return [s for s in servers if all(s.get(name) == value for name, value in named.items())]
 
 
+def attachable_servers(request: "Json", root_dir: str) -> "List[Json]":
+    """Return the servers to come back to, best first: the one named by `attach`, else ours, else others of this PATH.
+
+    Raises Trouble when the one that was named does not run.
+    """
+    others = [dict(record, local_port=request["local_port"]) for record in other_servers() if runs_here(record)]
+    if request["attach"]:
+        found = [record for record in our_servers() + others if record["id"] == request["attach"]]
+        if not found:
+            raise Trouble(1, "no server of yours has this id: " + request["attach"], "", "list shows the ids")
+        return found
+    named = [name for name in ("python", "env", "init") if request[name]]  # what else was started with, we do not know
+    if not root_dir or named:
+        others = []
+    others = [r for r in others if os.path.realpath(native(r["root_dir"])) == os.path.realpath(root_dir)]
+    others = [r for r in others if request["app"] in ("", r["app"]) and answers(server_info(r))]
+    return matching_servers(request, root_dir) + others
+
+
 def open_server(request: "Json", channel: Channel) -> "Json":
     """Come back to a server of ours, or launch one; return its record and what its runtime file says."""
     root_dir, file = resolve_path(request["path"]) if request["path"] is not None else ("", "")
     if not request["is_new"]:
-        deadline = time.monotonic() + request["start_timeout_s"]
-        for record in matching_servers(request, root_dir):
-            # One that was launched a moment ago, by a client that has gone, may not listen yet.
-            while process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
+        for record in attachable_servers(request, root_dir):
+            while runs_here(record):
                 info = server_info(record)
-                if info:
+                # One that was launched a moment ago, by a client that has gone, may not listen yet.
+                is_starting = age_of(record) < request["start_timeout_s"] and not (
+                    info and ask_server(info, STATUS_PATH)[0]
+                )
+                if info and not is_starting:
                     found = dict(record, **info, age_s=age_of(record), is_launched=False)
                     return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+                if not is_starting:
+                    break
                 channel.keep_alive()
                 time.sleep(POLL_S)
     forget_ended_servers()
@@ -1433,6 +1558,81 @@ def age_of(record: "Json") -> float:
     return max(0.0, time.time() - float(record["created"]))
 
 
+def describe_server(record: "Json") -> "Json":
+    """Say how a server does, for people: it is live when it answered with its token, not when some pid exists."""
+    found = {name: record[name] for name in ("id", "pid", "node", "app", "root_dir", "is_ours")}
+    found.update(state="live", port=0, kernels=0, busy=0, idle_s=None, age_s=age_of(record))
+    if record["node"] != os.uname().nodename:
+        return dict(found, state="on " + record["node"])
+    if not runs_here(record):
+        return dict(found, state="ended" if record["is_ours"] else "stale")
+    info = server_info(record)
+    if not info:
+        return dict(found, state="starting")
+    found["port"] = info["port"]
+    if not answers(info):
+        return dict(found, state="no answer")
+    _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
+    kernels = [kernel for kernel in kernels if isinstance(kernel, dict)] if isinstance(kernels, list) else []
+    found["kernels"] = len(kernels)
+    found["busy"] = len([kernel for kernel in kernels if kernel.get("execution_state") == "busy"])
+    _, status = ask_server(info, STATUS_PATH)
+    if isinstance(status, dict):
+        found["idle_s"] = seconds_since(status.get("last_activity"))
+    return found
+
+
+def seconds_since(moment: "Any") -> "Optional[float]":
+    """Return how long ago a moment was, in seconds, from the form that Jupyter's API has (ISO 8601, UTC)."""
+    import calendar
+
+    try:
+        return max(0.0, time.time() - calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S")))
+    except (ValueError, OverflowError):
+        return None
+
+
+def list_servers(request: "Json", channel: Channel) -> "Json":
+    """Describe every server of the user on this host, ours or not, all at the same time."""
+    import threading
+
+    records = server_records() + other_servers()
+    described = [{} for _ in records]  # type: List[Json]
+
+    def describe(place: int) -> None:
+        described[place] = describe_server(records[place])
+
+    threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"servers": [server for server in described if server]}
+
+
+def follow_log(request: "Json", channel: Channel) -> "Json":
+    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone."""
+    records = server_records()
+    if request["id"]:
+        records = [record for record in records if record["id"] == request["id"]]
+    if not records:
+        what = (
+            "no server of yours has this id: " + request["id"] if request["id"] else "no server of yours is known there"
+        )
+        raise Trouble(1, what, "logs are kept of what rjupyter launched", "list shows the ids")
+    record = records[0]
+    with open(os.path.join(record["directory"], "log"), errors="replace") as log:
+        while True:
+            line = log.readline()
+            if line:
+                channel.send("line", text=without_tokens(line.rstrip("\n")))
+            elif not request["is_followed"] or not runs_here(record) or channel.is_closed:
+                return {"id": record["id"]}
+            else:
+                channel.keep_alive()
+                time.sleep(0.2)
+
+
 def describe_end(request: "Json", channel: Channel) -> "Json":
     """Say whether a server of ours still runs, and the end of its log."""
     is_running = request["id"] in [record["id"] for record in our_servers()]
@@ -1441,37 +1641,80 @@ def describe_end(request: "Json", channel: Channel) -> "Json":
 
 
 def stop_servers(request: "Json", channel: Channel) -> "Json":
-    """End servers of ours: those named by id, those of the PATH, or the only one; all with `is_all`."""
+    """End servers: those named by id, those of the PATH, or the only one of ours; all of ours with `is_all`.
+
+    With `asks`, nothing is ended while a kernel computes: the reply names the busy ones, and the client comes again.
+    """
     import shutil
 
     if request["ids"]:
-        servers = [record for record in our_servers() if record["id"] in request["ids"]]
+        known = our_servers() + [record for record in other_servers() if runs_here(record)]
+        servers = [record for record in known if record["id"] in request["ids"]]
         missing = sorted(set(request["ids"]) - {record["id"] for record in servers})
         if missing:
-            raise Trouble(1, "no server of yours has this id: " + ", ".join(missing))
+            raise Trouble(1, "no server of yours has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
         root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
         servers = matching_servers(request, root_dir)
         if len(servers) > 1 and not request["is_all"]:
             names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in servers]
             raise Trouble(1, "%d servers run there" % len(servers), "\n".join(names), "stop ID, or stop --all")
+    busy = [server for server in map(describe_server, servers) if server["busy"]]
+    if busy and request["asks"]:
+        return {"count": 0, "busy": busy}
     for record in servers:
         shut_down(record)
-        shutil.rmtree(record["directory"], ignore_errors=True)
-        channel.send("stopped", **record)
-    return {"count": len(servers)}
+        if record["is_ours"]:
+            shutil.rmtree(record["directory"], ignore_errors=True)
+        channel.send("stopped", **{name: record[name] for name in ("id", "pid", "app", "root_dir")})
+    return {"count": len(servers), "busy": []}
 
 
 def shut_down(record: "Json") -> None:
-    """End one server: ask Jupyter itself, which ends its kernels too, then TERM, then KILL."""
+    """End one server: ask Jupyter itself, which ends its kernels too, then TERM, then KILL.
+
+    No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
+    """
+    import signal
+
     info = server_info(record)
+    files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
+    kernels = [(pid, process_identity(pid)) for pid in children_of(record["pid"])]
     if info:
         ask_server(info, "api/shutdown", "POST")
-    deadline = time.monotonic() + 5
-    while info and process_identity(record["pid"]) == record["identity"] and time.monotonic() < deadline:
+    wait_for_end(record, 5)
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if runs_here(record):
+            end = os.killpg if record["is_ours"] else os.kill  # we made the group of ours; another may hold a terminal
+            end(record["pid"], signum)
+            wait_for_end(record, 3)
+    for pid, identity in kernels:
+        if identity and process_identity(pid) == identity:
+            os.kill(pid, signal.SIGKILL)
+    for path in [] if runs_here(record) else files:
+        for leftover in (path, path[: -len(".json")] + "-open.html"):
+            with contextlib.suppress(OSError):
+                os.unlink(leftover)
+
+
+def wait_for_end(record: "Json", timeout_s: float) -> None:
+    """Wait until a server has ended, or `timeout_s` passed."""
+    deadline = time.monotonic() + timeout_s
+    while runs_here(record) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    if process_identity(record["pid"]) == record["identity"]:
-        end_session(record["pid"])
+
+
+def children_of(pid: int) -> "List[int]":
+    """Return the processes that process `pid` started and that run: for Jupyter its kernels and terminals."""
+    import subprocess
+
+    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
+    try:
+        lines = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()
+    except OSError:
+        return []
+    pairs = [line.split() for line in lines]
+    return [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == b"%d" % pid]
 
 
 def agent_main(packed_request: bytes) -> None:
@@ -1486,7 +1729,13 @@ def agent_main(packed_request: bytes) -> None:
         user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
-    actions = {"open": open_server, "stop": stop_servers, "describe_end": describe_end}
+    actions = {
+        "open": open_server,
+        "list": list_servers,
+        "logs": follow_log,
+        "stop": stop_servers,
+        "describe_end": describe_end,
+    }
     try:
         channel.send("reply", reply=actions[request["action"]](request, channel))
     except Trouble as trouble:
@@ -1595,7 +1844,7 @@ class Server(NamedTuple):
         if not wrong:
             server = cls(**values)  # type: ignore[arg-type]
             forms = {
-                "id": re.fullmatch(r"[0-9a-f]{4}", server.id),
+                "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", server.id),
                 "app": server.app in APP_NAMES,
                 "host": re.fullmatch(r"[\w.:%-]+", server.host) and not server.host.startswith("-"),
                 "port": 0 < server.port < 65536,
@@ -1651,6 +1900,8 @@ class Agent:
         child = self.ssh.session(command)
         try:
             child.send(agent_input(command, self._source, dict(request, action=action, nonce=nonce)))
+            if not doing:
+                return self._hear(child, nonce, lambda words: None)
             with self.messages.working(doing) as show:
                 return self._hear(child, nonce, show)
         finally:
@@ -1693,6 +1944,8 @@ class Agent:
             self._say_hello(message)
         elif kind == "progress":
             show(str(message["text"]))
+        elif kind == "line":
+            self.messages.result(str(message["text"]), "line", line=message["text"])
         elif kind == "found":
             self._say_found(message)
         elif kind == "installing":
@@ -1813,11 +2066,8 @@ class Tunnel:
             raise Failure(what, "it does not take our token (HTTP status %d)" % status, self._another())
 
     def probe(self, timeout_s: float) -> int:
-        """Return the HTTP status of /api/status through the tunnel; OSError when there is none.
-
-        no_track_activity: a look of ours must not keep an idle server alive.
-        """
-        path = self.server.base_url + "api/status?no_track_activity=1"
+        """Return the HTTP status of /api/status through the tunnel; OSError when there is none."""
+        path = self.server.base_url + STATUS_PATH
         server = self.server
         address = ("127.0.0.1", self.local_port)
         return http_request(address, path, server.token, timeout_s, is_secure=server.is_secure)[0]
@@ -2052,8 +2302,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
         description=__doc__,
-        epilog="actions: stop [ID ...] [--all], close. DESTINATION is whatever ssh takes; PATH, as scp has it, is a "
-        "directory or a notebook there.",
+        epilog="actions: list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close. DESTINATION is whatever ssh "
+        "takes; PATH, as scp has it, is a directory or a notebook there.",
         formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -2064,6 +2314,8 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--app", choices=["notebook", "lab"], default="", help="what to open (notebook)")
     server.add_argument("--lab", dest="app", action="store_const", const="lab", help="the same as --app lab")
     server.add_argument("--new", action="store_true", help="start another server; do not come back to one")
+    attach_help = "come back to this server; `list` shows the ids"
+    server.add_argument("--attach", type=_text, metavar="ID", help=attach_help)
     server.add_argument("--stop-on-exit", action="store_true", help="end the server together with the tunnel")
     port_help = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
     server.add_argument("--port", type=_port, default=0, metavar="N", help=port_help)
@@ -2113,6 +2365,13 @@ def build_parser() -> argparse.ArgumentParser:
     stop = actions.add_parser("stop", help="end servers on the host")
     stop.add_argument("ids", nargs="*", metavar="ID", help="which ones (the one of PATH, or the only one)")
     stop.add_argument("--all", action="store_true", help="all of yours there")
+    stop.add_argument("--yes", action="store_true", help="without a question, also when a kernel computes")
+    listing = actions.add_parser("list", help="the servers on the host")
+    logs = actions.add_parser("logs", help="a server's log")
+    logs.add_argument("id", nargs="?", default="", metavar="ID", help="which one (the newest)")
+    logs.add_argument("-f", dest="is_followed", action="store_true", help="go on as it grows, until Ctrl-C")
+    for parsed in (listing, logs, stop):
+        parsed.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line")
     actions.add_parser("close", help="end the tunnels that went to the background with -f")
     return parser
 
@@ -2222,7 +2481,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             raise
         messages.end_line()
         if args.stop_on_exit:
-            agent.ask("stop", "Stopping", ids=[tunnel.server.id], path=None, app="", is_all=False)
+            agent.ask("stop", "Stopping", ids=[tunnel.server.id], path=None, app="", is_all=False, asks=False)
         messages.note("Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args))
         return EXIT_OK
     finally:
@@ -2252,11 +2511,14 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
             python=args.python or "",
             env=args.env or "",
             init=args.init,
+            attach=args.attach or "",
             start_timeout_s=args.start_timeout,
             may_install=not args.no_install,
         )
     server = Server.from_reply(reply)
-    verb, seconds = ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", _age(server.seconds))
+    verb, seconds = (
+        ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + _duration(server.seconds))
+    )
     text = "%s %s in %s (pid %d, port %d, %s)."
     text = text % (verb, server.title, server.root_dir, server.pid, server.port, seconds)
     event = "launched" if server.is_launched else "found"
@@ -2275,11 +2537,14 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     return tunnel
 
 
-def _age(seconds: float) -> str:
+def _duration(seconds: Any) -> str:
+    """Return a duration as people say it, in its largest unit; empty for what is no number."""
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
+        return ""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return "up %d %s" % (seconds // size, unit)
-    return "up %d s" % seconds
+            return "%d %s" % (seconds // size, unit)
+    return "%d s" % seconds
 
 
 def wants_browser(args: argparse.Namespace) -> bool:
@@ -2298,17 +2563,79 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
     return command_line(*options, "%s:%s" % (destination, path), *action)
 
 
-def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Stop servers on the host."""
+def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """List the user's servers on the host: a table for people, one object a line with --json."""
+    with ssh:
+        servers = agent.ask("list", "Asking the servers")["servers"]
+    rows = [["ID", "STATE", "APP", "DIRECTORY", "PORT", "KERNELS", "ACTIVE", "AGE", ""]]
+    for server in servers:
+        if args.json:
+            messages.result("", "server", **server)
+        rows.append(_row_of(server))
+    if not servers:
+        messages.note("No server of yours runs there.")
+    elif not args.json:
+        widths = [max(len(printable(row[i])) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            messages.result("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), "row")
+    return EXIT_OK
+
+
+def _row_of(server: Json) -> List[str]:
+    """Return what the table says of one server; the host's words are data, whatever their types."""
+    is_live = server.get("state") == "live"
+    kernels, busy = server.get("kernels"), server.get("busy")
+    active = _duration(server.get("idle_s"))
+    cells = [
+        server.get("id"),
+        server.get("state"),
+        APP_NAMES.get(str(server.get("app")), "?"),
+        str(server.get("root_dir")).replace("\n", "?"),
+        server.get("port") or "-",
+        ("%s (%s busy)" % (kernels, busy) if busy else kernels) if is_live else "-",
+        active + " ago" if is_live and active else "-",
+        _duration(server.get("age_s")),
+        "" if server.get("is_ours") else "not started by rjupyter",
+    ]
+    return [str(cell) for cell in cells]
+
+
+def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Print a server's log, and with -f what comes, until Ctrl-C."""
     try:
-        ssh.connect()
-        request = {"ids": args.ids, "path": args.destination.path, "app": args.app, "is_all": args.all}
-        reply = agent.ask("stop", "Stopping", **request)
-    finally:
-        ssh.close()
+        with ssh:
+            agent.ask("logs", "", id=args.id, is_followed=args.is_followed)
+    except KeyboardInterrupt:
+        if not args.is_followed:
+            raise
+        messages.end_line()
+    return EXIT_OK
+
+
+def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Stop servers on the host; where someone can answer, ask before one whose kernels compute."""
+    request = {"ids": args.ids, "path": args.destination.path, "app": args.app, "is_all": args.all}
+    with ssh:
+        reply = agent.ask("stop", "Stopping", asks=has_terminal() and not args.yes, **request)
+        if reply.get("busy"):
+            for server in reply["busy"]:
+                words = "%(busy)s of %(kernels)s kernels compute in %(root_dir)s (%(id)s)." % server
+                messages.note(words.replace("1 of 1 kernels compute", "Its kernel computes"))
+            if not _says_yes("Stop it all the same? [y/N] "):
+                messages.note("Nothing was stopped.")
+                return EXIT_FAILURE
+            reply = agent.ask("stop", "Stopping", asks=False, **request)
     if not reply.get("count"):
         messages.note("No server of yours runs there.")
     return EXIT_OK
+
+
+def _says_yes(question: str) -> bool:
+    """Ask on the terminal, wherever stdin and stdout lead."""
+    with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
+        output.write(question)
+        output.flush()
+        return terminal.readline().strip().lower() in ("y", "yes")
 
 
 def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -2319,6 +2646,8 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
 
 ACTIONS: Dict[Optional[str], Callable[[argparse.Namespace, Ssh, Agent, Messages], int]] = {
     None: run_open,
+    "list": run_list,
+    "logs": run_logs,
     "stop": run_stop,
     "close": run_close,
 }

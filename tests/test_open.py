@@ -136,7 +136,8 @@ def test_stop_names_the_servers_when_there_are_several(laptop: Laptop, host: Hos
     for record in host.servers():
         assert record["id"] in stop.stderr
     one, two = host.servers()
-    assert laptop.run("host", "stop", one["id"]).status == 0
+    stop = laptop.run("host", "stop", one["id"])
+    assert stop.status == 0, stop.text
     assert [record["id"] for record in host.servers()] == [two["id"]]
     wrong = laptop.run("host", "stop", "zzzz")
     assert (wrong.status, "zzzz" in wrong.stderr) == (1, True)

@@ -1,0 +1,246 @@
+"""Several servers on a shared host: list, logs, attach, stop; and what is written there by others, or damaged."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from client import api, check_failure, compute
+from conftest import VENV_BIN, Host, Laptop, processes_with, wait_until
+
+import rjupyter
+
+
+def listed(laptop: Laptop) -> List[Dict[str, Any]]:
+    run = laptop.run("host", "list", "--json")
+    assert run.status == 0, run.text
+    objects = [json.loads(line) for line in run.stdout.splitlines()]
+    return [thing for thing in objects if thing["event"] == "server"]
+
+
+def runtime_directory(host: Host) -> Path:
+    return host.home / ".local/share/jupyter/runtime"
+
+
+@pytest.fixture
+def by_hand(laptop: Laptop, host: Host, mark: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server that the user started on the host without us, in ~/hand."""
+    directory = host.home / "hand"
+    directory.mkdir()
+    environment = {"HOME": str(host.home), "PATH": "/usr/bin:/bin", "RJUPYTER_TEST": mark, "RJUPYTER_SIDE": "host"}
+    argv = [str(VENV_BIN / "jupyter-lab"), "--no-browser", "--allow-root", "--port-retries=1000", "--port=18888"]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(argv, cwd=directory, env=environment, stdin=null, stdout=null, stderr=null)
+    info = runtime_directory(host) / ("jpserver-%d.json" % process.pid)
+
+    def is_up() -> bool:
+        facts = rjupyter.checked_info(rjupyter.read_json(str(info)))
+        return bool(facts) and rjupyter.answers(facts)
+
+    wait_until(is_up, "the server started by hand answers")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_list_of_nothing(laptop: Laptop, host: Host) -> None:
+    run = laptop.run("host", "list")
+    assert (run.status, run.stdout) == (0, "")
+    assert "No server of yours runs there." in run.stderr
+
+
+def test_list(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
+    (host.home / "work").mkdir()
+    url = laptop.start("host:work", has_terminal=False).url()
+    compute(url, "print(1)")
+    kernel = api(url, "kernels")[0]["id"]
+    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "idle", "the kernel is idle")
+    (record,) = host.servers()
+    ours, other = sorted(listed(laptop), key=lambda server: not server["is_ours"])
+    assert (ours["id"], ours["state"], ours["app"], ours["kernels"]) == (record["id"], "live", "notebook", 1)
+    assert (ours["busy"], ours["root_dir"], ours["port"]) == (0, str(host.home / "work"), record["port"])
+    assert 0 <= ours["idle_s"] < 60 and 0 <= ours["age_s"] < 60
+    assert (other["id"], other["state"], other["app"]) == ("p%d" % by_hand.pid, "live", "lab")
+    assert (other["is_ours"], other["root_dir"]) == (False, str(host.home / "hand"))
+    table = laptop.run("host", "list").stdout.splitlines()
+    assert table[0].split() == ["ID", "STATE", "APP", "DIRECTORY", "PORT", "KERNELS", "ACTIVE", "AGE"]
+    assert [line.index("live") for line in table[1:]] == [table[0].index("STATE")] * 2
+    assert len([line for line in table if line.endswith("not started by rjupyter")]) == 1
+
+
+def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -> None:
+    for _ in range(2):
+        laptop.start("--new", "host", has_terminal=False).url()
+    elsewhere, ended = host.servers()
+    file = host.home / ".local/state/rjupyter/servers" / elsewhere["id"] / "server.json"
+    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), node="node7")))
+    os.killpg(ended["pid"], signal.SIGKILL)
+    states = {server["id"]: server["state"] for server in listed(laptop) if server["is_ours"]}
+    assert states == {elsewhere["id"]: "on node7", ended["id"]: "ended"}
+    os.killpg(elsewhere["pid"], signal.SIGKILL)
+
+
+def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> None:
+    laptop.start("host", has_terminal=False).url()
+    (record,) = host.servers()
+    good = json.loads((runtime_directory(host) / ("jpserver-%d.json" % record["pid"])).read_text())
+    odd = runtime_directory(host)
+    (odd / "jpserver-11.json").write_text("{" * 70000)
+    (odd / "jpserver-12.json").write_text(json.dumps(dict(good, port="8888")))
+    (odd / "jpserver-13.json").symlink_to("/etc/passwd")
+    os.mkfifo(odd / "jpserver-14.json")
+    (odd / "jpserver-15.json").write_bytes(b"\xff\xfe nonsense")
+    (odd / "jpserver-x.json").write_text(json.dumps(good))
+    (odd / ("jpserver-%s.json" % ("9" * 40))).write_text(json.dumps(good))
+    (odd / "jpserver-16.json").write_text("[" * 30000)
+    for name, text in (
+        ("aaaa", "[]"),
+        ("bbbb", json.dumps(dict(record, identity=1))),
+        ("cccc", json.dumps({"pid": 1})),
+    ):
+        directory = host.home / ".local/state/rjupyter/servers" / name
+        directory.mkdir()
+        (directory / "server.json").write_text(text)
+    assert [server["id"] for server in listed(laptop)] == [record["id"]]
+    again = laptop.start("host", has_terminal=False)
+    again.expect("Found Jupyter")
+    assert laptop.run("host", "stop", "--all").status == 0
+    assert (odd / "jpserver-12.json").exists()  # not ours to remove
+
+
+def test_names_from_the_host_cannot_drive_the_terminal(laptop: Laptop, host: Host) -> None:
+    name = "a\033]0;title\007\nb"
+    (host.home / name).mkdir()
+    laptop.start("host:./" + name, has_terminal=False).url()
+    run = laptop.run("host", "list")
+    assert "\033" not in run.text and "\007" not in run.text
+    assert len(run.stdout.splitlines()) == 2
+
+
+def test_attach_to_one_started_by_hand(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
+    for arguments in (["--attach", "p%d" % by_hand.pid, "host"], ["host:hand"]):
+        run = laptop.start(*arguments, has_terminal=False)
+        assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
+        assert "Found JupyterLab" in run.stderr
+        run.interrupt()
+        assert run.wait() == 0
+    assert not host.servers()
+    laptop.start("host", has_terminal=False).expect("Launched Jupyter Notebook")  # without a PATH: the newest of ours
+
+
+def test_attach_to_what_is_not_there(laptop: Laptop, host: Host) -> None:
+    check_failure(
+        laptop.run("--attach", "zzzz", "host"), 1, "no server of yours has this id: zzzz", "list shows the ids"
+    )
+
+
+def test_stop_of_one_started_by_hand_needs_its_id(
+    laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]"
+) -> None:
+    laptop.start("host", has_terminal=False).url()
+    assert laptop.run("host", "stop", "--all").status == 0
+    assert by_hand.poll() is None
+    assert laptop.run("host", "stop", "p%d" % by_hand.pid).status == 0
+    by_hand.wait(20)
+    assert not list(runtime_directory(host).glob("jpserver-*"))
+
+
+def busy_kernel(url: str) -> None:
+    """Let a new kernel compute until it is killed, and wait until the server says so."""
+    import websocket
+
+    kernel = api(url, "kernels", "POST", {})["id"]
+    token = parse_qs(urlsplit(url).query)["token"][0]
+    address = "ws://%s/api/kernels/%s/channels" % (urlsplit(url).netloc, kernel)
+    connection = websocket.create_connection(address, timeout=60, header={"Authorization": "token " + token})
+    content = {"code": "while True: pass", "silent": False, "store_history": False, "user_expressions": {}}
+    head = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
+    message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+    connection.send(json.dumps(message))
+    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "busy", "the kernel computes")
+    connection.close()
+
+
+def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    busy_kernel(url)
+    (server,) = listed(laptop)
+    assert (server["kernels"], server["busy"]) == (1, 1)
+    no = laptop.start("host", "stop")
+    no.expect(r"Its kernel computes in %s \(%s\)\." % (re.escape(str(host.home)), server["id"]))
+    no.expect("Stop it all the same")
+    no.type("n\n")
+    assert no.wait() == 1
+    assert "Nothing was stopped." in no.text and len(listed(laptop)) == 1
+    yes = laptop.start("host", "stop")
+    yes.expect("Stop it all the same")
+    yes.type("y\n")
+    assert yes.wait() == 0
+    assert not listed(laptop)
+
+
+@pytest.mark.parametrize(("arguments", "has_terminal"), [(["--yes"], True), ([], False)])
+def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str], has_terminal: bool) -> None:
+    busy_kernel(laptop.start("host", has_terminal=False).url())
+    stop = laptop.run("host", "stop", *arguments, has_terminal=has_terminal)
+    assert stop.status == 0
+    assert "same?" not in stop.text
+    wait_until(
+        lambda: not [w for w in processes_with("RJUPYTER_SIDE=host").values() if str(host.home) in w], "no kernel"
+    )
+
+
+def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
+    laptop: Laptop, host: Host, mark: str
+) -> None:
+    run = laptop.start("host", has_terminal=False)
+    busy_kernel(run.url())
+    (record,) = host.servers()
+    run.interrupt()
+    run.wait()
+    os.kill(record["pid"], signal.SIGSTOP)
+    assert [server["state"] for server in listed(laptop)] == ["no answer"]
+    assert laptop.run("host", "stop", "--yes").status == 0
+    wait_until(lambda: not processes_with(mark), "server and kernel are gone")
+    assert not list(runtime_directory(host).glob("jpserver-*"))
+
+
+def test_logs(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    token = parse_qs(urlsplit(url).query)["token"][0]
+    (record,) = host.servers()
+    with open(host.home / ".local/state/rjupyter/servers" / record["id"] / "log", "a") as log:
+        log.write("at http://127.0.0.1/?token=%s and \033[31mred\n" % token)
+    for arguments in ([], [record["id"]]):
+        run = laptop.run("host", "logs", *arguments)
+        assert run.status == 0
+        assert "/tree?token=..." in run.stdout
+        assert token not in run.text and "\033" not in run.stdout
+    check_failure(laptop.run("host", "logs", "zzzz"), 1, "no server of yours has this id: zzzz")
+
+
+def test_logs_that_are_followed(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    follow = laptop.start("host", "logs", "-f")
+    follow.expect("is running at")
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen("http://%s/api/contents/nothing-here?token=x" % urlsplit(url).netloc)
+    follow.expect("nothing-here")
+    follow.interrupt()
+    assert follow.wait() == 0
+    # The agent on the host notices that nobody listens.
+    wait_until(lambda: not [w for w in processes_with("RJUPYTER_SIDE=host").values() if "zlib" in w], "no agent", 20)
+
+
+def test_logs_end_with_the_server(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    follow = laptop.start("host", "logs", "-f", has_terminal=False)
+    follow.expect("is running at")
+    api(url, "shutdown", "POST")
+    assert follow.wait() == 0
