@@ -264,14 +264,25 @@ FATAL_WORDS = re.compile(
 
 @contextlib.contextmanager
 def signals_left_to_us() -> Iterator[None]:
-    """Start children under this: Ctrl-C and a closed terminal reach the whole group, but we end our children."""
-    signums = [signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signums]
+    """Start children under this: Ctrl-C and a closed terminal reach the whole group, but we end our children.
+
+    They are born with these signals blocked. One that comes meanwhile is not lost: it is raised at the end.
+    """
+    if os.name != "posix":
+        yield
+        return
+    caught: List[int] = []
+    signums = [signal.SIGINT, signal.SIGHUP]
+    handlers = [signal.signal(signum, lambda number, frame: caught.append(number)) for signum in signums]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signum, handler in zip(signums, handlers):
             signal.signal(signum, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 class Child:
@@ -530,12 +541,14 @@ class Ssh:
 
     def _run(self, argv: List[str]) -> Tuple[bool, str]:
         self._log_argv(argv)
+        child = Child(argv, has_stdout=False)
         try:
-            with signals_left_to_us():
-                answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
-        return answer.returncode == 0, answer.stderr.decode("utf-8", "replace").strip()
+            words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
+            if not child.has_ended:
+                return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
+            return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
+        finally:
+            child.end()
 
 
 def _pairs(options: List[str]) -> List[List[str]]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -199,3 +201,12 @@ def test_version_and_help_name_the_program() -> None:
     text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
     for line in (rjupyter.__doc__ or "").splitlines():
         assert line in text
+
+
+def test_signal_while_a_child_starts_is_not_lost_and_does_not_reach_the_child() -> None:
+    with pytest.raises(KeyboardInterrupt), rjupyter.signals_left_to_us():
+        status = subprocess.check_output(["cat", "/proc/self/status"], text=True)
+        os.kill(os.getpid(), signal.SIGINT)
+    blocked = int(re.findall(r"SigBlk:\s+(\w+)", status)[0], 16)
+    assert [bool(blocked & 1 << signum - 1) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)] == [1, 1, 0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
