@@ -31,6 +31,7 @@ import re
 import shlex
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -58,7 +59,6 @@ CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
 PROBE_EVERY_S = 10
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
-SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
 EXIT_OK = 0
@@ -406,6 +406,7 @@ class Ssh:
         """
         config = self._read_config()
         self.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
+        remove_stale_sockets(os.path.dirname(self.control_path))
         argv = self.master_argv(config)
         self._log_argv(argv)
         self.master = Child(argv, has_stdout=False)
@@ -532,12 +533,16 @@ class Ssh:
         """Add the local forward `spec` to the master; return whether it listens, and ssh's words when it does not."""
         return self._run(self.control_argv("forward", "-L", spec))
 
-    def can_reach(self, host: str, port: int) -> Tuple[bool, str]:
-        """Ask sshd for one connection to host:port from the host's side; return whether it came, and ssh's words.
+    def cancel(self, spec: str) -> None:
+        """Take the local forward `spec` from the master again."""
+        self._run(self.control_argv("cancel", "-L", spec))
+
+    def can_reach(self, target: str) -> Tuple[bool, str]:
+        """Ask sshd for one connection to `target` (host:port) there; return whether it came, and ssh's words.
 
         `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
         """
-        return self._run(self.session_argv("-W", "%s:%d" % (host, port)))
+        return self._run(self.session_argv("-W", target))
 
     def _run(self, argv: List[str]) -> Tuple[bool, str]:
         self._log_argv(argv)
@@ -593,6 +598,15 @@ def private_runtime_dir() -> str:
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
 
 
+def remove_stale_sockets(directory: str) -> None:
+    """Remove the control sockets of runs that are gone: their name is the pid. Ours may be one with the same pid."""
+    for name in os.listdir(directory):
+        pid, _, ending = name.partition(".")
+        if ending == "ctl" and (int(pid, 16) == os.getpid() or not process_identity(int(pid, 16))):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # agent: from here to the end of this room, the source is sent to the host
 #
@@ -601,7 +615,7 @@ def private_runtime_dir() -> str:
 # serves the laptop as well.
 # ---------------------------------------------------------------------------------------------------------------------
 
-AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, sys, time\n"
+AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time\n"
 # agent begins
 
 STATE_DIR = "~/.local/state/rjupyter"
@@ -611,6 +625,7 @@ POLL_S = 0.02
 HEARTBEAT_S = 5.0
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
+SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
 RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000
 STATUS_PATH = "api/status?no_track_activity=1"  # without the latter, our looking would keep an idle server alive
 
@@ -656,16 +671,20 @@ def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
 
 
 def http_request(
-    address: "Tuple[str, int]", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
+    address: "Any", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
 ) -> "Tuple[int, bytes]":
-    """Ask the server at `address`; return the HTTP status and the body (1 MB at most).
+    """Ask the server at `address`, (host, port) or a Unix socket; return the HTTP status and the body (1 MB at most).
 
     Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
     Raises OSError when there is no answer within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    connection = socket.create_connection(address, timeout=timeout_s)
+    is_unix = isinstance(address, str)
+    connection = socket.socket(socket.AF_UNIX) if is_unix else socket.create_connection(address, timeout=timeout_s)
     with contextlib.closing(connection):
+        if is_unix:
+            connection.settimeout(timeout_s)
+            connection.connect(address)
         if is_secure:
             import ssl
 
@@ -673,7 +692,8 @@ def http_request(
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = context.wrap_socket(connection)
-        head = "%s %s HTTP/1.0\r\nHost: 127.0.0.1:%d\r\nContent-Length: 0\r\n" % (method, path, address[1])
+        host = "127.0.0.1" if is_unix else "127.0.0.1:%d" % address[1]
+        head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: 0\r\n" % (method, path, host)
         if token:
             head += "Authorization: token %s\r\n" % token
         connection.sendall((head + "\r\n").encode("utf-8"))
@@ -689,6 +709,28 @@ def http_request(
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise ConnectionError("closed without an answer")
     return int(words[1]), body
+
+
+def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
+    """Return the uid whose socket is bound to `local`, or to any address with that port; None where nobody can tell.
+
+    `remote_port` is 0 for one that listens. From the tables of proc(5), which Linux alone has.
+    """
+    host = socket.inet_pton(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, local[0])
+    addresses = [host, bytes(len(host)), bytes(16), bytes(10) + b"\xff\xff" + host]
+    # Each group of four bytes is printed as one number in this machine's order.
+    ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
+    local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(table) as stream:
+                rows = [line.lower().split() for line in stream][1:]
+        except OSError:
+            continue
+        for row in rows:
+            if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                return int(row[7])
+    return None
 
 
 def process_identity(pid: int) -> str:
@@ -709,9 +751,14 @@ def process_identity(pid: int) -> str:
     return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
 
 
+def own_uid() -> int:
+    """Return our uid; 0 where there is none (Windows)."""
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
 def own_tmp_dir() -> str:
     """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it."""
-    return "/tmp/rjupyter-%d" % (os.getuid() if hasattr(os, "getuid") else 0)
+    return "/tmp/rjupyter-%d" % own_uid()
 
 
 def private_dir(path: str) -> str:
@@ -815,17 +862,37 @@ def runtime_dirs() -> "List[str]":
     return [path, os.path.join(own_tmp_dir(), "runtime")]
 
 
-def runtime_dir() -> str:
+def runtime_dir(has_sockets: bool) -> str:
     """Return Jupyter's runtime directory, made when it is missing, closed to others.
 
     Jupyter writes jpserver-PID-open.html there, which holds the token, and only its umask decides who reads that. To
     close the directory does no harm; another umask would, for every file that the user's kernels write.
-    XDG_RUNTIME_DIR, which old versions used, vanishes at logout.
+    XDG_RUNTIME_DIR, which old versions used, vanishes at logout. With `has_sockets` it is one that can hold the
+    kernels' sockets.
     """
+    first, *others = runtime_dirs()
     try:
-        return private_dir(runtime_dirs()[0])
+        private_dir(first)
+        if not has_sockets or can_hold_socket(os.path.join(first, "kernel-%s-ipc-5" % ("0" * 36))):
+            return first
     except OSError:
-        return first_private(runtime_dirs()[1:])
+        pass
+    return first_private(others)
+
+
+def can_hold_socket(path: str) -> bool:
+    """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
+    import re
+
+    if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII) or len(path) >= SUN_PATH_MAX:
+        return False
+    try:
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+            probe.bind(path)
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def read_json(path: str) -> "Json":
@@ -1291,9 +1358,9 @@ def new_server_dir() -> str:
             continue
 
 
-def jupyter_environment(environment: "Dict[str, str]", directory: str) -> "Dict[str, str]":
+def jupyter_environment(environment: "Dict[str, str]", directory: str, has_sockets: bool) -> "Dict[str, str]":
     """Return the environment for Jupyter: the user's, less what ends with this session, and our token in a file."""
-    environment = dict(environment, JUPYTER_RUNTIME_DIR=runtime_dir())
+    environment = dict(environment, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
     for name in ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
         environment.pop(name, None)
     token_file = os.path.join(directory, "token")
@@ -1340,23 +1407,14 @@ def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
 
 
 def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Launch Jupyter in one way, on the first port that it gets; empty when its command cannot be run at all."""
+    """Launch Jupyter in one way, where it can first listen; empty when its command cannot be run at all."""
     directory = new_server_dir()
     log = os.path.join(directory, "log")
-    environment = jupyter_environment(found["environment"], directory)
-    began = time.monotonic()
-    port = request["port"] or DEFAULT_PORT
-    starting = [server.get("port") for server in our_servers()]
-    for _ in range(100):
-        port = find_free_port(port, request["ip"])
-        if port in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            port += 1
-            continue
-        argv = list(found["argv"]) + ["--no-browser", "--ip=" + request["ip"]]
-        argv += ["--port=%d" % port] if request["port"] or not configured_port() else []
-        argv += ["--notebook-dir=" + root_dir] if root_dir else []
-        argv += ["--allow-root"] if os.getuid() == 0 else []
-        argv += [native(argument) for argument in request["server_args"]]
+    environment = jupyter_environment(found["environment"], directory, request["socket"])
+    deadline = time.monotonic() + request["start_timeout_s"]
+    no_socket = request["no_socket"]
+    for port, listen in ways_to_listen(request, directory):
+        argv = list(found["argv"]) + ["--no-browser"] + listen + server_arguments(request, root_dir)
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log)
         record = {
             "pid": process.pid,
@@ -1371,17 +1429,17 @@ def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -
             "python": request["python"],
             "env": request["env"],
             "init": request["init"],
+            "socket": request["socket"],
+            "no_socket": no_socket,
         }
         write_private(os.path.join(directory, "server.json"), json.dumps(record))
-        record["version"] = app_version(found["argv"][0], found["app"])
-        while process.poll() is None and time.monotonic() - began < request["start_timeout_s"]:
-            info = server_info(record)
-            if info and answers(info):
-                record["root_dir"] = info["root_dir"]
-                write_private(os.path.join(directory, "server.json"), json.dumps(record))
-                return dict(record, id=os.path.basename(directory))
-            channel.keep_alive()
-            time.sleep(POLL_S)
+        info = wait_for_answer(process, record, deadline, channel)
+        if info:
+            record.update(root_dir=info["root_dir"], port=info["port"])
+            if request["socket"] and not info["sock"]:
+                record["no_socket"] = no_socket or "this Jupyter knows none"
+            write_private(os.path.join(directory, "server.json"), json.dumps(record))
+            return dict(record, id=os.path.basename(directory), version=app_version(found["argv"][0], found["app"]))
         tail = end_of_log(log)
         if process.poll() is None:
             end_session(process.pid)
@@ -1392,12 +1450,60 @@ def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -
         if process.returncode in (126, 127):
             set_aside(directory)
             return {}
-        if "already in use" not in tail and "is not available" not in tail:
+        if "are mutually exclusive" in tail:
+            no_socket = "its configuration names a port"
+        elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
-        port += 1  # lost between the look and Jupyter's bind
     kept = set_aside(directory)
     why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
     raise Trouble(4, "Jupyter did not start", why, "the whole log is on the host in " + portable(kept))
+
+
+def ways_to_listen(request: "Json", directory: str) -> "Iterator[Tuple[int, List[str]]]":
+    """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it."""
+    if request["socket"] and not request["no_socket"]:
+        # The kernels' own ports ask nobody for a password: others could read what they print.
+        yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
+    starting = [server.get("port") for server in our_servers()]
+    port = request["port"] or DEFAULT_PORT
+    for _ in range(100):
+        port = find_free_port(port, request["ip"])
+        if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
+            named = ["--port=%d" % port] if request["port"] or not configured_port() else []
+            yield port, ["--ip=" + request["ip"]] + named
+        port += 1
+
+
+def socket_path(directory: str) -> str:
+    """Return where the socket of a server lies: with the server's files, or below /tmp where they cannot hold one."""
+    beside = os.path.join(directory, "socket")
+    if can_hold_socket(beside):
+        return beside
+    return os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
+
+
+def server_arguments(request: "Json", root_dir: str) -> "List[str]":
+    """Return what Jupyter's command line says apart from where it listens."""
+    arguments = ["--notebook-dir=" + root_dir] if root_dir else []
+    arguments += ["--allow-root"] if os.getuid() == 0 else []
+    idle_s = request["idle_timeout_s"]
+    if idle_s:
+        for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
+            arguments.append("--%s.shutdown_no_activity_timeout=%d" % (app, idle_s))
+        arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
+        arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
+    return arguments + [native(argument) for argument in request["server_args"]]
+
+
+def wait_for_answer(process: "Any", record: "Json", deadline: float, channel: Channel) -> "Json":
+    """Return what the runtime file of a new server says as soon as it answers; empty when it ends, or not in time."""
+    while process.poll() is None and time.monotonic() < deadline:
+        info = server_info(record)
+        if info and answers(info):
+            return info
+        channel.keep_alive()
+        time.sleep(POLL_S)
+    return {}
 
 
 def start_detached(argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str) -> "Any":
@@ -1478,19 +1584,20 @@ def checked_info(info: "Json") -> "Json":
     found = {
         "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
         "port": info.get("port"),
+        "sock": info.get("sock") or "",
         "token": info.get("token"),
         "base_url": info.get("base_url"),
         "root_dir": info.get("root_dir", info.get("notebook_dir")),
         "is_secure": info.get("secure", False),
         "has_password": info.get("password", False),
     }
-    types = (str, int, str, str, str, bool, bool)
+    types = (str, int, str, str, str, str, bool, bool)
     return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
 
 
 def ask_server(info: "Json", path: str, method: str = "GET") -> "Tuple[int, Any]":
     """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
-    address = (info["host"], info["port"])
+    address = native(info["sock"]) or (info["host"], info["port"])
     try:
         path = info["base_url"] + path
         status, body = http_request(address, path, info["token"], 5, method=method, is_secure=info["is_secure"])
@@ -1505,10 +1612,23 @@ def ask_server(info: "Json", path: str, method: str = "GET") -> "Tuple[int, Any]
 def answers(info: "Json") -> bool:
     """True when the server takes its token: Jupyter writes its runtime file before it binds, and may lose its port.
 
-    With a password and no token at all, that it asks for the password must do.
+    Whoever else took the port may take any token: a server of ours listens under our own uid, and refuses another
+    token. With a password and no token at all, that it asks for the password must do.
     """
     status, _ = ask_server(info, STATUS_PATH) if info else (0, None)
-    return status == 200 or (not info["token"] and info["has_password"] and status in (401, 403))
+    if not status or (not info["sock"] and not is_our_port(info)):
+        return False
+    if info["token"]:
+        return status == 200 and ask_server(dict(info, token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
+    return status in ((401, 403) if info["has_password"] else (200,))
+
+
+def is_our_port(info: "Json") -> bool:
+    """False when another user listens where this server should."""
+    try:
+        return owner_of_tcp((info["host"], info["port"]), 0) in (None, own_uid())
+    except OSError:
+        return True  # a host name in place of an address
 
 
 # -- actions ----------------------------------------------------------------------------------------------------------
@@ -1519,7 +1639,7 @@ def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
     servers = our_servers()
     if root_dir:
         servers = [s for s in servers if os.path.realpath(native(s["root_dir"])) == os.path.realpath(root_dir)]
-    named = {name: request[name] for name in ("app", "python", "env", "init") if request.get(name)}
+    named = {name: request[name] for name in ("app", "python", "env", "init", "socket") if request.get(name)}
     return [s for s in servers if all(s.get(name) == value for name, value in named.items())]
 
 
@@ -1534,7 +1654,7 @@ def attachable_servers(request: "Json", root_dir: str) -> "List[Json]":
         if not found:
             raise Trouble(1, "no server of yours has this id: " + request["attach"], "", "list shows the ids")
         return found
-    named = [name for name in ("python", "env", "init") if request[name]]  # what else was started with, we do not know
+    named = [name for name in ("python", "env", "init", "socket") if request[name]]  # of others' we do not know
     if not root_dir or named:
         others = []
     others = [r for r in others if os.path.realpath(native(r["root_dir"])) == os.path.realpath(root_dir)]
@@ -1547,23 +1667,35 @@ def open_server(request: "Json", channel: Channel) -> "Json":
     root_dir, file = resolve_path(request["path"]) if request["path"] is not None else ("", "")
     if not request["is_new"]:
         for record in attachable_servers(request, root_dir):
-            while runs_here(record):
-                info = server_info(record)
-                # One that was launched a moment ago, by a client that has gone, may not listen yet.
-                is_starting = age_of(record) < request["start_timeout_s"] and not (
-                    info and ask_server(info, STATUS_PATH)[0]
-                )
-                if info and not is_starting:
-                    found = dict(record, **info, age_s=age_of(record), is_launched=False)
-                    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
-                if not is_starting:
-                    break
-                channel.keep_alive()
-                time.sleep(POLL_S)
+            info = await_server(record, request["start_timeout_s"], channel)
+            if info:
+                found = dict(record, **info, age_s=age_of(record), is_launched=False)
+                return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
     forget_ended_servers()
     record = launch_server(request, root_dir, channel)
     found = dict(record, **server_info(record), is_launched=True)
     return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+
+
+def await_server(record: "Json", start_timeout_s: float, channel: Channel) -> "Json":
+    """Return what the runtime file of a server that runs says; empty when there is none, or when it ends.
+
+    One that was launched a moment ago, by a client that has gone, may not listen yet. One that hangs is returned too:
+    the client waits for it. Raises Trouble when someone else has its port.
+    """
+    while runs_here(record):
+        info = server_info(record)
+        if info and answers(info):
+            return info
+        if age_of(record) > start_timeout_s:
+            if info and ask_server(info, STATUS_PATH)[0]:
+                why = "what listens there is not the server %(id)s: it takes any token, or another, or is not yours"
+                what = "a stranger answers on port %d of the host" % info["port"]
+                raise Trouble(1, what, why % record, "stop it; or --new, which starts another")
+            return info
+        channel.keep_alive()
+        time.sleep(POLL_S)
+    return {}
 
 
 def age_of(record: "Json") -> float:
@@ -1574,7 +1706,7 @@ def age_of(record: "Json") -> float:
 def describe_server(record: "Json") -> "Json":
     """Say how a server does, for people: it is live when it answered with its token, not when some pid exists."""
     found = {name: record[name] for name in ("id", "pid", "node", "app", "root_dir", "is_ours")}
-    found.update(state="live", port=0, kernels=0, busy=0, idle_s=None, age_s=age_of(record))
+    found.update(state="live", port=0, sock="", kernels=0, busy=0, idle_s=None, age_s=age_of(record))
     if record["node"] != os.uname().nodename:
         return dict(found, state="on " + record["node"])
     if not runs_here(record):
@@ -1582,7 +1714,7 @@ def describe_server(record: "Json") -> "Json":
     info = server_info(record)
     if not info:
         return dict(found, state="starting")
-    found["port"] = info["port"]
+    found.update(port=info["port"], sock=info["sock"])
     if not answers(info):
         return dict(found, state="no answer")
     _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
@@ -1704,10 +1836,11 @@ def shut_down(record: "Json") -> None:
     for pid, identity in kernels:
         if identity and process_identity(pid) == identity:
             os.kill(pid, signal.SIGKILL)
-    for path in [] if runs_here(record) else files:
-        for leftover in (path, path[: -len(".json")] + "-open.html"):
-            with contextlib.suppress(OSError):
-                os.unlink(leftover)
+    leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
+    leftovers += [native(info["sock"])] if info and record["is_ours"] else []
+    for leftover in [] if runs_here(record) else leftovers:
+        with contextlib.suppress(OSError):
+            os.unlink(leftover)
 
 
 def wait_for_end(record: "Json", timeout_s: float) -> None:
@@ -1836,6 +1969,8 @@ class Server(NamedTuple):
     version: str
     host: str  # the address on the host that it binds
     port: int
+    sock: str  # the Unix socket that it listens on instead of a port; empty for none
+    no_socket: str  # why there is none although it was asked for
     token: str
     base_url: str
     root_dir: str
@@ -1850,7 +1985,7 @@ class Server(NamedTuple):
     @classmethod
     def from_reply(cls, reply: Json) -> "Server":
         """Check a reply and return the server in it; raises Failure when a field is not what it must be."""
-        reply = dict(reply, seconds=reply.get("start_s", reply.get("age_s", 0.0)), version=reply.get("version", ""))
+        reply = dict({"version": "", "no_socket": ""}, seconds=reply.get("start_s", reply.get("age_s", 0.0)), **reply)
         hints = cls.__annotations__
         values = {name: reply.get(name) for name in cls._fields}
         wrong = [name for name, value in values.items() if type(value) is not hints[name]]
@@ -1860,7 +1995,8 @@ class Server(NamedTuple):
                 "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", server.id),
                 "app": server.app in APP_NAMES,
                 "host": re.fullmatch(r"[\w.:%-]+", server.host) and not server.host.startswith("-"),
-                "port": 0 < server.port < 65536,
+                "port": 0 < server.port < 65536 or server.sock,
+                "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", server.sock),  # the rest means more to ssh's -L
                 "local_port": 0 < server.local_port < 65536,
                 "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", server.token),
                 "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", server.base_url),
@@ -1874,6 +2010,11 @@ class Server(NamedTuple):
     def title(self) -> str:
         """Its name as a person calls it."""
         return ("%s %s" % (APP_NAMES[self.app], self.version)).strip()
+
+    @property
+    def target(self) -> str:
+        """Where it listens on the host, as ssh's -L writes it."""
+        return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
@@ -2033,7 +2174,7 @@ class Tunnel:
         while True:
             if not fixed_port:
                 port = find_free_port(port)
-            is_open, words = self.ssh.forward("127.0.0.1:%d:%s:%d" % (port, self._target, self.server.port))
+            is_open, words = self.ssh.forward(self._spec(port))
             if is_open:
                 self.local_port = port
                 return
@@ -2046,9 +2187,12 @@ class Tunnel:
                 raise Failure("cannot forward a port", words, "-v shows every ssh command")
             port += 1  # taken between the look and ssh's bind
 
-    @property
-    def _target(self) -> str:
-        return "[%s]" % self.server.host if ":" in self.server.host else self.server.host
+    def close(self) -> None:
+        """Take the forward away; the connection stays."""
+        self.ssh.cancel(self._spec(self.local_port))
+
+    def _spec(self, local_port: int) -> str:
+        return "127.0.0.1:%d:%s" % (local_port, self.server.target)
 
     def _usual_port(self) -> int:
         usual = self.server.local_port
@@ -2066,17 +2210,23 @@ class Tunnel:
             why = "no answer through the tunnel within %d s" % ANSWER_TIMEOUT_S
             raise Failure("Jupyter does not answer", why, self._another(), EXIT_TIMEOUT) from None
         except OSError as error:
-            can_reach, words = self.ssh.can_reach(self._target, self.server.port)
+            what = "%s does not forward to %s" % (destination, self.server.target)
+            if self.server.sock:
+                why = "its sshd may forbid it (AllowStreamLocalForwarding); the server runs: %s" % self.server.id
+                raise Failure(what, why, "stop it, then open without --socket") from None
+            can_reach, words = self.ssh.can_reach(self.server.target)
             if can_reach:
                 raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
-            what = "%s does not forward to %s:%d" % (destination, self._target, self.server.port)
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
             raise Failure(what, words, try_) from None
-        if self.server.has_password and not self.server.token and status in (401, 403):
-            return
-        if status != 200:
+        if status not in self._good_statuses:
             what = "a stranger answers on port %d of %s" % (self.server.port, destination)
             raise Failure(what, "it does not take our token (HTTP status %d)" % status, self._another())
+
+    @property
+    def _good_statuses(self) -> Tuple[int, ...]:
+        """What our own server answers: with a password and no token, it cannot take ours."""
+        return (401, 403) if self.server.has_password and not self.server.token else (200,)
 
     def probe(self, timeout_s: float) -> int:
         """Return the HTTP status of /api/status through the tunnel; OSError when there is none."""
@@ -2092,10 +2242,11 @@ class Tunnel:
         """Keep the tunnel until something ends: raises Failure when the connection or the server does."""
         while self.ssh.wait(PROBE_EVERY_S):
             try:
-                self.probe(ANSWER_TIMEOUT_S)
+                is_ours = self.probe(ANSWER_TIMEOUT_S) in self._good_statuses
             except OSError:
-                if self.ssh.wait(0.2):
-                    self._report_end()
+                is_ours = False
+            if not is_ours and self.ssh.wait(0.2):
+                self._report_end()
         why = self.ssh.last_words
         raise Failure("the connection to %s was lost" % self.ssh.destination, why, command_line(), EXIT_SSH)
 
@@ -2149,11 +2300,13 @@ def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
     """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
     with contextlib.suppress(OSError), listener:
         while True:
-            connection, _ = listener.accept()
+            connection, peer = listener.accept()
             with contextlib.suppress(OSError), connection:
                 connection.settimeout(5)
                 words = connection.recv(65536).split(None, 2)
-                if len(words) > 1 and words[1] == secret.encode():
+                # The secret stood in the browser's argv. WSL's own relay, which runs as root, comes for Windows.
+                is_ours = owner_of_tcp(peer, listener.getsockname()[1]) in (None, 0, own_uid())
+                if is_ours and len(words) > 1 and words[1] == secret.encode():
                     head = "HTTP/1.1 302 Found\r\nLocation: %s\r\nCache-Control: no-store\r\nContent-Length: 0\r\n"
                     connection.sendall(((head + "Connection: close\r\n\r\n") % url).encode())
                     return
@@ -2278,8 +2431,12 @@ def parse_destination(text: str) -> Destination:
         name = host
     if not name or name.startswith("-") or name.rsplit("@", 1)[-1].startswith("-"):
         raise ValueError("no host in %r" % text)
-    if not name.isprintable() or " " in name or "/" in name:
+    # ssh hands names on to the user's shell (ProxyCommand, Match exec); from 9.6 on it refuses these itself (ssh.c).
+    user, _, address = name.rpartition("@")
+    if not name.isprintable() or re.search(r"""[\s/'`"$\\;&<>|(){}]""", address) or user.endswith("\\"):
         raise ValueError("a host cannot be called %r" % name)
+    if re.search(r"""[\s/'`";&<>|(){}]""", user):
+        raise ValueError("a user cannot be called %r" % user)
     if path is not None and "\0" in path:
         raise ValueError("a path cannot hold a NUL")
     return Destination(host, path)
@@ -2326,14 +2483,18 @@ def build_parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--app", choices=["notebook", "lab"], default="", help="what to open (notebook)")
     server.add_argument("--lab", dest="app", action="store_const", const="lab", help="the same as --app lab")
-    server.add_argument("--new", action="store_true", help="start another server; do not come back to one")
-    attach_help = "come back to this server; `list` shows the ids"
-    server.add_argument("--attach", type=_text, metavar="ID", help=attach_help)
+    which = server.add_mutually_exclusive_group()
+    which.add_argument("--new", action="store_true", help="start another server; do not come back to one")
+    which.add_argument("--attach", type=_text, metavar="ID", help="come back to this server; `list` shows the ids")
     server.add_argument("--stop-on-exit", action="store_true", help="end the server together with the tunnel")
     port_help = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
     server.add_argument("--port", type=_port, default=0, metavar="N", help=port_help)
     ip_help = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
     server.add_argument("--ip", type=_address, default="127.0.0.1", metavar="ADDR", help=ip_help)
+    socket_help = "let Jupyter listen on a Unix socket that is yours alone, not on a port"
+    server.add_argument("--socket", action="store_true", help=socket_help)
+    idle_help = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
+    server.add_argument("--idle-timeout", type=_duration_s, default=0, metavar="DURATION", help=idle_help)
     arg_help = "an argument for Jupyter itself; repeatable"
     server.add_argument("--server-arg", action="append", default=[], metavar="ARG", help=arg_help)
     timeout_help = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
@@ -2448,6 +2609,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _duration_s(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,9})(|s|m|min|h|d)", text.strip())
+    seconds = int(match.group(1)) * {"m": 60, "min": 60, "h": 3600, "d": 86400}.get(match.group(2), 1) if match else 0
+    if not seconds:
+        raise argparse.ArgumentTypeError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
+    return seconds
+
+
 def has_terminal() -> bool:
     """True when someone could answer a question here: there is a controlling terminal."""
     if os.name != "posix":
@@ -2506,8 +2675,40 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
     """Get a server on the host and a checked tunnel to it."""
-    if args.ip not in ("127.0.0.1", "::1"):
-        messages.note("Jupyter binds %s: everyone who reaches that address can try to connect." % args.ip)
+    import ipaddress
+
+    if not ipaddress.ip_address(args.ip).is_loopback:
+        where = "any address of " + ssh.destination if ipaddress.ip_address(args.ip).is_unspecified else args.ip
+        messages.note(
+            "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
+            % (args.ip, where)
+        )
+    server = get_server(args, agent, messages)
+    tunnel = Tunnel(ssh, agent, server, messages)
+    tunnel.open(args.local_port)
+    try:
+        tunnel.check()
+    except Failure:
+        if not (server.sock and server.is_launched and ssh.wait(0)):
+            raise
+        no_socket = "sshd on %s forwards none (AllowStreamLocalForwarding)" % ssh.destination
+        tunnel.close()
+        agent.ask("stop", "Stopping", ids=[server.id], path=None, app="", is_all=False, asks=False)
+        server = get_server(args, agent, messages, no_socket)
+        tunnel = Tunnel(ssh, agent, server, messages)
+        tunnel.open(args.local_port)
+        tunnel.check()
+    text = "Forwarding 127.0.0.1:%d to %s:%s." % (tunnel.local_port, ssh.destination, server.sock or server.port)
+    messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port, sock=server.sock)
+    if server.has_password:
+        messages.note("The server has a password; the page asks for it.")
+    elif not server.token:
+        messages.note("The server wants no token and no password: everyone on %s can use it." % ssh.destination)
+    return tunnel
+
+
+def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_socket: str = "") -> Server:
+    """Come back to a server on the host, or launch one, and say which; `no_socket` is why --socket cannot be had."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     with reserved(local_port):
@@ -2519,12 +2720,15 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
             is_new=args.new,
             port=args.port,
             ip=args.ip,
+            socket=args.socket,
+            no_socket=no_socket,
             local_port=local_port,
             server_args=args.server_arg,
             python=args.python or "",
             env=args.env or "",
             init=args.init,
             attach=args.attach or "",
+            idle_timeout_s=args.idle_timeout,
             start_timeout_s=args.start_timeout,
             may_install=not args.no_install,
         )
@@ -2532,22 +2736,16 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     verb, seconds = (
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + _duration(server.seconds))
     )
-    text = "%s %s in %s (pid %d, port %d, %s)."
-    text = text % (verb, server.title, server.root_dir, server.pid, server.port, seconds)
+    where = "socket" if server.sock else "port %d" % server.port
+    text = "%s %s in %s (pid %d, %s, %s)." % (verb, server.title, server.root_dir, server.pid, where, seconds)
     event = "launched" if server.is_launched else "found"
-    messages.step(text, event, id=server.id, pid=server.pid, port=server.port, app=server.app, root_dir=server.root_dir)
+    facts = {name: getattr(server, name) for name in ("id", "pid", "port", "sock", "app", "root_dir")}
+    messages.step(text, event, **facts)
+    if args.socket and server.no_socket:
+        messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.is_launched and agent.is_root:
-        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % ssh.destination)
-    tunnel = Tunnel(ssh, agent, server, messages)
-    tunnel.open(args.local_port)
-    tunnel.check()
-    text = "Forwarding 127.0.0.1:%d to %s:%d." % (tunnel.local_port, ssh.destination, server.port)
-    messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port)
-    if server.has_password:
-        messages.note("The server has a password; the page asks for it.")
-    elif not server.token:
-        messages.note("The server wants no token and no password: everyone on %s can use it." % ssh.destination)
-    return tunnel
+        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % agent.ssh.destination)
+    return server
 
 
 def _duration(seconds: Any) -> str:
@@ -2604,7 +2802,7 @@ def _row_of(server: Json) -> List[str]:
         server.get("state"),
         APP_NAMES.get(str(server.get("app")), "?"),
         str(server.get("root_dir")).replace("\n", "?"),
-        server.get("port") or "-",
+        "socket" if server.get("sock") else server.get("port") or "-",
         ("%s (%s busy)" % (kernels, busy) if busy else kernels) if is_live else "-",
         active + " ago" if is_live and active else "-",
         _duration(server.get("age_s")),

@@ -32,6 +32,10 @@ ON_HOST = "RJUPYTER_SIDE=host"
 
 sys.path.insert(0, str(TOP))
 
+for ignored in (signal.SIGHUP, signal.SIGINT):  # as under nohup, or in the background of a script; children inherit it
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
+
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
     """Poll until `condition` gives something true, and return it; fail after `timeout_s`."""

@@ -59,6 +59,7 @@ REPLY: Dict[str, Any] = {
     "version": "7.0",
     "host": "127.0.0.1",
     "port": 8888,
+    "sock": "",
     "token": "abc",
     "base_url": "/",
     "root_dir": "/home/ana",

@@ -225,7 +225,7 @@ def test_logs(laptop: Laptop, host: Host) -> None:
     check_failure(laptop.run("host", "logs", "zzzz"), 1, "no server of yours has this id: zzzz")
 
 
-def test_logs_that_are_followed(laptop: Laptop, host: Host) -> None:
+def test_logs_that_are_followed(laptop: Laptop, host: Host, mark: str) -> None:
     url = laptop.start("host", has_terminal=False).url()
     follow = laptop.start("host", "logs", "-f")
     follow.expect("is running at")
@@ -235,7 +235,7 @@ def test_logs_that_are_followed(laptop: Laptop, host: Host) -> None:
     follow.interrupt()
     assert follow.wait() == 0
     # The agent on the host notices that nobody listens.
-    wait_until(lambda: not [w for w in processes_with("RJUPYTER_SIDE=host").values() if "zlib" in w], "no agent", 20)
+    wait_until(lambda: not [w for w in processes_with(mark).values() if "zlib" in w], "no agent", 20)
 
 
 def test_logs_end_with_the_server(laptop: Laptop, host: Host) -> None:

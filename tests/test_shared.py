@@ -1,0 +1,389 @@
+"""A shared host: what another user there, and on the laptop, can see or do. Each line of the README's table is here."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from client import api, check_failure, compute
+from conftest import Host, Laptop, User, quiet_port
+from jupyters import jupyter_for_everyone, jupyter_of
+from test_servers import listed
+
+import rjupyter
+
+# Runs as the other user until its stdin ends: every argv, and every file below the directories that can be read.
+SPY = """
+import os, select, sys
+argvs, texts = set(), {}
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/cmdline" % pid, "rb") as stream:
+                argvs.add(stream.read())
+        except OSError:
+            pass
+    for top in sys.argv[1:]:
+        for where, _, names in os.walk(top):
+            for name in names:
+                path = os.path.join(where, name)
+                try:
+                    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+                        texts[path] = stream.read(100000)
+                except OSError:
+                    pass
+print(repr([sorted(argvs), texts]))
+"""
+
+
+@contextlib.contextmanager
+def spying(user: User, *places: Path) -> Iterator[Dict[str, Any]]:
+    """What `user` sees meanwhile: "argvs", and "files" as far as they can be read."""
+    import ast
+
+    argv = ["/usr/bin/python3", "-c", SPY, *map(str, places)]
+    pipe = subprocess.PIPE
+    seen: Dict[str, Any] = {}
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, user=user.uid, group=65534, extra_groups=[], cwd="/") as spy:
+        try:
+            yield seen
+        finally:
+            output = spy.communicate(b"\n", timeout=60)[0].decode()
+            seen["argvs"], seen["files"] = ast.literal_eval(output)
+
+
+def as_user(user: User, code: str, *arguments: str) -> str:
+    """Run Python as another user, and return what it printed."""
+    argv = ["/usr/bin/python3", "-c", code, *arguments]
+    return subprocess.run(
+        argv, user=user.uid, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, timeout=60
+    ).stdout
+
+
+@pytest.fixture
+def ana(make_user: Callable[[str], User]) -> User:
+    """The user whose Jupyter it is; her start-up files leave everything open to everyone."""
+    user = make_user("/bin/bash")
+    user.write(".bashrc", "umask 000\n")
+    return user
+
+
+@pytest.fixture
+def eve(make_user: Callable[[str], User]) -> User:
+    """The other user."""
+    return make_user("/bin/bash")
+
+
+@pytest.fixture
+def shared(make_host: Callable[..., Host], ana: User) -> Host:
+    ana.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    return make_host(user=ana)
+
+
+def token_of(url: str) -> str:
+    return parse_qs(urlsplit(url).query)["token"][0]
+
+
+@pytest.mark.parametrize("options", [[], ["--socket"]])
+def test_the_token_is_seen_by_nobody_else(
+    laptop: Laptop, shared: Host, ana: User, eve: User, options: List[str], tmp_path: Path
+) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text('#!/bin/sh\nexec curl --silent --max-time 20 --location "$@"\n')
+    browser.chmod(0o755)
+    tmp_path.chmod(0o755)
+    ours = [Path("/tmp/rjupyter-%d" % uid) for uid in (ana.uid, os.getuid())]
+    with spying(eve, ana.home, laptop.directory, *ours) as seen:
+        run = laptop.start("-v", *options, "--browser", str(browser), "host")
+        url = run.url()
+        run.expect("To end it")
+        compute(url, "open('mine.txt', 'w').write('x')")
+        run.interrupt()
+        run.wait()
+        assert laptop.run("host", "logs").status == 0
+        assert laptop.run("host", "stop").status == 0
+    token = token_of(url).encode()
+    assert len(token) == 48
+    assert any(b"jupyter-notebook" in argv for argv in seen["argvs"])  # it did look
+    assert any(str(ana.home / ".bashrc") == path for path in seen["files"])
+    assert not [argv for argv in seen["argvs"] if token in argv]
+    assert not [path for path, text in seen["files"].items() if token in text]
+    said = run.text.replace(url, "")
+    assert token_of(url) not in said
+
+
+CONNECT = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX if sys.argv[1][0] == "/" else socket.AF_INET)
+try:
+    s.connect(sys.argv[1] if sys.argv[1][0] == "/" else ("127.0.0.1", int(sys.argv[1])))
+    s.sendall(b"GET %s HTTP/1.0\\r\\n\\r\\n" % sys.argv[2].encode())
+    print(s.recv(1000).split()[1].decode())
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def listening_ports(uid: int) -> List[int]:
+    """Return the TCP ports on which a user's processes listen."""
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+    return [int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and int(row[7]) == uid]
+
+
+def test_another_user_reaches_the_port_and_gets_nothing(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    (record,) = shared.servers()
+    assert record["port"] in listening_ports(ana.uid)
+    for port in (record["port"], urlsplit(url).port):
+        for path in ("/api/kernels", "/api/contents", "/api/sessions"):
+            assert as_user(eve, CONNECT, str(port), path) == "403\n"
+        assert as_user(eve, CONNECT, str(port), "/tree") == "302\n"  # to the page that asks for the token
+
+
+def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
+    run = laptop.start("--socket", "host", has_terminal=False)
+    url = run.url()
+    assert compute(url, "print(40 + 2)") == "42\n"
+    (record,) = shared.servers()
+    path = ana.home / ".local/state/rjupyter/servers" / record["id"] / "socket"
+    assert path.is_socket()
+    run.expect(r"\(pid %d, socket, " % record["pid"])
+    run.expect("Forwarding 127.0.0.1:%s to host:%s\\." % (urlsplit(url).port, path))
+    assert as_user(eve, CONNECT, str(path), "/api") == "Permission denied\n"
+    assert as_user(ana, CONNECT, str(path), "/api") == "200\n"
+    assert api(url, "kernels")
+    # No port of the server's, none of the kernel's channels. ipykernel's one is for what subprocesses print: it only
+    # takes in, from those who know its key.
+    assert len(listening_ports(ana.uid)) <= 1
+    run.interrupt()
+    assert run.wait() == 0
+    again = laptop.start("--socket", "host", has_terminal=False)
+    again.expect("Found Jupyter")
+    assert again.url() == url
+    (server,) = listed(laptop)
+    assert (server["state"], server["port"], server["sock"]) == ("live", 0, str(path))
+    assert " socket " in laptop.run("host", "list").stdout
+    assert laptop.run("host", "stop").status == 0
+    assert not path.exists()
+
+
+def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., Host], laptop: Laptop) -> None:
+    host = make_host()
+    home = host.home / ("long" * 25)
+    home.mkdir()
+    host.sshd.stop()
+    host.sshd.environment["HOME"] = str(home)
+    host.sshd.start()
+    run = laptop.start("--socket", "host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    path = Path(run.expect(r"Forwarding \S+ to host:(/tmp/rjupyter-\d+/[0-9a-f]{4}\.socket)\.").group(1))
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    run.interrupt()
+    run.wait()
+    assert laptop.run("host", "stop").status == 0
+    assert not path.exists()
+
+
+def test_no_socket_where_sshd_forwards_none(make_host: Callable[..., Host], laptop: Laptop) -> None:
+    host = make_host(settings="AllowStreamLocalForwarding no")
+    run = laptop.start("--socket", "host", has_terminal=False)
+    url = run.url()
+    run.expect(r"No socket: sshd on host forwards none \(AllowStreamLocalForwarding\)\. It listens on port \d+ instead")
+    assert compute(url, "print(1)") == "1\n"
+    assert len(host.servers()) == 1
+    run.interrupt()
+    run.wait()
+    again = laptop.start("--socket", "host", has_terminal=False)
+    again.expect("Found Jupyter")
+    assert again.url() == url
+
+
+def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Host) -> None:
+    (host.home / ".jupyter").mkdir()
+    (host.home / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.port = %d\n" % quiet_port())
+    run = laptop.start("--socket", "host", has_terminal=False)
+    run.expect("No socket: its configuration names a port")
+    assert compute(run.url(), "print(1)") == "1\n"
+
+
+@pytest.mark.parametrize("age", ["notebook-6.4", "lab-3.2", "notebook-7.0"])
+def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Laptop, age: str) -> None:
+    make_host(path=str(jupyter_of(age)))
+    run = laptop.start("--socket", "host", has_terminal=False)
+    run.expect(r"\(pid \d+, socket, ")
+    assert compute(run.url(), "print(1)") == "1\n"
+
+
+def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_the_argument(
+    make_host: Callable[..., Host], laptop: Laptop, directory: Path
+) -> None:
+    from conftest import VENV_BIN
+
+    (directory / "bin").mkdir()
+    wrapper = directory / "bin/jupyter-notebook"
+    wrapper.write_text(
+        '#!/bin/sh\nfor a; do shift; case $a in --sock=*) ;; *) set -- "$@" "$a";; esac; done\n'
+        'exec %s --port=%d "$@"\n' % (VENV_BIN / "jupyter-notebook", quiet_port())
+    )
+    wrapper.chmod(0o755)
+    make_host(path=str(directory / "bin"))
+    run = laptop.start("--socket", "host", has_terminal=False)
+    run.expect("No socket: this Jupyter knows none. It listens on port")
+    assert compute(run.url(), "print(1)") == "1\n"
+
+
+# -- strangers --------------------------------------------------------------------------------------------------------
+
+# Answers 200 to whatever it is asked, like a server that fits every token.
+STRANGER = """
+import socket, sys
+s = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("up", flush=True)
+while True:
+    c, _ = s.accept()
+    request = c.recv(4096)
+    known = b"token " + sys.argv[2].encode() in request if len(sys.argv) > 2 else True
+    c.sendall(b"HTTP/1.0 %s\\r\\n\\r\\n{}" % (b"200 OK" if known else b"403 Forbidden"))
+    c.close()
+"""
+
+
+def take_over(laptop: Laptop, host: Host, eve: User, *token: str) -> "subprocess.Popen[str]":
+    """Launch a server, freeze what it is, and let another user listen on its port."""
+    run = laptop.start("host", has_terminal=False)
+    run.url()
+    run.interrupt()
+    run.wait()
+    (record,) = host.servers()
+    info = next(host.home.glob(".local/share/jupyter/runtime/jpserver-*.json"))
+    facts = json.loads(info.read_text())
+    words = [token_of(run.url())] if token else []
+    port = quiet_port()
+    info.write_text(json.dumps(dict(facts, port=port)))  # as if Jupyter had lost its port to the other one
+    argv = ["/usr/bin/python3", "-c", STRANGER, str(port), *words]
+    stranger = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, text=True, user=eve.uid, group=65534, extra_groups=[], cwd="/"
+    )
+    assert stranger.stdout is not None and stranger.stdout.readline() == "up\n"
+    assert record["pid"] > 1
+    return stranger
+
+
+@pytest.mark.parametrize("knows_token", [False, True])
+def test_a_stranger_on_the_port_is_never_opened(laptop: Laptop, shared: Host, eve: User, knows_token: bool) -> None:
+    with take_over(laptop, shared, eve, *(["yes"] if knows_token else [])) as stranger:
+        try:
+            states = [server["state"] for server in listed(laptop)]
+            run = laptop.run("host", "--start-timeout", "1")
+        finally:
+            stranger.kill()
+    assert states == ["no answer"]
+    check_failure(run, 1, "a stranger answers on port", "is not the server")
+
+
+def test_the_browser_of_another_user_on_the_laptop_is_not_sent_on(eve: User) -> None:
+    listener = rjupyter.listen_on(0)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=rjupyter._redirect_once, args=(listener, "/secret", "http://127.0.0.1:1/?token=t"))
+    thread.start()
+    assert as_user(eve, CONNECT, str(port), "/secret") == "404\n"
+    mapped = CONNECT.replace("AF_INET)", "AF_INET6)").replace('"127.0.0.1"', '"::ffff:127.0.0.1"')
+    assert as_user(eve, mapped, str(port), "/secret") == "404\n"
+    assert rjupyter.http_request(("127.0.0.1", port), "/secret", "", 10)[0] == 302
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_runtime_directory_of_another_user_is_refused(laptop: Laptop, host: Host, eve: User) -> None:
+    trap = laptop.runtime / "rjupyter"
+    trap.mkdir(mode=0o777)
+    os.chown(trap, eve.uid, -1)
+    run = laptop.start("host", "list", has_terminal=False)
+    assert run.wait() == 0, run.text  # in /tmp instead
+    assert not list(trap.iterdir())
+    shutil.rmtree(trap)
+
+
+def test_control_sockets_that_were_left_are_removed(laptop: Laptop, host: Host) -> None:
+    directory = laptop.runtime / "rjupyter"
+    directory.mkdir(mode=0o700)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    alive = directory / ("%x.ctl" % os.getpid())
+    for path in (directory / ("%x.ctl" % dead.pid), alive):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as left:
+            left.bind(str(path))
+    assert laptop.run("host", "list").status == 0
+    assert list(directory.glob("*.ctl")) == [alive]
+    alive.unlink()
+
+
+# -- who could connect ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("0.0.0.0", "--ip 0.0.0.0: whoever reaches any address of host can connect to Jupyter, past ssh"),
+        ("127.0.0.2", ""),
+    ],
+)
+def test_an_address_that_others_reach_is_warned_of(laptop: Laptop, host: Host, address: str, words: str) -> None:
+    run = laptop.start("--ip", address, "host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    assert words in run.stderr if words else "--ip" not in run.stderr
+
+
+# -- idle -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
+def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(
+    make_host: Callable[..., Host], laptop: Laptop, age: str
+) -> None:
+    host = make_host(path=str(jupyter_of(age))) if age else make_host()
+    run = laptop.start("--idle-timeout", "2s", "host", has_terminal=False)
+    compute(run.url(), "print(1)")
+    assert api(run.url(), "kernels")
+    assert run.wait(180) == 4, run.text  # Jupyter looks once a minute
+    assert "has ended" in run.stderr
+    assert re.search("No kernels.*; shutting down", run.stderr), run.stderr
+    assert not [record for record in host.servers() if rjupyter.process_identity(record["pid"])]
+
+
+@pytest.mark.parametrize("words", ["", "0", "5x", "-1", "1.5h", "99999999999"])
+def test_a_duration_that_is_none(laptop: Laptop, words: str) -> None:
+    run = laptop.run("--idle-timeout=" + words, "host")
+    check_failure(run, 2, "a duration is a number with s, m, h or d")
+
+
+# -- many -------------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_servers_listed_in_one_call(laptop: Laptop, host: Host) -> None:
+    laptop.start("host", has_terminal=False).url()
+    (record,) = host.servers()
+    for number in range(19):
+        directory = host.home / ".local/state/rjupyter/servers" / ("%04x" % (0xAB00 + number))
+        directory.mkdir()
+        facts = {name: value for name, value in record.items() if name != "id"}
+        facts.update(created=time.time() - 60 * number, node="n%d" % number if number % 2 else record["node"])
+        facts.update(identity=record["identity"] if number % 3 else "boot:1")  # a pid that was used again
+        (directory / "server.json").write_text(json.dumps(facts))
+    logins = host.sshd.logins()
+    servers = listed(laptop)
+    assert len(servers) == 20
+    assert host.sshd.logins() == logins + 1
+    states = [server["state"] for server in servers]
+    assert {state.split()[0] for state in states} == {"live", "ended", "on"}
+    for directory in host.home.glob(".local/state/rjupyter/servers/ab*"):
+        shutil.rmtree(directory)
