@@ -757,8 +757,11 @@ def own_uid() -> int:
 
 
 def own_tmp_dir() -> str:
-    """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it."""
-    return "/tmp/rjupyter-%d" % own_uid()
+    """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it.
+
+    Not TMPDIR: that is often long, and on a cluster it ends with the job. RJUPYTER_TMP says another place.
+    """
+    return os.path.join(os.environ.get("RJUPYTER_TMP") or "/tmp", "rjupyter-%d" % own_uid())
 
 
 def private_dir(path: str) -> str:
@@ -1431,11 +1434,12 @@ def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -
             "init": request["init"],
             "socket": request["socket"],
             "no_socket": no_socket,
+            "has_answered": False,
         }
         write_private(os.path.join(directory, "server.json"), json.dumps(record))
         info = wait_for_answer(process, record, deadline, channel)
         if info:
-            record.update(root_dir=info["root_dir"], port=info["port"])
+            record.update(root_dir=info["root_dir"], port=info["port"], has_answered=True)
             if request["socket"] and not info["sock"]:
                 record["no_socket"] = no_socket or "this Jupyter knows none"
             write_private(os.path.join(directory, "server.json"), json.dumps(record))
@@ -1687,7 +1691,7 @@ def await_server(record: "Json", start_timeout_s: float, channel: Channel) -> "J
         info = server_info(record)
         if info and answers(info):
             return info
-        if age_of(record) > start_timeout_s:
+        if record.get("has_answered", True) or age_of(record) > start_timeout_s:
             if info and ask_server(info, STATUS_PATH)[0]:
                 why = "what listens there is not the server %(id)s: it takes any token, or another, or is not yours"
                 what = "a stranger answers on port %d of the host" % info["port"]

@@ -183,6 +183,7 @@ class Laptop:
             "XDG_RUNTIME_DIR": str(self.runtime),
             "TERM": "xterm",
             "LANG": "C.UTF-8",
+            "RJUPYTER_TMP": str(directory),
             MARK: mark,
         }
 
@@ -326,6 +327,8 @@ def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Ite
         if user:
             sshd.serve(user.name, user.home)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
+        if not user:
+            sshd.environment["RJUPYTER_TMP"] = str(base)
         host = Host(sshd)
         hosts.append(host)
         laptop.config = str(sshd.config)

@@ -243,4 +243,4 @@ def test_logs_end_with_the_server(laptop: Laptop, host: Host) -> None:
     follow = laptop.start("host", "logs", "-f", has_terminal=False)
     follow.expect("is running at")
     api(url, "shutdown", "POST")
-    assert follow.wait() == 0
+    assert follow.wait() == 0, follow.text

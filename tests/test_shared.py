@@ -150,7 +150,7 @@ def test_another_user_reaches_the_port_and_gets_nothing(laptop: Laptop, shared: 
 
 
 def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
-    run = laptop.start("--socket", "host", has_terminal=False)
+    run = laptop.start("--socket", "--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
     assert compute(url, "print(40 + 2)") == "42\n"
     (record,) = shared.servers()
@@ -185,7 +185,7 @@ def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., 
     host.sshd.start()
     run = laptop.start("--socket", "host", has_terminal=False)
     assert compute(run.url(), "print(1)") == "1\n"
-    path = Path(run.expect(r"Forwarding \S+ to host:(/tmp/rjupyter-\d+/[0-9a-f]{4}\.socket)\.").group(1))
+    path = Path(run.expect(r"Forwarding \S+ to host:(/\S+/rjupyter-\d+/[0-9a-f]{4}\.socket)\.").group(1))
     assert path.parent.stat().st_mode & 0o777 == 0o700
     run.interrupt()
     run.wait()
@@ -195,7 +195,7 @@ def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., 
 
 def test_no_socket_where_sshd_forwards_none(make_host: Callable[..., Host], laptop: Laptop) -> None:
     host = make_host(settings="AllowStreamLocalForwarding no")
-    run = laptop.start("--socket", "host", has_terminal=False)
+    run = laptop.start("--socket", "--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
     run.expect(r"No socket: sshd on host forwards none \(AllowStreamLocalForwarding\)\. It listens on port \d+ instead")
     assert compute(url, "print(1)") == "1\n"
