@@ -58,6 +58,10 @@ SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it wo
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
 PROBE_EVERY_S = 10
+PROBE_TIMEOUT_S = 10
+CHECK_TIMEOUT_S = 15  # for the host's word on whether the server runs
+REDIAL_MAX_S = 30.0  # the longest pause between two attempts to connect again
+DENIALS_MAX = 3  # unattended logins that may be refused before we give up
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
@@ -181,8 +185,11 @@ class Messages:
         """Show that a step runs, from its first second on: a spinner with the elapsed time, elsewhere one plain line.
 
         Yields a function that adds a word on where the step stands. Without `is_animated` the terminal keeps still,
-        because ssh may be asking a question there.
+        because ssh may be asking a question there. Without a text, nothing is shown.
         """
+        if not text:
+            yield lambda words: None
+            return
         began = time.monotonic()
         done = threading.Event()
         where = [""]
@@ -319,6 +326,10 @@ class Child:
             self._open_streams -= 1
         return line
 
+    def wake(self) -> None:
+        """Let next_line return now, with an empty line; from any thread."""
+        self._lines.put(("stdout", ""))
+
     def remaining_lines(self, timeout_s: float = 1.0) -> Iterator[Tuple[str, str]]:
         """Yield what is still to come, until every stream ended or `timeout_s` passed."""
         deadline = time.monotonic() + timeout_s
@@ -353,68 +364,140 @@ class Ssh:
     """The connection to one destination: makes every ssh argv, owns the control socket and the master behind it.
 
     `options` are the user's own, passed on as they are. `can_ask` is False where nobody could answer a question.
+    Without `has_mux` each step is a connection of its own, and the tunnel is `ssh -N -L`. Where the user's own config
+    has a live master for this destination, that one is used.
     """
 
-    def __init__(self, destination: str, options: List[str], can_ask: bool, messages: Messages) -> None:
+    def __init__(
+        self, destination: str, options: List[str], can_ask: bool, messages: Messages, has_mux: bool = True
+    ) -> None:
         self.destination = destination
         self.options = options
         self.can_ask = can_ask
         self.messages = messages
         self.always = ALWAYS
-        self.control_path = ""
-        self.master: Optional[Child] = None
+        self.has_mux = has_mux
+        self.control_path = ""  # empty: no multiplexing
+        self.is_borrowed = False  # the user's own master, which was there before us and stays
+        self.needs_login = False  # the last failure was a login that was refused
+        self.is_refused = False  # the last failure was the host's key: nothing to try again
+        self.master: Optional[Child] = None  # the connection's process: the master, or without one `ssh -N -L`
+        self._config: Dict[str, str] = {}
+        self._forwards: List[str] = []
         self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
         self._last_words: List[str] = []
+        self._is_woken = threading.Event()
+        self._is_again = False
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
-    def master_argv(self, config: Dict[str, str]) -> List[str]:
-        """Return the argv of the foreground `ssh -M -N`; `config` is what `ssh -G` says of this destination."""
+    def config_argv(self) -> List[str]:
+        """Return the argv that asks ssh what its configuration says of this destination."""
+        return ["ssh", "-G"] + self.always + self.options + ["--", self.destination]
+
+    def master_argv(self) -> List[str]:
+        """Return the argv of the foreground `ssh -M -N`."""
         # ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it
         # drops that -L in silence.
-        argv = ["ssh", "-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
-        if config.get("serveraliveinterval", "0") == "0":
-            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
-        if config.get("connecttimeout", "none") in ("none", "0"):
-            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
-        if not self.can_ask:
-            argv += ["-o", "BatchMode=yes"]
+        argv = ["ssh", "-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"] + self._patience()
+        return argv + self.always + self.options + ["--", self.destination]
+
+    def tunnel_argv(self, spec: str, ready: str) -> List[str]:
+        """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
+        argv = ["ssh", "-N", "-L", spec, "-S", "none", "-o", "ControlMaster=no"] + self._patience()
+        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready]
         return argv + self.always + self.options + ["--", self.destination]
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
-        """Return the argv of a session through the master.
+        """Return the argv of a session: through the master, or with a login of its own where there is none.
 
         When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way.
         """
-        argv = ["ssh", "-S", self.control_path, "-o", "ControlMaster=no", "-o", "ProxyCommand=false"]
-        argv += ["-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes"]
-        options = [o for o in _pairs(self.options) if o[0] != "-J"]
-        argv += self.always + [word for option in options for word in option] + list(specific)
-        return argv + ["--", self.destination] + ([command] if command else [])
+        argv = ["ssh", "-S", self.control_path or "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
+        options = self.options
+        if self.control_path:
+            argv += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+            options = [word for option in _pairs(options) if option[0] != "-J" for word in option]
+        else:
+            argv += self._patience()
+        return argv + self.always + options + list(specific) + ["--", self.destination] + ([command] if command else [])
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
         """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
         argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
         return argv + list(specific) + ["--", self.destination]
 
+    def _patience(self) -> List[str]:
+        """Return the options that let ssh notice a dead link, unless the user's config has its own; and BatchMode."""
+        argv = []
+        if self._config.get("serveraliveinterval", "0") == "0":
+            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
+        if self._config.get("connecttimeout", "none") in ("none", "0"):
+            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
+        return argv if self.can_ask else argv + ["-o", "BatchMode=yes"]
+
     # -- the connection -----------------------------------------------------------------------------------------------
 
-    def connect(self) -> None:
-        """Start the master in the foreground and wait until it has logged in.
+    def connect(self, is_again: bool = False) -> None:
+        """Log in, once: start the master in the foreground, and wait until it has.
 
         Its control socket appears, in one piece, when authentication is done. Raises Failure (255) when ssh gives up.
+        Silent when it `is_again`. Where there can be no master, each later step logs in by itself.
         """
-        config = self._read_config()
-        self.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
-        remove_stale_sockets(os.path.dirname(self.control_path))
-        argv = self.master_argv(config)
+        self._config = self._read_config()
+        self._is_woken.clear()
+        self._is_again = is_again
+        if not self.has_mux or self._borrow_master():
+            return
+        try:
+            directory = private_runtime_dir()
+        except Failure as failure:
+            self._do_without_master("%s: %s" % (failure.what, failure.why))
+            return
+        remove_stale_sockets(directory)
+        self.control_path = os.path.join(directory, "%x.ctl" % os.getpid())
+        try:
+            self._start(
+                self.master_argv(), "Connecting to " + self.destination, lambda line: os.path.exists(self.control_path)
+            )
+        except Failure:
+            # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
+            words = [line for line in self._last_words if line.startswith(("unix_listener", "muxserver_listen"))]
+            if not words:
+                raise
+            self.close()
+            self._do_without_master(words[-1])
+
+    def _borrow_master(self) -> bool:
+        """Use the user's own live master for this destination, if there is one: no login is needed at all."""
+        if self._config.get("controlpath", "none") == "none":
+            return False
+        argv = ["ssh", "-O", "check"] + self.always + self.options + ["--", self.destination]
+        is_alive, _ = self._run(argv)
+        if is_alive:
+            self.control_path = self._config["controlpath"]
+            self.is_borrowed = True
+            self.messages.detail("Using the master of your own at %s." % self.control_path)
+        return is_alive
+
+    def _do_without_master(self, why: str) -> None:
+        self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
+        self.has_mux = False
+        self.control_path = ""
+
+    def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
+        """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
+
+        Raises Failure (255) when it ends before.
+        """
         self._log_argv(argv)
-        self.master = Child(argv, has_stdout=False)
-        self._guard = start_guard(self.master.process.pid)
+        self._last_words = []
+        self.needs_login = self.is_refused = False
+        self.master = Child(argv)
+        self._guard = start_guard('kill "$1"; kill -CONT "$1"', str(self.master.process.pid))
         deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
-        with self.messages.working("Connecting to %s" % self.destination, is_animated=not self.can_ask):
-            while not os.path.exists(self.control_path):
-                self._hear_master(0.01, is_connected=False)
+        with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
+            while not is_ready(self._hear_master(0.01, is_connected=self._is_again)):
                 if self.master.has_ended:
                     for _, line in self.master.remaining_lines():
                         self._last_words.append(line)
@@ -434,18 +517,23 @@ class Ssh:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def _hear_master(self, timeout_s: float, is_connected: bool) -> None:
+    def _hear_master(self, timeout_s: float, is_connected: bool) -> str:
+        """Take the next line of the connection's process, if one comes; return it when it is on stdout."""
         assert self.master is not None
         line = self.master.next_line(timeout_s)
-        if line:
-            if is_connected or FATAL_WORDS.match(line[1]):
-                self._last_words = (self._last_words + [line[1]])[-30:]
-                self.messages.detail("ssh: " + line[1])
-            else:
-                self.messages.note(line[1])
+        if not line:
+            return ""
+        if line[0] == "stdout":
+            return line[1]
+        if is_connected or FATAL_WORDS.match(line[1]):
+            self._last_words = (self._last_words + [line[1]])[-30:]
+            self.messages.detail("ssh: " + line[1])
+        else:
+            self.messages.note(line[1])
+        return ""
 
     def _read_config(self) -> Dict[str, str]:
-        argv = ["ssh", "-G"] + self.always + self.options + ["--", self.destination]
+        argv = self.config_argv()
         try:
             answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
         except FileNotFoundError:
@@ -470,15 +558,18 @@ class Ssh:
         try_ = self.plain_command
         host = self.destination.rsplit("@", 1)[-1]
         if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
+            self.is_refused = True
             why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
             removal = [line.strip() for line in words if "ssh-keygen" in line] or [
                 shlex.join(["ssh-keygen", "-R", host])
             ]
             try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
         elif "Host key verification failed" in text:
+            self.is_refused = True
             why = "the host key of %s is not known here, and it was not accepted" % host
             try_ += "   (once, in a terminal: it shows the key and asks)"
         elif "Permission denied" in text:
+            self.needs_login = True
             why = [line.strip() for line in words if "Permission denied" in line][-1]
             try_ = shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]) + "   (shows the keys offered)"
             if not self.can_ask:
@@ -497,12 +588,27 @@ class Ssh:
         self.messages.detail("+ " + shlex.join(argv))
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for `timeout_s`, or less when the connection ends; return whether it still stands."""
-        assert self.master is not None
+        """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
         deadline = time.monotonic() + timeout_s
-        while not self.master.has_ended and time.monotonic() < deadline:
-            self._hear_master(deadline - time.monotonic(), is_connected=True)
-        return not self.master.has_ended
+        while self._stands and not self._is_woken.is_set() and time.monotonic() < deadline:
+            if self.master is not None:
+                self._hear_master(deadline - time.monotonic(), is_connected=True)
+            else:
+                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
+        self._is_woken.clear()
+        return self._stands
+
+    @property
+    def _stands(self) -> bool:
+        if self.master is not None:
+            return not self.master.has_ended
+        return not self.is_borrowed or os.path.exists(self.control_path)
+
+    def wake(self) -> None:
+        """Let `wait` return now; from any thread."""
+        self._is_woken.set()
+        if self.master is not None:
+            self.master.wake()
 
     @property
     def last_words(self) -> str:
@@ -510,7 +616,10 @@ class Ssh:
         return self._last_words[-1] if self._last_words else "ssh ended and said nothing"
 
     def close(self) -> None:
-        """End the connection, and with it every forward."""
+        """End the connection, and with it every forward; a master that was not ours stays."""
+        if self.is_borrowed:
+            for spec in list(self._forwards):
+                self.cancel(spec)
         if self._guard is not None:
             self._guard.kill()
             self._guard.wait()
@@ -518,8 +627,11 @@ class Ssh:
         if self.master is not None:
             self.master.end()
             self.master = None
-        with contextlib.suppress(OSError):
-            os.unlink(self.control_path)
+            with contextlib.suppress(OSError):
+                os.unlink(self.control_path)
+        self._forwards = []
+        self.is_borrowed = False
+        self.control_path = ""
 
     # -- what goes through it -----------------------------------------------------------------------------------------
 
@@ -529,12 +641,37 @@ class Ssh:
         self._log_argv(argv)
         return Child(argv, has_stdin=True)
 
-    def forward(self, spec: str) -> Tuple[bool, str]:
-        """Add the local forward `spec` to the master; return whether it listens, and ssh's words when it does not."""
-        return self._run(self.control_argv("forward", "-L", spec))
+    def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
+        """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
+
+        The numeric 127.0.0.1 in front: without it, ssh takes ::1 alone when 127.0.0.1:PORT is a stranger's, and says
+        that all is well. Without a master it raises Failure (255) when it cannot log in.
+        """
+        spec = "127.0.0.1:%d:%s" % (local_port, target)
+        if not self.control_path:
+            return self._start_tunnel(spec, local_port)
+        is_open, words = self._run(self.control_argv("forward", "-L", spec))
+        if is_open:
+            self._forwards.append(spec)
+            if self.is_borrowed:
+                self._guard = start_guard('"$@"', *self.control_argv("cancel", "-L", spec))
+        return is_open, words
+
+    def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
+        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure would also end us for a
+        # forward of the user's own config.
+        ready = "rjupyter-" + os.urandom(8).hex()
+        self._start(self.tunnel_argv(spec, ready), "Opening the tunnel", lambda line: line == ready)
+        self._hear_master(0.05, is_connected=True)
+        words = "\n".join(self._last_words)
+        if "cannot listen to port: %d" % local_port in words:
+            self.close()
+            return False, "forwarding request failed: " + words
+        return True, ""
 
     def cancel(self, spec: str) -> None:
-        """Take the local forward `spec` from the master again."""
+        """Take a local forward away again."""
+        self._forwards.remove(spec)
         self._run(self.control_argv("cancel", "-L", spec))
 
     def can_reach(self, target: str) -> Tuple[bool, str]:
@@ -565,16 +702,16 @@ def _pairs(options: List[str]) -> List[List[str]]:
     return pairs
 
 
-def start_guard(pid: int) -> "Optional[subprocess.Popen[bytes]]":
-    """Start a shell that ends process `pid` when this program is gone, however it went (kill -9 as well).
+def start_guard(script: str, *arguments: str) -> "Optional[subprocess.Popen[bytes]]":
+    """Start a shell that runs `script` when this program is gone, however it went (kill -9 as well).
 
     The shell waits on a pipe whose other end only we hold.
     """
     if os.name != "posix":
         return None
     with signals_left_to_us():
-        script = 'read _; kill "$0" 2>/dev/null'
-        return subprocess.Popen(["/bin/sh", "-c", script, str(pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        argv = ["/bin/sh", "-c", "read _; exec 2>/dev/null; " + script, "sh", *arguments]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def private_runtime_dir() -> str:
@@ -1783,10 +1920,28 @@ def follow_log(request: "Json", channel: Channel) -> "Json":
 
 
 def describe_end(request: "Json", channel: Channel) -> "Json":
-    """Say whether a server of ours still runs, and the end of its log."""
-    is_running = request["id"] in [record["id"] for record in our_servers()]
-    logs = [os.path.join(path, "log") for path in server_dirs() if os.path.basename(path) == request["id"]]
-    return {"is_running": is_running, "log": end_of_log(logs[0]) if logs else ""}
+    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
+    known = [record for record in server_records() + other_servers() if record["id"] == request["id"]]
+    if not known:
+        return {"is_running": False, "reason": "it was stopped", "log": ""}
+    record = known[0]
+    if record["node"] != os.uname().nodename:
+        return {"is_running": True, "is_elsewhere": True, "node": record["node"]}
+    if runs_here(record):
+        return {"is_running": True, "is_answering": answers(server_info(record))}
+    log = end_of_log(os.path.join(record["directory"], "log")) if record["is_ours"] else ""
+    return {"is_running": False, "reason": why_it_ended(record, log), "log": log}
+
+
+def why_it_ended(record: "Json", log: str) -> str:
+    """Return why a server of this node ended, as far as its log and the host tell."""
+    boot = process_identity(os.getpid()).partition(":")[0]
+    if record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
+        return "the host was started anew"
+    for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
+        if words in log:
+            return reason
+    return "it was killed, by hand or for want of memory"
 
 
 def stop_servers(request: "Json", channel: Channel) -> "Json":
@@ -2051,23 +2206,21 @@ class Agent:
         self._source = agent_source()
         self._has_said_hello = False
 
-    def ask(self, action: str, doing: str, **request: Any) -> Json:
+    def ask(self, action: str, doing: str, silence_s: float = SILENCE_TIMEOUT_S, **request: Any) -> Json:
         """Run one action on the host and return its reply; raises Failure for its failures, and for silence."""
         nonce = "rjupyter-" + os.urandom(8).hex()
         command = agent_command(str(request.get("python", "")))
         child = self.ssh.session(command)
         try:
             child.send(agent_input(command, self._source, dict(request, action=action, nonce=nonce)))
-            if not doing:
-                return self._hear(child, nonce, lambda words: None)
             with self.messages.working(doing) as show:
-                return self._hear(child, nonce, show)
+                return self._hear(child, nonce, show, silence_s)
         finally:
             child.end()
 
-    def _hear(self, child: Child, nonce: str, show: Callable[[str], None]) -> Json:
+    def _hear(self, child: Child, nonce: str, show: Callable[[str], None], silence_s: float) -> Json:
         noise: List[str] = []
-        deadline = time.monotonic() + SILENCE_TIMEOUT_S
+        deadline = time.monotonic() + silence_s
         while True:
             line = child.next_line(deadline - time.monotonic())
             if line is None:
@@ -2077,13 +2230,13 @@ class Agent:
                 if time.monotonic() > deadline:
                     raise Failure(
                         "no answer from " + self.ssh.destination,
-                        "the agent said nothing for %d s" % SILENCE_TIMEOUT_S,
+                        "the agent said nothing for %d s" % silence_s,
                         self.ssh.plain_command + "   (does it answer?)",
                         EXIT_TIMEOUT,
                     )
                 continue
             if line[0] == "stdout" and line[1].startswith(nonce + " "):
-                deadline = time.monotonic() + SILENCE_TIMEOUT_S
+                deadline = time.monotonic() + silence_s
                 reply = self._take(json.loads(line[1][len(nonce) + 1 :]), show)
                 if reply is not None:
                     return reply
@@ -2169,16 +2322,12 @@ class Tunnel:
         self.local_port = 0
 
     def open(self, fixed_port: Optional[int]) -> None:
-        """Forward a local port to the server: `fixed_port` and no other, or the first free one.
-
-        The numeric 127.0.0.1 in front: without it, ssh takes ::1 alone when 127.0.0.1:PORT is a stranger's, and says
-        that all is well.
-        """
+        """Forward a local port to the server: `fixed_port` and no other, or the first free one."""
         port = fixed_port or self._usual_port()
         while True:
             if not fixed_port:
                 port = find_free_port(port)
-            is_open, words = self.ssh.forward(self._spec(port))
+            is_open, words = self.ssh.forward(port, self.server.target)
             if is_open:
                 self.local_port = port
                 return
@@ -2193,10 +2342,7 @@ class Tunnel:
 
     def close(self) -> None:
         """Take the forward away; the connection stays."""
-        self.ssh.cancel(self._spec(self.local_port))
-
-    def _spec(self, local_port: int) -> str:
-        return "127.0.0.1:%d:%s" % (local_port, self.server.target)
+        self.ssh.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
 
     def _usual_port(self) -> int:
         usual = self.server.local_port
@@ -2242,35 +2388,153 @@ class Tunnel:
     def _another(self) -> str:
         return command_line(self.ssh.destination, "--new") + "   (starts another)"
 
-    def hold(self) -> None:
-        """Keep the tunnel until something ends: raises Failure when the connection or the server does."""
+    def hold(self, redials: bool) -> None:
+        """Keep the tunnel until the server ends; `redials` when the connection does, on the same local port.
+
+        Raises Failure (4) when the server has ended, 255 when the connection is lost for good.
+        """
+        while True:
+            why = self._watch()
+            if not redials:
+                raise Failure("the connection to %s was lost" % self.ssh.destination, why, command_line(), EXIT_SSH)
+            self._redial(why)
+
+    def _watch(self) -> str:
+        """Wait until the connection is lost, or stuck, and return why; raises Failure (4) when the server has ended.
+
+        Whatever happens to ssh's own idea of the connection, only an answer through it counts.
+        """
+        is_silent = False
+        self._wake_at_end()
         while self.ssh.wait(PROBE_EVERY_S):
+            if self._is_answering():
+                if is_silent:
+                    self.messages.note("%s answers again." % self.server.title)
+                is_silent = False
+                continue
+            if not self.ssh.wait(0.2):
+                break
             try:
-                is_ours = self.probe(ANSWER_TIMEOUT_S) in self._good_statuses
-            except OSError:
-                is_ours = False
-            if not is_ours and self.ssh.wait(0.2):
-                self._report_end()
-        why = self.ssh.last_words
-        raise Failure("the connection to %s was lost" % self.ssh.destination, why, command_line(), EXIT_SSH)
+                state = self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.server.id)
+            except Failure as failure:
+                return failure.why.splitlines()[-1] if failure.why else failure.what
+            self._check_end(state)
+            if state.get("is_answering") is not True:
+                if not is_silent:
+                    self.messages.note("%s does not answer; its connection is well. Waiting." % self.server.title)
+                is_silent = True
+            elif not self._is_answering():
+                return "nothing comes through the tunnel"
+        return self.ssh.last_words
 
-    def _report_end(self) -> None:
-        answer = self.agent.ask("describe_end", "Asking after the server", id=self.server.id)
-        if answer.get("is_running") is not True:
+    def _wake_at_end(self) -> None:
+        """Keep a connection to the server that says nothing: its end tells at once that the server may have ended."""
+
+        def hear() -> None:
+            with contextlib.suppress(OSError):
+                address = ("127.0.0.1", self.local_port)
+                with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
+                    connection.settimeout(None)
+                    connection.recv(1)
+                    self.ssh.wake()
+
+        threading.Thread(target=hear, daemon=True).start()
+
+    def _is_answering(self) -> bool:
+        try:
+            return self.probe(PROBE_TIMEOUT_S) in self._good_statuses
+        except OSError:
+            return False
+
+    def _check_end(self, state: Json) -> None:
+        if state.get("is_running") is not True:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
-            raise Failure(what, "the end of its log:\n%s" % answer.get("log"), "", EXIT_SERVER_ENDED)
+            why = "%s; the end of its log:\n%s" % (state.get("reason"), state.get("log"))
+            raise Failure(what, why, command_line(self.ssh.destination) + "   (starts another)", EXIT_SERVER_ENDED)
+
+    def _redial(self, why: str) -> None:
+        """Connect again, at once and then after growing delays, until the same local port leads to the server again.
+
+        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it.
+        """
+        destination = self.ssh.destination
+        text = "The connection to %s is lost (%s). Trying again." % (destination, why)
+        self.messages.step(text, "lost", why=why, local_port=self.local_port)
+        began = time.monotonic()
+        could_ask = self.ssh.can_ask
+        self.ssh.can_ask = False
+        denials = 0
+        delay_s = 0.0
+        with contextlib.closing(Reserved(self.local_port)) as reserved:
+            while True:
+                try:
+                    with self.messages.working("Trying to reach " + destination if self.messages.has_spinner else ""):
+                        self.ssh.close()
+                        time.sleep(delay_s)
+                        self.ssh.connect(is_again=True)
+                        reserved.close()
+                        if self._comes_through():
+                            break
+                except Failure as failure:
+                    if failure.status == EXIT_SERVER_ENDED or self.ssh.is_refused:
+                        raise
+                    self.messages.detail("%s: %s" % (failure.what, failure.why))
+                    denials += self.ssh.needs_login
+                    if denials >= DENIALS_MAX or (self.ssh.needs_login and self.ssh.can_ask):
+                        raise
+                    delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
+                    if self.ssh.needs_login and has_terminal():
+                        self._offer_login()
+                        delay_s = 0.0
+                reserved.take()
+        self.ssh.can_ask = could_ask
+        seconds = time.monotonic() - began
+        text = "Connected to %s again (after %s)." % (destination, _duration(seconds))
+        self.messages.step(text, "reconnected", seconds=seconds, local_port=self.local_port)
+
+    def _offer_login(self) -> None:
+        """Wait for the Enter of a person who can log in; the next attempt may ask, once."""
+        with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
+            output.write("%s wants a login. Press Enter to log in again: " % self.ssh.destination)
+            output.flush()
+            terminal.readline()
+        self.ssh.can_ask = True
+
+    def _comes_through(self) -> bool:
+        """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
+        is_open, words = self.ssh.forward(self.local_port, self.server.target)
+        if not is_open:
+            raise Failure("cannot listen on local port %d" % self.local_port, words)
+        if self._is_answering():
+            return True
+        state = self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.server.id)
+        if state.get("is_elsewhere") is True:  # one name for several login nodes
+            raise Failure(
+                "this is another node of " + self.ssh.destination, "the server runs on %s" % state.get("node")
+            )
+        self._check_end(state)
+        return state.get("is_answering") is not True  # it hangs by itself; the connection is well
 
 
-@contextlib.contextmanager
-def reserved(port: int) -> Iterator[None]:
-    """Keep others off a local port for a while, where it is free."""
-    try:
-        listener = listen_on(port)
-    except OSError:
-        yield
-        return
-    with listener:
-        yield
+class Reserved:
+    """Keeps others off a local port while no ssh listens on it, as far as it is free."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._listener: Optional[socket.socket] = None
+        self.take()
+
+    def take(self) -> None:
+        """Take the port, if it is free."""
+        if not self._listener:
+            with contextlib.suppress(OSError):
+                self._listener = listen_on(self.port)
+
+    def close(self) -> None:
+        """Let it go."""
+        if self._listener:
+            self._listener.close()
+            self._listener = None
 
 
 def open_browser(url: str, command: Optional[str], messages: Messages) -> None:
@@ -2522,6 +2786,7 @@ def build_parser() -> argparse.ArgumentParser:
     tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
     tunnel.add_argument("--no-browser", action="store_true", help="print the address only")
     tunnel.add_argument("--browser", metavar="COMMAND", help="browser to open (the system's)")
+    tunnel.add_argument("--no-reconnect", action="store_true", help="end when the connection is lost")
     tunnel.add_argument("-f", dest="background", action="store_true", help="go to the background once the tunnel is up")
 
     ssh = parser.add_argument_group("ssh, letter for letter")
@@ -2530,6 +2795,7 @@ def build_parser() -> argparse.ArgumentParser:
         ssh.add_argument("-" + letter, dest="ssh", action=action, default=[], metavar=metavar, help=SSH_HELP[letter])
     for letter in "46C":
         ssh.add_argument("-" + letter, dest="ssh", action=_SshOption, nargs=0, help=SSH_HELP[letter])
+    ssh.add_argument("--no-mux", action="store_true", help="each step a connection of its own (as on Windows)")
 
     output = parser.add_argument_group("output")
     for group in (output,):
@@ -2656,12 +2922,13 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
             facts = {"destination": destination, "path": path, "local_port": tunnel.local_port}
             record = background.detach(facts)
+            ssh.can_ask = can_ask()
         elif args.stop_on_exit:
             messages.note("Ctrl-C closes the tunnel and ends the server.")
         else:
             stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
             messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
-        tunnel.hold()
+        tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if not tunnel or not tunnel.local_port:
             raise
@@ -2715,7 +2982,7 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
     """Come back to a server on the host, or launch one, and say which; `no_socket` is why --socket cannot be had."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    with reserved(local_port):
+    with contextlib.closing(Reserved(local_port)):
         reply = agent.ask(
             "open",
             "Launching Jupyter",
@@ -2882,7 +3149,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _on_signal)
     try:
-        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages)
+        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, not args.no_mux and os.name == "posix")
         return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)
     except Failure as failure:
         messages.failure(failure)

@@ -527,7 +527,7 @@ def test_server_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:
 
 
 def test_connection_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
+    run = laptop.start("--no-reconnect", "host", has_terminal=False)
     run.expect("To end it")
     host.sshd.stop()
     host.sshd.end_connections()

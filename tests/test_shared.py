@@ -278,9 +278,12 @@ def take_over(laptop: Laptop, host: Host, eve: User, *token: str) -> "subprocess
     return stranger
 
 
-@pytest.mark.parametrize("knows_token", [False, True])
-def test_a_stranger_on_the_port_is_never_opened(laptop: Laptop, shared: Host, eve: User, knows_token: bool) -> None:
-    with take_over(laptop, shared, eve, *(["yes"] if knows_token else [])) as stranger:
+@pytest.mark.parametrize(("who", "knows_token"), [("eve", False), ("eve", True), ("ana", False)])
+def test_a_stranger_on_the_port_is_never_opened(
+    laptop: Laptop, shared: Host, eve: User, ana: User, who: str, knows_token: bool
+) -> None:
+    user = {"eve": eve, "ana": ana}[who]  # of her own, another program may listen there
+    with take_over(laptop, shared, user, *(["yes"] if knows_token else [])) as stranger:
         try:
             states = [server["state"] for server in listed(laptop)]
             run = laptop.run("host", "--start-timeout", "1")
@@ -351,7 +354,7 @@ def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(
     make_host: Callable[..., Host], laptop: Laptop, age: str
 ) -> None:
     host = make_host(path=str(jupyter_of(age))) if age else make_host()
-    run = laptop.start("--idle-timeout", "2s", "host", has_terminal=False)
+    run = laptop.start("--idle-timeout", "15s", "host", has_terminal=False)
     compute(run.url(), "print(1)")
     assert api(run.url(), "kernels")
     assert run.wait(180) == 4, run.text  # Jupyter looks once a minute

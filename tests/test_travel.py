@@ -144,7 +144,7 @@ def test_destination(laptop: Laptop, directory: Path, no_canary: Callable[[], No
     )
     ssh = rjupyter.Ssh(destination.host, ["-F", str(config)], False, rjupyter.Messages(quiet=True))
     ssh.control_path = str(directory / "s")
-    for argv in (ssh.master_argv({}), ssh.session_argv(command="true"), ssh.control_argv("check")):
+    for argv in (ssh.master_argv(), ssh.session_argv(command="true"), ssh.control_argv("check")):
         at = argv.index("--")
         assert argv[at + 1] == destination.host and not argv[at + 1].startswith("-")
         subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, cwd=str(directory))
