@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import os
 import queue
@@ -261,11 +262,12 @@ ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no
 # ssh words that come just before ssh gives up. They are kept for our own error; all other lines pass at once, because
 # a banner or the text of a second factor must be read before the prompt that follows it.
 FATAL_WORDS = re.compile(
-    r"ssh: |ssh_|kex_|mux_|@@@|.*Permission denied \(|Connection (closed|reset|timed out)|Host key|Received disconnect"
-    r"|Disconnected from|Someone could be|It is also possible|The fingerprint for|Please contact your|Add correct host"
-    r"|Offending|remove with|  ssh-keygen|Bad |command-line|Unsupported option|.*terminating|client_loop|Timeout,"
-    r"|Too many auth|Unable to negotiate|no matching|Password authentication is disabled|.* host key for .* has changed"
-    r"|You have requested strict|channel |stdio forwarding|Keyboard-interactive authentication is|Their offer|SHA256:"
+    r"ssh: |ssh_|kex_|mux|unix_listener|bind |channel|Could not request|@@@|.*Permission denied \(|Host key|Timeout,"
+    r"|Connection (closed|reset|timed out)|Received disconnect|Disconnected from|Someone could be|It is also possible"
+    r"|The fingerprint for|Please contact your|Add correct host|Offending|remove with|  ssh-keygen|Bad |command-line"
+    r"|Unsupported option|.*terminating|client_loop|Too many auth|Unable to negotiate|no matching|Their offer|SHA256:"
+    r"|Password authentication is disabled|.* host key for .* has changed|You have requested strict|stdio forwarding"
+    r"|Keyboard-interactive authentication is"
 )
 
 
@@ -273,15 +275,16 @@ FATAL_WORDS = re.compile(
 def signals_left_to_us() -> Iterator[None]:
     """Start children under this: Ctrl-C and a closed terminal reach the whole group, but we end our children.
 
-    They are born with these signals blocked. One that comes meanwhile is not lost: it is raised at the end.
+    They are born with these signals blocked. One that comes meanwhile, SIGTERM too, is raised at the end: no child is
+    started and then forgotten.
     """
     if os.name != "posix":
         yield
         return
     caught: List[int] = []
-    signums = [signal.SIGINT, signal.SIGHUP]
+    signums = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM]
     handlers = [signal.signal(signum, lambda number, frame: caught.append(number)) for signum in signums]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums[:2])
     try:
         yield
     finally:
@@ -293,15 +296,18 @@ def signals_left_to_us() -> Iterator[None]:
 
 
 class Child:
-    """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text)."""
+    """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text).
 
-    def __init__(self, argv: List[str], has_stdin: bool = False, has_stdout: bool = True) -> None:
+    When it `is_merged`, both streams are one, in the order in which the child wrote.
+    """
+
+    def __init__(self, argv: List[str], stdin: Any = subprocess.DEVNULL, is_merged: bool = False) -> None:
         with signals_left_to_us():
             self.process = subprocess.Popen(
                 argv,
-                stdin=subprocess.PIPE if has_stdin else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if has_stdout else subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if is_merged else subprocess.PIPE,
             )
         self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
         self._open_streams = 0
@@ -317,14 +323,17 @@ class Child:
         self._lines.put(None)
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
-        """Return the next line, or None when `timeout_s` passed or a stream ended."""
-        try:
-            line = self._lines.get(timeout=max(0.0, timeout_s)) if self._open_streams else None
-        except queue.Empty:
-            return None
-        if line is None and self._open_streams:
+        """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
+        deadline = time.monotonic() + timeout_s
+        while self._open_streams:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if line is not None:
+                return line
             self._open_streams -= 1
-        return line
+        return None
 
     def wake(self) -> None:
         """Let next_line return now, with an empty line; from any thread."""
@@ -468,6 +477,14 @@ class Ssh:
             self.close()
             self._do_without_master(words[-1])
 
+    def version(self) -> str:
+        """Return what ssh calls itself; raises Failure when there is none."""
+        try:
+            answer = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failure("no ssh on this machine", str(error), "install OpenSSH's client") from None
+        return answer.stderr.decode("utf-8", "replace").strip()
+
     def _borrow_master(self) -> bool:
         """Use the user's own live master for this destination, if there is one: no login is needed at all."""
         if self._config.get("controlpath", "none") == "none":
@@ -493,14 +510,22 @@ class Ssh:
         self._log_argv(argv)
         self._last_words = []
         self.needs_login = self.is_refused = False
-        self.master = Child(argv)
-        self._guard = start_guard('kill "$1"; kill -CONT "$1"', str(self.master.process.pid))
+        with signals_left_to_us():
+            self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
+            if self._guard is None:
+                self.master = Child(argv, is_merged=True)
+            else:  # the guard knows its pid before it is ssh: there is no moment without
+                argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
+                self.master = Child(argv, stdin=self._guard.stdin, is_merged=True)
         deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
-            while not is_ready(self._hear_master(0.01, is_connected=self._is_again)):
+            while True:
+                line = self.master.next_line(0.01)
+                if is_ready(line[1] if line else ""):
+                    return
+                self._take_words(line, is_connected=self._is_again)
                 if self.master.has_ended:
-                    for _, line in self.master.remaining_lines():
-                        self._last_words.append(line)
+                    self._last_words += [text for _, text in self.master.remaining_lines()]
                     raise self._connect_failure()
                 if deadline and time.monotonic() > deadline:
                     why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
@@ -517,20 +542,15 @@ class Ssh:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def _hear_master(self, timeout_s: float, is_connected: bool) -> str:
-        """Take the next line of the connection's process, if one comes; return it when it is on stdout."""
-        assert self.master is not None
-        line = self.master.next_line(timeout_s)
-        if not line:
-            return ""
-        if line[0] == "stdout":
-            return line[1]
+    def _take_words(self, line: Optional[Tuple[str, str]], is_connected: bool) -> None:
+        """Keep what the connection's ssh says for our own errors; the rest is for the user, before the login."""
+        if not line or not line[1]:
+            return
         if is_connected or FATAL_WORDS.match(line[1]):
             self._last_words = (self._last_words + [line[1]])[-30:]
             self.messages.detail("ssh: " + line[1])
         else:
             self.messages.note(line[1])
-        return ""
 
     def _read_config(self) -> Dict[str, str]:
         argv = self.config_argv()
@@ -592,7 +612,7 @@ class Ssh:
         deadline = time.monotonic() + timeout_s
         while self._stands and not self._is_woken.is_set() and time.monotonic() < deadline:
             if self.master is not None:
-                self._hear_master(deadline - time.monotonic(), is_connected=True)
+                self._take_words(self.master.next_line(deadline - time.monotonic()), is_connected=True)
             else:
                 self._is_woken.wait(min(0.2, deadline - time.monotonic()))
         self._is_woken.clear()
@@ -620,15 +640,15 @@ class Ssh:
         if self.is_borrowed:
             for spec in list(self._forwards):
                 self.cancel(spec)
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
-            self._guard = None
         if self.master is not None:
             self.master.end()
             self.master = None
             with contextlib.suppress(OSError):
                 os.unlink(self.control_path)
+        if self._guard is not None:  # to the last: a second Ctrl-C may come while ours is ended
+            self._guard.kill()
+            self._guard.wait()
+            self._guard = None
         self._forwards = []
         self.is_borrowed = False
         self.control_path = ""
@@ -639,7 +659,7 @@ class Ssh:
         """Run `command` on the host, through the master."""
         argv = self.session_argv(command=command)
         self._log_argv(argv)
-        return Child(argv, has_stdin=True)
+        return Child(argv, stdin=subprocess.PIPE)
 
     def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
         """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
@@ -654,7 +674,7 @@ class Ssh:
         if is_open:
             self._forwards.append(spec)
             if self.is_borrowed:
-                self._guard = start_guard('"$@"', *self.control_argv("cancel", "-L", spec))
+                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", "-L", spec))
         return is_open, words
 
     def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
@@ -662,7 +682,6 @@ class Ssh:
         # forward of the user's own config.
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.tunnel_argv(spec, ready), "Opening the tunnel", lambda line: line == ready)
-        self._hear_master(0.05, is_connected=True)
         words = "\n".join(self._last_words)
         if "cannot listen to port: %d" % local_port in words:
             self.close()
@@ -683,7 +702,7 @@ class Ssh:
 
     def _run(self, argv: List[str]) -> Tuple[bool, str]:
         self._log_argv(argv)
-        child = Child(argv, has_stdout=False)
+        child = Child(argv, is_merged=True)
         try:
             words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
             if not child.has_ended:
@@ -710,7 +729,7 @@ def start_guard(script: str, *arguments: str) -> "Optional[subprocess.Popen[byte
     if os.name != "posix":
         return None
     with signals_left_to_us():
-        argv = ["/bin/sh", "-c", "read _; exec 2>/dev/null; " + script, "sh", *arguments]
+        argv = ["/bin/sh", "-c", "exec 2>/dev/null; " + script, "sh", *arguments]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -898,7 +917,8 @@ def own_tmp_dir() -> str:
 
     Not TMPDIR: that is often long, and on a cluster it ends with the job. RJUPYTER_TMP says another place.
     """
-    return os.path.join(os.environ.get("RJUPYTER_TMP") or "/tmp", "rjupyter-%d" % own_uid())
+    top = "/tmp" if os.name == "posix" else os.environ.get("TEMP", ".")
+    return os.path.join(os.environ.get("RJUPYTER_TMP") or top, "rjupyter-%d" % own_uid())
 
 
 def private_dir(path: str) -> str:
@@ -2022,6 +2042,38 @@ def children_of(pid: int) -> "List[int]":
     return [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == b"%d" % pid]
 
 
+def examine_host(request: "Json", channel: Channel) -> "Json":
+    """Say what `doctor` asks of this host; what cannot be told is left out."""
+    import shutil
+
+    tried = []  # type: List[str]
+    facts = {"shell": os.environ.get("SHELL", ""), "clock": time.time(), "uid": os.getuid()}  # type: Json
+    facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
+    try:
+        place = first_private(state_dirs())
+        facts.update(state=portable(place), free_bytes=shutil.disk_usage(place).free)
+    except Trouble as trouble:
+        facts["state_trouble"] = trouble.reply
+    try:
+        found = next(launchers(request, "", tried), None)
+        if found:
+            command = found["argv"][0]
+            version = app_version(command, found["app"])
+            facts["jupyter"] = {"app": found["app"], "version": version, "command": portable(command)}
+            facts["where"] = found["where"]
+    except Trouble as trouble:
+        facts["jupyter_trouble"] = trouble.reply
+    facts.update(tried=tried, port=find_free_port(request["port"] or DEFAULT_PORT))
+    facts["sshd_port"] = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
+    uids = set()
+    for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        with contextlib.suppress(OSError):
+            uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
+    facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts["scheduler"] = next((name for name in ("sbatch", "qsub", "bsub", "condor_submit") if shutil.which(name)), "")
+    return facts
+
+
 def agent_main(packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     request = json.loads(packed_request.decode("ascii"))
@@ -2040,6 +2092,7 @@ def agent_main(packed_request: bytes) -> None:
         "logs": follow_log,
         "stop": stop_servers,
         "describe_end": describe_end,
+        "examine": examine_host,
     }
     try:
         channel.send("reply", reply=actions[request["action"]](request, channel))
@@ -2202,7 +2255,9 @@ class Agent:
         self.messages = messages
         self.user = ""
         self.node = ""
+        self.python = ""
         self.is_root = False
+        self.noise: List[str] = []  # what else the host printed in the last conversation
         self._source = agent_source()
         self._has_said_hello = False
 
@@ -2219,29 +2274,27 @@ class Agent:
             child.end()
 
     def _hear(self, child: Child, nonce: str, show: Callable[[str], None], silence_s: float) -> Json:
-        noise: List[str] = []
+        noise = self.noise = []
         deadline = time.monotonic() + silence_s
         while True:
             line = child.next_line(deadline - time.monotonic())
+            if line is None and child.has_ended:
+                raise self._no_reply(noise, child.process.wait())
             if line is None:
-                if child.has_ended:
-                    noise += [text for _, text in child.remaining_lines()]
-                    raise self._no_reply(noise, child.process.wait())
-                if time.monotonic() > deadline:
-                    raise Failure(
-                        "no answer from " + self.ssh.destination,
-                        "the agent said nothing for %d s" % silence_s,
-                        self.ssh.plain_command + "   (does it answer?)",
-                        EXIT_TIMEOUT,
-                    )
-                continue
+                raise Failure(
+                    "no answer from " + self.ssh.destination,
+                    "the agent said nothing for %d s" % silence_s,
+                    self.ssh.plain_command + "   (does it answer?)",
+                    EXIT_TIMEOUT,
+                )
             if line[0] == "stdout" and line[1].startswith(nonce + " "):
                 deadline = time.monotonic() + silence_s
                 reply = self._take(json.loads(line[1][len(nonce) + 1 :]), show)
                 if reply is not None:
                     return reply
             else:
-                noise = (noise + [line[1]])[-12:]
+                noise.append(line[1])
+                del noise[:-12]
                 self.messages.detail("host: " + line[1])
 
     def _take(self, message: Json, show: Callable[[str], None]) -> Optional[Json]:
@@ -2272,6 +2325,7 @@ class Agent:
 
     def _say_hello(self, message: Json) -> None:
         self.user, self.node = str(message["user"]), str(message["node"])
+        self.python = str(message["python"])
         self.is_root = message["is_root"] is True
         if self._has_said_hello:
             return
@@ -2537,15 +2591,17 @@ class Reserved:
             self._listener = None
 
 
-def open_browser(url: str, command: Optional[str], messages: Messages) -> None:
+def open_browser(url: str, command: Optional[str], messages: Messages) -> threading.Thread:
     """Open `url` in a browser here without handing it over in an argv, where others could read the token.
 
-    The browser gets the address of a listener of ours, which sends it on, once. Does not wait.
+    The browser gets the address of a listener of ours, which sends it on, once. Does not wait: the thread that is
+    returned ends when the browser has come.
     """
     listener = listen_on(0)
     listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
-    threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True).start()
+    redirect = threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True)
+    redirect.start()
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
@@ -2560,8 +2616,10 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> None:
     def complain() -> None:
         if opener.wait():
             messages.note("No browser could be started; open the address above.")
+            listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
     threading.Thread(target=complain, daemon=True).start()
+    return redirect
 
 
 def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
@@ -2581,19 +2639,34 @@ def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
                 connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 
-# -- tunnels in the background ----------------------------------------------------------------------------------------
+# -- tunnels that are up ----------------------------------------------------------------------------------------------
 
 
-def record_path(pid: int) -> str:
-    """Return where the background tunnel of process `pid` is written down."""
-    return os.path.join(private_runtime_dir(), "%d.json" % pid)
+@contextlib.contextmanager
+def written_down(facts: Json) -> Iterator[None]:
+    """Keep a record of our tunnel while it is up, for a second copy of us and for `close`; where there is a place."""
+    try:
+        path = os.path.join(private_runtime_dir(), "%d.json" % os.getpid())
+    except Failure:
+        yield
+        return
+    write_private(path, json.dumps(dict(facts, pid=os.getpid(), identity=process_identity(os.getpid()))))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
-def background_tunnels() -> List[Json]:
-    """Return the records of the background tunnels that run; those of processes that are gone are removed."""
+def tunnels() -> List[Json]:
+    """Return the records of our tunnels that are up; those of processes that are gone are removed."""
     records = []
-    for name in os.listdir(private_runtime_dir()):
-        path = os.path.join(private_runtime_dir(), name)
+    try:
+        directory = private_runtime_dir()
+    except Failure:
+        return []
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
         if re.fullmatch(r"\d+\.json", name):
             record = read_json(path)
             if record and process_identity(record["pid"]) == record["identity"]:
@@ -2607,8 +2680,8 @@ def background_tunnels() -> List[Json]:
 def close_tunnels(destination: str, path: Optional[str], messages: Messages) -> None:
     """End the background tunnels to `destination`; those for `path` alone when there is one."""
     closed = 0
-    for record in background_tunnels():
-        if record["destination"] == destination and path in (None, record["path"]):
+    for record in tunnels():
+        if record["is_background"] and record["destination"] == destination and path in (None, record["path"]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record["pid"], signal.SIGTERM)
             deadline = time.monotonic() + CONTROL_TIMEOUT_S
@@ -2647,11 +2720,8 @@ class Background:
         _, status = os.waitpid(self.pid, 0)
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else EXIT_FAILURE
 
-    def detach(self, record: Json) -> str:
-        """In the child: write the tunnel down, leave the terminal, let the parent go; return the record's path."""
-        path = record_path(os.getpid())
-        identity = process_identity(os.getpid())
-        write_private(path, json.dumps(dict(record, pid=os.getpid(), identity=identity)))
+    def detach(self) -> None:
+        """In the child: leave the terminal, and let the parent go."""
         os.setsid()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -2660,7 +2730,6 @@ class Background:
             os.dup2(null, descriptor)
         os.write(self._ready, b"1")
         os.close(self._ready)
-        return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2730,9 +2799,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in our own form, and points at --help."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one error and leave with status 2."""
-        Messages().failure(Failure("wrong usage", message, command_line("--help")))
-        sys.exit(EXIT_USAGE)
+        """Raise Failure (2)."""
+        raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2740,8 +2808,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
         description=__doc__,
-        epilog="actions: list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close. DESTINATION is whatever ssh "
-        "takes; PATH, as scp has it, is a directory or a notebook there.",
+        epilog="actions: list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, config. DESTINATION is "
+        "whatever ssh takes; PATH, as scp has it, is a directory or a notebook there.",
         formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -2778,7 +2846,7 @@ def build_parser() -> argparse.ArgumentParser:
     no_install_help = "do not install Jupyter where there is none; say how"
     install = environment.add_mutually_exclusive_group()
     install_help = "install Jupyter for you alone where there is none (the default)"
-    install.add_argument("--install", action="store_true", help=install_help)
+    install.add_argument("--install", dest="no_install", action="store_false", help=install_help)
     install.add_argument("--no-install", action="store_true", help=no_install_help)
 
     tunnel = parser.add_argument_group("tunnel and browser")
@@ -2798,10 +2866,11 @@ def build_parser() -> argparse.ArgumentParser:
     ssh.add_argument("--no-mux", action="store_true", help="each step a connection of its own (as on Windows)")
 
     output = parser.add_argument_group("output")
-    for group in (output,):
-        group.add_argument("-q", "--quiet", action="store_true", help="the address and errors only")
-        group.add_argument("-v", "--verbose", action="store_true", help="every ssh command, and what the host prints")
-        group.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    output.add_argument("-q", "--quiet", action="store_true", help="the address and errors only")
+    output.add_argument("-v", "--verbose", action="store_true", help="every ssh command, and what the host prints")
+    output.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    output.add_argument("--dry-run", action="store_true", help="print the ssh commands and run none")
+    output.add_argument("--no-config", action="store_true", help="do not read %s" % config_path())
     output.add_argument("--version", action="version", version="rjupyter " + __version__, help="print the version")
     output.add_argument("-h", "--help", action="help", help="print this help")
 
@@ -2814,10 +2883,97 @@ def build_parser() -> argparse.ArgumentParser:
     logs = actions.add_parser("logs", help="a server's log")
     logs.add_argument("id", nargs="?", default="", metavar="ID", help="which one (the newest)")
     logs.add_argument("-f", dest="is_followed", action="store_true", help="go on as it grows, until Ctrl-C")
-    for parsed in (listing, logs, stop):
+    doctor = actions.add_parser("doctor", help="walk every step, and say what is wrong and how to mend it")
+    config = actions.add_parser("config", help="the defaults that hold for DESTINATION, and where each is from")
+    for parsed in (listing, logs, stop, doctor, config):
         parsed.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line")
     actions.add_parser("close", help="end the tunnels that went to the background with -f")
     return parser
+
+
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    """Parse the command line over the defaults of the configuration file; `from_config` says where each is from.
+
+    Raises Failure (2).
+    """
+    args = build_parser().parse_args(argv)
+    if args.no_config:
+        return args
+    defaults = config_defaults(config_path(), args.destination.host)
+    parser = build_parser()
+    parser.set_defaults(**{dest: value for dest, (value, _) in defaults.items()})
+    args = parser.parse_args(argv)
+    args.from_config = {dest: source for dest, (_, source) in defaults.items()}
+    return args
+
+
+def config_path() -> str:
+    """Return where the user's defaults are."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(home, "rjupyter", "config")
+
+
+def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
+    """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
+
+    Sections are patterns as in ssh_config's Host; of several values, the first one holds. Raises Failure (2).
+    """
+    import configparser
+
+    config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
+    config.optionxform = str  # type: ignore[assignment]
+    try:
+        with open(path, encoding="utf-8") as stream:
+            config.read_file(stream)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise Failure("cannot read the configuration", str(error), "mend it, or --no-config", EXIT_USAGE) from None
+    parser = build_parser()
+    nothing = vars(parser.parse_args(["host"]))
+    found: Dict[str, Tuple[Any, str]] = {}
+    for section in config.sections():
+        if not matches_host(section, destination):
+            continue
+        for key, value in config.items(section):
+            try:
+                parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
+            except Failure as failure:
+                why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
+                raise Failure("wrong configuration", why, "mend it, or --no-config", EXIT_USAGE) from None
+            dest = _option(parser, key).dest
+            found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
+    return found
+
+
+def _option(parser: argparse.ArgumentParser, key: str) -> Any:
+    """Return the option of a long name; raises Failure (2)."""
+    for action in parser._actions:
+        if "--" + key in action.option_strings and key not in ("help", "version", "no-config"):
+            return action
+    raise Failure("wrong usage", "there is no option --%s" % key, "", EXIT_USAGE)
+
+
+def _config_words(parser: argparse.ArgumentParser, key: str, value: Optional[str]) -> List[str]:
+    """Return the command line that a line of the configuration stands for; repeatable options have a value a line."""
+    if _option(parser, key).nargs == 0:
+        answers_ = {None: True, "yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+        if value not in answers_:
+            raise Failure("wrong usage", "yes or no, not %r" % value, "", EXIT_USAGE)
+        return ["--" + key] if answers_[value] else []
+    return ["--%s=%s" % (key, line) for line in (value or "").strip().split("\n")]
+
+
+def matches_host(patterns: str, destination: str) -> bool:
+    """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
+    import fnmatch
+
+    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
+    host = host.rsplit("@", 1)[-1]
+    words = patterns.split()
+    if any(fnmatch.fnmatchcase(host, word[1:]) for word in words if word.startswith("!")):
+        return False
+    return any(fnmatch.fnmatchcase(host, word) for word in words if not word.startswith("!"))
 
 
 SSH_HELP = {
@@ -2905,30 +3061,29 @@ def can_ask() -> bool:
 
 def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold."""
+    record = tunnel_that_is_up(args)
+    if record:
+        return join(record, args, messages)
     background = Background() if args.background else None
     if background and background.pid:
         return background.wait()
-    record = ""
     tunnel: Optional[Tunnel] = None
     try:
         ssh.connect()
         tunnel = open_tunnel(args, ssh, agent, messages)
         url = tunnel.server.url(tunnel.local_port, has_token=not tunnel.server.has_password)
-        messages.result(url, "open", url=url, local_port=tunnel.local_port, id=tunnel.server.id, pid=tunnel.server.pid)
+        facts = {"url": url, "local_port": tunnel.local_port, "id": tunnel.server.id}
+        messages.result(url, "open", pid=tunnel.server.pid, **facts)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        if background:
-            destination, path = args.destination
-            messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
-            facts = {"destination": destination, "path": path, "local_port": tunnel.local_port}
-            record = background.detach(facts)
-            ssh.can_ask = can_ask()
-        elif args.stop_on_exit:
-            messages.note("Ctrl-C closes the tunnel and ends the server.")
-        else:
-            stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
-            messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
-        tunnel.hold(redials=not args.no_reconnect)
+        destination, path = args.destination
+        facts.update(destination=destination, path=path, asked=what_is_asked(args), is_background=args.background)
+        with written_down(facts):
+            say_how_to_end(args, tunnel, messages)
+            if background:
+                background.detach()
+                ssh.can_ask = can_ask()
+            tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if not tunnel or not tunnel.local_port:
             raise
@@ -2939,8 +3094,41 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         return EXIT_OK
     finally:
         ssh.close()
-        if record:
-            os.unlink(record)
+    return EXIT_OK
+
+
+def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages) -> None:
+    """Say what Ctrl-C will do, and how the server is ended."""
+    if args.background:
+        messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
+    elif args.stop_on_exit:
+        messages.note("Ctrl-C closes the tunnel and ends the server.")
+    else:
+        stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
+        messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
+
+
+def what_is_asked(args: argparse.Namespace) -> List[Any]:
+    """Return what tells one open from another: a second copy with the same is the same."""
+    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "ssh")
+    return [args.destination.host, args.destination.path] + [getattr(args, name) for name in names]
+
+
+def tunnel_that_is_up(args: argparse.Namespace) -> Json:
+    """Return the record of a tunnel that is up already and does what `args` ask for; empty when there is none."""
+    asked = json.loads(json.dumps(what_is_asked(args)))
+    for record in [] if args.new else tunnels():
+        if record.get("asked") == asked and args.local_port in (None, record["local_port"]):
+            return record
+    return {}
+
+
+def join(record: Json, args: argparse.Namespace, messages: Messages) -> int:
+    """Say that the tunnel is up already, and show its page again; nothing is connected."""
+    messages.step("The tunnel is up already (pid %d)." % record["pid"], "joined", tunnel_pid=record["pid"])
+    messages.result(record["url"], "open", url=record["url"], local_port=record["local_port"], id=record["id"])
+    if wants_browser(args):
+        open_browser(record["url"], args.browser, messages).join(BROWSER_TIMEOUT_S)
     return EXIT_OK
 
 
@@ -3057,9 +3245,7 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     if not servers:
         messages.note("No server of yours runs there.")
     elif not args.json:
-        widths = [max(len(printable(row[i])) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            messages.result("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), "row")
+        print_table(rows, messages)
     return EXIT_OK
 
 
@@ -3126,12 +3312,160 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
     return EXIT_OK
 
 
+class Check(NamedTuple):
+    """One line of `doctor`; `try_` mends what failed, and is empty for what is well."""
+
+    name: str
+    text: str
+    try_: str = ""
+
+
+def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Walk every step of an open, each with its verdict; return 1 when one failed."""
+    failures = 0
+    try:
+        for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
+            failures += bool(check.try_)
+            mark = "FAIL" if check.try_ else "ok  "
+            text = "%s  %-12s %s" % (mark, check.name, check.text)
+            text += "\n      %-12s try: %s" % ("", check.try_) if check.try_ else ""
+            messages.result(text, "check", check=check.name, is_ok=not check.try_, says=check.text, remedy=check.try_)
+    finally:
+        ssh.close()
+    return EXIT_FAILURE if failures else EXIT_OK
+
+
+def checks_here(ssh: Ssh) -> Iterator[Check]:
+    """Check this machine: ssh, its configuration, the place for sockets, the local port, the browser."""
+    import webbrowser
+
+    yield Check("ssh", ssh.version())
+    try:
+        yield Check("runtime dir", private_runtime_dir() if ssh.has_mux else "not needed without multiplexing")
+    except Failure as failure:
+        yield Check("runtime dir", failure.why.replace("\n", "; "), failure.try_)
+    yield Check("local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT))
+    try:
+        yield Check("browser", type(webbrowser.get()).__name__)
+    except webbrowser.Error:
+        yield Check("browser", "none found; the address is printed")
+
+
+def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[Check]:
+    """Check the connection and the host; the first step that fails is the last one that is tried."""
+    began = time.monotonic()
+    try:
+        ssh.connect()
+        how = "your own master" if ssh.is_borrowed else "multiplexed" if ssh.has_mux else "a login for each step"
+        yield Check("connection", "logged in within %.1f s (%s)" % (time.monotonic() - began, how))
+        asked = {"app": args.app, "python": args.python or "", "env": args.env or "", "init": args.init}
+        facts = agent.ask("examine", "Looking around on the host", port=args.port, **asked)
+    except Failure as failure:
+        yield Check("connection", ("%s: %s" % (failure.what, failure.why)).replace("\n", "; "), failure.try_ or "-v")
+        return
+    yield Check("login shell", "%s of %s@%s" % (facts.get("shell") or "?", agent.user, agent.node))
+    noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
+    yield Check("noise", noise + " (no harm to us; scp may stumble)" if agent.noise else "none from the start-up files")
+    yield Check("python", agent.python)
+    yield check_jupyter(facts)
+    trouble = facts.get("state_trouble")
+    if trouble:
+        yield Check("disk", str(trouble["why"]).replace("\n", "; "), str(trouble["try"]))
+    else:
+        free_mb = int(facts["free_bytes"]) // 1000000
+        yield Check("disk", "%d MB free at %s" % (free_mb, facts["state"]), "make room there" if free_mb < 50 else "")
+    yield Check("port", "%d is free on the host" % int(facts["port"]))
+    can_reach, words = ssh.can_reach("127.0.0.1:%d" % int(facts["sshd_port"]))
+    ssh.wait(0.2)  # for the master's own words; that sshd tried will do
+    is_forbidden = not can_reach and "connect failed" not in words + ssh.last_words
+    try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
+    why = words.replace("\n", "; ") if is_forbidden else "allowed"
+    yield Check("forwarding", why, try_ if is_forbidden else "")
+    skew_s = float(facts["clock"]) - time.time()
+    far = "its clock is %s off; set it (NTP)" % _duration(abs(skew_s)) if abs(skew_s) > 120 else ""
+    yield Check("clock", "%.0f s from ours" % abs(skew_s), far)
+    others = int(facts["other_users"])
+    shared = "%d others run something there; --socket keeps them off the port" % others
+    yield Check("other users", shared if others else "nobody else runs anything there")
+    if facts.get("scheduler"):
+        yield Check("scheduler", "%s is there: a login node, perhaps" % facts["scheduler"])
+
+
+def check_jupyter(facts: Json) -> Check:
+    """Say which Jupyter an open would run."""
+    found, trouble = facts.get("jupyter"), facts.get("jupyter_trouble")
+    if found:
+        title = "%s %s" % (APP_NAMES.get(str(found["app"]), "?"), found["version"])
+        return Check("jupyter", "%s: %s (%s)" % (title, found["command"], facts["where"]))
+    if trouble:
+        return Check(
+            "jupyter", ("%(what)s: %(why)s" % trouble).replace("\n", "; "), str(trouble["try"]) or "another one"
+        )
+    if facts.get("no_install"):
+        return Check(
+            "jupyter", "none, and Python has no ensurepip to install it", "sudo apt install python3-venv, there"
+        )
+    return Check("jupyter", "none; an open installs it for you alone")
+
+
+def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Show every option that holds for the destination, and where its value is from."""
+    nothing = build_parser().parse_args(["host"])
+    rows = [["OPTION", "VALUE", "FROM"]]
+    seen = set()
+    for action in build_parser()._actions:
+        name = next((word[2:] for word in action.option_strings if word.startswith("--")), "")
+        if not hasattr(nothing, action.dest) or not name or action.dest in seen:
+            continue
+        seen.add(action.dest)
+        value = getattr(args, action.dest)
+        source = getattr(args, "from_config", {}).get(action.dest, "default")
+        if source == "default" and value != getattr(nothing, action.dest):
+            source = "command line"
+        if args.json:
+            messages.result("", "option", option=name, value=value, source=source)
+        if isinstance(value, list):
+            value = " ".join(value)
+        shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value or "-")
+        rows.append([name, shown, source])
+    if not args.json:
+        print_table(rows, messages)
+    return EXIT_OK
+
+
+def print_table(rows: List[List[str]], messages: Messages) -> None:
+    """Print rows with their columns aligned."""
+    widths = [max(len(printable(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        messages.result("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), "row")
+
+
+def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int:
+    """Print the ssh commands of an action, quoted for pasting, without running one."""
+    if args.action in ("config", "close"):
+        messages.note("%s runs no ssh." % args.action)
+        return EXIT_OK
+    commands = [ssh.config_argv()]
+    if ssh.has_mux:
+        ssh.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
+        commands.append(ssh.master_argv())
+    commands.append(ssh.session_argv(command=agent_command(args.python or "")))
+    spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
+    if args.action is None:
+        commands.append(ssh.control_argv("forward", "-L", spec) if ssh.has_mux else ssh.tunnel_argv(spec, "ready"))
+    for argv in commands:
+        messages.result(shlex.join(argv), "command", argv=argv)
+    return EXIT_OK
+
+
 ACTIONS: Dict[Optional[str], Callable[[argparse.Namespace, Ssh, Agent, Messages], int]] = {
     None: run_open,
     "list": run_list,
     "logs": run_logs,
     "stop": run_stop,
     "close": run_close,
+    "doctor": run_doctor,
+    "config": run_config,
 }
 
 
@@ -3141,15 +3475,18 @@ def _on_signal(signum: int, frame: Any) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    args = build_parser().parse_args(argv)
-    messages = Messages(args.quiet, args.verbose, args.json)
+    messages = Messages()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _on_signal)
     try:
+        args = parse_arguments(argv)
+        messages = Messages(args.quiet, args.verbose, args.json)
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, not args.no_mux and os.name == "posix")
+        if args.dry_run:
+            return show_commands(args, ssh, messages)
         return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)
     except Failure as failure:
         messages.failure(failure)

@@ -21,7 +21,7 @@ def base_url(url: str) -> str:
 def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
     """Ask the server behind a printed URL, with the token in it."""
     parts = urlsplit(url)
-    token = parse_qs(parts.query)["token"][0]
+    token = token_of(url)
     request = urllib.request.Request(
         "%s://%s%sapi/%s" % (parts.scheme, parts.netloc, base_url(url), path), method=method
     )
@@ -32,11 +32,16 @@ def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
         return json.loads(answer.read() or b"null")
 
 
-def compute(url: str, code: str) -> str:
-    """Run `code` in a new kernel, over the websocket through the tunnel, and return what it printed."""
+def token_of(url: str) -> str:
+    """Return the token in a printed URL."""
+    return parse_qs(urlsplit(url).query)["token"][0]
+
+
+def compute(url: str, code: str, kernel: str = "") -> str:
+    """Run `code` in a kernel, a new one without a name, over the websocket, and return what it printed."""
     parts = urlsplit(url)
-    token = parse_qs(parts.query)["token"][0]
-    kernel = api(url, "kernels", "POST", {})["id"]
+    token = token_of(url)
+    kernel = kernel or api(url, "kernels", "POST", {})["id"]
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
     header = {"Authorization": "token " + token}

@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
-from client import api, check_failure, compute
+from client import api, check_failure, compute, token_of
 from conftest import Host, Laptop, User, quiet_port
 from jupyters import jupyter_for_everyone, jupyter_of
 from test_servers import listed
@@ -87,10 +87,6 @@ def eve(make_user: Callable[[str], User]) -> User:
 def shared(make_host: Callable[..., Host], ana: User) -> Host:
     ana.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
     return make_host(user=ana)
-
-
-def token_of(url: str) -> str:
-    return parse_qs(urlsplit(url).query)["token"][0]
 
 
 @pytest.mark.parametrize("options", [[], ["--socket"]])

@@ -1,0 +1,309 @@
+"""Staying connected: faults on a real connection, and what is left on the laptop however we end."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from client import api, check_failure, compute
+from conftest import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from proxy import Proxy
+
+import rjupyter
+
+MODES = [[], ["--no-mux"]]
+
+
+def ssh_of(mark: str) -> int:
+    """Return the pid of the ssh that holds the tunnel."""
+    found = [pid for pid, words in processes_with(mark, without=ON_HOST).items() if re.match(r"ssh -(M -)?N ", words)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def check_same(run: Run, url: str, kernel: str) -> None:
+    """The tunnel leads to the same server by the same port, and the kernel has its variable."""
+    wait_until(lambda: is_up(url), "the same address answers", 60)
+    assert compute(url, "print(x)", kernel) == "42\n"
+
+
+def is_up(url: str) -> bool:
+    try:
+        return bool(api(url, "status"))
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def proxy(host: Host) -> Iterator[Proxy]:
+    proxy = Proxy(host.sshd.port)
+    yield proxy
+    proxy.close()
+
+
+def through(proxy: Proxy) -> List[str]:
+    """Return the options that lead ssh through the proxy."""
+    return ["-p", str(proxy.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % proxy.target]
+
+
+def opened(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> "tuple[Run, str, str]":
+    """Open, and set a variable in a kernel; return the run, its address and the kernel."""
+    run = laptop.start("--local-port", str(quiet_port()), *arguments, "host", has_terminal=has_terminal)
+    url = run.url()
+    run.expect("To end it")
+    kernel = api(url, "kernels", "POST", {})["id"]
+    compute(url, "x = 42", kernel)
+    return run, url, kernel
+
+
+def kill_ssh(host: Host, mark: str, proxy: Proxy) -> None:
+    os.kill(ssh_of(mark), signal.SIGKILL)
+
+
+def kill_sshd_session(host: Host, mark: str, proxy: Proxy) -> None:
+    host.sshd.end_connections()
+
+
+def cut(host: Host, mark: str, proxy: Proxy) -> None:
+    proxy.cut()
+
+
+def freeze_ssh(host: Host, mark: str, proxy: Proxy) -> None:
+    os.kill(ssh_of(mark), signal.SIGSTOP)
+
+
+def freeze_sshd_session(host: Host, mark: str, proxy: Proxy) -> None:
+    host.sshd.end_connections(signal.SIGSTOP)
+
+
+FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
+    run, url, kernel = opened(laptop, *through(proxy), *mode)
+    fault(host, mark, proxy)
+    run.expect(r"^The connection to host is lost \(.+\)\. Trying again\.$")
+    run.expect(r"^Connected to host again \(after \d+ s\)\.$")
+    check_same(run, url, kernel)
+    host.sshd.end_connections(signal.SIGCONT)
+    run.interrupt()
+    assert run.wait() == 0
+    assert "Closed. Back again with" in run.stderr
+    assert len(host.servers()) == 1
+
+
+def test_host_away_for_a_while_and_sshd_started_anew(laptop: Laptop, host: Host) -> None:
+    run, url, kernel = opened(laptop)
+    host.sshd.stop()
+    host.sshd.end_connections()
+    run.expect("is lost")
+    port = int(re.search(r":(\d+)/", url).group(1))  # type: ignore[union-attr]
+    wait_until(lambda: not can_listen(port), "nobody else can take the port meanwhile", 20)
+    host.sshd.start()
+    run.expect("Connected to host again")
+    check_same(run, url, kernel)
+
+
+def can_listen(port: int) -> bool:
+    try:
+        rjupyter.listen_on(port).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
+    run, url, kernel = opened(laptop, *through(proxy))
+    proxy.is_frozen = True
+    run.expect("is lost")
+    proxy.is_frozen = False
+    run.expect("Connected to host again")
+    check_same(run, url, kernel)
+
+
+def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -> None:
+    run, url, kernel = opened(laptop)
+    (record,) = host.servers()
+    os.kill(record["pid"], signal.SIGSTOP)
+    run.expect("does not answer; its connection is well. Waiting.")
+    os.kill(record["pid"], signal.SIGCONT)
+    run.expect("answers again")
+    check_same(run, url, kernel)
+    assert "is lost" not in run.text
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda laptop, host, url: api(url, "shutdown", "POST"), "it was shut down"),
+        (lambda laptop, host, url: os.killpg(host.servers()[0]["pid"], signal.SIGKILL), "it was killed"),
+        (lambda laptop, host, url: laptop.run("host", "stop"), "it was stopped"),
+    ],
+)
+def test_end_of_the_server_is_said_at_once(laptop: Laptop, host: Host, end: Any, words: str) -> None:
+    run = laptop.start("host", has_terminal=False)
+    end(laptop, host, run.url())
+    assert run.wait(9) == 4  # before the next look at it is due
+    assert "has ended" in run.stderr and words in run.stderr
+
+
+def test_server_that_ended_while_the_link_was_down(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    run.expect("To end it")
+    host.sshd.stop()
+    host.sshd.end_connections()
+    run.expect("is lost")
+    os.killpg(host.servers()[0]["pid"], signal.SIGKILL)
+    host.sshd.start()
+    assert run.wait() == 4
+    assert "it was killed" in run.stderr
+
+
+def test_unattended_login_that_is_refused_is_not_tried_for_ever(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host", has_terminal=False)
+    run.expect("To end it")
+    (host.sshd.directory / "user_key.pub").write_text("")
+    before = len(re.findall("Connection from", host.sshd.log_text()))
+    host.sshd.end_connections()
+    assert run.wait() == 255
+    assert "Permission denied" in run.stderr
+    assert len(re.findall("Connection from", host.sshd.log_text())) - before == rjupyter.DENIALS_MAX
+
+
+def test_ctrl_c_while_it_is_lost(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("host")
+    run.expect("To end it")
+    host.sshd.stop()
+    host.sshd.end_connections()
+    run.expect("is lost")
+    run.interrupt()
+    assert run.wait(10) == 0
+    assert "Back again with" in run.text
+
+
+def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> None:
+    run = laptop.start("host")
+    run.expect("To end it")
+    os.kill(ssh_of(mark), signal.SIGSTOP)  # so that the clean-up has something to wait for
+    run.interrupt()
+    run.expect(r"\^C")
+    run.interrupt()
+    assert run.wait(10) in (0, 130)
+    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("moment", ["^Connected", "^Launched", "^Forwarding", "^http", "To end it"])
+def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int, moment: str, mode: List[str]) -> None:
+    run = laptop.start(*mode, "host", has_terminal=False)
+    run.expect(moment)
+    os.kill(run.pid, signum)
+    status = run.wait(20)
+    assert status in ((-9,) if signum == signal.SIGKILL else (0, 130, 128 + signum))
+    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+    again = laptop.start("host", has_terminal=False)
+    again.url()
+    assert len(host.servers()) == 1
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: List[str]) -> None:
+    make_host(settings="MaxSessions 1")
+    run = laptop.start(*mode, "host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+
+
+def test_permit_open(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    make_host(settings="PermitOpen 127.0.0.1:1")
+    check_failure(laptop.run("host"), 1, "does not forward", "PermitOpen")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, mode: List[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = Path(laptop.config).read_text()
+        Path(laptop.config).write_text(text + "  RemoteCommand echo no\n  LocalForward %d 127.0.0.1:1\n" % port)
+        run = laptop.start(*mode, "host", has_terminal=False)
+        assert compute(run.url(), "print(1)") == "1\n"
+
+
+def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, directory: Path) -> None:
+    control = directory / "mine"
+    text = Path(laptop.config).read_text() + "  ControlPath %s\n  ControlMaster auto\n" % control
+    Path(laptop.config).write_text(text)
+    argv = ["ssh", "-F", laptop.config, "-M", "-N", "host"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=laptop.environment) as mine:
+        try:
+            wait_until(control.exists, "the master is up")
+            logins = host.sshd.logins()
+            run, url, _ = opened(laptop)
+            assert host.sshd.logins() == logins
+            run.interrupt()
+            assert run.wait() == 0
+            assert not is_up(url) and mine.poll() is None
+            killed, url, kernel = opened(laptop)
+            os.kill(killed.pid, signal.SIGKILL)
+            wait_until(lambda: not is_up(url), "its forward is gone from the master", 10)
+            killed.wait()
+            lost, url, kernel = opened(laptop)
+            mine.kill()
+            lost.expect("Connected to host again")
+            check_same(lost, url, kernel)
+        finally:
+            mine.kill()
+
+
+def test_stub_ssh_whose_multiplexing_is_broken(laptop: Laptop, host: Host, directory: Path) -> None:
+    """An ssh that gives every master a socket it cannot make: the steps log in one by one, and a line says so."""
+    stub = directory / "bin/ssh"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/bin/sh\nif [ "$1" = -M ]; then shift 4; exec /usr/bin/ssh -M -N -S /proc/nowhere/x "$@"; fi\n'
+        'exec /usr/bin/ssh "$@"\n'
+    )
+    stub.chmod(0o755)
+    laptop.environment["PATH"] = "%s:%s" % (stub.parent, laptop.environment["PATH"])
+    run = laptop.start("host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    assert "No multiplexing (unix_listener" in run.stderr
+
+
+def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Path) -> None:
+    long = directory / ("long" * 30)
+    long.mkdir()
+    run = laptop.start("host", has_terminal=False, XDG_RUNTIME_DIR=str(long), RJUPYTER_TMP=str(long))
+    assert compute(run.url(), "print(1)") == "1\n"
+    assert "No multiplexing" in run.stderr and "too long" in run.stderr
+
+
+def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
+    print("seed %d" % seed)
+    chance = random.Random(seed)
+    run, url, kernel = opened(laptop, *through(proxy))
+    (record,) = host.servers()
+    for number in range(count):
+        fault = chance.choice(FAULTS)
+        print(number, fault.__name__, flush=True)
+        fault(host, mark, proxy)
+        run.expect(r"(?s)(again \(after.*){%d}" % (number + 1), 120)
+        host.sshd.end_connections(signal.SIGCONT)
+        check_same(run, url, kernel)
+    run.interrupt()
+    assert run.wait() == 0
+    assert [r["pid"] for r in host.servers()] == [record["pid"]]
+    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
+
+
+def test_random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy) -> None:
+    """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""
+    seed = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**6))
+    random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
