@@ -946,9 +946,14 @@ def write_private(path: str, text: str) -> None:
     """Write a file that only its owner can read, in one piece: a reader sees the old one or the new one."""
     beside = "%s.%d" % (path, os.getpid())
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(text)
-    os.replace(beside, path)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+        os.replace(beside, path)
+    except BaseException:  # a signal, a full disk
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 # -- the channel ------------------------------------------------------------------------------------------------------
@@ -2666,14 +2671,17 @@ def tunnels() -> List[Json]:
     except Failure:
         return []
     for name in os.listdir(directory):
+        match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?", name)  # the latter: a record that is being written
+        if not match:
+            continue
         path = os.path.join(directory, name)
-        if re.fullmatch(r"\d+\.json", name):
-            record = read_json(path)
-            if record and process_identity(record["pid"]) == record["identity"]:
-                records.append(record)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        record = read_json(path)
+        identity = process_identity(int(match.group(1)))
+        if not identity or record.get("identity", identity) != identity:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        elif record and not match.group(2):
+            records.append(record)
     return records
 
 
@@ -2846,7 +2854,7 @@ def build_parser() -> argparse.ArgumentParser:
     no_install_help = "do not install Jupyter where there is none; say how"
     install = environment.add_mutually_exclusive_group()
     install_help = "install Jupyter for you alone where there is none (the default)"
-    install.add_argument("--install", dest="no_install", action="store_false", help=install_help)
+    install.add_argument("--install", dest="no_install", action="store_false", default=False, help=install_help)
     install.add_argument("--no-install", action="store_true", help=no_install_help)
 
     tunnel = parser.add_argument_group("tunnel and browser")

@@ -126,8 +126,11 @@ def test_server_of_another_environment_is_not_the_one_that_was_asked_for(laptop:
     assert "miniconda3" in laptop.start("host", has_terminal=False).expect(r"Using .*").group()
     asked = laptop.start("--env", "ml", "host", has_terminal=False)
     assert prefix_of_kernel(asked.url()).endswith("envs/ml")
+    asked.interrupt()
+    asked.wait()
     again = laptop.start("--env", "ml", "host", has_terminal=False)
     again.expect("Found Jupyter")
+    assert again.url() == asked.url()
     assert len(bare_host.servers()) == 2
 
 

@@ -87,7 +87,10 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
 
 
 def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> None:
-    laptop.start("host", has_terminal=False).url()
+    run = laptop.start("host", has_terminal=False)
+    run.url()
+    run.interrupt()
+    run.wait()
     (record,) = host.servers()
     good = json.loads((runtime_directory(host) / ("jpserver-%d.json" % record["pid"])).read_text())
     odd = runtime_directory(host)
