@@ -945,9 +945,8 @@ def private_dir(path: str) -> str:
 def write_private(path: str, text: str) -> None:
     """Write a file that only its owner can read, in one piece: a reader sees the old one or the new one."""
     beside = "%s.%d" % (path, os.getpid())
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as stream:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
             stream.write(text)
         os.replace(beside, path)
     except BaseException:  # a signal, a full disk
@@ -965,6 +964,7 @@ class Channel:
     def __init__(self, nonce: str) -> None:
         self._nonce = nonce
         self._last_sent = 0.0
+        self._doing = ""
         self.is_closed = False
         # Whatever else writes to stdout here goes to stderr instead.
         self._stream = os.fdopen(os.dup(1), "w")
@@ -979,10 +979,50 @@ class Channel:
             self.is_closed = True
         self._last_sent = time.monotonic()
 
+    def progress(self, text: str) -> None:
+        """Say what takes its time."""
+        if text != self._doing:
+            self._doing = text
+            self.send("progress", text=text)
+
     def keep_alive(self) -> None:
         """Send a sign of life when nothing was said for a few seconds: the client gives up on a silent agent."""
         if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            self.send("progress", text="")
+            self.send("progress", text=self._doing)
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[None]":
+    """Hold the lock in a directory of ours meanwhile; say `waiting` while another run has it.
+
+    No crash leaves it behind. Where files cannot be locked, there is none.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
+            while not has_lock(lock):
+                channel.progress(waiting)
+                channel.keep_alive()
+                if channel.is_closed:
+                    raise Trouble(1, "nobody waits for this any more")
+                time.sleep(POLL_S)
+        except OSError:
+            pass
+        channel.progress("")
+        yield
+
+
+def has_lock(lock: "Any") -> bool:
+    """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
 
 
 def native(text: str) -> str:
@@ -1418,7 +1458,7 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
     for raw in process.stdout:
         line = raw.decode("utf-8", "replace").strip()
         lines = (lines + [line])[-12:]
-        channel.send("progress", text=line[:60])
+        channel.progress(line[:60])
     return process.wait(), "\n".join(lines)
 
 
@@ -1445,23 +1485,11 @@ def install_jupyter(app: str, channel: Channel) -> "Json":
 
     Raises Trouble (3) when it fails.
     """
-    import fcntl
-
     venv = os.path.expanduser(VENV_DIR)
     commands = install_commands()
     channel.send("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
     began = time.monotonic()
-    os.makedirs(os.path.dirname(venv), mode=0o700, exist_ok=True)
-    with open(os.path.join(os.path.dirname(venv), "install.lock"), "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break  # a file system without locks
-            channel.send("progress", text="another run of ours installs it; waiting")
-            time.sleep(0.5)
+    with one_at_a_time(os.path.dirname(venv), channel, "another run of ours installs it; waiting"):
         found = own_launcher(app)
         for argv in commands if not found else []:
             status, output = run_with_progress(argv, channel)
@@ -1831,16 +1859,23 @@ def attachable_servers(request: "Json", root_dir: str) -> "List[Json]":
 def open_server(request: "Json", channel: Channel) -> "Json":
     """Come back to a server of ours, or launch one; return its record and what its runtime file says."""
     root_dir, file = resolve_path(request["path"]) if request["path"] is not None else ("", "")
-    if not request["is_new"]:
-        for record in attachable_servers(request, root_dir):
-            info = await_server(record, request["start_timeout_s"], channel)
-            if info:
-                found = dict(record, **info, age_s=age_of(record), is_launched=False)
-                return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+    with contextlib.ExitStack() as stack:
+        if not request["is_new"]:  # two at the same moment would launch two
+            waiting = "another run of ours opens a server; waiting"
+            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
+        found = find_or_launch(request, root_dir, channel)
+    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+
+
+def find_or_launch(request: "Json", root_dir: str, channel: Channel) -> "Json":
+    """Return the server that a request means, of ours or launched now, with what its runtime file says."""
+    for record in [] if request["is_new"] else attachable_servers(request, root_dir):
+        info = await_server(record, request["start_timeout_s"], channel)
+        if info:
+            return dict(record, **info, age_s=age_of(record), is_launched=False)
     forget_ended_servers()
     record = launch_server(request, root_dir, channel)
-    found = dict(record, **server_info(record), is_launched=True)
-    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+    return dict(record, **server_info(record), is_launched=True)
 
 
 def await_server(record: "Json", start_timeout_s: float, channel: Channel) -> "Json":
@@ -2655,8 +2690,8 @@ def written_down(facts: Json) -> Iterator[None]:
     except Failure:
         yield
         return
-    write_private(path, json.dumps(dict(facts, pid=os.getpid(), identity=process_identity(os.getpid()))))
     try:
+        write_private(path, json.dumps(dict(facts, pid=os.getpid(), identity=process_identity(os.getpid()))))
         yield
     finally:
         with contextlib.suppress(OSError):

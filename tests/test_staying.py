@@ -197,6 +197,7 @@ def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> 
     run.interrupt()
     assert run.wait(10) in (0, 130)
     wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
+    laptop.start("host", has_terminal=False).expect("To end it")  # and clears away a file that was left in the hurry
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
