@@ -248,6 +248,32 @@ def _terminal_width() -> int:
         return 80
 
 
+def has_terminal() -> bool:
+    """True when someone could answer a question here: there is a controlling terminal."""
+    if os.name != "posix":
+        return sys.stdin.isatty()
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def can_ask() -> bool:
+    """True when ssh can put a question to someone: on the terminal, or by the askpass program that the user chose."""
+    return has_terminal() or bool(os.environ.get("SSH_ASKPASS"))
+
+
+def _duration(seconds: Any) -> str:
+    """Return a duration as people say it, in its largest unit; empty for what is no number."""
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return "%d %s" % (seconds // size, unit)
+    return "%d s" % seconds
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ssh
 #
@@ -486,6 +512,52 @@ class Ssh:
                 raise
             self.close()
             self._do_without_master(words[-1])
+
+    def reconnect(self, why: str, resume: Callable[[], bool], **facts: Any) -> None:
+        """Connect again, at once and then after growing delays, until `resume` says that all goes on.
+
+        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. Raises
+        the Failure that ends it: the server has ended (4), or the host lets nobody in (255).
+        """
+        text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
+        self.messages.step(text, "lost", why=why, **facts)
+        began = time.monotonic()
+        could_ask = self.can_ask
+        self.can_ask = False
+        denials = 0
+        delay_s = 0.0
+        while True:
+            try:
+                is_shown = self.messages.has_spinner and not self.can_ask  # else ssh asks there
+                with self.messages.working("Trying to reach " + self.destination if is_shown else ""):
+                    self.close()
+                    time.sleep(delay_s)
+                    delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
+                    self.connect(is_again=True)
+                    if resume():
+                        break
+            except Failure as failure:
+                if failure.status == EXIT_SERVER_ENDED or self.is_refused:
+                    raise
+                self.messages.detail("%s: %s" % (failure.what, failure.why))
+                denials += self.needs_login
+                if denials >= DENIALS_MAX or (self.needs_login and self.can_ask):
+                    raise
+                if self.needs_login and has_terminal():
+                    self._offer_login()
+                    delay_s = 0.0
+        self.can_ask = could_ask
+        seconds = time.monotonic() - began
+        text = "Connected to %s again (after %s)." % (self.destination, _duration(seconds))
+        self.messages.step(text, "reconnected", seconds=seconds, **facts)
+
+    def _offer_login(self) -> None:
+        """Wait for the Enter of a person who can log in; the next attempt may ask, once."""
+        with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
+            output.write("%s wants a login. Press Enter to log in again: " % self.destination)
+            output.flush()
+            terminal.readline()
+        self.can_ask = True
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -798,11 +870,11 @@ def remove_stale_sockets(directory: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# agent: from here to the end of this room, the source is sent to the host
+# agent: what stands between "agent begins" and "agent ends", here and in two rooms below, is sent to the host
 #
-# It runs under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing from above.
-# Annotations beyond the builtins are quoted, because Python 3.6 would evaluate them. What stands under "both sides"
-# serves the laptop as well.
+# It runs under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
+# file. Annotations beyond the builtins are quoted, because Python 3.6 would evaluate them. What stands under "both
+# sides" serves the laptop as well.
 # ---------------------------------------------------------------------------------------------------------------------
 
 AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time\n"
@@ -1072,9 +1144,9 @@ def portable(name: str) -> str:
 # -- state: which servers are ours ------------------------------------------------------------------------------------
 
 
-def state_dirs() -> "List[str]":
-    """Return our directories for servers, the best first: at home, or in /tmp where home cannot be written."""
-    return [os.path.join(top, "servers") for top in (os.path.expanduser(STATE_DIR), own_tmp_dir())]
+def state_dirs(kind: str) -> "List[str]":
+    """Return our directories for one kind of state, the best first: at home, or in /tmp where home is not writable."""
+    return [os.path.join(top, kind) for top in (os.path.expanduser(STATE_DIR), own_tmp_dir())]
 
 
 def first_private(candidates: "List[str]") -> str:
@@ -1148,10 +1220,10 @@ def read_json(path: str) -> "Json":
     return found if isinstance(found, dict) else {}
 
 
-def server_dirs() -> "List[str]":
-    """Return the directories of our servers, whether they run or not."""
+def kept_dirs(kind: str) -> "List[str]":
+    """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
     found = []
-    for top in state_dirs():
+    for top in state_dirs(kind):
         try:
             if os.stat(top).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
@@ -1160,7 +1232,25 @@ def server_dirs() -> "List[str]":
     return found
 
 
-RECORD_TYPES = {
+def new_dir(kind: str, prefix: str = "") -> str:
+    """Make and return a directory for new state; its name, four hexadecimal digits, is the id."""
+    top = first_private(state_dirs(kind))
+    while True:
+        path = os.path.join(top, prefix + os.urandom(2).hex())
+        try:
+            os.mkdir(path, 0o700)
+            return path
+        except FileExistsError:
+            continue
+
+
+def record_path(directory: str) -> str:
+    """Return the file that describes what such a directory is kept for: servers/ID/server.json, runs/ID/run.json."""
+    kind = os.path.basename(os.path.dirname(directory))
+    return os.path.join(directory, kind[:-1] + ".json")
+
+
+SERVER_TYPES = {
     "pid": int,
     "identity": str,
     "node": str,
@@ -1172,17 +1262,22 @@ RECORD_TYPES = {
 }
 
 
-def server_records() -> "List[Json]":
-    """Return what we wrote down of our servers, newest first, whether they run or not; what makes no sense is skipped.
+def kept_records(kind: str, types: "Dict[str, type]") -> "List[Json]":
+    """Return what we wrote down of one kind, newest first, of what runs and of what has ended.
 
-    A home is shared between nodes, and files can be damaged: each field is of its type, or the record is none.
+    A home is shared between nodes, and files can be damaged: each field is of its type, or the record is skipped.
     """
     records = []
-    for directory in server_dirs():
-        record = read_json(os.path.join(directory, "server.json"))
-        if all(type(record.get(name)) is kind for name, kind in RECORD_TYPES.items()) and record["pid"] > 1:
+    for directory in kept_dirs(kind):
+        record = read_json(record_path(directory))
+        if all(type(record.get(name)) is type_ for name, type_ in types.items()) and record["pid"] > 1:
             records.append(dict(record, id=os.path.basename(directory), directory=directory, is_ours=True))
     return sorted(records, key=lambda record: float(record["created"]), reverse=True)
+
+
+def server_records() -> "List[Json]":
+    """Return the records of our servers, newest first, whether they run or not."""
+    return kept_records("servers", SERVER_TYPES)
 
 
 def runs_here(record: "Json") -> bool:
@@ -1235,18 +1330,18 @@ def app_of_process(pid: int, kind: str) -> str:
     return "lab" if kind == "jpserver" and (b"jupyter-lab" in words or b"jupyterlab" in words) else "notebook"
 
 
-def forget_ended_servers() -> None:
-    """Remove what servers of this node left behind that ended more than a week ago."""
+def forget_ended(kind: str, running: "List[Json]") -> None:
+    """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
     import shutil
 
-    running = [record["directory"] for record in our_servers()]
-    for path in server_dirs():
-        record = read_json(os.path.join(path, "server.json"))
+    for path in kept_dirs(kind):
+        record = read_json(record_path(path))
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
             continue
-        if path not in running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+        is_running = path in [record["directory"] for record in running]
+        if not is_running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -1573,27 +1668,11 @@ def resolve_path(path: str) -> "Tuple[str, str]":
     raise Trouble(1, "no such %s on the host" % kind, why, "another PATH, or make it there first")
 
 
-def new_server_dir() -> str:
-    """Make and return a directory for a new server; its name, four hexadecimal digits, is the server's id."""
-    top = first_private(state_dirs())
-    while True:
-        path = os.path.join(top, os.urandom(2).hex())
-        try:
-            os.mkdir(path, 0o700)
-            return path
-        except FileExistsError:
-            continue
-
-
-def jupyter_environment(environment: "Dict[str, str]", directory: str, has_sockets: bool) -> "Dict[str, str]":
-    """Return the environment for Jupyter: the user's, less what ends with this session, and our token in a file."""
-    environment = dict(environment, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
-    for name in ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
-        environment.pop(name, None)
-    token_file = os.path.join(directory, "token")
-    write_private(token_file, os.urandom(24).hex())
-    environment["JUPYTER_TOKEN_FILE"] = token_file
-    return environment
+def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
+    """Return the environment for what outlives this session: the user's, less what ends with it."""
+    gone = ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
+    kept = {name: value for name, value in environment.items() if name not in gone}
+    return dict(kept, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
 
 
 def configured_port() -> bool:
@@ -1612,8 +1691,14 @@ def configured_port() -> bool:
     return False
 
 
-def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Launch Jupyter, detached, and return its record once it listens; raises Trouble when it does not."""
+def launch(
+    request: "Json", root_dir: str, channel: Channel, launch_by: "Callable[[Json, Json, str, Channel], Json]"
+) -> "Json":
+    """Launch a server or a run in the first environment that can, and return its record.
+
+    `launch_by` does it in one of them, and returns nothing where its commands cannot be run at all. Raises Trouble (3)
+    when there is none left and none may be installed.
+    """
     tried = []  # type: List[str]
     began = time.monotonic()
     for found in launchers(request, root_dir, tried):
@@ -1633,11 +1718,13 @@ def launch_server(request: "Json", root_dir: str, channel: Channel) -> "Json":
     return dict(record, start_s=time.monotonic() - began)
 
 
-def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
+def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
     """Launch Jupyter in one way, where it can first listen; empty when its command cannot be run at all."""
-    directory = new_server_dir()
+    directory = new_dir("servers")
     log = os.path.join(directory, "log")
-    environment = jupyter_environment(found["environment"], directory, request["socket"])
+    token_file = os.path.join(directory, "token")
+    write_private(token_file, os.urandom(24).hex())
+    environment = dict(lasting_environment(found["environment"], request["socket"]), JUPYTER_TOKEN_FILE=token_file)
     deadline = time.monotonic() + request["start_timeout_s"]
     no_socket = request["no_socket"]
     for port, listen in ways_to_listen(request, directory):
@@ -1660,13 +1747,13 @@ def launch_by(found: "Json", request: "Json", root_dir: str, channel: Channel) -
             "no_socket": no_socket,
             "has_answered": False,
         }
-        write_private(os.path.join(directory, "server.json"), json.dumps(record))
+        write_private(record_path(directory), json.dumps(record))
         info = wait_for_answer(process, record, deadline, channel)
         if info:
             record.update(root_dir=info["root_dir"], port=info["port"], has_answered=True)
             if request["socket"] and not info["sock"]:
                 record["no_socket"] = no_socket or "this Jupyter knows none"
-            write_private(os.path.join(directory, "server.json"), json.dumps(record))
+            write_private(record_path(directory), json.dumps(record))
             return dict(record, id=os.path.basename(directory), version=app_version(found["argv"][0], found["app"]))
         tail = end_of_log(log)
         if process.poll() is None:
@@ -1907,8 +1994,8 @@ def find_or_launch(request: "Json", root_dir: str, channel: Channel) -> "Json":
         info = await_server(record, request["start_timeout_s"], channel)
         if info:
             return dict(record, **info, age_s=age_of(record), is_launched=False)
-    forget_ended_servers()
-    record = launch_server(request, root_dir, channel)
+    forget_ended("servers", our_servers())
+    record = launch(request, root_dir, channel, launch_server)
     return dict(record, **server_info(record), is_launched=True)
 
 
@@ -2124,7 +2211,7 @@ def examine_host(request: "Json", channel: Channel) -> "Json":
     facts = {"shell": os.environ.get("SHELL", ""), "clock": time.time(), "uid": os.getuid()}  # type: Json
     facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
-        place = first_private(state_dirs())
+        place = first_private(state_dirs("servers"))
         facts.update(state=portable(place), free_bytes=shutil.disk_usage(place).free)
     except Trouble as trouble:
         facts["state_trouble"] = trouble.reply
@@ -2148,9 +2235,10 @@ def examine_host(request: "Json", channel: Channel) -> "Json":
     return facts
 
 
-def agent_main(packed_request: bytes) -> None:
+def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     request = json.loads(packed_request.decode("ascii"))
+    request["source"] = source.decode("utf-8")  # for what is to run on after us
     channel = Channel(request["nonce"])
     try:
         import pwd
@@ -2209,7 +2297,7 @@ PYTHONS = [
 BOOTSTRAP = (
     "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; decode = binascii.a2b_base64; "
     "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
-    "exec(zlib.decompress(decode(words[0]))); agent_main(decode(words[1]))"
+    "source, request = [zlib.decompress(decode(word)) for word in words]; exec(source); agent_main(source, request)"
 )
 NO_PYTHON = "rjupyter: no python3"
 
@@ -2230,8 +2318,8 @@ def agent_source() -> bytes:
     import zlib
 
     with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-        room = stream.read().split("\n# agent begins\n")[1].split("\n# agent ends\n")[0]
-    return binascii.b2a_base64(zlib.compress((AGENT_IMPORTS + room).encode("utf-8"), 9), newline=False)
+        parts = [part.split("\n# agent ends\n")[0] for part in stream.read().split("\n# agent begins\n")[1:]]
+    return binascii.b2a_base64(zlib.compress((AGENT_IMPORTS + "\n".join(parts)).encode("utf-8"), 9), newline=False)
 
 
 def agent_input(command: str, source: bytes, request: Json) -> bytes:
@@ -2241,8 +2329,10 @@ def agent_input(command: str, source: bytes, request: Json) -> bytes:
     stdin for its script; and blank lines come first, because a start-up file may read one.
     """
     import binascii
+    import zlib
 
-    words = [command.encode(), source, binascii.b2a_base64(json.dumps(request).encode(), newline=False)]
+    packed = binascii.b2a_base64(zlib.compress(json.dumps(request).encode()), newline=False)
+    words = [command.encode(), source, packed]
     return b"\n\n%s\n" % b" ".join(words)
 
 
@@ -2335,25 +2425,43 @@ class Agent:
         self._source = agent_source()
         self.greets = True  # says once who and where we are
 
-    def ask(self, action: str, doing: str, silence_s: float = SILENCE_TIMEOUT_S, **request: Any) -> Json:
-        """Run one action on the host and return its reply; raises Failure for its failures, and for silence."""
+    def ask(
+        self,
+        action: str,
+        doing: str,
+        silence_s: float = SILENCE_TIMEOUT_S,
+        take: Optional[Callable[[Json, Callable[[str], None]], None]] = None,
+        **request: Any,
+    ) -> Json:
+        """Run one action on the host and return its reply; raises Failure for its failures, and for silence.
+
+        `take` gets what it tells meanwhile that is not known here, and a function that shows a word on it.
+        """
         nonce = "rjupyter-" + os.urandom(8).hex()
         command = agent_command(str(request.get("python", "")))
         child = self.ssh.session(command)
         try:
             child.send(agent_input(command, self._source, dict(request, action=action, nonce=nonce)))
             with self.messages.working(doing) as show:
-                return self._hear(child, nonce, show, silence_s)
+                return self._hear(child, nonce, show, silence_s, take or (lambda message, show: None))
         finally:
             child.end()
 
-    def _hear(self, child: Child, nonce: str, show: Callable[[str], None], silence_s: float) -> Json:
+    def _hear(
+        self,
+        child: Child,
+        nonce: str,
+        show: Callable[[str], None],
+        silence_s: float,
+        take: Callable[[Json, Callable[[str], None]], None],
+    ) -> Json:
         noise = self.noise = []
+        has_begun = False
         deadline = time.monotonic() + silence_s
         while True:
             line = child.next_line(deadline - time.monotonic())
             if line is None and child.has_ended:
-                raise self._no_reply(noise, child.process.wait())
+                raise self._no_reply(noise, child.process.wait(), has_begun)
             if line is None:
                 raise Failure(
                     "no answer from " + self.ssh.destination,
@@ -2363,7 +2471,10 @@ class Agent:
                 )
             if line[0] == "stdout" and line[1].startswith(nonce + " "):
                 deadline = time.monotonic() + silence_s
-                reply = self._take(json.loads(line[1][len(nonce) + 1 :]), show)
+                has_begun = True
+                message = json.loads(line[1][len(nonce) + 1 :])
+                take(message, show)
+                reply = self._take(message, show)
                 if reply is not None:
                     return reply
             else:
@@ -2417,15 +2528,16 @@ class Agent:
         else:
             self.messages.detail(text)
 
-    def _no_reply(self, noise: List[str], status: int) -> Failure:
+    def _no_reply(self, noise: List[str], status: int, has_begun: bool) -> Failure:
         host = self.ssh.destination
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
         why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
-        if not self.ssh.wait(0.2):
-            return Failure("the connection to %s ended" % host, self.ssh.last_words, "", EXIT_SSH)
+        if has_begun or not self.ssh.wait(0.2):
+            words = noise[-1] if has_begun and noise else self.ssh.last_words
+            return Failure("the connection to %s ended" % host, words, "", EXIT_SSH)
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return Failure("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
@@ -2591,51 +2703,20 @@ class Tunnel:
             raise Failure(what, why, try_, EXIT_SERVER_ENDED)
 
     def _redial(self, why: str) -> None:
-        """Connect again, at once and then after growing delays, until the same local port leads to the server again.
-
-        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it.
-        """
-        destination = self.ssh.destination
-        text = "The connection to %s is lost (%s). Trying again." % (destination, why)
-        self.messages.step(text, "lost", why=why, local_port=self.local_port)
-        began = time.monotonic()
-        denials = 0
-        delay_s = 0.0
+        """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
         with contextlib.closing(Reserved(self.local_port)) as reserved:
-            while True:
-                try:
-                    is_shown = self.messages.has_spinner and not self.ssh.can_ask  # else ssh asks there
-                    with self.messages.working("Trying to reach " + destination if is_shown else ""):
-                        self.ssh.close()
-                        time.sleep(delay_s)
-                        self.ssh.connect(is_again=True)
-                        reserved.close()
-                        if self._comes_through():
-                            break
-                except Failure as failure:
-                    if failure.status == EXIT_SERVER_ENDED or self.ssh.is_refused:
-                        raise
-                    self.messages.detail("%s: %s" % (failure.what, failure.why))
-                    denials += self.ssh.needs_login
-                    if denials >= DENIALS_MAX or (self.ssh.needs_login and self.ssh.can_ask):
-                        raise
-                    delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
-                    if self.ssh.needs_login and has_terminal():
-                        self._offer_login()
-                        delay_s = 0.0
-                reserved.take()
-        self.ssh.can_ask = False
-        seconds = time.monotonic() - began
-        text = "Connected to %s again (after %s)." % (destination, _duration(seconds))
-        self.messages.step(text, "reconnected", seconds=seconds, local_port=self.local_port)
 
-    def _offer_login(self) -> None:
-        """Wait for the Enter of a person who can log in; the next attempt may ask, once."""
-        with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
-            output.write("%s wants a login. Press Enter to log in again: " % self.ssh.destination)
-            output.flush()
-            terminal.readline()
-        self.ssh.can_ask = True
+            def resume() -> bool:
+                reserved.close()
+                with contextlib.ExitStack() as stack:
+                    stack.callback(reserved.take)
+                    stack.callback(self.ssh.close)
+                    if self._comes_through():
+                        stack.pop_all()
+                        return True
+                return False
+
+            self.ssh.reconnect(why, resume, local_port=self.local_port)
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
@@ -3124,22 +3205,6 @@ def _duration_s(text: str) -> int:
     return seconds
 
 
-def has_terminal() -> bool:
-    """True when someone could answer a question here: there is a controlling terminal."""
-    if os.name != "posix":
-        return sys.stdin.isatty()
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
-
-
-def can_ask() -> bool:
-    """True when ssh can put a question to someone: on the terminal, or by the askpass program that the user chose."""
-    return has_terminal() or bool(os.environ.get("SSH_ASKPASS"))
-
-
 def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold."""
     record = tunnel_that_is_up(args)
@@ -3287,16 +3352,6 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
     if server.is_launched and agent.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % agent.ssh.destination)
     return server
-
-
-def _duration(seconds: Any) -> str:
-    """Return a duration as people say it, in its largest unit; empty for what is no number."""
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return "%d %s" % (seconds // size, unit)
-    return "%d s" % seconds
 
 
 def wants_browser(args: argparse.Namespace) -> bool:
