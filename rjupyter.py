@@ -450,7 +450,7 @@ class Ssh:
     def tunnel_argv(self, spec: str, ready: str) -> List[str]:
         """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
         argv = ["ssh", "-N", "-L", spec, "-S", "none", "-o", "ControlMaster=no"] + self._patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready]
+        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
         return argv + self.always + self.options + ["--", self.destination]
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
@@ -608,7 +608,7 @@ class Ssh:
                 self._take_words(line, is_connected=self._is_again)
                 if self.master.has_ended:
                     self._last_words += [text for _, text in self.master.remaining_lines()]
-                    raise self._connect_failure()
+                    raise self.connect_failure(self._last_words)
                 if deadline and time.monotonic() > deadline:
                     why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
                     raise Failure("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
@@ -651,19 +651,20 @@ class Ssh:
         lines = answer.stdout.decode("utf-8", "replace").splitlines()
         return dict(line.split(" ", 1) for line in lines if " " in line)
 
-    def _connect_failure(self) -> Failure:
-        """Turn ssh's last words into a Failure (255) with a cause and a remedy."""
-        words = self._last_words
+    def connect_failure(self, words: List[str]) -> Failure:
+        """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
         text = "\n".join(words)
         lines = [line for line in words if line.strip() and not line.startswith("@@@")]
         why = lines[-1].strip() if lines else "ssh ended and said nothing"
         try_ = self.plain_command
         host = self.destination.rsplit("@", 1)[-1]
+        if self._config.get("proxyjump", "none") != "none":
+            host += ", or of a jump host before it,"
         if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
             self.is_refused = True
             why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
             removal = [line.strip() for line in words if "ssh-keygen" in line] or [
-                shlex.join(["ssh-keygen", "-R", host])
+                shlex.join(["ssh-keygen", "-R", self.destination.rsplit("@", 1)[-1]])
             ]
             try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
         elif "Host key verification failed" in text:
@@ -767,8 +768,8 @@ class Ssh:
         return is_open, words
 
     def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
-        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure would also end us for a
-        # forward of the user's own config.
+        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward
+        # of the user's own config that fails would end us as well.
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.tunnel_argv(spec, ready), "Opening the tunnel", lambda line: line == ready)
         words = "\n".join(self._last_words)
@@ -2534,6 +2535,8 @@ class Agent:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
+        if not self.ssh.control_path and status == EXIT_SSH and any(map(FATAL_WORDS.match, noise)):
+            return self.ssh.connect_failure(noise)
         why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
         if has_begun or not self.ssh.wait(0.2):
             words = noise[-1] if has_begun and noise else self.ssh.last_words
