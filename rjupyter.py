@@ -3057,18 +3057,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Parse the command line over the defaults of the configuration file; `from_config` says where each is from.
+    """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
 
     Raises Failure (2).
     """
     args = build_parser().parse_args(argv)
-    if args.no_config:
-        return args
-    defaults = config_defaults(config_path(), args.destination.host)
     parser = build_parser()
-    parser.set_defaults(**{dest: value for dest, (value, _) in defaults.items()})
-    args = parser.parse_args(argv)
-    args.from_config = {dest: source for dest, (_, source) in defaults.items()}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # then only what was typed is there
+    given = vars(parser.parse_args(argv))
+    args.sources = dict.fromkeys(given, "command line")
+    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
+    for dest, (value, source) in defaults.items():
+        if dest not in given:
+            setattr(args, dest, value)
+            args.sources[dest] = source
     return args
 
 
@@ -3159,7 +3162,7 @@ class _SshOption(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         words = [option_string or ""] + ([values] if isinstance(values, str) else [])
-        setattr(namespace, self.dest, getattr(namespace, self.dest) + words)
+        setattr(namespace, self.dest, getattr(namespace, self.dest, []) + words)
 
 
 def _destination(text: str) -> Destination:
@@ -3583,9 +3586,7 @@ def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
             continue
         seen.add(action.dest)
         value = getattr(args, action.dest)
-        source = getattr(args, "from_config", {}).get(action.dest, "default")
-        if source == "default" and value != getattr(nothing, action.dest):
-            source = "command line"
+        source = args.sources.get(action.dest, "default")
         if args.json:
             messages.result("", "option", option=name, value=value, source=source)
         if isinstance(value, list):

@@ -47,6 +47,7 @@ class PrivateSshd:
         self.home = directory / "home"
         self.host = host
         self.settings = settings
+        self.program = find_sshd()
         self.user = getpass.getuser()
         self.environment = {"HOME": str(self.home), "PATH": path}
         self.port = free_port()
@@ -98,7 +99,7 @@ class PrivateSshd:
         )
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation needs it to exist
-        argv = [find_sshd(), "-D", "-f", str(config), "-E", str(self.log)]
+        argv = [self.program, "-D", "-f", str(config), "-E", str(self.log)]
         # In a session of its own: a Ctrl-C on the terminal is for the client.
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 10
@@ -136,6 +137,10 @@ class PrivateSshd:
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def attempts(self) -> int:
+        """Return how many connections have come in."""
+        return len(re.findall("Connection from ", self.log_text()))
 
     def logins(self) -> int:
         """Return how many logins sshd has accepted."""

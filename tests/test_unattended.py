@@ -1,0 +1,713 @@
+"""With nobody watching: cron, launchd, systemd; and what is asked where somebody is. Doctor, config, --json, --dry-run.
+
+The crontab line, the plist, the unit and the tables are the README's own.
+"""
+
+import configparser
+import contextlib
+import json
+import os
+import plistlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from client import check_failure, compute
+from conftest import (
+    MARK,
+    ON_HOST,
+    SCRIPT,
+    SYSTEM_PATH,
+    TOP,
+    Host,
+    Laptop,
+    Run,
+    User,
+    processes_with,
+    quiet_port,
+    wait_until,
+)
+from jupyters import jupyter_for_everyone
+from private_sshd import find_sshd
+from test_hosts import bare_python
+from test_staying import MODES, is_up, ssh_of
+
+import rjupyter
+
+README = (TOP / "README.md").read_text()
+BOTH_MODES = pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+
+
+def readme_block(words: str) -> str:
+    """Return the indented block of the README that has these words, without its indentation."""
+    (block,) = [block for block in re.findall(r"(?:^ {4}.*\n|^\n)+", README, re.MULTILINE) if words in block]
+    return "\n".join(line[4:] for line in str(block).strip("\n").splitlines()) + "\n"
+
+
+# -- cron, launchd, systemd -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(laptop: Laptop) -> Laptop:
+    """A laptop as cron has it: a bare PATH, and hardly anything else."""
+    kept = {name: laptop.environment[name] for name in ("HOME", "RJUPYTER_TMP", MARK)}
+    laptop.environment = dict(kept, PATH="/usr/bin:/bin")
+    return laptop
+
+
+def left_in_tmp(laptop: Laptop) -> List[str]:
+    return [path.name for path in (laptop.directory / ("rjupyter-%d" % os.getuid())).glob("*") if path.name != "lock"]
+
+
+@BOTH_MODES
+def test_open_without_a_terminal(bare: Laptop, host: Host, mode: List[str]) -> None:
+    browser = bare.home / "browser"
+    run = bare.start("-v", *mode, "host", has_terminal=False, BROWSER="touch %s; #%%s" % browser)
+    url = run.url()
+    run.expect("To end it")
+    assert compute(url, "print(1)") == "1\n"
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 0
+    assert run.stdout == url + "\n"
+    assert not re.search(r"[\r\033]|^[|/\\-] ", run.text, re.MULTILINE)
+    logins = [line for line in run.stderr.splitlines() if re.match(r"\+ ssh (?!-O|-F /dev/null|-G)", line)]
+    assert logins and all("BatchMode=yes" in line for line in logins)
+    assert not browser.exists()
+    assert not left_in_tmp(bare)
+
+
+@BOTH_MODES
+def test_unknown_host_key_and_a_password_end_at_once_with_the_cause(
+    bare: Laptop, make_host: Callable[..., Host], mode: List[str]
+) -> None:
+    host = make_host(settings="AuthenticationMethods password\nPasswordAuthentication yes")
+    check_failure(bare.run(*mode, "host"), 255, "Permission denied", "no terminal here to ask", "try: a key without")
+    known = host.sshd.directory / "known_hosts"
+    known.write_text("")
+    check_failure(bare.run(*mode, "host"), 255, "host key of host is not known here", "try: ssh -F", "in a terminal")
+    host.sshd.stop()
+    check_failure(bare.run(*mode, "host"), 255, "Connection refused", "is sshd running there")
+
+
+def test_second_copy_says_that_it_is_up_whatever_started_the_first(laptop: Laptop, host: Host) -> None:
+    port = str(quiet_port())
+    cron = dict(laptop.environment, XDG_RUNTIME_DIR="", PATH="/usr/bin:/bin")
+    first = laptop.start("--local-port", port, "host", has_terminal=False, **cron)
+    url = first.url()
+    first.expect("To end it")
+    logins = host.sshd.logins()
+    for arguments in (["--local-port", port, "host"], ["host"], ["-q", "--local-port", port, "host"]):
+        second = laptop.run(*arguments)  # as from a terminal's login: it has an XDG_RUNTIME_DIR
+        assert second.status == 0
+        assert second.stdout == url + "\n"
+        assert ("The tunnel is up already (pid %d)." % first.pid in second.stderr) == ("-q" not in arguments)
+    assert host.sshd.logins() == logins
+    other = laptop.run("--no-config", "--local-port", str(quiet_port()), "host", "list")
+    assert other.status == 0
+
+
+def test_cron_finds_the_records_of_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RJUPYTER_TMP", str(tmp_path))
+    looked: List[str] = []
+
+    def lstat(path: str) -> None:
+        looked.append(path)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert rjupyter.record_dirs() == []
+    own = str(tmp_path / ("rjupyter-%d" % os.getuid()))
+    assert looked == ["/run/user/%d/rjupyter" % os.getuid(), own]
+
+
+@pytest.fixture
+def installed(laptop: Laptop) -> Path:
+    """rjupyter.py where the README puts it."""
+    place = laptop.home / ".local/bin/rjupyter.py"
+    place.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, place)
+    return place
+
+
+def test_crontab_line(bare: Laptop, host: Host, installed: Path, mark: str) -> None:
+    """The README's line, as cron runs it: by /bin/sh, without a terminal, its output a pipe that becomes a mail."""
+    (host.home / "work").mkdir()
+    schedule = r"(?m)^(?:[\d*/,-]+ +){5}(.*)$"
+    line = re.findall(schedule, readme_block("crontab -e"))[0]
+    port = quiet_port()
+    assert "8889" in line and "gpu1:work" in line
+    line = line.replace("8889", str(port)).replace("gpu1:work", "-F %s host:work" % bare.config)
+
+    def cron() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["/bin/sh", "-c", line],
+            env=bare.environment,
+            cwd=bare.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            start_new_session=True,
+        )
+
+    def tunnel() -> int:
+        words = "%s -q -f" % installed
+        (pid,) = [pid for pid, argv in processes_with(mark, without=ON_HOST).items() if words in argv]
+        return pid
+
+    answer = cron()
+    assert (answer.returncode, answer.stdout) == (0, "")
+    first = tunnel()
+    answer = cron()
+    assert (answer.returncode, answer.stdout, tunnel()) == (0, "", first)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing of it is left", 20)
+    answer = cron()
+    assert (answer.returncode, answer.stdout) == (0, "")
+    assert tunnel() != first
+    assert rjupyter.find_free_port(port) != port
+    assert bare.run("host", "close").status == 0
+    host.sshd.stop()
+    answer = cron()
+    assert answer.returncode == 255
+    assert "Connection refused" in answer.stdout  # what cron mails
+
+
+def check_command(words: List[str]) -> None:
+    """A command that the README gives to a service manager is one that we take, and it asks for nothing."""
+    args = rjupyter.build_parser().parse_args(words[1:])
+    assert (args.destination.host, args.local_port, args.background) == ("gpu1", 8889, False)
+
+
+def test_launchd_plist(tmp_path: Path) -> None:
+    plist = plistlib.loads(readme_block("<plist").encode())
+    check_command(plist["ProgramArguments"])
+    assert (plist["RunAtLoad"], plist["KeepAlive"], plist["ThrottleInterval"]) == (True, {"SuccessfulExit": False}, 60)
+    assert "StandardOutPath" not in plist  # the address holds the token
+
+
+def test_systemd_unit(laptop: Laptop, installed: Path) -> None:
+    text = readme_block("[Service]")
+    unit = configparser.RawConfigParser()
+    unit.optionxform = str  # type: ignore[assignment]
+    unit.read_string(text)
+    check_command(shlex.split(unit["Service"]["ExecStart"]))
+    assert unit["Service"]["StandardOutput"] == "null"  # the address holds the token
+    analyze = shutil.which("systemd-analyze")
+    if analyze:
+        file = laptop.home / "rjupyter-gpu1.service"
+        file.write_text(text)
+        environment = dict(laptop.environment, SYSTEMD_LOG_LEVEL="warning")
+        argv = [analyze, "--user", "--man=no", "verify", str(file)]
+        answer = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+        about_ours = [line for line in answer.stderr.splitlines() if "rjupyter" in line]
+        assert not about_ours, about_ours
+
+
+def test_background_tunnel_connects_again(laptop: Laptop, host: Host, mark: str) -> None:
+    run = laptop.start("-f", "host", has_terminal=False)
+    assert run.wait() == 0
+    os.kill(ssh_of(mark), signal.SIGKILL)
+    wait_until(lambda: not is_up(run.url()), "it is lost")
+    wait_until(lambda: is_up(run.url()), "it is back")
+    assert laptop.run("host", "close").status == 0
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def user(make_user: Callable[[str], User]) -> User:
+    """A user who logs in by password alone."""
+    user = make_user("/bin/bash")
+    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    subprocess.run(["chpasswd"], input="%s:correct horse\n" % user.name, text=True, check=True, capture_output=True)
+    return user
+
+
+PASSWORD_ONLY = "AuthenticationMethods password\nPasswordAuthentication yes"
+
+
+def type_password(run: Run, count: int, password: str = "correct horse") -> None:
+    run.expect(r"(?s)(password:.*){%d}" % count)
+    run.type(password + "\n")
+
+
+def test_password_is_asked_once_in_all(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:
+    host = make_host(settings=PASSWORD_ONLY, user=user)
+    run = laptop.start("--no-browser", "host")
+    type_password(run, 1, "wrong")
+    type_password(run, 2)
+    url = run.url()
+    run.expect("To end it")
+    assert compute(url, "print(1)") == "1\n"
+    assert (run.text.count("password:"), host.sshd.logins()) == (2, 1)
+    assert "correct horse" not in run.text
+    assert run.text.count("Permission denied, please try again.") == 1
+
+
+def test_connection_again_offers_one_login_and_asks_nobody_before(
+    laptop: Laptop, make_host: Callable[..., Host], user: User
+) -> None:
+    host = make_host(settings=PASSWORD_ONLY, user=user)
+    run = laptop.start("--no-browser", "host")
+    type_password(run, 1)
+    run.expect("To end it")
+    before = host.sshd.attempts()
+    host.sshd.end_connections()
+    run.expect(r"host wants a login\. Press Enter to log in again: $")
+    assert (run.text.count("password:"), host.sshd.attempts() - before) == (1, 1)
+    run.type("\n")
+    type_password(run, 2)
+    run.expect("Connected to host again")
+    # The question is not written over by a spinner.
+    assert "Trying to reach" not in run.text.partition("log in again: ")[2]
+    assert (run.text.count("Press Enter"), host.sshd.attempts() - before) == (1, 2)
+    host.sshd.end_connections()
+    run.expect(r"(?s)Press Enter.*Press Enter")
+    run.interrupt()
+    assert run.wait(20) == 0
+    assert "Back again with" in run.text
+
+
+def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:
+    """Two steps, two questions; while the tunnel is held, none."""
+    host = make_host(settings=PASSWORD_ONLY, user=user)
+    run = laptop.start("--no-mux", "--no-browser", "host")
+    type_password(run, 1)
+    type_password(run, 2)
+    run.expect("To end it")
+    (record,) = host.servers()
+    before = host.sshd.attempts()
+    os.killpg(record["pid"], signal.SIGKILL)
+    run.expect("wants a login. Press Enter")
+    assert run.text.count("password:") == 2
+    assert host.sshd.attempts() > before
+    run.interrupt()
+    assert run.wait(20) == 0
+
+
+@contextlib.contextmanager
+def pam_service(name: str, text: str) -> Iterator[None]:
+    """A PAM service of this machine, for as long as the test runs."""
+    file = Path("/etc/pam.d", name)
+    if os.getuid() or not file.parent.is_dir():
+        pytest.skip("only root can make a PAM service")
+    file.write_text(text)
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+@BOTH_MODES
+def test_second_factor_is_asked_once_for_each_login(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, mode: List[str]
+) -> None:
+    """A key and then a code, by PAM. Its service has the name of the sshd program; from OpenSSH 9.8 on, a given one."""
+    name = "rjupyter-" + uuid.uuid4().hex[:8]
+    check = directory / "check"
+    check.write_text("#!/bin/sh\n[ \"$(tr -d '\\000')\" = 271828 ]\n")
+    check.chmod(0o755)
+    text = "auth required pam_echo.so Open your app for a code.\nauth required pam_exec.so quiet expose_authtok %s\n"
+    text += "auth required pam_permit.so\naccount required pam_permit.so\nsession required pam_permit.so\n"
+    with pam_service(name, text % check):
+        settings = "UsePAM yes\nAuthenticationMethods publickey,keyboard-interactive\nKbdInteractiveAuthentication yes"
+        host = make_host()
+        host.sshd.stop()
+        host.sshd.settings = settings
+        if not settings_are_known("PAMServiceName " + name):
+            host.sshd.program = str(directory / name)
+            os.symlink(find_sshd(), host.sshd.program)
+        else:
+            host.sshd.settings += "\nPAMServiceName " + name
+        host.sshd.start()
+        run = laptop.start(*mode, "--no-browser", "host")
+        logins = 2 if mode else 1
+        for number in range(logins):
+            run.expect(r"(?s)(Open your app for a code\..*Password:.*){%d}" % (number + 1))
+            run.type("271828\n")
+        url = run.url()
+        run.expect("To end it")
+        assert compute(url, "print(1)") == "1\n"
+        assert (run.text.count("Password:"), host.sshd.logins()) == (logins, logins)
+
+
+def settings_are_known(settings: str) -> bool:
+    argv = [find_sshd(), "-G", "-f", "/dev/null", *["-o%s" % line for line in settings.splitlines()]]
+    return subprocess.run(argv, capture_output=True).returncode == 0
+
+
+def test_askpass_program_of_the_user_is_asked_without_a_terminal(
+    bare: Laptop, make_host: Callable[..., Host], user: User
+) -> None:
+    host = make_host(settings=PASSWORD_ONLY, user=user)
+    askpass = bare.home / "askpass"
+    askpass.write_text("#!/bin/sh\necho asked >>%s.log\necho correct horse\n" % askpass)
+    askpass.chmod(0o755)
+    asks = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force"}
+    run = bare.start("host", has_terminal=False, **asks)
+    run.expect("To end it")
+    assert Path(str(askpass) + ".log").read_text() == "asked\n"
+    host.sshd.end_connections()  # and nobody asks for it again
+    assert run.wait() == 255
+    assert "Permission denied" in run.stderr
+    assert Path(str(askpass) + ".log").read_text() == "asked\n"
+
+
+# -- ways to the host -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jump(make_host: Callable[..., Host]) -> Host:
+    return make_host(name="jump")
+
+
+@pytest.fixture
+def behind(laptop: Laptop, jump: Host, make_host: Callable[..., Host]) -> Host:
+    """A host, and in the same ssh_config a jump host."""
+    host = make_host(settings="MaxStartups 100")
+    host.sshd.config.write_text(host.sshd.config.read_text() + jump.sshd.config.read_text())
+    return host
+
+
+@pytest.mark.parametrize("arguments", [["-J", "jump"], ["-J", "jump", "--no-mux"], []], ids=["-J", "no-mux", "config"])
+def test_jump_host(laptop: Laptop, behind: Host, jump: Host, arguments: List[str]) -> None:
+    if not arguments:
+        text = behind.sshd.config.read_text()
+        behind.sshd.config.write_text(text.replace("Host host\n", "Host host\n  ProxyJump jump\n"))
+    run = laptop.start(*arguments, "host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    assert jump.sshd.logins() == behind.sshd.logins() == (2 if "--no-mux" in arguments else 1)
+
+
+def test_jump_host_asks_nobody_when_the_connection_is_made_again(laptop: Laptop, behind: Host, jump: Host) -> None:
+    """BatchMode does not reach the ssh to the jump host; it must find no terminal."""
+    text = behind.sshd.config.read_text().replace("StrictHostKeyChecking yes", "StrictHostKeyChecking ask")
+    behind.sshd.config.write_text(text)
+    run = laptop.start("--no-browser", "-J", "jump", "host")
+    run.expect("To end it")
+    (jump.sshd.directory / "known_hosts").write_text("")
+    behind.sshd.end_connections()
+    assert run.wait() == 255
+    assert "Are you sure" not in run.text
+    assert "the host key of host, or of a jump host before it, is not known here" in run.text
+
+
+def test_include_and_match_exec(laptop: Laptop, host: Host, directory: Path) -> None:
+    config = directory / "config"
+    config.write_text('Include %s\nMatch exec "test %%h = near"\n  HostName nowhere.invalid\n' % host.sshd.config)
+    laptop.config = str(config)
+    assert laptop.run("host", "list").status == 0
+    check_failure(laptop.run("near", "list"), 255, "nowhere.invalid")
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def checks(run: Run) -> Dict[str, Dict[str, Any]]:
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert all(set(check) == {"event", "check", "is_ok", "says", "remedy"} for check in found), run.text
+    assert all(check["says"] and bool(check["remedy"]) != check["is_ok"] for check in found), run.text
+    return {check["check"]: check for check in found}
+
+
+NAMES = "ssh,runtime dir,local port,browser,connection,login shell,noise,python,sessions,jupyter,disk,port,forwarding"
+NAMES += ",clock,other users"
+
+
+@BOTH_MODES
+def test_doctor_where_all_is_well(laptop: Laptop, host: Host, mode: List[str]) -> None:
+    (host.home / ".bashrc").write_text("true\n")
+    run = laptop.run(*mode, "host", "doctor")
+    assert run.status == 0, run.text
+    lines = run.stdout.splitlines()
+    assert all(re.match(r"ok    \w[\w ]{11} \S", line) for line in lines), run.stdout
+    assert [line[6:18].strip() for line in lines if not line.startswith("ok    scheduler")] == NAMES.split(",")
+    assert run.stderr == ""
+    assert host.servers() == []
+    found = checks(laptop.run(*mode, "host", "doctor", "--json"))
+    assert set(found) - {"scheduler"} == set(NAMES.split(","))
+    assert "jupyter-notebook (PATH)" in found["jupyter"]["says"]
+
+
+DOCTOR_CASES = [
+    # sshd's settings, options, the check that is told, whether it is well, words of it
+    ("AllowTcpForwarding no", [], "forwarding", False, "prohibited"),
+    ("AllowTcpForwarding no", ["--no-mux"], "forwarding", False, "prohibited"),
+    ("PermitOpen 127.0.0.1:1", [], "forwarding", False, "prohibited"),
+    ("DisableForwarding yes", [], "forwarding", False, "prohibited"),
+    ("AllowTcpForwarding local", [], "forwarding", True, "allowed"),
+    ("MaxSessions 1", [], "sessions", True, "one at a time"),
+    ("MaxSessions 0", [], "command", False, "opens no session"),
+    ("AuthenticationMethods password", [], "connection", False, "Permission denied"),
+    ("AuthenticationMethods password", ["--no-mux"], "connection", False, "Permission denied"),
+    ("ForceCommand echo out of order", [], "command", False, "out of order"),
+]
+
+
+@pytest.mark.parametrize(("settings", "options", "name", "is_ok", "words"), DOCTOR_CASES)
+def test_doctor_names_what_is_wrong(
+    laptop: Laptop,
+    make_host: Callable[..., Host],
+    settings: str,
+    options: List[str],
+    name: str,
+    is_ok: bool,
+    words: str,
+) -> None:
+    make_host(settings=settings)
+    run = laptop.run(*options, "host", "doctor", "--json")
+    found = checks(run)
+    assert (found[name]["is_ok"], run.status) == (is_ok, 0 if is_ok else 1), run.text
+    assert words in found[name]["says"], run.text
+    assert [check["check"] for check in found.values() if not check["is_ok"]] == ([] if is_ok else [name])
+
+
+def test_doctor_shows_a_failure_with_its_remedy(laptop: Laptop, host: Host) -> None:
+    host.sshd.stop()
+    run = laptop.run("host", "doctor")
+    assert run.status == 1
+    assert re.search(r"^FAIL  connection   cannot connect to host: .*refused\n {19}try: ssh -F ", run.stdout, re.M)
+    assert run.stdout.count("FAIL") == 1
+
+
+def test_doctor_on_a_host_with_noise_and_without_jupyter(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    host = make_host(path=bare_python(directory / "bin"))
+    (host.home / ".bashrc").write_text("echo Welcome to the cluster\n")
+    found = checks(laptop.run("host", "doctor", "--json"))
+    assert found["noise"]["is_ok"] and "Welcome to the cluster" in found["noise"]["says"]
+    assert found["jupyter"]["says"].startswith("none")
+    assert not list(host.home.glob(".local/share/rjupyter/venv"))
+
+
+def test_doctor_without_a_place_for_sockets(laptop: Laptop, host: Host, directory: Path) -> None:
+    laptop.environment.update(nowhere(directory))
+    run = laptop.run("host", "doctor", "--json")
+    found = checks(run)
+    assert (run.status, found["runtime dir"]["is_ok"]) == (1, False)
+    assert "XDG_RUNTIME_DIR" in found["runtime dir"]["remedy"]
+    assert found["forwarding"]["is_ok"]
+
+
+def nowhere(directory: Path) -> Dict[str, str]:
+    """Return an environment in which no directory can be made for a socket."""
+    file = directory / "file"
+    file.write_text("")
+    return {"XDG_RUNTIME_DIR": str(file), "RJUPYTER_TMP": str(file)}
+
+
+def test_unwritable_runtime_directory(laptop: Laptop, host: Host, directory: Path) -> None:
+    laptop.environment.update(nowhere(directory))
+    run = laptop.start("host", has_terminal=False)
+    assert compute(run.url(), "print(1)") == "1\n"
+    assert "No multiplexing (no place for the control socket" in run.stderr
+
+
+# -- config -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configure(laptop: Laptop) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        file = laptop.home / ".config/rjupyter/config"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def options_of(laptop: Laptop, *arguments: str) -> Dict[str, Any]:
+    run = laptop.run(*arguments, "config", "--json")
+    assert run.status == 0, run.text
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    return {option["option"]: (option["value"], option["source"]) for option in found}
+
+
+def test_config_sections_are_host_patterns_and_the_first_value_holds(
+    laptop: Laptop, configure: Callable[[str], Path]
+) -> None:
+    file = configure(
+        "[gpu1 gpu2]\nlab\nport = 9000\ninit = module load anaconda\n  module load cuda\n"
+        "[gpu* !gpu2]\nenv = torch\nport = 9100\n[*]\nidle-timeout = 12h\nno-browser = yes\nno-mux = no\n"
+    )
+    one = options_of(laptop, "ana@gpu1:work")
+    first, second, last = ["[%s] %s" % (section, file) for section in ("gpu1 gpu2", "gpu* !gpu2", "*")]
+    assert one["app"] == ("lab", first)
+    assert one["port"] == (9000, first)
+    assert one["init"] == (["module load anaconda", "module load cuda"], first)
+    assert one["env"] == ("torch", second)
+    assert (one["idle-timeout"], one["no-browser"], one["no-mux"]) == ((43200, last), (True, last), (False, last))
+    assert one["socket"] == (False, "default")
+    two = options_of(laptop, "gpu2")
+    assert (two["env"], two["app"]) == ((None, "default"), ("lab", first))
+    other = options_of(laptop, "ssh://cpu1:2222")
+    assert (other["app"], other["idle-timeout"]) == (("", "default"), (43200, last))
+    typed = options_of(laptop, "--port", "9000", "--app", "notebook", "--init", "true", "gpu1")
+    assert (typed["port"], typed["app"]) == ((9000, "command line"), ("notebook", "command line"))
+    assert typed["init"] == (["true"], "command line")
+    assert options_of(laptop, "--no-config", "gpu1")["port"] == (0, "default")
+
+
+def test_config_holds_for_an_open(laptop: Laptop, host: Host, configure: Callable[[str], Path]) -> None:
+    port = quiet_port()
+    configure("[host]\nlab\nlocal-port = %d\nserver-arg = --ServerApp.quit_button=False\n" % port)
+    run = laptop.start("host", has_terminal=False)
+    assert run.url().startswith("http://127.0.0.1:%d/lab" % port)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[*]\nport = many\n", ["[*], port: ", "a port is a number"]),
+        ("[gpu1]\nprot = 1\n", ["[gpu1], prot: ", "there is no option --prot"]),
+        ("[*]\nlab = perhaps\n", ["[*], lab: ", "yes or no, not 'perhaps'"]),
+        ("[*]\nhelp = yes\n", ["[*], help: "]),
+        ("port = 1\n", ["no section headers"]),
+        ("[*]\nport = 1\nport = 2\n", ["'port'", "already exists"]),
+    ],
+)
+def test_config_that_is_wrong(laptop: Laptop, configure: Callable[[str], Path], text: str, words: List[str]) -> None:
+    file = configure(text)
+    for action in (["list"], ["config"], []):
+        run = laptop.run("gpu1", *action)
+        check_failure(run, 2, "configuration", str(file), *words)
+        assert run.stderr.count("rjupyter: ") == 1
+    assert laptop.run("--no-config", "gpu1", "config").status == 0
+
+
+def test_readme_config(laptop: Laptop, configure: Callable[[str], Path]) -> None:
+    """The README's file, and what its command prints for it; the home directory is another."""
+    file = configure(readme_block("idle-timeout = 12h"))
+    shown = readme_block("rjupyter.py gpu1 config").splitlines()
+    assert shown[0] == "$ rjupyter.py gpu1 config"
+    table = laptop.run("gpu1", "config").stdout.replace(str(file), "/home/ana/.config/rjupyter/config").splitlines()
+    at = 0
+    for line in shown[1:]:
+        if line != "...":
+            at = table.index(line, at) + 1
+    assert len(shown) > 5
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+def readme_events() -> Dict[str, List[str]]:
+    """Return the README's table of events: the keys of each."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", README, re.MULTILINE)
+    assert rows
+    return {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
+
+
+def events_of(run: Run) -> List[Dict[str, Any]]:
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_json_events_are_the_ones_of_the_readme(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
+) -> None:
+    """One session with all that can happen in it, its Jupyter installed by a stub of uv."""
+    uv = Path(bare_python(directory / "bin")) / "uv"
+    venv = jupyter_for_everyone().parent
+    uv.write_text('#!/bin/sh\n[ "$1" = pip ] || exec ln -s %s "$HOME/.local/share/rjupyter/venv"\n' % venv)
+    uv.chmod(0o755)
+    host = make_host(path=str(uv.parent))
+    seen = []
+    run = laptop.start("--json", "-q", "host", has_terminal=False)
+    run.expect('"open"')
+    os.kill(ssh_of(mark), signal.SIGKILL)
+    run.expect('"reconnected"')
+    (record,) = host.servers()
+    os.kill(record["pid"], signal.SIGSTOP)
+    run.expect('"silent"')
+    os.kill(record["pid"], signal.SIGCONT)
+    run.expect('"answering"')
+    for arguments in (["host"], ["host", "list"], ["host", "logs"], ["host", "doctor"], ["host", "config"]):
+        other = laptop.run("--json", "-q", *arguments)
+        assert (other.status, other.stderr) == (0, ""), other.text
+        seen += events_of(other)
+    run.interrupt()
+    assert run.wait() == 0
+    assert run.stderr == ""
+    seen += events_of(run)
+    for arguments in (["host", "stop"], ["--dry-run", "host"], ["host", "logs", "zzzz"]):
+        seen += events_of(laptop.run("--json", "-q", *arguments))
+    back = laptop.start("--json", "-q", "host", has_terminal=False)
+    back.expect('"open"')
+    back.interrupt()
+    back.wait()
+    found = laptop.start("--json", "-q", "host", has_terminal=False)
+    found.expect('"open"')
+    seen += events_of(found)
+    keys = {event["event"]: [key for key in event if key != "event"] for event in seen}
+    assert keys == readme_events()
+
+
+def test_quiet(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("-q", "--no-browser", "host")
+    url = run.url()
+    run.interrupt()
+    assert run.wait() == 0
+    assert run.text.replace("^C", "").strip() == url
+    failed = laptop.run("-q", "host:nowhere")
+    check_failure(failed, 1, "no such directory")
+
+
+def test_verbose_prints_commands_that_can_be_pasted(laptop: Laptop, host: Host) -> None:
+    run = laptop.run("-v", "host", "list")
+    assert run.status == 0
+    commands = [line[2:] for line in run.stderr.splitlines() if line.startswith("+ ")]
+    assert len(commands) == 2
+    session = shlex.split(commands[-1])
+    assert session[0] == "ssh" and session[-2] == "host"
+    # The last word is the remote command, whole: it runs anywhere, and waits for the agent.
+    argv = ["/bin/sh", "-c", session[-1]]
+    assert subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("action", [[], ["list"], ["stop"], ["logs"], ["doctor"], ["config"], ["close"]])
+def test_dry_run_runs_nothing(laptop: Laptop, directory: Path, action: List[str], mode: List[str]) -> None:
+    """Whatever it would run comes from PATH, and what is there writes down that it ran."""
+    stubs = directory / "stubs"
+    stubs.mkdir()
+    log = directory / "ran"
+    for name in ("ssh", "sh", "ps", "python3", "uv"):
+        (stubs / name).write_text('#!/bin/sh\necho "$0 $@" >>%s\n' % log)
+        (stubs / name).chmod(0o755)
+    run = laptop.run("--dry-run", *mode, "gpu1", *action, PATH=str(stubs))
+    assert run.status == 0, run.text
+    assert not log.exists(), log.read_text()
+    commands = [shlex.split(line) for line in run.stdout.splitlines()]
+    assert all(argv[0] == "ssh" and "gpu1" in argv for argv in commands)
+    assert bool(commands) == (action not in (["config"], ["close"]))
+    if commands:
+        assert any("-M" in argv for argv in commands) == (not mode)
+        assert (any("-L" in argv for argv in commands)) == (action == [])
+    laptop.environment["PATH"] = "%s:%s" % (stubs, SYSTEM_PATH)
+    laptop.run(*mode, "gpu1", "list")
+    assert log.exists()  # the stubs do write
+
+
+def test_dry_run_names_the_commands_that_an_open_runs(laptop: Laptop, host: Host) -> None:
+    """Those of -v in a real open, but for the pid in the socket's name and the ports that turn out."""
+
+    def shape(line: str) -> str:
+        return re.sub(r"rjupyter/[0-9a-f]+\.ctl", "SOCKET", re.sub(r"127\.0\.0\.1:\d+", "PORT", line))
+
+    dry = laptop.run("--dry-run", "host").stdout.splitlines()
+    run = laptop.start("-v", "host", has_terminal=False)
+    run.expect("To end it")
+    really = [line[2:] for line in run.stderr.splitlines() if line.startswith("+ ")]
+    assert [shape(line) for line in dry if " -G " not in line] == [shape(line) for line in really]
