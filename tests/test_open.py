@@ -513,11 +513,6 @@ def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> N
     check_failure(laptop.run("host"), 1, "a stranger answers", "is not the server")
 
 
-def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    make_host(settings="AllowTcpForwarding no")
-    check_failure(laptop.run("host"), 1, "does not forward", "AllowTcpForwarding")
-
-
 def test_server_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:
     run = laptop.start("host", has_terminal=False)
     url = run.url()

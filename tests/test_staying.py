@@ -1,5 +1,6 @@
 """Staying connected: faults on a real connection, and what is left on the laptop however we end."""
 
+import json
 import os
 import random
 import re
@@ -7,12 +8,13 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute
 from conftest import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until
 from proxy import Proxy
+from test_open import chromium, run_cell
 
 import rjupyter
 
@@ -89,7 +91,9 @@ FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
 def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
     run, url, kernel = opened(laptop, *through(proxy), *mode)
     fault(host, mark, proxy)
-    run.expect(r"^The connection to host is lost \(.+\)\. Trying again\.$")
+    why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
+    if fault is kill_sshd_session:
+        assert re.match("Connection to .* closed|client_loop: send disconnect", why), why
     run.expect(r"^Connected to host again \(after \d+ s\)\.$")
     check_same(run, url, kernel)
     host.sshd.end_connections(signal.SIGCONT)
@@ -166,6 +170,22 @@ def test_server_that_ended_while_the_link_was_down(laptop: Laptop, host: Host) -
     assert "it was killed" in run.stderr
 
 
+def test_host_that_was_started_anew_meanwhile(laptop: Laptop, host: Host) -> None:
+    """As far as it shows: the record is of another boot, and the server is gone."""
+    run = laptop.start("host", has_terminal=False)
+    run.expect("To end it")
+    (record,) = host.servers()
+    host.sshd.stop()
+    host.sshd.end_connections()
+    run.expect("is lost")
+    os.killpg(record["pid"], signal.SIGKILL)
+    file = host.home / ".local/state/rjupyter/servers" / record["id"] / "server.json"
+    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), identity="another-boot:1234")))
+    host.sshd.start()
+    assert run.wait() == 4
+    assert "the host was started anew" in run.stderr
+
+
 def test_unattended_login_that_is_refused_is_not_tried_for_ever(laptop: Laptop, host: Host) -> None:
     run = laptop.start("host", has_terminal=False)
     run.expect("To end it")
@@ -222,9 +242,26 @@ def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: Li
     assert compute(run.url(), "print(1)") == "1\n"
 
 
-def test_permit_open(laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    make_host(settings="PermitOpen 127.0.0.1:1")
-    check_failure(laptop.run("host"), 1, "does not forward", "PermitOpen")
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@pytest.mark.parametrize("settings", ["AllowTcpForwarding no", "PermitOpen 127.0.0.1:1", "DisableForwarding yes"])
+def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], settings: str, mode: List[str]) -> None:
+    host = make_host(settings=settings)
+    words = ("host does not forward to 127.0.0.1:", "administratively prohibited", "try: AllowTcpForwarding and Permit")
+    check_failure(laptop.run(*mode, "host"), 1, *words)
+    assert len(host.servers()) == 1
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+def test_forwarding_that_is_allowed_in_our_direction_alone(
+    laptop: Laptop, make_host: Callable[..., Host], mode: List[str]
+) -> None:
+    make_host(settings="AllowTcpForwarding local\nPermitOpen 127.0.0.1:*")
+    assert compute(laptop.start(*mode, "host", has_terminal=False).url(), "print(1)") == "1\n"
+
+
+def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    make_host(settings="MaxSessions 0")
+    check_failure(laptop.run("host"), 255, "host opens no session", "try: MaxSessions in its sshd_config")
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
@@ -232,7 +269,8 @@ def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host,
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = Path(laptop.config).read_text()
-        Path(laptop.config).write_text(text + "  RemoteCommand echo no\n  LocalForward %d 127.0.0.1:1\n" % port)
+        text += "  RemoteCommand echo no\n  RequestTTY force\n  LocalForward 127.0.0.1:%d 127.0.0.1:1\n" % port
+        Path(laptop.config).write_text(text + "  ExitOnForwardFailure yes\n")
         run = laptop.start(*mode, "host", has_terminal=False)
         assert compute(run.url(), "print(1)") == "1\n"
 
@@ -284,6 +322,29 @@ def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Pat
     run = laptop.start("host", has_terminal=False, XDG_RUNTIME_DIR=str(long), RJUPYTER_TMP=str(long))
     assert compute(run.url(), "print(1)") == "1\n"
     assert "No multiplexing" in run.stderr and "too long" in run.stderr
+
+
+def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, mark: str) -> None:
+    cell: Dict[str, Any] = {
+        "cell_type": "code",
+        "id": "c1",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": "",
+    }
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
+    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+    run = laptop.start("host:train.ipynb", has_terminal=False)
+    with chromium(laptop) as driver:
+        driver.get(run.url())
+        run_cell(driver, "x = 42; print('x is set')", "x is set")
+        driver.execute_script("window.isTheSamePage = true")
+        os.kill(ssh_of(mark), signal.SIGKILL)
+        run.expect("Connected to host again")
+        run_cell(driver, "print('one more is', x + 1)", "one more is 43")
+        assert driver.execute_script("return window.isTheSamePage") is True
 
 
 def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
