@@ -222,9 +222,13 @@ class Host:
         # Tests put files there that make no sense; killpg of what such a file calls a pid would be a disaster.
         return [dict(r, id=name) for r, name in records if isinstance(r, dict) and type(r.get("identity")) is str]
 
+    def runs(self) -> List[Dict[str, Any]]:
+        """Return the records of the notebooks that rjupyter.py executes."""
+        return [json.loads(file.read_text()) for file in self.home.glob(".local/state/rjupyter/runs/*/run.json")]
+
     def end_servers(self) -> None:
-        """Kill what was meant to outlive the client: the sessions that the servers lead."""
-        for record in self.servers():
+        """Kill what was meant to outlive the client: the sessions that the servers and the runs lead."""
+        for record in self.servers() + self.runs():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(record["pid"], signal.SIGKILL)
 
