@@ -552,21 +552,35 @@ def test_json_events(laptop: Laptop, host: Host) -> None:
     assert events[5]["status"] == run.status == 5
 
 
-def test_cron(laptop: Laptop, host: Host) -> None:
-    """No terminal, no environment: what is said is a line per cell, and nothing that moves."""
-    write_notebook(laptop.home / "a.ipynb", "1", "2")
-    argv = [
-        "/usr/bin/env",
-        "-i",
-        "HOME=%s" % laptop.home,
-        "PATH=/usr/bin:/bin",
-        "/usr/bin/setsid",
-        "--wait",
-        sys.executable,
-    ]
-    argv += [str(Path(rjupyter.__file__)), "-q", "-F", laptop.config, "host", "execute", "a.ipynb"]
-    answer = subprocess.run(
-        argv, cwd=laptop.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
-    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "a.executed.ipynb\n", "")
-    assert socket.gethostname() in json.loads((the_run(host) / "run.json").read_text())["key"]
+def test_crontab_line_of_the_readme(laptop: Laptop, host: Host, directory: Path) -> None:
+    """As cron runs it: /bin/sh, no terminal, an environment of four words, rjupyter.py and gpu1 as a user has them."""
+    readme = Path(rjupyter.__file__).with_name("README.md").read_text()
+    (line,) = re.findall(r"^    0 6 \* \* \* (cd .* execute .*)$", readme, re.MULTILINE)
+    (host.home / "work").mkdir()
+    (laptop.home / "reports").mkdir()
+    notebook = write_notebook(laptop.home / "reports/daily.ipynb", "import os; print(os.getcwd())")
+    (directory / "bin").mkdir()
+    program = directory / "bin/rjupyter.py"
+    program.write_text(
+        "#!/bin/sh\nexport RJUPYTER_TMP=%s\nexec %s %s -F %s -o HostKeyAlias=[127.0.0.1]:%d -o HostName=127.0.0.1 "
+        '-p %d -i %s -o UserKnownHostsFile=%s "$@"\n'
+        % (directory, sys.executable, rjupyter.__file__, "/dev/null", host.sshd.port, host.sshd.port,
+           host.sshd.directory / "user_key", host.sshd.directory / "known_hosts")
+    )  # fmt: skip
+    program.chmod(0o755)
+    environment = {
+        "HOME": str(laptop.home),
+        "LOGNAME": "x",
+        "SHELL": "/bin/sh",
+        "PATH": "%s:/usr/bin:/bin" % program.parent,
+    }
+    argv = ["/usr/bin/setsid", "--wait", "/bin/sh", "-c", line]
+    for source, status, words in (("print(1)", 0, ""), ("1 / 0", 5, "rjupyter: cell 1 of 1 failed in daily.ipynb")):
+        write_notebook(notebook, source)
+        null = subprocess.DEVNULL
+        answer = subprocess.run(argv, env=environment, stdin=null, capture_output=True, text=True, timeout=120)
+        assert (answer.returncode, answer.stdout) == (status, ""), answer.stderr
+        assert answer.stderr.partition("\n")[0] == words
+        assert cells_of(laptop.home / "reports/daily.executed.ipynb")[0]["execution_count"] == 1
+    keys = [record["key"] for record in host.runs()]
+    assert keys == ["%s:%s" % (socket.gethostname(), notebook)] * 2
