@@ -25,8 +25,8 @@ if [ "$purpose" = test ]; then
             command -v $shell >/dev/null || missing="$missing $shell"
         done
         if command -v apt-get >/dev/null; then # elsewhere the tests of Slurm skip: few others have packages of it
-            for daemon in munged slurmctld slurmd sbatch; do
-                command -v $daemon >/dev/null || missing="$missing $daemon"
+            for name in munged slurmctld slurmd sbatch ip; do
+                command -v $name >/dev/null || missing="$missing $name"
             done
         fi
     fi
@@ -45,6 +45,7 @@ packages() {
             apt-get:chromedriver) echo chromium-driver ;;
             apt-get:munged) echo munge ;;
             apt-get:sbatch) echo slurm-client ;;
+            apt-get:ip) echo iproute2 ;;
             dnf:ssh | zypper:ssh) echo openssh-clients ;;
             dnf:sshd | zypper:sshd) echo openssh-server ;;
             dnf:python | dnf:venv | zypper:python | zypper:venv) echo python3 ;;
