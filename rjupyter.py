@@ -325,16 +325,21 @@ def signals_left_to_us() -> Iterator[None]:
 class Child:
     """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text).
 
-    When it `is_merged`, both streams are one, in the order in which the child wrote.
+    When it `is_merged`, both streams are one, in the order in which the child wrote. Without `can_ask` it has neither
+    a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does.
     """
 
-    def __init__(self, argv: List[str], stdin: Any = subprocess.DEVNULL, is_merged: bool = False) -> None:
+    def __init__(
+        self, argv: List[str], stdin: Any = subprocess.DEVNULL, is_merged: bool = False, can_ask: bool = True
+    ) -> None:
         with signals_left_to_us():
             self.process = subprocess.Popen(
                 argv,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if is_merged else subprocess.PIPE,
+                start_new_session=not can_ask,
+                env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
             )
         self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
         self._open_streams = 0
@@ -379,11 +384,16 @@ class Child:
         """True when the process is gone or has closed all its output."""
         return self._open_streams == 0 or self.process.poll() is not None
 
-    def send(self, data: bytes) -> None:
-        """Give the child its stdin, all of it; a child that is gone shows in its status, not here."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError), self.process.stdin as stdin:
+    def send(self, data: bytes, is_last: bool = True) -> None:
+        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             stdin.write(data)
+            stdin.flush()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if is_last:
+                stdin.close()
 
     def end(self) -> None:
         """Terminate the child and reap it; kill it when it does not go within two seconds."""
@@ -441,7 +451,7 @@ class Ssh:
     def tunnel_argv(self, spec: str, ready: str) -> List[str]:
         """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
         argv = ["ssh", "-N", "-L", spec, "-S", "none", "-o", "ControlMaster=no"] + self._patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready]
+        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
         return argv + self.always + self.options + ["--", self.destination]
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
@@ -519,7 +529,8 @@ class Ssh:
         delay_s = 0.0
         while True:
             try:
-                with self.messages.working("Trying to reach " + self.destination if self.messages.has_spinner else ""):
+                is_shown = self.messages.has_spinner and not self.can_ask  # else ssh asks there
+                with self.messages.working("Trying to reach " + self.destination if is_shown else ""):
                     self.close()
                     time.sleep(delay_s)
                     delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
@@ -585,10 +596,10 @@ class Ssh:
         with signals_left_to_us():
             self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
             if self._guard is None:
-                self.master = Child(argv, is_merged=True)
+                self.master = Child(argv, is_merged=True, can_ask=self.can_ask)
             else:  # the guard knows its pid before it is ssh: there is no moment without
                 argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
-                self.master = Child(argv, stdin=self._guard.stdin, is_merged=True)
+                self.master = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=self.can_ask)
         deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
             while True:
@@ -598,7 +609,7 @@ class Ssh:
                 self._take_words(line, is_connected=self._is_again)
                 if self.master.has_ended:
                     self._last_words += [text for _, text in self.master.remaining_lines()]
-                    raise self._connect_failure()
+                    raise self.connect_failure(self._last_words)
                 if deadline and time.monotonic() > deadline:
                     why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
                     raise Failure("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
@@ -641,19 +652,20 @@ class Ssh:
         lines = answer.stdout.decode("utf-8", "replace").splitlines()
         return dict(line.split(" ", 1) for line in lines if " " in line)
 
-    def _connect_failure(self) -> Failure:
-        """Turn ssh's last words into a Failure (255) with a cause and a remedy."""
-        words = self._last_words
+    def connect_failure(self, words: List[str]) -> Failure:
+        """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
         text = "\n".join(words)
         lines = [line for line in words if line.strip() and not line.startswith("@@@")]
         why = lines[-1].strip() if lines else "ssh ended and said nothing"
         try_ = self.plain_command
         host = self.destination.rsplit("@", 1)[-1]
+        if self._config.get("proxyjump", "none") != "none":
+            host += ", or of a jump host before it,"
         if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
             self.is_refused = True
             why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
             removal = [line.strip() for line in words if "ssh-keygen" in line] or [
-                shlex.join(["ssh-keygen", "-R", host])
+                shlex.join(["ssh-keygen", "-R", self.destination.rsplit("@", 1)[-1]])
             ]
             try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
         elif "Host key verification failed" in text:
@@ -688,6 +700,9 @@ class Ssh:
             else:
                 self._is_woken.wait(min(0.2, deadline - time.monotonic()))
         self._is_woken.clear()
+        if self.master is not None and not self._stands:
+            for line in self.master.remaining_lines():  # it says why as it ends
+                self._take_words(line, is_connected=True)
         return self._stands
 
     @property
@@ -731,7 +746,11 @@ class Ssh:
         """Run `command` on the host, through the master."""
         argv = self.session_argv(command=command)
         self._log_argv(argv)
-        return Child(argv, stdin=subprocess.PIPE)
+        return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask)
+
+    def run(self, command: str) -> Tuple[bool, str]:
+        """Run a short command on the host; return whether it succeeded, and what it printed."""
+        return self._run(self.session_argv(command=command))
 
     def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
         """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
@@ -750,8 +769,8 @@ class Ssh:
         return is_open, words
 
     def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
-        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure would also end us for a
-        # forward of the user's own config.
+        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward
+        # of the user's own config that fails would end us as well.
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.tunnel_argv(spec, ready), "Opening the tunnel", lambda line: line == ready)
         words = "\n".join(self._last_words)
@@ -770,11 +789,16 @@ class Ssh:
 
         `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
         """
-        return self._run(self.session_argv("-W", target))
+        self._last_words = []
+        can_reach, words = self._run(self.session_argv("-W", target))
+        if self.master is not None and not can_reach:
+            self.wait(0.2)  # the reason is told to the master, not to the session
+            words = next((line for line in reversed(self._last_words) if "open failed" in line), words)
+        return can_reach, words
 
     def _run(self, argv: List[str]) -> Tuple[bool, str]:
         self._log_argv(argv)
-        child = Child(argv, is_merged=True)
+        child = Child(argv, is_merged=True, can_ask=self.can_ask)
         try:
             words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
             if not child.has_ended:
@@ -824,6 +848,18 @@ def private_runtime_dir() -> str:
         except OSError as error:
             reasons.append(str(error))
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
+
+
+def record_dirs() -> List[str]:
+    """Return the directories where a tunnel of ours may be written down: cron has no XDG_RUNTIME_DIR, a login has."""
+    usual = os.environ.get("XDG_RUNTIME_DIR") or "/run/user/%d" % own_uid()
+    found = []
+    for path in (os.path.join(usual, "rjupyter"), own_tmp_dir()):
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
+                found.append(path)
+    return found
 
 
 def remove_stale_sockets(directory: str) -> None:
@@ -2408,7 +2444,7 @@ class Agent:
         self.is_root = False
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self._source = agent_source()
-        self._has_said_hello = False
+        self.greets = True  # says once who and where we are
 
     def ask(
         self,
@@ -2483,7 +2519,8 @@ class Agent:
         elif kind == "found":
             self._say_found(message)
         elif kind == "installing":
-            self.messages.note("No Jupyter on the host; installing it in %(path)s (%(tool)s)." % message)
+            text = "No Jupyter on the host; installing it in %(path)s (%(tool)s)." % message
+            self.messages.step(text, "installing", path=message["path"], tool=message["tool"])
         elif kind == "installed":
             text = "Installed Jupyter (%.0f s)." % message["elapsed_s"]
             self.messages.step(text, "installed", path=message["path"], seconds=message["elapsed_s"])
@@ -2500,9 +2537,9 @@ class Agent:
         self.user, self.node = str(message["user"]), str(message["node"])
         self.python = str(message["python"])
         self.is_root = message["is_root"] is True
-        if self._has_said_hello:
+        if not self.greets:
             return
-        self._has_said_hello = True
+        self.greets = False
         text = "Connected to %s (%s@%s, python %s)." % (self.ssh.destination, self.user, self.node, message["python"])
         self.messages.step(text, "connected", user=self.user, node=self.node, python=message["python"])
 
@@ -2521,6 +2558,8 @@ class Agent:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
+        if not self.ssh.control_path and status == EXIT_SSH and any(map(FATAL_WORDS.match, noise)):
+            return self.ssh.connect_failure(noise)
         why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
         if has_begun or not self.ssh.wait(0.2):
             words = noise[-1] if has_begun and noise else self.ssh.last_words
@@ -2614,18 +2653,25 @@ class Tunnel:
         return http_request(address, path, server.token, timeout_s, is_secure=server.is_secure)[0]
 
     def _another(self) -> str:
-        return command_line(self.ssh.destination, "--new") + "   (starts another)"
+        return command_line("--new", *self.ssh.options, self.ssh.destination) + "   (starts another)"
 
     def hold(self, redials: bool) -> None:
         """Keep the tunnel until the server ends; `redials` when the connection does, on the same local port.
 
-        Raises Failure (4) when the server has ended, 255 when the connection is lost for good.
+        Meanwhile nobody is asked for a password. Raises Failure (4) when the server has ended, 255 when the connection
+        is lost for good.
         """
-        while True:
-            why = self._watch()
-            if not redials:
-                raise Failure("the connection to %s was lost" % self.ssh.destination, why, command_line(), EXIT_SSH)
-            self._redial(why)
+        could_ask = self.ssh.can_ask
+        self.ssh.can_ask = False
+        try:
+            while True:
+                why = self._watch()
+                if not redials:
+                    try_ = command_line(*sys.argv[1:])
+                    raise Failure("the connection to %s was lost" % self.ssh.destination, why, try_, EXIT_SSH)
+                self._redial(why)
+        finally:
+            self.ssh.can_ask = could_ask
 
     def _watch(self) -> str:
         """Wait until the connection is lost, or stuck, and return why; raises Failure (4) when the server has ended.
@@ -2637,7 +2683,7 @@ class Tunnel:
         while self.ssh.wait(PROBE_EVERY_S):
             if self._is_answering():
                 if is_silent:
-                    self.messages.note("%s answers again." % self.server.title)
+                    self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
                 is_silent = False
                 continue
             if not self.ssh.wait(0.2):
@@ -2649,7 +2695,8 @@ class Tunnel:
             self._check_end(state)
             if state.get("is_answering") is not True:
                 if not is_silent:
-                    self.messages.note("%s does not answer; its connection is well. Waiting." % self.server.title)
+                    text = "%s does not answer; its connection is well. Waiting." % self.server.title
+                    self.messages.step(text, "silent", id=self.server.id)
                 is_silent = True
             elif not self._is_answering():
                 return "nothing comes through the tunnel"
@@ -2678,7 +2725,8 @@ class Tunnel:
         if state.get("is_running") is not True:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = "%s; the end of its log:\n%s" % (state.get("reason"), state.get("log"))
-            raise Failure(what, why, command_line(self.ssh.destination) + "   (starts another)", EXIT_SERVER_ENDED)
+            try_ = command_line(*self.ssh.options, self.ssh.destination) + "   (starts another)"
+            raise Failure(what, why, try_, EXIT_SERVER_ENDED)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -2803,15 +2851,10 @@ def written_down(facts: Json) -> Iterator[None]:
 def tunnels() -> List[Json]:
     """Return the records of our tunnels that are up; those of processes that are gone are removed."""
     records = []
-    try:
-        directory = private_runtime_dir()
-    except Failure:
-        return []
-    for name in os.listdir(directory):
-        match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?", name)  # the latter: a record that is being written
+    for path in [os.path.join(directory, name) for directory in record_dirs() for name in os.listdir(directory)]:
+        match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?", os.path.basename(path))  # the latter: being written
         if not match:
             continue
-        path = os.path.join(directory, name)
         record = read_json(path)
         identity = process_identity(int(match.group(1)))
         if not identity or record.get("identity", identity) != identity:
@@ -2836,7 +2879,7 @@ def close_tunnels(destination: str, path: Optional[str], messages: Messages) -> 
                     raise Failure("cannot close the tunnel", why, "kill -9 %d" % record["pid"])
                 time.sleep(POLL_S)
             text = "Closed the tunnel on 127.0.0.1:%d." % record["local_port"]
-            messages.step(text, "closed", local_port=record["local_port"], pid=record["pid"])
+            messages.step(text, "closed", local_port=record["local_port"], tunnel_pid=record["pid"])
             closed += 1
     if not closed:
         messages.note("No tunnel to %s in the background." % destination)
@@ -3887,7 +3930,8 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         messages.end_line()
         if args.stop_on_exit:
             agent.ask("stop", "Stopping", ids=[tunnel.server.id], path=None, app="", is_all=False, asks=False)
-        messages.note("Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args))
+        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args)
+        messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
         return EXIT_OK
     finally:
         ssh.close()
@@ -4232,29 +4276,37 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
 def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[Check]:
     """Check the connection and the host; the first step that fails is the last one that is tried."""
     began = time.monotonic()
+    step = "connection"
     try:
         ssh.connect()
-        how = "your own master" if ssh.is_borrowed else "multiplexed" if ssh.has_mux else "a login for each step"
-        yield Check("connection", "logged in within %.1f s (%s)" % (time.monotonic() - began, how))
+        if ssh.control_path:
+            how = "your own master" if ssh.is_borrowed else "multiplexed"
+            yield Check("connection", "logged in within %.1f s (%s)" % (time.monotonic() - began, how))
+            step = "command"
+        agent.greets = False  # the lines below say it
         facts = agent.ask("examine", "Looking around on the host", port=args.port, **environment_request(args))
     except Failure as failure:
-        yield Check("connection", ("%s: %s" % (failure.what, failure.why)).replace("\n", "; "), failure.try_ or "-v")
+        why = ("%s: %s" % (failure.what, failure.why)).replace("\n", "; ")
+        yield Check(step, why, failure.try_ or "-v, which shows more")
         return
+    if not ssh.control_path:
+        yield Check("connection", "each step logs in by itself")
     yield Check("login shell", "%s of %s@%s" % (facts.get("shell") or "?", agent.user, agent.node))
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (no harm to us; scp may stumble)" if agent.noise else "none from the start-up files")
     yield Check("python", agent.python)
+    yield check_sessions(ssh)
     yield check_jupyter(facts)
     trouble = facts.get("state_trouble")
     if trouble:
         yield Check("disk", str(trouble["why"]).replace("\n", "; "), str(trouble["try"]))
     else:
-        free_mb = int(facts["free_bytes"]) // 1000000
-        yield Check("disk", "%d MB free at %s" % (free_mb, facts["state"]), "make room there" if free_mb < 50 else "")
+        free_gb = int(facts["free_bytes"]) / 1e9
+        text = "%.1f GB free at %s" % (free_gb, facts["state"])
+        yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
     yield Check("port", "%d is free on the host" % int(facts["port"]))
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % int(facts["sshd_port"]))
-    ssh.wait(0.2)  # for the master's own words; that sshd tried will do
-    is_forbidden = not can_reach and "connect failed" not in words + ssh.last_words
+    is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
     try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
     why = words.replace("\n", "; ") if is_forbidden else "allowed"
     yield Check("forwarding", why, try_ if is_forbidden else "")
@@ -4262,10 +4314,26 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     far = "its clock is %s off; set it (NTP)" % _duration(abs(skew_s)) if abs(skew_s) > 120 else ""
     yield Check("clock", "%.0f s from ours" % abs(skew_s), far)
     others = int(facts["other_users"])
-    shared = "%d others run something there; --socket keeps them off the port" % others
-    yield Check("other users", shared if others else "nobody else runs anything there")
+    shared = "%s something there; --socket keeps them off the port"
+    who = "1 other user runs" if others == 1 else "%d other users run" % others
+    yield Check("other users", shared % who if others else "nobody else runs anything there")
     if facts.get("scheduler"):
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts["scheduler"])
+
+
+def check_sessions(ssh: Ssh) -> Check:
+    """Say whether the connection carries a second session; an open needs one at a time."""
+    if not ssh.control_path:
+        return Check("sessions", "each one is a login of its own")
+    first = ssh.session("exec cat")
+    try:
+        first.send(b"open\n", is_last=False)
+        while first.next_line(CONTROL_TIMEOUT_S) not in (None, ("stdout", "open")):
+            pass
+        has_two, _ = ssh.run("exit 0")
+    finally:
+        first.end()
+    return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
 
 
 def check_jupyter(facts: Json) -> Check:
@@ -4323,13 +4391,16 @@ def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int
         messages.note("%s runs no ssh." % args.action)
         return EXIT_OK
     commands = [ssh.config_argv()]
-    if ssh.has_mux:
-        ssh.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
-        commands.append(ssh.master_argv())
+    with contextlib.suppress(Failure):  # where there is no place for a socket, each step logs in by itself
+        if ssh.has_mux:
+            ssh.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
+            commands.append(ssh.master_argv())
     commands.append(ssh.session_argv(command=agent_command(args.python or "")))
     spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
     if args.action is None:
-        commands.append(ssh.control_argv("forward", "-L", spec) if ssh.has_mux else ssh.tunnel_argv(spec, "ready"))
+        commands.append(ssh.control_argv("forward", "-L", spec) if ssh.control_path else ssh.tunnel_argv(spec, "ready"))
+    if args.action == "doctor":
+        commands.append(ssh.session_argv("-W", "127.0.0.1:22"))
     for argv in commands:
         messages.result(shlex.join(argv), "command", argv=argv)
     return EXIT_OK
