@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Callable, Iterator, List
 
 import pytest
 from conftest import Host, Laptop, User, processes_with, quiet_port, wait_until
@@ -164,7 +164,7 @@ def test_two_rigs_side_by_side_and_nothing_is_left(slurm: PrivateSlurm, director
     began = time.monotonic()
     other.stop()
     assert time.monotonic() - began < 5
-    links: Any = os.listdir("/sys/class/net")
+    links = os.listdir("/sys/class/net")
     assert not [name for name in links if name.startswith(bridge)] and slurm.bridge in links
     assert not [pid for pid in pids if Path("/proc/%d" % pid).exists()]
     assert slurm.node_states() == {"node1": "IDLE", "node2": "IDLE"}
