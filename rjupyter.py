@@ -71,6 +71,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_NO_JUPYTER = 3
 EXIT_SERVER_ENDED = 4
+EXIT_CELL_FAILED = 5
 EXIT_TIMEOUT = 6
 EXIT_INTERRUPTED = 130
 EXIT_SSH = 255
@@ -2075,7 +2076,8 @@ def list_servers(request: "Json", channel: Channel) -> "Json":
         thread.start()
     for thread in threads:
         thread.join()
-    return {"servers": [server for server in described if server]}
+    runs = [describe_run(record) for record in run_records()]
+    return {"servers": [server for server in described if server], "runs": runs}
 
 
 def follow_log(request: "Json", channel: Channel) -> "Json":
@@ -2134,26 +2136,32 @@ def stop_servers(request: "Json", channel: Channel) -> "Json":
     import shutil
 
     if request["ids"]:
-        known = our_servers() + [record for record in other_servers() if runs_here(record)]
-        servers = [record for record in known if record["id"] in request["ids"]]
-        missing = sorted(set(request["ids"]) - {record["id"] for record in servers})
+        known = our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs()
+        found = [record for record in known if record["id"] in request["ids"]]
+        missing = sorted(set(request["ids"]) - {record["id"] for record in found})
         if missing:
             raise Trouble(1, "no server of yours has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
         root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
-        servers = matching_servers(request, root_dir)
-        if len(servers) > 1 and not request["is_all"]:
-            names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in servers]
-            raise Trouble(1, "%d servers run there" % len(servers), "\n".join(names), "stop ID, or stop --all")
+        found = matching_servers(request, root_dir)
+        if len(found) > 1 and not request["is_all"]:
+            names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
+            raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
+        found += running_runs() if request["is_all"] else []
+    runs = [record for record in found if "is_run" in record]
+    servers = [record for record in found if "is_run" not in record]
     busy = [server for server in map(describe_server, servers) if server["busy"]]
-    if busy and request["asks"]:
-        return {"count": 0, "busy": busy}
+    if (busy or (runs and not request["ids"])) and request["asks"]:
+        return {"count": 0, "busy": busy, "runs": runs}
     for record in servers:
         shut_down(record)
         if record["is_ours"]:
             shutil.rmtree(record["directory"], ignore_errors=True)
         channel.send("stopped", **{name: record[name] for name in ("id", "pid", "app", "root_dir")})
-    return {"count": len(servers), "busy": []}
+    for record in runs:
+        stop_run(record)
+        channel.send("stopped_run", **{name: record[name] for name in ("id", "pid", "name")})
+    return {"count": len(found), "busy": [], "runs": []}
 
 
 def shut_down(record: "Json") -> None:
@@ -2161,14 +2169,29 @@ def shut_down(record: "Json") -> None:
 
     No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
     """
-    import signal
-
     info = server_info(record)
     files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
-    kernels = [(pid, process_identity(pid)) for pid in children_of(record["pid"])]
+    kernels = kernels_of(record)
     if info:
         ask_server(info, "api/shutdown", "POST")
     wait_for_end(record, 5)
+    end_process(record, kernels)
+    leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
+    leftovers += [native(info["sock"])] if info and record["is_ours"] else []
+    for leftover in [] if runs_here(record) else leftovers:
+        with contextlib.suppress(OSError):
+            os.unlink(leftover)
+
+
+def kernels_of(record: "Json") -> "List[Tuple[int, str]]":
+    """Return the processes that the process of a record started, each with its identity."""
+    return [(pid, process_identity(pid)) for pid in children_of(record["pid"])]
+
+
+def end_process(record: "Json", kernels: "List[Tuple[int, str]]") -> None:
+    """End the process of a record if it still runs, by TERM, then KILL; and what is left of its kernels."""
+    import signal
+
     for signum in (signal.SIGTERM, signal.SIGKILL):
         if runs_here(record):
             end = os.killpg if record["is_ours"] else os.kill  # we made the group of ours; another may hold a terminal
@@ -2177,15 +2200,10 @@ def shut_down(record: "Json") -> None:
     for pid, identity in kernels:
         if identity and process_identity(pid) == identity:
             os.kill(pid, signal.SIGKILL)
-    leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
-    leftovers += [native(info["sock"])] if info and record["is_ours"] else []
-    for leftover in [] if runs_here(record) else leftovers:
-        with contextlib.suppress(OSError):
-            os.unlink(leftover)
 
 
 def wait_for_end(record: "Json", timeout_s: float) -> None:
-    """Wait until a server has ended, or `timeout_s` passed."""
+    """Wait until the process of a record has ended, or `timeout_s` passed."""
     deadline = time.monotonic() + timeout_s
     while runs_here(record) and time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -2256,6 +2274,8 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
         "stop": stop_servers,
         "describe_end": describe_end,
         "examine": examine_host,
+        "start_run": start_run,
+        "follow_run": follow_run,
     }
     try:
         channel.send("reply", reply=actions[request["action"]](request, channel))
@@ -2507,6 +2527,9 @@ class Agent:
         elif kind == "stopped":
             title = APP_NAMES.get(str(message.get("app")), "Jupyter")
             text = "Stopped %s in %s (pid %s)." % (title, message.get("root_dir"), message.get("pid"))
+            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
+        elif kind == "stopped_run":
+            text = "Stopped the execution of %(name)s (%(id)s); its result so far is kept." % message
             self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
         return None
 
@@ -2898,6 +2921,644 @@ class Background:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# execute
+#
+# A notebook that is run to its end on the host, and its result here. The first half lives on the host: a process of
+# its own, under the Python of Jupyter's environment, lets nbclient execute the notebook and writes down what happens,
+# cell by cell. The second half follows that journal from here; whoever read it to the end has the result.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+RUN_TYPES = {"pid": int, "identity": str, "node": str, "created": float, "name": str, "key": str, "root_dir": str}
+PART_BYTES = 131072  # of a journal, sent in one message
+FOLLOW_MAX_S = 0.5  # the longest pause between two looks at it
+CANNOT_RUN = 127  # a shell's own status for a command that is not there
+
+
+def run_records() -> "List[Json]":
+    """Return the records of the runs that are kept, newest first."""
+    return [dict(record, is_run=True) for record in kept_records("runs", RUN_TYPES)]
+
+
+def running_runs() -> "List[Json]":
+    """Return the records of the runs on this node that have not ended."""
+    return [record for record in run_records() if runs_here(record)]
+
+
+def start_run(request: "Json", channel: Channel) -> "Json":
+    """Start to execute a notebook, detached, and return the run's record; or that of a run that has it in hand."""
+    root_dir = resolve_path(request["path"])[0] if request["path"] is not None else os.path.expanduser("~")
+    key, text, place = request["key"], request["notebook"], ""
+    if not text:
+        place = os.path.join(root_dir, os.path.expanduser(native(request["file"])))
+        key, text = "host:" + portable(os.path.realpath(place)), read_notebook(place)
+    details = dict(request, key=key, notebook=text, place=portable(place) if request["is_in_place"] else "")
+    with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
+        same = [] if request["overlaps"] else [record for record in running_runs() if record["key"] == key]
+        if same:
+            return dict(same[0], is_started=False, age_s=age_of(same[0]))
+        forget_ended("runs", running_runs())
+        return dict(launch(details, root_dir, channel, launch_run), is_started=True)
+
+
+def read_notebook(path: str) -> str:
+    """Return the text of a notebook on this host; raises Trouble when there is none."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Trouble(1, "cannot read %s on the host" % portable(path), str(error))
+
+
+def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
+    """Start a run in one environment and return its record; empty where that has no nbclient."""
+    import shutil
+
+    python = interpreter_of(found)
+    if not python:
+        return {}
+    directory = new_dir("runs", "r")
+    program = os.path.join(directory, "agent.py")
+    write_private(program, "%s\nrun_main(%r)\n" % (request["source"], directory))
+    write_private(os.path.join(directory, "request.json"), json.dumps(dict(request, source="", directory=root_dir)))
+    log = os.path.join(directory, "log")
+    process = start_detached([python, program], lasting_environment(found["environment"], False), root_dir, log)
+    record = {
+        "pid": process.pid,
+        "identity": process_identity(process.pid),
+        "node": os.uname().nodename,
+        "created": time.time(),
+        "name": request["name"],
+        "key": request["key"],
+        "root_dir": portable(root_dir),
+    }
+    write_private(record_path(directory), json.dumps(record))
+    while process.poll() is None and not os.path.exists(os.path.join(directory, "journal")):
+        channel.keep_alive()
+        time.sleep(POLL_S)
+    if process.poll() == CANNOT_RUN:
+        shutil.rmtree(directory, ignore_errors=True)
+        return {}
+    return dict(record, id=os.path.basename(directory), pid=process.pid)
+
+
+def interpreter_of(found: "Json") -> str:
+    """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
+
+    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    """
+    import re
+    import shutil
+
+    command, *others = found["argv"]
+    if others:
+        return str(command)  # PYTHON -m notebook
+    try:
+        with open(command, "rb") as stream:
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        head = ""
+    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
+    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
+    places = [named.group(1)] if named else []
+    places += [shutil.which(by_env.group(1), path=found["environment"]["PATH"]) or ""] if by_env else []
+    places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
+    return next((place for place in places if not problem_of(place)), "")
+
+
+def follow_run(request: "Json", channel: Channel) -> "Json":
+    """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
+    known = [record for record in run_records() if record["id"] == request["id"]]
+    if not known:
+        what = "no run of yours has this id: " + request["id"]
+        raise Trouble(1, what, "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400), "list shows the ids")
+    record = known[0]
+    offsets = dict(request["offsets"])
+    pause_s = POLL_S
+    while not channel.is_closed:
+        state = describe_run(record)  # before the look at its files: what it wrote last is seen
+        sent = [send_part(record, name, offsets, channel) for name in offsets]
+        if any(sent):
+            pause_s = POLL_S
+        elif state["state"] not in ("starting", "running"):
+            break
+        else:
+            channel.keep_alive()
+            time.sleep(pause_s)
+            pause_s = min(FOLLOW_MAX_S, 1.5 * pause_s)
+    return state
+
+
+def send_part(record: "Json", name: str, offsets: "Dict[str, int]", channel: Channel) -> int:
+    """Send the next bytes of one file of a run, and return how many."""
+    import binascii
+    import zlib
+
+    try:
+        with open(os.path.join(record["directory"], name), "rb") as stream:
+            stream.seek(offsets[name])
+            part = stream.read(PART_BYTES)
+    except OSError:
+        return 0
+    if part:
+        channel.send("part", file=name, data=binascii.b2a_base64(zlib.compress(part)).decode("ascii"))
+        offsets[name] += len(part)
+    return len(part)
+
+
+def describe_run(record: "Json") -> "Json":
+    """Say how a run does: its state in a word, where it stands, the size of its journal in bytes, and its age."""
+    found = {name: record[name] for name in ("id", "pid", "node", "name", "root_dir")}
+    found.update(cell=0, count=0, error="", age_s=age_of(record))
+    has_ended = record["node"] == os.uname().nodename and not runs_here(record)
+    state = read_json(os.path.join(record["directory"], "state.json"))
+    found.update({name: value for name, value in state.items() if name in ("cell", "count", "error")})
+    found["state"] = state.get("outcome") or ("killed" if has_ended else "running" if state else "starting")
+    if found["state"] == "killed":
+        found["error"] = why_nothing(record["directory"])
+    try:
+        found["size"] = os.stat(os.path.join(record["directory"], "journal")).st_size
+    except OSError:
+        found["size"] = 0
+    return found
+
+
+def why_nothing(directory: str) -> str:
+    """Return why a run ended without a word: an error of its own that ends its log, a full disk, or a signal."""
+    import re
+    import shutil
+
+    last_line = end_of_log(os.path.join(directory, "log"), 1)
+    if re.match(r"\w+(Error|Exception)\b", last_line):
+        return last_line
+    is_full = shutil.disk_usage(directory).free < PART_BYTES
+    return "the disk is full" if is_full else "it was killed, by hand or for want of memory"
+
+
+def stop_run(record: "Json") -> None:
+    """End a run: interrupt its cell, so that what it has is kept; then TERM, then KILL. No kernel outlives it."""
+    import signal
+
+    write_private(os.path.join(record["directory"], "stop"), "")
+    kernels = kernels_of(record)
+    for pid, _ in kernels:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGINT)
+    wait_for_end(record, 10)
+    end_process(record, kernels)
+
+
+class Stopped(Exception):
+    """The run was told to stop, between two cells."""
+
+
+class Run:
+    """The execution of one notebook, under the Python of Jupyter's environment; its journal tells what happened.
+
+    The journal is a line of JSON for each event: "begin" with the notebook, "start" and "cell" for each cell that is
+    executed, "end" with the notebook's metadata. Cells are written as in a file, so they need no Jupyter to be read.
+    """
+
+    def __init__(self, directory: str, nbformat: "Any") -> None:
+        self.directory = directory
+        self.nbformat = nbformat
+        with open(os.path.join(directory, "request.json")) as stream:
+            self.request = json.load(stream)  # type: Json
+        timeout_s = self.request["timeout_s"]
+        self.deadline = time.monotonic() + timeout_s if timeout_s else None  # type: Optional[float]
+        self.state = {"outcome": "", "cell": 0, "count": 0, "error": ""}  # type: Json
+        self.notebook = nbformat.reads(self.request["notebook"], as_version=4)
+        self.kernel, self.missing = self._choose_kernel()
+        self._inject_parameters()
+        code = [index for index, cell in enumerate(self.notebook.cells) if self._has_code(cell)]
+        self.numbers = {index: number for number, index in enumerate(code, 1)}
+        self.state["count"] = len(code)
+        self._written = {}  # type: Dict[int, str]
+        self._began = 0.0
+        descriptor = os.open(os.path.join(directory, "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._output = os.fdopen(descriptor, "ab", 0)
+
+    @staticmethod
+    def _has_code(cell: "Any") -> bool:
+        return bool(cell.cell_type == "code" and cell.source.strip())
+
+    def _choose_kernel(self) -> "Tuple[str, str]":
+        """Return the kernel to take, and the one that was wanted and is not there."""
+        from jupyter_client.kernelspec import KernelSpecManager
+
+        spec = self.notebook.metadata.get("kernelspec", {})
+        wanted = self.request["kernel"] or spec.get("name") or "python3"
+        if wanted in KernelSpecManager().find_kernel_specs():
+            return wanted, ""
+        language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
+        if language.lower() != "python" and not self.request["kernel"]:
+            raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
+        return "python3", wanted
+
+    def _inject_parameters(self) -> None:
+        """Put the parameters behind the cell that is tagged "parameters", in place of an earlier injection.
+
+        As papermill does it (papermill.readthedocs.io, "Parameterize"); without such a cell, at the top.
+        """
+        if not self.request["parameters"]:
+            return
+        lines = ["%s = %s" % (name, python_literal(value)) for name, value in self.request["parameters"]]
+        cell = self.nbformat.v4.new_code_cell(
+            "\n".join(["# Parameters"] + lines), metadata={"tags": ["injected-parameters"]}
+        )
+        if self.notebook.nbformat_minor < 5:
+            cell.pop("id", None)
+        cells = self.notebook.cells
+        tagged = {}  # type: Dict[str, int]
+        for index, other in enumerate(cells):
+            for tag in other.metadata.get("tags", []):
+                tagged.setdefault(tag, index)
+        if "injected-parameters" in tagged:
+            cells[tagged["injected-parameters"]] = cell
+        else:
+            cells.insert(tagged.get("parameters", -1) + 1, cell)
+
+    # -- the journal --
+
+    def as_in_file(self, cells: "List[Any]") -> "Json":
+        """Return a notebook of these cells in the form that a file has: texts as lists of lines."""
+        parts = {"metadata": self.notebook.metadata, "nbformat": 4, "nbformat_minor": self.notebook.nbformat_minor}
+        return dict(json.loads(self.nbformat.v4.writes(self.nbformat.from_dict(dict(parts, cells=cells)))))
+
+    def tell(self, kind: str, **facts: "Any") -> None:
+        """Write a line of the journal. A new one appears with its first line in it."""
+        path = os.path.join(self.directory, "journal")
+        line = json.dumps(dict(facts, kind=kind)) + "\n"
+        if not os.path.exists(path):
+            write_private(path, line)
+        else:
+            with open(path, "a") as journal:
+                journal.write(line)
+
+    def keep_state(self, **facts: "Any") -> None:
+        """Write down where the run stands, for who asks in passing."""
+        self.state.update(facts)
+        write_private(os.path.join(self.directory, "state.json"), json.dumps(self.state))
+
+    def begin(self) -> None:
+        """Write down what is going to be executed."""
+        self.keep_state()
+        self.tell("begin", notebook=self.as_in_file(self.notebook.cells), kernel=self.kernel, missing=self.missing)
+
+    def before_cell(self, index: int, engine: "Any") -> None:
+        """Called before each cell: write it down, and give the engine the time that is left."""
+        if os.path.exists(os.path.join(self.directory, "stop")):
+            raise Stopped()
+        self._began = time.monotonic()
+        if index in self.numbers:
+            self.keep_state(cell=self.numbers[index])
+            self.tell("start", cell=self.numbers[index], count=self.state["count"])
+        if self.deadline is not None:
+            engine.timeout = max(1, int(self.deadline - time.monotonic() + 0.999))
+
+    def after_cell(self, index: int, is_done: bool) -> None:
+        """Called after each cell, however it ended: its result is in the journal before the next one begins."""
+        if index in self.numbers:
+            seconds = time.monotonic() - self._began
+            facts = {"cell": self.numbers[index], "count": self.state["count"]}
+            self._write_cell(index, seconds=seconds, is_done=is_done, **facts)
+
+    def _write_cell(self, index: int, **facts: "Any") -> None:
+        content = self.as_in_file([self.notebook.cells[index]])["cells"][0]
+        written = json.dumps(content, sort_keys=True)
+        if self._written.get(index) != written:
+            self._written[index] = written
+            self.tell("cell", index=index, content=content, **facts)
+
+    def print_stream(self, message: "Json") -> None:
+        """Keep what a cell prints while it runs, for who watches."""
+        if message["msg_type"] == "stream":
+            self._output.write(message["content"]["text"].encode("utf-8", "replace"))
+
+    def end(self, outcome: str, error: str) -> None:
+        """Write down how it ended; cells whose displays a later one changed are written again."""
+        for index in self.numbers:
+            if index in self._written:
+                self._write_cell(index)
+        metadata = self.as_in_file([])["metadata"]
+        error = error[:1000]
+        if self.request["place"]:
+            self._write_in_place()
+        self.tell("end", metadata=metadata, outcome=outcome, error=error)
+        self.keep_state(outcome=outcome, error=error)
+
+    def _write_in_place(self) -> None:
+        import shutil
+
+        place = native(self.request["place"])
+        beside = os.path.join(os.path.dirname(place), ".%s.%d" % (os.path.basename(place), os.getpid()))
+        self.nbformat.write(self.notebook, beside)
+        shutil.copymode(place, beside)
+        os.replace(beside, place)
+
+
+def python_literal(value: "Any") -> str:
+    """Return a parameter as Python source."""
+    is_odd = isinstance(value, float) and (value != value or abs(value) == float("inf"))
+    return 'float("%s")' % value if is_odd else repr(value)
+
+
+def run_main(directory: str) -> None:
+    """Execute the notebook of a run's directory. Ends with CANNOT_RUN where this Python has no nbclient."""
+    try:
+        import nbclient
+        import nbformat
+    except ImportError as error:
+        print(error)
+        sys.exit(CANNOT_RUN)
+    try:
+        run = Run(directory, nbformat)
+    except Exception as error:  # not a notebook, or not one for here
+        said = {"outcome": "invalid", "cell": 0, "count": 0, "error": str(error).strip().split("\n")[0]}
+        write_private(os.path.join(directory, "state.json"), json.dumps(said))
+        write_private(os.path.join(directory, "journal"), "")
+        return
+    run.begin()
+    run.end(*outcome_of(run, nbclient))
+
+
+def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
+    """Let nbclient execute a run's notebook; return how that ended, in a word, and the error's last line."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    class Engine(nbclient.NotebookClient):  # type: ignore[misc]
+        """The engine, with a word to the journal around each cell."""
+
+        async def async_execute_cell(self, cell: "Any", cell_index: int, *arguments: "Any", **options: "Any") -> "Any":
+            run.before_cell(cell_index, self)
+            is_done = False
+            try:
+                cell = await super().async_execute_cell(cell, cell_index, *arguments, **options)
+                is_done = True
+                return cell
+            except (CellTimeoutError, DeadKernelError):
+                self.shutdown_kernel = "immediate"  # it would not hear a polite word
+                raise
+            finally:
+                run.after_cell(cell_index, is_done)
+
+        def output(self, outs: "Any", msg: "Any", display_id: "Any", cell_index: "Any") -> "Any":
+            run.print_stream(msg)
+            return super().output(outs, msg, display_id, cell_index)
+
+    resources = {"metadata": {"path": native(run.request["directory"])}}
+    engine = Engine(run.notebook, timeout=None, kernel_name=run.kernel, resources=resources)
+    try:
+        engine.execute()
+        return "done", ""
+    except Exception as error:
+        place = "in cell %(cell)d of %(count)d" % run.state
+        if os.path.exists(os.path.join(run.directory, "stop")):
+            return "stopped", place
+        if isinstance(error, CellTimeoutError):
+            return "timeout", "its time was up " + place
+        if isinstance(error, DeadKernelError):
+            return "died", "it was killed, by hand or for want of memory"
+        if isinstance(error, CellExecutionError):
+            return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
+        import traceback
+
+        traceback.print_exc()  # the kernel did not start, the disk is full
+        return "failed", "%s: %s" % (type(error).__name__, str(error).strip().split("\n")[-1])
+
+
+# agent ends
+
+
+class Source(NamedTuple):
+    """A notebook to execute: its text, or for one on the host its name there; and where its result goes here."""
+
+    name: str
+    text: str
+    output: str  # empty for one on the host that is executed in place
+
+    @property
+    def is_on_host(self) -> bool:
+        """True when it is on the host already."""
+        return self.name.startswith(":")
+
+    @property
+    def key(self) -> str:
+        """What tells it from other notebooks, so that two runs of one do not overlap."""
+        return "" if self.is_on_host else "%s:%s" % (socket.gethostname(), os.path.realpath(self.name))
+
+    @classmethod
+    def from_argument(cls, name: str, output: Optional[str], is_in_place: bool) -> "Source":
+        """Read the notebook that an argument names; raises Failure when there is none, or no room for its result."""
+        if name.startswith(":"):
+            default = "" if is_in_place else executed_name(os.path.basename(name[1:]))
+            source = cls(name, "", output or default)
+        else:
+            source = cls(name, read_local_notebook(name), output or (name if is_in_place else executed_name(name)))
+        directory = os.path.dirname(source.output) or "."
+        if source.output and not os.access(directory, os.W_OK):
+            why = "there is no directory %s here, or it cannot be written" % directory
+            raise Failure("no place for the result " + source.output, why, "execute ... -o FILE")
+        return source
+
+
+def executed_name(name: str) -> str:
+    """Return where the result of a notebook goes: train.ipynb becomes train.executed.ipynb."""
+    return (name[: -len(".ipynb")] if name.endswith(".ipynb") else name) + ".executed.ipynb"
+
+
+def read_local_notebook(path: str) -> str:
+    """Return the text of a notebook here; raises Failure when it is none."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            text = stream.read()
+        notebook = json.loads(text)
+    except OSError as error:
+        raise Failure("cannot read " + path, str(error), "for one on the host, write :%s" % path) from None
+    except (ValueError, RecursionError) as error:
+        raise Failure("%s is not a notebook" % path, "it is no JSON: %s" % error) from None
+    if not isinstance(notebook, dict) or "nbformat" not in notebook:
+        raise Failure("%s is not a notebook" % path, "it has no nbformat")
+    return text
+
+
+def parse_parameter(text: str) -> Tuple[str, Any]:
+    """Split NAME=VALUE, the value typed as YAML 1.2 reads it (core schema; a list or map as in JSON).
+
+    Raises ValueError with the reason.
+    """
+    import keyword
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError("a parameter is NAME=VALUE, with a name that Python takes, not %r" % text)
+    if value in ("", "~", "null", "Null", "NULL"):
+        return name, None
+    if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return name, value.lower() == "true"
+    if re.fullmatch(r"[-+]?[0-9]+", value):
+        return name, int(value)
+    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", value):
+        return name, int(value, 0)
+    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", value):
+        return name, float(value)
+    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", value):
+        return name, float(value.replace(".", ""))
+    if value[0] in '[{"':
+        try:
+            return name, json.loads(value)
+        except ValueError as error:
+            raise ValueError("%s is not the JSON that it begins as: %s" % (text, error)) from None
+    if len(value) > 1 and value[0] == value[-1] == "'":
+        return name, value[1:-1].replace("''", "'")
+    return name, value
+
+
+class Execution:
+    """A run on the host, followed from here: what its journal tells is shown, and makes the result."""
+
+    def __init__(self, identity: str, name: str, output: Optional[str], agent: Agent, messages: Messages) -> None:
+        self.id = identity
+        self.name = name
+        self.output = output  # None: beside us, under a name that follows from the notebook's
+        self.agent = agent
+        self.messages = messages
+        self.notebook: Json = {}
+        self.seconds = 0.0
+        names = ["output", "journal"] if messages.verbose else ["journal"]
+        self._offsets = dict.fromkeys(names, 0)
+        self._rest = {name: bytearray() for name in names}
+
+    def follow(self, redials: bool) -> None:
+        """Follow the run to its end, and write its result; a lost connection is dialled again when it `redials`.
+
+        Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
+        """
+        while True:
+            try:
+                doing = "Executing " + self.name if self.messages.has_spinner else ""
+                offsets = self._offsets
+                reply = self.agent.ask("follow_run", doing, take=self._take, id=self.id, offsets=offsets)
+                break
+            except Failure as failure:
+                if failure.status not in (EXIT_SSH, EXIT_TIMEOUT) or not redials:
+                    raise
+                why = failure.why.splitlines()[-1] if failure.why else failure.what
+                self.agent.ssh.reconnect(why, self._is_there)
+        self._finish(reply)
+
+    def _is_there(self) -> bool:
+        self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.id)
+        return True
+
+    def _take(self, message: Json, show: Callable[[str], None]) -> None:
+        """Take a part of a file of the run; each line that it completes is an event, or what a cell printed."""
+        import binascii
+        import zlib
+
+        if message.get("kind") != "part" or message.get("file") not in self._offsets:
+            return
+        name = str(message["file"])
+        part = zlib.decompress(binascii.a2b_base64(str(message["data"])))
+        self._offsets[name] += len(part)
+        *lines, rest = part.split(b"\n")
+        for line in lines:
+            whole = bytes(self._rest[name] + line)
+            self._rest[name] = bytearray()
+            if name == "output":
+                self.messages.detail(whole.decode("utf-8", "replace").rpartition("\r")[2])
+            else:
+                self._take_event(json.loads(whole.decode("utf-8")), show)
+        self._rest[name] += rest
+
+    def _take_event(self, event: Json, show: Callable[[str], None]) -> None:
+        kind, number, count = event.get("kind"), event.get("cell"), event.get("count")
+        if kind == "begin":
+            self.notebook = dict(event["notebook"])
+            if event["missing"]:
+                text = "There is no kernel %s on %s; taking %s." % (event["missing"], self.host, event["kernel"])
+                self.messages.note(text)
+        elif kind == "start":
+            show("cell %s/%s" % (number, count))
+        elif kind == "cell":
+            self.notebook["cells"][int(event["index"])] = event["content"]
+            if number is not None:
+                self._say_cell(number, count, float(event["seconds"]), event["is_done"] is True)
+        elif kind == "end":
+            self.notebook["metadata"] = event["metadata"]
+
+    def _say_cell(self, number: Any, count: Any, seconds: float, is_done: bool) -> None:
+        self.seconds += seconds
+        if self.messages.as_json:
+            facts = {"id": self.id, "cell": number, "count": count, "seconds": seconds, "is_done": is_done}
+            self.messages.result("", "cell", **facts)
+        elif is_done and not self.messages.has_spinner:
+            self.messages.note("Cell %s/%s done (%.1f s)." % (number, count, seconds))
+
+    @property
+    def host(self) -> str:
+        """The destination, as the user calls it."""
+        return self.agent.ssh.destination
+
+    def _finish(self, reply: Json) -> None:
+        """Write the result, say where it is, and raise the Failure that the end of the run stands for."""
+        outcome = str(reply.get("state"))
+        path = self.output
+        if path is None:
+            name = str(reply.get("name"))
+            if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name):
+                raise Failure("the host's reply makes no sense", "a notebook cannot be called %r" % name, "-o FILE")
+            self.name, path = name, executed_name(name)
+        if self.notebook and path:
+            write_result(path, self.notebook)
+        facts = {"id": self.id, "outcome": outcome, "cells": reply.get("cell"), "seconds": self.seconds}
+        if outcome == "done":
+            text = "Executed %s: %s cells in %.1f s." % (self.name, reply.get("count"), self.seconds)
+            self.messages.step(text, "executed", path=path, **facts)
+        elif self.messages.as_json:
+            self.messages.result("", "executed", path=path, **facts)
+        if path and self.notebook and not self.messages.as_json:
+            self.messages.result(path, "result")
+        failure = self._failure(outcome, reply, path)
+        if failure:
+            raise failure
+
+    def _failure(self, outcome: str, reply: Json, path: str) -> Optional[Failure]:
+        cell = "cell %s of %s" % (reply.get("cell"), reply.get("count"))
+        why = str(reply.get("error"))
+        if self.notebook:
+            why += "\nthe result so far is in %s" % (path or "the notebook there")
+        ends = {
+            "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
+            "died": ("the kernel of %s died in %s" % (self.name, cell), EXIT_CELL_FAILED),
+            "timeout": ("%s took too long" % self.name, EXIT_TIMEOUT),
+            "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
+            "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
+        }
+        if outcome == "done":
+            return None
+        what, status = ends.get(outcome, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
+        return Failure(what, why, "", status)
+
+
+def write_result(path: str, notebook: Json) -> None:
+    """Write a notebook in one piece, in the form that Jupyter gives it; raises Failure when it cannot be written."""
+    beside = os.path.join(os.path.dirname(path), ".%s.%d" % (os.path.basename(path), os.getpid()))
+    try:
+        try:
+            with open(beside, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+            if os.path.exists(path):
+                os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+    except (OSError, UnicodeEncodeError) as error:
+        raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # command line
 #
 # Options, the destination, and one function for each action. `main` is where failures end.
@@ -2973,8 +3634,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
         description=__doc__,
-        epilog="actions: list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, config. DESTINATION is "
-        "whatever ssh takes; PATH, as scp has it, is a directory or a notebook there.",
+        epilog="actions: execute NOTEBOOK ..., list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, "
+        "config; `rjupyter.py host execute --help` tells more of one. DESTINATION is whatever ssh takes; PATH, as scp "
+        "has it, is a directory or a notebook there.",
         formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -3050,9 +3712,31 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("-f", dest="is_followed", action="store_true", help="go on as it grows, until Ctrl-C")
     doctor = actions.add_parser("doctor", help="walk every step, and say what is wrong and how to mend it")
     config = actions.add_parser("config", help="the defaults that hold for DESTINATION, and where each is from")
-    for parsed in (listing, logs, stop, doctor, config):
-        parsed.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line")
-    actions.add_parser("close", help="end the tunnels that went to the background with -f")
+    close = actions.add_parser("close", help="end the tunnels that went to the background with -f")
+    execute = actions.add_parser("execute", help="run notebooks on the host, and bring their results")
+    execute.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="one here; one on the host with : before it")
+    output_help = "where the result goes (NOTEBOOK.executed.ipynb)"
+    execute.add_argument("-o", "--output", type=_text, metavar="FILE", help=output_help)
+    execute.add_argument("--inplace", action="store_true", help="the result replaces the notebook")
+    parameter_help = "a variable for the notebook, as YAML reads it; repeatable"
+    execute.add_argument(
+        "-p", dest="parameters", type=_parameter, action="append", default=[], metavar="NAME=VALUE", help=parameter_help
+    )
+    execute.add_argument("--kernel", metavar="NAME", help="kernel to take (the notebook's)")
+    limit_help = "how long one notebook may take (90m, 12h, or seconds; no limit)"
+    execute.add_argument("--timeout", dest="time_limit", type=_duration_s, default=0, metavar="S", help=limit_help)
+    execute.add_argument(
+        "--attach", dest="run_id", type=_text, metavar="ID", help="follow this run, and bring its result"
+    )
+    overlap_help = "also when the notebook is being executed already"
+    execute.add_argument("--overlap", action="store_true", help=overlap_help)
+    for parsed in (listing, logs, stop, doctor, config, close, execute):
+        for names, help_ in (
+            (("--json",), "one JSON object a line"),
+            (("-q", "--quiet"), ""),
+            (("-v", "--verbose"), ""),
+        ):
+            parsed.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=help_ or argparse.SUPPRESS)
     return parser
 
 
@@ -3211,6 +3895,13 @@ def _duration_s(text: str) -> int:
     return seconds
 
 
+def _parameter(text: str) -> Tuple[str, Any]:
+    try:
+        return parse_parameter(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold."""
     record = tunnel_that_is_up(args)
@@ -3327,7 +4018,6 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
         reply = agent.ask(
             "open",
             "Launching Jupyter",
-            app=args.app,
             path=args.destination.path,
             is_new=args.new,
             port=args.port,
@@ -3336,13 +4026,10 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
             no_socket=no_socket,
             local_port=local_port,
             server_args=args.server_arg,
-            python=args.python or "",
-            env=args.env or "",
-            init=args.init,
             attach=args.attach or "",
             idle_timeout_s=args.idle_timeout,
             start_timeout_s=args.start_timeout,
-            may_install=not args.no_install,
+            **environment_request(args),
         )
     server = Server.from_reply(reply)
     verb, seconds = (
@@ -3377,18 +4064,25 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
 
 
 def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """List the user's servers on the host: a table for people, one object a line with --json."""
+    """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     with ssh:
-        servers = agent.ask("list", "Asking the servers")["servers"]
-    rows = [["ID", "STATE", "APP", "DIRECTORY", "PORT", "KERNELS", "ACTIVE", "AGE", ""]]
-    for server in servers:
-        if args.json:
-            messages.result("", "server", **server)
-        rows.append(_row_of(server))
+        reply = agent.ask("list", "Asking the servers")
+    servers, runs = reply["servers"], reply["runs"]
+    for event, found in (("server", servers), ("run", runs)):
+        for facts in found if args.json else []:
+            messages.result("", event, **facts)
+    if args.json:
+        return EXIT_OK
     if not servers:
         messages.note("No server of yours runs there.")
-    elif not args.json:
-        print_table(rows, messages)
+    else:
+        head = ["ID", "STATE", "APP", "DIRECTORY", "PORT", "KERNELS", "ACTIVE", "AGE", ""]
+        print_table([head] + [_row_of(server) for server in servers], messages)
+    if runs:
+        messages.result("", "row")
+        print_table(
+            [["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "SIZE", "AGE"]] + list(map(_row_of_run, runs)), messages
+        )
     return EXIT_OK
 
 
@@ -3411,6 +4105,21 @@ def _row_of(server: Json) -> List[str]:
     return [str(cell) for cell in cells]
 
 
+def _row_of_run(run: Json) -> List[str]:
+    """Return what the table says of one run."""
+    size = run.get("size")
+    cells = [
+        run.get("id"),
+        run.get("state"),
+        "%s/%s" % (run.get("cell"), run.get("count")),
+        str(run.get("name")).replace("\n", "?"),
+        str(run.get("root_dir")).replace("\n", "?"),
+        "%.1f MB" % (size / 1e6) if isinstance(size, int) else "-",
+        _duration(run.get("age_s")),
+    ]
+    return [str(cell) for cell in cells]
+
+
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print a server's log, and with -f what comes, until Ctrl-C."""
     try:
@@ -3428,10 +4137,12 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     request = {"ids": args.ids, "path": args.destination.path, "app": args.app, "is_all": args.all}
     with ssh:
         reply = agent.ask("stop", "Stopping", asks=has_terminal() and not args.yes, **request)
-        if reply.get("busy"):
+        if reply.get("busy") or reply.get("runs"):
             for server in reply["busy"]:
                 words = "%(busy)s of %(kernels)s kernels compute in %(root_dir)s (%(id)s)." % server
                 messages.note(words.replace("1 of 1 kernels compute", "Its kernel computes"))
+            for run in reply["runs"]:
+                messages.note("%(name)s is being executed in %(root_dir)s (%(id)s)." % run)
             if not _says_yes("Stop it all the same? [y/N] "):
                 messages.note("Nothing was stopped.")
                 return EXIT_FAILURE
@@ -3453,6 +4164,77 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
     """Close the tunnels in the background."""
     close_tunnels(args.destination.host, args.destination.path, messages)
     return EXIT_OK
+
+
+def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Execute notebooks on the host, one after the other, and bring their results; the first failure ends it."""
+    wrong = ""
+    if bool(args.notebooks) == bool(args.run_id):
+        wrong = "execute takes notebooks, or --attach ID"
+    elif args.output and (args.inplace or len(args.notebooks) > 1):
+        wrong = "-o goes with one notebook, and not with --inplace"
+    elif args.inplace and args.run_id:
+        wrong = "--attach brings a result; where to is said with -o"
+    if wrong:
+        raise Failure("wrong usage", wrong, command_line(args.destination.host, "execute", "--help"), EXIT_USAGE)
+    sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
+    with ssh:
+        if args.run_id:
+            follow(Execution(args.run_id, args.run_id, args.output, agent, messages), args)
+        for source in sources:
+            execution = start_execution(source, args, agent, messages)
+            if execution:
+                follow(execution, args)
+    return EXIT_OK
+
+
+def start_execution(source: Source, args: argparse.Namespace, agent: Agent, messages: Messages) -> Optional[Execution]:
+    """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
+    reply = agent.ask(
+        "start_run",
+        "Launching the execution of " + source.name,
+        path=args.destination.path,
+        notebook=source.text,
+        file=source.name[1:] if source.is_on_host else "",
+        name=os.path.basename(source.name.lstrip(":")),
+        key=source.key,
+        is_in_place=source.is_on_host and args.inplace,
+        overlaps=args.overlap,
+        parameters=args.parameters,
+        kernel=args.kernel or "",
+        timeout_s=args.time_limit,
+        **environment_request(args),
+    )
+    identity = str(reply.get("id"))
+    if reply.get("is_started") is not True:
+        text = "%s is being executed already (%s, for %s); --overlap does it all the same."
+        messages.step(text % (source.name, identity, _duration(reply.get("age_s"))), "overlap", id=identity)
+        return None
+    messages.step("Executing %s on %s (%s)." % (source.name, agent.ssh.destination, identity), "started", id=identity)
+    return Execution(identity, source.name, source.output, agent, messages)
+
+
+def follow(execution: Execution, args: argparse.Namespace) -> None:
+    """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
+    try:
+        execution.follow(redials=not args.no_reconnect)
+    except (KeyboardInterrupt, Terminated):
+        execution.messages.end_line()
+        again = back_again(args, "execute", "--attach", execution.id)
+        text = "%s goes on without us. To follow it again: %s   To end it: %s"
+        execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
+        raise
+
+
+def environment_request(args: argparse.Namespace) -> Json:
+    """Return the part of a request that says in which environment of the host Jupyter is."""
+    return {
+        "app": args.app,
+        "python": args.python or "",
+        "env": args.env or "",
+        "init": args.init,
+        "may_install": not args.no_install,
+    }
 
 
 class Check(NamedTuple):
@@ -3504,9 +4286,8 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
             how = "your own master" if ssh.is_borrowed else "multiplexed"
             yield Check("connection", "logged in within %.1f s (%s)" % (time.monotonic() - began, how))
             step = "command"
-        asked = {"app": args.app, "python": args.python or "", "env": args.env or "", "init": args.init}
         agent.greets = False  # the lines below say it
-        facts = agent.ask("examine", "Looking around on the host", port=args.port, **asked)
+        facts = agent.ask("examine", "Looking around on the host", port=args.port, **environment_request(args))
     except Failure as failure:
         why = ("%s: %s" % (failure.what, failure.why)).replace("\n", "; ")
         yield Check(step, why, failure.try_ or "-v, which shows more")
@@ -3633,6 +4414,7 @@ ACTIONS: Dict[Optional[str], Callable[[argparse.Namespace, Ssh, Agent, Messages]
     "stop": run_stop,
     "close": run_close,
     "doctor": run_doctor,
+    "execute": run_execute,
     "config": run_config,
 }
 

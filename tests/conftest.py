@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 from private_sshd import PrivateSshd
@@ -222,9 +222,18 @@ class Host:
         # Tests put files there that make no sense; killpg of what such a file calls a pid would be a disaster.
         return [dict(r, id=name) for r, name in records if isinstance(r, dict) and type(r.get("identity")) is str]
 
+    def runs(self) -> List[Dict[str, Any]]:
+        """Return the records of the notebooks that rjupyter.py executes."""
+        return [json.loads(file.read_text()) for file in self.home.glob(".local/state/rjupyter/runs/*/run.json")]
+
     def end_servers(self) -> None:
-        """Kill what was meant to outlive the client: the sessions that the servers lead."""
-        for record in self.servers():
+        """Kill what was meant to outlive the client: the sessions that the servers and the runs lead.
+
+        Not those on the nodes of a cluster, which end with it: a pid of theirs is another process here.
+        """
+        for record in self.servers() + self.runs():
+            if record.get("node") not in (None, os.uname().nodename):
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(record["pid"], signal.SIGKILL)
 
@@ -311,7 +320,8 @@ def make_user(directory: Path) -> Iterator[Callable[[str], User]]:
 
 @pytest.fixture
 def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Iterator[Callable[..., Host]]:
-    """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config."""
+    """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config; `prefix` is a
+    command that starts sshd, as PrivateSshd has it."""
     hosts = []
 
     def make(
@@ -319,11 +329,12 @@ def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Ite
         settings: str = "",
         name: str = "host",
         user: Optional[User] = None,
+        prefix: Sequence[str] = (),
         **environment: str,
     ) -> Host:
         base = directory / name
         base.mkdir()
-        sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings)
+        sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)
         if user:
             sshd.serve(user.name, user.home)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)

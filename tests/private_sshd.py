@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 
 def find_sshd() -> str:
@@ -40,9 +40,22 @@ def children(pid: int) -> List[int]:
 
 
 class PrivateSshd:
-    """An sshd below `directory`; logins get `environment`: PATH, and a HOME of their own when it is the user's."""
+    """An sshd below `directory`; logins get `environment`: PATH, and a HOME of their own when it is the user's.
 
-    def __init__(self, directory: Path, path: str = "", host: str = "host", settings: str = "") -> None:
+    `prefix` is a command that starts sshd elsewhere, in the namespaces of another machine, at `address` and `port`; it
+    must become sshd itself (exec), so that its pid is sshd's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        path: str = "",
+        host: str = "host",
+        settings: str = "",
+        address: str = "127.0.0.1",
+        port: int = 0,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
         self.home = directory / "home"
         self.host = host
@@ -50,7 +63,9 @@ class PrivateSshd:
         self.program = find_sshd()
         self.user = getpass.getuser()
         self.environment = {"HOME": str(self.home), "PATH": path}
-        self.port = free_port()
+        self.address = address
+        self.port = port or free_port()
+        self.prefix = list(prefix)
         self.config = directory / "ssh_config"
         self.log = directory / "sshd.log"
         self.process: Optional[subprocess.Popen[bytes]] = None
@@ -71,11 +86,12 @@ class PrivateSshd:
 
     def _write_client_files(self) -> None:
         key = (self.directory / "host_key.pub").read_text().split()
-        (self.directory / "known_hosts").write_text("[127.0.0.1]:%d %s %s\n" % (self.port, key[0], key[1]))
+        name = self.address if self.port == 22 else "[%s]:%d" % (self.address, self.port)  # ssh looks for no other
+        (self.directory / "known_hosts").write_text("%s %s %s\n" % (name, key[0], key[1]))
         self.config.write_text(
-            "Host %s\n  HostName 127.0.0.1\n  Port %d\n  User %s\n  IdentityFile %s\n  IdentitiesOnly yes\n"
+            "Host %s\n  HostName %s\n  Port %d\n  User %s\n  IdentityFile %s\n  IdentitiesOnly yes\n"
             "  UserKnownHostsFile %s\n  StrictHostKeyChecking yes\n"
-            % (self.host, self.port, self.user, self._file("user_key"), self._file("known_hosts"))
+            % (self.host, self.address, self.port, self.user, self._file("user_key"), self._file("known_hosts"))
         )
 
     def _file(self, name: str) -> str:
@@ -86,12 +102,13 @@ class PrivateSshd:
         pairs = " ".join('"%s=%s"' % pair for pair in self.environment.items())
         config = self.directory / "sshd_config"
         config.write_text(
-            "%s\nPort %d\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
+            "%s\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
             "PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nPrintMotd no\nAcceptEnv LANG LC_*\nSetEnv %s\n"
             "MaxStartups 100\n"
             % (
                 self.settings,
                 self.port,
+                self.address,
                 self.directory / "host_key",
                 self.directory / "user_key.pub",
                 pairs,
@@ -99,7 +116,7 @@ class PrivateSshd:
         )
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation needs it to exist
-        argv = [self.program, "-D", "-f", str(config), "-E", str(self.log)]
+        argv = [*self.prefix, self.program, "-D", "-f", str(config), "-E", str(self.log)]
         # In a session of its own: a Ctrl-C on the terminal is for the client.
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 10
@@ -111,7 +128,7 @@ class PrivateSshd:
 
     def _greets(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            with socket.create_connection((self.address, self.port), timeout=1) as connection:
                 return connection.recv(4) == b"SSH-"
         except OSError:
             return False

@@ -24,6 +24,11 @@ if [ "$purpose" = test ]; then
         for shell in dash bash zsh fish ksh tcsh csh busybox; do
             command -v $shell >/dev/null || missing="$missing $shell"
         done
+        if command -v apt-get >/dev/null; then # elsewhere the tests of Slurm skip: few others have packages of it
+            for name in munged slurmctld slurmd sbatch ip; do
+                command -v $name >/dev/null || missing="$missing $name"
+            done
+        fi
     fi
 fi
 if [ "$purpose" = lint ]; then
@@ -38,6 +43,9 @@ packages() {
             apt-get:python) echo python3 ;;
             apt-get:venv) echo python3-venv ;;
             apt-get:chromedriver) echo chromium-driver ;;
+            apt-get:munged) echo munge ;;
+            apt-get:sbatch) echo slurm-client ;;
+            apt-get:ip) echo iproute2 ;;
             dnf:ssh | zypper:ssh) echo openssh-clients ;;
             dnf:sshd | zypper:sshd) echo openssh-server ;;
             dnf:python | dnf:venv | zypper:python | zypper:venv) echo python3 ;;
@@ -84,8 +92,15 @@ if [ -n "$missing" ]; then
     echo "setup: installing $wanted"
     if [ "$manager" = apt-get ]; then
         $sudo apt-get update -qq
-        # A package of openssh-server must not start a daemon of the system's on the developer's machine.
-        install="env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends"
+        # sshd, munge and Slurm must not start a daemon of the system's on the developer's machine: for this install, the
+        # programs by which a package starts one are found first in a directory where they do nothing.
+        idle=$(mktemp -d)
+        trap 'rm -rf "$idle"' EXIT
+        for name in invoke-rc.d deb-systemd-invoke; do
+            ln -s /bin/true "$idle/$name"
+        done
+        install="env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"
+        install="$install -o DPkg::Path=$idle:/usr/sbin:/usr/bin:/sbin:/bin"
     fi
     # shellcheck disable=SC2086 # words on purpose
     $sudo $install $wanted >/dev/null

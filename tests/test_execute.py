@@ -1,0 +1,586 @@
+"""Notebooks executed on the host, by real kernels, and their results here; whatever happens meanwhile."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+from client import check_failure
+from conftest import ON_HOST, VENV_BIN, Host, Laptop, Run, User, processes_with, wait_until
+from jupyters import AGES, jupyter_for_everyone, jupyter_of
+
+import rjupyter
+
+PYTHON_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def code(source: str, *tags: str) -> Dict[str, Any]:
+    cell: Dict[str, Any] = {"cell_type": "code", "id": "", "metadata": {}, "execution_count": None, "outputs": []}
+    return dict(cell, source=source, metadata={"tags": list(tags)} if tags else {})
+
+
+def write_notebook(path: Path, *cells: Any, minor: int = 5, **metadata: Any) -> Path:
+    """Write a notebook; a cell may be given as its source alone."""
+    whole = [code(cell) if isinstance(cell, str) else dict(cell) for cell in cells]
+    for number, cell in enumerate(whole):
+        cell["id"] = "c%d" % number
+        if minor < 5:
+            del cell["id"]
+    notebook = {"cells": whole, "metadata": {"kernelspec": PYTHON_SPEC, **metadata}}
+    path.write_text(json.dumps(dict(notebook, nbformat=4, nbformat_minor=minor), ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def cells_of(path: Path) -> List[Dict[str, Any]]:
+    """Return the code cells of a notebook that was written."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def printed(path: Path) -> List[str]:
+    """Return what each code cell printed."""
+    return [
+        "".join("".join(output.get("text", "")) for output in cell["outputs"] if output["output_type"] == "stream")
+        for cell in cells_of(path)
+    ]
+
+
+def the_run(host: Host) -> Path:
+    """Return the directory of the only run on the host."""
+    (directory,) = (host.home / ".local/state/rjupyter/runs").iterdir()
+    return directory
+
+
+def runner_pid(host: Host) -> int:
+    return int(json.loads((the_run(host) / "run.json").read_text())["pid"])
+
+
+def runs(laptop: Laptop) -> List[Dict[str, Any]]:
+    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
+    return [thing for thing in found if thing["event"] == "run"]
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def test_result_is_beside_the_notebook(laptop: Laptop, host: Host) -> None:
+    (host.home / "work").mkdir()
+    notebook = write_notebook(laptop.home / "train.ipynb", "import os", "print(os.getcwd())", "6 * 7")
+    before = notebook.read_bytes()
+    run = laptop.run("host:work", "execute", "train.ipynb")
+    assert run.status == 0, run.text
+    assert run.stdout == "train.executed.ipynb\n"
+    result = laptop.home / "train.executed.ipynb"
+    assert printed(result) == ["", "%s\n" % (host.home / "work"), ""]
+    assert cells_of(result)[2]["outputs"][0]["data"]["text/plain"] == ["42"]
+    assert notebook.read_bytes() == before
+    assert host.sshd.logins() == 1
+    lines = [line for line in run.stderr.splitlines() if not line.endswith("...")]  # of a step that took its time
+    patterns = [r"Executing train\.ipynb on host \(r[0-9a-f]{4}\)\."]
+    patterns += [r"Cell %d/3 done \(\d+\.\d s\)\." % number for number in (1, 2, 3)]
+    patterns += [r"Executed train\.ipynb: 3 cells in \d+\.\d s\."]
+    assert len(lines) == len(patterns) + 1, lines
+    for line, pattern in zip(lines[1:], patterns):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+SAME_AS_NBCONVERT = [
+    ({"cell_type": "markdown", "metadata": {}, "source": "# Title\n\ntext"}, "print('é 日本 \\U0001f600')", "1 + 1"),
+    ("import sys; print('out'); print('err', file=sys.stderr)", "", "from IPython.display import HTML, display\n"
+     "h = display(HTML('<b>one</b>'), display_id=True)", "h.update(HTML('<b>two</b>'))", "raise SystemExit"),
+    tuple("print(%d)" % number for number in range(200)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", SAME_AS_NBCONVERT, ids=["text", "displays", "200 cells"])
+def test_result_equals_that_of_nbconvert(laptop: Laptop, host: Host, cells: Any) -> None:
+    path = write_notebook(laptop.home / "a.ipynb", *cells)
+    argv = [str(VENV_BIN / "jupyter"), "nbconvert", "--execute", "--allow-errors", "--to", "notebook"]
+    environment = {"HOME": str(host.home), "PATH": "/usr/bin:/bin"}
+    subprocess.run([*argv, "--output", "by_nbconvert", str(path)], check=True, capture_output=True, env=environment)
+    run = laptop.run("host", "execute", "a.ipynb")
+    assert run.status in (0, 5), run.text
+    expected = cells_of(laptop.home / "by_nbconvert.ipynb")
+    got = cells_of(laptop.home / "a.executed.ipynb")
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected):
+        for cell in (ours, theirs):
+            for output in cell["outputs"]:
+                output.pop("traceback", None)  # names files by pid
+        assert (ours["source"], ours["execution_count"]) == (theirs["source"], theirs["execution_count"])
+        assert joined(ours["outputs"]) == joined(theirs["outputs"])
+    names = ("by_nbconvert.ipynb", "a.executed.ipynb")
+    metadata = [json.loads((laptop.home / name).read_text())["metadata"] for name in names]
+    assert metadata[0] == metadata[1]
+
+
+def joined(outputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Join what a kernel printed on one stream in several messages: how many there are is chance."""
+    whole: List[Dict[str, Any]] = []
+    for output in outputs:
+        text = "".join(output.get("text", ""))
+        if whole and output["output_type"] == "stream" and whole[-1].get("name") == output["name"]:
+            whole[-1]["text"] += text
+        else:
+            whole.append(dict(output, text=text) if text else output)
+    return whole
+
+
+def test_several_in_place_one_after_the_other(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "a.ipynb", "open('flag', 'w').write('x')").chmod(0o640)
+    write_notebook(laptop.home / "b.ipynb", "print(open('flag').read())")
+    run = laptop.run("host", "execute", "--inplace", "a.ipynb", "b.ipynb")
+    assert (run.status, run.stdout) == (0, "a.ipynb\nb.ipynb\n"), run.text
+    assert printed(laptop.home / "b.ipynb") == ["x\n"]
+    assert (laptop.home / "a.ipynb").stat().st_mode & 0o777 == 0o640
+    assert host.sshd.logins() == 1
+
+
+def test_output_and_notebook_that_is_on_the_host(laptop: Laptop, host: Host) -> None:
+    (host.home / "work").mkdir()
+    there = write_notebook(host.home / "work/it's #1 %.ipynb", "print('there')")
+    before = there.read_bytes()
+    run = laptop.run("host:work", "execute", ":it's #1 %.ipynb", "-o", "out.ipynb")
+    assert (run.status, run.stdout) == (0, "out.ipynb\n"), run.text
+    assert printed(laptop.home / "out.ipynb") == ["there\n"]
+    assert there.read_bytes() == before
+    there.chmod(0o640)
+    run = laptop.run("host:work", "execute", ":it's #1 %.ipynb", "--inplace")
+    assert (run.status, run.stdout) == (0, ""), run.text
+    assert printed(there) == ["there\n"]
+    assert there.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in there.parent.iterdir()] == [there.name]
+    check_failure(laptop.run("host:work", "execute", ":nothing.ipynb"), 1, "cannot read", "nothing.ipynb")
+
+
+def test_large_output_arrives_whole(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "big.ipynb", "for _ in range(60):\n    print('x' * 1000000)", "print('after')", "1")
+    run = laptop.run("host", "execute", "big.ipynb")
+    assert run.status == 0, run.text
+    first, second, _ = printed(laptop.home / "big.executed.ipynb")
+    assert (len(first), second) == (60 * 1000001, "after\n")
+
+
+def test_parameters(laptop: Laptop, host: Host) -> None:
+    write_notebook(
+        laptop.home / "p.ipynb", "a = 0", code("epochs = 1\nname = 'x'", "parameters"), "print(epochs, repr(name), b)"
+    )
+    run = laptop.run("host", "execute", "p.ipynb", "-p", "epochs=20", "-p", 'name=it\'s "q" é', "-p", "b=[1, null]")
+    assert run.status == 0, run.text
+    result = laptop.home / "p.executed.ipynb"
+    assert printed(result)[-1] == "20 'it\\'s \"q\" é' [1, None]\n"
+    injected = cells_of(result)[2]
+    assert injected["metadata"]["tags"] == ["injected-parameters"]
+    # Again: the earlier injection is replaced.
+    assert laptop.run("host", "execute", "--inplace", "p.executed.ipynb", "-p", "epochs=3", "-p", "b=.inf").status == 0
+    assert len(cells_of(result)) == 4
+    assert printed(result)[-1] == "3 'x' inf\n"
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
+    make_host(path=str(jupyter_of(age)))
+    write_notebook(laptop.home / "old.ipynb", "import sys; print(sys.prefix)", code("p = 1", "parameters"), minor=4)
+    run = laptop.run("host", "execute", "old.ipynb", "-p", "p=2")
+    assert run.status == 0, run.text
+    assert printed(laptop.home / "old.executed.ipynb")[0] == "%s\n" % jupyter_of(age).parent
+
+
+def test_format_of_long_ago_and_metadata_of_widgets(laptop: Laptop, host: Host) -> None:
+    cell = {"cell_type": "code", "collapsed": False, "input": ["print(1)"], "language": "python", "metadata": {}}
+    old = {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0}
+    (laptop.home / "v3.ipynb").write_text(json.dumps(dict(old, worksheets=[{"cells": [dict(cell, outputs=[])]}])))
+    assert laptop.run("host", "execute", "v3.ipynb").status == 0
+    assert printed(laptop.home / "v3.executed.ipynb") == ["1\n"]
+    state = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2, "version_minor": 0}}
+    write_notebook(laptop.home / "w.ipynb", "print(1)", widgets=state)
+    assert laptop.run("host", "execute", "w.ipynb").status == 0
+    assert json.loads((laptop.home / "w.executed.ipynb").read_text())["metadata"]["widgets"] == state
+
+
+def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "a.ipynb", "print(1)", kernelspec=dict(PYTHON_SPEC, name="my-env"))
+    run = laptop.run("host", "execute", "a.ipynb")
+    assert run.status == 0
+    assert "There is no kernel my-env on host; taking python3." in run.stderr
+    run = laptop.run("host", "execute", "a.ipynb", "--kernel", "python3")
+    assert run.status == 0 and "There is no kernel" not in run.stderr
+    write_notebook(laptop.home / "r.ipynb", "1", kernelspec={"name": "ir", "display_name": "R", "language": "R"})
+    check_failure(laptop.run("host", "execute", "r.ipynb"), 1, "cannot be executed", "written in R", "no kernel ir")
+
+
+# -- where it runs ----------------------------------------------------------------------------------------------------
+
+
+def test_environment_that_was_asked_for(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    (directory / "bin").mkdir()
+    (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    host = make_host(path=str(directory / "bin"))
+    (host.home / "miniconda3/envs").mkdir(parents=True)
+    (host.home / "miniconda3/envs/ml").symlink_to(jupyter_for_everyone().parent)
+    write_notebook(laptop.home / "a.ipynb", "import sys; print(sys.prefix)")
+    check_failure(laptop.run("--no-install", "host", "execute", "a.ipynb"), 3, "no Jupyter on the host")
+    for option, value in (("--env", "ml"), ("--python", "~/miniconda3/envs/ml/bin/python")):
+        run = laptop.run(option, value, "host", "execute", "a.ipynb")
+        assert run.status == 0, run.text
+        assert printed(laptop.home / "a.executed.ipynb") == ["%s/miniconda3/envs/ml\n" % host.home]
+
+
+def test_jupyter_without_nbclient_leads_to_the_next(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    (directory / "bin").mkdir()
+    bare = directory / "bin/jupyter-notebook"
+    bare.write_text("#!/usr/bin/python3 -I\n")
+    bare.chmod(0o755)
+    host = make_host(path=str(directory / "bin"))
+    (host.home / "miniconda3").symlink_to(jupyter_for_everyone().parent)
+    write_notebook(laptop.home / "a.ipynb", "import sys; print(sys.prefix)")
+    run = laptop.run("host", "execute", "a.ipynb")
+    assert run.status == 0, run.text
+    assert "Using %s/miniconda3/bin/jupyter-notebook (the usual places)." % host.home in run.stderr
+    assert printed(laptop.home / "a.executed.ipynb") == ["%s\n" % jupyter_for_everyone().parent]
+
+
+@pytest.mark.parametrize(
+    ("head", "beside", "expected"),
+    [
+        ("#!{0}/venv/bin/python3.11\n", "", "venv/bin/python3.11"),
+        ("#!/usr/bin/env python3\n", "", "path/python3"),
+        ("#!/usr/bin/env -S python3 -I\n", "", "path/python3"),
+        ("#!/bin/sh\n'''exec' \"{0}/a b/bin/python\" \"$0\" \"$@\"\n' '''\n", "", "a b/bin/python"),
+        ("#!/bin/sh\n'''exec' {0}/venv/bin/python3.11 \"$0\" \"$@\"\n' '''\n", "", "venv/bin/python3.11"),
+        ("#!/usr/bin/env bash\nexec pyenv exec\n", "bin/python3", "bin/python3"),
+        ("#!/bin/sh\nexec apptainer exec x jupyter\n", "", ""),
+    ],
+)  # fmt: skip
+def test_interpreter_behind_a_command(tmp_path: Path, head: str, beside: str, expected: str) -> None:
+    for name in ["venv/bin/python3.11", "path/python3", "a b/bin/python"] + [beside] * bool(beside):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to("/bin/true")
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    command = tmp_path / "bin/jupyter-notebook"
+    command.write_text(head.format(tmp_path))
+    found = {"argv": [str(command)], "environment": {"PATH": str(tmp_path / "path")}}
+    assert rjupyter.interpreter_of(found) == (str(tmp_path / expected) if expected else "")
+
+
+# -- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_cell_that_fails(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "bad.ipynb", "print('before')", "{}['no such key']", "print('never')")
+    run = laptop.run("host", "execute", "bad.ipynb")
+    assert (run.status, run.stdout) == (5, "bad.executed.ipynb\n")
+    assert "rjupyter: cell 2 of 3 failed in bad.ipynb\n  why: KeyError: 'no such key'\n" in run.stderr
+    assert "the result so far is in bad.executed.ipynb" in run.stderr
+    _, second, third = cells_of(laptop.home / "bad.executed.ipynb")
+    assert printed(laptop.home / "bad.executed.ipynb")[0] == "before\n"
+    assert second["outputs"][0]["ename"] == "KeyError"
+    assert third["outputs"] == [] and third["execution_count"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise ValueError('one\\ntwo \\033[31mred')", "why: two ?[31mred"),
+        ("import os; os.kill(os.getpid(), 9)", "it was killed, by hand or for want of memory"),
+    ],
+)
+def test_other_ways_of_a_cell_to_fail(laptop: Laptop, host: Host, source: str, words: str) -> None:
+    write_notebook(laptop.home / "bad.ipynb", "print('before')", source, "print('never')")
+    run = laptop.run("host", "execute", "bad.ipynb")
+    assert run.status == 5, run.text
+    assert words in run.stderr and "cell 2 of 3" in run.stderr
+    assert printed(laptop.home / "bad.executed.ipynb")[::2] == ["before\n", ""]
+
+
+def test_failure_ends_the_row(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "bad.ipynb", "1 / 0")
+    write_notebook(laptop.home / "good.ipynb", "1")
+    assert laptop.run("host", "execute", "bad.ipynb", "good.ipynb").status == 5
+    assert not (laptop.home / "good.executed.ipynb").exists()
+
+
+def test_time_limit(laptop: Laptop, host: Host) -> None:
+    write_notebook(
+        laptop.home / "slow.ipynb", "print('before')", "import time\nprint('in it', flush=True)\ntime.sleep(600)"
+    )
+    run = laptop.run("host", "execute", "slow.ipynb", "--timeout", "3")
+    assert run.status == 6, run.text
+    assert "rjupyter: slow.ipynb took too long\n  why: its time was up in cell 2 of 2\n" in run.stderr
+    assert printed(laptop.home / "slow.executed.ipynb") == ["before\n", "in it\n"]
+
+
+WAITS = "import os, time\nprint('waits', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('went')"
+
+
+def start_waiting(laptop: Laptop, *options: str, has_terminal: bool = False) -> Tuple[Run, str]:
+    """Start a notebook whose second cell waits for the file `go`; return the run when that cell runs, and its id."""
+    write_notebook(laptop.home / "w.ipynb", "x = 1", WAITS, "print(x)")
+    run = laptop.start(*options, "host", "execute", "-v", "w.ipynb", has_terminal=has_terminal)
+    run.expect(r"(^|\033\[K)waits$")
+    return run, run.expect(r"\((r[0-9a-f]{4})\)").group(1)
+
+
+def test_stop_keeps_what_there_is(laptop: Laptop, host: Host) -> None:
+    run, identity = start_waiting(laptop)
+    (listed,) = runs(laptop)
+    assert (listed["id"], listed["state"], listed["cell"], listed["count"]) == (identity, "running", 2, 3)
+    stop = laptop.run("host", "stop", identity)
+    assert stop.status == 0
+    assert "Stopped the execution of w.ipynb (%s); its result so far is kept." % identity in stop.stderr
+    assert run.wait() == 1
+    assert "the execution of w.ipynb was stopped" in run.stderr
+    assert printed(laptop.home / "w.executed.ipynb") == ["", "waits\n", ""]
+    assert cells_of(laptop.home / "w.executed.ipynb")[1]["outputs"][-1]["ename"] == "KeyboardInterrupt"
+    assert [run["state"] for run in runs(laptop)] == ["stopped"]
+    check_failure(laptop.run("host", "stop", identity), 1, identity)
+
+
+def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: str) -> None:
+    deaf = (
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(600)"
+    )
+    write_notebook(laptop.home / "d.ipynb", "print(1)", deaf)
+    run = laptop.start("host", "execute", "-v", "d.ipynb", has_terminal=False)
+    run.expect("^deaf$")
+    assert laptop.run("host", "stop", "--all").status == 0
+    assert run.wait() == 1
+    assert printed(laptop.home / "d.executed.ipynb")[0] == "1\n"
+    wait_until(lambda: not processes_with(mark), "runner and kernel are gone")
+
+
+def test_runner_that_is_killed(laptop: Laptop, host: Host) -> None:
+    run, _ = start_waiting(laptop)
+    os.killpg(runner_pid(host), signal.SIGKILL)
+    assert run.wait() == 1
+    assert "the execution of w.ipynb ended early" in run.stderr
+    assert "it was killed, by hand or for want of memory" in run.stderr
+    assert [run["state"] for run in runs(laptop)] == ["killed"]
+
+
+def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
+    user = make_user("/bin/bash")
+    options = "size=8m,mode=755,uid=%d" % user.uid
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(user.home)], check=True)
+    try:
+        user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+        make_host(user=user)
+        write_notebook(laptop.home / "a.ipynb", "print('before')", "print('x' * 30000000)", "print('after')")
+        run = laptop.run("host", "execute", "a.ipynb")
+        assert run.status in (1, 5)
+        assert "No space left" in run.stderr or "the disk is full" in run.stderr
+        assert printed(laptop.home / "a.executed.ipynb")[0] == "before\n"
+    finally:
+        subprocess.run(["umount", "--lazy", str(user.home)], check=True)
+
+
+# -- what runs on the host outlives us --------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, host: Host) -> None:
+    run, identity = start_waiting(laptop, has_terminal=True)
+    run.interrupt()
+    assert run.wait() == 130
+    assert "w.ipynb goes on without us. To follow it again: rjupyter.py " in run.text
+    assert "execute --attach %s " % identity in run.text and "stop %s" % identity in run.text
+    again = laptop.start("host", "execute", "--attach", identity, "-v", has_terminal=False)
+    again.expect("^waits$")  # from its begin
+    (host.home / "go").write_text("")
+    assert (again.wait(), again.stdout) == (0, "w.executed.ipynb\n"), again.text
+    assert printed(laptop.home / "w.executed.ipynb") == ["", "waits\nwent\n", "1\n"]
+    late = laptop.run("host", "execute", "--attach", identity, "-o", "late.ipynb")
+    assert late.status == 0
+    assert (laptop.home / "late.ipynb").read_bytes() == (laptop.home / "w.executed.ipynb").read_bytes()
+    check_failure(laptop.run("host", "execute", "--attach", "r0000"), 1, "no run of yours has this id: r0000")
+
+
+@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+def test_lost_connection_is_dialled_again_and_nothing_is_said_twice(
+    laptop: Laptop, host: Host, mode: List[str]
+) -> None:
+    run, _ = start_waiting(laptop, *mode)
+    host.sshd.end_connections()
+    run.expect("Connected to host again")
+    (host.home / "go").write_text("")
+    assert run.wait() == 0, run.text
+    assert printed(laptop.home / "w.executed.ipynb") == ["", "waits\nwent\n", "1\n"]
+    assert run.text.count("Cell 1/3 done") == 1 and run.text.count("\nwaits\n") == 1
+
+
+def test_kill_9_of_us(laptop: Laptop, host: Host, mark: str) -> None:
+    run, identity = start_waiting(laptop)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+    (host.home / "go").write_text("")
+    assert laptop.run("host", "execute", "--attach", identity).status == 0
+    assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"
+
+
+def test_two_runs_of_one_notebook_do_not_overlap(laptop: Laptop, host: Host) -> None:
+    run, identity = start_waiting(laptop)
+    second = laptop.run("host", "execute", "w.ipynb")
+    assert (second.status, second.stdout) == (0, "")
+    assert re.search(r"w\.ipynb is being executed already \(%s, for \d+ s\)" % identity, second.stderr)
+    third = laptop.start("host", "execute", "--overlap", "w.ipynb", "-o", "third.ipynb", has_terminal=False)
+    wait_until(lambda: len([run for run in runs(laptop) if run["state"] == "running"]) == 2, "both run")
+    (host.home / "go").write_text("")
+    assert [run.wait(), third.wait()] == [0, 0]
+
+
+def test_two_at_the_same_moment(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "w.ipynb", WAITS)
+    both = [laptop.start("host", "execute", "w.ipynb", has_terminal=False) for _ in range(2)]
+
+    def has_given_way() -> bool:
+        for run in both:
+            run._read(0.05)
+        return any("being executed already" in run.text for run in both)
+
+    wait_until(has_given_way, "one gives way")
+    (host.home / "go").write_text("")
+    assert [run.wait() for run in both] == [0, 0]
+    assert sorted(run.stdout for run in both) == ["", "w.executed.ipynb\n"]
+    assert len(list((host.home / ".local/state/rjupyter/runs").iterdir())) == 1
+
+
+def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "a.ipynb", "1")
+    assert laptop.run("host", "execute", "a.ipynb").status == 0
+    old = the_run(host)
+    assert laptop.run("host", "execute", "a.ipynb").status == 0
+    assert old.exists()
+    past = time.time() - rjupyter.KEEP_ENDED_S - 60
+    os.utime(old, (past, past))
+    assert laptop.run("host", "execute", "a.ipynb").status == 0
+    assert not old.exists()
+    table = laptop.run("host", "list").stdout.splitlines()
+    assert table[1].split() == ["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "SIZE", "AGE"]
+    assert [line.split()[1:4] for line in table[2:]] == [["done", "1/1", "a.ipynb"]] * 2
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "it is no JSON"),
+        ("[1]", "it has no nbformat"),
+        ("\xff", "it is no JSON"),
+        ("[" * 100000, "it is no JSON"),
+    ],
+)
+def test_what_is_no_notebook_is_said_before_anything_is_connected(
+    laptop: Laptop, host: Host, text: str, words: str
+) -> None:
+    (laptop.home / "no.ipynb").write_bytes(text.encode("latin-1"))
+    check_failure(laptop.run("host", "execute", "no.ipynb"), 1, "no.ipynb is not a notebook", words)
+    assert host.sshd.logins() == 0
+
+
+def test_notebook_that_jupyter_does_not_take(laptop: Laptop, host: Host) -> None:
+    (laptop.home / "odd.ipynb").write_text('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 7}')
+    check_failure(laptop.run("host", "execute", "odd.ipynb"), 1, "odd.ipynb cannot be executed on host")
+    assert not (laptop.home / "odd.executed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ([], 2, "execute takes notebooks"),
+        (["nowhere.ipynb"], 1, "cannot read nowhere.ipynb"),
+        (["a.ipynb", "a.ipynb", "-o", "x"], 2, "-o goes with one notebook"),
+        (["a.ipynb", "-p", "1=2"], 2, "a parameter is NAME=VALUE"),
+        (["a.ipynb", "-p", "import=2"], 2, "a parameter is NAME=VALUE"),
+        (["a.ipynb", "-p", "x=[1,"], 2, "is not the JSON that it begins as"),
+        (["a.ipynb", "--timeout", "soon"], 2, "a duration is a number"),
+        (["a.ipynb", "-o", "nowhere/x.ipynb"], 1, "no place for the result"),
+        (["a.ipynb", "--attach", "r1234"], 2, "execute takes notebooks, or --attach ID"),
+    ],
+)
+def test_wrong_usage(laptop: Laptop, host: Host, arguments: List[str], status: int, words: str) -> None:
+    write_notebook(laptop.home / "a.ipynb", "1")
+    check_failure(laptop.run("host", "execute", *arguments), status, words)
+    assert host.sshd.logins() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None), ("~", None), ("null", None), ("true", True), ("False", False), ("20", 20), ("-3", -3), ("0x1f", 31),
+        ("0o17", 15), ("1.5", 1.5), ("1e3", 1000.0), (".5", 0.5), ("-.inf", float("-inf")), ("yes", "yes"),
+        ("a=b", "a=b"), ("[1, 2]", [1, 2]), ('{"a": 1}', {"a": 1}), ('"20"', "20"), ("'it''s'", "it's"),
+        ("1_000", "1_000"), ("1.2.3", "1.2.3"),
+    ],
+)  # fmt: skip
+def test_value_is_typed_as_yaml_reads_it(text: str, value: Any) -> None:
+    name, parsed = rjupyter.parse_parameter("x=" + text)
+    assert (name, type(parsed), parsed) == ("x", type(value), value)
+
+
+def test_host_does_not_choose_where_a_result_is_written(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "a.ipynb", "1")
+    assert laptop.run("host", "execute", "a.ipynb").status == 0
+    record = the_run(host) / "run.json"
+    for name in ("../../.bashrc", ".bashrc", "/tmp/x"):
+        record.write_text(json.dumps(dict(json.loads(record.read_text()), name=name)))
+        check_failure(laptop.run("host", "execute", "--attach", the_run(host).name), 1, "makes no sense")
+    assert sorted(path.name for path in laptop.home.iterdir()) == [".ssh"] * (laptop.home / ".ssh").exists() + [
+        "a.executed.ipynb",
+        "a.ipynb",
+    ]
+
+
+def test_json_events(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "a.ipynb", "1", "1 / 0")
+    run = laptop.run("host", "execute", "--json", "a.ipynb")
+    events = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["connected", "started", "cell", "cell", "executed", "failure"]
+    assert [event["is_done"] for event in events[2:4]] == [True, False]
+    assert (events[4]["path"], events[4]["outcome"]) == ("a.executed.ipynb", "failed")
+    assert events[5]["status"] == run.status == 5
+
+
+def test_crontab_line_of_the_readme(laptop: Laptop, host: Host, directory: Path) -> None:
+    """As cron runs it: /bin/sh, no terminal, an environment of four words, rjupyter.py and gpu1 as a user has them."""
+    readme = Path(rjupyter.__file__).with_name("README.md").read_text()
+    (line,) = re.findall(r"^    0 6 \* \* \* (cd .* execute .*)$", readme, re.MULTILINE)
+    (host.home / "work").mkdir()
+    (laptop.home / "reports").mkdir()
+    notebook = write_notebook(laptop.home / "reports/daily.ipynb", "import os; print(os.getcwd())")
+    (directory / "bin").mkdir()
+    program = directory / "bin/rjupyter.py"
+    program.write_text(
+        "#!/bin/sh\nexport RJUPYTER_TMP=%s\nexec %s %s -F %s -o HostKeyAlias=[127.0.0.1]:%d -o HostName=127.0.0.1 "
+        '-p %d -i %s -o UserKnownHostsFile=%s "$@"\n'
+        % (directory, sys.executable, rjupyter.__file__, "/dev/null", host.sshd.port, host.sshd.port,
+           host.sshd.directory / "user_key", host.sshd.directory / "known_hosts")
+    )  # fmt: skip
+    program.chmod(0o755)
+    environment = {
+        "HOME": str(laptop.home),
+        "LOGNAME": "x",
+        "SHELL": "/bin/sh",
+        "PATH": "%s:/usr/bin:/bin" % program.parent,
+    }
+    argv = ["/usr/bin/setsid", "--wait", "/bin/sh", "-c", line]
+    for source, status, words in (("print(1)", 0, ""), ("1 / 0", 5, "rjupyter: cell 1 of 1 failed in daily.ipynb")):
+        write_notebook(notebook, source)
+        null = subprocess.DEVNULL
+        answer = subprocess.run(argv, env=environment, stdin=null, capture_output=True, text=True, timeout=120)
+        assert (answer.returncode, answer.stdout) == (status, ""), answer.stderr
+        assert answer.stderr.partition("\n")[0] == words
+        assert cells_of(laptop.home / "reports/daily.executed.ipynb")[0]["execution_count"] == 1
+    keys = [record["key"] for record in host.runs()]
+    assert keys == ["%s:%s" % (socket.gethostname(), notebook)] * 2
