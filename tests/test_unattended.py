@@ -35,6 +35,7 @@ from conftest import (
 )
 from jupyters import jupyter_for_everyone
 from private_sshd import find_sshd
+from test_execute import write_notebook
 from test_hosts import bare_python
 from test_staying import MODES, is_up, ssh_of
 
@@ -472,6 +473,11 @@ def test_doctor_names_what_is_wrong(
     assert [check["check"] for check in found.values() if not check["is_ok"]] == ([] if is_ok else [name])
 
 
+def test_readme_shows_what_doctor_prints() -> None:
+    lines = readme_block("rjupyter.py gpu3 doctor").splitlines()
+    assert [line[6:18].strip() for line in lines if re.match("ok  |FAIL", line)] == NAMES.split(",")
+
+
 def test_doctor_shows_a_failure_with_its_remedy(laptop: Laptop, host: Host) -> None:
     host.sshd.stop()
     run = laptop.run("host", "doctor")
@@ -614,6 +620,13 @@ def events_of(run: Run) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+def test_readme_knows_every_event_of_the_program() -> None:
+    code = SCRIPT.read_text()
+    named = re.findall(r'messages\.(?:step|result)\([^\n]*?, "(\w+)"[,)]', code)
+    assert len(named) > 20
+    assert set(named) - {"row", "result"} <= set(readme_events())  # these two are never printed with --json
+
+
 def test_json_events_are_the_ones_of_the_readme(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
 ) -> None:
@@ -650,6 +663,13 @@ def test_json_events_are_the_ones_of_the_readme(
     found = laptop.start("--json", "-q", "host", has_terminal=False)
     found.expect('"open"')
     seen += events_of(found)
+    write_notebook(laptop.home / "a.ipynb", "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)")
+    first = laptop.start("--json", "-q", "host", "execute", "a.ipynb", has_terminal=False)
+    first.expect('"started"')
+    seen += events_of(laptop.run("--json", "-q", "host", "execute", "a.ipynb"))
+    (host.home / "go").write_text("")
+    assert first.wait() == 0
+    seen += events_of(first) + events_of(laptop.run("--json", "-q", "host", "list"))
     keys = {event["event"]: [key for key in event if key != "event"] for event in seen}
     assert keys == readme_events()
 
