@@ -114,13 +114,13 @@ class Run:
             self.text += words
             setattr(self, self._fds.get(fd, "stdout"), getattr(self, self._fds.get(fd, "stdout")) + words)
 
-    def expect(self, pattern: str, timeout_s: float = DEADLINE_S) -> "re.Match[str]":
-        """Wait until the output matches, and return the match."""
+    def expect(self, pattern: str, timeout_s: float = DEADLINE_S, times: int = 1) -> "re.Match[str]":
+        """Wait until the output matches, so many times, and return the last of these matches."""
         deadline = time.monotonic() + timeout_s
         while True:
-            match = re.search(pattern, self.text, re.MULTILINE)
-            if match:
-                return match
+            matches = list(re.finditer(pattern, self.text, re.MULTILINE))
+            if len(matches) >= times:
+                return matches[times - 1]
             assert self._fds and time.monotonic() < deadline, "no %r in:\n%s" % (pattern, self.text)
             self._read(0.2)
 

@@ -356,7 +356,7 @@ def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: in
         fault = chance.choice(FAULTS)
         print(number, fault.__name__, flush=True)
         fault(host, mark, proxy)
-        run.expect(r"(?s)(again \(after.*){%d}" % (number + 1), 120)
+        run.expect(r"again \(after", 120, times=number + 1)
         host.sshd.end_connections(signal.SIGCONT)
         check_same(run, url, kernel)
     run.interrupt()
