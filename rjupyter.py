@@ -57,6 +57,7 @@ BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
 START_TIMEOUT_S = 120
 SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
+CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, where it allows one (MaxSessions)
 ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
 PROBE_EVERY_S = 10
 PROBE_TIMEOUT_S = 10
@@ -96,6 +97,10 @@ class Failure(Exception):
         self.why = why
         self.try_ = try_
         self.status = status
+
+
+class SessionRefused(Failure):
+    """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
 
 
 class Terminated(BaseException):
@@ -2460,13 +2465,21 @@ class Agent:
         """
         nonce = "rjupyter-" + os.urandom(8).hex()
         command = agent_command(str(request.get("python", "")))
-        child = self.ssh.session(command)
-        try:
-            child.send(agent_input(command, self._source, dict(request, action=action, nonce=nonce)))
-            with self.messages.working(doing) as show:
-                return self._hear(child, nonce, show, silence_s, take or (lambda message, show: None))
-        finally:
-            child.end()
+        packed = agent_input(command, self._source, dict(request, action=action, nonce=nonce))
+        until = time.monotonic() + CLOSING_TIMEOUT_S
+        may_be_asked = self.ssh.can_ask and not self.ssh.control_path  # ssh logs in, and has the terminal
+        with self.messages.working(doing, is_animated=not may_be_asked) as show:
+            while True:
+                child = self.ssh.session(command)
+                try:
+                    child.send(packed)
+                    return self._hear(child, nonce, show, silence_s, take or (lambda message, show: None))
+                except SessionRefused:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(POLL_S)
+                finally:
+                    child.end()
 
     def _hear(
         self,
@@ -2565,7 +2578,7 @@ class Agent:
             words = noise[-1] if has_begun and noise else self.ssh.last_words
             return Failure("the connection to %s ended" % host, words, "", EXIT_SSH)
         if any("Session open refused" in text or "session request failed" in text for text in noise):
-            return Failure("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
+            return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
         try_ = self.ssh.plain_command + "   (must succeed)"
         return Failure("the agent did not run on " + host, why, try_)
@@ -4331,9 +4344,8 @@ def check_sessions(ssh: Ssh) -> Check:
     first = ssh.session("exec cat")
     try:
         first.send(b"open\n", is_last=False)
-        while first.next_line(CONTROL_TIMEOUT_S) not in (None, ("stdout", "open")):
-            pass
-        has_two, _ = ssh.run("exit 0")
+        lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
+        has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
     finally:
         first.end()
     return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")

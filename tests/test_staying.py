@@ -240,6 +240,8 @@ def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: Li
     make_host(settings="MaxSessions 1")
     run = laptop.start(*mode, "host", has_terminal=False)
     assert compute(run.url(), "print(1)") == "1\n"
+    api(run.url(), "shutdown", "POST")  # then one session more is needed, to ask why it ended
+    assert run.wait() == 4
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])

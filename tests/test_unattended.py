@@ -299,7 +299,10 @@ def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., 
     """Two steps, two questions; while the tunnel is held, none."""
     host = make_host(settings=PASSWORD_ONLY, user=user)
     run = laptop.start("--no-mux", "--no-browser", "host")
+    run.expect("password:")
+    time.sleep(1.5)  # a spinner comes after a second, and none must
     type_password(run, 1)
+    assert not re.search(r"[|/\\-] Launching", run.text)
     type_password(run, 2)
     run.expect("To end it")
     (record,) = host.servers()
