@@ -10,6 +10,7 @@
     rjupyter.py gpu1                       open Jupyter on gpu1; the same line comes back to it tomorrow
     rjupyter.py --lab gpu1:work            JupyterLab in ~/work on gpu1
     rjupyter.py gpu1:work/train.ipynb      open this notebook
+    rjupyter.py gpu1 execute train.ipynb   run it to its end there, and bring the result
     rjupyter.py gpu1 list                  the servers there
     rjupyter.py gpu1 stop                  end the server
 
@@ -1291,7 +1292,8 @@ def kept_records(kind: str, types: "Dict[str, type]") -> "List[Json]":
     for directory in kept_dirs(kind):
         record = read_json(record_path(directory))
         if all(type(record.get(name)) is type_ for name, type_ in types.items()) and record.get("pid", 2) > 1:
-            records.append(dict(record, id=os.path.basename(directory), directory=directory, is_ours=True))
+            facts = {"id": os.path.basename(directory), "directory": directory, "kind": kind[:-1], "is_ours": True}
+            records.append(dict(record, **facts))
     return sorted(records, key=lambda record: float(record["created"]), reverse=True)
 
 
@@ -1344,6 +1346,7 @@ def other_servers() -> "List[Json]":
                     "created": os.stat(path).st_mtime,
                     "root_dir": info["root_dir"],
                     "runtime_dir": portable(directory),
+                    "kind": "server",
                     "is_ours": False,
                 }
             )
@@ -2028,7 +2031,7 @@ def open_server(request: "Json", channel: Channel) -> "Json":
             waiting = "another run of ours opens a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
         found = find_or_launch(request, root_dir, channel)
-    if "is_job" in found:
+    if found.get("kind") == "job":
         found = wait_for_job(found, channel)
     else:
         found["scheduler"] = scheduler_here() if found["is_launched"] and not request.get("job") else ""
@@ -2131,8 +2134,7 @@ def list_servers(request: "Json", channel: Channel) -> "Json":
     for thread in threads:
         thread.join()
     runs = [describe_run(record) for record in run_records()]
-    jobs = [describe_job(job) for job in job_records()]
-    jobs = [job for job in jobs if job["is_live"]]
+    jobs = [describe_job(job) for job in live_jobs()]
     return {"servers": [server for server in described if server], "runs": runs, "jobs": jobs}
 
 
@@ -2190,48 +2192,46 @@ def why_it_ended(record: "Json", log: str) -> str:
     return "it was killed, by hand or for want of memory"
 
 
+STOPPED_FACTS = ("id", "pid", "app", "root_dir", "name", "job")
+
+
 def stop_servers(request: "Json", channel: Channel) -> "Json":
-    """End servers: those named by id, those of the PATH, or the only one of ours; all of ours with `is_all`.
+    """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
     With `asks`, nothing is ended while a kernel computes: the reply names the busy ones, and the client comes again.
     """
-    import shutil
-
     if request["ids"]:
-        known = our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs()
-        known += [job for job in job_records() if job_state(job)["is_live"]]
+        known = (
+            our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs() + live_jobs()
+        )
         found = [record for record in known if record["id"] in request["ids"]]
         missing = sorted(set(request["ids"]) - {record["id"] for record in found})
         if missing:
-            raise Trouble(1, "no server of yours has this id: " + ", ".join(missing), "", "list shows the ids")
+            raise Trouble(1, "nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
-        root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
-        found = matching_servers(request, root_dir)
-        if len(found) > 1 and not request["is_all"]:
-            names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
-            raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-        if request["is_all"]:
-            found += running_runs() + [job for job in job_records() if job_state(job)["is_live"]]
-        elif not found:
-            found = waiting_jobs(dict(request, action="open"))
-    jobs = [record for record in found if "is_job" in record]
-    runs = [record for record in found if "is_run" in record]
-    servers = [record for record in found if "is_run" not in record and "is_job" not in record]
-    busy = [server for server in map(describe_server, servers) if server["busy"]]
-    if (busy or (runs and not request["ids"])) and request["asks"]:
+        found = servers_to_stop(request)
+    servers = [describe_server(record) for record in found if record["kind"] == "server"]
+    busy = [server for server in servers if server["busy"]]
+    runs = [record for record in found if record["kind"] == "run" and not request["ids"]]
+    if request["asks"] and (busy or runs):
         return {"count": 0, "busy": busy, "runs": runs}
-    for record in servers:
-        shut_down(record)
-        if record["is_ours"]:
-            shutil.rmtree(record["directory"], ignore_errors=True)
-        channel.send("stopped", **{name: record[name] for name in ("id", "pid", "app", "root_dir")})
-    for record in jobs:
-        cancel_job(record)
-        channel.send("cancelled", id=record["id"], job=record["job"])
-    for record in runs:
-        stop_run(record)
-        channel.send("stopped_run", **{name: record[name] for name in ("id", "pid", "name")})
+    ends = {"server": shut_down, "run": stop_run, "job": cancel_job}
+    for record in found:
+        ends[record["kind"]](record)
+        channel.send("stopped", what=record["kind"], **{name: record.get(name) for name in STOPPED_FACTS})
     return {"count": len(found), "busy": [], "runs": []}
+
+
+def servers_to_stop(request: "Json") -> "List[Json]":
+    """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
+    root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
+    found = matching_servers(request, root_dir)
+    if request["is_all"]:
+        return found + running_runs() + live_jobs()
+    if len(found) > 1:
+        names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
+        raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
+    return found or waiting_jobs(dict(request, action="open"))
 
 
 def shut_down(record: "Json") -> None:
@@ -2239,6 +2239,8 @@ def shut_down(record: "Json") -> None:
 
     No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
     """
+    import shutil
+
     info = server_info(record)
     files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
     kernels = kernels_of(record)
@@ -2253,6 +2255,8 @@ def shut_down(record: "Json") -> None:
     for leftover in [] if runs_here(record) else leftovers:
         with contextlib.suppress(OSError):
             os.unlink(leftover)
+    if record["is_ours"]:
+        shutil.rmtree(record["directory"], ignore_errors=True)
 
 
 def kernels_of(record: "Json") -> "List[Tuple[int, str]]":
@@ -2519,6 +2523,13 @@ def quote_name(name: str) -> str:
     return quote(name.encode("utf-8", "surrogateescape"), safe="")
 
 
+STOPPED_TEXTS = {
+    "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
+    "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
+    "job": "Cancelled job %(job)s (%(id)s).",
+}
+
+
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
@@ -2612,15 +2623,11 @@ class Agent:
             text = "Installed Jupyter (%.0f s)." % message["elapsed_s"]
             self.messages.step(text, "installed", path=message["path"], seconds=message["elapsed_s"])
         elif kind == "stopped":
-            title = APP_NAMES.get(str(message.get("app")), "Jupyter")
-            text = "Stopped %s in %s (pid %s)." % (title, message.get("root_dir"), message.get("pid"))
-            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
-        elif kind == "cancelled":
-            text = "Cancelled job %(job)s (%(id)s)." % message
-            self.messages.step(text, "cancelled", id=message.get("id"), job=message.get("job"))
-        elif kind == "stopped_run":
-            text = "Stopped the execution of %(name)s (%(id)s); its result so far is kept." % message
-            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
+            text = STOPPED_TEXTS[str(message["what"])] % dict(
+                message, app=APP_NAMES.get(str(message["app"]), "Jupyter")
+            )
+            facts = {name: message[name] for name in STOPPED_FACTS if message[name] is not None}
+            self.messages.step(text, "stopped", what=message["what"], **facts)
         return None
 
     def _say_hello(self, message: Json) -> None:
@@ -2726,6 +2733,8 @@ class Tunnel:
             if can_reach:
                 raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
+            if self.server.job:
+                try_ += "\n--via-node, where users may ssh to the nodes of their jobs"
             raise Failure(what, words, try_) from None
         if status not in self._good_statuses:
             what = "a stranger answers on port %d of %s" % (self.server.port, destination)
@@ -3042,7 +3051,7 @@ CANNOT_RUN = 127  # a shell's own status for a command that is not there
 
 def run_records() -> "List[Json]":
     """Return the records of the runs that are kept, newest first."""
-    return [dict(record, is_run=True) for record in kept_records("runs", RUN_TYPES)]
+    return kept_records("runs", RUN_TYPES)
 
 
 def running_runs() -> "List[Json]":
@@ -3754,7 +3763,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
     import re
     import subprocess
 
-    forget_ended("jobs", [job for job in job_records() if job_state(job)["is_live"]])
+    forget_ended("jobs", live_jobs())
     directory = new_dir("jobs", "j")
     program, script = os.path.join(directory, "agent.py"), os.path.join(directory, "job.sh")
     write_private(program, "%s\njob_main(%r)\n" % (request["source"], directory))
@@ -3769,7 +3778,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
     )
     write_private(os.path.join(directory, "request.json"), json.dumps(details))
     words = [quoted(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
-    write_private(script, "#!/bin/sh\nexec %s %s >%s 2>&1 </dev/null\n" % tuple(words))
+    write_private(script, "#!/bin/sh\nexec %s -IS %s >%s 2>&1 </dev/null\n" % tuple(words))
     os.chmod(script, 0o700)
     argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
     try:
@@ -3790,7 +3799,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
         "asked": what_is_asked_of_job(request),
     }
     write_private(record_path(directory), json.dumps(record))
-    return dict(record, id=os.path.basename(directory), directory=directory, is_job=True)
+    return next(job for job in job_records() if job["directory"] == directory)
 
 
 def quoted(text: str) -> str:
@@ -3808,16 +3817,21 @@ def what_is_asked_of_job(request: "Json") -> "Json":
 
 def job_records() -> "List[Json]":
     """Return the records of the jobs that we submitted, newest first."""
-    return [dict(record, is_job=True) for record in kept_records("jobs", JOB_TYPES)]
+    return kept_records("jobs", JOB_TYPES)
+
+
+def live_jobs() -> "List[Json]":
+    """Return the records of the jobs that wait or run."""
+    return [record for record in job_records() if job_state(record)["is_live"]]
 
 
 def waiting_jobs(request: "Json") -> "List[Json]":
     """Return the jobs that do not run yet and do what a request asks for, whatever the options when it names none."""
     asked = what_is_asked_of_job(request)
     found = []
-    for record in job_records():
+    for record in live_jobs():
         submit = asked["submit"] or record["asked"].get("submit")
-        if record["asked"] == dict(asked, submit=submit) and job_state(record)["is_live"] and not reply_of(record):
+        if record["asked"] == dict(asked, submit=submit) and not reply_of(record):
             found.append(record)
     return found
 
@@ -4153,6 +4167,9 @@ def scheduler_request(args: argparse.Namespace) -> Json:
             submit += [] if any("{script}" in word for word in submit) else ["{script}"]
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
+    if submit and args.socket and not args.via_node:
+        why = "a socket is reached on its own node alone"
+        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
     return {"scheduler": {"submit": submit} if submit else {}, "via_node": args.via_node}
 
 

@@ -306,6 +306,7 @@ def test_time_that_is_nearly_up_is_said(laptop: Laptop, slurm: PrivateSlurm, log
 def test_job_that_cannot_be(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     check_failure(laptop.run("--slurm", "-p nosuch", "host"), 1, "sbatch did not take the job", "nosuch")
     check_failure(laptop.run("--slurm", "-t '1", "host"), 2, "wrong usage", "quotation")
+    check_failure(laptop.run("--slurm", "-n1", "--socket", "host"), 2, "wrong usage", "--via-node")
     run = laptop.run("--slurm", "-t 10", "--python", "/no/python", "host")
     assert run.status == 3 and "/no/python: not there" in run.stderr, run.text
 
