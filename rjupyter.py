@@ -3063,9 +3063,9 @@ def start_run(request: "Json", channel: Channel) -> "Json":
     """Start to execute a notebook, detached, and return the run's record; or that of a run that has it in hand."""
     root_dir = resolve_path(request["path"])[0] if request["path"] is not None else os.path.expanduser("~")
     key, text, place = request["key"], request["notebook"], ""
-    if not text:
+    if request["file"]:
         place = os.path.join(root_dir, os.path.expanduser(native(request["file"])))
-        key, text = "host:" + portable(os.path.realpath(place)), read_notebook(place)
+        key, text = "host:" + portable(os.path.realpath(place)), text or read_notebook(place)
     details = dict(request, path=portable(root_dir), key=key, notebook=text)
     details["place"] = portable(place) if request["is_in_place"] else ""
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
@@ -3158,6 +3158,7 @@ def follow_run(request: "Json", channel: Channel) -> "Json":
         raise Trouble(1, what, "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400), "list shows the ids")
     record = known[0]
     offsets = dict(request["offsets"])
+    state = {}  # type: Json
     pause_s = POLL_S
     while not channel.is_closed:
         state = describe_run(record)  # before the look at its files: what it wrote last is seen

@@ -393,6 +393,9 @@ def test_execute_in_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> N
     first, *_, last = printed(laptop.home / "train.executed.ipynb")
     assert (re.sub(r"\d ", "N ", first), last) == ("nodeN %s\n" % (login.home / "work"), "20\n")
     slurm.wait_for_state(1, "COMPLETED")
+    there = write_notebook(login.home / "work/b.ipynb", "print('b')")
+    run = laptop.run("--slurm", "-t 1:00:00", "host:work", "execute", ":b.ipynb", "--inplace")
+    assert (run.status, printed(there)) == (0, ["b\n"]), run.text
 
 
 def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
