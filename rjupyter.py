@@ -10,6 +10,7 @@
     rjupyter.py gpu1                       open Jupyter on gpu1; the same line comes back to it tomorrow
     rjupyter.py --lab gpu1:work            JupyterLab in ~/work on gpu1
     rjupyter.py gpu1:work/train.ipynb      open this notebook
+    rjupyter.py gpu1 execute train.ipynb   run it to its end there, and bring the result
     rjupyter.py gpu1 list                  the servers there
     rjupyter.py gpu1 stop                  end the server
 
@@ -64,6 +65,7 @@ PROBE_TIMEOUT_S = 10
 CHECK_TIMEOUT_S = 15  # for the host's word on whether the server runs
 REDIAL_MAX_S = 30.0  # the longest pause between two attempts to connect again
 DENIALS_MAX = 3  # unattended logins that may be refused before we give up
+WARN_BEFORE_END_S = 600  # of the time limit of a server's job
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
@@ -278,6 +280,14 @@ def _duration(seconds: Any) -> str:
         if seconds >= size:
             return "%d %s" % (seconds // size, unit)
     return "%d s" % seconds
+
+
+def says_yes(question: str) -> bool:
+    """Ask on the terminal, wherever stdin and stdout lead."""
+    with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
+        output.write(question)
+        output.flush()
+        return terminal.readline().strip().lower() in ("y", "yes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1074,23 +1084,32 @@ def write_private(path: str, text: str) -> None:
 class Channel:
     """The way back: lines of JSON behind the request's nonce, so that no banner or rc file can pass for one."""
 
-    def __init__(self, nonce: str) -> None:
-        self._nonce = nonce
+    def __init__(self, nonce: str, stream: "Any" = None) -> None:
+        self._nonce = nonce + " " if nonce else ""
         self._last_sent = 0.0
         self._doing = ""
-        self.is_closed = False
-        # Whatever else writes to stdout here goes to stderr instead.
-        self._stream = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        self._has_failed = False
+        self._stream = stream or os.fdopen(os.dup(1), "w")
+        if not stream:
+            os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
 
     def send(self, kind: str, **facts: "Any") -> None:
         """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
         try:
-            self._stream.write("%s %s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
+            self._stream.write("%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
             self._stream.flush()
         except OSError:
-            self.is_closed = True
+            self._has_failed = True
         self._last_sent = time.monotonic()
+
+    @property
+    def is_closed(self) -> bool:
+        """True when nobody listens any more."""
+        import select
+
+        poll = select.poll()
+        poll.register(self._stream.fileno(), 0)  # for its errors, which are told in any case
+        return self._has_failed or bool(poll.poll(0))
 
     def progress(self, text: str) -> None:
         """Say what takes its time."""
@@ -1277,8 +1296,9 @@ def kept_records(kind: str, types: "Dict[str, type]") -> "List[Json]":
     records = []
     for directory in kept_dirs(kind):
         record = read_json(record_path(directory))
-        if all(type(record.get(name)) is type_ for name, type_ in types.items()) and record["pid"] > 1:
-            records.append(dict(record, id=os.path.basename(directory), directory=directory, is_ours=True))
+        if all(type(record.get(name)) is type_ for name, type_ in types.items()) and record.get("pid", 2) > 1:
+            facts = {"id": os.path.basename(directory), "directory": directory, "kind": kind[:-1], "is_ours": True}
+            records.append(dict(record, **facts))
     return sorted(records, key=lambda record: float(record["created"]), reverse=True)
 
 
@@ -1287,15 +1307,26 @@ def server_records() -> "List[Json]":
     return kept_records("servers", SERVER_TYPES)
 
 
+def is_here(record: "Json") -> bool:
+    """True when what this record describes is, or was, on this node; a home is shared between nodes."""
+    return bool(record["node"] == os.uname().nodename)
+
+
 def runs_here(record: "Json") -> bool:
     """True when the process of this record runs on this node."""
-    is_here = record["node"] == os.uname().nodename and record["identity"]
-    return bool(is_here and process_identity(record["pid"]) == record["identity"])
+    identity = record["identity"]
+    return bool(is_here(record) and identity and process_identity(record["pid"]) == identity)
+
+
+def is_running(record: "Json") -> bool:
+    """True when what this record describes still runs: its process on this node, or its job, wherever that is."""
+    job = {} if is_here(record) else job_of(record)
+    return bool(job_state(job)["is_live"]) if job else runs_here(record)
 
 
 def our_servers() -> "List[Json]":
-    """Return the records of our servers on this node that still run, newest first."""
-    return [record for record in server_records() if runs_here(record)]
+    """Return the records of our servers that still run, here or in a job of ours, newest first."""
+    return [record for record in server_records() if is_running(record)]
 
 
 def other_servers() -> "List[Json]":
@@ -1320,6 +1351,7 @@ def other_servers() -> "List[Json]":
                     "created": os.stat(path).st_mtime,
                     "root_dir": info["root_dir"],
                     "runtime_dir": portable(directory),
+                    "kind": "server",
                     "is_ours": False,
                 }
             )
@@ -1732,6 +1764,8 @@ def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channe
     token_file = os.path.join(directory, "token")
     write_private(token_file, os.urandom(24).hex())
     environment = dict(lasting_environment(found["environment"], request["socket"]), JUPYTER_TOKEN_FILE=token_file)
+    if request.get("job") and not request["socket"]:
+        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
     deadline = time.monotonic() + request["start_timeout_s"]
     no_socket = request["no_socket"]
     for port, listen in ways_to_listen(request, directory):
@@ -1753,6 +1787,8 @@ def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channe
             "socket": request["socket"],
             "no_socket": no_socket,
             "has_answered": False,
+            "job": request.get("job", ""),
+            "submit": request.get("submit", []),
         }
         write_private(record_path(directory), json.dumps(record))
         info = wait_for_answer(process, record, deadline, channel)
@@ -1788,11 +1824,12 @@ def ways_to_listen(request: "Json", directory: str) -> "Iterator[Tuple[int, List
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
     starting = [server.get("port") for server in our_servers()]
     port = request["port"] or DEFAULT_PORT
+    ip = node_address() if request["ip"] == "node" else request["ip"]
     for _ in range(100):
-        port = find_free_port(port, request["ip"])
+        port = find_free_port(port, ip)
         if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
             named = ["--port=%d" % port] if request["port"] or not configured_port() else []
-            yield port, ["--ip=" + request["ip"]] + named
+            yield port, ["--ip=" + ip] + named
         port += 1
 
 
@@ -1887,7 +1924,7 @@ def server_info(record: "Json") -> "Json":
     The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
     """
     for _, pid, path in runtime_files(native(record["runtime_dir"])):
-        if record["pid"] in (pid, session_of(pid)):
+        if record["pid"] == pid or (is_here(record) and session_of(pid) == record["pid"]):
             return checked_info(read_json(path))
     return {}
 
@@ -1915,6 +1952,12 @@ def checked_info(info: "Json") -> "Json":
     }
     types = (str, int, str, str, str, str, bool, bool)
     return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
+
+
+def can_ask_server(record: "Json", info: "Json") -> bool:
+    """False for a server on another node that only its own node reaches."""
+    is_inner = info["sock"] or info["host"].startswith("127.") or info["host"] == "::1"
+    return is_here(record) or not is_inner
 
 
 def ask_server(info: "Json", path: str, method: str = "GET") -> "Tuple[int, Any]":
@@ -1962,6 +2005,7 @@ def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
     if root_dir:
         servers = [s for s in servers if os.path.realpath(native(s["root_dir"])) == os.path.realpath(root_dir)]
     named = {name: request[name] for name in ("app", "python", "env", "init", "socket") if request.get(name)}
+    named.update(request.get("scheduler") or {})
     return [s for s in servers if all(s.get(name) == value for name, value in named.items())]
 
 
@@ -1977,7 +2021,7 @@ def attachable_servers(request: "Json", root_dir: str) -> "List[Json]":
             raise Trouble(1, "no server of yours has this id: " + request["attach"], "", "list shows the ids")
         return found
     named = [name for name in ("python", "env", "init", "socket") if request[name]]  # of others' we do not know
-    if not root_dir or named:
+    if not root_dir or named or request.get("scheduler"):
         others = []
     others = [r for r in others if os.path.realpath(native(r["root_dir"])) == os.path.realpath(root_dir)]
     others = [r for r in others if request["app"] in ("", r["app"]) and answers(server_info(r))]
@@ -1992,16 +2036,27 @@ def open_server(request: "Json", channel: Channel) -> "Json":
             waiting = "another run of ours opens a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
         found = find_or_launch(request, root_dir, channel)
-    return dict(found, file=portable(file), is_only=len(our_servers()) == 1)
+    if found.get("kind") == "job":
+        found = wait_for_job(found, channel)
+    else:
+        found["scheduler"] = scheduler_here() if found["is_launched"] and not request.get("job") else ""
+    return dict(found, file=portable(file), is_only=len(our_servers()) == 1, left_s=time_left_s(found))
 
 
 def find_or_launch(request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Return the server that a request means, of ours or launched now, with what its runtime file says."""
+    """Return the server that a request means, of ours or launched now, with what its runtime file says.
+
+    Or the job that waits, or was submitted now, in which it is going to be.
+    """
     for record in [] if request["is_new"] else attachable_servers(request, root_dir):
         info = await_server(record, request["start_timeout_s"], channel)
         if info:
             return dict(record, **info, age_s=age_of(record), is_launched=False)
     forget_ended("servers", our_servers())
+    for job in [] if request["is_new"] or request["attach"] else waiting_jobs(request):
+        return job
+    if request["scheduler"]:
+        return submit_job(request, channel)
     record = launch(request, root_dir, channel, launch_server)
     return dict(record, **server_info(record), is_launched=True)
 
@@ -2012,9 +2067,9 @@ def await_server(record: "Json", start_timeout_s: float, channel: Channel) -> "J
     One that was launched a moment ago, by a client that has gone, may not listen yet. One that hangs is returned too:
     the client waits for it. Raises Trouble when someone else has its port.
     """
-    while runs_here(record):
+    while is_running(record):
         info = server_info(record)
-        if info and answers(info):
+        if info and (not can_ask_server(record, info) or answers(info)):
             return info
         if record.get("has_answered", True) or age_of(record) > start_timeout_s:
             if info and ask_server(info, STATUS_PATH)[0]:
@@ -2036,14 +2091,16 @@ def describe_server(record: "Json") -> "Json":
     """Say how a server does, for people: it is live when it answered with its token, not when some pid exists."""
     found = {name: record[name] for name in ("id", "pid", "node", "app", "root_dir", "is_ours")}
     found.update(state="live", port=0, sock="", kernels=0, busy=0, idle_s=None, age_s=age_of(record))
-    if record["node"] != os.uname().nodename:
+    if not is_here(record) and not job_of(record):
         return dict(found, state="on " + record["node"])
-    if not runs_here(record):
+    if not is_running(record):
         return dict(found, state="ended" if record["is_ours"] else "stale")
     info = server_info(record)
     if not info:
         return dict(found, state="starting")
     found.update(port=info["port"], sock=info["sock"])
+    if not can_ask_server(record, info):
+        return found
     if not answers(info):
         return dict(found, state="no answer")
     _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
@@ -2082,7 +2139,8 @@ def list_servers(request: "Json", channel: Channel) -> "Json":
     for thread in threads:
         thread.join()
     runs = [describe_run(record) for record in run_records()]
-    return {"servers": [server for server in described if server], "runs": runs}
+    jobs = [describe_job(job) for job in live_jobs()]
+    return {"servers": [server for server in described if server], "runs": runs, "jobs": jobs}
 
 
 def follow_log(request: "Json", channel: Channel) -> "Json":
@@ -2114,16 +2172,22 @@ def describe_end(request: "Json", channel: Channel) -> "Json":
     if not known:
         return {"is_running": False, "reason": "it was stopped", "log": ""}
     record = known[0]
-    if record["node"] != os.uname().nodename:
+    if not is_here(record) and not job_of(record):
         return {"is_running": True, "is_elsewhere": True, "node": record["node"]}
-    if runs_here(record):
-        return {"is_running": True, "is_answering": answers(server_info(record))}
+    if not is_here(record):
+        settle_job(record)
+    if is_running(record):
+        info = server_info(record)
+        return {"is_running": True, "is_answering": not can_ask_server(record, info) or answers(info)}
     log = end_of_log(os.path.join(record["directory"], "log")) if record["is_ours"] else ""
     return {"is_running": False, "reason": why_it_ended(record, log), "log": log}
 
 
 def why_it_ended(record: "Json", log: str) -> str:
-    """Return why a server of this node ended, as far as its log and the host tell."""
+    """Return why a server ended, as far as its log, the host and its scheduler tell."""
+    job = job_of(record)
+    if job and job_state(job)["word"] in JOB_ENDS:
+        return why_job_ended(job_state(job))
     boot = process_identity(os.getpid()).partition(":")[0]
     if record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
         return "the host was started anew"
@@ -2133,40 +2197,46 @@ def why_it_ended(record: "Json", log: str) -> str:
     return "it was killed, by hand or for want of memory"
 
 
+STOPPED_FACTS = ("id", "pid", "app", "root_dir", "name", "job")
+
+
 def stop_servers(request: "Json", channel: Channel) -> "Json":
-    """End servers: those named by id, those of the PATH, or the only one of ours; all of ours with `is_all`.
+    """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
     With `asks`, nothing is ended while a kernel computes: the reply names the busy ones, and the client comes again.
     """
-    import shutil
-
     if request["ids"]:
-        known = our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs()
+        known = (
+            our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs() + live_jobs()
+        )
         found = [record for record in known if record["id"] in request["ids"]]
         missing = sorted(set(request["ids"]) - {record["id"] for record in found})
         if missing:
-            raise Trouble(1, "no server of yours has this id: " + ", ".join(missing), "", "list shows the ids")
+            raise Trouble(1, "nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
-        root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
-        found = matching_servers(request, root_dir)
-        if len(found) > 1 and not request["is_all"]:
-            names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
-            raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-        found += running_runs() if request["is_all"] else []
-    runs = [record for record in found if "is_run" in record]
-    servers = [record for record in found if "is_run" not in record]
-    busy = [server for server in map(describe_server, servers) if server["busy"]]
-    if (busy or (runs and not request["ids"])) and request["asks"]:
+        found = servers_to_stop(request)
+    servers = [describe_server(record) for record in found if record["kind"] == "server"]
+    busy = [server for server in servers if server["busy"]]
+    runs = [record for record in found if record["kind"] == "run" and not request["ids"]]
+    if request["asks"] and (busy or runs):
         return {"count": 0, "busy": busy, "runs": runs}
-    for record in servers:
-        shut_down(record)
-        if record["is_ours"]:
-            shutil.rmtree(record["directory"], ignore_errors=True)
-        channel.send("stopped", **{name: record[name] for name in ("id", "pid", "app", "root_dir")})
-    for record in runs:
-        stop_run(record)
-        channel.send("stopped_run", **{name: record[name] for name in ("id", "pid", "name")})
+    ends = {"server": shut_down, "run": stop_run, "job": cancel_job}
+    for record in found:
+        ends[record["kind"]](record)
+        channel.send("stopped", what=record["kind"], **{name: record.get(name) for name in STOPPED_FACTS})
     return {"count": len(found), "busy": [], "runs": []}
+
+
+def servers_to_stop(request: "Json") -> "List[Json]":
+    """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
+    root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
+    found = matching_servers(request, root_dir)
+    if request["is_all"]:
+        return found + running_runs() + live_jobs()
+    if len(found) > 1:
+        names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
+        raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
+    return found or waiting_jobs(dict(request, action="open"))
 
 
 def shut_down(record: "Json") -> None:
@@ -2174,11 +2244,15 @@ def shut_down(record: "Json") -> None:
 
     No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
     """
+    import shutil
+
     info = server_info(record)
     files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
     kernels = kernels_of(record)
-    if info:
+    if info and can_ask_server(record, info):
         ask_server(info, "api/shutdown", "POST")
+    if not is_here(record):
+        cancel_job(job_of(record))
     wait_for_end(record, 5)
     end_process(record, kernels)
     leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
@@ -2186,6 +2260,8 @@ def shut_down(record: "Json") -> None:
     for leftover in [] if runs_here(record) else leftovers:
         with contextlib.suppress(OSError):
             os.unlink(leftover)
+    if record["is_ours"]:
+        shutil.rmtree(record["directory"], ignore_errors=True)
 
 
 def kernels_of(record: "Json") -> "List[Tuple[int, str]]":
@@ -2255,7 +2331,7 @@ def examine_host(request: "Json", channel: Channel) -> "Json":
         with contextlib.suppress(OSError):
             uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
     facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts["scheduler"] = next((name for name in ("sbatch", "qsub", "bsub", "condor_submit") if shutil.which(name)), "")
+    facts["scheduler"] = scheduler_here()
     return facts
 
 
@@ -2263,7 +2339,11 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     request = json.loads(packed_request.decode("ascii"))
     request["source"] = source.decode("utf-8")  # for what is to run on after us
-    channel = Channel(request["nonce"])
+    perform(request, Channel(request["nonce"]))
+
+
+def perform(request: "Json", channel: Channel) -> "Json":
+    """Run the action of a request and send one reply; return it, or nothing for a failure."""
     try:
         import pwd
 
@@ -2283,16 +2363,20 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
         "follow_run": follow_run,
     }
     try:
-        channel.send("reply", reply=actions[request["action"]](request, channel))
+        reply = actions[request["action"]](request, channel)
+        channel.send("reply", reply=reply)
+        return reply
     except Trouble as trouble:
-        channel.send("reply", failure=trouble.reply)
+        failure = trouble.reply
     except OSError as error:
-        channel.send("reply", failure={"what": "the host refused", "why": str(error), "try": "", "status": 1})
+        failure = {"what": "the host refused", "why": str(error), "try": "", "status": 1}
     except Exception:
         import traceback
 
         what = "the agent failed; this is a bug of rjupyter"
-        channel.send("reply", failure={"what": what, "why": traceback.format_exc(), "try": "", "status": 1})
+        failure = {"what": what, "why": traceback.format_exc(), "try": "", "status": 1}
+    channel.send("reply", failure=failure)
+    return {}
 
 
 # agent ends
@@ -2380,6 +2464,9 @@ class Server(NamedTuple):
     is_secure: bool
     has_password: bool
     local_port: int  # the one it was reached by before, or is to be reached by
+    node: str  # the host's own name, or that of the node that its job runs on
+    job: str  # the id of the job that it runs in; empty for none
+    left_s: float  # until the job's time is up; 0 for no limit that we know of
     is_launched: bool  # by this run
     is_only: bool  # no other one of ours runs there
     seconds: float  # the launch took; or, when it ran already, since it was launched
@@ -2387,7 +2474,11 @@ class Server(NamedTuple):
     @classmethod
     def from_reply(cls, reply: Json) -> "Server":
         """Check a reply and return the server in it; raises Failure when a field is not what it must be."""
-        reply = dict({"version": "", "no_socket": ""}, seconds=reply.get("start_s", reply.get("age_s", 0.0)), **reply)
+        reply = dict(
+            {"version": "", "no_socket": "", "job": "", "left_s": 0.0},
+            seconds=reply.get("start_s", reply.get("age_s", 0.0)),
+            **reply,
+        )
         hints = cls.__annotations__
         values = {name: reply.get(name) for name in cls._fields}
         wrong = [name for name, value in values.items() if type(value) is not hints[name]]
@@ -2435,6 +2526,13 @@ class Server(NamedTuple):
 def quote_name(name: str) -> str:
     """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
     return quote(name.encode("utf-8", "surrogateescape"), safe="")
+
+
+STOPPED_TEXTS = {
+    "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
+    "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
+    "job": "Cancelled job %(job)s (%(id)s).",
+}
 
 
 class Agent:
@@ -2538,12 +2636,11 @@ class Agent:
             text = "Installed Jupyter (%.0f s)." % message["elapsed_s"]
             self.messages.step(text, "installed", path=message["path"], seconds=message["elapsed_s"])
         elif kind == "stopped":
-            title = APP_NAMES.get(str(message.get("app")), "Jupyter")
-            text = "Stopped %s in %s (pid %s)." % (title, message.get("root_dir"), message.get("pid"))
-            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
-        elif kind == "stopped_run":
-            text = "Stopped the execution of %(name)s (%(id)s); its result so far is kept." % message
-            self.messages.step(text, "stopped", id=message.get("id"), pid=message.get("pid"))
+            text = STOPPED_TEXTS[str(message["what"])] % dict(
+                message, app=APP_NAMES.get(str(message["app"]), "Jupyter")
+            )
+            facts = {name: message[name] for name in STOPPED_FACTS if message[name] is not None}
+            self.messages.step(text, "stopped", what=message["what"], **facts)
         return None
 
     def _say_hello(self, message: Json) -> None:
@@ -2600,6 +2697,7 @@ class Tunnel:
         self.server = server
         self.messages = messages
         self.local_port = 0
+        self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other, or the first free one."""
@@ -2648,6 +2746,8 @@ class Tunnel:
             if can_reach:
                 raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
+            if self.server.job:
+                try_ += "\n--via-node, where users may ssh to the nodes of their jobs"
             raise Failure(what, words, try_) from None
         if status not in self._good_statuses:
             what = "a stranger answers on port %d of %s" % (self.server.port, destination)
@@ -2694,6 +2794,7 @@ class Tunnel:
         is_silent = False
         self._wake_at_end()
         while self.ssh.wait(PROBE_EVERY_S):
+            self._warn_of_limit()
             if self._is_answering():
                 if is_silent:
                     self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
@@ -2714,6 +2815,18 @@ class Tunnel:
             elif not self._is_answering():
                 return "nothing comes through the tunnel"
         return self.ssh.last_words
+
+    def _warn_of_limit(self) -> None:
+        """Say once when the time of the server's job is up soon."""
+        left_s = self._ends_at - time.monotonic()
+        if left_s < WARN_BEFORE_END_S:
+            self._ends_at = float("inf")
+            text = "%s left for %s on %s: save what you need." % (
+                _duration(left_s),
+                self.server.title,
+                self.server.node,
+            )
+            self.messages.step(text, "ending", id=self.server.id, left_s=left_s)
 
     def _wake_at_end(self) -> None:
         """Keep a connection to the server that says nothing: its end tells at once that the server may have ended."""
@@ -2945,33 +3058,39 @@ class Background:
 RUN_TYPES = {"pid": int, "identity": str, "node": str, "created": float, "name": str, "key": str, "root_dir": str}
 PART_BYTES = 131072  # of a journal, sent in one message
 FOLLOW_MAX_S = 0.5  # the longest pause between two looks at it
+STOP_TIMEOUT_S = 10  # for a cell that was interrupted
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
 
 
 def run_records() -> "List[Json]":
     """Return the records of the runs that are kept, newest first."""
-    return [dict(record, is_run=True) for record in kept_records("runs", RUN_TYPES)]
+    return kept_records("runs", RUN_TYPES)
 
 
 def running_runs() -> "List[Json]":
-    """Return the records of the runs on this node that have not ended."""
-    return [record for record in run_records() if runs_here(record)]
+    """Return the records of the runs that have not ended, here or in a job of ours."""
+    return [record for record in run_records() if is_running(record)]
 
 
 def start_run(request: "Json", channel: Channel) -> "Json":
     """Start to execute a notebook, detached, and return the run's record; or that of a run that has it in hand."""
     root_dir = resolve_path(request["path"])[0] if request["path"] is not None else os.path.expanduser("~")
     key, text, place = request["key"], request["notebook"], ""
-    if not text:
+    if request["file"]:
         place = os.path.join(root_dir, os.path.expanduser(native(request["file"])))
-        key, text = "host:" + portable(os.path.realpath(place)), read_notebook(place)
-    details = dict(request, key=key, notebook=text, place=portable(place) if request["is_in_place"] else "")
+        key, text = "host:" + portable(os.path.realpath(place)), text or read_notebook(place)
+    details = dict(request, path=portable(root_dir), key=key, notebook=text)
+    details["place"] = portable(place) if request["is_in_place"] else ""
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
         same = [] if request["overlaps"] else [record for record in running_runs() if record["key"] == key]
+        same += [] if request["overlaps"] else waiting_jobs(details)
         if same:
             return dict(same[0], is_started=False, age_s=age_of(same[0]))
         forget_ended("runs", running_runs())
-        return dict(launch(details, root_dir, channel, launch_run), is_started=True)
+        if not request["scheduler"]:
+            return dict(launch(details, root_dir, channel, launch_run), is_started=True)
+        job = submit_job(details, channel)
+    return dict(wait_for_job(job, channel), is_started=True)
 
 
 def read_notebook(path: str) -> str:
@@ -3004,6 +3123,7 @@ def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) 
         "name": request["name"],
         "key": request["key"],
         "root_dir": portable(root_dir),
+        "job": request.get("job", ""),
     }
     write_private(record_path(directory), json.dumps(record))
     while process.poll() is None and not os.path.exists(os.path.join(directory, "journal")):
@@ -3012,7 +3132,7 @@ def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) 
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return {}
-    return dict(record, id=os.path.basename(directory), pid=process.pid)
+    return dict(record, id=os.path.basename(directory), directory=directory)
 
 
 def interpreter_of(found: "Json") -> str:
@@ -3041,12 +3161,17 @@ def interpreter_of(found: "Json") -> str:
 
 def follow_run(request: "Json", channel: Channel) -> "Json":
     """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
-    known = [record for record in run_records() if record["id"] == request["id"]]
+    identity = request["id"]
+    for job in job_records():
+        if job["id"] == identity:
+            identity = wait_for_job(job, channel).get("id")
+    known = [record for record in run_records() if record["id"] == identity]
     if not known:
         what = "no run of yours has this id: " + request["id"]
         raise Trouble(1, what, "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400), "list shows the ids")
     record = known[0]
     offsets = dict(request["offsets"])
+    state = {}  # type: Json
     pause_s = POLL_S
     while not channel.is_closed:
         state = describe_run(record)  # before the look at its files: what it wrote last is seen
@@ -3083,12 +3208,13 @@ def describe_run(record: "Json") -> "Json":
     """Say how a run does: its state in a word, where it stands, the size of its journal in bytes, and its age."""
     found = {name: record[name] for name in ("id", "pid", "node", "name", "root_dir")}
     found.update(cell=0, count=0, error="", age_s=age_of(record))
-    has_ended = record["node"] == os.uname().nodename and not runs_here(record)
+    has_ended = (is_here(record) or job_of(record)) and not is_running(record)
     state = read_json(os.path.join(record["directory"], "state.json"))
     found.update({name: value for name, value in state.items() if name in ("cell", "count", "error")})
     found["state"] = state.get("outcome") or ("killed" if has_ended else "running" if state else "starting")
     if found["state"] == "killed":
-        found["error"] = why_nothing(record["directory"])
+        job = job_of(record)
+        found["error"] = why_job_ended(job_state(job)) if job else why_nothing(record["directory"])
     try:
         found["size"] = os.stat(os.path.join(record["directory"], "journal")).st_size
     except OSError:
@@ -3113,12 +3239,22 @@ def stop_run(record: "Json") -> None:
     import signal
 
     write_private(os.path.join(record["directory"], "stop"), "")
+    if not is_here(record):  # the agent in its job sees the file
+        wait_for_outcome(record)
+        cancel_job(job_of(record))
     kernels = kernels_of(record)
     for pid, _ in kernels:
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGINT)
-    wait_for_end(record, 10)
+    wait_for_end(record, STOP_TIMEOUT_S)
     end_process(record, kernels)
+
+
+def wait_for_outcome(record: "Json") -> None:
+    """Wait until a run on another node has written down how it ended."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while describe_run(record)["state"] in ("starting", "running") and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 class Stopped(Exception):
@@ -3438,6 +3574,7 @@ class Execution:
         self.messages = messages
         self.notebook: Json = {}
         self.seconds = 0.0
+        self.queue = Queue(agent, messages)
         names = ["output", "journal"] if messages.verbose else ["journal"]
         self._offsets = dict.fromkeys(names, 0)
         self._rest = {name: bytearray() for name in names}
@@ -3469,6 +3606,7 @@ class Execution:
         import binascii
         import zlib
 
+        self.queue.take(message, show)
         if message.get("kind") != "part" or message.get("file") not in self._offsets:
             return
         name = str(message["file"])
@@ -3569,6 +3707,532 @@ def write_result(path: str, notebook: Json) -> None:
                 os.unlink(beside)
     except (OSError, UnicodeEncodeError) as error:
         raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scheduler
+#
+# A host that is a login node: Jupyter, or a notebook, runs in a job that the cluster's own scheduler starts on another
+# node. The job runs the agent there, as ssh would, with the same request; it answers into a file of the shared home,
+# and stays until what it launched has ended. This room alone knows Slurm and the others.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+# By the command that submits: how its output names the job, what asks for the user's jobs and how to read a row of
+# that, which states mean that a job waits or runs (any other: it has ended), and what cancels one.
+SCHEDULERS = {
+    "sbatch": {
+        "id": r"(\d+)",
+        "query": ["squeue", "--noheader", "--user={user}", "--states=all", "--format=%i|%T|%r|%S|%N|%L"],
+        "row": r"(?m)^(?P<id>\d+)\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)\|(?P<left>.*)$",
+        "waits": r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
+        "runs": r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
+        "cancel": ["scancel", "{id}"],
+    },
+    # PBS and Grid Engine: the state is the fifth word of a row in both.
+    "qsub": {
+        "id": r"(\d+)",
+        "query": ["qstat"],
+        "row": r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
+        "waits": r"[QHWTS]|\w*[qhw]\w*",
+        "runs": r"[RrtsS]|Rr|E",
+        "cancel": ["qdel", "{id}"],
+    },
+    "bsub": {
+        "id": r"<(\d+)>",
+        "query": ["bjobs", "-w"],
+        "row": r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
+        "waits": r"PEND|PSUSP|WAIT",
+        "runs": r"RUN|USUSP|SSUSP",
+        "cancel": ["bkill", "{id}"],
+    },
+    "condor_submit": {
+        "id": r"cluster (\d+)",
+        "query": ["condor_q", "-autoformat", "ClusterId", "JobStatus"],
+        "row": r"(?m)^(?P<id>\d+)\s+(?P<state>\d)",
+        "waits": r"[15]",
+        "runs": r"[267]",
+        "cancel": ["condor_rm", "{id}"],
+    },
+}  # type: Dict[str, Any]
+JOB_ENDS = {
+    "TIMEOUT": "its time was up",
+    "DEADLINE": "its deadline passed",
+    "CANCELLED": "it was cancelled",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node did not start",
+    "OUT_OF_MEMORY": "it ran out of memory",
+    "PREEMPTED": "another job took its place",
+    "FAILED": "it failed",
+}
+JOB_TYPES = {"job": str, "command": str, "node": str, "created": float, "asked": dict}
+QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
+QUERY_MAX_S = 30.0
+QUERY_TIMEOUT_S = 20
+SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
+
+
+def submit_job(request: "Json", channel: Channel) -> "Json":
+    """Submit a job in which our agent does what `request` asks for; return its record. Raises Trouble if not taken."""
+    import re
+    import subprocess
+
+    forget_ended("jobs", live_jobs())
+    directory = new_dir("jobs", "j")
+    program, script = os.path.join(directory, "agent.py"), os.path.join(directory, "job.sh")
+    write_private(program, "%s\njob_main(%r)\n" % (request["source"], directory))
+    details = dict(
+        request,
+        source="",
+        scheduler={},
+        submit=request["scheduler"]["submit"],
+        job=os.path.basename(directory),
+        is_new=True,
+        overlaps=True,
+    )
+    write_private(os.path.join(directory, "request.json"), json.dumps(details))
+    words = [quoted(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
+    write_private(script, "#!/bin/sh\nexec %s -IS %s >%s 2>&1 </dev/null\n" % tuple(words))
+    os.chmod(script, 0o700)
+    argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
+    try:
+        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        raise Trouble(1, "there is no %s on the host" % portable(argv[0]), str(error), "this is no login node, perhaps")
+    said = answer.stdout.decode("utf-8", "replace").strip()
+    command = os.path.basename(argv[0])
+    number = re.search(SCHEDULERS.get(command, {}).get("id", r"(\d\S*)"), said)
+    if answer.returncode or not number:
+        why = answer.stderr.decode("utf-8", "replace").strip() or said or "status %d" % answer.returncode
+        raise Trouble(1, "%s did not take the job" % command, why, "its options: " + portable(" ".join(argv[1:-1])))
+    record = {
+        "job": number.group(1),
+        "command": command,
+        "node": os.uname().nodename,
+        "created": time.time(),
+        "asked": what_is_asked_of_job(request),
+    }
+    write_private(record_path(directory), json.dumps(record))
+    return next(job for job in job_records() if job["directory"] == directory)
+
+
+def quoted(text: str) -> str:
+    """Return a text as one word of a shell."""
+    import shlex
+
+    return shlex.quote(text)
+
+
+def what_is_asked_of_job(request: "Json") -> "Json":
+    """Return what tells one job from another: a request for the same comes back to the job that is there."""
+    names = ("action", "path", "app", "python", "env", "init", "socket", "key", "via_node")
+    return dict({name: request.get(name) for name in names}, submit=request["scheduler"].get("submit"))
+
+
+def job_records() -> "List[Json]":
+    """Return the records of the jobs that we submitted, newest first."""
+    return kept_records("jobs", JOB_TYPES)
+
+
+def live_jobs() -> "List[Json]":
+    """Return the records of the jobs that wait or run."""
+    return [record for record in job_records() if job_state(record)["is_live"]]
+
+
+def waiting_jobs(request: "Json") -> "List[Json]":
+    """Return the jobs that do not run yet and do what a request asks for, whatever the options when it names none."""
+    asked = what_is_asked_of_job(request)
+    found = []
+    for record in live_jobs():
+        submit = asked["submit"] or record["asked"].get("submit")
+        if record["asked"] == dict(asked, submit=submit) and not reply_of(record):
+            found.append(record)
+    return found
+
+
+def job_of(record: "Json") -> "Json":
+    """Return the record of the job in which a server or a run is; empty when it is in none."""
+    found = [job for job in (job_records() if record.get("job") else []) if job["id"] == record["job"]]
+    return found[0] if found else {}
+
+
+def job_state(record: "Json", max_age_s: float = QUERY_MIN_S) -> "Json":
+    """Say where a job stands: its scheduler's word for it, whether it waits or is live at all, the time it has left.
+
+    A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
+    """
+    looked, output = query(record["command"], max_age_s) if record["command"] in SCHEDULERS else (0.0, "")
+    state = state_in(record, looked, output)
+    if state["is_live"] and os.path.exists(os.path.join(record["directory"], "cancelled")):
+        return dict(state, is_live=False, is_waiting=False, word="CANCELLED")
+    begun = read_json(os.path.join(record["directory"], "begun.json")) if state["is_waiting"] else {}
+    if begun:  # the job knows better than an answer that was kept
+        left_s = begun["ends_at"] - time.time() if begun["ends_at"] else None
+        state.update(is_waiting=False, word="RUNNING", reason="", node=begun["node"], left_s=left_s)
+    return state
+
+
+def state_in(record: "Json", looked: float, output: str) -> "Json":
+    """Return what an answer of a scheduler, given at `looked`, says of a job."""
+    import re
+
+    state = {
+        "is_live": True,
+        "is_waiting": True,
+        "word": "submitted",
+        "reason": "",
+        "start": "",
+        "node": "",
+        "left_s": None,
+    }
+    if not looked:
+        return dict(state, word="unknown", reason="the scheduler does not answer")
+    table = SCHEDULERS[record["command"]]
+    rows = [match.groupdict() for match in re.finditer(table["row"], output)]
+    found = [row for row in rows if row["id"] == record["job"]]
+    if not found and looked < record["created"] + 1:
+        return state  # the job is younger than the answer
+    if not found:
+        return dict(state, is_live=False, is_waiting=False, word="ended")
+    row = dict({"reason": "", "start": "", "node": "", "left": ""}, **found[-1])
+    waits, runs = (bool(re.match("(%s)\\Z" % table[name], row["state"])) for name in ("waits", "runs"))
+    state.update({name: row[name] for name in ("reason", "start", "node")}, word=row["state"])
+    return dict(state, is_live=waits or runs, is_waiting=waits, left_s=seconds_of(row["left"]) if runs else None)
+
+
+def query(command: str, max_age_s: float) -> "Tuple[float, str]":
+    """Return what a scheduler says of the user's jobs, and when; its answer serves all of ours here for a while.
+
+    (0, "") when it does not answer.
+    """
+    path = os.path.join(private_dir(own_tmp_dir()), command + ".answer")
+    with open(path + ".lock", "w") as lock:
+        while True:
+            kept = kept_answer(path, max(max_age_s, QUERY_MIN_S))
+            if kept is not None:
+                return kept
+            if has_lock(lock):
+                break
+            time.sleep(POLL_S)  # another one of ours asks
+        write_private(path, ask_scheduler(command))
+    return kept_answer(path, QUERY_MAX_S) or (0.0, "")
+
+
+def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
+    """Return an answer that was kept, and when it was given, unless it is too old."""
+    try:
+        with open(path) as stream:
+            when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
+    except OSError:
+        return None
+    return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
+
+
+def ask_scheduler(command: str) -> str:
+    """Return what a scheduler says of the user's jobs; empty when it does not answer."""
+    import pwd
+    import subprocess
+
+    user = pwd.getpwuid(os.getuid()).pw_name
+    argv = [word.replace("{user}", user) for word in SCHEDULERS[command]["query"]]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        answer = subprocess.run(argv, stdin=null, stdout=pipe, stderr=null, timeout=QUERY_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if answer.returncode else answer.stdout.decode("utf-8", "replace") + "\n"
+
+
+def seconds_of(text: str) -> "Optional[float]":
+    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds) in seconds; None for UNLIMITED and the like."""
+    import re
+
+    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
+    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
+
+
+def wait_for_job(job: "Json", channel: Channel) -> "Json":
+    """Wait until the agent in a job replies, as long as that takes, and return its reply; tell how the job stands.
+
+    Raises Trouble: what the agent there says, or that the job ended before it said anything.
+    """
+    offset = 0
+    max_age_s, pause_s = QUERY_MIN_S, POLL_S
+    told = {}  # type: Json
+    while not channel.is_closed:
+        state = job_state(job, max_age_s)  # before the look at what was said: of an ended job, that is all
+        messages, offset = new_messages(os.path.join(job["directory"], "said"), offset)
+        for message in messages:
+            kind = message.pop("kind")
+            if kind == "reply":
+                channel.send("queue", id=job["id"], job=job["job"], is_waiting=False, word="", reason="", start="")
+                return reply_in(message)
+            if kind == "progress":
+                channel.progress(message["text"])
+            elif kind != "hello":
+                channel.send(kind, **message)
+        if not state["is_live"]:
+            why = "%s\n%s" % (why_job_ended(state), end_of_log(os.path.join(job["directory"], "log")))
+            raise Trouble(4, "job %s ended before it had begun" % job["job"], why.strip())
+        if state != told:
+            told = state
+            facts = {name: state[name] for name in ("is_waiting", "word", "reason", "start")}
+            channel.send("queue", id=job["id"], job=job["job"], **facts)
+            pause_s = POLL_S
+        channel.keep_alive()
+        time.sleep(pause_s)
+        pause_s = min(FOLLOW_MAX_S, 1.1 * pause_s)
+        max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
+    return {}
+
+
+def new_messages(path: str, offset: int) -> "Tuple[List[Json], int]":
+    """Return the messages that an agent wrote to a file beyond `offset`, and the offset behind them."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            lines = stream.read().split(b"\n")[:-1]
+    except OSError:
+        return [], offset
+    return [json.loads(line.decode("utf-8")) for line in lines], offset + sum(len(line) + 1 for line in lines)
+
+
+def reply_of(job: "Json") -> "Json":
+    """Return the message in which the agent in a job replied; empty when it has not yet."""
+    messages, _ = new_messages(os.path.join(job["directory"], "said"), 0)
+    return next((message for message in messages if message["kind"] == "reply"), {})
+
+
+def reply_in(message: "Json") -> "Json":
+    """Return the reply in a message; raises the Trouble that is there instead."""
+    failure = message.get("failure")
+    if failure:
+        raise Trouble(failure["status"], failure["what"], failure["why"], failure["try"])
+    return dict(message["reply"])
+
+
+def why_job_ended(state: "Json") -> str:
+    """Return why a job ended, in words."""
+    return "job: " + JOB_ENDS.get(state["word"], "it has ended")
+
+
+def cancel_job(job: "Json") -> None:
+    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done."""
+    import subprocess
+
+    table = SCHEDULERS.get(job["command"], {"cancel": ["false"]})
+    argv = [word.replace("{id}", job["job"]) for word in table["cancel"]]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        answer = subprocess.run(argv, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, timeout=QUERY_TIMEOUT_S)
+        said, status = answer.stdout.decode("utf-8", "replace").strip(), answer.returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said, status = str(error), 1
+    if status and job_state(job)["is_live"]:
+        raise Trouble(1, "job %s was not cancelled" % job["job"], said or "%(command)s is not known here" % job)
+    write_private(os.path.join(job["directory"], "cancelled"), "")
+
+
+def scheduler_here() -> str:
+    """Return the command of a scheduler that is on PATH here; empty for none."""
+    import shutil
+
+    return next((command for command in SCHEDULERS if shutil.which(command)), "")
+
+
+def time_left_s(record: "Json") -> float:
+    """Return how much time the job of a server has left; 0 for no job, or no limit that we know of."""
+    job = job_of(record)
+    return float(job_state(job)["left_s"] or 0.0) if job else 0.0
+
+
+def settle_job(record: "Json") -> None:
+    """Wait until a server in a job answers, or its scheduler knows that the job has ended; not for long."""
+    deadline = time.monotonic() + SETTLE_S
+    while is_running(record) and time.monotonic() < deadline:
+        info = server_info(record)
+        if info and (not can_ask_server(record, info) or answers(info)):
+            return
+        time.sleep(POLL_S)
+
+
+def describe_job(job: "Json") -> "Json":
+    """Say how a job does, for people."""
+    found = {name: job[name] for name in ("id", "job", "command")}
+    found.update(job_state(job), action=job["asked"]["action"], path=job["asked"]["path"], age_s=age_of(job))
+    return found
+
+
+def node_address() -> str:
+    """Return the address of this node that the login node reaches: the one that Slurm has, else that of its name."""
+    import re
+    import subprocess
+
+    names = [os.uname().nodename]
+    slurm_name = os.environ.get("SLURMD_NODENAME")
+    if slurm_name:
+        try:
+            argv = ["scontrol", "--oneliner", "show", "node", slurm_name]
+            answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=QUERY_TIMEOUT_S)
+            names[:0] = re.findall(r"\bNodeAddr=(\S+)", answer.stdout.decode("utf-8", "replace")) + [slurm_name]
+        except (OSError, subprocess.TimeoutExpired):
+            names.insert(0, slurm_name)
+    for name in names:
+        try:
+            address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
+        except OSError:
+            continue
+        if not address.startswith("127."):
+            return address
+    raise Trouble(1, "this node has no address of its own", "tried " + ", ".join(names), "--via-node")
+
+
+def job_main(directory: str) -> None:
+    """In a job, on its node: do what the request asks for, and stay until what was launched has ended."""
+    with open(os.path.join(directory, "request.json")) as stream:
+        request = json.load(stream)
+    with open(os.path.join(directory, "agent.py")) as stream:
+        request["source"] = stream.read().rpartition("\njob_main(")[0]
+    said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+    channel = Channel("", said)
+    if request["action"] == "open" and not request["via_node"] and request["ip"] == "127.0.0.1":
+        request["ip"] = "node"
+    job = job_of(request)
+    left_s = state_in(job, time.time(), ask_scheduler(job["command"]))["left_s"] if job["command"] in SCHEDULERS else 0
+    begun = {"node": os.uname().nodename, "ends_at": time.time() + left_s if left_s else 0}
+    write_private(os.path.join(directory, "begun.json"), json.dumps(begun))
+    reply = perform(request, channel)
+    if not reply:
+        sys.exit(1)
+    stop = os.path.join(reply.get("directory", directory), "stop")
+    while os.waitpid(reply["pid"], os.WNOHANG) == (0, 0):
+        if os.path.exists(stop):
+            stop_run(dict(reply, is_ours=True))
+        time.sleep(FOLLOW_MAX_S)
+
+
+# agent ends
+
+
+class Queue:
+    """A job that we wait for: how it stands is shown, and Ctrl-C meanwhile asks whether it is to stay."""
+
+    def __init__(self, agent: Agent, messages: Messages) -> None:
+        self.agent = agent
+        self.messages = messages
+        self.id = ""
+        self.job = ""
+        self.is_waiting = False
+        self._said = ""
+
+    def take(self, message: Json, show: Callable[[str], None]) -> None:
+        """Take what the agent tells of the job."""
+        if message.get("kind") != "queue":
+            return
+        self.id, self.job = str(message["id"]), str(message["job"])
+        self.is_waiting = message["is_waiting"] is True
+        word, reason, start = (str(message[name]) for name in ("word", "reason", "start"))
+        facts = {"id": self.id, "job": self.job, "state": word, "reason": reason, "start": start}
+        match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", start)
+        text = "Job %s %s" % (self.job, word.lower())
+        text += " (%s)" % reason if reason not in ("", "None") else ""
+        text += ", expected %s" % match.group(1) if match else ""
+        show(text if self.is_waiting else "")
+        if self.is_waiting and text != self._said:
+            self._said = text
+            if self.messages.as_json or not self.messages.has_spinner:
+                self.messages.step(text + ".", "queue", **facts)
+
+    @contextlib.contextmanager
+    def asking(self, args: argparse.Namespace) -> Iterator[None]:
+        """Under this, Ctrl-C asks once whether the job stays; where nobody can answer, it stays."""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated) as interruption:
+            if not self.is_waiting:
+                raise
+            self.messages.end_line()
+            is_kept = True
+            if isinstance(interruption, KeyboardInterrupt) and has_terminal():
+                with contextlib.suppress(KeyboardInterrupt):
+                    is_kept = not says_yes("Cancel job %s? [y/N] " % self.job)
+            if is_kept:
+                text = "Job %s stays. Back to it with: %s   To cancel it: %s"
+                again = command_line(*sys.argv[1:])
+                self.messages.note(text % (self.job, again, back_again(args, "stop", self.id)))
+            else:
+                self.agent.ask("stop", "Cancelling", ids=[self.id], path=None, app="", is_all=False, asks=False)
+            raise
+
+
+def scheduler_request(args: argparse.Namespace) -> Json:
+    """Return the part of a request that says through which scheduler Jupyter is to run; raises Failure (2)."""
+    submit: List[str] = []
+    try:
+        if args.slurm is not None:
+            # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
+            fixed = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+            submit = [*fixed, *shlex.split(args.slurm), "{script}"]
+        elif args.submit is not None:
+            submit = shlex.split(args.submit)
+            submit += [] if any("{script}" in word for word in submit) else ["{script}"]
+    except ValueError as error:
+        raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
+    if submit and args.socket and not args.via_node:
+        why = "a socket is reached on its own node alone"
+        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
+    return {"scheduler": {"submit": submit} if submit else {}, "via_node": args.via_node}
+
+
+def move_to_node(ssh: Ssh, server: Server) -> Ssh:
+    """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
+    ssh.close()
+    there = node_ssh(ssh, server.node)
+    there.connect()
+    text = "Connected to %s through %s." % (server.node, ssh.destination)
+    there.messages.step(text, "connected", node=server.node)
+    return there
+
+
+def node_ssh(ssh: Ssh, node: str) -> Ssh:
+    """Return what makes the connection to a compute node."""
+    login = ssh.destination
+    options: List[str] = []
+    jump: Dict[str, str] = {}
+    for option in _pairs(ssh.options):
+        if option[0] in ("-l", "-p", "-J"):
+            jump[option[0]] = option[1]
+        else:
+            options += option
+    if "-l" in jump and "@" not in login:
+        login = "%s@%s" % (jump["-l"], login)
+    if "-p" in jump and not login.startswith("ssh://"):
+        login = "%s:%s" % (login, jump["-p"])
+    hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
+    return Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+
+
+def print_jobs(jobs: List[Json], messages: Messages) -> None:
+    """Print the table of jobs."""
+    rows = [["ID", "JOB", "STATE", "NODE", "LEFT", "FOR", "PATH", "AGE"]]
+    for job in jobs:
+        reason = job.get("reason")
+        state = str(job.get("word")).lower() + (" (%s)" % reason if job.get("is_waiting") and reason else "")
+        what = {"open": "a server", "start_run": "a notebook"}.get(str(job.get("action")), "?")
+        cells = [
+            job.get("id"),
+            job.get("job"),
+            state,
+            job.get("node") or "-",
+            _duration(job.get("left_s")) or "-",
+            what,
+        ]
+        cells += [job.get("path") or "~", _duration(job.get("age_s"))]
+        rows.append([str(cell).replace("\n", "?") for cell in cells])
+    print_table(rows, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3689,6 +4353,15 @@ def build_parser() -> argparse.ArgumentParser:
     install.add_argument("--install", dest="no_install", action="store_false", default=False, help=install_help)
     install.add_argument("--no-install", action="store_true", help=no_install_help)
 
+    scheduler = parser.add_argument_group("scheduler, on a host that is a login node")
+    how = scheduler.add_mutually_exclusive_group()
+    slurm_help = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
+    how.add_argument("--slurm", metavar="OPTIONS", help=slurm_help)
+    submit_help = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
+    how.add_argument("--submit", type=_text, metavar="COMMAND", help=submit_help)
+    via_help = "end the tunnel on the job's node itself, by a jump over the login node"
+    scheduler.add_argument("--via-node", action="store_true", help=via_help)
+
     tunnel = parser.add_argument_group("tunnel and browser")
     local_help = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
     tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
@@ -3758,6 +4431,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
 
     Raises Failure (2).
     """
+    argv = joined_arguments(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     parser = build_parser()
     for action in parser._actions:
@@ -3770,6 +4444,16 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
             setattr(args, dest, value)
             args.sources[dest] = source
     return args
+
+
+def joined_arguments(argv: List[str]) -> List[str]:
+    """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
+    joined: List[str] = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word in ("--slurm", "--submit", "--server-arg") else None
+        joined.append(word if value is None else "%s=%s" % (word, value))
+    return joined
 
 
 def config_path() -> str:
@@ -3926,7 +4610,12 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     tunnel: Optional[Tunnel] = None
     try:
         ssh.connect()
-        tunnel = open_tunnel(args, ssh, agent, messages)
+        server = get_server(args, agent, messages)
+        if args.via_node and server.job:
+            ssh = move_to_node(ssh, server)
+            agent = Agent(ssh, messages)
+            agent.greets = False
+        tunnel = open_tunnel(server, args, ssh, agent, messages)
         url = tunnel.server.url(tunnel.local_port, has_token=not tunnel.server.has_password)
         facts = {"url": url, "local_port": tunnel.local_port, "id": tunnel.server.id}
         messages.result(url, "open", pid=tunnel.server.pid, **facts)
@@ -3989,17 +4678,8 @@ def join(record: Json, args: argparse.Namespace, messages: Messages) -> int:
     return EXIT_OK
 
 
-def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
-    """Get a server on the host and a checked tunnel to it."""
-    import ipaddress
-
-    if not ipaddress.ip_address(args.ip).is_loopback:
-        where = "any address of " + ssh.destination if ipaddress.ip_address(args.ip).is_unspecified else args.ip
-        messages.note(
-            "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
-            % (args.ip, where)
-        )
-    server = get_server(args, agent, messages)
+def open_tunnel(server: Server, args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
+    """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place."""
     tunnel = Tunnel(ssh, agent, server, messages)
     tunnel.open(args.local_port)
     try:
@@ -4014,7 +4694,10 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
         tunnel = Tunnel(ssh, agent, server, messages)
         tunnel.open(args.local_port)
         tunnel.check()
-    text = "Forwarding 127.0.0.1:%d to %s:%s." % (tunnel.local_port, ssh.destination, server.sock or server.port)
+    where = "%s:%s" % (ssh.destination, server.sock or server.port)
+    if server.job and not args.via_node:
+        where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
+    text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.local_port, where)
     messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port, sock=server.sock)
     if server.has_password:
         messages.note("The server has a password; the page asks for it.")
@@ -4023,14 +4706,29 @@ def open_tunnel(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     return tunnel
 
 
+def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
+    """Say who can connect to Jupyter when it is not on a loopback."""
+    import ipaddress
+
+    if not ipaddress.ip_address(args.ip).is_loopback:
+        where = "any address of " + host if ipaddress.ip_address(args.ip).is_unspecified else args.ip
+        messages.note(
+            "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
+            % (args.ip, where)
+        )
+
+
 def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_socket: str = "") -> Server:
     """Come back to a server on the host, or launch one, and say which; `no_socket` is why --socket cannot be had."""
+    warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    with contextlib.closing(Reserved(local_port)):
+    queue = Queue(agent, messages)
+    with contextlib.closing(Reserved(local_port)), queue.asking(args):
         reply = agent.ask(
             "open",
             "Launching Jupyter",
+            take=queue.take,
             path=args.destination.path,
             is_new=args.new,
             port=args.port,
@@ -4049,12 +4747,19 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + _duration(server.seconds))
     )
     where = "socket" if server.sock else "port %d" % server.port
-    text = "%s %s in %s (pid %d, %s, %s)." % (verb, server.title, server.root_dir, server.pid, where, seconds)
+    title = "%s on %s" % (server.title, server.node) if server.job else server.title
+    text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     event = "launched" if server.is_launched else "found"
     facts = {name: getattr(server, name) for name in ("id", "pid", "port", "sock", "app", "root_dir")}
     messages.step(text, event, **facts)
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
+    if server.job and not args.via_node:
+        text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
+        messages.note(text % (server.host, server.node))
+    if reply.get("scheduler"):
+        text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
+        messages.note(text % (reply["scheduler"], agent.ssh.destination))
     if server.is_launched and agent.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % agent.ssh.destination)
     return server
@@ -4080,12 +4785,15 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     with ssh:
         reply = agent.ask("list", "Asking the servers")
-    servers, runs = reply["servers"], reply["runs"]
-    for event, found in (("server", servers), ("run", runs)):
+    servers, runs, jobs = reply["servers"], reply["runs"], reply["jobs"]
+    for event, found in (("server", servers), ("run", runs), ("job", jobs)):
         for facts in found if args.json else []:
             messages.result("", event, **facts)
     if args.json:
         return EXIT_OK
+    if jobs:
+        print_jobs(jobs, messages)
+        messages.result("", "row")
     if not servers:
         messages.note("No server of yours runs there.")
     else:
@@ -4156,21 +4864,13 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
                 messages.note(words.replace("1 of 1 kernels compute", "Its kernel computes"))
             for run in reply["runs"]:
                 messages.note("%(name)s is being executed in %(root_dir)s (%(id)s)." % run)
-            if not _says_yes("Stop it all the same? [y/N] "):
+            if not says_yes("Stop it all the same? [y/N] "):
                 messages.note("Nothing was stopped.")
                 return EXIT_FAILURE
             reply = agent.ask("stop", "Stopping", asks=False, **request)
     if not reply.get("count"):
         messages.note("No server of yours runs there.")
     return EXIT_OK
-
-
-def _says_yes(question: str) -> bool:
-    """Ask on the terminal, wherever stdin and stdout lead."""
-    with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
-        output.write(question)
-        output.flush()
-        return terminal.readline().strip().lower() in ("y", "yes")
 
 
 def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -4203,21 +4903,24 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
 
 def start_execution(source: Source, args: argparse.Namespace, agent: Agent, messages: Messages) -> Optional[Execution]:
     """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
-    reply = agent.ask(
-        "start_run",
-        "Launching the execution of " + source.name,
-        path=args.destination.path,
-        notebook=source.text,
-        file=source.name[1:] if source.is_on_host else "",
-        name=os.path.basename(source.name.lstrip(":")),
-        key=source.key,
-        is_in_place=source.is_on_host and args.inplace,
-        overlaps=args.overlap,
-        parameters=args.parameters,
-        kernel=args.kernel or "",
-        timeout_s=args.time_limit,
-        **environment_request(args),
-    )
+    queue = Queue(agent, messages)
+    with queue.asking(args):
+        reply = agent.ask(
+            "start_run",
+            "Launching the execution of " + source.name,
+            take=queue.take,
+            path=args.destination.path,
+            notebook=source.text,
+            file=source.name[1:] if source.is_on_host else "",
+            name=os.path.basename(source.name.lstrip(":")),
+            key=source.key,
+            is_in_place=source.is_on_host and args.inplace,
+            overlaps=args.overlap,
+            parameters=args.parameters,
+            kernel=args.kernel or "",
+            timeout_s=args.time_limit,
+            **environment_request(args),
+        )
     identity = str(reply.get("id"))
     if reply.get("is_started") is not True:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
@@ -4230,8 +4933,11 @@ def start_execution(source: Source, args: argparse.Namespace, agent: Agent, mess
 def follow(execution: Execution, args: argparse.Namespace) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
-        execution.follow(redials=not args.no_reconnect)
+        with execution.queue.asking(args):
+            execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
+        if execution.queue.is_waiting:
+            raise
         execution.messages.end_line()
         again = back_again(args, "execute", "--attach", execution.id)
         text = "%s goes on without us. To follow it again: %s   To end it: %s"
@@ -4247,6 +4953,7 @@ def environment_request(args: argparse.Namespace) -> Json:
         "env": args.env or "",
         "init": args.init,
         "may_install": not args.no_install,
+        **scheduler_request(args),
     }
 
 
