@@ -83,7 +83,7 @@ class Rig:
 
     @contextlib.contextmanager
     def open_ours(self, port: int, *arguments: str) -> Iterator[Opened]:
-        """Open with rjupyter.py."""
+        """Open with rjupyter.py; it prints the address when it has heard the first answer itself."""
         began = time.monotonic()
         local = quiet_port()
         words = [*self.options(port), "--local-port", str(local), *arguments]
@@ -91,7 +91,9 @@ class Rig:
         self.laptop.runs.remove(run)
         try:
             run.url()
-            yield Opened(first_answer(local, began), local, run)
+            seconds = time.monotonic() - began
+            first_answer(local, began)
+            yield Opened(seconds, local, run)
             run.interrupt()
             run.wait(20)
         finally:
