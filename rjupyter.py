@@ -3624,6 +3624,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in our own form, and points at --help."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
+
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2)."""
         raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
@@ -3637,7 +3640,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="actions: execute NOTEBOOK ..., list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, "
         "config; `rjupyter.py host execute --help` tells more of one. DESTINATION is whatever ssh takes; PATH, as scp "
         "has it, is a directory or a notebook there.",
-        formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
@@ -3749,6 +3751,8 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     if args.no_config:
         return args
     defaults = config_defaults(config_path(), args.destination.host)
+    if not defaults:
+        return args
     parser = build_parser()
     parser.set_defaults(**{dest: value for dest, (value, _) in defaults.items()})
     args = parser.parse_args(argv)
@@ -3767,6 +3771,8 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
 
     Sections are patterns as in ssh_config's Host; of several values, the first one holds. Raises Failure (2).
     """
+    if not os.path.exists(path):
+        return {}
     import configparser
 
     config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
