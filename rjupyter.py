@@ -428,6 +428,7 @@ class Ssh:
         self.needs_login = False  # the last failure was a login that was refused
         self.is_refused = False  # the last failure was the host's key: nothing to try again
         self.master: Optional[Child] = None  # the connection's process: the master, or without one `ssh -N -L`
+        self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self._config: Dict[str, str] = {}
         self._forwards: List[str] = []
         self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
@@ -600,6 +601,7 @@ class Ssh:
             else:  # the guard knows its pid before it is ssh: there is no moment without
                 argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
                 self.master = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=self.can_ask)
+        self.meanwhile()
         deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
             while True:
@@ -2443,8 +2445,13 @@ class Agent:
         self.python = ""
         self.is_root = False
         self.noise: List[str] = []  # what else the host printed in the last conversation
-        self._source = agent_source()
+        self._source = b""
         self.greets = True  # says once who and where we are
+        ssh.meanwhile = self.prepare
+
+    def prepare(self) -> None:
+        """Get ready what can be before there is a connection."""
+        self._source = self._source or agent_source()
 
     def ask(
         self,
@@ -2458,6 +2465,7 @@ class Agent:
 
         `take` gets what it tells meanwhile that is not known here, and a function that shows a word on it.
         """
+        self.prepare()
         nonce = "rjupyter-" + os.urandom(8).hex()
         command = agent_command(str(request.get("python", "")))
         child = self.ssh.session(command)
