@@ -946,7 +946,10 @@ def http_request(
     """
     deadline = time.monotonic() + timeout_s
     is_unix = isinstance(address, str)
-    connection = socket.socket(socket.AF_UNIX) if is_unix else socket.create_connection(address, timeout=timeout_s)
+    if is_unix:
+        connection = socket.socket(socket.AF_UNIX)
+    else:  # as bytes: for a text, Python imports its codec for international names first
+        connection = socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
     with contextlib.closing(connection):
         if is_unix:
             connection.settimeout(timeout_s)
