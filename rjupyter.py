@@ -990,15 +990,15 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     # Each group of four bytes is printed as one number in this machine's order.
     ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
     local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
+    port_in_table = ":%04X " % local[1]
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
-            with open(table) as stream:
-                rows = [line.lower().split() for line in stream][1:]
+            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
+                for row in (line.lower().split() for line in stream if port_in_table in line):
+                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                        return int(row[7])
         except OSError:
             continue
-        for row in rows:
-            if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                return int(row[7])
     return None
 
 
