@@ -143,7 +143,7 @@ def sleeps() -> Iterator[str]:
 
 def test_no_fixed_sleeps() -> None:
     """What sleeps looks every POLL_S, or is named here."""
-    named = {"reconnect: delay_s", "follow_log: 0.2"}
+    named = {"reconnect: delay_s", "follow_log: 0.2", "follow_run: pause_s"}
     assert {sleep for sleep in sleeps() if not sleep.endswith(": POLL_S")} <= named
 
 
