@@ -439,6 +439,7 @@ class Ssh:
         self.always = ALWAYS
         self.has_mux = has_mux
         self.control_path = ""  # empty: no multiplexing
+        self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.is_borrowed = False  # the user's own master, which was there before us and stays
         self.needs_login = False  # the last failure was a login that was refused
         self.is_refused = False  # the last failure was the host's key: nothing to try again
@@ -466,7 +467,8 @@ class Ssh:
 
     def tunnel_argv(self, spec: str, ready: str) -> List[str]:
         """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
-        argv = ["ssh", "-N", "-L", spec, "-S", "none", "-o", "ControlMaster=no"] + self._patience()
+        argv = ["ssh", "-N", *local_forwards([spec, *self.further]), "-S", "none", "-o", "ControlMaster=no"]
+        argv += self._patience()
         argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
         return argv + self.always + self.options + ["--", self.destination]
 
@@ -789,9 +791,16 @@ class Ssh:
         is_open, words = self._run(self.control_argv("forward", "-L", spec))
         if is_open:
             self._forwards.append(spec)
+            for further in self.further:
+                self._expect_forward(further, *self._run(self.control_argv("forward", "-L", further)))
+                self._forwards.append(further)
             if self.is_borrowed:
-                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", "-L", spec))
+                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(self._forwards)))
         return is_open, words
+
+    def _expect_forward(self, spec: str, is_open: bool, words: str) -> None:
+        if not is_open:
+            raise Failure("cannot forward " + spec, words, "another port in -L")
 
     def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
         # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward
@@ -802,6 +811,9 @@ class Ssh:
         if "cannot listen to port: %d" % local_port in words:
             self.close()
             return False, "forwarding request failed: " + words
+        for further in self.further:
+            is_open = "cannot listen to port: %s" % further.split(":")[1] not in words
+            self._expect_forward(further, is_open, words)
         return True, ""
 
     def cancel(self, spec: str) -> None:
@@ -831,6 +843,11 @@ class Ssh:
             return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
         finally:
             child.end()
+
+
+def local_forwards(specs: List[str]) -> List[str]:
+    """Return the options of ssh for these local forwards."""
+    return [word for spec in specs for word in ("-L", spec)]
 
 
 def _pairs(options: List[str]) -> List[List[str]]:
@@ -4232,7 +4249,9 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    return Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+    there.further = ssh.further
+    return there
 
 
 def print_jobs(jobs: List[Json], messages: Messages) -> None:
@@ -4389,6 +4408,10 @@ def build_parser() -> argparse.ArgumentParser:
     tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
     tunnel.add_argument("--no-browser", action="store_true", help="print the address only")
     tunnel.add_argument("--browser", metavar="COMMAND", help="browser to open (the system's)")
+    forward_help = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
+    tunnel.add_argument(
+        "-L", dest="further", type=_forward, action="append", default=[], metavar="SPEC", help=forward_help
+    )
     tunnel.add_argument("--no-reconnect", action="store_true", help="end when the connection is lost")
     tunnel.add_argument("-f", dest="background", action="store_true", help="go to the background once the tunnel is up")
 
@@ -4601,6 +4624,15 @@ def _address(text: str) -> str:
         raise argparse.ArgumentTypeError("%r is not an address" % text) from None
 
 
+def _forward(text: str) -> str:
+    """Check a local forward; one without an address here gets 127.0.0.1, and no second one on ::1."""
+    match = re.fullmatch(r"(?:(127\.0\.0\.\d+|localhost):)?(\d+):(/[^:\s]+|(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
+    address = match.group(1) if match.group(1) not in (None, "localhost") else "127.0.0.1"
+    return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -4683,7 +4715,7 @@ def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages)
 
 def what_is_asked(args: argparse.Namespace) -> List[Any]:
     """Return what tells one open from another: a second copy with the same is the same."""
-    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "ssh")
+    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "further", "ssh")
     return [args.destination.host, args.destination.path] + [getattr(args, name) for name in names]
 
 
@@ -5181,6 +5213,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args = parse_arguments(argv)
         messages = Messages(args.quiet, args.verbose, args.json)
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, not args.no_mux and os.name == "posix")
+        ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
         return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)
