@@ -2675,7 +2675,7 @@ class Agent:
             text = STOPPED_TEXTS[str(message["what"])] % dict(
                 message, app=APP_NAMES.get(str(message["app"]), "Jupyter")
             )
-            facts = {name: message[name] for name in STOPPED_FACTS if message[name] is not None}
+            facts = {name: message[name] for name in STOPPED_FACTS if message[name]}
             self.messages.step(text, "stopped", what=message["what"], **facts)
         return None
 
