@@ -3802,6 +3802,9 @@ JOB_ENDS = {
     "PREEMPTED": "another job took its place",
     "FAILED": "it failed",
 }
+# What a request must be, to come back to a job that waits; and what it must be where it names that at all.
+JOB_EXACT = ("action", "path", "key")
+JOB_NAMED = ("app", "python", "env", "init", "socket", "via_node")
 JOB_TYPES = {"job": str, "command": str, "node": str, "created": float, "asked": dict}
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
@@ -3847,7 +3850,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
         "command": command,
         "node": os.uname().nodename,
         "created": time.time(),
-        "asked": what_is_asked_of_job(request),
+        "asked": dict({name: request.get(name) for name in JOB_EXACT + JOB_NAMED}, **request["scheduler"]),
     }
     write_private(record_path(directory), json.dumps(record))
     return next(job for job in job_records() if job["directory"] == directory)
@@ -3858,12 +3861,6 @@ def quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
-
-
-def what_is_asked_of_job(request: "Json") -> "Json":
-    """Return what tells one job from another: a request for the same comes back to the job that is there."""
-    names = ("action", "path", "app", "python", "env", "init", "socket", "key", "via_node")
-    return dict({name: request.get(name) for name in names}, submit=request["scheduler"].get("submit"))
 
 
 def job_records() -> "List[Json]":
@@ -3877,14 +3874,11 @@ def live_jobs() -> "List[Json]":
 
 
 def waiting_jobs(request: "Json") -> "List[Json]":
-    """Return the jobs that do not run yet and do what a request asks for, whatever the options when it names none."""
-    asked = what_is_asked_of_job(request)
-    found = []
-    for record in live_jobs():
-        submit = asked["submit"] or record["asked"].get("submit")
-        if record["asked"] == dict(asked, submit=submit) and not reply_of(record):
-            found.append(record)
-    return found
+    """Return the jobs that have not begun and do what a request asks for, each thing as far as it is named there."""
+    named = {name: request[name] for name in JOB_NAMED if request.get(name)}
+    named.update({name: request.get(name) for name in JOB_EXACT}, **request.get("scheduler", {}))
+    jobs = [job for job in live_jobs() if all(job["asked"].get(name) == value for name, value in named.items())]
+    return [job for job in jobs if not reply_of(job)]
 
 
 def job_of(record: "Json") -> "Json":

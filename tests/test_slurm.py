@@ -262,8 +262,8 @@ def test_without_a_terminal_it_stays_and_stop_cancels_it(laptop: Laptop, slurm: 
     assert "Job 3 stays." in run.stderr
     (job,) = jobs(laptop)
     assert (job["word"], job["is_waiting"]) == ("PENDING", True)
-    stop = laptop.run("host", "stop", job["id"])
-    assert (stop.status, "Cancelled job 3" in stop.stderr) == (0, True), stop.text
+    stop = laptop.run("host", "stop")
+    assert (stop.status, "Cancelled job 3 (%s)" % job["id"] in stop.stderr) == (0, True), stop.text
     assert slurm.squeue()[3] == "CANCELLED"
 
 
