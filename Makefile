@@ -4,8 +4,9 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help demo test lint install uninstall clean
+.PHONY: help demo test bench lint install uninstall clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -17,6 +18,10 @@ demo: ## the main job without a remote host: a private sshd here, its Jupyter in
 test: ## install what the tests need, and run them
 	@PYTHON=$(PYTHON) sh tests/setup.sh test
 	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
+
+bench: ## measure it beside what one would use instead: a Markdown table, in less than 10 minutes
+	@PYTHON=$(PYTHON) sh tests/setup.sh bench
+	@.venv/bin/python tests/bench/bench.py $(BENCH_ARGS)
 
 lint: ## ruff, mypy --strict, shellcheck
 	@PYTHON=$(PYTHON) sh tests/setup.sh lint

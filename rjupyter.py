@@ -439,10 +439,12 @@ class Ssh:
         self.always = ALWAYS
         self.has_mux = has_mux
         self.control_path = ""  # empty: no multiplexing
+        self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.is_borrowed = False  # the user's own master, which was there before us and stays
         self.needs_login = False  # the last failure was a login that was refused
         self.is_refused = False  # the last failure was the host's key: nothing to try again
         self.master: Optional[Child] = None  # the connection's process: the master, or without one `ssh -N -L`
+        self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self._config: Dict[str, str] = {}
         self._forwards: List[str] = []
         self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
@@ -465,7 +467,8 @@ class Ssh:
 
     def tunnel_argv(self, spec: str, ready: str) -> List[str]:
         """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
-        argv = ["ssh", "-N", "-L", spec, "-S", "none", "-o", "ControlMaster=no"] + self._patience()
+        argv = ["ssh", "-N", *local_forwards([spec, *self.further]), "-S", "none", "-o", "ControlMaster=no"]
+        argv += self._patience()
         argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
         return argv + self.always + self.options + ["--", self.destination]
 
@@ -567,6 +570,14 @@ class Ssh:
         text = "Connected to %s again (after %s)." % (self.destination, _duration(seconds))
         self.messages.step(text, "reconnected", seconds=seconds, **facts)
 
+    def quicken(self) -> None:
+        """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
+
+        Each answer through a forward is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
+        """
+        if self.control_path:
+            self._run(self.session_argv(command="true"))
+
     def _offer_login(self) -> None:
         """Wait for the Enter of a person who can log in; the next attempt may ask, once."""
         with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
@@ -615,6 +626,7 @@ class Ssh:
             else:  # the guard knows its pid before it is ssh: there is no moment without
                 argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
                 self.master = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=self.can_ask)
+        self.meanwhile()
         deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
             while True:
@@ -779,9 +791,16 @@ class Ssh:
         is_open, words = self._run(self.control_argv("forward", "-L", spec))
         if is_open:
             self._forwards.append(spec)
+            for further in self.further:
+                self._expect_forward(further, *self._run(self.control_argv("forward", "-L", further)))
+                self._forwards.append(further)
             if self.is_borrowed:
-                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", "-L", spec))
+                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(self._forwards)))
         return is_open, words
+
+    def _expect_forward(self, spec: str, is_open: bool, words: str) -> None:
+        if not is_open:
+            raise Failure("cannot forward " + spec, words, "another port in -L")
 
     def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
         # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward
@@ -792,6 +811,9 @@ class Ssh:
         if "cannot listen to port: %d" % local_port in words:
             self.close()
             return False, "forwarding request failed: " + words
+        for further in self.further:
+            is_open = "cannot listen to port: %s" % further.split(":")[1] not in words
+            self._expect_forward(further, is_open, words)
         return True, ""
 
     def cancel(self, spec: str) -> None:
@@ -821,6 +843,11 @@ class Ssh:
             return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
         finally:
             child.end()
+
+
+def local_forwards(specs: List[str]) -> List[str]:
+    """Return the options of ssh for these local forwards."""
+    return [word for spec in specs for word in ("-L", spec)]
 
 
 def _pairs(options: List[str]) -> List[List[str]]:
@@ -900,7 +927,7 @@ AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, 
 STATE_DIR = "~/.local/state/rjupyter"
 VENV_DIR = "~/.local/share/rjupyter/venv"
 KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
-POLL_S = 0.02
+POLL_S = 0.005
 HEARTBEAT_S = 5.0
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
@@ -959,7 +986,10 @@ def http_request(
     """
     deadline = time.monotonic() + timeout_s
     is_unix = isinstance(address, str)
-    connection = socket.socket(socket.AF_UNIX) if is_unix else socket.create_connection(address, timeout=timeout_s)
+    if is_unix:
+        connection = socket.socket(socket.AF_UNIX)
+    else:  # as bytes: for a text, Python imports its codec for international names first
+        connection = socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
     with contextlib.closing(connection):
         if is_unix:
             connection.settimeout(timeout_s)
@@ -1000,15 +1030,15 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     # Each group of four bytes is printed as one number in this machine's order.
     ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
     local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
+    port_in_table = ":%04X " % local[1]
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
-            with open(table) as stream:
-                rows = [line.lower().split() for line in stream][1:]
+            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
+                for row in (line.lower().split() for line in stream if port_in_table in line):
+                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                        return int(row[7])
         except OSError:
             continue
-        for row in rows:
-            if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                return int(row[7])
     return None
 
 
@@ -2546,8 +2576,13 @@ class Agent:
         self.python = ""
         self.is_root = False
         self.noise: List[str] = []  # what else the host printed in the last conversation
-        self._source = agent_source()
+        self._source = b""
         self.greets = True  # says once who and where we are
+        ssh.meanwhile = self.prepare
+
+    def prepare(self) -> None:
+        """Get ready what can be before there is a connection."""
+        self._source = self._source or agent_source()
 
     def ask(
         self,
@@ -2561,6 +2596,7 @@ class Agent:
 
         `take` gets what it tells meanwhile that is not known here, and a function that shows a word on it.
         """
+        self.prepare()
         nonce = "rjupyter-" + os.urandom(8).hex()
         command = agent_command(str(request.get("python", "")))
         packed = agent_input(command, self._source, dict(request, action=action, nonce=nonce))
@@ -2639,7 +2675,7 @@ class Agent:
             text = STOPPED_TEXTS[str(message["what"])] % dict(
                 message, app=APP_NAMES.get(str(message["app"]), "Jupyter")
             )
-            facts = {name: message[name] for name in STOPPED_FACTS if message[name] is not None}
+            facts = {name: message[name] for name in STOPPED_FACTS if message[name]}
             self.messages.step(text, "stopped", what=message["what"], **facts)
         return None
 
@@ -2869,6 +2905,7 @@ class Tunnel:
                 return False
 
             self.ssh.reconnect(why, resume, local_port=self.local_port)
+        self.ssh.quicken()
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
@@ -3765,6 +3802,9 @@ JOB_ENDS = {
     "PREEMPTED": "another job took its place",
     "FAILED": "it failed",
 }
+# What a request must be, to come back to a job that waits; and what it must be where it names that at all.
+JOB_EXACT = ("action", "path", "key")
+JOB_NAMED = ("app", "python", "env", "init", "socket", "via_node")
 JOB_TYPES = {"job": str, "command": str, "node": str, "created": float, "asked": dict}
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
@@ -3810,7 +3850,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
         "command": command,
         "node": os.uname().nodename,
         "created": time.time(),
-        "asked": what_is_asked_of_job(request),
+        "asked": dict({name: request.get(name) for name in JOB_EXACT + JOB_NAMED}, **request["scheduler"]),
     }
     write_private(record_path(directory), json.dumps(record))
     return next(job for job in job_records() if job["directory"] == directory)
@@ -3821,12 +3861,6 @@ def quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
-
-
-def what_is_asked_of_job(request: "Json") -> "Json":
-    """Return what tells one job from another: a request for the same comes back to the job that is there."""
-    names = ("action", "path", "app", "python", "env", "init", "socket", "key", "via_node")
-    return dict({name: request.get(name) for name in names}, submit=request["scheduler"].get("submit"))
 
 
 def job_records() -> "List[Json]":
@@ -3840,14 +3874,11 @@ def live_jobs() -> "List[Json]":
 
 
 def waiting_jobs(request: "Json") -> "List[Json]":
-    """Return the jobs that do not run yet and do what a request asks for, whatever the options when it names none."""
-    asked = what_is_asked_of_job(request)
-    found = []
-    for record in live_jobs():
-        submit = asked["submit"] or record["asked"].get("submit")
-        if record["asked"] == dict(asked, submit=submit) and not reply_of(record):
-            found.append(record)
-    return found
+    """Return the jobs that have not begun and do what a request asks for, each thing as far as it is named there."""
+    named = {name: request[name] for name in JOB_NAMED if request.get(name)}
+    named.update({name: request.get(name) for name in JOB_EXACT}, **request.get("scheduler", {}))
+    jobs = [job for job in live_jobs() if all(job["asked"].get(name) == value for name, value in named.items())]
+    return [job for job in jobs if not reply_of(job)]
 
 
 def job_of(record: "Json") -> "Json":
@@ -4212,7 +4243,9 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    return Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+    there.further = ssh.further
+    return there
 
 
 def print_jobs(jobs: List[Json], messages: Messages) -> None:
@@ -4301,6 +4334,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in our own form, and points at --help."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
+
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2)."""
         raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
@@ -4314,7 +4350,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="actions: execute NOTEBOOK ..., list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, "
         "config; `rjupyter.py host execute --help` tells more of one. DESTINATION is whatever ssh takes; PATH, as scp "
         "has it, is a directory or a notebook there.",
-        formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
@@ -4367,6 +4402,10 @@ def build_parser() -> argparse.ArgumentParser:
     tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
     tunnel.add_argument("--no-browser", action="store_true", help="print the address only")
     tunnel.add_argument("--browser", metavar="COMMAND", help="browser to open (the system's)")
+    forward_help = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
+    tunnel.add_argument(
+        "-L", dest="further", type=_forward, action="append", default=[], metavar="SPEC", help=forward_help
+    )
     tunnel.add_argument("--no-reconnect", action="store_true", help="end when the connection is lost")
     tunnel.add_argument("-f", dest="background", action="store_true", help="go to the background once the tunnel is up")
 
@@ -4433,12 +4472,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     """
     argv = joined_arguments(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
+    args.sources = {}
+    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
+    if not defaults and args.action != "config":
+        return args
     parser = build_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # then only what was typed is there
     given = vars(parser.parse_args(argv))
     args.sources = dict.fromkeys(given, "command line")
-    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
     for dest, (value, source) in defaults.items():
         if dest not in given:
             setattr(args, dest, value)
@@ -4467,6 +4509,8 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
 
     Sections are patterns as in ssh_config's Host; of several values, the first one holds. Raises Failure (2).
     """
+    if not os.path.exists(path):
+        return {}
     import configparser
 
     config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
@@ -4574,6 +4618,15 @@ def _address(text: str) -> str:
         raise argparse.ArgumentTypeError("%r is not an address" % text) from None
 
 
+def _forward(text: str) -> str:
+    """Check a local forward; one without an address here gets 127.0.0.1, and no second one on ::1."""
+    match = re.fullmatch(r"(?:(127\.0\.0\.\d+|localhost):)?(\d+):(/[^:\s]+|(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
+    address = match.group(1) if match.group(1) not in (None, "localhost") else "127.0.0.1"
+    return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -4656,7 +4709,7 @@ def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages)
 
 def what_is_asked(args: argparse.Namespace) -> List[Any]:
     """Return what tells one open from another: a second copy with the same is the same."""
-    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "ssh")
+    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "further", "ssh")
     return [args.destination.host, args.destination.path] + [getattr(args, name) for name in names]
 
 
@@ -5154,6 +5207,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args = parse_arguments(argv)
         messages = Messages(args.quiet, args.verbose, args.json)
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, not args.no_mux and os.name == "posix")
+        ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
         return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)

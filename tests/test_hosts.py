@@ -124,7 +124,7 @@ def test_server_of_another_environment_is_not_the_one_that_was_asked_for(laptop:
     environment_at(bare_host.home / "miniconda3")
     environment_at(bare_host.home / "miniforge3/envs/ml")
     assert "miniconda3" in laptop.start("host", has_terminal=False).expect(r"Using .*").group()
-    asked = laptop.start("--env", "ml", "host", has_terminal=False)
+    asked = laptop.start("--env", "ml", "--local-port", str(quiet_port()), "host", has_terminal=False)
     assert prefix_of_kernel(asked.url()).endswith("envs/ml")
     asked.interrupt()
     asked.wait()

@@ -30,7 +30,7 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
     run.interrupt()
     assert run.wait() == 0
     shown = [line.rpartition("\033[K")[2] for line in run.text.rstrip().split("\n")]  # what a terminal shows in the end
-    lines = [line for line in shown if not line.startswith("You are root on host")]
+    lines = [line for line in shown if not line.startswith(("You are root on host", "sbatch is there"))]
     patterns = [
         r"Connected to host \(\w+@\S+, python 3\.\d+\.\d+\)\.",
         r"Launched Jupyter Notebook \d\S* in %s/work \(pid \d+, port \d+, \d+\.\d s\)\." % re.escape(str(host.home)),

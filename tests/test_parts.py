@@ -67,6 +67,7 @@ REPLY: Dict[str, Any] = {
     "is_secure": False,
     "has_password": False,
     "local_port": 8889,
+    "node": "gpu1",
     "is_launched": True,
     "is_only": True,
     "start_s": 1.5,

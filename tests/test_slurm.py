@@ -15,6 +15,7 @@ from client import api, check_failure, compute
 from conftest import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
 from private_slurm import PrivateSlurm, find_obstacle
 from test_execute import code, printed, write_notebook
+from test_unattended import readme_events
 
 
 @pytest.fixture
@@ -261,8 +262,8 @@ def test_without_a_terminal_it_stays_and_stop_cancels_it(laptop: Laptop, slurm: 
     assert "Job 3 stays." in run.stderr
     (job,) = jobs(laptop)
     assert (job["word"], job["is_waiting"]) == ("PENDING", True)
-    stop = laptop.run("host", "stop", job["id"])
-    assert (stop.status, "Cancelled job 3" in stop.stderr) == (0, True), stop.text
+    stop = laptop.run("host", "stop")
+    assert (stop.status, "Cancelled job 3 (%s)" % job["id"] in stop.stderr) == (0, True), stop.text
     assert slurm.squeue()[3] == "CANCELLED"
 
 
@@ -437,3 +438,18 @@ def test_login_node_without_slurm_option_is_told_of_it(laptop: Laptop, slurm: Pr
     run.expect(
         r"^sbatch is there: if host is a login node, run Jupyter in a job \(--slurm OPTIONS, --submit COMMAND\)\.$"
     )
+
+
+def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+    blocking = slurm.occupy()
+    run = laptop.start("--json", "-q", "--slurm", "-t 5", "host", has_terminal=False)
+    run.expect('"event": "queue"')
+    seen = [json.loads(line) for line in laptop.run("--json", "-q", "host", "list").stdout.splitlines()]
+    slurm.cancel(*blocking)
+    run.expect('"event": "ending"')
+    seen += [json.loads(line) for line in run.stdout.splitlines()]
+    of_readme = readme_events()
+    for name in ("job", "queue", "ending"):
+        assert {tuple(key for key in event if key != "event") for event in seen if event["event"] == name} == {
+            tuple(of_readme[name])
+        }

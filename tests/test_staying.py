@@ -371,3 +371,36 @@ def test_random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy) -> N
     """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""
     seed = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**6))
     random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
+    """A dashboard beside Jupyter: there as long as the tunnel, also after the connection was lost."""
+    ports = [quiet_port(), quiet_port()]
+    with socket.create_server(("127.0.0.1", 0)) as dashboard:
+        to = dashboard.getsockname()[1]
+        forwards = ["-L", "%d:localhost:%d" % (ports[0], to), "-L", "127.0.0.1:%d:127.0.0.1:%d" % (ports[1], to)]
+        run, url, kernel = opened(laptop, *mode, *forwards)
+        check_forwards(dashboard, ports)
+        host.sshd.end_connections()
+        run.expect("Connected to host again")
+        check_forwards(dashboard, ports)
+        check_same(run, url, kernel)
+        run.interrupt()
+        assert run.wait() == 0
+        assert can_listen(ports[0])
+        with socket.create_server(("127.0.0.1", ports[0])):
+            failed = laptop.run(*mode, *forwards, "host")
+        assert failed.status == 1
+        assert "rjupyter: cannot forward 127.0.0.1:%d:localhost:%d" % (ports[0], to) in failed.stderr
+    check_failure(laptop.run("-L", "8787", "host"), 2, "a forward is PORT:HOST:PORT")
+
+
+def check_forwards(dashboard: socket.socket, ports: List[int]) -> None:
+    dashboard.settimeout(20)
+    for port in ports:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as near:
+            far, _ = dashboard.accept()
+            with far:
+                near.sendall(b"x")
+                assert far.recv(1) == b"x"

@@ -61,7 +61,7 @@ def no_canary(directory: Path) -> Iterator[Callable[[], None]]:
 REQUEST: Dict[str, Any] = {
     "app": "", "path": None, "is_new": True, "port": 0, "ip": "127.0.0.1", "local_port": 8889, "server_args": [],
     "python": "", "env": "", "init": [], "attach": "", "start_timeout_s": 20, "may_install": False, "socket": False,
-    "no_socket": "", "idle_timeout_s": 0,
+    "no_socket": "", "idle_timeout_s": 0, "scheduler": {}, "via_node": False,
 }  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""`make bench`: rjupyter.py beside what one would use instead, against a private sshd on this machine.
+
+Prints a Markdown table on stdout, and how far it is on stderr. `make bench BENCH_ARGS="--rounds 3 cold list"` runs some
+rows, with fewer rounds.
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import List
+
+TOP = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(TOP), str(TOP / "tests")]
+
+from conftest import VENV_BIN  # noqa: E402
+from figures import Row, table  # noqa: E402
+from rig import Rig  # noqa: E402
+from rows import ROWS  # noqa: E402
+
+
+def machine() -> str:
+    """Say what this was measured on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    ssh = subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr.split(",")[0]
+    argv = [str(VENV_BIN / "jupyter-notebook"), "--version"]
+    notebook = subprocess.run(argv, capture_output=True, text=True).stdout.strip()
+    facts = (model.group(1).strip() if model else platform.machine(), os.cpu_count(), platform.python_version())
+    return "%s, %s cores, Python %s, " % facts + "%s, Jupyter Notebook %s" % (ssh, notebook)
+
+
+def measure(names: List[str], rounds: int) -> List[Row]:
+    """Measure the rows on a rig of their own, which leaves nothing behind."""
+    directory = Path(tempfile.mkdtemp(prefix="rj-"))
+    rig = Rig(directory)
+    rows: List[Row] = []
+    try:
+        for name in names:
+            began = time.monotonic()
+            rows += ROWS[name](rig, rounds)
+            print("%s: %.0f s" % (name, time.monotonic() - began), file=sys.stderr, flush=True)
+    finally:
+        rig.close()
+        shutil.rmtree(directory)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=", ".join(ROWS) + " (all)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (7)")
+    args = parser.parse_args()
+    title = "%s: %s. Medians of %d rounds with the least and the greatest; all that a line compares is interleaved."
+    print(table(measure(args.rows or list(ROWS), args.rounds), title % (time.strftime("%F"), machine(), args.rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Medians, and the Markdown table that they go into."""
+
+import statistics
+from typing import List, NamedTuple, Optional, Sequence
+
+
+class Row(NamedTuple):
+    """One line of the table, its cells as text."""
+
+    what: str
+    target: str
+    ours: str
+    others: str
+
+
+def spread(values: Sequence[float], form: str = "%.2f", unit: str = "") -> str:
+    """Return the median of `values`, with the least and the greatest of them."""
+    shown = tuple(form % value for value in (statistics.median(values), min(values), max(values)))
+    return "%s%s (%s to %s)" % (shown[0], unit, shown[1], shown[2])
+
+
+def judged(values: Sequence[float], limit: float, form: str = "%.2f", unit: str = "", is_least: bool = False) -> str:
+    """Return the median, and say when it misses the target: it may be `limit` at most, or with `is_least` at least."""
+    median = statistics.median(values)
+    is_missed = median < limit if is_least else median > limit
+    return spread(values, form, unit) + (", **missed**" if is_missed else "")
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> List[float]:
+    """Divide round by round: what was measured one after the other saw the same machine."""
+    return [one / other for one, other in zip(above, below)]
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return the slope of the line that fits best."""
+    return statistics.linear_regression(xs, ys).slope
+
+
+def table(rows: Sequence[Row], title: Optional[str] = None) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [title, ""] if title else []
+    lines += ["| what | target | ours | others |", "|---|---|---|---|"]
+    lines += ["| %s |" % " | ".join(cell or "-" for cell in row) for row in rows]
+    return "\n".join(lines)

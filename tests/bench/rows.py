@@ -1,0 +1,436 @@
+"""What is measured: one function for each topic, which returns its lines of the table.
+
+Each interleaves all that it compares (A B C A B C ...), and divides round by round: machines are noisy.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Iterator, List
+
+from conftest import ON_HOST, SCRIPT, processes_with, quiet_port, wait_until
+from figures import Row, judged, ratios, slope, spread
+from proxy import Proxy
+from rig import STAND_IN, Opened, Rig, first_answer
+from test_open import chromium
+
+import rjupyter
+
+Samples = Dict[str, List[float]]
+DELAYS_S = [0.0, 0.025, 0.05]  # each way
+IDLE_S = 40.0
+BULK_MB = 100
+BUSY_PORTS = 1000
+MANY_SERVERS = 50
+
+
+def sample(samples: Samples, name: str, value: float) -> None:
+    samples.setdefault(name, []).append(value)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def measure_cold(rig: Rig, rounds: int) -> List[Row]:
+    """Cold start, reattach, and the logins that they need."""
+    times: Samples = {}
+    logins: Samples = {}
+
+    @contextlib.contextmanager
+    def measured(name: str, open_: Callable[[int], ContextManager[Opened]]) -> Iterator[Opened]:
+        before = rig.sshd.logins()
+        with open_(rig.port) as opened:
+            sample(times, name, opened.seconds)
+            yield opened
+        sample(logins, name, rig.sshd.logins() - before)
+
+    for _ in range(rounds):
+        with rig.open_here() as opened:
+            sample(times, "floor", opened.seconds)
+        rig.end_servers()
+        sample(times, "true", rig.ssh(rig.port, "true"))
+        with measured("ours", rig.open_ours):
+            pass
+        sample(times, "pass", rig.ssh(rig.port, "python3 -c pass"))
+        with measured("again", rig.open_ours):
+            pass
+        rig.end_servers()
+        with measured("by hand", rig.open_by_hand):
+            pass
+        rig.end_servers()
+        with measured("jupyter-forward", rig.open_by_jupyter_forward) as opened:
+            began = time.monotonic()
+            opened.run.expect("Jupyter Lab URL")
+            sample(times, "its browser", opened.seconds + time.monotonic() - began)
+        rig.end_servers()
+    return cold_rows(times, logins)
+
+
+def cold_rows(times: Samples, logins: Samples) -> List[Row]:
+    least = [floor + true for floor, true in zip(times["floor"], times["true"])]
+    others = {name: spread(ratios(times[name], least)) for name in ("by hand", "jupyter-forward", "its browser")}
+    others_by_hand = {
+        name: spread(ratios(times[name], times["by hand"])) for name in ("jupyter-forward", "its browser")
+    }
+    words = "jupyter-forward %(jupyter-forward)s to HTTP, %(its browser)s to its browser"
+    counts = {name: "%g" % max(values) for name, values in logins.items()}
+    return [
+        Row(
+            "cold start to the first answer through the tunnel / (Jupyter alone, without ssh + `ssh HOST true`)",
+            "<= 1.00",
+            judged(ratios(times["ours"], least), 1.00),
+            "by hand %s, %s" % (others["by hand"], words % others),
+        ),
+        Row(
+            "cold start / by hand (`ssh HOST jupyter notebook`, then `ssh -N -L`, without a person's pauses)",
+            "<= 0.95",
+            judged(ratios(times["ours"], times["by hand"]), 0.95),
+            words % others_by_hand,
+        ),
+        Row(
+            "reattach / `ssh HOST python3 -c pass`",
+            "<= 1.15",
+            judged(ratios(times["again"], times["pass"]), 1.15),
+            "nobody reattaches",
+        ),
+        Row(
+            "the same in seconds: cold, reattach, Jupyter alone, `ssh HOST true`",
+            "",
+            "%s, %s" % (spread(times["ours"]), spread(times["again"])),
+            "alone %s, ssh %s" % (spread(times["floor"]), spread(times["true"])),
+        ),
+        Row(
+            "logins for a cold start and for a reattach",
+            "1",
+            "%s and %s" % (counts["ours"], counts["again"]),
+            "by hand %(by hand)s, jupyter-forward %(jupyter-forward)s" % counts,
+        ),
+    ]
+
+
+def measure_trips(rig: Rig, rounds: int) -> List[Row]:
+    """Round trips: how much longer each takes for each second that the way there and back takes longer."""
+    times: Samples = {}
+    trips: List[float] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rig.instant_jupyter())
+        proxies = [stack.enter_context(contextlib.closing(Proxy(rig.sshd.port, delay_s))) for delay_s in DELAYS_S]
+        for _ in range(max(2, rounds // 2)):
+            for proxy in proxies:
+                trips.append(2 * proxy.delay_s)
+                sample(times, "true", statistics.median(rig.ssh(proxy.port, "true") for _ in range(3)))
+                for name in ("ours", "again"):
+                    with rig.open_ours(proxy.port) as opened:
+                        sample(times, name, opened.seconds)
+                rig.end_servers()
+                with rig.open_by_hand(proxy.port) as opened:
+                    sample(times, "by hand", opened.seconds)
+                rig.end_servers()
+                with rig.open_by_jupyter_forward(proxy.port) as opened:
+                    sample(times, "jupyter-forward", opened.seconds)
+                rig.end_servers()
+    more = {name: round_trips(trips, values) - round_trips(trips, times["true"]) for name, values in times.items()}
+    return [
+        Row(
+            "round trips above those of `ssh HOST true`, by slope over 0, 25 and 50 ms each way "
+            "(a stand-in for Jupyter that starts at once)",
+            "<= 3",
+            "cold %s, reattach %s" % (judged([more["ours"]], 3, "%.1f"), judged([more["again"]], 3, "%.1f")),
+            "by hand %(by hand).1f, jupyter-forward %(jupyter-forward).1f" % more,
+        )
+    ]
+
+
+def round_trips(trips: List[float], seconds: List[float]) -> float:
+    """Return the slope through the medians at each delay: one slow start must not tilt it."""
+    ways = sorted(set(trips))
+    medians = [statistics.median(s for trip, s in zip(trips, seconds) if trip == way) for way in ways]
+    return slope(ways, medians)
+
+
+# -- what goes through it ---------------------------------------------------------------------------------------------
+
+
+def measure_tunnel(rig: Rig, rounds: int) -> List[Row]:
+    """Throughput, and the time of a new connection: ours, plain `ssh -L` and no tunnel, to the same Jupyter."""
+    static = rig.sshd.home / "static"
+    static.mkdir(exist_ok=True)
+    with open(static / "bulk.bin", "wb") as stream:
+        stream.truncate(BULK_MB * 1000000)
+    config = rig.sshd.home / ".jupyter/jupyter_server_config.py"
+    before = config.read_text()
+    config.write_text(before + "c.ServerApp.extra_static_paths = [%r]\n" % str(static))
+    rates: Samples = {}
+    waits: Samples = {}
+    try:
+        with rig.open_ours(rig.port) as ours, rig.plain_tunnel(server_port(rig)) as plain_port:
+            for _ in range(rounds):
+                for name, port in (("direct", server_port(rig)), ("plain", plain_port), ("ours", ours.port)):
+                    sample(rates, name, megabytes_per_s(port))
+                    sample(waits, name, new_connection_s(port))
+        rig.end_servers()
+        with rig.open_by_jupyter_forward(rig.port) as opened:
+            for _ in range(3):
+                sample(rates, "jupyter-forward", megabytes_per_s(opened.port))
+                sample(waits, "jupyter-forward", new_connection_s(opened.port))
+    finally:
+        rig.end_servers()
+        config.write_text(before)
+        shutil.rmtree(static)
+    jupyter_forward = spread(ratios(rates["jupyter-forward"], rates["plain"]))
+    plain = spread(ratios(waits["plain"], waits["direct"]))
+    milliseconds = {name: spread([1000 * wait for wait in values], "%.1f", " ms") for name, values in waits.items()}
+    return [
+        Row(
+            "throughput of the tunnel / plain `ssh -L` (a static file of %d MB from Jupyter)" % BULK_MB,
+            ">= 0.98",
+            judged(ratios(rates["ours"], rates["plain"]), 0.98, is_least=True),
+            "jupyter-forward %s; plain `ssh -L` %s MB/s, without a tunnel %s MB/s"
+            % (jupyter_forward, spread(rates["plain"], "%.0f"), spread(rates["direct"], "%.0f")),
+        ),
+        Row(
+            "a new connection and its first answer / the same without a tunnel",
+            "<= 2",
+            judged(ratios(waits["ours"], waits["direct"]), 2),
+            "plain `ssh -L` %s, jupyter-forward %s; without a tunnel %s"
+            % (plain, milliseconds["jupyter-forward"], milliseconds["direct"]),
+        ),
+    ]
+
+
+def server_port(rig: Rig) -> int:
+    """Return the port of the one server that we launched."""
+    (record,) = rig.host.servers()
+    return int(record["port"])
+
+
+def megabytes_per_s(port: int) -> float:
+    """Fetch the bulk file and return how fast it came."""
+    buffer = bytearray(1 << 20)
+    began = time.monotonic()
+    received = 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /static/bulk.bin HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        while True:
+            count = connection.recv_into(buffer)
+            if not count:
+                break
+            received += count
+    if received < BULK_MB * 1000000:
+        raise ConnectionError("%d bytes of the bulk file came: %r" % (received, bytes(buffer[:200])))
+    return received / (time.monotonic() - began) / 1e6
+
+
+def new_connection_s(port: int) -> float:
+    """Return the median time of a new connection with one question and its answer."""
+    return statistics.median(first_answer(port, time.monotonic()) for _ in range(20))
+
+
+# -- holding ----------------------------------------------------------------------------------------------------------
+
+
+def measure_idle(rig: Rig, rounds: int) -> List[Row]:
+    """Processor time and memory of an open tunnel that nobody uses, its own probes included."""
+    with rig.open_ours(rig.port) as opened:
+        opened.run.expect("To end it")
+        pids = list(processes_with(rig.mark, without=ON_HOST))
+        before = sum(cpu_s(pid) for pid in pids)
+        time.sleep(IDLE_S)
+        percent = 100 * (sum(cpu_s(pid) for pid in pids) - before) / IDLE_S
+        megabytes = resident_mb(opened.run.pid)
+        bare = resident_mb_of_bare_python()
+    rig.end_servers()
+    return [
+        Row(
+            "idle: processor time of script and ssh together; resident memory of the script",
+            "<= 0.1 % of a core, <= 20 MB",
+            "%s, %s" % (judged([percent], 0.1, "%.3f", " %"), judged([megabytes], 20, "%.1f", " MB")),
+            "an idle Python alone: %.1f MB" % bare,
+        )
+    ]
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process has used: clock_getcpuclockid(3), finer than the ticks of /proc."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def resident_mb(pid: int) -> float:
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/%d/status" % pid).read_text())
+    assert match
+    return int(match.group(1)) * 1024 / 1e6
+
+
+def resident_mb_of_bare_python() -> float:
+    argv = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        megabytes = resident_mb(process.pid)
+        process.communicate(b"\n")
+    return megabytes
+
+
+def measure_redial(rig: Rig, rounds: int) -> List[Row]:
+    """Kill ssh, and wait until the same tunnel leads to the server again."""
+    times: Samples = {}
+    with rig.open_ours(rig.port) as opened:
+        opened.run.expect("To end it")
+        for done in range(rounds):
+            sample(times, "true", rig.ssh(rig.port, "true"))
+            (ssh,) = [p for p, w in processes_with(rig.mark, without=ON_HOST).items() if w.startswith("ssh -M ")]
+            began = time.monotonic()
+            os.kill(ssh, signal.SIGKILL)
+            opened.run.expect(r"(?s)\A(.*Connected to host again){%d}" % (done + 1))
+            sample(times, "redial", first_answer(opened.port, began))
+    rig.end_servers()
+    ratio = judged(ratios(times["redial"], times["true"]), 2)
+    return [Row("the tunnel is back after ssh was killed / one `ssh HOST true`", "<= 2", ratio, "nobody redials")]
+
+
+# -- the host with much on it -----------------------------------------------------------------------------------------
+
+
+def measure_list(rig: Rig, rounds: int) -> List[Row]:
+    """`list` with one server, and with many: stand-ins, which cost the host next to nothing."""
+    times: Samples = {}
+    for _ in range(rounds):
+        for count in (1, MANY_SERVERS):
+            with stand_ins(rig, count):
+                sample(times, str(count), rig.time([*ours_argv(rig), "list"]))
+    ratio = judged(ratios(times[str(MANY_SERVERS)], times["1"]), 1.5)
+    what = "`list` of %d servers / of one (stand-ins that answer as Jupyter does, each a process)" % MANY_SERVERS
+    return [Row(what, "<= 1.5", ratio, "nobody lists; of one: %s s" % spread(times["1"]))]
+
+
+def ours_argv(rig: Rig) -> List[str]:
+    return [sys.executable, str(SCRIPT), "-F", str(rig.sshd.config), "host"]
+
+
+@contextlib.contextmanager
+def stand_ins(rig: Rig, count: int) -> Iterator[None]:
+    """Run servers on the host that only seem to be Jupyter."""
+    directory = rig.sshd.home / ".local/share/jupyter/runtime"
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, str(STAND_IN), "many", str(directory), str(count)]
+    environment = dict(rig.laptop.environment, **rig.sshd.environment)
+    with subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: len(list(directory.glob("jpserver-*.json"))) == count, "the stand-ins listen")
+            yield
+        finally:
+            process.communicate()
+            shutil.rmtree(directory)
+
+
+def measure_ports(rig: Rig, rounds: int) -> List[Row]:
+    """The search for a free port, behind many that are busy."""
+    times: Samples = {}
+    with contextlib.ExitStack() as stack:
+        first = busy_ports(stack)
+        for _ in range(rounds):
+            sample(times, "busy", seconds_of(lambda: rjupyter.find_free_port(first)))
+            sample(times, "free", seconds_of(lambda: rjupyter.find_free_port(first + BUSY_PORTS)))
+            for name, argv in PORT_TOOLS.items():
+                if shutil.which(argv[0]):
+                    sample(times, name, rig.time([word.replace("PORT", str(first)) for word in argv]))
+    added = [1000 * (busy - free) for busy, free in zip(times["busy"], times["free"])]
+    others = [
+        "`%s` once for each port %.1f s" % (name, BUSY_PORTS * statistics.median(times[name]))
+        for name in PORT_TOOLS
+        if name in times
+    ]
+    what = "%s busy ports before the first free one: time added" % format(BUSY_PORTS, ",")
+    return [Row(what, "<= 50 ms", judged(added, 50, "%.1f", " ms"), ", ".join(others))]
+
+
+PORT_TOOLS = {"ss": ["ss", "-Htln", "sport = :PORT"], "netstat": ["netstat", "-tln"]}
+
+
+def busy_ports(stack: contextlib.ExitStack) -> int:
+    """Listen on as many ports in a row, and return the first of them."""
+    while True:
+        first = quiet_port() - BUSY_PORTS
+        with contextlib.ExitStack() as taken:
+            try:
+                for port in range(first, first + BUSY_PORTS):
+                    taken.callback(rjupyter.listen_on(port).close)
+            except OSError:
+                continue
+            stack.push(taken.pop_all())
+            return first
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    function()
+    return time.monotonic() - began
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def measure_page(rig: Rig, rounds: int) -> List[Row]:
+    """Time until the page shows the files, in a browser that was never there, over a slow link; with -C and without."""
+    (rig.sshd.home / "work").mkdir(exist_ok=True)
+    times: Samples = {}
+    with contextlib.closing(Proxy(rig.sshd.port, delay_s=0.025, bytes_per_s=20e6 / 8)) as proxy:
+        for _ in range(max(2, rounds // 2)):
+            for name, options in (("plain", []), ("-C", ["-C"])):
+                with rig.open_ours(proxy.port, *options) as opened:
+                    sample(times, name, page_s(rig, opened.run.url()))
+    rig.end_servers()
+    ratio = ratios(times["-C"], times["plain"])
+    seconds = "%s s with `-C`, %s s without" % (spread(times["-C"], "%.1f"), spread(times["plain"], "%.1f"))
+    what = "page usable in Chromium over 20 Mbit/s and 50 ms there and back: with `-C` / without"
+    return [Row(what, "say which wins", spread(ratio), seconds)]
+
+
+def page_s(rig: Rig, url: str) -> float:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    with chromium(rig.laptop) as driver:
+        began = time.monotonic()
+        driver.get(url)
+        wait = WebDriverWait(driver, 120, poll_frequency=0.05)
+        wait.until(lambda _: driver.find_elements(By.CSS_SELECTOR, ".jp-DirListing-item"))
+        seconds = time.monotonic() - began
+    shutil.rmtree(rig.laptop.home / "chromium", ignore_errors=True)
+    return seconds
+
+
+# -- the program itself -----------------------------------------------------------------------------------------------
+
+
+def measure_start(rig: Rig, rounds: int) -> List[Row]:
+    """How long the script takes to come to its first line."""
+    times: Samples = {}
+    for _ in range(3 * rounds):
+        sample(times, "ours", rig.time([sys.executable, str(SCRIPT), "--version"]))
+        sample(times, "pass", rig.time([sys.executable, "-c", "pass"]))
+    ratio = judged(ratios(times["ours"], times["pass"]), 3)
+    milliseconds = [1000 * seconds for seconds in times["pass"]]
+    others = "`python3 -c pass` %s" % spread(milliseconds, "%.0f", " ms")
+    return [Row("`rjupyter.py --version` / `python3 -c pass`", "<= 3", ratio, others)]
+
+
+ROWS: Dict[str, Callable[[Rig, int], List[Row]]] = {
+    "cold": measure_cold,
+    "trips": measure_trips,
+    "tunnel": measure_tunnel,
+    "idle": measure_idle,
+    "redial": measure_redial,
+    "list": measure_list,
+    "ports": measure_ports,
+    "page": measure_page,
+    "start": measure_start,
+}
