@@ -14,7 +14,9 @@ class Row(NamedTuple):
 
 
 def spread(values: Sequence[float], form: str = "%.2f", unit: str = "") -> str:
-    """Return the median of `values`, with the least and the greatest of them."""
+    """Return the median of `values`, with the least and the greatest where there are several."""
+    if len(values) == 1:
+        return form % values[0] + unit
     shown = tuple(form % value for value in (statistics.median(values), min(values), max(values)))
     return "%s%s (%s to %s)" % (shown[0], unit, shown[1], shown[2])
 

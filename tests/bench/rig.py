@@ -113,7 +113,9 @@ class Rig:
     @contextlib.contextmanager
     def open_by_jupyter_forward(self, port: int) -> Iterator[Opened]:
         """Open with jupyter-forward. Its run says "Jupyter Lab URL" when it opens the browser, which here is `true`."""
-        program = str(environment("jupyter-forward", str(VENV_BIN / "python"), ["jupyter-forward"]) / "jupyter-forward")
+        program = str(
+            environment("jupyter-forward", os.path.realpath(sys.executable), ["jupyter-forward"]) / "jupyter-forward"
+        )
         (self.laptop.home / ".ssh").mkdir(mode=0o700, exist_ok=True)
         config = self.sshd.config.read_text().replace("Port %d" % self.sshd.port, "Port %d" % port)
         (self.laptop.home / ".ssh/config").write_text(config)
