@@ -588,11 +588,10 @@ class Ssh:
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
-        try:
-            answer = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Failure("no ssh on this machine", str(error), "install OpenSSH's client") from None
-        return answer.stderr.decode("utf-8", "replace").strip()
+        status, _, words = run_command(["ssh", "-V"], CONTROL_TIMEOUT_S)
+        if status:
+            raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
+        return words.strip()
 
     def _borrow_master(self) -> bool:
         """Use the user's own live master for this destination, if there is one: no login is needed at all."""
@@ -664,20 +663,15 @@ class Ssh:
 
     def _read_config(self) -> Dict[str, str]:
         argv = self.config_argv()
-        try:
-            answer = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONTROL_TIMEOUT_S)
-        except FileNotFoundError:
-            raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client") from None
-        except subprocess.TimeoutExpired:
-            raise Failure("ssh cannot read its configuration", "`ssh -G` gave no answer", shlex.join(argv)) from None
-        words = answer.stderr.decode("utf-8", "replace").strip()
+        status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
+        if status == 127:
+            raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
         if "bad configuration option: remotecommand" in words.lower() and self.always == ALWAYS:
             self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
             return self._read_config()
-        if answer.returncode:
-            raise Failure("ssh does not take this", words, shlex.join(argv), EXIT_SSH)
-        lines = answer.stdout.decode("utf-8", "replace").splitlines()
-        return dict(line.split(" ", 1) for line in lines if " " in line)
+        if status:
+            raise Failure("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
+        return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
     def connect_failure(self, words: List[str]) -> Failure:
         """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
@@ -928,6 +922,7 @@ STATE_DIR = "~/.local/state/rjupyter"
 VENV_DIR = "~/.local/share/rjupyter/venv"
 KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
 POLL_S = 0.005
+COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
@@ -1042,6 +1037,23 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     return None
 
 
+def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
+
+    The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
+    """
+    import subprocess
+
+    pipe = subprocess.PIPE
+    try:
+        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
+    except OSError as error:
+        return 127, "", str(error)
+    except subprocess.TimeoutExpired:
+        return 124, "", "no answer within %d s" % timeout_s
+    return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
+
+
 def process_identity(pid: int) -> str:
     """Return what tells this process from a later one with the same pid; empty when there is no such process."""
     try:
@@ -1053,10 +1065,8 @@ def process_identity(pid: int) -> str:
         pass
     if os.path.exists("/proc/self/stat"):
         return ""
-    import subprocess
-
     argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
-    answer = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode("utf-8", "replace")
+    answer = run_command(argv, COMMAND_TIMEOUT_S)[1]
     return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
 
 
@@ -1553,13 +1563,11 @@ def environment_python(name: str, root_dir: str) -> str:
 
 def launcher_of_python(python: str, app: str, where: str) -> "Json":
     """Return how to run Jupyter under one interpreter; raises Trouble (3) when it has none."""
-    import subprocess
-
     problem = problem_of(python)
     modules = {"notebook": "notebook", "lab": "jupyterlab"}
     check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     for candidate in [app] if app else ["notebook", "lab"]:
-        if not problem and subprocess.call([python, "-c", check, modules[candidate]], stderr=subprocess.DEVNULL) == 0:
+        if not problem and run_command([python, "-c", check, modules[candidate]], COMMAND_TIMEOUT_S)[0] == 0:
             return launcher(candidate, [python, "-m", modules[candidate]], where, os.environ)
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % modules[app or "notebook"])
     raise Trouble(3, "no Jupyter in this environment", why, "%s -m pip install notebook jupyterlab" % portable(python))
@@ -1824,10 +1832,11 @@ def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channe
         info = wait_for_answer(process, record, deadline, channel)
         if info:
             record.update(root_dir=info["root_dir"], port=info["port"], has_answered=True)
+            record["version"] = app_version(found["argv"][0], found["app"])
             if request["socket"] and not info["sock"]:
                 record["no_socket"] = no_socket or "this Jupyter knows none"
             write_private(record_path(directory), json.dumps(record))
-            return dict(record, id=os.path.basename(directory), version=app_version(found["argv"][0], found["app"]))
+            return dict(record, id=os.path.basename(directory))
         tail = end_of_log(log)
         if process.poll() is None:
             end_session(process.pid)
@@ -2322,15 +2331,9 @@ def wait_for_end(record: "Json", timeout_s: float) -> None:
 
 def children_of(pid: int) -> "List[int]":
     """Return the processes that process `pid` started and that run: for Jupyter its kernels and terminals."""
-    import subprocess
-
     argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
-    try:
-        lines = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()
-    except OSError:
-        return []
-    pairs = [line.split() for line in lines]
-    return [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == b"%d" % pid]
+    pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
+    return [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(pid)]
 
 
 def examine_host(request: "Json", channel: Channel) -> "Json":
@@ -3815,7 +3818,6 @@ SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 def submit_job(request: "Json", channel: Channel) -> "Json":
     """Submit a job in which our agent does what `request` asks for; return its record. Raises Trouble if not taken."""
     import re
-    import subprocess
 
     forget_ended("jobs", live_jobs())
     directory = new_dir("jobs", "j")
@@ -3835,16 +3837,12 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
     write_private(script, "#!/bin/sh\nexec %s -IS %s >%s 2>&1 </dev/null\n" % tuple(words))
     os.chmod(script, 0o700)
     argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
-    try:
-        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    except OSError as error:
-        raise Trouble(1, "there is no %s on the host" % portable(argv[0]), str(error), "this is no login node, perhaps")
-    said = answer.stdout.decode("utf-8", "replace").strip()
+    status, said, why = run_command(argv, QUERY_TIMEOUT_S)
     command = os.path.basename(argv[0])
     number = re.search(SCHEDULERS.get(command, {}).get("id", r"(\d\S*)"), said)
-    if answer.returncode or not number:
-        why = answer.stderr.decode("utf-8", "replace").strip() or said or "status %d" % answer.returncode
-        raise Trouble(1, "%s did not take the job" % command, why, "its options: " + portable(" ".join(argv[1:-1])))
+    if status or not number:
+        why = why.strip() or said.strip() or "status %d" % status
+        raise Trouble(1, "%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
     record = {
         "job": number.group(1),
         "command": command,
@@ -3962,16 +3960,11 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
 def ask_scheduler(command: str) -> str:
     """Return what a scheduler says of the user's jobs; empty when it does not answer."""
     import pwd
-    import subprocess
 
     user = pwd.getpwuid(os.getuid()).pw_name
     argv = [word.replace("{user}", user) for word in SCHEDULERS[command]["query"]]
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    try:
-        answer = subprocess.run(argv, stdin=null, stdout=pipe, stderr=null, timeout=QUERY_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if answer.returncode else answer.stdout.decode("utf-8", "replace") + "\n"
+    status, answer, _ = run_command(argv, QUERY_TIMEOUT_S)
+    return "" if status else answer + "\n"
 
 
 def seconds_of(text: str) -> "Optional[float]":
@@ -4052,18 +4045,11 @@ def why_job_ended(state: "Json") -> str:
 
 def cancel_job(job: "Json") -> None:
     """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done."""
-    import subprocess
-
     table = SCHEDULERS.get(job["command"], {"cancel": ["false"]})
-    argv = [word.replace("{id}", job["job"]) for word in table["cancel"]]
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    try:
-        answer = subprocess.run(argv, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, timeout=QUERY_TIMEOUT_S)
-        said, status = answer.stdout.decode("utf-8", "replace").strip(), answer.returncode
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said, status = str(error), 1
+    status, said, why = run_command([word.replace("{id}", job["job"]) for word in table["cancel"]], QUERY_TIMEOUT_S)
     if status and job_state(job)["is_live"]:
-        raise Trouble(1, "job %s was not cancelled" % job["job"], said or "%(command)s is not known here" % job)
+        why = (said + why).strip() or "%(command)s is not known here" % job
+        raise Trouble(1, "job %s was not cancelled" % job["job"], why)
     write_private(os.path.join(job["directory"], "cancelled"), "")
 
 
@@ -4100,17 +4086,12 @@ def describe_job(job: "Json") -> "Json":
 def node_address() -> str:
     """Return the address of this node that the login node reaches: the one that Slurm has, else that of its name."""
     import re
-    import subprocess
 
     names = [os.uname().nodename]
     slurm_name = os.environ.get("SLURMD_NODENAME")
     if slurm_name:
-        try:
-            argv = ["scontrol", "--oneliner", "show", "node", slurm_name]
-            answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=QUERY_TIMEOUT_S)
-            names[:0] = re.findall(r"\bNodeAddr=(\S+)", answer.stdout.decode("utf-8", "replace")) + [slurm_name]
-        except (OSError, subprocess.TimeoutExpired):
-            names.insert(0, slurm_name)
+        _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], QUERY_TIMEOUT_S)
+        names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
     for name in names:
         try:
             address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
@@ -4347,9 +4328,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
         description=__doc__,
-        epilog="actions: execute NOTEBOOK ..., list, logs [ID] [-f], stop [ID ...] [--all] [--yes], close, doctor, "
-        "config; `rjupyter.py host execute --help` tells more of one. DESTINATION is whatever ssh takes; PATH, as scp "
-        "has it, is a directory or a notebook there.",
+        epilog="actions:\n  execute NOTEBOOK ...     list     logs [ID] [-f]     stop [ID ...] [--all] [--yes]\n"
+        "  close     doctor     config          `rjupyter.py HOST execute --help` tells more of one\n\n"
+        "DESTINATION is whatever ssh takes; PATH, as scp has it, is a directory or a notebook there.",
         add_help=False,
         allow_abbrev=False,
     )
