@@ -2214,7 +2214,7 @@ def describe_end(request: "Json", channel: Channel) -> "Json":
     if not is_here(record) and not job_of(record):
         return {"is_running": True, "is_elsewhere": True, "node": record["node"]}
     if not is_here(record):
-        settle_job(record)
+        settle_job(record, channel)
     if is_running(record):
         info = server_info(record)
         return {"is_running": True, "is_answering": not can_ask_server(record, info) or answers(info)}
@@ -3812,6 +3812,7 @@ JOB_TYPES = {"job": str, "command": str, "node": str, "created": float, "asked":
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
 QUERY_TIMEOUT_S = 20
+SUBMIT_TIMEOUT_S = 40  # longer, because a job that was taken after all would be nobody's
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 
 
@@ -3837,7 +3838,7 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
     write_private(script, "#!/bin/sh\nexec %s -IS %s >%s 2>&1 </dev/null\n" % tuple(words))
     os.chmod(script, 0o700)
     argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
-    status, said, why = run_command(argv, QUERY_TIMEOUT_S)
+    status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
     command = os.path.basename(argv[0])
     number = re.search(SCHEDULERS.get(command, {}).get("id", r"(\d\S*)"), said)
     if status or not number:
@@ -4066,13 +4067,14 @@ def time_left_s(record: "Json") -> float:
     return float(job_state(job)["left_s"] or 0.0) if job else 0.0
 
 
-def settle_job(record: "Json") -> None:
+def settle_job(record: "Json", channel: Channel) -> None:
     """Wait until a server in a job answers, or its scheduler knows that the job has ended; not for long."""
     deadline = time.monotonic() + SETTLE_S
     while is_running(record) and time.monotonic() < deadline:
         info = server_info(record)
         if info and (not can_ask_server(record, info) or answers(info)):
             return
+        channel.keep_alive()
         time.sleep(POLL_S)
 
 
