@@ -4,15 +4,20 @@ The user of the Grid Engine is a real one, whose jobs get no more than what his 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import check_failure, compute
-from conftest import Host, Laptop, User, quiet_port, wait_until
+import shim_scheduler
+from client import api, check_failure, compute
+from conftest import VENV_BIN, Host, Laptop, User, quiet_port, wait_until
 from jupyters import jupyter_for_everyone
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
+from private_machines import Cluster, find_obstacle
 from test_execute import printed, write_notebook
+
+import rjupyter
 
 WHERE = "import os; print(os.uname().nodename, os.getcwd())"
 QSUB = ["--submit", "qsub -o /dev/null -j y"]
@@ -110,3 +115,155 @@ def test_grid_engine_ends_a_job_whose_time_is_up(laptop: Laptop, engine: Private
     assert run.wait() == 4
     assert "job: it has ended: cancelled, failed or out of time" in run.stderr
     wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+
+
+# -- what they print --------------------------------------------------------------------------------------------------
+
+PBS = "123.pbs-server    job.sh           ana                      %s %s workq"
+GRID = "    123 0.55500 job.sh     ana          %-5s 11/24/2026 22:40:30 main.q@node1    1        "
+LSF = "123     ana     %-5s normal     login       node1       /home/ana/job.sh Nov 24 22:22"
+ROWS = [
+    ("qsub", PBS % ("0", "Q"), "PENDING", ""),
+    ("qsub", PBS % ("0", "H"), "PENDING", "H"),
+    ("qsub", PBS % ("00:00:01", "R"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "S"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "E"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "C"), "C", ""),
+    ("qsub", PBS % ("00:00:01", "F"), "F", ""),
+    *[("qsub", GRID % state, "PENDING", "" if state == "qw" else state) for state in ("qw", "hqw", "Eqw", "hRwq")],
+    *[("qsub", GRID % state, "RUNNING", "") for state in ("r", "t", "Rr", "hr", "dr", "s", "S", "tS", "Rs", "dT")],
+    *[("bsub", LSF % state, "PENDING", "" if state == "PEND" else state) for state in ("PEND", "PSUSP", "WAIT")],
+    *[("bsub", LSF % state, "RUNNING", "") for state in ("RUN", "PROV", "USUSP", "SSUSP", "UNKWN")],
+    ("bsub", LSF % "DONE", "DONE", ""),
+    ("bsub", LSF % "EXIT", "EXIT", ""),
+    ("condor_submit", "123 1 undefined", "PENDING", ""),
+    (
+        "condor_submit",
+        "123 5 The job exceeded its memory (code 34)",
+        "PENDING",
+        "The job exceeded its memory (code 34)",
+    ),
+    ("condor_submit", "123 2 undefined", "RUNNING", ""),
+    ("condor_submit", "123 4 undefined", "4", ""),
+]
+
+
+@pytest.mark.parametrize(("command", "row", "word", "reason"), ROWS)
+def test_row_of_a_scheduler(command: str, row: str, word: str, reason: str) -> None:
+    record = {"job": "123", "command": command, "created": 0.0}
+    state = rjupyter.state_in(record, 2.0, "JOBID and a headline\n%s\n%s\n" % (row, row.replace("123", "1234", 1)))
+    assert (state["word"], state["reason"]) == (word, reason)
+    assert (state["is_live"], state["is_waiting"]) == (word in ("PENDING", "RUNNING"), word == "PENDING")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("qsub", "123.pbs.example.org"),
+        ("qsub", "123"),
+        ("qsub", 'This is cluster 7.\nYour job 123 ("job2.sh") has been submitted'),
+        ("bsub", "Budget of project <42> is used.\nJob <123> is submitted to default queue <normal>."),
+        ("condor_submit", "Submitting job(s).\n1 job(s) submitted to cluster 123."),
+    ],
+)
+def test_id_of_a_job(command: str, said: str) -> None:
+    match = re.search(rjupyter.SCHEDULERS[command]["id"], said)
+    assert match is not None and match.group(1) == "123"
+
+
+# -- shims ------------------------------------------------------------------------------------------------------------
+
+# What the README says for each, what a job that is held shows, and what is asked of the scheduler.
+SHIMS = {
+    "pbs": ("qsub -j oe -o /dev/null", "H", ["qstat"], ["qdel", "41"]),
+    "lsf": ("bsub -o /dev/null", "PSUSP", ["bjobs", "-w"], ["bkill", "41"]),
+    "condor": (
+        "condor_submit executable={script} -queue 1",
+        "No credits are left",
+        ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
+        ["condor_rm", "41"],
+    ),
+}
+
+
+class Shims:
+    """The shims of a scheduler on a login node, and a machine on which they run jobs."""
+
+    def __init__(self, directory: Path, make_host: Callable[..., Host]) -> None:
+        self.directory = directory / "shims"
+        self.make_host = make_host
+        self.cluster = Cluster(directory / "cluster", ["node1"])
+
+    def start(self, kind: str) -> Host:
+        self.cluster.start_machines()
+        binaries = shim_scheduler.install(self.directory, kind, self.cluster.machines["node1"].enter())
+        host = self.make_host(path="%s:%s" % (binaries, VENV_BIN), prefix=self.cluster.login_prefix)
+        (host.home / "work").mkdir()
+        return host
+
+    def asked(self) -> List[List[str]]:
+        return [json.loads(line) for line in (self.directory / "asked").read_text().splitlines()]
+
+    def nothing_left(self) -> bool:
+        running = self.cluster.machines["node1"].run("ps", "ax", "-o", "args=").stdout
+        return "jupyter" not in running and "agent.py" not in running and not shim_scheduler.jobs(self.directory)
+
+
+@pytest.fixture
+def shims(directory: Path, make_host: Callable[..., Host]) -> Iterator[Shims]:
+    obstacle = find_obstacle(["csh"])
+    if obstacle:
+        pytest.skip(obstacle)
+    shims = Shims(directory, make_host)
+    try:
+        yield shims
+    finally:
+        shims.cluster.stop()
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+def test_shim_of_a_scheduler_runs_the_server_and_stop_cancels_it(laptop: Laptop, shims: Shims, kind: str) -> None:
+    command, held, query, cancel = SHIMS[kind]
+    login = shims.start(kind)
+    (shims.directory / "held").touch()
+    options = ["--submit", command, "--python", str(VENV_BIN / "python")]
+    run = laptop.start(*options, "host:work", has_terminal=False)
+    run.expect(r"^Job 41 pending \(%s\)\.$" % held)
+    (shims.directory / "go").touch()
+    assert compute(run.url(), WHERE) == "node1 %s\n" % (login.home / "work")
+    (job,) = jobs(laptop)
+    assert (job["job"], job["word"], job["node"]) == ("41", "RUNNING", "node1")
+    run.interrupt()
+    assert run.wait() == 0
+    stop = laptop.run("host", "stop")
+    assert stop.status == 0, stop.text
+    wait_until(shims.nothing_left, "no job and no process of it", 20)
+    assert not jobs(laptop)
+    submitted, *others = shims.asked()
+    given = [word.replace("{script}", "") for word in command.split()]
+    assert [word for word in given if word in " ".join(submitted)] == given
+    assert query in others and cancel in others
+    assert not [words for words in others if words not in (query, cancel)]
+
+
+def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> None:
+    """Cancelled from outside: it is in no answer any more, and bjobs fails when there is no job at all."""
+    shims.start("lsf")
+    run = laptop.start("--submit", SHIMS["lsf"][0], "host", has_terminal=False)
+    run.expect(r"^Job 41 pending\.$")
+    shim_scheduler.cancel(shims.directory, "41")
+    assert run.wait() == 4
+    assert "job 41 ended before it had begun\n  why: job: it has ended: cancelled, failed or" in run.stderr
+
+
+def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
+    shims.start("other")
+    run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
+    run.expect(r"^Job 41 submitted\.$")
+    (shims.directory / "go").touch()
+    assert compute(run.url(), WHERE).startswith("node1 ")
+    api(run.url(), "shutdown", "POST")
+    assert run.wait() == 4
+    assert "it was shut down" in run.stderr
+    wait_until(shims.nothing_left, "no job and no process of it", 20)
+    assert not jobs(laptop)
