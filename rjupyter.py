@@ -1128,6 +1128,7 @@ class Channel:
         self._nonce = nonce + " " if nonce else ""
         self._last_sent = 0.0
         self._doing = ""
+        self._lasting = ("progress", {"text": ""})  # type: Tuple[str, Json]
         self._has_failed = False
         self._stream = stream or os.fdopen(os.dup(1), "w")
         if not stream:
@@ -1141,6 +1142,8 @@ class Channel:
         except OSError:
             self._has_failed = True
         self._last_sent = time.monotonic()
+        if kind in ("progress", "queue"):
+            self._lasting = (kind, facts)
 
     @property
     def is_closed(self) -> bool:
@@ -1158,9 +1161,10 @@ class Channel:
             self.send("progress", text=text)
 
     def keep_alive(self) -> None:
-        """Send a sign of life when nothing was said for a few seconds: the client gives up on a silent agent."""
+        """Say again what takes its time, when that was a few seconds ago: the client gives up on a silent agent."""
         if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            self.send("progress", text=self._doing)
+            kind, facts = self._lasting
+            self.send(kind, **facts)
 
 
 @contextlib.contextmanager

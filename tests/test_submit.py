@@ -171,6 +171,24 @@ def test_id_of_a_job(command: str, said: str) -> None:
     assert match is not None and match.group(1) == "123"
 
 
+def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign of life says again how the job stands: it must not take that off the terminal."""
+    waiting = {"is_live": True, "is_waiting": True, "word": "PENDING", "reason": "hqw", "start": ""}
+    looks = iter(range(5))
+
+    def job_state(record: Dict[str, Any], max_age_s: float) -> Dict[str, Any]:
+        if next(looks) == 4:
+            (tmp_path / "said").write_text('{"kind": "reply", "reply": {}}\n')
+        return waiting
+
+    monkeypatch.setattr(rjupyter, "job_state", job_state)
+    monkeypatch.setattr(rjupyter, "HEARTBEAT_S", -1.0)
+    with (tmp_path / "sent").open("w") as stream:
+        rjupyter.wait_for_job({"id": "j1", "job": "7", "directory": str(tmp_path)}, rjupyter.Channel("", stream))
+    sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
+    assert [(message["kind"], message["word"]) for message in sent] == [("queue", "PENDING")] * 5 + [("queue", "")]
+
+
 # -- shims ------------------------------------------------------------------------------------------------------------
 
 # What the README says for each, what a job that is held shows, and what is asked of the scheduler.
