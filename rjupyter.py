@@ -4095,9 +4095,15 @@ def why_job_ended(state: "Json") -> str:
 
 
 def cancel_job(job: "Json") -> None:
-    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done."""
+    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done.
+
+    Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
+    """
     table = SCHEDULERS.get(job["command"], {"cancel": ["false"]})
     status, said, why = run_command([word.replace("{id}", job["job"]) for word in table["cancel"]], QUERY_TIMEOUT_S)
+    deadline = time.monotonic() + (SETTLE_S if job["command"] not in SCHEDULERS else 0)
+    while job_state(job)["is_live"] and time.monotonic() < deadline:
+        time.sleep(POLL_S)
     if status and job_state(job)["is_live"]:
         why = (said + why).strip() or "%(command)s is not known here" % job
         raise Trouble(1, "job %s was not cancelled" % job["job"], why)

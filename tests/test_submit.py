@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 import shim_scheduler
-from client import api, check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, User, quiet_port, wait_until
+from client import check_failure, compute
+from conftest import TOP, VENV_BIN, Host, Laptop, User, quiet_port, wait_until
 from jupyters import jupyter_for_everyone
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
 from private_machines import Cluster, find_obstacle
@@ -20,7 +20,7 @@ from test_execute import printed, write_notebook
 import rjupyter
 
 WHERE = "import os; print(os.uname().nodename, os.getcwd())"
-QSUB = ["--submit", "qsub -o /dev/null -j y"]
+QSUB = ["--submit", "qsub -o /dev/null -j y -l h_rt=4:00:00"]
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_grid_engine_executes_a_notebook(laptop: Laptop, engine: PrivateGridEngi
 
 def test_grid_engine_ends_a_job_whose_time_is_up(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
     """Wherever it is then: Jupyter may still be starting on a machine that is busy."""
-    run = laptop.start("--submit", "qsub -o /dev/null -j y -l h_rt=0:0:12", "host", has_terminal=False)
+    run = laptop.start("--submit", "qsub -o /dev/null -j y -l h_rt=0:00:12", "host", has_terminal=False)
     assert run.wait() == 4
     assert "job: it has ended: cancelled, failed or out of time" in run.stderr
     wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
@@ -193,15 +193,21 @@ def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypat
 
 # What the README says for each, what a job that is held shows, and what is asked of the scheduler.
 SHIMS = {
-    "pbs": ("qsub -j oe -o /dev/null", "H", ["qstat"], ["qdel", "41"]),
-    "lsf": ("bsub -o /dev/null", "PSUSP", ["bjobs", "-w"], ["bkill", "41"]),
+    "pbs": ("qsub -o /dev/null -j oe -l walltime=4:00:00", "H", ["qstat"], ["qdel", "41"]),
+    "lsf": ("bsub -o /dev/null -W 4:00", "PSUSP", ["bjobs", "-w"], ["bkill", "41"]),
     "condor": (
-        "condor_submit executable={script} -queue 1",
+        "condor_submit executable={script} request_cpus=2 -queue 1",
         "No credits are left",
         ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
         ["condor_rm", "41"],
     ),
 }
+
+
+def test_readme_has_these_commands() -> None:
+    text = (TOP / "README.md").read_text()
+    for command in [QSUB[1], *(command for command, *_ in SHIMS.values())]:
+        assert '`--submit "%s"`' % command in text
 
 
 class Shims:
@@ -280,8 +286,17 @@ def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shim
     run.expect(r"^Job 41 submitted\.$")
     (shims.directory / "go").touch()
     assert compute(run.url(), WHERE).startswith("node1 ")
-    api(run.url(), "shutdown", "POST")
+    stop = laptop.run("host", "stop")
+    assert (stop.status, "Stopped Jupyter Notebook" in stop.stderr) == (0, True), stop.text
     assert run.wait() == 4
-    assert "it was shut down" in run.stderr
+    assert "it was stopped" in run.stderr
     wait_until(shims.nothing_left, "no job and no process of it", 20)
     assert not jobs(laptop)
+    (shims.directory / "go").unlink()
+    run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
+    run.expect(r"^Job 42 submitted\.$")
+    run.interrupt()
+    run.wait()
+    (job,) = jobs(laptop)
+    check_failure(laptop.run("host", "stop", job["id"]), 1, "job 42 was not cancelled", "spool is not known here")
+    shim_scheduler.cancel(shims.directory, "42")
