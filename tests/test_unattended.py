@@ -351,7 +351,7 @@ def test_second_factor_is_asked_once_for_each_login(
         else:
             host.sshd.settings += "\nPAMServiceName " + name
         host.sshd.start()
-        run = laptop.start(*mode, "--no-browser", "host")
+        run = laptop.start(*mode, "--no-browser", "--local-port", str(quiet_port()), "host")
         logins = 2 if mode else 1
         for number in range(logins):
             run.expect(r"Open your app for a code\.\s+Password:", times=number + 1)
