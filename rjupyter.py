@@ -2915,7 +2915,8 @@ class Tunnel:
     def _check_end(self, state: Json) -> None:
         if state.get("is_running") is not True:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
-            why = "%s; the end of its log:\n%s" % (state.get("reason"), state.get("log"))
+            why = str(state.get("reason"))
+            why += "; the end of its log:\n%s" % state["log"] if state.get("log") else ""
             try_ = command_line(*self.ssh.options, self.ssh.destination) + "   (starts another)"
             raise Failure(what, why, try_, EXIT_SERVER_ENDED)
 
