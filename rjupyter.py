@@ -2248,6 +2248,8 @@ def describe_end(request: "Json", channel: Channel) -> "Json":
 
 def why_it_ended(record: "Json", log: str) -> str:
     """Return why a server ended, as far as its log, the host and its scheduler tell."""
+    if record["is_ours"] and os.path.exists(os.path.join(record["directory"], "stop")):
+        return "it was stopped"
     job = job_of(record)
     if job and (job_state(job)["word"] in JOB_ENDS or "received signal" in log):
         return why_job_ended(job_state(job))
@@ -2311,6 +2313,8 @@ def shut_down(record: "Json") -> None:
     """
     import shutil
 
+    if record["is_ours"]:
+        write_private(os.path.join(record["directory"], "stop"), "")  # for a tunnel that notices before we are done
     info = server_info(record)
     files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
     kernels = kernels_of(record)

@@ -351,10 +351,11 @@ def test_tunnel_that_ends_on_the_node(
     config = directory / "both"
     config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
     laptop.config = str(config)
+    options = [*options, "--local-port", str(quiet_port())]
     run = laptop.start("--slurm", "-t 1:00:00", "--via-node", *options, "host", has_terminal=False)
     assert compute(run.url(), WHERE).startswith("node1 ")
     run.expect("^Connected to node1 through host.")
-    run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if options else r"\d+"))
+    run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
     assert "whoever reaches" not in run.stderr
     run.interrupt()
     assert run.wait() == 0
