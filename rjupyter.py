@@ -2192,18 +2192,24 @@ def list_servers(request: "Json", channel: Channel) -> "Json":
 
     records = server_records() + other_servers()
     described = [{} for _ in records]  # type: List[Json]
+    errors = []  # type: List[Exception]
 
     def describe(place: int) -> None:
-        described[place] = describe_server(records[place])
+        try:
+            described[place] = describe_server(records[place])
+        except Exception as error:  # raised below: a thread would only print it
+            errors.append(error)
 
     threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
     runs = [describe_run(record) for record in run_records()]
     jobs = [describe_job(job) for job in live_jobs()]
-    return {"servers": [server for server in described if server], "runs": runs, "jobs": jobs}
+    return {"servers": described, "runs": runs, "jobs": jobs}
 
 
 def follow_log(request: "Json", channel: Channel) -> "Json":

@@ -173,7 +173,9 @@ def busy_kernel(url: str) -> None:
 def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     busy_kernel(url)
-    (server,) = listed(laptop)
+    servers = listed(laptop)
+    assert len(servers) == 1, servers
+    (server,) = servers
     assert (server["kernels"], server["busy"]) == (1, 1)
     no = laptop.start("host", "stop")
     no.expect(r"Its kernel computes in %s \(%s\)\." % (re.escape(str(host.home)), server["id"]))
