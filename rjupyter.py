@@ -1128,6 +1128,7 @@ class Channel:
         self._nonce = nonce + " " if nonce else ""
         self._last_sent = 0.0
         self._doing = ""
+        self._lasting = ("progress", {"text": ""})  # type: Tuple[str, Json]
         self._has_failed = False
         self._stream = stream or os.fdopen(os.dup(1), "w")
         if not stream:
@@ -1141,6 +1142,8 @@ class Channel:
         except OSError:
             self._has_failed = True
         self._last_sent = time.monotonic()
+        if kind in ("progress", "queue"):
+            self._lasting = (kind, facts)
 
     @property
     def is_closed(self) -> bool:
@@ -1158,9 +1161,10 @@ class Channel:
             self.send("progress", text=text)
 
     def keep_alive(self) -> None:
-        """Send a sign of life when nothing was said for a few seconds: the client gives up on a silent agent."""
+        """Say again what takes its time, when that was a few seconds ago: the client gives up on a silent agent."""
         if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            self.send("progress", text=self._doing)
+            kind, facts = self._lasting
+            self.send(kind, **facts)
 
 
 @contextlib.contextmanager
@@ -1808,7 +1812,8 @@ def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channe
     no_socket = request["no_socket"]
     for port, listen in ways_to_listen(request, directory):
         argv = list(found["argv"]) + ["--no-browser"] + listen + server_arguments(request, root_dir)
-        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log)
+        in_job = bool(request.get("job"))
+        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, in_job)
         record = {
             "pid": process.pid,
             "identity": process_identity(process.pid),
@@ -1904,8 +1909,10 @@ def wait_for_answer(process: "Any", record: "Json", deadline: float, channel: Ch
     return {}
 
 
-def start_detached(argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str) -> "Any":
-    """Start a process in a session of its own that has nothing of ours open, and return it."""
+def start_detached(
+    argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, in_job: bool = False
+) -> "Any":
+    """Start a process in a session of its own that has nothing of ours open; in a job, it ends when we end."""
     import subprocess
 
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
@@ -1917,7 +1924,24 @@ def start_detached(argv: "List[str]", environment: "Dict[str, str]", directory: 
             cwd=directory,
             env=environment,
             start_new_session=True,
+            preexec_fn=end_with_parent() if in_job else None,  # noqa: PLW1509 # the agent has one thread
         )
+
+
+def end_with_parent() -> "Optional[Callable[[], object]]":
+    """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
+
+    A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
+    """
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def set_aside(directory: str) -> str:
@@ -2225,14 +2249,16 @@ def describe_end(request: "Json", channel: Channel) -> "Json":
 def why_it_ended(record: "Json", log: str) -> str:
     """Return why a server ended, as far as its log, the host and its scheduler tell."""
     job = job_of(record)
-    if job and job_state(job)["word"] in JOB_ENDS:
+    if job and (job_state(job)["word"] in JOB_ENDS or "received signal" in log):
         return why_job_ended(job_state(job))
     boot = process_identity(os.getpid()).partition(":")[0]
-    if record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
+    if is_here(record) and record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
         return "the host was started anew"
     for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
         if words in log:
             return reason
+    if job:
+        return why_job_ended(job_state(job))
     return "it was killed, by hand or for want of memory"
 
 
@@ -2304,8 +2330,8 @@ def shut_down(record: "Json") -> None:
 
 
 def kernels_of(record: "Json") -> "List[Tuple[int, str]]":
-    """Return the processes that the process of a record started, each with its identity."""
-    return [(pid, process_identity(pid)) for pid in children_of(record["pid"])]
+    """Return the processes that the process of a record started, each with its identity; none of another node's."""
+    return [(pid, process_identity(pid)) for pid in children_of(record["pid"])] if is_here(record) else []
 
 
 def end_process(record: "Json", kernels: "List[Tuple[int, str]]") -> None:
@@ -2889,7 +2915,8 @@ class Tunnel:
     def _check_end(self, state: Json) -> None:
         if state.get("is_running") is not True:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
-            why = "%s; the end of its log:\n%s" % (state.get("reason"), state.get("log"))
+            why = str(state.get("reason"))
+            why += "; the end of its log:\n%s" % state["log"] if state.get("log") else ""
             try_ = command_line(*self.ssh.options, self.ssh.destination) + "   (starts another)"
             raise Failure(what, why, try_, EXIT_SERVER_ENDED)
 
@@ -3154,7 +3181,8 @@ def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) 
     write_private(program, "%s\nrun_main(%r)\n" % (request["source"], directory))
     write_private(os.path.join(directory, "request.json"), json.dumps(dict(request, source="", directory=root_dir)))
     log = os.path.join(directory, "log")
-    process = start_detached([python, program], lasting_environment(found["environment"], False), root_dir, log)
+    environment = lasting_environment(found["environment"], False)
+    process = start_detached([python, program], environment, root_dir, log, bool(request.get("job")))
     record = {
         "pid": process.pid,
         "identity": process_identity(process.pid),
@@ -3759,7 +3787,9 @@ def write_result(path: str, notebook: Json) -> None:
 # agent begins
 
 # By the command that submits: how its output names the job, what asks for the user's jobs and how to read a row of
-# that, which states mean that a job waits or runs (any other: it has ended), and what cancels one.
+# that, which states mean that a job waits or runs (any other, and no row: it has ended), and what cancels one. "plain",
+# where states are letters or digits: the states of a job that just waits, with nothing more to say. "none": what a
+# query that fails says for want of jobs.
 SCHEDULERS = {
     "sbatch": {
         "id": r"(\d+)",
@@ -3769,27 +3799,33 @@ SCHEDULERS = {
         "runs": r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         "cancel": ["scancel", "{id}"],
     },
-    # PBS and Grid Engine: the state is the fifth word of a row in both.
+    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
+    # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
     "qsub": {
-        "id": r"(\d+)",
+        "id": r"(?m)^(?:Your job )?(\d+)\b",
         "query": ["qstat"],
         "row": r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
-        "waits": r"[QHWTS]|\w*[qhw]\w*",
-        "runs": r"[RrtsS]|Rr|E",
+        "plain": r"Q|qw",
+        "waits": r"[QHWT]|\w*[qw]\w*",
+        "runs": r"[ERSU]|[dhR]*[rstST]+",
         "cancel": ["qdel", "{id}"],
     },
     "bsub": {
-        "id": r"<(\d+)>",
+        "id": r"Job <(\d+)>",
         "query": ["bjobs", "-w"],
+        "none": r"No unfinished job found",
         "row": r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
+        "plain": r"PEND",
         "waits": r"PEND|PSUSP|WAIT",
-        "runs": r"RUN|USUSP|SSUSP",
+        "runs": r"RUN|PROV|USUSP|SSUSP|UNKWN",
         "cancel": ["bkill", "{id}"],
     },
+    # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
     "condor_submit": {
         "id": r"cluster (\d+)",
-        "query": ["condor_q", "-autoformat", "ClusterId", "JobStatus"],
-        "row": r"(?m)^(?P<id>\d+)\s+(?P<state>\d)",
+        "query": ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
+        "row": r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*\S))",
+        "plain": r"1",
         "waits": r"[15]",
         "runs": r"[267]",
         "cancel": ["condor_rm", "{id}"],
@@ -3830,12 +3866,15 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
         scheduler={},
         submit=request["scheduler"]["submit"],
         job=os.path.basename(directory),
+        shell=os.environ.get("SHELL", ""),
         is_new=True,
         overlaps=True,
     )
     write_private(os.path.join(directory, "request.json"), json.dumps(details))
     words = [quoted(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
-    write_private(script, "#!/bin/sh\nexec %s -IS %s >%s 2>&1 </dev/null\n" % tuple(words))
+    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
+    redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
+    write_private(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words))
     os.chmod(script, 0o700)
     argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
     status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
@@ -3893,10 +3932,14 @@ def job_state(record: "Json", max_age_s: float = QUERY_MIN_S) -> "Json":
     """
     looked, output = query(record["command"], max_age_s) if record["command"] in SCHEDULERS else (0.0, "")
     state = state_in(record, looked, output)
+    if record["command"] not in SCHEDULERS:
+        is_live = not os.path.exists(os.path.join(record["directory"], "ended"))
+        state.update(is_live=is_live, is_waiting=is_live, word="submitted" if is_live else "ended", reason="")
     if state["is_live"] and os.path.exists(os.path.join(record["directory"], "cancelled")):
         return dict(state, is_live=False, is_waiting=False, word="CANCELLED")
-    begun = read_json(os.path.join(record["directory"], "begun.json")) if state["is_waiting"] else {}
-    if begun:  # the job knows better than an answer that was kept
+    has_gap = state["is_live"] and (state["is_waiting"] or not state["node"])
+    begun = read_json(os.path.join(record["directory"], "begun.json")) if has_gap else {}
+    if begun:  # the job knows better than an answer that was kept, and more than most schedulers
         left_s = begun["ends_at"] - time.time() if begun["ends_at"] else None
         state.update(is_waiting=False, word="RUNNING", reason="", node=begun["node"], left_s=left_s)
     return state
@@ -3926,7 +3969,11 @@ def state_in(record: "Json", looked: float, output: str) -> "Json":
         return dict(state, is_live=False, is_waiting=False, word="ended")
     row = dict({"reason": "", "start": "", "node": "", "left": ""}, **found[-1])
     waits, runs = (bool(re.match("(%s)\\Z" % table[name], row["state"])) for name in ("waits", "runs"))
-    state.update({name: row[name] for name in ("reason", "start", "node")}, word=row["state"])
+    state.update({name: row[name] or "" for name in ("reason", "start", "node")}, word=row["state"])
+    if "plain" in table and (waits or runs):
+        state["word"] = "PENDING" if waits else "RUNNING"
+        if waits and not state["reason"] and not re.fullmatch(table["plain"], row["state"]):
+            state["reason"] = row["state"]
     return dict(state, is_live=waits or runs, is_waiting=waits, left_s=seconds_of(row["left"]) if runs else None)
 
 
@@ -3961,11 +4008,13 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
 def ask_scheduler(command: str) -> str:
     """Return what a scheduler says of the user's jobs; empty when it does not answer."""
     import pwd
+    import re
 
     user = pwd.getpwuid(os.getuid()).pw_name
     argv = [word.replace("{user}", user) for word in SCHEDULERS[command]["query"]]
-    status, answer, _ = run_command(argv, QUERY_TIMEOUT_S)
-    return "" if status else answer + "\n"
+    status, answer, said = run_command(argv, QUERY_TIMEOUT_S)
+    none = SCHEDULERS[command].get("none")
+    return "" if status and not (none and re.search(none, said)) else answer + "\n"
 
 
 def seconds_of(text: str) -> "Optional[float]":
@@ -4041,13 +4090,21 @@ def reply_in(message: "Json") -> "Json":
 
 def why_job_ended(state: "Json") -> str:
     """Return why a job ended, in words."""
+    if state["word"] == "ended":
+        return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
     return "job: " + JOB_ENDS.get(state["word"], "it has ended")
 
 
 def cancel_job(job: "Json") -> None:
-    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done."""
+    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done.
+
+    Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
+    """
     table = SCHEDULERS.get(job["command"], {"cancel": ["false"]})
     status, said, why = run_command([word.replace("{id}", job["job"]) for word in table["cancel"]], QUERY_TIMEOUT_S)
+    deadline = time.monotonic() + (SETTLE_S if job["command"] not in SCHEDULERS else 0)
+    while job_state(job)["is_live"] and time.monotonic() < deadline:
+        time.sleep(POLL_S)
     if status and job_state(job)["is_live"]:
         why = (said + why).strip() or "%(command)s is not known here" % job
         raise Trouble(1, "job %s was not cancelled" % job["job"], why)
@@ -4110,12 +4167,15 @@ def job_main(directory: str) -> None:
         request = json.load(stream)
     with open(os.path.join(directory, "agent.py")) as stream:
         request["source"] = stream.read().rpartition("\njob_main(")[0]
+    if request["shell"]:  # a scheduler may name the shell of its queue instead, or none
+        os.environ["SHELL"] = request["shell"]
     said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
     channel = Channel("", said)
     if request["action"] == "open" and not request["via_node"] and request["ip"] == "127.0.0.1":
         request["ip"] = "node"
     job = job_of(request)
-    left_s = state_in(job, time.time(), ask_scheduler(job["command"]))["left_s"] if job["command"] in SCHEDULERS else 0
+    command = job.get("command")  # none yet in a job that runs before its submission has returned
+    left_s = state_in(job, time.time(), ask_scheduler(command))["left_s"] if command in SCHEDULERS else 0
     begun = {"node": os.uname().nodename, "ends_at": time.time() + left_s if left_s else 0}
     write_private(os.path.join(directory, "begun.json"), json.dumps(begun))
     reply = perform(request, channel)
@@ -4126,6 +4186,7 @@ def job_main(directory: str) -> None:
         if os.path.exists(stop):
             stop_run(dict(reply, is_ours=True))
         time.sleep(FOLLOW_MAX_S)
+    write_private(os.path.join(directory, "ended"), "")  # a scheduler that we know nothing of tells nothing
 
 
 # agent ends

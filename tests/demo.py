@@ -18,7 +18,9 @@ TOP = Path(__file__).resolve().parent.parent
 def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="rjupyter-demo-"))
     path = "%s:/usr/local/bin:/usr/bin:/bin" % (TOP / ".venv" / "bin")
-    sshd = PrivateSshd(directory, path, host="demo").start()
+    sshd = PrivateSshd(directory, path, host="demo")
+    sshd.environment["RJUPYTER_TMP"] = str(directory)  # nothing is left in /tmp either
+    sshd.start()
     (sshd.home / "work").mkdir()
     command = [sys.executable, str(TOP / "rjupyter.py"), "-F", str(sshd.config)]
     arguments = sys.argv[1:] or ["demo:work"]

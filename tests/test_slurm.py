@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 from client import api, check_failure, compute
 from conftest import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
-from private_slurm import PrivateSlurm, find_obstacle
+from private_slurm import PrivateSlurm, find_slurm_obstacle
 from test_execute import code, printed, write_notebook
 from test_unattended import readme_events
 
@@ -21,7 +21,7 @@ from test_unattended import readme_events
 @pytest.fixture
 def slurm(directory: Path) -> Iterator[PrivateSlurm]:
     """A Slurm with two idle nodes."""
-    obstacle = find_obstacle()
+    obstacle = find_slurm_obstacle()
     if obstacle:
         pytest.skip(obstacle)
     slurm = PrivateSlurm(directory / "slurm")

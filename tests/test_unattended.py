@@ -298,7 +298,8 @@ def test_connection_again_offers_one_login_and_asks_nobody_before(
 def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:
     """Two steps, two questions; while the tunnel is held, none."""
     host = make_host(settings=PASSWORD_ONLY, user=user)
-    run = laptop.start("--no-mux", "--no-browser", "host")
+    port = str(quiet_port())  # one that is taken meanwhile would cost another login
+    run = laptop.start("--no-mux", "--no-browser", "--local-port", port, "host")
     run.expect("password:")
     time.sleep(1.5)  # a spinner comes after a second, and none must
     type_password(run, 1)
@@ -350,7 +351,7 @@ def test_second_factor_is_asked_once_for_each_login(
         else:
             host.sshd.settings += "\nPAMServiceName " + name
         host.sshd.start()
-        run = laptop.start(*mode, "--no-browser", "host")
+        run = laptop.start(*mode, "--no-browser", "--local-port", str(quiet_port()), "host")
         logins = 2 if mode else 1
         for number in range(logins):
             run.expect(r"Open your app for a code\.\s+Password:", times=number + 1)
@@ -402,7 +403,7 @@ def test_jump_host(laptop: Laptop, behind: Host, jump: Host, arguments: List[str
     if not arguments:
         text = behind.sshd.config.read_text()
         behind.sshd.config.write_text(text.replace("Host host\n", "Host host\n  ProxyJump jump\n"))
-    run = laptop.start(*arguments, "host", has_terminal=False)
+    run = laptop.start(*arguments, "--local-port", str(quiet_port()), "host", has_terminal=False)
     assert compute(run.url(), "print(1)") == "1\n"
     assert jump.sshd.logins() == behind.sshd.logins() == (2 if "--no-mux" in arguments else 1)
 

@@ -1,0 +1,302 @@
+"""Schedulers other than Slurm, by --submit: a real Grid Engine, see private_gridengine.py; shims of the others.
+
+The user of the Grid Engine is a real one, whose jobs get no more than what his account and his start-up files say.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+import shim_scheduler
+from client import check_failure, compute
+from conftest import TOP, VENV_BIN, Host, Laptop, User, quiet_port, wait_until
+from jupyters import jupyter_for_everyone
+from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
+from private_machines import Cluster, find_obstacle
+from test_execute import printed, write_notebook
+
+import rjupyter
+
+WHERE = "import os; print(os.uname().nodename, os.getcwd())"
+QSUB = ["--submit", "qsub -o /dev/null -j y -l h_rt=4:00:00"]
+
+
+@pytest.fixture
+def engine(directory: Path) -> Iterator[PrivateGridEngine]:
+    """A Grid Engine with one free slot."""
+    obstacle = find_gridengine_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    engine = PrivateGridEngine(directory / "engine")
+    try:
+        yield engine.start()
+    finally:
+        engine.stop()
+
+
+@pytest.fixture
+def login(engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: Callable[[str], User]) -> Host:
+    """The login node, for a user whose login shell knows where Jupyter is."""
+    user = make_user("/bin/bash")
+    user.write(".bash_profile", "export PATH=%s:$PATH\n" % jupyter_for_everyone())
+    user.write("work/readme", "")
+    return make_host(user=user, prefix=engine.login_prefix, **engine.environment())
+
+
+def jobs(laptop: Laptop) -> List[Dict[str, Any]]:
+    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
+    return [thing for thing in found if thing["event"] == "job"]
+
+
+def nothing_left(engine: PrivateGridEngine) -> bool:
+    return not engine.qstat() and "jupyter" not in engine.processes() and "agent.py" not in engine.processes()
+
+
+def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
+    run = laptop.start("--local-port", str(quiet_port()), *QSUB, "host:work", has_terminal=False)
+    url = run.url()
+    assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
+    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node1\) through host\." % engine.nodes["node1"])
+    (job,) = jobs(laptop)
+    assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node1")
+    run.interrupt()
+    assert run.wait() == 0
+    again = laptop.start(*QSUB, "host:work", has_terminal=False)
+    assert again.url() == url
+    assert "Found Jupyter Notebook" in again.stderr
+    again.interrupt()
+    again.wait()
+    stop = laptop.run("host", "stop")
+    assert stop.status == 0, stop.text
+    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+    assert not jobs(laptop)
+
+
+def test_grid_engine_is_waited_for_and_a_job_that_is_deleted_is_said(
+    laptop: Laptop, engine: PrivateGridEngine, login: Host
+) -> None:
+    blocking = engine.occupy()
+    run = laptop.start(*QSUB, "host", has_terminal=False)
+    run.expect(r"^Job 2 pending\.$")
+    engine.cancel(blocking)
+    assert compute(run.url(), WHERE).startswith("node1 ")
+    engine.cancel(2)
+    assert run.wait() == 4
+    assert "job: it has ended: cancelled, failed or out of time" in run.stderr
+    # Grid Engine kills the group of the job's process; Jupyter has one of its own, and ends all the same.
+    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+
+
+def test_grid_engine_holds_a_job_and_stop_deletes_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
+    run = laptop.start("--submit", "qsub -h -o /dev/null -j y {script}", "host", has_terminal=False)
+    run.expect(r"^Job 1 pending \(hqw\)\.$")
+    run.interrupt()
+    assert run.wait() == 130
+    assert "Job 1 stays." in run.stderr
+    stop = laptop.run("host", "stop", jobs(laptop)[0]["id"])
+    assert (stop.status, "Cancelled job 1" in stop.stderr) == (0, True), stop.text
+    assert not engine.qstat()
+    check_failure(laptop.run("--submit", "qsub -q nosuch.q", "host"), 1, "qsub did not take the job", "nosuch.q")
+
+
+def test_grid_engine_executes_a_notebook(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
+    write_notebook(laptop.home / "train.ipynb", WHERE, "print(6 * 7)")
+    run = laptop.run(*QSUB, "host:work", "execute", "train.ipynb")
+    assert run.status == 0, run.text
+    assert printed(laptop.home / "train.executed.ipynb") == ["node1 %s\n" % (login.home / "work"), "42\n"]
+    wait_until(lambda: nothing_left(engine), "the end of its job", 20)
+
+
+def test_grid_engine_ends_a_job_whose_time_is_up(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
+    """Wherever it is then: Jupyter may still be starting on a machine that is busy."""
+    run = laptop.start("--submit", "qsub -o /dev/null -j y -l h_rt=0:00:12", "host", has_terminal=False)
+    assert run.wait() == 4
+    assert "job: it has ended: cancelled, failed or out of time" in run.stderr
+    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+
+
+# -- what they print --------------------------------------------------------------------------------------------------
+
+PBS = "123.pbs-server    job.sh           ana                      %s %s workq"
+GRID = "    123 0.55500 job.sh     ana          %-5s 11/24/2026 22:40:30 main.q@node1    1        "
+LSF = "123     ana     %-5s normal     login       node1       /home/ana/job.sh Nov 24 22:22"
+ROWS = [
+    ("qsub", PBS % ("0", "Q"), "PENDING", ""),
+    ("qsub", PBS % ("0", "H"), "PENDING", "H"),
+    ("qsub", PBS % ("00:00:01", "R"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "S"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "E"), "RUNNING", ""),
+    ("qsub", PBS % ("00:00:01", "C"), "C", ""),
+    ("qsub", PBS % ("00:00:01", "F"), "F", ""),
+    *[("qsub", GRID % state, "PENDING", "" if state == "qw" else state) for state in ("qw", "hqw", "Eqw", "hRwq")],
+    *[("qsub", GRID % state, "RUNNING", "") for state in ("r", "t", "Rr", "hr", "dr", "s", "S", "tS", "Rs", "dT")],
+    *[("bsub", LSF % state, "PENDING", "" if state == "PEND" else state) for state in ("PEND", "PSUSP", "WAIT")],
+    *[("bsub", LSF % state, "RUNNING", "") for state in ("RUN", "PROV", "USUSP", "SSUSP", "UNKWN")],
+    ("bsub", LSF % "DONE", "DONE", ""),
+    ("bsub", LSF % "EXIT", "EXIT", ""),
+    ("condor_submit", "123 1 undefined", "PENDING", ""),
+    (
+        "condor_submit",
+        "123 5 The job exceeded its memory (code 34)",
+        "PENDING",
+        "The job exceeded its memory (code 34)",
+    ),
+    ("condor_submit", "123 2 undefined", "RUNNING", ""),
+    ("condor_submit", "123 4 undefined", "4", ""),
+]
+
+
+@pytest.mark.parametrize(("command", "row", "word", "reason"), ROWS)
+def test_row_of_a_scheduler(command: str, row: str, word: str, reason: str) -> None:
+    record = {"job": "123", "command": command, "created": 0.0}
+    state = rjupyter.state_in(record, 2.0, "JOBID and a headline\n%s\n%s\n" % (row, row.replace("123", "1234", 1)))
+    assert (state["word"], state["reason"]) == (word, reason)
+    assert (state["is_live"], state["is_waiting"]) == (word in ("PENDING", "RUNNING"), word == "PENDING")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("qsub", "123.pbs.example.org"),
+        ("qsub", "123"),
+        ("qsub", 'This is cluster 7.\nYour job 123 ("job2.sh") has been submitted'),
+        ("bsub", "Budget of project <42> is used.\nJob <123> is submitted to default queue <normal>."),
+        ("condor_submit", "Submitting job(s).\n1 job(s) submitted to cluster 123."),
+    ],
+)
+def test_id_of_a_job(command: str, said: str) -> None:
+    match = re.search(rjupyter.SCHEDULERS[command]["id"], said)
+    assert match is not None and match.group(1) == "123"
+
+
+def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign of life says again how the job stands: it must not take that off the terminal."""
+    waiting = {"is_live": True, "is_waiting": True, "word": "PENDING", "reason": "hqw", "start": ""}
+    looks = iter(range(5))
+
+    def job_state(record: Dict[str, Any], max_age_s: float) -> Dict[str, Any]:
+        if next(looks) == 4:
+            (tmp_path / "said").write_text('{"kind": "reply", "reply": {}}\n')
+        return waiting
+
+    monkeypatch.setattr(rjupyter, "job_state", job_state)
+    monkeypatch.setattr(rjupyter, "HEARTBEAT_S", -1.0)
+    with (tmp_path / "sent").open("w") as stream:
+        rjupyter.wait_for_job({"id": "j1", "job": "7", "directory": str(tmp_path)}, rjupyter.Channel("", stream))
+    sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
+    assert [(message["kind"], message["word"]) for message in sent] == [("queue", "PENDING")] * 5 + [("queue", "")]
+
+
+# -- shims ------------------------------------------------------------------------------------------------------------
+
+# What the README says for each, what a job that is held shows, and what is asked of the scheduler.
+SHIMS = {
+    "pbs": ("qsub -o /dev/null -j oe -l walltime=4:00:00", "H", ["qstat"], ["qdel", "41"]),
+    "lsf": ("bsub -o /dev/null -W 4:00", "PSUSP", ["bjobs", "-w"], ["bkill", "41"]),
+    "condor": (
+        "condor_submit executable={script} request_cpus=2 -queue 1",
+        "No credits are left",
+        ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
+        ["condor_rm", "41"],
+    ),
+}
+
+
+def test_readme_has_these_commands() -> None:
+    text = (TOP / "README.md").read_text()
+    for command in [QSUB[1], *(command for command, *_ in SHIMS.values())]:
+        assert '`--submit "%s"`' % command in text
+
+
+class Shims:
+    """The shims of a scheduler on a login node, and a machine on which they run jobs."""
+
+    def __init__(self, directory: Path, make_host: Callable[..., Host]) -> None:
+        self.directory = directory / "shims"
+        self.make_host = make_host
+        self.cluster = Cluster(directory / "cluster", ["node1"])
+
+    def start(self, kind: str) -> Host:
+        self.cluster.start_machines()
+        binaries = shim_scheduler.install(self.directory, kind, self.cluster.machines["node1"].enter())
+        host = self.make_host(path="%s:%s" % (binaries, VENV_BIN), prefix=self.cluster.login_prefix)
+        (host.home / "work").mkdir()
+        return host
+
+    def asked(self) -> List[List[str]]:
+        return [json.loads(line) for line in (self.directory / "asked").read_text().splitlines()]
+
+    def nothing_left(self) -> bool:
+        running = self.cluster.machines["node1"].run("ps", "ax", "-o", "args=").stdout
+        return "jupyter" not in running and "agent.py" not in running and not shim_scheduler.jobs(self.directory)
+
+
+@pytest.fixture
+def shims(directory: Path, make_host: Callable[..., Host]) -> Iterator[Shims]:
+    obstacle = find_obstacle(["csh"])
+    if obstacle:
+        pytest.skip(obstacle)
+    shims = Shims(directory, make_host)
+    try:
+        yield shims
+    finally:
+        shims.cluster.stop()
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+def test_shim_of_a_scheduler_runs_the_server_and_stop_cancels_it(laptop: Laptop, shims: Shims, kind: str) -> None:
+    command, held, query, cancel = SHIMS[kind]
+    login = shims.start(kind)
+    (shims.directory / "held").touch()
+    options = ["--submit", command, "--python", str(VENV_BIN / "python")]
+    run = laptop.start(*options, "host:work", has_terminal=False)
+    run.expect(r"^Job 41 pending \(%s\)\.$" % held)
+    (shims.directory / "go").touch()
+    assert compute(run.url(), WHERE) == "node1 %s\n" % (login.home / "work")
+    (job,) = jobs(laptop)
+    assert (job["job"], job["word"], job["node"]) == ("41", "RUNNING", "node1")
+    run.interrupt()
+    assert run.wait() == 0
+    stop = laptop.run("host", "stop")
+    assert stop.status == 0, stop.text
+    wait_until(shims.nothing_left, "no job and no process of it", 20)
+    assert not jobs(laptop)
+    submitted, *others = shims.asked()
+    given = [word.replace("{script}", "") for word in command.split()]
+    assert [word for word in given if word in " ".join(submitted)] == given
+    assert query in others and cancel in others
+    assert not [words for words in others if words not in (query, cancel)]
+
+
+def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> None:
+    """Cancelled from outside: it is in no answer any more, and bjobs fails when there is no job at all."""
+    shims.start("lsf")
+    run = laptop.start("--submit", SHIMS["lsf"][0], "host", has_terminal=False)
+    run.expect(r"^Job 41 pending\.$")
+    shim_scheduler.cancel(shims.directory, "41")
+    assert run.wait() == 4
+    assert "job 41 ended before it had begun\n  why: job: it has ended: cancelled, failed or" in run.stderr
+
+
+def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
+    shims.start("other")
+    run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
+    run.expect(r"^Job 41 submitted\.$")
+    (shims.directory / "go").touch()
+    assert compute(run.url(), WHERE).startswith("node1 ")
+    stop = laptop.run("host", "stop")
+    assert (stop.status, "Stopped Jupyter Notebook" in stop.stderr) == (0, True), stop.text
+    assert run.wait() == 4
+    assert "it was stopped" in run.stderr
+    wait_until(shims.nothing_left, "no job and no process of it", 20)
+    assert not jobs(laptop)
+    (shims.directory / "go").unlink()
+    run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
+    run.expect(r"^Job 42 submitted\.$")
+    run.interrupt()
+    run.wait()
+    (job,) = jobs(laptop)
+    check_failure(laptop.run("host", "stop", job["id"]), 1, "job 42 was not cancelled", "spool is not known here")
+    shim_scheduler.cancel(shims.directory, "42")
