@@ -123,7 +123,7 @@ def measure_trips(rig: Rig, rounds: int) -> List[Row]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(rig.instant_jupyter())
         proxies = [stack.enter_context(contextlib.closing(Proxy(rig.sshd.port, delay_s))) for delay_s in DELAYS_S]
-        for _ in range(max(2, rounds // 2)):
+        for _ in range(rounds):
             for proxy in proxies:
                 trips.append(2 * proxy.delay_s)
                 sample(times, "true", statistics.median(rig.ssh(proxy.port, "true") for _ in range(3)))
@@ -141,7 +141,7 @@ def measure_trips(rig: Rig, rounds: int) -> List[Row]:
     return [
         Row(
             "round trips above those of `ssh HOST true`, by slope over 0, 25 and 50 ms each way "
-            "(a stand-in for Jupyter that starts at once)",
+            "(the fastest run at each; a stand-in for Jupyter that starts at once)",
             "<= 3",
             "cold %s, reattach %s" % (judged([more["ours"]], 3, "%.1f"), judged([more["again"]], 3, "%.1f")),
             "by hand %(by hand).1f, jupyter-forward %(jupyter-forward).1f" % more,
@@ -150,10 +150,9 @@ def measure_trips(rig: Rig, rounds: int) -> List[Row]:
 
 
 def round_trips(trips: List[float], seconds: List[float]) -> float:
-    """Return the slope through the medians at each delay: one slow start must not tilt it."""
+    """Return the slope through the fastest run at each delay: a busy machine adds time, and never takes any away."""
     ways = sorted(set(trips))
-    medians = [statistics.median(s for trip, s in zip(trips, seconds) if trip == way) for way in ways]
-    return slope(ways, medians)
+    return slope(ways, [min(s for trip, s in zip(trips, seconds) if trip == way) for way in ways])
 
 
 # -- what goes through it ---------------------------------------------------------------------------------------------
