@@ -2257,8 +2257,9 @@ def why_it_ended(record: "Json", log: str) -> str:
     if record["is_ours"] and os.path.exists(os.path.join(record["directory"], "stop")):
         return "it was stopped"
     job = job_of(record)
-    if job and (job_state(job)["word"] in JOB_ENDS or "received signal" in log):
-        return why_job_ended(job_state(job))
+    state = job_state(job) if job else {}
+    if job and (state["word"] in JOB_ENDS or "received signal" in log):
+        return why_job_ended(state)
     boot = process_identity(os.getpid()).partition(":")[0]
     if is_here(record) and record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
         return "the host was started anew"
@@ -2266,7 +2267,7 @@ def why_it_ended(record: "Json", log: str) -> str:
         if words in log:
             return reason
     if job:
-        return why_job_ended(job_state(job))
+        return why_job_ended(state)
     return "it was killed, by hand or for want of memory"
 
 
@@ -3145,8 +3146,11 @@ def run_records() -> "List[Json]":
 
 
 def running_runs() -> "List[Json]":
-    """Return the records of the runs that have not ended, here or in a job of ours."""
-    return [record for record in run_records() if is_running(record)]
+    """Return the records of the runs that have not ended, here or in a job of ours.
+
+    One that wrote down its outcome has ended, though its process may take a moment more.
+    """
+    return [r for r in run_records() if is_running(r) and describe_run(r)["state"] in ("starting", "running")]
 
 
 def start_run(request: "Json", channel: Channel) -> "Json":
@@ -3159,8 +3163,9 @@ def start_run(request: "Json", channel: Channel) -> "Json":
     details = dict(request, path=portable(root_dir), key=key, notebook=text)
     details["place"] = portable(place) if request["is_in_place"] else ""
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
-        same = [] if request["overlaps"] else [record for record in running_runs() if record["key"] == key]
-        same += [] if request["overlaps"] else waiting_jobs(details)
+        same = []  # type: List[Json]
+        if not request["overlaps"]:
+            same = [record for record in running_runs() if record["key"] == key] + waiting_jobs(details)
         if same:
             return dict(same[0], is_started=False, age_s=age_of(same[0]))
         forget_ended("runs", running_runs())
@@ -3187,9 +3192,7 @@ def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) 
     if not python:
         return {}
     directory = new_dir("runs", "r")
-    program = os.path.join(directory, "agent.py")
-    write_private(program, "%s\nrun_main(%r)\n" % (request["source"], directory))
-    write_private(os.path.join(directory, "request.json"), json.dumps(dict(request, source="", directory=root_dir)))
+    program = leave_agent(directory, "run_main", dict(request, directory=root_dir))
     log = os.path.join(directory, "log")
     environment = lasting_environment(found["environment"], False)
     process = start_detached([python, program], environment, root_dir, log, bool(request.get("job")))
@@ -3211,6 +3214,17 @@ def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) 
         shutil.rmtree(directory, ignore_errors=True)
         return {}
     return dict(record, id=os.path.basename(directory), directory=directory)
+
+
+def leave_agent(directory: str, main: str, request: "Json") -> str:
+    """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
+
+    It calls `main`, run_main or job_main, with the directory.
+    """
+    program = os.path.join(directory, "agent.py")
+    write_private(program, "%s\n%s(%r)\n" % (request["source"], main, directory))
+    write_private(os.path.join(directory, "request.json"), json.dumps(dict(request, source="")))
+    return program
 
 
 def interpreter_of(found: "Json") -> str:
@@ -3865,14 +3879,12 @@ SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 def submit_job(request: "Json", channel: Channel) -> "Json":
     """Submit a job in which our agent does what `request` asks for; return its record. Raises Trouble if not taken."""
     import re
+    import shlex
 
     forget_ended("jobs", live_jobs())
     directory = new_dir("jobs", "j")
-    program, script = os.path.join(directory, "agent.py"), os.path.join(directory, "job.sh")
-    write_private(program, "%s\njob_main(%r)\n" % (request["source"], directory))
     details = dict(
         request,
-        source="",
         scheduler={},
         submit=request["scheduler"]["submit"],
         job=os.path.basename(directory),
@@ -3880,8 +3892,8 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
         is_new=True,
         overlaps=True,
     )
-    write_private(os.path.join(directory, "request.json"), json.dumps(details))
-    words = [quoted(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
+    program, script = leave_agent(directory, "job_main", details), os.path.join(directory, "job.sh")
+    words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
     redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
     write_private(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words))
@@ -3902,13 +3914,6 @@ def submit_job(request: "Json", channel: Channel) -> "Json":
     }
     write_private(record_path(directory), json.dumps(record))
     return next(job for job in job_records() if job["directory"] == directory)
-
-
-def quoted(text: str) -> str:
-    """Return a text as one word of a shell."""
-    import shlex
-
-    return shlex.quote(text)
 
 
 def job_records() -> "List[Json]":
@@ -4850,6 +4855,12 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
             **environment_request(args),
         )
     server = Server.from_reply(reply)
+    say_server(server, args, agent, messages, scheduler=str(reply.get("scheduler") or ""))
+    return server
+
+
+def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages, scheduler: str) -> None:
+    """Say which server it is, and what one should know of it; `scheduler` is one that was there and not used."""
     verb, seconds = (
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + _duration(server.seconds))
     )
@@ -4864,12 +4875,11 @@ def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_so
     if server.job and not args.via_node:
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
         messages.note(text % (server.host, server.node))
-    if reply.get("scheduler"):
+    if scheduler:
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
-        messages.note(text % (reply["scheduler"], agent.ssh.destination))
+        messages.note(text % (scheduler, agent.ssh.destination))
     if server.is_launched and agent.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % agent.ssh.destination)
-    return server
 
 
 def wants_browser(args: argparse.Namespace) -> bool:

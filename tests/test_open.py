@@ -26,7 +26,7 @@ def is_running(pid: int) -> bool:
 def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
     (host.home / "work").mkdir()
     run = laptop.start("--no-browser", "host:work")
-    run.expect("To end it")
+    run.expect(r"To end it: .*\n")  # all of the line, or ^C would stand in it
     run.interrupt()
     assert run.wait() == 0
     shown = [line.rpartition("\033[K")[2] for line in run.text.rstrip().split("\n")]  # what a terminal shows in the end
