@@ -17,6 +17,29 @@
 What runs on the host outlives this program; `stop` ends it.
 """
 
+# The rooms of this file, in reading order. A room uses those above it, and none below it but through three tables:
+# ACTIONS (what a person can ask for), REQUESTS (what the host can be asked) and KINDS (what is kept there).
+#
+#   names          numbers, exit statuses, the one Failure
+#   records        every fact that crosses a boundary, typed and checked once
+#   both sides     ports, HTTP, processes, files, waiting; nothing that knows Jupyter
+#   messages       everything that a person or a program reads
+#   ssh            the connection: a master of ours, the user's own, or none
+#   channel        the host's way back
+#   kept           what we started on the host, and where it runs
+#   environments   the ways to run Jupyter there, best first
+#   servers        launch, answer, shut down
+#   host actions   open, list, logs, stop, and what doctor asks
+#   agent          what is sent to the host, and the conversation with it
+#   tunnel         forward, check, hold; the browser; the background
+#   execute        an annex: notebooks that are run to their end
+#   schedulers     an annex: Jupyter in a job of a cluster
+#   command line   options, actions, main
+#
+# The core is whole without the two annexes. What stands between "agent begins" and "agent ends" is sent to the host. It
+# runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
+# file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
+
 import signal
 
 if __name__ == "__main__":
@@ -38,7 +61,21 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, TextIO, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    TextIO,
+    Tuple,
+    Type,
+    TypeVar,
+)
 from urllib.parse import quote, unquote
 
 if sys.version_info < (3, 8):
@@ -46,16 +83,20 @@ if sys.version_info < (3, 8):
 
 __version__ = "0.1.0"
 
+Json = Dict[str, Any]
+R = TypeVar("R", bound="Record")
+K = TypeVar("K", bound="Kept")
+
 # ---------------------------------------------------------------------------------------------------------------------
-# constants
+# names
 #
-# Every number and every name that someone may want to change.
+# Every number that someone may want to change, the exit statuses, and the one exception for what is expected to go
+# wrong: it is raised anywhere, on either side, and caught once, in main. Any other exception is a bug.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter may sit
 CONNECT_TIMEOUT_S = 15
 BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
-START_TIMEOUT_S = 120
 SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, where it allows one (MaxSessions)
@@ -69,6 +110,25 @@ WARN_BEFORE_END_S = 600  # of the time limit of a server's job
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
+AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time"
+# agent begins
+
+STATE_DIR = "~/.local/state/rjupyter"
+VENV_DIR = "~/.local/share/rjupyter/venv"
+KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
+POLL_S = 0.005
+FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
+COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
+HEARTBEAT_S = 5.0
+START_TIMEOUT_S = 120
+SHELL_TIMEOUT_S = 10  # for the user's start-up files
+DEFAULT_PORT = 8888  # the first one tried on the host: Jupyter's own
+SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
+RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000, and ours below 4,000
+PART_BYTES = 131072  # of a file that is followed, sent in one message
+LOG_LINES = 12
+STATUS_PATH = "api/status?no_track_activity=1"  # without the latter, our looking would keep an idle server alive
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -79,19 +139,12 @@ EXIT_TIMEOUT = 6
 EXIT_INTERRUPTED = 130
 EXIT_SSH = 255
 
-Json = Dict[str, Any]
-
-APP_NAMES = {"notebook": "Jupyter Notebook", "lab": "JupyterLab"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# failures
-#
-# What is expected to go wrong is raised as a Failure, anywhere, and caught once, in main. Any other exception is a bug.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 class Failure(Exception):
-    """An expected failure: `what` went wrong, `why`, what to `try_`, and the exit status that says so."""
+    """An expected failure: `what` went wrong, `why`, what to `try_`, and the exit status that says so.
+
+    One of the host travels in the reply and is raised here again.
+    """
 
     def __init__(self, what: str, why: str = "", try_: str = "", status: int = EXIT_FAILURE) -> None:
         super().__init__(what)
@@ -99,6 +152,17 @@ class Failure(Exception):
         self.why = why
         self.try_ = try_
         self.status = status
+
+    def facts(self) -> "Json":
+        """Return it as it is written, to the wire and to a program."""
+        return {"what": self.what, "why": self.why, "try": self.try_, "status": self.status}
+
+    def last_line(self) -> str:
+        """Return it in one line, where a line is all there is room for."""
+        return self.why.splitlines()[-1] if self.why else self.what
+
+
+# agent ends
 
 
 class SessionRefused(Failure):
@@ -114,10 +178,1011 @@ class Terminated(BaseException):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# records
+#
+# A fact that crosses a boundary - wire, file, process - is a field of a record. Its type stands once, here, and is
+# checked once, where the record comes in. What a record does not know is dropped; what an older one lacks has a
+# default. So a file of any version can be read, and nothing past the border looks into a dict from outside.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+class Wrong(Failure):
+    """What came from outside is not the record that it should be; `why` names what is wrong in it.
+
+    A file that is wrong is passed over where it is read. What is left to be told came from the host.
+    """
+
+    def __init__(self, why: object, try_: str = "") -> None:
+        super().__init__("the host's reply makes no sense", str(why), try_)
+
+
+class Record:
+    """Typed facts: the annotations of a class are its fields, its class values their defaults.
+
+    An annotation is a builtin or, quoted, "Any", "Json", "Optional[...]", "List[...]", "Dict[str, ...]" of these and of
+    other records: Python 3.6 would evaluate what is not quoted, and to import typing costs more than to do without.
+    """
+
+    kinds = {}  # type: Dict[str, Any] # every record by its name, for fields that hold others
+    fields = {}  # type: Dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.fields = {}
+        for base in reversed(cls.__mro__):
+            cls.fields.update(getattr(base, "__annotations__", {}))
+        Record.kinds[cls.__name__] = cls
+
+    def __init__(self, **facts: "Any") -> None:
+        """Raises Wrong when a fact is missing or not of its type, TypeError when there is no such field."""
+        unknown = set(facts) - set(self.fields)
+        if unknown:
+            raise TypeError("%s has no %s" % (type(self).__name__, ", ".join(sorted(unknown))))
+        wrong = []
+        for name, kind in self.fields.items():
+            try:
+                setattr(self, name, checked(kind, facts[name] if name in facts else getattr(type(self), name)))
+            except (AttributeError, Wrong):
+                wrong.append(name)
+        wrong = wrong or self.odd()
+        if wrong:
+            raise Wrong("wrong in it: " + ", ".join(wrong))
+
+    @classmethod
+    def read(cls: "Type[R]", facts: "Any") -> "R":
+        """Return the record that a JSON object from outside holds; raises Wrong."""
+        if not isinstance(facts, dict):
+            raise Wrong("it is no object")
+        facts = cls.modern(facts)
+        return cls(**{name: facts[name] for name in cls.fields if name in facts})
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Return the facts of an older or a foreign form under the names of this one."""
+        return facts
+
+    def odd(self) -> "List[str]":
+        """Return the names of the fields whose values are of the right type and still make no sense."""
+        return []
+
+    def facts(self) -> "Json":
+        """Return it as JSON has it."""
+        return {name: plain(getattr(self, name)) for name in self.fields}
+
+    def but(self: "R", **changes: "Any") -> "R":
+        """Return another one that differs in these fields."""
+        return type(self)(**dict({name: getattr(self, name) for name in self.fields}, **changes))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.facts() == other.facts()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % fact for fact in self.facts().items()))
+
+
+def checked(kind: "Any", value: "Any") -> "Any":
+    """Return a value as a field of this kind holds it; raises Wrong when it is not one.
+
+    Numbers are finite and below 2 ** 53, so that all that is computed with them is a number.
+    """
+    name = kind if isinstance(kind, str) else kind.__name__
+    outer, _, inner = name.partition("[")
+    inner = inner[:-1]
+    if outer == "Any":
+        return value
+    if outer == "Optional":
+        return None if value is None else checked(inner, value)
+    if outer == "List" and isinstance(value, (list, tuple)):
+        return [checked(inner, item) for item in value]
+    if outer == "Dict" and isinstance(value, dict):
+        return {checked("str", key): checked(inner.partition(", ")[2], item) for key, item in value.items()}
+    if outer in Record.kinds:
+        return value if type(value) is Record.kinds[outer] else Record.kinds[outer].read(value)
+    if outer == "Json" and isinstance(value, dict):
+        return dict(value)
+    is_number = type(value) in (int, float) and -(2**53) < value < 2**53
+    if outer == "float" and is_number:
+        return float(value)
+    if type(value).__name__ != outer or (outer == "int" and not is_number):
+        raise Wrong("no %s: %r" % (name, value))
+    return value
+
+
+def plain(value: "Any") -> "Any":
+    """Return a value of a field as JSON has it."""
+    if isinstance(value, Record):
+        return value.facts()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# -- names of Jupyter's -----------------------------------------------------------------------------------------------
+
+
+class App(Record):
+    """A front end of Jupyter: what starts it, what tells it, and its pages; %s stands for a file's quoted name."""
+
+    title: str
+    command: str
+    module: str
+    distribution: str
+    page: str
+    notebook_page: str
+    file_page: str
+    signs: "List[str]" = []  # words in the command line of a server that is not ours
+
+
+# Those that come first are looked for first where none is asked for.
+APPS = {
+    "notebook": App(
+        title="Jupyter Notebook",
+        command="jupyter-notebook",
+        module="notebook",
+        distribution="notebook",
+        page="tree",
+        notebook_page="notebooks/%s",
+        file_page="edit/%s",
+    ),
+    "lab": App(
+        title="JupyterLab",
+        command="jupyter-lab",
+        module="jupyterlab",
+        distribution="jupyterlab",
+        page="lab",
+        notebook_page="lab/tree/%s",
+        file_page="lab/tree/%s",
+        signs=["jupyter-lab", "jupyterlab"],
+    ),
+}
+
+
+class RuntimeInfo(Record):
+    """What Jupyter's own runtime file says of a server: the truth about what it binds, and its token."""
+
+    host: str  # the address on the host that it binds
+    port: int
+    sock: str = ""  # the Unix socket that it listens on instead of a port; empty for none
+    token: str
+    base_url: str
+    root_dir: str
+    is_secure: bool = False
+    has_password: bool = False
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
+        host = facts.get("hostname")
+        return {
+            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
+            "port": facts.get("port"),
+            "sock": facts.get("sock") or "",
+            "token": facts.get("token"),
+            "base_url": facts.get("base_url"),
+            "root_dir": facts.get("root_dir", facts.get("notebook_dir")),
+            "is_secure": facts.get("secure", False),
+            "has_password": facts.get("password", False),
+        }
+
+
+class Launcher(Record):
+    """A way to run Jupyter on the host: which app, by which command, where that was found, and in which environment."""
+
+    app: str
+    argv: "List[str]"
+    where: str
+    environment: "Dict[str, str]"
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+class Request(Record):
+    """What is asked of the host. What a request started keeps it, so that the same can be found, or done again."""
+
+    action: str = "open"
+    nonce: str = ""
+    # Which server, and where it is.
+    path: "Optional[str]" = None
+    app: str = ""
+    attach: str = ""
+    is_new: bool = False
+    # In which environment.
+    python: str = ""
+    env: str = ""
+    init: "List[str]" = []
+    may_install: bool = True
+    # How it is launched.
+    port: int = 0
+    ip: str = "127.0.0.1"
+    socket: bool = False
+    no_socket: str = ""  # why there is none although it was asked for
+    server_args: "List[str]" = []
+    idle_timeout_s: int = 0
+    start_timeout_s: float = float(START_TIMEOUT_S)
+    local_port: int = 0  # the one it is to be reached by; the next open of it looks for the same
+    # Through which scheduler.
+    submit: "List[str]" = []
+    via_node: bool = False
+    job: str = ""  # the id of the job of ours that does this
+    shell: str = ""
+    # Of stop, logs and the like.
+    id: str = ""
+    ids: "List[str]" = []
+    is_all: bool = False
+    asks: bool = False
+    is_followed: bool = False
+    # Of an execution.
+    notebook: str = ""
+    file: str = ""
+    name: str = ""
+    key: str = ""
+    is_in_place: bool = False
+    overlaps: bool = False
+    parameters: "List[List[Any]]" = []
+    kernel: str = ""
+    timeout_s: int = 0
+    offsets: "Dict[str, int]" = {}
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take what 0.1.0 wrote: what is None there is not asked for, and the scheduler's part stands in an object."""
+        facts = {name: value for name, value in facts.items() if value is not None}
+        scheduler = facts.get("scheduler")
+        return dict(scheduler, **facts) if isinstance(scheduler, dict) else facts
+
+    def facts(self) -> "Json":
+        """Return what is asked for, without what is as usual."""
+        usual = type(self).usual()
+        return {name: value for name, value in super().facts().items() if value != usual[name]}
+
+    @classmethod
+    def usual(cls) -> "Json":
+        """Return every field as it is where nothing is asked."""
+        return {name: getattr(cls, name) for name in cls.fields}
+
+    # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
+    # from the start: `same_as`.
+    CHOOSING = ("app", "python", "env", "init", "socket", "submit")
+    TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
+
+    def allows(self, other: "Request") -> bool:
+        """True when what `other` asked for is what this one means: each thing as far as it is named here."""
+        return all(getattr(self, name) in (getattr(other, name), None, "", [], False) for name in self.CHOOSING)
+
+    def same_as(self, other: "Request") -> bool:
+        """True when both ask for the same."""
+        return all(getattr(self, name) == getattr(other, name) for name in self.TELLING)
+
+
+# -- what is kept on the host -----------------------------------------------------------------------------------------
+
+
+class Kept(Record):
+    """What we started on the host, as its file has it. The directory of that file is named for the id."""
+
+    kind = ""
+    id = ""
+    directory = ""
+    is_ours = True
+
+    version: int = 1  # of the form of the file
+    created: float
+    node: str
+    pid: int = 0
+    identity: str = ""
+    root_dir: str = ""
+    job: str = ""  # the id of the job of ours that it is in; empty for none
+    request: "Request" = Request()
+
+    def age_s(self) -> float:
+        """Return how long ago it was started, in seconds."""
+        return max(0.0, time.time() - self.created)
+
+
+class ServerRecord(Kept):
+    """A server: servers/ID/server.json. One that something else started has the same form, and no file."""
+
+    kind = "server"
+    app: str
+    app_version: str = ""
+    port: int = 0
+    runtime_dir: str
+    local_port: int
+    no_socket: str = ""
+    has_answered: bool = True
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take the form of 0.1.0: "version" was the app's, and what had been asked for stood beside the rest."""
+        if type(facts.get("version")) is int:
+            return facts
+        facts = dict(facts, app_version=facts.get("version", ""), request=dict(facts))
+        return {name: value for name, value in facts.items() if name != "version"}
+
+    def odd(self) -> "List[str]":
+        """Return what is not as we write it; killpg of what a damaged file calls a pid would be a disaster."""
+        return (["pid"] if self.pid < 2 else []) + (["app"] if self.app not in APPS else [])
+
+
+class RunRecord(Kept):
+    """An execution: runs/ID/run.json."""
+
+    kind = "run"
+    name: str
+    key: str
+
+    def odd(self) -> "List[str]":
+        """Return what is not as we write it."""
+        return ["pid"] if self.pid < 2 else []
+
+
+class JobRecord(Kept):
+    """A job of a scheduler: jobs/ID/job.json. `number` is the scheduler's own name for it."""
+
+    kind = "job"
+    number: str
+    command: str
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take the form of 0.1.0."""
+        return facts if "number" in facts else dict(facts, number=facts.get("job"), job="", request=facts.get("asked"))
+
+
+class JobState(Record):
+    """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all."""
+
+    is_live: bool = True
+    is_waiting: bool = True
+    word: str = "submitted"
+    reason: str = ""
+    start: str = ""
+    node: str = ""
+    left_s: "Optional[float]" = None
+
+
+class JobBegun(Record):
+    """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
+
+    node: str
+    ends_at: float = 0.0
+
+
+class RunState(Record):
+    """Where a run stands, as it writes it down itself: state.json."""
+
+    outcome: str = ""
+    cell: int = 0
+    count: int = 0
+    error: str = ""
+
+
+# -- what the host tells ----------------------------------------------------------------------------------------------
+
+
+class Message(Record):
+    """A line that the agent sends while it works."""
+
+    kind = ""
+
+
+class Hello(Message):
+    """Who and where we are."""
+
+    kind = "hello"
+    user: str
+    node: str
+    python: str
+    is_root: bool = False
+
+
+class Progress(Message):
+    """What takes its time."""
+
+    kind = "progress"
+    text: str
+
+
+class QueueState(Message):
+    """How the job stands that we wait for; without a word it has begun."""
+
+    kind = "queue"
+    id: str
+    job: str
+    is_waiting: bool = False
+    word: str = ""
+    reason: str = ""
+    start: str = ""
+
+
+class Found(Message):
+    """Which Jupyter is taken, and what was looked at before."""
+
+    kind = "found"
+    where: str
+    command: str
+    tried: "List[str]" = []
+
+
+class Installing(Message):
+    """Jupyter is being installed."""
+
+    kind = "installing"
+    path: str
+    tool: str
+
+
+class Installed(Message):
+    """It is there now."""
+
+    kind = "installed"
+    path: str
+    elapsed_s: float
+
+
+class Stopped(Message):
+    """Something was ended: what kind of thing, and its facts as far as it has them."""
+
+    kind = "stopped"
+    what: str
+    id: str
+    pid: "Optional[int]" = None
+    app: "Optional[str]" = None
+    root_dir: "Optional[str]" = None
+    name: "Optional[str]" = None
+    job: "Optional[str]" = None
+
+
+class Line(Message):
+    """A line of a log."""
+
+    kind = "line"
+    text: str
+
+
+class Part(Message):
+    """The next bytes of a file that is followed, compressed and in base64."""
+
+    kind = "part"
+    file: str
+    data: str
+
+
+class OpenReply(RuntimeInfo):
+    """The server that an open came back to, or launched: what Jupyter's runtime file and our record say together."""
+
+    id: str
+    pid: int
+    app: str
+    app_version: str = ""
+    no_socket: str = ""  # why there is no socket although it was asked for
+    file: str = ""  # the notebook that PATH names, relative to root_dir; empty for none
+    local_port: int  # the one it was reached by before, or is to be reached by
+    node: str  # the host's own name, or that of the node that its job runs on
+    job: str = ""  # the id of the job that it runs in; empty for none
+    left_s: float = 0.0  # until the job's time is up; 0 for no limit that we know of
+    is_launched: bool  # by this request
+    is_only: bool = True  # no other one of ours runs there
+    seconds: float = 0.0  # the launch took; or, when it ran already, since it was launched
+    scheduler: str = ""  # a scheduler's command that is there and was not used
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take the reply of an agent of 0.1.0, which may wait in a job's file."""
+        if "app_version" in facts:
+            return facts
+        seconds = facts.get("start_s", facts.get("age_s", 0.0))
+        return dict({"seconds": seconds}, app_version=facts.get("version", ""), **facts)
+
+
+class ServerView(Record):
+    """A server, as `list` shows it. It is live when it answered with its token, not when some pid exists."""
+
+    id: str
+    pid: int
+    node: str
+    app: str
+    root_dir: str
+    is_ours: bool
+    state: str = "live"
+    port: int = 0
+    sock: str = ""
+    kernels: int = 0
+    busy: int = 0
+    idle_s: "Optional[float]" = None
+    age_s: float
+
+
+class RunView(Record):
+    """An execution, as `list` shows it: its state in a word, where it stands, and the size of its journal in bytes."""
+
+    id: str
+    pid: int
+    node: str
+    name: str
+    root_dir: str
+    cell: int = 0
+    count: int = 0
+    error: str = ""
+    age_s: float
+    state: str = ""
+    size: int = 0
+
+
+class JobView(JobState):
+    """A job, as `list` shows it."""
+
+    id: str
+    job: str
+    command: str
+    action: str
+    path: "Optional[str]" = None
+    age_s: float
+
+
+class ListReply(Record):
+    """Everything of the user's on the host."""
+
+    servers: "List[ServerView]" = []
+    runs: "List[RunView]" = []
+    jobs: "List[JobView]" = []
+
+
+class LogsReply(Record):
+    """Whose log it was."""
+
+    id: str
+
+
+class EndReply(Record):
+    """Whether a thing still runs and answers, on this node or elsewhere; or why it ended, and the end of its log."""
+
+    is_running: bool
+    is_answering: bool = False
+    is_elsewhere: bool = False
+    node: str = ""
+    reason: str = ""
+    log: str = ""
+
+
+class StopReply(Record):
+    """How many were ended; or, where the client is to ask first, what would be lost."""
+
+    count: int = 0
+    busy: "List[ServerView]" = []
+    runs: "List[RunView]" = []
+
+
+class StartReply(Record):
+    """The run that was started, or the one that has the notebook in hand."""
+
+    id: str
+    is_started: bool = False
+    pid: int = 0
+    age_s: float = 0.0
+
+
+class Trouble(Record):
+    """A failure, as it travels."""
+
+    what: str
+    why: str = ""
+    try_: str = ""
+    status: int = EXIT_FAILURE
+
+    @classmethod
+    def modern(cls, facts: "Json") -> "Json":
+        """Take Failure.facts()."""
+        return dict(facts, try_=facts.get("try", ""))
+
+    def failure(self) -> "Failure":
+        """Return it as what is raised."""
+        return Failure(self.what, self.why, self.try_, self.status)
+
+    def odd(self) -> "List[str]":
+        """Return what is not as we write it: only a status of ours becomes one of ours."""
+        return [] if 0 < self.status < 256 else ["status"]
+
+
+class Jupyter(Record):
+    """The Jupyter that an open would run."""
+
+    app: str
+    version: str
+    command: str
+    where: str
+
+
+class ExamineReply(Record):
+    """What `doctor` asks of the host; what cannot be told is left out."""
+
+    shell: str = ""
+    clock: float
+    no_install: str = ""
+    state: str = ""
+    free_bytes: int = 0
+    state_trouble: "Optional[Trouble]" = None
+    jupyter: "Optional[Jupyter]" = None
+    jupyter_trouble: "Optional[Trouble]" = None
+    tried: "List[str]" = []
+    port: int
+    sshd_port: int = 22
+    other_users: int = 0
+    scheduler: str = ""
+
+
+# agent ends
+
+
+class TunnelRecord(Record):
+    """A tunnel of ours that is up here, for a second copy of us and for `close`: PID.json."""
+
+    pid: int
+    identity: str
+    destination: str
+    path: "Optional[str]" = None
+    ssh: "List[str]" = []
+    further: "List[str]" = []
+    request: "Request" = Request()
+    is_background: bool = False
+    url: str
+    local_port: int
+    id: str
+
+
+class Event(NamedTuple):
+    """A kind of object that --json prints: when it comes, and its keys. A value is null where there is no such fact."""
+
+    when: str
+    keys: Tuple[str, ...]
+
+
+EVENTS = {
+    "connected": Event("logged in", ("user", "node", "python")),
+    "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
+    "installed": Event("it is there now", ("path", "seconds")),
+    "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
+    "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
+    "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
+    "lost": Event("the connection is lost", ("why", "local_port")),
+    "reconnected": Event("it is back", ("seconds", "local_port")),
+    "silent": Event("Jupyter does not answer, though the connection is well", ("id",)),
+    "answering": Event("it answers again", ("id",)),
+    "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
+    "stopped": Event("`stop` ended a server, a run or a job", tuple(Stopped.fields)),
+    "server": Event("one line of `list`", tuple(ServerView.fields)),
+    "run": Event("one execution in `list`", tuple(RunView.fields)),
+    "job": Event("one job in `list`", tuple(JobView.fields)),
+    "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
+    "ending": Event("the job's time is up soon", ("id", "left_s")),
+    "started": Event("an execution was started", ("id",)),
+    "overlap": Event("it runs already; this one was not started", ("id",)),
+    "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
+    "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
+    "line": Event("one line of `logs`", ("line",)),
+    "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
+    "option": Event("one line of `config`", ("option", "value", "source")),
+    "command": Event("one line of `--dry-run`", ("argv",)),
+    "failure": Event("what the exit status means", ("what", "why", "try", "status")),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# both sides
+#
+# What the laptop and the host do alike: ports, HTTP, commands, processes, files, waiting. Nothing here knows Jupyter.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+def until(
+    condition: "Callable[[], Any]",
+    timeout_s: float,
+    meanwhile: "Callable[[], object]" = lambda: None,
+    slowest_s: float = POLL_S,
+) -> "Any":
+    """Look until `condition` gives something true, and return it; what it gave last when `timeout_s` passed.
+
+    `meanwhile` runs between two looks. Their pauses grow from POLL_S up to `slowest_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = POLL_S
+    while True:
+        found = condition()
+        if found or time.monotonic() >= deadline:
+            return found
+        meanwhile()
+        time.sleep(pause_s)
+        pause_s = min(slowest_s, 1.3 * pause_s)
+
+
+# -- ports and HTTP ---------------------------------------------------------------------------------------------------
+
+
+def listen_on(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Return a socket that listens on `host`:`port`; raise OSError when that is taken or not ours to take.
+
+    SO_REUSEADDR, because ssh and Jupyter set it too: a port in TIME_WAIT is free for them.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(8)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
+    """Return the first port from `start_port` up that `host` can listen on; raise OSError when none is left."""
+    for port in range(start_port, 65536):
+        try:
+            listen_on(port, host).close()
+            return port
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    raise OSError(errno.EADDRINUSE, "no free port from %d up" % start_port)
+
+
+def http_request(
+    address: "Any", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
+) -> "Tuple[int, bytes]":
+    """Ask the server at `address`, (host, port) or a Unix socket; return the HTTP status and the body (1 MB at most).
+
+    Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
+    Raises OSError when there is no answer within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    is_unix = isinstance(address, str)
+    if is_unix:
+        connection = socket.socket(socket.AF_UNIX)
+    else:  # as bytes: for a text, Python imports its codec for international names first
+        connection = socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
+    with contextlib.closing(connection):
+        if is_unix:
+            connection.settimeout(timeout_s)
+            connection.connect(address)
+        if is_secure:
+            import ssl
+
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            connection = context.wrap_socket(connection)
+        host = "127.0.0.1" if is_unix else "127.0.0.1:%d" % address[1]
+        head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: 0\r\n" % (method, path, host)
+        if token:
+            head += "Authorization: token %s\r\n" % token
+        connection.sendall((head + "\r\n").encode("utf-8"))
+        answer = b""
+        while len(answer) < 1000000:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            chunk = connection.recv(65536)
+            if not chunk:
+                break
+            answer += chunk
+    head_bytes, _, body = answer.partition(b"\r\n\r\n")
+    words = head_bytes.split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise ConnectionError("closed without an answer")
+    return int(words[1][:3]), body
+
+
+def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
+    """Return the uid whose socket is bound to `local`, or to any address with that port; None where nobody can tell.
+
+    `remote_port` is 0 for one that listens. From the tables of proc(5), which Linux alone has.
+    """
+    host = socket.inet_pton(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, local[0])
+    addresses = [host, bytes(len(host)), bytes(16), bytes(10) + b"\xff\xff" + host]
+    # Each group of four bytes is printed as one number in this machine's order.
+    ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
+    local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
+    port_in_table = ":%04X " % local[1]
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
+                for row in (line.lower().split() for line in stream if port_in_table in line):
+                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                        return int(row[7])
+        except OSError:
+            continue
+    return None
+
+
+# -- commands and processes -------------------------------------------------------------------------------------------
+
+
+def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
+
+    The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
+    """
+    import subprocess
+
+    pipe = subprocess.PIPE
+    try:
+        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
+    except OSError as error:
+        return 127, "", str(error)
+    except subprocess.TimeoutExpired:
+        return 124, "", "no answer within %d s" % timeout_s
+    return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
+
+
+def process_identity(pid: int) -> str:
+    """Return what tells this process from a later one with the same pid; empty when there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as process, open("/proc/sys/kernel/random/boot_id") as boot:
+            fields = process.read().rpartition(b")")[2].split()
+            # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
+            return "" if fields[0] == b"Z" else "%s:%s" % (boot.read().strip(), fields[19].decode())
+    except OSError:
+        pass
+    if os.path.exists("/proc/self/stat"):
+        return ""
+    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
+    answer = run_command(argv, COMMAND_TIMEOUT_S)[1]
+    return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
+
+
+def own_uid() -> int:
+    """Return our uid; 0 where there is none (Windows)."""
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def native(text: str) -> str:
+    """Turn a name from a request into one for this system, whatever its locale; `portable` is the way back."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def portable(name: str) -> str:
+    """Turn a file name of this system into text that survives JSON."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def own_tmp_dir() -> str:
+    """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it.
+
+    Not TMPDIR: that is often long, and on a cluster it ends with the job. RJUPYTER_TMP says another place.
+    """
+    top = "/tmp" if os.name == "posix" else os.environ.get("TEMP", ".")
+    return os.path.join(os.environ.get("RJUPYTER_TMP") or top, "rjupyter-%d" % own_uid())
+
+
+def private_dir(path: str) -> str:
+    """Make `path` a directory that is ours alone and can be written, and return it; raise OSError where it cannot.
+
+    What others may have put there first, a link or a directory of theirs, is refused.
+    """
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+        raise PermissionError("%s is not a directory of ours" % path)
+    if status.st_mode & 0o077:
+        os.chmod(path, 0o700)
+    probe = os.path.join(path, ".%d" % os.getpid())
+    try:
+        with open(probe, "wb") as stream:
+            stream.write(bytes(4096))  # a full disk, or quota, still makes empty files
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(probe)
+    return path
+
+
+def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> None:
+    """Write a file in one piece: a reader sees the old one or the new one. By default its owner alone can read it.
+
+    It is made `beside` its place first, PATH.PID where that is not said. Raises OSError or UnicodeEncodeError.
+    """
+    beside = beside or "%s.%d" % (path, os.getpid())
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        if mode != 0o600:
+            os.chmod(beside, mode)
+        os.replace(beside, path)
+    except BaseException:  # a signal, a full disk
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def read_json(path: str) -> "Json":
+    """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(path, flags)
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if status.st_uid != own_uid() or status.st_size > RUNTIME_FILE_MAX or not stat.S_ISREG(status.st_mode):
+                return {}
+            found = json.loads(stream.read(RUNTIME_FILE_MAX).decode("utf-8", "replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_record(kind: "Type[R]", path: str) -> "Optional[R]":
+    """Return the record in a small file of ours; None when there is none, or when it makes no sense."""
+    facts = read_json(path)
+    try:
+        return kind.read(facts) if facts else None
+    except Wrong:
+        return None
+
+
+class Growing:
+    """A file that grows, read from where we left off: bytes as they come, or the lines that are complete."""
+
+    def __init__(self, path: str, offset: int = 0) -> None:
+        self.path = path
+        self.offset = offset
+
+    def part(self, most: int = PART_BYTES) -> bytes:
+        """Return the next bytes; none where there are none yet."""
+        try:
+            with open(self.path, "rb") as stream:
+                stream.seek(self.offset)
+                part = stream.read(most)
+        except OSError:
+            return b""
+        self.offset += len(part)
+        return part
+
+    def lines(self, has_ended: bool = False) -> "List[str]":
+        """Return the lines that are complete; of a file that has ended, the last one without a newline as well."""
+        part = b""
+        while True:
+            more = self.part()
+            part += more
+            if len(more) < PART_BYTES:
+                break
+        whole, newline, rest = part.rpartition(b"\n")
+        if has_ended:
+            whole, rest = part[:-1] if part.endswith(b"\n") else part, b""
+        self.offset -= len(rest)
+        return (
+            [line.rstrip("\r\n") for line in whole.decode("utf-8", "replace").split("\n")] if whole or newline else []
+        )
+
+
+def has_lock(lock: "Any") -> bool:
+    """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
 # messages
 #
-# Everything a person reads passes here. stdout carries the result and nothing else; the steps, the spinner and the
-# errors go to stderr. Text from the host is data: control characters are taken out before it reaches a terminal.
+# Everything a person or a program reads passes here. stdout carries the result and nothing else; the steps, the spinner
+# and the errors go to stderr. Text from the host is data: control characters are taken out before it reaches a
+# terminal. What --json prints is one of EVENTS, with the keys that stand there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +1194,26 @@ def printable(text: str) -> str:
 def command_line(*arguments: str) -> str:
     """Return a command of ours as a person would type it: under the name it was called by, quoted for a shell."""
     return " ".join([os.path.basename(sys.argv[0]) or "rjupyter.py"] + [shlex.quote(a) for a in arguments])
+
+
+def in_one_line(text: str) -> str:
+    """Return several lines as one."""
+    return text.replace("\n", "; ")
+
+
+def duration(seconds: Optional[float]) -> str:
+    """Return a duration as people say it, in its largest unit; empty for none."""
+    if seconds is None or seconds < 0:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return "%d %s" % (seconds // size, unit)
+    return "%d s" % seconds
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return a number with the thing that it counts: 1 cell, 2 cells."""
+    return "%d %s%s" % (number, thing, "" if number == 1 else "s")
 
 
 class Messages:
@@ -152,15 +1237,27 @@ class Messages:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
         if not self.quiet:
             self._write(sys.stderr, text)
-        if self.as_json:
-            self._write_json(event, facts)
+        self.event(event, **facts)
 
     def result(self, text: str, event: str, **facts: Any) -> None:
         """Print what was asked for on stdout: the text, or with --json one object."""
         if self.as_json:
-            self._write_json(event, facts)
+            self.event(event, **facts)
         else:
-            self._write(sys.stdout, text)
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a line of a result that programs read in another form, or not at all."""
+        self._write(sys.stdout, text)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
+        keys = EVENTS[event].keys
+        unknown = set(facts) - set(keys)
+        if unknown:
+            raise TypeError("the event %s has no %s" % (event, ", ".join(sorted(unknown))))
+        if self.as_json:
+            self._write(sys.stdout, json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
 
     def note(self, text: str) -> None:
         """Say something that the user should know and that is not a step."""
@@ -185,9 +1282,7 @@ class Messages:
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
         self._write(sys.stderr, text, is_clean=True)
-        if self.as_json:
-            facts = {"what": failure.what, "why": failure.why, "try": failure.try_, "status": failure.status}
-            self._write_json("failure", facts)
+        self.event("failure", **failure.facts())
 
     @contextlib.contextmanager
     def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[[str], None]]:
@@ -230,8 +1325,8 @@ class Messages:
     def _show_transient(self, text: str) -> None:
         with self._lock:
             if text or self._transient:
-                width = max(20, _terminal_width() - 1)
-                sys.stderr.write("\r\033[K" + printable(text)[:width])
+                width = max(20, terminal_width() - 1)
+                sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[:width])
                 sys.stderr.flush()
             self._transient = text
 
@@ -245,11 +1340,9 @@ class Messages:
                 stream.write((text if is_clean else printable(text)) + "\n")
                 stream.flush()
 
-    def _write_json(self, event: str, facts: Dict[str, Any]) -> None:
-        self._write(sys.stdout, json.dumps(dict({"event": event}, **facts)))
 
-
-def _terminal_width() -> int:
+def terminal_width() -> int:
+    """Return the columns of the terminal that stderr is; 80 where it is none."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:
@@ -272,45 +1365,155 @@ def can_ask() -> bool:
     return has_terminal() or bool(os.environ.get("SSH_ASKPASS"))
 
 
-def _duration(seconds: Any) -> str:
-    """Return a duration as people say it, in its largest unit; empty for what is no number."""
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return "%d %s" % (seconds // size, unit)
-    return "%d s" % seconds
-
-
-def says_yes(question: str) -> bool:
-    """Ask on the terminal, wherever stdin and stdout lead."""
+def ask_person(question: str) -> str:
+    """Ask on the terminal, wherever stdin and stdout lead; return the answer."""
     with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
         output.write(question)
         output.flush()
-        return terminal.readline().strip().lower() in ("y", "yes")
+        return terminal.readline().strip()
+
+
+def says_yes(question: str) -> bool:
+    """Ask for a yes."""
+    return ask_person(question).lower() in ("y", "yes")
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def kernels_of_view(server: ServerView) -> str:
+    """Return how many kernels a server has, and how many of them compute."""
+    return "%d (%d busy)" % (server.kernels, server.busy) if server.busy else str(server.kernels)
+
+
+def state_of_job(job: JobView) -> str:
+    """Return the state of a job, with the reason why it waits."""
+    return job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else "")
+
+
+class Column(NamedTuple):
+    """A column of a table for people: its title, and what it says of a record."""
+
+    title: str
+    cell: Callable[[Any], object]
+
+
+COLUMNS = {
+    "server": [
+        Column("ID", lambda server: server.id),
+        Column("STATE", lambda server: server.state),
+        Column("APP", lambda server: APPS[server.app].title if server.app in APPS else "?"),
+        Column("DIRECTORY", lambda server: server.root_dir),
+        Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
+        Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
+        Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
+        Column("AGE", lambda server: duration(server.age_s)),
+        Column("", lambda server: "" if server.is_ours else "not started by rjupyter"),
+    ],
+    "run": [
+        Column("ID", lambda run: run.id),
+        Column("STATE", lambda run: run.state),
+        Column("CELL", lambda run: "%d/%d" % (run.cell, run.count)),
+        Column("NOTEBOOK", lambda run: run.name),
+        Column("DIRECTORY", lambda run: run.root_dir),
+        Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
+        Column("AGE", lambda run: duration(run.age_s)),
+    ],
+    "job": [
+        Column("ID", lambda job: job.id),
+        Column("JOB", lambda job: job.job),
+        Column("STATE", state_of_job),
+        Column("NODE", lambda job: job.node or "-"),
+        Column("LEFT", lambda job: duration(job.left_s) or "-"),
+        Column("FOR", lambda job: {"open": "a server", "start_run": "a notebook"}.get(job.action, "?")),
+        Column("PATH", lambda job: job.path or "~"),
+        Column("AGE", lambda job: duration(job.age_s)),
+    ],
+    "option": [
+        Column("OPTION", lambda row: row[0]),
+        Column("VALUE", lambda row: row[1]),
+        Column("FROM", lambda row: row[2]),
+    ],
+}
+
+
+def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> None:
+    """Print records as a table with their columns aligned; the host's words are data, whatever they hold."""
+    cells = [[column.title for column in columns]]
+    cells += [[str(column.cell(row)).replace("\n", "?") for column in columns] for row in rows]
+    widths = [max(len(printable(line[i])) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ssh
 #
-# One class makes every ssh argv and owns the control socket; nothing below this room names an ssh option. ssh itself
-# keeps everything about connections: host keys, passwords, second factors, jump hosts, ~/.ssh/config.
+# `Ssh` is the connection to one destination. Its way is one of three classes with the same methods: a Master of ours,
+# the user's own master that is Borrowed, or Direct, where each step logs in by itself. Every ssh argv is made here;
+# nothing below this room names an ssh option. ssh itself keeps everything about connections: host keys, passwords,
+# second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
 
 # On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
 # or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
 ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
 
-# ssh words that come just before ssh gives up. They are kept for our own error; all other lines pass at once, because
-# a banner or the text of a second factor must be read before the prompt that follows it.
-FATAL_WORDS = re.compile(
-    r"ssh: |ssh_|kex_|mux|unix_listener|bind |channel|Could not request|@@@|.*Permission denied \(|Host key|Timeout,"
-    r"|Connection (closed|reset|timed out)|Received disconnect|Disconnected from|Someone could be|It is also possible"
-    r"|The fingerprint for|Please contact your|Add correct host|Offending|remove with|  ssh-keygen|Bad |command-line"
-    r"|Unsupported option|.*terminating|client_loop|Too many auth|Unable to negotiate|no matching|Their offer|SHA256:"
-    r"|Password authentication is disabled|.* host key for .* has changed|You have requested strict|stdio forwarding"
-    r"|Keyboard-interactive authentication is"
-)
+# What ssh says just before it gives up, each pattern with a line that it is for. Such lines are kept for our own error;
+# all others pass at once, because a banner or the text of a second factor must be read before the prompt that follows.
+FATAL_SAMPLES = [
+    ("ssh: ", "ssh: connect to host gpu1 port 22: Connection refused"),
+    ("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
+    ("kex_", "kex_exchange_identification: Connection closed by remote host"),
+    ("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
+    ("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
+    ("bind ", "bind [127.0.0.1]:8889: Address already in use"),
+    ("channel", "channel 2: open failed: administratively prohibited: open failed"),
+    ("Could not request", "Could not request local forwarding."),
+    ("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@"),
+    (r".*Permission denied \(", "ana@gpu1: Permission denied (publickey,password)."),
+    ("Host key", "Host key verification failed."),
+    ("Timeout,", "Timeout, server gpu1 not responding."),
+    ("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22"),
+    ("Received disconnect", "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures"),
+    ("Disconnected from", "Disconnected from 192.0.2.1 port 22"),
+    ("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
+    ("It is also possible", "It is also possible that a host key has just been changed."),
+    ("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
+    ("Please contact your", "Please contact your system administrator."),
+    ("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
+    ("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
+    ("remove with", "remove with:"),
+    ("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
+    ("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
+    ("command-line", "command-line: line 0: Bad configuration option: nosuch"),
+    ("Unsupported option", 'Unsupported option "gssapiauthentication"'),
+    (".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
+    ("client_loop", "client_loop: send disconnect: Broken pipe"),
+    ("Too many auth", "Too many authentication failures for ana"),
+    ("Unable to negotiate", "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found."),
+    ("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
+    ("Their offer", "Their offer: ssh-rsa,ssh-dss"),
+    ("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
+    ("Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."),
+    (".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
+    ("You have requested strict", "You have requested strict checking."),
+    ("stdio forwarding", "stdio forwarding failed"),
+    ("Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."),
+]
+FATAL_WORDS = re.compile("|".join(pattern for pattern, _ in FATAL_SAMPLES))
+
+
+class LoginRefused(Failure):
+    """The host wants a login that it did not get: a person may mend that."""
+
+
+class HostRefused(Failure):
+    """The host's key is not the one that we know: there is nothing to try again."""
+
+
+class NotThisWay(Exception):
+    """A way of being connected is not to be had; the message says why, or nothing where nobody needs to know."""
 
 
 @contextlib.contextmanager
@@ -422,124 +1625,83 @@ class Child:
 
 
 class Ssh:
-    """The connection to one destination: makes every ssh argv, owns the control socket and the master behind it.
+    """The connection to one destination: logs in, once; lets commands and forwards through; tells why it ended.
 
     `options` are the user's own, passed on as they are. `can_ask` is False where nobody could answer a question.
-    Without `has_mux` each step is a connection of its own, and the tunnel is `ssh -N -L`. Where the user's own config
-    has a live master for this destination, that one is used.
+    `ways` are the ways to be connected that may be tried, best first.
     """
 
     def __init__(
-        self, destination: str, options: List[str], can_ask: bool, messages: Messages, has_mux: bool = True
+        self,
+        destination: str,
+        options: List[str],
+        can_ask: bool,
+        messages: Messages,
+        ways: "Optional[List[Type[Direct]]]" = None,
     ) -> None:
         self.destination = destination
         self.options = options
         self.can_ask = can_ask
         self.messages = messages
+        self.ways = ways or WAYS
+        self.way: Direct = Direct(self)
         self.always = ALWAYS
-        self.has_mux = has_mux
-        self.control_path = ""  # empty: no multiplexing
+        self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
-        self.is_borrowed = False  # the user's own master, which was there before us and stays
-        self.needs_login = False  # the last failure was a login that was refused
-        self.is_refused = False  # the last failure was the host's key: nothing to try again
-        self.master: Optional[Child] = None  # the connection's process: the master, or without one `ssh -N -L`
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
-        self._config: Dict[str, str] = {}
-        self._forwards: List[str] = []
-        self._guard: Optional[subprocess.Popen] = None  # type: ignore[type-arg]
-        self._last_words: List[str] = []
+        self.words: List[str] = []  # what the connection's process said last
         self._is_woken = threading.Event()
-        self._is_again = False
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
+    def argv(self, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
+        """Return an argv of ssh to this destination: what is specific to the call first, because the first value holds.
+
+        `options` takes the place of the user's own.
+        """
+        argv = ["ssh", *specific, *self.always, *(self.options if options is None else options)]
+        return argv + ["--", self.destination] + ([command] if command else [])
+
     def config_argv(self) -> List[str]:
         """Return the argv that asks ssh what its configuration says of this destination."""
-        return ["ssh", "-G"] + self.always + self.options + ["--", self.destination]
+        return self.argv("-G")
 
-    def master_argv(self) -> List[str]:
-        """Return the argv of the foreground `ssh -M -N`."""
-        # ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it
-        # drops that -L in silence.
-        argv = ["ssh", "-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"] + self._patience()
-        return argv + self.always + self.options + ["--", self.destination]
-
-    def tunnel_argv(self, spec: str, ready: str) -> List[str]:
-        """Return the argv of the tunnel without a master; ssh prints `ready` when it has logged in and listens."""
-        argv = ["ssh", "-N", *local_forwards([spec, *self.further]), "-S", "none", "-o", "ControlMaster=no"]
-        argv += self._patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
-        return argv + self.always + self.options + ["--", self.destination]
-
-    def session_argv(self, *specific: str, command: str = "") -> List[str]:
-        """Return the argv of a session: through the master, or with a login of its own where there is none.
-
-        When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way.
-        """
-        argv = ["ssh", "-S", self.control_path or "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        options = self.options
-        if self.control_path:
-            argv += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
-            options = [word for option in _pairs(options) if option[0] != "-J" for word in option]
-        else:
-            argv += self._patience()
-        return argv + self.always + options + list(specific) + ["--", self.destination] + ([command] if command else [])
-
-    def control_argv(self, action: str, *specific: str) -> List[str]:
-        """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
-        argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
-        return argv + list(specific) + ["--", self.destination]
-
-    def _patience(self) -> List[str]:
+    def patience(self) -> List[str]:
         """Return the options that let ssh notice a dead link, unless the user's config has its own; and BatchMode."""
         argv = []
-        if self._config.get("serveraliveinterval", "0") == "0":
+        if self.config.get("serveraliveinterval", "0") == "0":
             argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
-        if self._config.get("connecttimeout", "none") in ("none", "0"):
+        if self.config.get("connecttimeout", "none") in ("none", "0"):
             argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
         return argv if self.can_ask else argv + ["-o", "BatchMode=yes"]
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def connect(self, is_again: bool = False) -> None:
-        """Log in, once: start the master in the foreground, and wait until it has.
+        """Log in, once, in the best way that is to be had. Silent when it `is_again`.
 
-        Its control socket appears, in one piece, when authentication is done. Raises Failure (255) when ssh gives up.
-        Silent when it `is_again`. Where there can be no master, each later step logs in by itself.
+        Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
-        self._config = self._read_config()
+        self.config = self._read_config()
         self._is_woken.clear()
-        self._is_again = is_again
-        if not self.has_mux or self._borrow_master():
-            return
-        try:
-            directory = private_runtime_dir()
-        except Failure as failure:
-            self._do_without_master("%s: %s" % (failure.what, failure.why))
-            return
-        remove_stale_sockets(directory)
-        self.control_path = os.path.join(directory, "%x.ctl" % os.getpid())
-        try:
-            self._start(
-                self.master_argv(), "Connecting to " + self.destination, lambda line: os.path.exists(self.control_path)
-            )
-        except Failure:
-            # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
-            words = [line for line in self._last_words if line.startswith(("unix_listener", "muxserver_listen"))]
-            if not words:
-                raise
-            self.close()
-            self._do_without_master(words[-1])
+        for kind in self.ways:
+            self.way = kind(self, is_again)
+            try:
+                self.way.connect()
+                return
+            except NotThisWay as reason:
+                if str(reason):
+                    self.messages.note("No multiplexing (%s): each step logs in by itself." % reason)
+                    self.ways = [Direct]
 
-    def reconnect(self, why: str, resume: Callable[[], bool], **facts: Any) -> None:
+    def reconnect(self, why: str, resume: Callable[[], bool], local_port: Optional[int] = None) -> None:
         """Connect again, at once and then after growing delays, until `resume` says that all goes on.
 
         Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. Raises
-        the Failure that ends it: the server has ended (4), or the host lets nobody in (255).
+        the Failure that ends it: the server has ended (4), the host's key is another one, or nobody is let in (255).
         """
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
-        self.messages.step(text, "lost", why=why, **facts)
+        self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
         could_ask = self.can_ask
         self.can_ask = False
@@ -555,36 +1717,23 @@ class Ssh:
                     self.connect(is_again=True)
                     if resume():
                         break
+            except LoginRefused as failure:
+                self.messages.detail("%s: %s" % (failure.what, failure.why))
+                denials += 1
+                if denials >= DENIALS_MAX or self.can_ask:
+                    raise
+                if has_terminal():  # the next attempt may ask, once
+                    ask_person("%s wants a login. Press Enter to log in again: " % self.destination)
+                    self.can_ask = True
+                    delay_s = 0.0
             except Failure as failure:
-                if failure.status == EXIT_SERVER_ENDED or self.is_refused:
+                if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
-                denials += self.needs_login
-                if denials >= DENIALS_MAX or (self.needs_login and self.can_ask):
-                    raise
-                if self.needs_login and has_terminal():
-                    self._offer_login()
-                    delay_s = 0.0
         self.can_ask = could_ask
         seconds = time.monotonic() - began
-        text = "Connected to %s again (after %s)." % (self.destination, _duration(seconds))
-        self.messages.step(text, "reconnected", seconds=seconds, **facts)
-
-    def quicken(self) -> None:
-        """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
-
-        Each answer through a forward is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
-        """
-        if self.control_path:
-            self._run(self.session_argv(command="true"))
-
-    def _offer_login(self) -> None:
-        """Wait for the Enter of a person who can log in; the next attempt may ask, once."""
-        with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
-            output.write("%s wants a login. Press Enter to log in again: " % self.destination)
-            output.flush()
-            terminal.readline()
-        self.can_ask = True
+        text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
+        self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -592,74 +1741,6 @@ class Ssh:
         if status:
             raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
         return words.strip()
-
-    def _borrow_master(self) -> bool:
-        """Use the user's own live master for this destination, if there is one: no login is needed at all."""
-        if self._config.get("controlpath", "none") == "none":
-            return False
-        argv = ["ssh", "-O", "check"] + self.always + self.options + ["--", self.destination]
-        is_alive, _ = self._run(argv)
-        if is_alive:
-            self.control_path = self._config["controlpath"]
-            self.is_borrowed = True
-            self.messages.detail("Using the master of your own at %s." % self.control_path)
-        return is_alive
-
-    def _do_without_master(self, why: str) -> None:
-        self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
-        self.has_mux = False
-        self.control_path = ""
-
-    def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
-        """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
-
-        Raises Failure (255) when it ends before.
-        """
-        self._log_argv(argv)
-        self._last_words = []
-        self.needs_login = self.is_refused = False
-        with signals_left_to_us():
-            self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
-            if self._guard is None:
-                self.master = Child(argv, is_merged=True, can_ask=self.can_ask)
-            else:  # the guard knows its pid before it is ssh: there is no moment without
-                argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
-                self.master = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=self.can_ask)
-        self.meanwhile()
-        deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
-        with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
-            while True:
-                line = self.master.next_line(0.01)
-                if is_ready(line[1] if line else ""):
-                    return
-                self._take_words(line, is_connected=self._is_again)
-                if self.master.has_ended:
-                    self._last_words += [text for _, text in self.master.remaining_lines()]
-                    raise self.connect_failure(self._last_words)
-                if deadline and time.monotonic() > deadline:
-                    why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
-                    raise Failure("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
-
-    def __enter__(self) -> "Ssh":
-        try:
-            self.connect()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
-    def _take_words(self, line: Optional[Tuple[str, str]], is_connected: bool) -> None:
-        """Keep what the connection's ssh says for our own errors; the rest is for the user, before the login."""
-        if not line or not line[1]:
-            return
-        if is_connected or FATAL_WORDS.match(line[1]):
-            self._last_words = (self._last_words + [line[1]])[-30:]
-            self.messages.detail("ssh: " + line[1])
-        else:
-            self.messages.note(line[1])
 
     def _read_config(self) -> Dict[str, str]:
         argv = self.config_argv()
@@ -673,162 +1754,140 @@ class Ssh:
             raise Failure("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
         return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
+    def __enter__(self) -> "Ssh":
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, and with it every forward; a master that was not ours stays."""
+        self.way.close()
+        self.way = Direct(self)
+
+    # -- what ssh says ------------------------------------------------------------------------------------------------
+
+    def take_words(self, line: Optional[Tuple[str, str]], is_connected: bool) -> None:
+        """Keep what the connection's ssh says for our own errors; the rest is for the user, before the login."""
+        if not line or not line[1]:
+            return
+        if is_connected or FATAL_WORDS.match(line[1]):
+            self.words = (self.words + [line[1]])[-30:]
+            self.messages.detail("ssh: " + line[1])
+        else:
+            self.messages.note(line[1])
+
     def connect_failure(self, words: List[str]) -> Failure:
         """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
         text = "\n".join(words)
         lines = [line for line in words if line.strip() and not line.startswith("@@@")]
+        what = "cannot connect to " + self.destination
         why = lines[-1].strip() if lines else "ssh ended and said nothing"
         try_ = self.plain_command
         host = self.destination.rsplit("@", 1)[-1]
-        if self._config.get("proxyjump", "none") != "none":
+        if self.config.get("proxyjump", "none") != "none":
             host += ", or of a jump host before it,"
         if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
-            self.is_refused = True
             why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
             removal = [line.strip() for line in words if "ssh-keygen" in line] or [
                 shlex.join(["ssh-keygen", "-R", self.destination.rsplit("@", 1)[-1]])
             ]
             try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
-        elif "Host key verification failed" in text:
-            self.is_refused = True
+            return HostRefused(what, why, try_, EXIT_SSH)
+        if "Host key verification failed" in text:
             why = "the host key of %s is not known here, and it was not accepted" % host
-            try_ += "   (once, in a terminal: it shows the key and asks)"
-        elif "Permission denied" in text:
-            self.needs_login = True
+            return HostRefused(what, why, try_ + "   (once, in a terminal: it shows the key and asks)", EXIT_SSH)
+        if "Permission denied" in text:
             why = [line.strip() for line in words if "Permission denied" in line][-1]
             try_ = shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]) + "   (shows the keys offered)"
             if not self.can_ask:
                 why += "\nthere is no terminal here to ask for a password or a second factor"
                 try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
-        elif "Connection refused" in text:
+            return LoginRefused(what, why, try_, EXIT_SSH)
+        if "Connection refused" in text:
             try_ += "   (is sshd running there, and is this its port?)"
-        return Failure("cannot connect to " + self.destination, why, try_, EXIT_SSH)
+        return Failure(what, why, try_, EXIT_SSH)
+
+    def lost(self) -> Failure:
+        """Return the failure of a connection that ended under us."""
+        return Failure("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
 
     @property
     def plain_command(self) -> str:
         """The command that shows a person whether ssh itself gets there."""
         return shlex.join(["ssh"] + self.options + [self.destination, "true"])
 
-    def _log_argv(self, argv: List[str]) -> None:
-        self.messages.detail("+ " + shlex.join(argv))
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
-        deadline = time.monotonic() + timeout_s
-        while self._stands and not self._is_woken.is_set() and time.monotonic() < deadline:
-            if self.master is not None:
-                self._take_words(self.master.next_line(deadline - time.monotonic()), is_connected=True)
-            else:
-                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
-        self._is_woken.clear()
-        if self.master is not None and not self._stands:
-            for line in self.master.remaining_lines():  # it says why as it ends
-                self._take_words(line, is_connected=True)
-        return self._stands
-
-    @property
-    def _stands(self) -> bool:
-        if self.master is not None:
-            return not self.master.has_ended
-        return not self.is_borrowed or os.path.exists(self.control_path)
-
-    def wake(self) -> None:
-        """Let `wait` return now; from any thread."""
-        self._is_woken.set()
-        if self.master is not None:
-            self.master.wake()
-
     @property
     def last_words(self) -> str:
         """What the connection's ssh said last, in one line."""
-        return self._last_words[-1] if self._last_words else "ssh ended and said nothing"
-
-    def close(self) -> None:
-        """End the connection, and with it every forward; a master that was not ours stays."""
-        if self.is_borrowed:
-            for spec in list(self._forwards):
-                self.cancel(spec)
-        if self.master is not None:
-            self.master.end()
-            self.master = None
-            with contextlib.suppress(OSError):
-                os.unlink(self.control_path)
-        if self._guard is not None:  # to the last: a second Ctrl-C may come while ours is ended
-            self._guard.kill()
-            self._guard.wait()
-            self._guard = None
-        self._forwards = []
-        self.is_borrowed = False
-        self.control_path = ""
+        return self.words[-1] if self.words else "ssh ended and said nothing"
 
     # -- what goes through it -----------------------------------------------------------------------------------------
 
     def session(self, command: str) -> Child:
-        """Run `command` on the host, through the master."""
-        argv = self.session_argv(command=command)
-        self._log_argv(argv)
+        """Run `command` on the host."""
+        argv = self.way.session_argv(command=command)
+        self.log_argv(argv)
         return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask)
 
     def run(self, command: str) -> Tuple[bool, str]:
         """Run a short command on the host; return whether it succeeded, and what it printed."""
-        return self._run(self.session_argv(command=command))
+        return self.call(self.way.session_argv(command=command))
 
     def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
         """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
 
         The numeric 127.0.0.1 in front: without it, ssh takes ::1 alone when 127.0.0.1:PORT is a stranger's, and says
-        that all is well. Without a master it raises Failure (255) when it cannot log in.
+        that all is well. Raises Failure when a further forward cannot be had, or (255) without a login.
         """
-        spec = "127.0.0.1:%d:%s" % (local_port, target)
-        if not self.control_path:
-            return self._start_tunnel(spec, local_port)
-        is_open, words = self._run(self.control_argv("forward", "-L", spec))
-        if is_open:
-            self._forwards.append(spec)
-            for further in self.further:
-                self._expect_forward(further, *self._run(self.control_argv("forward", "-L", further)))
-                self._forwards.append(further)
-            if self.is_borrowed:
-                self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(self._forwards)))
-        return is_open, words
+        return self.way.forward(["127.0.0.1:%d:%s" % (local_port, target), *self.further])
 
-    def _expect_forward(self, spec: str, is_open: bool, words: str) -> None:
-        if not is_open:
-            raise Failure("cannot forward " + spec, words, "another port in -L")
-
-    def _start_tunnel(self, spec: str, local_port: int) -> Tuple[bool, str]:
-        # LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward
-        # of the user's own config that fails would end us as well.
-        ready = "rjupyter-" + os.urandom(8).hex()
-        self._start(self.tunnel_argv(spec, ready), "Opening the tunnel", lambda line: line == ready)
-        words = "\n".join(self._last_words)
-        if "cannot listen to port: %d" % local_port in words:
-            self.close()
-            return False, "forwarding request failed: " + words
-        for further in self.further:
-            is_open = "cannot listen to port: %s" % further.split(":")[1] not in words
-            self._expect_forward(further, is_open, words)
-        return True, ""
-
-    def cancel(self, spec: str) -> None:
-        """Take a local forward away again."""
-        self._forwards.remove(spec)
-        self._run(self.control_argv("cancel", "-L", spec))
+    def cancel(self, local_port: int, target: str) -> None:
+        """Take such a forward away again."""
+        self.way.cancel("127.0.0.1:%d:%s" % (local_port, target))
 
     def can_reach(self, target: str) -> Tuple[bool, str]:
         """Ask sshd for one connection to `target` (host:port) there; return whether it came, and ssh's words.
 
         `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
         """
-        self._last_words = []
-        can_reach, words = self._run(self.session_argv("-W", target))
-        if self.master is not None and not can_reach:
+        self.words = []
+        can_reach, words = self.call(self.way.session_argv("-W", target))
+        if not can_reach and self.way.process is not None:
             self.wait(0.2)  # the reason is told to the master, not to the session
-            words = next((line for line in reversed(self._last_words) if "open failed" in line), words)
+            words = next((line for line in reversed(self.words) if "open failed" in line), words)
         return can_reach, words
 
-    def _run(self, argv: List[str]) -> Tuple[bool, str]:
-        self._log_argv(argv)
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
+        deadline = time.monotonic() + timeout_s
+        process = self.way.process
+        while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
+            if process is not None:
+                self.take_words(process.next_line(deadline - time.monotonic()), is_connected=True)
+            else:
+                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
+        self._is_woken.clear()
+        stands = self.way.stands
+        if process is not None and not stands:
+            for line in process.remaining_lines():  # it says why as it ends
+                self.take_words(line, is_connected=True)
+        return stands
+
+    def wake(self) -> None:
+        """Let `wait` return now; from any thread."""
+        self._is_woken.set()
+        if self.way.process is not None:
+            self.way.process.wake()
+
+    def call(self, argv: List[str]) -> Tuple[bool, str]:
+        """Run an ssh that takes no time; return whether it succeeded, and what it printed."""
+        self.log_argv(argv)
         child = Child(argv, is_merged=True, can_ask=self.can_ask)
         try:
             words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
@@ -838,13 +1897,286 @@ class Ssh:
         finally:
             child.end()
 
+    def log_argv(self, argv: List[str]) -> None:
+        """Show a command where -v asks for it."""
+        self.messages.detail("+ " + shlex.join(argv))
+
+
+class Direct:
+    """A way of being connected: without a master. Each step logs in by itself, and the tunnel is `ssh -N -L` literally.
+
+    The other ways differ from it in their methods. `process` is the ssh that is the connection, as far as it is ours.
+    """
+
+    has_login = False  # true when connect() has logged in, and nothing after it asks for more
+
+    def __init__(self, ssh: Ssh, is_again: bool = False) -> None:
+        self.ssh = ssh
+        self.process: Optional[Child] = None
+        self._is_again = is_again
+        self._guard: "Optional[subprocess.Popen[bytes]]" = None
+
+    def connect(self) -> None:
+        """Log in where this way does so once; raises NotThisWay where it is not to be had, Failure (255)."""
+
+    def session_argv(self, *specific: str, command: str = "") -> List[str]:
+        """Return the argv of a session, which logs in."""
+        alone = ["-S", "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
+        return self.ssh.argv(*alone, *self.ssh.patience(), *specific, command=command)
+
+    def forward_argv(self, spec: str, ready: str = "ready") -> List[str]:
+        """Return the argv of the tunnel; ssh prints `ready` when it has logged in and listens.
+
+        LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward of
+        the user's own config that fails would end us as well.
+        """
+        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", "-o", "ControlMaster=no"]
+        argv += self.ssh.patience()
+        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
+        return self.ssh.argv(*argv)
+
+    def forward(self, specs: List[str]) -> Tuple[bool, str]:
+        """Start the tunnel; raises Failure (255) when it cannot log in."""
+        ready = "rjupyter-" + os.urandom(8).hex()
+        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line == ready)
+        words = "\n".join(self.ssh.words)
+        for spec in specs:
+            if "cannot listen to port: %s" % spec.split(":")[1] in words:
+                if spec is specs[0]:
+                    self.close()
+                    return False, "forwarding request failed: " + words
+                raise cannot_forward(spec, words)
+        return True, ""
+
+    def cancel(self, spec: str) -> None:
+        """End the tunnel: it holds nothing else."""
+        self.close()
+
+    def explain(self, status: int, words: List[str]) -> Optional[Failure]:
+        """Return why a session did not come to its command, as far as its own ssh tells: its login failed."""
+        is_ours = status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
+        return self.ssh.connect_failure(words) if is_ours else None
+
+    def tell(self, seconds: float) -> str:
+        """Say how we are connected."""
+        return "each step logs in by itself"
+
+    def quicken(self) -> None:
+        """Do what lets the answers through a forward come at once."""
+
+    @property
+    def stands(self) -> bool:
+        """True while the connection stands, as far as can be seen without asking."""
+        return self.process is None or not self.process.has_ended
+
+    def close(self) -> None:
+        """End the connection."""
+        if self.process is not None:
+            self.process.end()
+            self.process = None
+        self._end_guard()  # to the last: a second Ctrl-C may come while ours is ended
+
+    def _end_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+            self._guard = None
+
+    def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
+        """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
+
+        Raises Failure (255) when it ends before.
+        """
+        ssh = self.ssh
+        ssh.log_argv(argv)
+        ssh.words = []
+        with signals_left_to_us():
+            # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
+            # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
+            # CONT, because a stopped ssh does not take TERM.
+            self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
+            if self._guard is None:
+                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask)
+            else:
+                argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
+                self.process = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=ssh.can_ask)
+        ssh.meanwhile()
+        deadline = None if ssh.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
+        with ssh.messages.working("" if self._is_again else doing, is_animated=not ssh.can_ask):
+            while True:
+                line = self.process.next_line(0.01)
+                if is_ready(line[1] if line else ""):
+                    return
+                ssh.take_words(line, is_connected=self._is_again)
+                if self.process.has_ended:
+                    ssh.words += [text for _, text in self.process.remaining_lines()]
+                    raise ssh.connect_failure(ssh.words)
+                if deadline and time.monotonic() > deadline:
+                    why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
+                    raise Failure("cannot connect to " + ssh.destination, why, ssh.plain_command, EXIT_TIMEOUT)
+
+
+class Multiplexed(Direct):
+    """Everything goes through the control socket of a master."""
+
+    has_login = True
+    control_path = ""
+
+    def session_argv(self, *specific: str, command: str = "") -> List[str]:
+        """Return the argv of a session through the master.
+
+        When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
+        -J of the user's would be the other one.
+        """
+        through = ["-S", self.control_path, "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
+        through += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+        options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
+        return self.ssh.argv(*through, *specific, options=options, command=command)
+
+    def control_argv(self, action: str, *specific: str) -> List[str]:
+        """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
+        argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
+        return argv + list(specific) + ["--", self.ssh.destination]
+
+    def forward_argv(self, spec: str, ready: str = "") -> List[str]:
+        """Return the argv that adds a local forward to the master."""
+        return self.control_argv("forward", *local_forwards([spec]))
+
+    def forward(self, specs: List[str]) -> Tuple[bool, str]:
+        """Add the forwards to the master."""
+        for spec in specs:
+            is_open, words = self.ssh.call(self.forward_argv(spec))
+            if not is_open and spec is specs[0]:
+                return False, words
+            if not is_open:
+                raise cannot_forward(spec, words)
+        return True, ""
+
+    def cancel(self, spec: str) -> None:
+        """Take a forward away from the master."""
+        self.ssh.call(self.control_argv("cancel", *local_forwards([spec])))
+
+    def explain(self, status: int, words: List[str]) -> Optional[Failure]:
+        """Return nothing: what a session says here is not about a login."""
+        return None
+
+    def quicken(self) -> None:
+        """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
+
+        Each answer through a forward is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
+        """
+        self.ssh.run("true")
+
+
+class Master(Multiplexed):
+    """A master of ours, in the foreground: `ssh -M -N`, the process that Ctrl-C ends."""
+
+    def master_argv(self) -> List[str]:
+        """Return the argv of the master.
+
+        ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it drops
+        that -L in silence.
+        """
+        argv = ["-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
+        return self.ssh.argv(*argv, *self.ssh.patience())
+
+    def choose_path(self) -> None:
+        """Choose the place of the control socket; raises NotThisWay where there is none."""
+        try:
+            directory = private_runtime_dir()
+        except Failure as failure:
+            raise NotThisWay("%s: %s" % (failure.what, failure.why)) from None
+        remove_stale_sockets(directory)
+        self.control_path = os.path.join(directory, "%x.ctl" % os.getpid())
+
+    def connect(self) -> None:
+        """Start the master, and wait until its control socket appears: in one piece, when it has logged in."""
+        self.choose_path()
+        doing = "Connecting to " + self.ssh.destination
+        try:
+            self._start(self.master_argv(), doing, lambda line: os.path.exists(self.control_path))
+        except Failure:
+            # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
+            words = [line for line in self.ssh.words if line.startswith(("unix_listener", "muxserver_listen"))]
+            if not words:
+                raise
+            self.close()
+            raise NotThisWay(words[-1]) from None
+
+    def close(self) -> None:
+        """End the master, and with it every forward."""
+        if self.process is not None:
+            self.process.end()
+            with contextlib.suppress(OSError):
+                os.unlink(self.control_path)
+        super().close()
+
+    def tell(self, seconds: float) -> str:
+        """Say how we are connected."""
+        return "logged in within %.1f s (multiplexed)" % seconds
+
+
+class Borrowed(Multiplexed):
+    """The user's own live master for this destination, which was there before us and stays: no login at all."""
+
+    def __init__(self, ssh: Ssh, is_again: bool = False) -> None:
+        super().__init__(ssh, is_again)
+        self._forwards: List[str] = []
+
+    def connect(self) -> None:
+        """Look whether there is one that lives."""
+        path = self.ssh.config.get("controlpath", "none")
+        if path == "none" or not self.ssh.call(self.ssh.argv("-O", "check"))[0]:
+            raise NotThisWay()
+        self.control_path = path
+        self.ssh.messages.detail("Using the master of your own at %s." % path)
+
+    def forward(self, specs: List[str]) -> Tuple[bool, str]:
+        """Add the forwards to the master; they are taken away again when we are gone, however we went."""
+        self._forwards = list(specs)
+        is_open, words = super().forward(specs)
+        self._end_guard()
+        if is_open:
+            self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(specs)))
+        else:
+            self._forwards = []
+        return is_open, words
+
+    def cancel(self, spec: str) -> None:
+        """Take a forward away from the master."""
+        self._forwards.remove(spec)
+        super().cancel(spec)
+
+    def close(self) -> None:
+        """Take our forwards away; the master stays."""
+        for spec in list(self._forwards):
+            self.cancel(spec)
+        super().close()
+
+    @property
+    def stands(self) -> bool:
+        """True while its control socket is there."""
+        return os.path.exists(self.control_path)
+
+    def tell(self, seconds: float) -> str:
+        """Say how we are connected."""
+        return "logged in within %.1f s (your own master)" % seconds
+
+
+WAYS: List[Type[Direct]] = [Borrowed, Master, Direct]
+
+
+def cannot_forward(spec: str, words: str) -> Failure:
+    """Return the failure of a forward that the user asked for beside the one to Jupyter."""
+    return Failure("cannot forward " + spec, words, "another port in -L")
+
 
 def local_forwards(specs: List[str]) -> List[str]:
     """Return the options of ssh for these local forwards."""
     return [word for spec in specs for word in ("-L", spec)]
 
 
-def _pairs(options: List[str]) -> List[List[str]]:
+def pairs_of(options: List[str]) -> List[List[str]]:
     """Split ssh options into one list each; only -4, -6 and -C stand alone."""
     pairs: List[List[str]] = []
     words = iter(options)
@@ -863,6 +2195,9 @@ def start_guard(script: str, *arguments: str) -> "Optional[subprocess.Popen[byte
     with signals_left_to_us():
         argv = ["/bin/sh", "-c", "exec 2>/dev/null; " + script, "sh", *arguments]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+# -- our directory here -----------------------------------------------------------------------------------------------
 
 
 def private_runtime_dir() -> str:
@@ -902,239 +2237,50 @@ def remove_stale_sockets(directory: str) -> None:
     """Remove the control sockets of runs that are gone: their name is the pid. Ours may be one with the same pid."""
     for name in os.listdir(directory):
         pid, _, ending = name.partition(".")
-        if ending == "ctl" and (int(pid, 16) == os.getpid() or not process_identity(int(pid, 16))):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(directory, name))
+        if ending == "ctl" and re.fullmatch(r"[0-9a-f]{1,8}", pid):
+            if int(pid, 16) == os.getpid() or not process_identity(int(pid, 16)):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(directory, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# agent: what stands between "agent begins" and "agent ends", here and in two rooms below, is sent to the host
+# channel
 #
-# It runs under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
-# file. Annotations beyond the builtins are quoted, because Python 3.6 would evaluate them. What stands under "both
-# sides" serves the laptop as well.
+# The host's way back: one message a line, marked so that nothing else the host prints can pass for one.
 # ---------------------------------------------------------------------------------------------------------------------
-
-AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time\n"
 # agent begins
-
-STATE_DIR = "~/.local/state/rjupyter"
-VENV_DIR = "~/.local/share/rjupyter/venv"
-KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
-POLL_S = 0.005
-COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
-HEARTBEAT_S = 5.0
-SHELL_TIMEOUT_S = 10  # for the user's start-up files
-DEFAULT_PORT = 8888  # the first one tried: Jupyter's own
-SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
-RUNTIME_FILE_MAX = 65536  # bytes; Jupyter's are below 1,000
-STATUS_PATH = "api/status?no_track_activity=1"  # without the latter, our looking would keep an idle server alive
-
-
-class Trouble(Exception):
-    """An expected failure on the host; it travels in the reply and becomes a Failure there."""
-
-    def __init__(self, status: int, what: str, why: str = "", try_: str = "") -> None:
-        super().__init__(what)
-        self.reply = {"what": what, "why": why, "try": try_, "status": status}
-
-
-# -- both sides -------------------------------------------------------------------------------------------------------
-
-
-def listen_on(port: int, host: str = "127.0.0.1") -> socket.socket:
-    """Return a socket that listens on `host`:`port`; raise OSError when that is taken or not ours to take.
-
-    SO_REUSEADDR, because ssh and Jupyter set it too: a port in TIME_WAIT is free for them.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(8)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
-    """Return the first port from `start_port` up that `host` can listen on; raise OSError when none is left."""
-    for port in range(start_port, 65536):
-        try:
-            listen_on(port, host).close()
-            return port
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-    raise OSError(errno.EADDRINUSE, "no free port from %d up" % start_port)
-
-
-def http_request(
-    address: "Any", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
-) -> "Tuple[int, bytes]":
-    """Ask the server at `address`, (host, port) or a Unix socket; return the HTTP status and the body (1 MB at most).
-
-    Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
-    Raises OSError when there is no answer within `timeout_s`.
-    """
-    deadline = time.monotonic() + timeout_s
-    is_unix = isinstance(address, str)
-    if is_unix:
-        connection = socket.socket(socket.AF_UNIX)
-    else:  # as bytes: for a text, Python imports its codec for international names first
-        connection = socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
-    with contextlib.closing(connection):
-        if is_unix:
-            connection.settimeout(timeout_s)
-            connection.connect(address)
-        if is_secure:
-            import ssl
-
-            context = ssl.create_default_context()
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-            connection = context.wrap_socket(connection)
-        host = "127.0.0.1" if is_unix else "127.0.0.1:%d" % address[1]
-        head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: 0\r\n" % (method, path, host)
-        if token:
-            head += "Authorization: token %s\r\n" % token
-        connection.sendall((head + "\r\n").encode("utf-8"))
-        answer = b""
-        while len(answer) < 1000000:
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = connection.recv(65536)
-            if not chunk:
-                break
-            answer += chunk
-    head_bytes, _, body = answer.partition(b"\r\n\r\n")
-    words = head_bytes.split(None, 2)
-    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        raise ConnectionError("closed without an answer")
-    return int(words[1]), body
-
-
-def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
-    """Return the uid whose socket is bound to `local`, or to any address with that port; None where nobody can tell.
-
-    `remote_port` is 0 for one that listens. From the tables of proc(5), which Linux alone has.
-    """
-    host = socket.inet_pton(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, local[0])
-    addresses = [host, bytes(len(host)), bytes(16), bytes(10) + b"\xff\xff" + host]
-    # Each group of four bytes is printed as one number in this machine's order.
-    ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
-    local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
-    port_in_table = ":%04X " % local[1]
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
-                for row in (line.lower().split() for line in stream if port_in_table in line):
-                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                        return int(row[7])
-        except OSError:
-            continue
-    return None
-
-
-def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
-
-    The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
-    """
-    import subprocess
-
-    pipe = subprocess.PIPE
-    try:
-        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
-    except OSError as error:
-        return 127, "", str(error)
-    except subprocess.TimeoutExpired:
-        return 124, "", "no answer within %d s" % timeout_s
-    return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
-
-
-def process_identity(pid: int) -> str:
-    """Return what tells this process from a later one with the same pid; empty when there is no such process."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as process, open("/proc/sys/kernel/random/boot_id") as boot:
-            fields = process.read().rpartition(b")")[2].split()
-            # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
-            return "" if fields[0] == b"Z" else "%s:%s" % (boot.read().strip(), fields[19].decode())
-    except OSError:
-        pass
-    if os.path.exists("/proc/self/stat"):
-        return ""
-    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
-    answer = run_command(argv, COMMAND_TIMEOUT_S)[1]
-    return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
-
-
-def own_uid() -> int:
-    """Return our uid; 0 where there is none (Windows)."""
-    return os.getuid() if hasattr(os, "getuid") else 0
-
-
-def own_tmp_dir() -> str:
-    """Return the directory that is ours below /tmp, where no better one is to be had; private_dir makes it.
-
-    Not TMPDIR: that is often long, and on a cluster it ends with the job. RJUPYTER_TMP says another place.
-    """
-    top = "/tmp" if os.name == "posix" else os.environ.get("TEMP", ".")
-    return os.path.join(os.environ.get("RJUPYTER_TMP") or top, "rjupyter-%d" % own_uid())
-
-
-def private_dir(path: str) -> str:
-    """Make `path` a directory that is ours alone and can be written, and return it; raise OSError where it cannot.
-
-    What others may have put there first, a link or a directory of theirs, is refused.
-    """
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
-        raise PermissionError("%s is not a directory of ours" % path)
-    if status.st_mode & 0o077:
-        os.chmod(path, 0o700)
-    probe = os.path.join(path, ".%d" % os.getpid())
-    try:
-        with open(probe, "wb") as stream:
-            stream.write(bytes(4096))  # a full disk, or quota, still makes empty files
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(probe)
-    return path
-
-
-def write_private(path: str, text: str) -> None:
-    """Write a file that only its owner can read, in one piece: a reader sees the old one or the new one."""
-    beside = "%s.%d" % (path, os.getpid())
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            stream.write(text)
-        os.replace(beside, path)
-    except BaseException:  # a signal, a full disk
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-
-
-# -- the channel ------------------------------------------------------------------------------------------------------
 
 
 class Channel:
-    """The way back: lines of JSON behind the request's nonce, so that no banner or rc file can pass for one."""
+    """Lines of JSON behind the request's nonce, so that no banner or rc file can pass for one.
+
+    In a job there is no nonce: the way back is a file of ours.
+    """
 
     def __init__(self, nonce: str, stream: "Any" = None) -> None:
         self._nonce = nonce + " " if nonce else ""
         self._last_sent = 0.0
-        self._doing = ""
-        self._lasting = ("progress", {"text": ""})  # type: Tuple[str, Json]
+        self._lasting = Progress(text="")  # type: Message
         self._has_failed = False
         self._stream = stream or os.fdopen(os.dup(1), "w")
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
 
-    def send(self, kind: str, **facts: "Any") -> None:
+    def send(self, message: Message) -> None:
+        """Send a message."""
+        self._send(message.kind, message.facts())
+        if isinstance(message, (Progress, QueueState)):
+            self._lasting = message
+
+    def reply(self, reply: Record) -> None:
+        """Send what was asked for; nothing comes after it."""
+        self._send("reply", {"reply": reply.facts()})
+
+    def fail(self, failure: Failure) -> None:
+        """Send why there is none."""
+        self._send("reply", {"failure": failure.facts()})
+
+    def _send(self, kind: str, facts: "Json") -> None:
         """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
         try:
             self._stream.write("%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
@@ -1142,8 +2288,6 @@ class Channel:
         except OSError:
             self._has_failed = True
         self._last_sent = time.monotonic()
-        if kind in ("progress", "queue"):
-            self._lasting = (kind, facts)
 
     @property
     def is_closed(self) -> bool:
@@ -1156,15 +2300,13 @@ class Channel:
 
     def progress(self, text: str) -> None:
         """Say what takes its time."""
-        if text != self._doing:
-            self._doing = text
-            self.send("progress", text=text)
+        if self._lasting != Progress(text=text):
+            self.send(Progress(text=text))
 
     def keep_alive(self) -> None:
         """Say again what takes its time, when that was a few seconds ago: the client gives up on a silent agent."""
         if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            kind, facts = self._lasting
-            self.send(kind, **facts)
+            self.send(self._lasting)
 
 
 @contextlib.contextmanager
@@ -1176,42 +2318,205 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
-            while not has_lock(lock):
+
+            def look() -> str:
+                return "ours" if has_lock(lock) else "nobody" if channel.is_closed else ""
+
+            def wait() -> None:
                 channel.progress(waiting)
                 channel.keep_alive()
-                if channel.is_closed:
-                    raise Trouble(1, "nobody waits for this any more")
-                time.sleep(POLL_S)
+
+            if until(look, float("inf"), wait) == "nobody":
+                raise Failure("nobody waits for this any more")
         except OSError:
             pass
         channel.progress("")
         yield
 
 
-def has_lock(lock: "Any") -> bool:
-    """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
-    import fcntl
+# agent ends
 
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
+# ---------------------------------------------------------------------------------------------------------------------
+# kept
+#
+# What we started on the host is written down there, in a directory for each thing: servers/ID, runs/ID, jobs/ID. A
+# kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is one of three classes:
+# Here, Elsewhere (another node of a shared home), or InJob, which the annex of schedulers adds to PLACES.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+class Kind:
+    """A kind of thing that is kept on the host. An annex adds its own; the core asks all of them alike."""
+
+    name = ""
+    prefix = ""  # of its ids
+    record = Kept  # type: Type[Kept]
+
+    @property
+    def directory(self) -> str:
+        """The name of its directory in our state."""
+        return self.name + "s"
+
+    def records(self) -> "List[Any]":
+        """Return what we wrote down of this kind, newest first, of what runs and of what has ended.
+
+        A home is shared between nodes, and files can be damaged: one that makes no sense is skipped.
+        """
+        found = []
+        for directory in kept_dirs(self.directory):
+            record = read_record(self.record, os.path.join(directory, self.name + ".json"))
+            if record:
+                record.id, record.directory = os.path.basename(directory), directory
+                found.append(record)
+        return sorted(found, key=lambda record: float(record.created), reverse=True)
+
+    def running(self) -> "List[Any]":
+        """Return the records of what has not ended, newest first."""
+        return [record for record in self.records() if place_of(record).is_running()]
+
+    def all_running(self) -> "List[Any]":
+        """Return what `stop ID` may name: ours, and the user's as far as there is more."""
+        return self.running()
+
+    def listed(self) -> "List[Any]":
+        """Return what `list` shows."""
+        return self.records()
+
+    def describe(self, record: "Any") -> Record:
+        """Say how one does, for people."""
+        raise NotImplementedError
+
+    def end(self, record: "Any") -> None:
+        """End one, and what belongs to it."""
+        raise NotImplementedError
+
+    # What only a kind that starts other things knows (a job).
+
+    def takes(self, request: Request) -> bool:
+        """True when what is asked for is to be started by a thing of this kind."""
         return False
-    return True
+
+    def start(self, request: Request, channel: Channel) -> Kept:
+        """Start a thing that does what is asked for, and return its record."""
+        raise NotImplementedError
+
+    def waiting(self, request: Request) -> "List[Kept]":
+        """Return the things of this kind that have not begun and do what is asked for."""
+        return []
+
+    def reply(self, record: "Any", channel: Channel) -> "Json":
+        """Wait for the reply of what one started, and return it."""
+        raise NotImplementedError
+
+    def hint(self) -> str:
+        """Return the command of something of this kind that is there and could have been used; empty for none."""
+        return ""
 
 
-def native(text: str) -> str:
-    """Turn a name from a request into one for this system, whatever its locale; `portable` is the way back."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+KINDS = {}  # type: Dict[str, Kind]
 
 
-def portable(name: str) -> str:
-    """Turn a file name of this system into text that survives JSON."""
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
+# -- where it runs ----------------------------------------------------------------------------------------------------
 
 
-# -- state: which servers are ours ------------------------------------------------------------------------------------
+class Elsewhere:
+    """Where a thing runs: on another node of a shared home, where nothing can be told of it. Other places know more."""
+
+    is_here = False
+    is_known = False  # true where is_running is an answer, and not a want of knowledge
+    settle_s = 0.0  # how long it may take until is_running tells of an end
+
+    def __init__(self, record: Kept) -> None:
+        self.record = record
+
+    @classmethod
+    def holds(cls, record: Kept) -> bool:
+        """True when this is the place of a record; this one is of what no other place holds."""
+        return True
+
+    def is_running(self) -> bool:
+        """True when it runs, as far as we can tell."""
+        return False
+
+    def why_ended(self, log: str) -> str:
+        """Return why it ended, as far as the place tells; empty where it does not."""
+        return ""
+
+    def why_in_doubt(self) -> str:
+        """Return why it ended where nothing tells."""
+        return "it was killed, by hand or for want of memory"
+
+    def left_s(self) -> float:
+        """Return how long it may run on, in seconds; 0 for no limit that we know of."""
+        return 0.0
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """End it, when it has not done so by itself within `polite_s`; and what is left of its children."""
+
+
+class Here(Elsewhere):
+    """On this node: its process tells."""
+
+    is_here = True
+    is_known = True
+
+    @classmethod
+    def holds(cls, record: Kept) -> bool:
+        """True when this is the node that the record names: a home is shared between nodes."""
+        return record.node == os.uname().nodename
+
+    def is_running(self) -> bool:
+        """True when the process of the record runs."""
+        identity = self.record.identity
+        return bool(identity) and process_identity(self.record.pid) == identity
+
+    def why_ended(self, log: str) -> str:
+        """Return whether the host was started anew."""
+        boot = process_identity(os.getpid()).partition(":")[0]
+        is_same = self.record.identity.partition(":")[0] == boot or not os.path.exists("/proc/self/stat")
+        return "" if is_same else "the host was started anew"
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """Wait, then TERM, then KILL; and KILL for what is left of its children."""
+        import signal
+
+        record = self.record
+        until(lambda: not self.is_running(), polite_s)
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            if self.is_running():
+                send = (
+                    os.killpg if record.is_ours else os.kill
+                )  # we made the group of ours; another may hold a terminal
+                send(record.pid, signum)
+                until(lambda: not self.is_running(), 3)
+        for pid, identity in children:
+            if identity and process_identity(pid) == identity:
+                os.kill(pid, signal.SIGKILL)
+
+
+PLACES = [Here, Elsewhere]  # type: List[Type[Elsewhere]]
+
+
+def place_of(record: Kept) -> Elsewhere:
+    """Return where the thing of a record runs."""
+    return next(place for place in PLACES if place.holds(record))(record)
+
+
+def children_of(record: Kept) -> "List[Tuple[int, str]]":
+    """Return what the process of a record started and that runs, each with its identity; none of another node's.
+
+    For Jupyter these are its kernels and terminals.
+    """
+    if not place_of(record).is_here:
+        return []
+    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
+    pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
+    pids = [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(record.pid)]
+    return [(pid, process_identity(pid)) for pid in pids]
+
+
+# -- its directories --------------------------------------------------------------------------------------------------
 
 
 def state_dirs(kind: str) -> "List[str]":
@@ -1220,7 +2525,7 @@ def state_dirs(kind: str) -> "List[str]":
 
 
 def first_private(candidates: "List[str]") -> str:
-    """Return the first of these directories that is, or can be made, ours alone and writable; Trouble without one."""
+    """Return the first of these directories that is, or can be made, ours alone and writable; Failure without one."""
     reasons = []
     for path in candidates:
         try:
@@ -1228,9 +2533,517 @@ def first_private(candidates: "List[str]") -> str:
             return private_dir(path)
         except OSError as error:
             reasons.append(str(error))
-    raise Trouble(
-        1, "no place to keep our state on the host", "\n".join(reasons), "make room there, or a writable home"
+    raise Failure("no place to keep our state on the host", "\n".join(reasons), "make room there, or a writable home")
+
+
+def kept_dirs(kind: str) -> "List[str]":
+    """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
+    found = []
+    for top in state_dirs(kind):
+        try:
+            if os.stat(top).st_uid == os.getuid():
+                found += [os.path.join(top, name) for name in os.listdir(top)]
+        except OSError:
+            continue
+    return found
+
+
+def new_dir(kind: Kind) -> str:
+    """Make and return a directory for a new thing; its name, a prefix and four hexadecimal digits, is the id."""
+    top = first_private(state_dirs(kind.directory))
+    while True:
+        path = os.path.join(top, kind.prefix + os.urandom(2).hex())
+        try:
+            os.mkdir(path, 0o700)
+            return path
+        except FileExistsError:
+            continue
+
+
+def write_down(record: "K", directory: str) -> "K":
+    """Write a record into its directory, and return it."""
+    record.id, record.directory = os.path.basename(directory), directory
+    write_whole(os.path.join(directory, record.kind + ".json"), json.dumps(record.facts()))
+    return record
+
+
+def mark(record: Kept, name: str) -> None:
+    """Leave a word beside a record, which others look for: "stop", "ended", "cancelled"."""
+    write_whole(os.path.join(record.directory, name), "")
+
+
+def is_marked(record: Kept, name: str) -> bool:
+    """True when that word is there."""
+    return bool(record.directory) and os.path.exists(os.path.join(record.directory, name))
+
+
+def forget_ended(kind: Kind, running: "List[Any]") -> None:
+    """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
+    import shutil
+
+    stays = [record.directory for record in running]
+    for path in kept_dirs(kind.directory):
+        node = read_json(os.path.join(path, kind.name + ".json")).get("node")
+        try:
+            age_s = time.time() - os.stat(path).st_mtime
+        except OSError:
+            continue
+        if path not in stays and node in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def end_of_log(path: str, lines: int = LOG_LINES) -> str:
+    """Return the last lines of a log, tokens taken out."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    return without_tokens("\n".join(tail))
+
+
+def without_tokens(text: str) -> str:
+    """Return a text of Jupyter's log without the tokens in its addresses."""
+    import re
+
+    return re.sub(r"token=[^&\s\"']+", "token=...", text)
+
+
+# -- starting it ------------------------------------------------------------------------------------------------------
+
+
+def start_detached(
+    argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, in_job: bool = False
+) -> "Any":
+    """Start a process in a session of its own that has nothing of ours open; in a job, it ends when we end."""
+    import subprocess
+
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            cwd=directory,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=end_with_parent() if in_job else None,  # noqa: PLW1509 # the agent has one thread
+        )
+
+
+def end_with_parent() -> "Optional[Callable[[], object]]":
+    """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
+
+    A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
+    """
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+def resolve_path(path: str) -> "Tuple[str, str]":
+    """Split the PATH of a destination into an existing directory and a file in it (empty for a directory).
+
+    Relative to the home directory, as scp has it. Raises Failure when there is no such thing.
+    """
+    full = os.path.normpath(os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path))))
+    if os.path.isdir(full):
+        return full, ""
+    if os.path.isfile(full):
+        return os.path.split(full)
+    kind = "notebook" if full.endswith(".ipynb") else "directory"
+    parent = full
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    why = "%s is not there; %s is" % (portable(full), portable(parent))
+    raise Failure("no such %s on the host" % kind, why, "another PATH, or make it there first")
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
+# environments
+#
+# The ways to run Jupyter on the host, best first, as launchers; the last one of them is an installation of our own.
+# What was looked at goes to `tried`, in words, for the error that there is none.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
+    """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
+
+    --python and --env name one and no other. Else: PATH as a command of ssh has it; the PATH of the login shell, where
+    conda and the like are set up; the places where environments usually are; at last our own, which is installed then.
+    """
+    import glob
+
+    app = request.app
+    environment = os.environ  # type: Any
+    if request.init:
+        environment = user_environment([native(command) for command in request.init], tried)
+        os.environ.clear()
+        os.environ.update(environment)
+    if request.python:
+        python = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(request.python)))
+        yield launcher_of_python(python, app, "--python")
+    elif request.env:
+        yield launcher_of_python(environment_python(native(request.env), root_dir), app, "--env " + request.env)
+    else:
+        where = "PATH after --init" if request.init else "PATH"
+        yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
+        if not request.init:
+            of_terminal = user_environment([], tried)
+            places = of_terminal.get("PATH", "").split(os.pathsep)
+            yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
+        home = os.path.expanduser("~")
+        places = [os.path.join(root_dir or home, ".venv", "bin")]
+        places += [os.path.join(tree, "bin") for tree in conda_trees()]
+        places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
+        for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
+            places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
+        yield from launchers_in(places, app, "the usual places", environment, tried)
+        own = own_launcher(app, tried)
+        if own:
+            yield own
+    asked = APPS[app].title if app else "Jupyter"
+    none = Failure(
+        "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install(), status=EXIT_NO_JUPYTER
     )
+    if not request.may_install or request.python or request.env:
+        raise none
+    yield install_jupyter(app, channel)
+    raise none
+
+
+def launch(
+    request: Request,
+    root_dir: str,
+    channel: Channel,
+    launch_by: "Callable[[Launcher, Request, str, Channel], Optional[K]]",
+) -> "Tuple[K, float]":
+    """Launch a server or a run in the first environment that can; return its record, and how long that took.
+
+    `launch_by` does it in one of them, and returns nothing where its commands cannot be run at all. Raises Failure (3)
+    when there is none left.
+    """
+    tried = []  # type: List[str]
+    began = time.monotonic()
+    for found in launchers(request, root_dir, channel, tried):
+        began = began if found.where != INSTALLED else time.monotonic()
+        channel.send(Found(where=found.where, command=portable(found.argv[0]), tried=tried))
+        record = launch_by(found, request, root_dir, channel)
+        if record:
+            return record, time.monotonic() - began
+        tried.append("%s: it cannot be run" % portable(found.argv[0]))
+    raise AssertionError("launchers ends with a failure")
+
+
+def problem_of(script: str) -> str:
+    """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
+    if not os.path.isfile(script):
+        return "not there"
+    if not os.access(script, os.X_OK):
+        return "not executable"
+    try:
+        with open(script, "rb") as stream:
+            first = stream.readline(512)
+    except OSError as error:
+        return str(error)
+    words = first[2:].split() if first.startswith(b"#!") else []
+    return "" if not words or os.path.exists(words[0]) else "needs %s, which is gone" % portable(os.fsdecode(words[0]))
+
+
+# -- the environment of the user's shell ------------------------------------------------------------------------------
+
+
+def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
+    """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
+
+    Empty when the shell does not get that far in time: its files may wait for input, or leave. The dump is framed, for
+    those files print as well.
+    """
+    import signal
+    import subprocess
+    import tempfile
+
+    nonce = os.urandom(8).hex()
+    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
+    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
+    # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
+    # commands from stdin.
+    argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
+    argv += [] if shell.endswith("csh") else ["-c", script]
+    # Files and no pipes: a start-up file may leave a process behind that holds a pipe open for ever.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(
+                argv, executable=shell, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True
+            )
+        except OSError as error:
+            return {}, str(error)
+        assert process.stdin is not None
+        try:
+            # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
+            with process.stdin as stdin:
+                stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
+        except OSError:
+            pass  # a shell that never looked at it
+        try:
+            process.wait(SHELL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return {}, "no answer within %d s" % SHELL_TIMEOUT_S
+        out.seek(0)
+        err.seek(0)
+        said = err.read().decode("utf-8", "replace").strip()
+        for line in out.read().decode("utf-8", "replace").splitlines():
+            if line.startswith(nonce):
+                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
+    return {}, said
+
+
+def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
+    """Return what a terminal of the user would have: login and interactive, else login alone; after `init`.
+
+    Empty when neither works out; raises Failure when there was an `init`, which must not be passed over in silence.
+    """
+    import pwd
+
+    shell = os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
+    said = ""
+    for is_interactive in (True, False):
+        environment, said = shell_environment(shell, init, is_interactive)
+        if environment:
+            return environment
+        tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
+    if init:
+        raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
+    return {}
+
+
+# -- named environments -----------------------------------------------------------------------------------------------
+
+
+def conda_trees() -> "List[str]":
+    """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
+    home = os.path.expanduser("~")
+    trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), os.path.dirname(os.path.dirname(os.environ.get("CONDA_EXE", "")))]
+    for name in ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".local/share/mamba", ".conda"):
+        trees.append(os.path.join(home, name))
+    trees += ["/opt/conda", "/opt/miniconda3", "/opt/anaconda3", "/opt/miniforge3"]
+    return [tree for tree in dict.fromkeys(trees) if tree and os.path.isdir(tree)]
+
+
+def environment_python(name: str, root_dir: str) -> str:
+    """Return the interpreter of an environment: a path (venv, conda, pixi), or a name (conda, mamba, pixi).
+
+    Raises Failure (3) when there is none.
+    """
+    if os.sep in name or name.startswith("~"):
+        prefixes = [os.path.join(os.path.expanduser("~"), os.path.expanduser(name))]
+    else:
+        prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
+        for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
+            prefixes.append(os.path.join(parent, name))
+        try:
+            with open(os.path.expanduser("~/.conda/environments.txt")) as stream:  # conda's own list of all of them
+                prefixes += [line.strip() for line in stream if os.path.basename(line.strip()) == name]
+        except (OSError, UnicodeDecodeError):
+            pass
+        prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
+    for prefix in prefixes:
+        python = os.path.join(prefix, "bin", "python")
+        if os.path.isabs(prefix) and not problem_of(python):
+            return python
+    looked = "\n".join(portable(prefix) for prefix in prefixes if os.path.isabs(prefix))
+    raise Failure(
+        "no environment %s on the host" % portable(name), "looked for bin/python in\n" + looked, status=EXIT_NO_JUPYTER
+    )
+
+
+def launcher_of_python(python: str, app: str, where: str) -> Launcher:
+    """Return how to run Jupyter under one interpreter; raises Failure (3) when it has none."""
+    problem = problem_of(python)
+    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
+    for candidate in [app] if app else APPS:
+        module = APPS[candidate].module
+        if not problem and run_command([python, "-c", check, module], COMMAND_TIMEOUT_S)[0] == 0:
+            return new_launcher(candidate, [python, "-m", module], where, os.environ)
+    why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
+    try_ = "%s -m pip install notebook jupyterlab" % portable(python)
+    raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
+
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+def new_launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> Launcher:
+    """Return a launcher whose own directory comes first on PATH, so that `!pip` in a notebook is the pip beside it."""
+    path = os.path.dirname(argv[0]) + os.pathsep + environment.get("PATH", os.defpath)
+    return Launcher(app=app, argv=argv, where=where, environment=dict(environment, PATH=path))
+
+
+def launchers_in(
+    places: "List[str]", app: str, where: str, environment: "Any", tried: "List[str]"
+) -> "Iterator[Launcher]":
+    """Yield the launchers in `places`. Without an `app` asked for, the apps in their order in each of them."""
+    looked = []
+    for place in dict.fromkeys(places):
+        if not os.path.isabs(place) or not os.path.isdir(place):
+            continue
+        looked.append(place)
+        for candidate in [app] if app else APPS:
+            script = os.path.join(place, APPS[candidate].command)
+            problem = problem_of(script)
+            if not problem:
+                yield new_launcher(candidate, [script], where, environment)
+            elif problem != "not there":
+                tried.append("%s: %s" % (portable(script), problem))
+    tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
+
+
+def interpreter_of(found: Launcher) -> str:
+    """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
+
+    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    """
+    import re
+    import shutil
+
+    command, *others = found.argv
+    if others:
+        return command  # PYTHON -m notebook
+    try:
+        with open(command, "rb") as stream:
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        head = ""
+    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
+    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
+    places = [named.group(1)] if named else []
+    places += [shutil.which(by_env.group(1), path=found.environment["PATH"]) or ""] if by_env else []
+    places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
+    return next((place for place in places if not problem_of(place)), "")
+
+
+def version_of(found: Launcher) -> str:
+    """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
+    import glob
+
+    script = found.argv[0]
+    prefixes = [os.path.dirname(os.path.dirname(path)) for path in (script, os.path.realpath(script))]
+    try:
+        with open(script, "rb") as stream:
+            first = stream.readline(512)
+        prefixes.append(os.path.dirname(os.path.dirname(os.fsdecode(first[2:].split()[0]))))
+    except (OSError, IndexError):
+        pass
+    for prefix in prefixes:
+        for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
+            name = APPS[found.app].distribution + "-[0-9]*.*-info"
+            paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
+            if paths:
+                return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "")
+    return ""
+
+
+# -- an environment of our own ----------------------------------------------------------------------------------------
+
+INSTALLED = "installed now"
+
+
+def own_launcher(app: str, tried: "List[str]", where: str = "our own environment") -> "Optional[Launcher]":
+    """Return the launcher in our private virtual environment, if it is there."""
+    return next(launchers_in([os.path.join(os.path.expanduser(VENV_DIR), "bin")], app, where, os.environ, tried), None)
+
+
+def install_commands() -> "List[List[str]]":
+    """Return the commands that make our private virtual environment: by uv where it is there, venv and pip else.
+
+    A virtual environment, never the system's Python, which its owner may have closed (PEP 668).
+    """
+    import shutil
+
+    venv = os.path.expanduser(VENV_DIR)
+    python = os.path.join(venv, "bin", "python")
+    uv = shutil.which("uv") or shutil.which("uv", path=os.path.expanduser("~/.local/bin:~/.cargo/bin"))
+    if uv:
+        make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
+        return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
+    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
+    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
+    return [make, install]
+
+
+def install_jupyter(app: str, channel: Channel) -> Launcher:
+    """Install Jupyter into our private virtual environment, one at a time, and return its launcher.
+
+    Raises Failure (3) when it fails.
+    """
+    venv = os.path.expanduser(VENV_DIR)
+    commands = install_commands()
+    channel.send(Installing(path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip"))
+    began = time.monotonic()
+    with one_at_a_time(os.path.dirname(venv), channel, "another run of ours installs it; waiting"):
+        found = own_launcher(app, [], INSTALLED)
+        for argv in commands if not found else []:
+            status, output = run_with_progress(argv, channel)
+            if status:
+                why = "%s\n%s" % (" ".join(argv), output)
+                raise Failure("Jupyter could not be installed", why, how_to_install(), EXIT_NO_JUPYTER)
+        found = own_launcher(app, [], INSTALLED)
+        if not found:
+            what = "Jupyter was installed, but its command is not there"
+            raise Failure(what, portable(venv), "remove it there", EXIT_NO_JUPYTER)
+    channel.send(Installed(path=portable(venv), elapsed_s=time.monotonic() - began))
+    return found
+
+
+def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
+    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
+    import subprocess
+
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = [""]
+    assert process.stdout is not None
+    for raw in process.stdout:
+        line = raw.decode("utf-8", "replace").strip()
+        lines = (lines + [line])[-LOG_LINES:]
+        channel.progress(line[:60])
+    return process.wait(), "\n".join(lines)
+
+
+def how_to_install() -> str:
+    """Return the commands that install Jupyter by hand, as a person on the host would type them."""
+    home = os.path.expanduser("~")
+    lines = [" ".join("~" + w[len(home) :] if w.startswith(home + "/") else w for w in c) for c in install_commands()]
+    if not os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")):
+        lines.insert(0, "sudo apt install python3-venv   (this Python has no ensurepip)")
+    return "on the host:\n" + "\n".join(portable(line) for line in lines)
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
+# servers
+#
+# A Jupyter server on the host: launched, found again, asked, shut down. What it binds and its token, Jupyter's own
+# runtime file says; that it answers, and with our token alone, is seen by asking it.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+# -- Jupyter's own files ----------------------------------------------------------------------------------------------
 
 
 def runtime_dirs() -> "List[str]":
@@ -1276,484 +3089,40 @@ def can_hold_socket(path: str) -> bool:
     return True
 
 
-def read_json(path: str) -> "Json":
-    """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if status.st_uid != os.getuid() or status.st_size > RUNTIME_FILE_MAX or not stat.S_ISREG(status.st_mode):
-                return {}
-            found = json.loads(stream.read(RUNTIME_FILE_MAX).decode("utf-8", "replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
+    """Yield the runtime files of servers in a directory, each as its kind, the server's pid, and its path.
 
-
-def kept_dirs(kind: str) -> "List[str]":
-    """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
-    found = []
-    for top in state_dirs(kind):
-        try:
-            if os.stat(top).st_uid == os.getuid():
-                found += [os.path.join(top, name) for name in os.listdir(top)]
-        except OSError:
-            continue
-    return found
-
-
-def new_dir(kind: str, prefix: str = "") -> str:
-    """Make and return a directory for new state; its name, four hexadecimal digits, is the id."""
-    top = first_private(state_dirs(kind))
-    while True:
-        path = os.path.join(top, prefix + os.urandom(2).hex())
-        try:
-            os.mkdir(path, 0o700)
-            return path
-        except FileExistsError:
-            continue
-
-
-def record_path(directory: str) -> str:
-    """Return the file that describes what such a directory is kept for: servers/ID/server.json, runs/ID/run.json."""
-    kind = os.path.basename(os.path.dirname(directory))
-    return os.path.join(directory, kind[:-1] + ".json")
-
-
-SERVER_TYPES = {
-    "pid": int,
-    "identity": str,
-    "node": str,
-    "app": str,
-    "created": float,
-    "root_dir": str,
-    "runtime_dir": str,
-    "local_port": int,
-}
-
-
-def kept_records(kind: str, types: "Dict[str, type]") -> "List[Json]":
-    """Return what we wrote down of one kind, newest first, of what runs and of what has ended.
-
-    A home is shared between nodes, and files can be damaged: each field is of its type, or the record is skipped.
+    They are read and never removed: they may be another node's, on a shared home.
     """
-    records = []
-    for directory in kept_dirs(kind):
-        record = read_json(record_path(directory))
-        if all(type(record.get(name)) is type_ for name, type_ in types.items()) and record.get("pid", 2) > 1:
-            facts = {"id": os.path.basename(directory), "directory": directory, "kind": kind[:-1], "is_ours": True}
-            records.append(dict(record, **facts))
-    return sorted(records, key=lambda record: float(record["created"]), reverse=True)
-
-
-def server_records() -> "List[Json]":
-    """Return the records of our servers, newest first, whether they run or not."""
-    return kept_records("servers", SERVER_TYPES)
-
-
-def is_here(record: "Json") -> bool:
-    """True when what this record describes is, or was, on this node; a home is shared between nodes."""
-    return bool(record["node"] == os.uname().nodename)
-
-
-def runs_here(record: "Json") -> bool:
-    """True when the process of this record runs on this node."""
-    identity = record["identity"]
-    return bool(is_here(record) and identity and process_identity(record["pid"]) == identity)
-
-
-def is_running(record: "Json") -> bool:
-    """True when what this record describes still runs: its process on this node, or its job, wherever that is."""
-    job = {} if is_here(record) else job_of(record)
-    return bool(job_state(job)["is_live"]) if job else runs_here(record)
-
-
-def our_servers() -> "List[Json]":
-    """Return the records of our servers that still run, here or in a job of ours, newest first."""
-    return [record for record in server_records() if is_running(record)]
-
-
-def other_servers() -> "List[Json]":
-    """Return records, as ours, of the user's servers that something else started: those whose runtime files we see.
-
-    Their ids are "p" and the pid. Nothing of them is ever removed: they may run on another node of a shared home.
-    """
-    ours = server_records()
-    records = []
-    for directory in runtime_dirs() + [native(record["runtime_dir"]) for record in ours]:
-        for kind, pid, path in runtime_files(directory):
-            info = checked_info(read_json(path))
-            if not info or [r for r in ours if r["pid"] in (pid, session_of(pid))]:
-                continue
-            records.append(
-                {
-                    "id": "p%d" % pid,
-                    "pid": pid,
-                    "identity": process_identity(pid),
-                    "node": os.uname().nodename,
-                    "app": app_of_process(pid, kind),
-                    "created": os.stat(path).st_mtime,
-                    "root_dir": info["root_dir"],
-                    "runtime_dir": portable(directory),
-                    "kind": "server",
-                    "is_ours": False,
-                }
-            )
-    unique = {record["id"]: record for record in records}
-    return sorted(unique.values(), key=lambda record: float(record["created"]), reverse=True)
-
-
-def app_of_process(pid: int, kind: str) -> str:
-    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
     try:
-        with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            words = stream.read(4096)
+        names = os.listdir(directory)
     except OSError:
-        words = b""
-    return "lab" if kind == "jpserver" and (b"jupyter-lab" in words or b"jupyterlab" in words) else "notebook"
+        return
+    for name in names:
+        kind, _, rest = name.partition("-")
+        pid, _, ending = rest.partition(".")
+        if kind in ("jpserver", "nbserver") and ending == "json" and pid.isdigit() and len(pid) < 10:
+            yield kind, int(pid), os.path.join(directory, name)
 
 
-def forget_ended(kind: str, running: "List[Json]") -> None:
-    """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
-    import shutil
+def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what Jupyter's own runtime file says of a server; None before it listens.
 
-    for path in kept_dirs(kind):
-        record = read_json(record_path(path))
-        try:
-            age_s = time.time() - os.stat(path).st_mtime
-        except OSError:
-            continue
-        is_running = path in [record["directory"] for record in running]
-        if not is_running and record.get("node") in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
-            shutil.rmtree(path, ignore_errors=True)
+    The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
+    """
+    is_here = place_of(record).is_here
+    for _, pid, path in runtime_files(native(record.runtime_dir)):
+        if record.pid == pid or (is_here and session_of(pid) == record.pid):
+            return read_record(RuntimeInfo, path)
+    return None
 
 
-def end_of_log(path: str, lines: int = 12) -> str:
-    """Return the last lines of a server's log, tokens taken out."""
+def session_of(pid: int) -> int:
+    """Return the session that process `pid` is in; 0 when there is no such process."""
     try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
-            text = stream.read().decode("utf-8", "replace")
+        return os.getsid(pid)
     except OSError:
-        return ""
-    tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
-    return without_tokens("\n".join(tail))
-
-
-def without_tokens(text: str) -> str:
-    """Return a text of Jupyter's log without the tokens in its addresses."""
-    import re
-
-    return re.sub(r"token=[^&\s\"']+", "token=...", text)
-
-
-# -- Jupyter: find it, or install it ----------------------------------------------------------------------------------
-
-
-def problem_of(script: str) -> str:
-    """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
-    if not os.path.isfile(script):
-        return "not there"
-    if not os.access(script, os.X_OK):
-        return "not executable"
-    try:
-        with open(script, "rb") as stream:
-            first = stream.readline(512)
-    except OSError as error:
-        return str(error)
-    words = first[2:].split() if first.startswith(b"#!") else []
-    return "" if not words or os.path.exists(words[0]) else "needs %s, which is gone" % portable(os.fsdecode(words[0]))
-
-
-def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
-    """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
-
-    Empty when the shell does not get that far in time: its files may wait for input, or leave. The leading dash makes
-    any shell a login shell; the dump is framed, for those files print as well. With -c, csh does not count itself as
-    interactive; it takes its commands from stdin.
-    """
-    import signal
-    import subprocess
-    import tempfile
-
-    nonce = os.urandom(8).hex()
-    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
-    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
-    argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
-    argv += [] if shell.endswith("csh") else ["-c", script]
-    # Files and no pipes: a start-up file may leave a process behind that holds a pipe open for ever.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            process = subprocess.Popen(
-                argv, executable=shell, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True
-            )
-        except OSError as error:
-            return {}, str(error)
-        assert process.stdin is not None
-        try:
-            # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
-            with process.stdin as stdin:
-                stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
-        except OSError:
-            pass  # a shell that never looked at it
-        try:
-            process.wait(SHELL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return {}, "no answer within %d s" % SHELL_TIMEOUT_S
-        out.seek(0)
-        err.seek(0)
-        said = err.read().decode("utf-8", "replace").strip()
-        for line in out.read().decode("utf-8", "replace").splitlines():
-            if line.startswith(nonce):
-                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
-    return {}, said
-
-
-def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
-    """Return what a terminal of the user would have: login and interactive, else login alone; after `init`.
-
-    Empty when neither works out; raises Trouble when there was an `init`, which must not be passed over in silence.
-    """
-    import pwd
-
-    shell = os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
-    said = ""
-    for is_interactive in (True, False):
-        environment, said = shell_environment(shell, init, is_interactive)
-        if environment:
-            return environment
-        tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
-    if init:
-        raise Trouble(1, "--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
-    return {}
-
-
-def conda_trees() -> "List[str]":
-    """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
-    home = os.path.expanduser("~")
-    trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), os.path.dirname(os.path.dirname(os.environ.get("CONDA_EXE", "")))]
-    for name in ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".local/share/mamba", ".conda"):
-        trees.append(os.path.join(home, name))
-    trees += ["/opt/conda", "/opt/miniconda3", "/opt/anaconda3", "/opt/miniforge3"]
-    return [tree for tree in dict.fromkeys(trees) if tree and os.path.isdir(tree)]
-
-
-def environment_python(name: str, root_dir: str) -> str:
-    """Return the interpreter of an environment: a path (venv, conda, pixi), or a name (conda, mamba, pixi).
-
-    Raises Trouble (3) when there is none.
-    """
-    if os.sep in name or name.startswith("~"):
-        prefixes = [os.path.join(os.path.expanduser("~"), os.path.expanduser(name))]
-    else:
-        prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
-        for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
-            prefixes.append(os.path.join(parent, name))
-        try:
-            with open(os.path.expanduser("~/.conda/environments.txt")) as stream:  # conda's own list of all of them
-                prefixes += [line.strip() for line in stream if os.path.basename(line.strip()) == name]
-        except (OSError, UnicodeDecodeError):
-            pass
-        prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
-    for prefix in prefixes:
-        python = os.path.join(prefix, "bin", "python")
-        if os.path.isabs(prefix) and not problem_of(python):
-            return python
-    looked = "\n".join(portable(prefix) for prefix in prefixes if os.path.isabs(prefix))
-    raise Trouble(3, "no environment %s on the host" % portable(name), "looked for bin/python in\n" + looked)
-
-
-def launcher_of_python(python: str, app: str, where: str) -> "Json":
-    """Return how to run Jupyter under one interpreter; raises Trouble (3) when it has none."""
-    problem = problem_of(python)
-    modules = {"notebook": "notebook", "lab": "jupyterlab"}
-    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
-    for candidate in [app] if app else ["notebook", "lab"]:
-        if not problem and run_command([python, "-c", check, modules[candidate]], COMMAND_TIMEOUT_S)[0] == 0:
-            return launcher(candidate, [python, "-m", modules[candidate]], where, os.environ)
-    why = "%s: %s" % (portable(python), problem or "it has no module %s" % modules[app or "notebook"])
-    raise Trouble(3, "no Jupyter in this environment", why, "%s -m pip install notebook jupyterlab" % portable(python))
-
-
-def launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> "Json":
-    """Return how to run Jupyter: which app, the argv, where it was found, and the environment that it gets.
-
-    Its own directory comes first on PATH, so that `!pip` in a notebook is the pip beside it.
-    """
-    path = os.path.dirname(argv[0]) + os.pathsep + environment.get("PATH", os.defpath)
-    return {"app": app, "argv": argv, "where": where, "environment": dict(environment, PATH=path)}
-
-
-def launchers_in(places: "List[str]", app: str, where: str, environment: "Any", tried: "List[str]") -> "Iterator[Json]":
-    """Yield the launchers in `places`. Without an `app` asked for, the notebook before the lab in each of them."""
-    looked = []
-    for place in dict.fromkeys(places):
-        if not os.path.isabs(place) or not os.path.isdir(place):
-            continue
-        looked.append(place)
-        for candidate in [app] if app else ["notebook", "lab"]:
-            script = os.path.join(place, "jupyter-" + candidate)
-            problem = problem_of(script)
-            if not problem:
-                yield launcher(candidate, [script], where, environment)
-            elif problem != "not there":
-                tried.append("%s: %s" % (portable(script), problem))
-    tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
-
-
-def launchers(request: "Json", root_dir: str, tried: "List[str]") -> "Iterator[Json]":
-    """Yield the ways to run Jupyter on this host, best first; what was looked at goes to `tried`, in words."""
-    import glob
-
-    app = request["app"]
-    environment = os.environ  # type: Any
-    if request["init"]:
-        environment = user_environment([native(command) for command in request["init"]], tried)
-        os.environ.clear()
-        os.environ.update(environment)
-    if request["python"]:
-        python = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(request["python"])))
-        yield launcher_of_python(python, app, "--python")
-        return
-    if request["env"]:
-        yield launcher_of_python(environment_python(native(request["env"]), root_dir), app, "--env " + request["env"])
-        return
-    where = "PATH after --init" if request["init"] else "PATH"
-    yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
-    if not request["init"]:
-        of_terminal = user_environment([], tried)
-        places = of_terminal.get("PATH", "").split(os.pathsep)
-        yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
-    home = os.path.expanduser("~")
-    places = [os.path.join(root_dir or home, ".venv", "bin")]
-    places += [os.path.join(tree, "bin") for tree in conda_trees()]
-    places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
-    for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
-        places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
-    yield from launchers_in(places, app, "the usual places", environment, tried)
-    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
-    yield from launchers_in(places, app, "our own environment", environment, tried)
-
-
-def app_version(script: str, app: str) -> str:
-    """Return the installed version of the app behind `script`; empty when its environment does not tell."""
-    import glob
-
-    distribution = {"notebook": "notebook", "lab": "jupyterlab"}[app]
-    prefixes = [os.path.dirname(os.path.dirname(path)) for path in (script, os.path.realpath(script))]
-    try:
-        with open(script, "rb") as stream:
-            first = stream.readline(512)
-        prefixes.append(os.path.dirname(os.path.dirname(os.fsdecode(first[2:].split()[0]))))
-    except (OSError, IndexError):
-        pass
-    for prefix in prefixes:
-        for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-            pattern = os.path.join(glob.escape(prefix), packages, distribution + "-[0-9]*.*-info")
-            found = [os.path.basename(path).split("-")[1] for path in glob.glob(pattern)]
-            if found:
-                return found[0].replace(".dist", "").replace(".egg", "")
-    return ""
-
-
-def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
-    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
-    import subprocess
-
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = [""]
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").strip()
-        lines = (lines + [line])[-12:]
-        channel.progress(line[:60])
-    return process.wait(), "\n".join(lines)
-
-
-def install_commands() -> "List[List[str]]":
-    """Return the commands that make our private virtual environment: by uv where it is there, venv and pip else.
-
-    A virtual environment, never the system's Python, which its owner may have closed (PEP 668).
-    """
-    import shutil
-
-    venv = os.path.expanduser(VENV_DIR)
-    python = os.path.join(venv, "bin", "python")
-    uv = shutil.which("uv") or shutil.which("uv", path=os.path.expanduser("~/.local/bin:~/.cargo/bin"))
-    if uv:
-        make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
-        return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
-    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
-    return [make, install]
-
-
-def install_jupyter(app: str, channel: Channel) -> "Json":
-    """Install Jupyter into our private virtual environment, one at a time, and return its launcher.
-
-    Raises Trouble (3) when it fails.
-    """
-    venv = os.path.expanduser(VENV_DIR)
-    commands = install_commands()
-    channel.send("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
-    began = time.monotonic()
-    with one_at_a_time(os.path.dirname(venv), channel, "another run of ours installs it; waiting"):
-        found = own_launcher(app)
-        for argv in commands if not found else []:
-            status, output = run_with_progress(argv, channel)
-            if status:
-                why = "%s\n%s" % (" ".join(argv), output)
-                raise Trouble(3, "Jupyter could not be installed", why, how_to_install())
-        found = own_launcher(app)
-        if not found:
-            raise Trouble(3, "Jupyter was installed, but its command is not there", portable(venv), "remove it there")
-    channel.send("installed", path=portable(venv), elapsed_s=time.monotonic() - began)
-    return found
-
-
-def own_launcher(app: str) -> "Json":
-    """Return the launcher in our private virtual environment; empty when there is none."""
-    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
-    return next(launchers_in(places, app, "our own environment", os.environ, []), {})
-
-
-def how_to_install() -> str:
-    """Return the commands that install Jupyter by hand, as a person on the host would type them."""
-    home = os.path.expanduser("~")
-    lines = [" ".join("~" + w[len(home) :] if w.startswith(home + "/") else w for w in c) for c in install_commands()]
-    if not os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")):
-        lines.insert(0, "sudo apt install python3-venv   (this Python has no ensurepip)")
-    return "on the host:\n" + "\n".join(portable(line) for line in lines)
-
-
-# -- launch -----------------------------------------------------------------------------------------------------------
-
-
-def resolve_path(path: str) -> "Tuple[str, str]":
-    """Split the PATH of a destination into an existing directory and a file in it (empty for a directory).
-
-    Relative to the home directory, as scp has it. Raises Trouble when there is no such thing.
-    """
-    full = os.path.normpath(os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path))))
-    if os.path.isdir(full):
-        return full, ""
-    if os.path.isfile(full):
-        return os.path.split(full)
-    kind = "notebook" if full.endswith(".ipynb") else "directory"
-    parent = full
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    why = "%s is not there; %s is" % (portable(full), portable(parent))
-    raise Trouble(1, "no such %s on the host" % kind, why, "another PATH, or make it there first")
-
-
-def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
-    """Return the environment for what outlives this session: the user's, less what ends with it."""
-    gone = ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
-    kept = {name: value for name, value in environment.items() if name not in gone}
-    return dict(kept, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
+        return 0
 
 
 def configured_port() -> bool:
@@ -1772,108 +3141,170 @@ def configured_port() -> bool:
     return False
 
 
-def launch(
-    request: "Json", root_dir: str, channel: Channel, launch_by: "Callable[[Json, Json, str, Channel], Json]"
-) -> "Json":
-    """Launch a server or a run in the first environment that can, and return its record.
+# -- ask it -----------------------------------------------------------------------------------------------------------
 
-    `launch_by` does it in one of them, and returns nothing where its commands cannot be run at all. Raises Trouble (3)
-    when there is none left and none may be installed.
+
+def can_ask_server(record: ServerRecord, info: RuntimeInfo) -> bool:
+    """False for a server on another node that only its own node reaches."""
+    is_inner = info.sock or info.host.startswith("127.") or info.host == "::1"
+    return place_of(record).is_here or not is_inner
+
+
+def ask_server(info: RuntimeInfo, path: str, method: str = "GET") -> "Tuple[int, Any]":
+    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
+    address = native(info.sock) or (info.host, info.port)
+    try:
+        status, body = http_request(
+            address, info.base_url + path, info.token, 5, method=method, is_secure=info.is_secure
+        )
+    except OSError:
+        return 0, None
+    try:
+        return status, json.loads(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return status, None
+
+
+def answers(info: RuntimeInfo) -> bool:
+    """True when the server takes its token: Jupyter writes its runtime file before it binds, and may lose its port.
+
+    Whoever else took the port may take any token: a server of ours listens under our own uid, and refuses another
+    token. With a password and no token at all, that it asks for the password must do.
     """
-    tried = []  # type: List[str]
-    began = time.monotonic()
-    for found in launchers(request, root_dir, tried):
-        channel.send("found", where=found["where"], command=portable(found["argv"][0]), tried=tried)
-        record = launch_by(found, request, root_dir, channel)
-        if record:
-            return dict(record, start_s=time.monotonic() - began)
-        tried.append("%s: it cannot be run" % portable(found["argv"][0]))
-    if not request["may_install"]:
-        asked = {"": "Jupyter", "notebook": "Jupyter Notebook", "lab": "JupyterLab"}[request["app"]]
-        raise Trouble(3, "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install())
-    found = install_jupyter(request["app"], channel)
-    began = time.monotonic()
-    record = launch_by(found, request, root_dir, channel)
-    if not record:
-        raise Trouble(3, "Jupyter was installed, but it cannot be run", portable(found["argv"][0]))
-    return dict(record, start_s=time.monotonic() - began)
+    status, _ = ask_server(info, STATUS_PATH)
+    if not status or (not info.sock and not is_our_port(info)):
+        return False
+    if info.token:
+        return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
+    return status in ((401, 403) if info.has_password else (200,))
 
 
-def launch_server(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Launch Jupyter in one way, where it can first listen; empty when its command cannot be run at all."""
-    directory = new_dir("servers")
+def is_our_port(info: RuntimeInfo) -> bool:
+    """False when another user listens where this server should."""
+    try:
+        return owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
+    except OSError:
+        return True  # a host name in place of an address
+
+
+def has_answered(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what leads to a server that answers, or that cannot be asked from here; None when it does not."""
+    info = server_info(record)
+    return info if info and (not can_ask_server(record, info) or answers(info)) else None
+
+
+def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
+    """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`."""
+    place = place_of(record)
+
+    def look() -> "Any":
+        return has_answered(record) if place.is_running() else "it ended"
+
+    found = until(look, timeout_s, channel.keep_alive)
+    return found if isinstance(found, RuntimeInfo) else None
+
+
+def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
+    """Return what leads to a server that runs, waiting where it was launched a moment ago; None when it ended.
+
+    One that hangs is returned too: the client waits for it. Raises Failure when someone else has its port.
+    """
+    # It may have been launched by a client that has gone since. One that has answered once gets no patience.
+    patience_s = 0.0 if record.has_answered else max(0.0, start_timeout_s - record.age_s())
+    info = wait_for_server(record, patience_s, channel)
+    if info or not place_of(record).is_running():
+        return info
+    info = server_info(record)
+    if info and ask_server(info, STATUS_PATH)[0]:
+        why = "what listens there is not the server %s: it takes any token, or another, or is not yours" % record.id
+        what = "a stranger answers on port %d of the host" % info.port
+        raise Failure(what, why, "stop it; or --new, which starts another")
+    return info
+
+
+# -- launch -----------------------------------------------------------------------------------------------------------
+
+
+def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
+    """Launch Jupyter by one launcher, where it can first listen; None when its command cannot be run at all.
+
+    A way to listen may fail: then the next one is tried, as long as Jupyter says that this was the cause. Raises
+    Failure: 4 when it ended for another reason, 6 when it did not listen in time.
+    """
+    directory = new_dir(KINDS["server"])
     log = os.path.join(directory, "log")
     token_file = os.path.join(directory, "token")
-    write_private(token_file, os.urandom(24).hex())
-    environment = dict(lasting_environment(found["environment"], request["socket"]), JUPYTER_TOKEN_FILE=token_file)
-    if request.get("job") and not request["socket"]:
+    write_whole(token_file, os.urandom(24).hex())
+    environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
+    if request.job and not request.socket:
         environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
-    deadline = time.monotonic() + request["start_timeout_s"]
-    no_socket = request["no_socket"]
+    deadline = time.monotonic() + request.start_timeout_s
+    no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
-        argv = list(found["argv"]) + ["--no-browser"] + listen + server_arguments(request, root_dir)
-        in_job = bool(request.get("job"))
-        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, in_job)
-        record = {
-            "pid": process.pid,
-            "identity": process_identity(process.pid),
-            "node": os.uname().nodename,
-            "app": found["app"],
-            "port": port,
-            "created": time.time(),
-            "root_dir": portable(root_dir),
-            "runtime_dir": portable(environment["JUPYTER_RUNTIME_DIR"]),
-            "local_port": request["local_port"],
-            "python": request["python"],
-            "env": request["env"],
-            "init": request["init"],
-            "socket": request["socket"],
-            "no_socket": no_socket,
-            "has_answered": False,
-            "job": request.get("job", ""),
-            "submit": request.get("submit", []),
-        }
-        write_private(record_path(directory), json.dumps(record))
-        info = wait_for_answer(process, record, deadline, channel)
+        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
+        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, bool(request.job))
+        record = ServerRecord(
+            created=time.time(),
+            node=os.uname().nodename,
+            pid=process.pid,
+            identity=process_identity(process.pid),
+            root_dir=portable(root_dir),
+            job=request.job,
+            request=request.but(nonce="", app=found.app),
+            app=found.app,
+            port=port,
+            runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
+            local_port=request.local_port,
+            no_socket=no_socket,
+            has_answered=False,
+        )
+        write_down(record, directory)
+        info = wait_for_server(record, deadline - time.monotonic(), channel)
         if info:
-            record.update(root_dir=info["root_dir"], port=info["port"], has_answered=True)
-            record["version"] = app_version(found["argv"][0], found["app"])
-            if request["socket"] and not info["sock"]:
-                record["no_socket"] = no_socket or "this Jupyter knows none"
-            write_private(record_path(directory), json.dumps(record))
-            return dict(record, id=os.path.basename(directory))
+            record.root_dir, record.port, record.has_answered = info.root_dir, info.port, True
+            record.app_version = version_of(found)
+            if request.socket and not info.sock:
+                record.no_socket = no_socket or "this Jupyter knows none"
+            return write_down(record, directory)
         tail = end_of_log(log)
         if process.poll() is None:
             end_session(process.pid)
             process.wait()
             set_aside(directory)
-            why = "it did not listen within %d s; the end of its log:\n%s" % (request["start_timeout_s"], tail)
-            raise Trouble(6, "Jupyter did not start in time", why, "a longer --start-timeout")
-        if process.returncode in (126, 127):
+            why = "it did not listen within %d s; the end of its log:\n%s" % (request.start_timeout_s, tail)
+            raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
+        if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
-            return {}
+            return None
         if "are mutually exclusive" in tail:
             no_socket = "its configuration names a port"
         elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
     kept = set_aside(directory)
     why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    raise Trouble(4, "Jupyter did not start", why, "the whole log is on the host in " + portable(kept))
+    try_ = "the whole log is on the host in " + portable(kept)
+    raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
-def ways_to_listen(request: "Json", directory: str) -> "Iterator[Tuple[int, List[str]]]":
+def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
+    """Return the environment for what outlives this session: the user's, less what ends with it."""
+    gone = ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
+    kept = {name: value for name, value in environment.items() if name not in gone}
+    return dict(kept, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
+
+
+def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
     """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it."""
-    if request["socket"] and not request["no_socket"]:
+    if request.socket and not request.no_socket:
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
-    starting = [server.get("port") for server in our_servers()]
-    port = request["port"] or DEFAULT_PORT
-    ip = node_address() if request["ip"] == "node" else request["ip"]
+    starting = [server.port for server in KINDS["server"].running()]
+    port = request.port or DEFAULT_PORT
     for _ in range(100):
-        port = find_free_port(port, ip)
+        port = find_free_port(port, request.ip)
         if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            named = ["--port=%d" % port] if request["port"] or not configured_port() else []
-            yield port, ["--ip=" + ip] + named
+            named = ["--port=%d" % port] if request.port or not configured_port() else []
+            yield port, ["--ip=" + request.ip] + named
         port += 1
 
 
@@ -1885,63 +3316,17 @@ def socket_path(directory: str) -> str:
     return os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
 
 
-def server_arguments(request: "Json", root_dir: str) -> "List[str]":
+def server_arguments(request: Request, root_dir: str) -> "List[str]":
     """Return what Jupyter's command line says apart from where it listens."""
     arguments = ["--notebook-dir=" + root_dir] if root_dir else []
     arguments += ["--allow-root"] if os.getuid() == 0 else []
-    idle_s = request["idle_timeout_s"]
+    idle_s = request.idle_timeout_s
     if idle_s:
         for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
             arguments.append("--%s.shutdown_no_activity_timeout=%d" % (app, idle_s))
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
-    return arguments + [native(argument) for argument in request["server_args"]]
-
-
-def wait_for_answer(process: "Any", record: "Json", deadline: float, channel: Channel) -> "Json":
-    """Return what the runtime file of a new server says as soon as it answers; empty when it ends, or not in time."""
-    while process.poll() is None and time.monotonic() < deadline:
-        info = server_info(record)
-        if info and answers(info):
-            return info
-        channel.keep_alive()
-        time.sleep(POLL_S)
-    return {}
-
-
-def start_detached(
-    argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, in_job: bool = False
-) -> "Any":
-    """Start a process in a session of its own that has nothing of ours open; in a job, it ends when we end."""
-    import subprocess
-
-    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            cwd=directory,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=end_with_parent() if in_job else None,  # noqa: PLW1509 # the agent has one thread
-        )
-
-
-def end_with_parent() -> "Optional[Callable[[], object]]":
-    """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
-
-    A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
-    """
-    import signal
-
-    try:
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-    except (ImportError, OSError, AttributeError):
-        return None
-    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    return arguments + [native(argument) for argument in request.server_args]
 
 
 def set_aside(directory: str) -> str:
@@ -1963,217 +3348,119 @@ def end_session(pid: int) -> None:
             os.killpg(pid, signum)
         except OSError:
             return
-        deadline = time.monotonic() + 3
-        while process_identity(pid) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        until(lambda: not process_identity(pid), 3)
 
 
-def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
-    """Yield the runtime files of servers in a directory, each as its kind, the server's pid, and its path."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return
-    for name in names:
-        kind, _, rest = name.partition("-")
-        pid, _, ending = rest.partition(".")
-        if kind in ("jpserver", "nbserver") and ending == "json" and pid.isdigit() and len(pid) < 10:
-            yield kind, int(pid), os.path.join(directory, name)
+# -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def server_info(record: "Json") -> "Json":
-    """Return what Jupyter's own runtime file says of a server; empty before it listens.
+class ServerKind(Kind):
+    """Jupyter servers: ours, and those of the user's that something else started."""
 
-    The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
-    """
-    for _, pid, path in runtime_files(native(record["runtime_dir"])):
-        if record["pid"] == pid or (is_here(record) and session_of(pid) == record["pid"]):
-            return checked_info(read_json(path))
-    return {}
+    name = "server"
+    record = ServerRecord
 
+    def all_running(self) -> "List[ServerRecord]":
+        """Return the records of the user's servers that run."""
+        return self.running() + [record for record in other_servers() if place_of(record).is_running()]
 
-def session_of(pid: int) -> int:
-    """Return the session that process `pid` is in; 0 when there is no such process."""
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return 0
-
-
-def checked_info(info: "Json") -> "Json":
-    """Return the fields of a runtime file that we use, each of its right type; empty when one is not."""
-    host = info.get("hostname")
-    found = {
-        "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
-        "port": info.get("port"),
-        "sock": info.get("sock") or "",
-        "token": info.get("token"),
-        "base_url": info.get("base_url"),
-        "root_dir": info.get("root_dir", info.get("notebook_dir")),
-        "is_secure": info.get("secure", False),
-        "has_password": info.get("password", False),
-    }
-    types = (str, int, str, str, str, str, bool, bool)
-    return found if all(type(value) is kind for value, kind in zip(found.values(), types)) else {}
-
-
-def can_ask_server(record: "Json", info: "Json") -> bool:
-    """False for a server on another node that only its own node reaches."""
-    is_inner = info["sock"] or info["host"].startswith("127.") or info["host"] == "::1"
-    return is_here(record) or not is_inner
-
-
-def ask_server(info: "Json", path: str, method: str = "GET") -> "Tuple[int, Any]":
-    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
-    address = native(info["sock"]) or (info["host"], info["port"])
-    try:
-        path = info["base_url"] + path
-        status, body = http_request(address, path, info["token"], 5, method=method, is_secure=info["is_secure"])
-    except OSError:
-        return 0, None
-    try:
-        return status, json.loads(body.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return status, None
-
-
-def answers(info: "Json") -> bool:
-    """True when the server takes its token: Jupyter writes its runtime file before it binds, and may lose its port.
-
-    Whoever else took the port may take any token: a server of ours listens under our own uid, and refuses another
-    token. With a password and no token at all, that it asks for the password must do.
-    """
-    status, _ = ask_server(info, STATUS_PATH) if info else (0, None)
-    if not status or (not info["sock"] and not is_our_port(info)):
-        return False
-    if info["token"]:
-        return status == 200 and ask_server(dict(info, token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
-    return status in ((401, 403) if info["has_password"] else (200,))
-
-
-def is_our_port(info: "Json") -> bool:
-    """False when another user listens where this server should."""
-    try:
-        return owner_of_tcp((info["host"], info["port"]), 0) in (None, own_uid())
-    except OSError:
-        return True  # a host name in place of an address
-
-
-# -- actions ----------------------------------------------------------------------------------------------------------
-
-
-def matching_servers(request: "Json", root_dir: str) -> "List[Json]":
-    """Return the servers of ours that the request means: same PATH, app and environment, each as far as it is named."""
-    servers = our_servers()
-    if root_dir:
-        servers = [s for s in servers if os.path.realpath(native(s["root_dir"])) == os.path.realpath(root_dir)]
-    named = {name: request[name] for name in ("app", "python", "env", "init", "socket") if request.get(name)}
-    named.update(request.get("scheduler") or {})
-    return [s for s in servers if all(s.get(name) == value for name, value in named.items())]
-
-
-def attachable_servers(request: "Json", root_dir: str) -> "List[Json]":
-    """Return the servers to come back to, best first: the one named by `attach`, else ours, else others of this PATH.
-
-    Raises Trouble when the one that was named does not run.
-    """
-    others = [dict(record, local_port=request["local_port"]) for record in other_servers() if runs_here(record)]
-    if request["attach"]:
-        found = [record for record in our_servers() + others if record["id"] == request["attach"]]
-        if not found:
-            raise Trouble(1, "no server of yours has this id: " + request["attach"], "", "list shows the ids")
-        return found
-    named = [name for name in ("python", "env", "init", "socket") if request[name]]  # of others' we do not know
-    if not root_dir or named or request.get("scheduler"):
-        others = []
-    others = [r for r in others if os.path.realpath(native(r["root_dir"])) == os.path.realpath(root_dir)]
-    others = [r for r in others if request["app"] in ("", r["app"]) and answers(server_info(r))]
-    return matching_servers(request, root_dir) + others
-
-
-def open_server(request: "Json", channel: Channel) -> "Json":
-    """Come back to a server of ours, or launch one; return its record and what its runtime file says."""
-    root_dir, file = resolve_path(request["path"]) if request["path"] is not None else ("", "")
-    with contextlib.ExitStack() as stack:
-        if not request["is_new"]:  # two at the same moment would launch two
-            waiting = "another run of ours opens a server; waiting"
-            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
-        found = find_or_launch(request, root_dir, channel)
-    if found.get("kind") == "job":
-        found = wait_for_job(found, channel)
-    else:
-        found["scheduler"] = scheduler_here() if found["is_launched"] and not request.get("job") else ""
-    return dict(found, file=portable(file), is_only=len(our_servers()) == 1, left_s=time_left_s(found))
-
-
-def find_or_launch(request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Return the server that a request means, of ours or launched now, with what its runtime file says.
-
-    Or the job that waits, or was submitted now, in which it is going to be.
-    """
-    for record in [] if request["is_new"] else attachable_servers(request, root_dir):
-        info = await_server(record, request["start_timeout_s"], channel)
-        if info:
-            return dict(record, **info, age_s=age_of(record), is_launched=False)
-    forget_ended("servers", our_servers())
-    for job in [] if request["is_new"] or request["attach"] else waiting_jobs(request):
-        return job
-    if request["scheduler"]:
-        return submit_job(request, channel)
-    record = launch(request, root_dir, channel, launch_server)
-    return dict(record, **server_info(record), is_launched=True)
-
-
-def await_server(record: "Json", start_timeout_s: float, channel: Channel) -> "Json":
-    """Return what the runtime file of a server that runs says; empty when there is none, or when it ends.
-
-    One that was launched a moment ago, by a client that has gone, may not listen yet. One that hangs is returned too:
-    the client waits for it. Raises Trouble when someone else has its port.
-    """
-    while is_running(record):
+    def describe(self, record: ServerRecord) -> ServerView:
+        """Ask one how it does."""
+        names = ("id", "pid", "node", "app", "root_dir", "is_ours")
+        view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
+        place = place_of(record)
+        if not place.is_known:
+            view.state = "on " + record.node
+            return view
+        if not place.is_running():
+            view.state = "ended" if record.is_ours else "stale"
+            return view
         info = server_info(record)
-        if info and (not can_ask_server(record, info) or answers(info)):
-            return info
-        if record.get("has_answered", True) or age_of(record) > start_timeout_s:
-            if info and ask_server(info, STATUS_PATH)[0]:
-                why = "what listens there is not the server %(id)s: it takes any token, or another, or is not yours"
-                what = "a stranger answers on port %d of the host" % info["port"]
-                raise Trouble(1, what, why % record, "stop it; or --new, which starts another")
-            return info
-        channel.keep_alive()
-        time.sleep(POLL_S)
-    return {}
+        if not info:
+            view.state = "starting"
+            return view
+        view.port, view.sock = info.port, info.sock
+        if not can_ask_server(record, info):
+            return view
+        if not answers(info):
+            view.state = "no answer"
+            return view
+        _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
+        kernels = [kernel for kernel in kernels if isinstance(kernel, dict)] if isinstance(kernels, list) else []
+        view.kernels = len(kernels)
+        view.busy = len([kernel for kernel in kernels if kernel.get("execution_state") == "busy"])
+        _, status = ask_server(info, STATUS_PATH)
+        view.idle_s = seconds_since(status.get("last_activity")) if isinstance(status, dict) else None
+        return view
+
+    def end(self, record: ServerRecord) -> None:
+        """End one: ask Jupyter itself, which ends its kernels too; then its place ends it.
+
+        No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
+        """
+        import shutil
+
+        if record.is_ours:
+            mark(record, "stop")  # for a tunnel that notices before we are done
+        info = server_info(record)
+        files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
+        children = children_of(record)
+        if info and can_ask_server(record, info):
+            ask_server(info, "api/shutdown", "POST")
+        place = place_of(record)
+        place.end(children, polite_s=5)
+        leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
+        leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
+        for leftover in [] if place.is_here and place.is_running() else leftovers:
+            with contextlib.suppress(OSError):
+                os.unlink(leftover)
+        if record.is_ours:
+            shutil.rmtree(record.directory, ignore_errors=True)
 
 
-def age_of(record: "Json") -> float:
-    """Return how long ago a server was launched, in seconds."""
-    return max(0.0, time.time() - float(record["created"]))
+KINDS["server"] = ServerKind()
 
 
-def describe_server(record: "Json") -> "Json":
-    """Say how a server does, for people: it is live when it answered with its token, not when some pid exists."""
-    found = {name: record[name] for name in ("id", "pid", "node", "app", "root_dir", "is_ours")}
-    found.update(state="live", port=0, sock="", kernels=0, busy=0, idle_s=None, age_s=age_of(record))
-    if not is_here(record) and not job_of(record):
-        return dict(found, state="on " + record["node"])
-    if not is_running(record):
-        return dict(found, state="ended" if record["is_ours"] else "stale")
-    info = server_info(record)
-    if not info:
-        return dict(found, state="starting")
-    found.update(port=info["port"], sock=info["sock"])
-    if not can_ask_server(record, info):
-        return found
-    if not answers(info):
-        return dict(found, state="no answer")
-    _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
-    kernels = [kernel for kernel in kernels if isinstance(kernel, dict)] if isinstance(kernels, list) else []
-    found["kernels"] = len(kernels)
-    found["busy"] = len([kernel for kernel in kernels if kernel.get("execution_state") == "busy"])
-    _, status = ask_server(info, STATUS_PATH)
-    if isinstance(status, dict):
-        found["idle_s"] = seconds_since(status.get("last_activity"))
-    return found
+def other_servers() -> "List[ServerRecord]":
+    """Return records, as ours, of the user's servers that something else started: those whose runtime files we see.
+
+    Their ids are "p" and the pid. Nothing of them is ever removed: they may run on another node of a shared home.
+    """
+    ours = KINDS["server"].records()
+    found = {}  # type: Dict[str, ServerRecord]
+    for directory in runtime_dirs() + [native(record.runtime_dir) for record in ours]:
+        for kind, pid, path in runtime_files(directory):
+            info = read_record(RuntimeInfo, path)
+            if not info or pid < 2 or [r for r in ours if r.pid in (pid, session_of(pid))]:
+                continue
+            try:
+                created = os.stat(path).st_mtime
+            except OSError:
+                continue
+            record = ServerRecord(
+                created=created,
+                node=os.uname().nodename,
+                pid=pid,
+                identity=process_identity(pid),
+                root_dir=info.root_dir,
+                app=app_of_process(pid, kind),
+                runtime_dir=portable(directory),
+                local_port=0,
+            )
+            record.id, record.is_ours = "p%d" % pid, False
+            found[record.id] = record
+    return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
+
+
+def app_of_process(pid: int, kind: str) -> str:
+    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as stream:
+            words = stream.read(4096).decode("utf-8", "replace")
+    except OSError:
+        words = ""
+    signs = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}
+    return next((name for name in signs if any(sign in words for sign in signs[name])), "notebook")
 
 
 def seconds_since(moment: "Any") -> "Optional[float]":
@@ -2186,17 +3473,132 @@ def seconds_since(moment: "Any") -> "Optional[float]":
         return None
 
 
-def list_servers(request: "Json", channel: Channel) -> "Json":
-    """Describe every server of the user on this host, ours or not, all at the same time."""
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
+# host actions
+#
+# What the host can be asked: each is a function of a request and the channel, and a row of REQUESTS with the record of
+# its reply.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+# -- open -------------------------------------------------------------------------------------------------------------
+
+
+def open_server(request: Request, channel: Channel) -> OpenReply:
+    """Come back to a server of the user's, or launch one; by a job, when one is asked for."""
+    root_dir, file = resolve_path(request.path) if request.path is not None else ("", "")
+    with contextlib.ExitStack() as stack:
+        if not request.is_new:  # two at the same moment would launch two
+            waiting = "another run of ours opens a server; waiting"
+            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
+        found = find_server(request, root_dir, channel)
+        job = None if found else start_elsewhere(request, channel)
+        if not found and not job:
+            forget_ended(KINDS["server"], KINDS["server"].running())
+            record, seconds = launch(request, root_dir, channel, launch_server)
+            info = server_info(record)
+            if info is None:
+                raise Failure(
+                    "Jupyter ended as soon as it had answered", end_of_log(log_of(record)), status=EXIT_SERVER_ENDED
+                )
+            hint = "" if request.job else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+            found = open_reply(record, info, is_launched=True, seconds=seconds, scheduler=hint)
+    if job:  # outside of the lock, for a queue may be long
+        found = OpenReply.read(KINDS[job.kind].reply(job, channel))
+    assert found is not None
+    found.file = portable(file)
+    found.is_only = len(KINDS["server"].running()) == 1
+    found.left_s = time_left_s(found.id)
+    return found
+
+
+def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[OpenReply]":
+    """Return the server to come back to, if there is one."""
+    for record in [] if request.is_new else servers_to_attach(request, root_dir):
+        info = come_back(record, request.start_timeout_s, channel)
+        if info:
+            return open_reply(record, info, is_launched=False, seconds=record.age_s())
+    return None
+
+
+def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
+    """Return what is to start the server on another node: what waits there already, or was submitted now."""
+    for kind in KINDS.values():
+        waiting = [] if request.is_new or request.attach else kind.waiting(request)
+        if waiting:
+            return waiting[0]
+        if kind.takes(request):
+            return kind.start(request, channel)
+    return None
+
+
+def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenReply:
+    """Return what our record and Jupyter's runtime file say together."""
+    of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
+    return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
+
+
+def log_of(record: Kept) -> str:
+    """Return where the log of a server, a run or a job is."""
+    return os.path.join(record.directory, "log")
+
+
+def time_left_s(identity: str) -> float:
+    """Return how much time a server has left; 0 for no limit that we know of."""
+    return next((place_of(r).left_s() for r in KINDS["server"].records() if r.id == identity), 0.0)
+
+
+def matching_servers(request: Request, root_dir: str) -> "List[ServerRecord]":
+    """Return the servers of ours that the request means: same PATH, app and environment, each as far as it is named."""
+    servers = [server for server in KINDS["server"].running() if request.allows(server.request)]
+    return [server for server in servers if not root_dir or is_same_dir(server.root_dir, root_dir)]
+
+
+def is_same_dir(root_dir: str, wanted: str) -> bool:
+    """True when the directory of a record is the one that is wanted, through whatever links."""
+    return os.path.realpath(native(root_dir)) == os.path.realpath(wanted)
+
+
+def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
+    """Return the servers to come back to, best first: the one named by `attach`, else ours, else others of this PATH.
+
+    Raises Failure when the one that was named does not run.
+    """
+    if request.attach:
+        found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
+        if not found:
+            raise Failure("no server of yours has this id: " + request.attach, "", "list shows the ids")
+        others = found if not found[0].is_ours else []
+    else:
+        found = matching_servers(request, root_dir)
+        others = []
+        if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
+            others = [record for record in KINDS["server"].all_running() if not record.is_ours]
+            others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
+            others = [record for record in others if has_answered(record)]
+        found = found + others
+    for other in others:
+        other.local_port = request.local_port
+    return found
+
+
+# -- list and logs ----------------------------------------------------------------------------------------------------
+
+
+def list_all(request: Request, channel: Channel) -> ListReply:
+    """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     import threading
 
-    records = server_records() + other_servers()
-    described = [{} for _ in records]  # type: List[Json]
+    records = KINDS["server"].records() + other_servers()
+    views = [None for _ in records]  # type: List[Any]
     errors = []  # type: List[Exception]
 
     def describe(place: int) -> None:
         try:
-            described[place] = describe_server(records[place])
+            views[place] = KINDS["server"].describe(records[place])
         except Exception as error:  # raised below: a thread would only print it
             errors.append(error)
 
@@ -2207,213 +3609,189 @@ def list_servers(request: "Json", channel: Channel) -> "Json":
         thread.join()
     if errors:
         raise errors[0]
-    runs = [describe_run(record) for record in run_records()]
-    jobs = [describe_job(job) for job in live_jobs()]
-    return {"servers": described, "runs": runs, "jobs": jobs}
+    others = {
+        kind.directory: [kind.describe(r) for r in kind.listed()] for kind in KINDS.values() if kind.name != "server"
+    }
+    return ListReply(servers=views, **others)
 
 
-def follow_log(request: "Json", channel: Channel) -> "Json":
+def follow_log(request: Request, channel: Channel) -> LogsReply:
     """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone."""
-    records = server_records()
-    if request["id"]:
-        records = [record for record in records if record["id"] == request["id"]]
+    records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
     if not records:
-        what = (
-            "no server of yours has this id: " + request["id"] if request["id"] else "no server of yours is known there"
-        )
-        raise Trouble(1, what, "logs are kept of what rjupyter launched", "list shows the ids")
+        what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
+        raise Failure(what, "logs are kept of what rjupyter launched", "list shows the ids")
     record = records[0]
-    with open(os.path.join(record["directory"], "log"), errors="replace") as log:
-        while True:
-            line = log.readline()
-            if line:
-                channel.send("line", text=without_tokens(line.rstrip("\n")))
-            elif not request["is_followed"] or not runs_here(record) or channel.is_closed:
-                return {"id": record["id"]}
-            else:
-                channel.keep_alive()
-                time.sleep(0.2)
+    place = place_of(record)
+    log = Growing(log_of(record))
+
+    def send_lines() -> bool:
+        is_last = not (request.is_followed and place.is_running())  # before the look: what it wrote last is seen
+        for line in log.lines(has_ended=is_last):
+            channel.send(Line(text=without_tokens(line)))
+        return is_last or channel.is_closed
+
+    until(send_lines, float("inf"), channel.keep_alive, slowest_s=0.2)
+    return LogsReply(id=record.id)
 
 
-def describe_end(request: "Json", channel: Channel) -> "Json":
-    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
-    known = [record for record in server_records() + other_servers() if record["id"] == request["id"]]
-    if not known:
-        return {"is_running": False, "reason": "it was stopped", "log": ""}
-    record = known[0]
-    if not is_here(record) and not job_of(record):
-        return {"is_running": True, "is_elsewhere": True, "node": record["node"]}
-    if not is_here(record):
-        settle_job(record, channel)
-    if is_running(record):
-        info = server_info(record)
-        return {"is_running": True, "is_answering": not can_ask_server(record, info) or answers(info)}
-    log = end_of_log(os.path.join(record["directory"], "log")) if record["is_ours"] else ""
-    return {"is_running": False, "reason": why_it_ended(record, log), "log": log}
+# -- stop -------------------------------------------------------------------------------------------------------------
 
 
-def why_it_ended(record: "Json", log: str) -> str:
-    """Return why a server ended, as far as its log, the host and its scheduler tell."""
-    if record["is_ours"] and os.path.exists(os.path.join(record["directory"], "stop")):
-        return "it was stopped"
-    job = job_of(record)
-    state = job_state(job) if job else {}
-    if job and (state["word"] in JOB_ENDS or "received signal" in log):
-        return why_job_ended(state)
-    boot = process_identity(os.getpid()).partition(":")[0]
-    if is_here(record) and record["identity"].partition(":")[0] != boot and os.path.exists("/proc/self/stat"):
-        return "the host was started anew"
-    for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
-        if words in log:
-            return reason
-    if job:
-        return why_job_ended(state)
-    return "it was killed, by hand or for want of memory"
-
-
-STOPPED_FACTS = ("id", "pid", "app", "root_dir", "name", "job")
-
-
-def stop_servers(request: "Json", channel: Channel) -> "Json":
+def stop_all(request: Request, channel: Channel) -> StopReply:
     """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
     With `asks`, nothing is ended while a kernel computes: the reply names the busy ones, and the client comes again.
     """
-    if request["ids"]:
-        known = (
-            our_servers() + [record for record in other_servers() if runs_here(record)] + running_runs() + live_jobs()
-        )
-        found = [record for record in known if record["id"] in request["ids"]]
-        missing = sorted(set(request["ids"]) - {record["id"] for record in found})
+    if request.ids:
+        known = [record for kind in KINDS.values() for record in kind.all_running()]
+        found = [record for record in known if record.id in request.ids]
+        missing = sorted(set(request.ids) - {record.id for record in found})
         if missing:
-            raise Trouble(1, "nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
+            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
-        found = servers_to_stop(request)
-    servers = [describe_server(record) for record in found if record["kind"] == "server"]
-    busy = [server for server in servers if server["busy"]]
-    runs = [record for record in found if record["kind"] == "run" and not request["ids"]]
-    if request["asks"] and (busy or runs):
-        return {"count": 0, "busy": busy, "runs": runs}
-    ends = {"server": shut_down, "run": stop_run, "job": cancel_job}
+        found = what_to_stop(request)
+    views = [KINDS[record.kind].describe(record) for record in found if request.asks]
+    busy = [view for view in views if isinstance(view, ServerView) and view.busy]
+    runs = [view for view in views if isinstance(view, RunView) and not request.ids]
+    if busy or runs:
+        return StopReply(busy=busy, runs=runs)
     for record in found:
-        ends[record["kind"]](record)
-        channel.send("stopped", what=record["kind"], **{name: record.get(name) for name in STOPPED_FACTS})
-    return {"count": len(found), "busy": [], "runs": []}
+        KINDS[record.kind].end(record)
+        facts = {name: getattr(record, name, None) or None for name in Stopped.fields}
+        if isinstance(record, JobRecord):
+            facts["job"] = record.number
+        channel.send(Stopped(**dict(facts, what=record.kind, id=record.id)))
+    return StopReply(count=len(found))
 
 
-def servers_to_stop(request: "Json") -> "List[Json]":
+def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
-    root_dir = resolve_path(request["path"])[0] if request["path"] is not None else ""
-    found = matching_servers(request, root_dir)
-    if request["is_all"]:
-        return found + running_runs() + live_jobs()
+    root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+    found = matching_servers(request, root_dir)  # type: List[Any]
+    others = [kind for kind in KINDS.values() if kind.name != "server"]
+    if request.is_all:
+        return found + [record for kind in others for record in kind.running()]
     if len(found) > 1:
-        names = ["%s   %s in %s" % (s["id"], s["app"], s["root_dir"]) for s in found]
-        raise Trouble(1, "%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-    return found or waiting_jobs(dict(request, action="open"))
+        names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
+        raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
+    return found or [record for kind in others for record in kind.waiting(request.but(action="open"))]
 
 
-def shut_down(record: "Json") -> None:
-    """End one server: ask Jupyter itself, which ends its kernels too, then TERM, then KILL.
-
-    No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
-    """
-    import shutil
-
-    if record["is_ours"]:
-        write_private(os.path.join(record["directory"], "stop"), "")  # for a tunnel that notices before we are done
-    info = server_info(record)
-    files = [path for _, pid, path in runtime_files(native(record["runtime_dir"])) if pid == record["pid"]]
-    kernels = kernels_of(record)
-    if info and can_ask_server(record, info):
-        ask_server(info, "api/shutdown", "POST")
-    if not is_here(record):
-        cancel_job(job_of(record))
-    wait_for_end(record, 5)
-    end_process(record, kernels)
-    leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
-    leftovers += [native(info["sock"])] if info and record["is_ours"] else []
-    for leftover in [] if runs_here(record) else leftovers:
-        with contextlib.suppress(OSError):
-            os.unlink(leftover)
-    if record["is_ours"]:
-        shutil.rmtree(record["directory"], ignore_errors=True)
+# -- the end of a thing -----------------------------------------------------------------------------------------------
 
 
-def kernels_of(record: "Json") -> "List[Tuple[int, str]]":
-    """Return the processes that the process of a record started, each with its identity; none of another node's."""
-    return [(pid, process_identity(pid)) for pid in children_of(record["pid"])] if is_here(record) else []
+def describe_end(request: Request, channel: Channel) -> EndReply:
+    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
+    known = [record for record in KINDS["server"].records() + other_servers() if record.id == request.id]
+    if not known:
+        return EndReply(is_running=False, reason="it was stopped")
+    record = known[0]
+    place = place_of(record)
+    if not place.is_known:
+        return EndReply(is_running=True, is_elsewhere=True, node=record.node)
+    info = wait_for_server(record, place.settle_s, channel)
+    if place.is_running():
+        return EndReply(is_running=True, is_answering=info is not None)
+    log = end_of_log(log_of(record)) if record.is_ours else ""
+    return EndReply(is_running=False, reason=why_it_ended(record, log), log=log)
 
 
-def end_process(record: "Json", kernels: "List[Tuple[int, str]]") -> None:
-    """End the process of a record if it still runs, by TERM, then KILL; and what is left of its kernels."""
-    import signal
-
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        if runs_here(record):
-            end = os.killpg if record["is_ours"] else os.kill  # we made the group of ours; another may hold a terminal
-            end(record["pid"], signum)
-            wait_for_end(record, 3)
-    for pid, identity in kernels:
-        if identity and process_identity(pid) == identity:
-            os.kill(pid, signal.SIGKILL)
-
-
-def wait_for_end(record: "Json", timeout_s: float) -> None:
-    """Wait until the process of a record has ended, or `timeout_s` passed."""
-    deadline = time.monotonic() + timeout_s
-    while runs_here(record) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+def why_it_ended(record: ServerRecord, log: str) -> str:
+    """Return why a server ended: what we did, then what its place tells, then what its log does."""
+    if is_marked(record, "stop"):
+        return "it was stopped"
+    reason = place_of(record).why_ended(log)
+    if reason:
+        return reason
+    for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
+        if words in log:
+            return reason
+    return place_of(record).why_in_doubt()
 
 
-def children_of(pid: int) -> "List[int]":
-    """Return the processes that process `pid` started and that run: for Jupyter its kernels and terminals."""
-    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
-    pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
-    return [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(pid)]
+# -- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def examine_host(request: "Json", channel: Channel) -> "Json":
+def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
 
-    tried = []  # type: List[str]
-    facts = {"shell": os.environ.get("SHELL", ""), "clock": time.time(), "uid": os.getuid()}  # type: Json
-    facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
+    facts = ExamineReply(clock=time.time(), port=find_free_port(request.port or DEFAULT_PORT))
+    facts.shell = os.environ.get("SHELL", "")
+    facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
         place = first_private(state_dirs("servers"))
-        facts.update(state=portable(place), free_bytes=shutil.disk_usage(place).free)
-    except Trouble as trouble:
-        facts["state_trouble"] = trouble.reply
+        facts.state, facts.free_bytes = portable(place), shutil.disk_usage(place).free
+    except Failure as failure:
+        facts.state_trouble = Trouble.read(failure.facts())
     try:
-        found = next(launchers(request, "", tried), None)
-        if found:
-            command = found["argv"][0]
-            version = app_version(command, found["app"])
-            facts["jupyter"] = {"app": found["app"], "version": version, "command": portable(command)}
-            facts["where"] = found["where"]
-    except Trouble as trouble:
-        facts["jupyter_trouble"] = trouble.reply
-    facts.update(tried=tried, port=find_free_port(request["port"] or DEFAULT_PORT))
-    facts["sshd_port"] = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
+        found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
+        command = portable(found.argv[0])
+        facts.jupyter = Jupyter(app=found.app, version=version_of(found), command=command, where=found.where)
+    except Failure as failure:
+        if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
+            facts.jupyter_trouble = Trouble.read(failure.facts())
+    facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
     for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
         with contextlib.suppress(OSError):
             uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
-    facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts["scheduler"] = scheduler_here()
+    facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
     return facts
+
+
+class HostAction:
+    """A row of REQUESTS: what does it on the host, and the record of its reply."""
+
+    def __init__(self, function: "Callable[[Request, Channel], Record]", reply: "Type[Record]") -> None:
+        self.function = function
+        self.reply = reply
+
+
+REQUESTS = {
+    "open": HostAction(open_server, OpenReply),
+    "list": HostAction(list_all, ListReply),
+    "logs": HostAction(follow_log, LogsReply),
+    "stop": HostAction(stop_all, StopReply),
+    "describe_end": HostAction(describe_end, EndReply),
+    "examine": HostAction(examine_host, ExamineReply),
+}  # type: Dict[str, HostAction]
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
+# agent
+#
+# What is sent to the host, and the conversation with it. The first half runs there: one request, messages while it
+# works, one reply. The second half is the laptop's: it sends, and each kind of message has a handler. All that the host
+# says is data from another machine; what is not a record of its kind ends the conversation with one error.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+
+class Left:
+    """The source of this agent, for what is to run on the host after it."""
+
+    source = ""
 
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
-    request = json.loads(packed_request.decode("ascii"))
-    request["source"] = source.decode("utf-8")  # for what is to run on after us
-    perform(request, Channel(request["nonce"]))
+    Left.source = source.decode("utf-8")
+    request = Request.read(json.loads(packed_request.decode("ascii")))
+    perform(request, Channel(request.nonce))
 
 
-def perform(request: "Json", channel: Channel) -> "Json":
-    """Run the action of a request and send one reply; return it, or nothing for a failure."""
+def perform(
+    request: Request, channel: Channel, prepare: "Callable[[Request], Request]" = lambda request: request
+) -> "Optional[Record]":
+    """Run the action of a request and send one reply; return it, or nothing for a failure.
+
+    `prepare` may change the request first; what it raises is told like the rest.
+    """
     try:
         import pwd
 
@@ -2421,42 +3799,42 @@ def perform(request: "Json", channel: Channel) -> "Json":
     except (ImportError, KeyError):
         user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
-    channel.send("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
-    actions = {
-        "open": open_server,
-        "list": list_servers,
-        "logs": follow_log,
-        "stop": stop_servers,
-        "describe_end": describe_end,
-        "examine": examine_host,
-        "start_run": start_run,
-        "follow_run": follow_run,
-    }
+    channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
-        reply = actions[request["action"]](request, channel)
-        channel.send("reply", reply=reply)
+        reply = REQUESTS[request.action].function(prepare(request), channel)
+        channel.reply(reply)
         return reply
-    except Trouble as trouble:
-        failure = trouble.reply
+    except Failure as failure:
+        channel.fail(failure)
     except OSError as error:
-        failure = {"what": "the host refused", "why": str(error), "try": "", "status": 1}
+        channel.fail(Failure("the host refused", str(error)))
     except Exception:
         import traceback
 
-        what = "the agent failed; this is a bug of rjupyter"
-        failure = {"what": what, "why": traceback.format_exc(), "try": "", "status": 1}
-    channel.send("reply", failure=failure)
-    return {}
+        channel.fail(Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc()))
+    return None
+
+
+def leave_agent(directory: str, main: str, request: Request) -> str:
+    """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
+
+    It calls `main`, run_main or job_main, with the directory.
+    """
+    program = os.path.join(directory, "agent.py")
+    write_whole(program, "%s\n%s(%r)\n" % (Left.source, main, directory))
+    write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
+    return program
+
+
+def left_request(directory: str) -> Request:
+    """Return the request that was left there."""
+    with open(os.path.join(directory, "request.json"), encoding="utf-8") as stream:
+        return Request.read(json.load(stream))
 
 
 # agent ends
 
-# ---------------------------------------------------------------------------------------------------------------------
-# server
-#
-# The laptop's side of the agent: send it a request, hear its lines, check what it says of a server. Everything in a
-# reply is data from another machine; only what has the right type and form gets past this room.
-# ---------------------------------------------------------------------------------------------------------------------
+# -- what is sent -----------------------------------------------------------------------------------------------------
 
 # Tried in this order by the remote command. python3 may be a shim that fails, or too old: then the next one.
 PYTHONS = [
@@ -2473,12 +3851,15 @@ PYTHONS = [
     "/usr/libexec/platform-python",
 ]
 # Takes the last two words of stdin, or of its own arguments: the agent and the request. -I and -S: nothing of the
-# user's site gets in, and half of the interpreter's start is saved. Without a quote, for it is quoted twice on its way.
+# user's site gets in, and half of the interpreter's start is saved. There is no quote in it, for it is quoted twice on
+# its way: "exec" is the name of exec, and the name of the source stands in its first line, for tracebacks.
 BOOTSTRAP = (
     "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; decode = binascii.a2b_base64; "
     "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
-    "source, request = [zlib.decompress(decode(word)) for word in words]; exec(source); agent_main(source, request)"
+    "source, request = [zlib.decompress(decode(word)) for word in words]; "
+    "exec(compile(source, source[2:13], exec.__name__)); agent_main(source, request)"
 )
+SOURCE_NAME = "# rjupyter.py"
 NO_PYTHON = "rjupyter: no python3"
 
 
@@ -2493,16 +3874,24 @@ def agent_command(python: str = "") -> str:
 
 
 def agent_source() -> bytes:
-    """Return the agent's room of this file, compressed, as one word."""
+    """Return the agent's parts of this file, compressed, as one word.
+
+    The lines between them are blank, so that a line has the number that it has here.
+    """
     import binascii
     import zlib
 
+    is_agent = False
+    lines = []
     with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-        parts = [part.split("\n# agent ends\n")[0] for part in stream.read().split("\n# agent begins\n")[1:]]
-    return binascii.b2a_base64(zlib.compress((AGENT_IMPORTS + "\n".join(parts)).encode("utf-8"), 9), newline=False)
+        for line in stream.read().split("\n"):
+            is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
+            lines.append(line if is_agent else "")
+    lines[:2] = [SOURCE_NAME, AGENT_IMPORTS]
+    return binascii.b2a_base64(zlib.compress("\n".join(lines).encode("utf-8"), 9), newline=False)
 
 
-def agent_input(command: str, source: bytes, request: Json) -> bytes:
+def agent_input(command: str, source: bytes, request: Request) -> bytes:
     """Return what `command` reads: one line whose last words are the agent and the request.
 
     It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that takes
@@ -2511,93 +3900,18 @@ def agent_input(command: str, source: bytes, request: Json) -> bytes:
     import binascii
     import zlib
 
-    packed = binascii.b2a_base64(zlib.compress(json.dumps(request).encode()), newline=False)
+    packed = binascii.b2a_base64(zlib.compress(json.dumps(request.facts()).encode()), newline=False)
     words = [command.encode(), source, packed]
     return b"\n\n%s\n" % b" ".join(words)
 
 
-class Server(NamedTuple):
-    """A Jupyter server on the host, as the agent's reply describes it, each field checked."""
+# -- the conversation -------------------------------------------------------------------------------------------------
 
-    id: str
-    pid: int
-    app: str
-    version: str
-    host: str  # the address on the host that it binds
-    port: int
-    sock: str  # the Unix socket that it listens on instead of a port; empty for none
-    no_socket: str  # why there is none although it was asked for
-    token: str
-    base_url: str
-    root_dir: str
-    file: str  # the notebook that PATH names, relative to root_dir; empty for none
-    is_secure: bool
-    has_password: bool
-    local_port: int  # the one it was reached by before, or is to be reached by
-    node: str  # the host's own name, or that of the node that its job runs on
-    job: str  # the id of the job that it runs in; empty for none
-    left_s: float  # until the job's time is up; 0 for no limit that we know of
-    is_launched: bool  # by this run
-    is_only: bool  # no other one of ours runs there
-    seconds: float  # the launch took; or, when it ran already, since it was launched
-
-    @classmethod
-    def from_reply(cls, reply: Json) -> "Server":
-        """Check a reply and return the server in it; raises Failure when a field is not what it must be."""
-        reply = dict(
-            {"version": "", "no_socket": "", "job": "", "left_s": 0.0},
-            seconds=reply.get("start_s", reply.get("age_s", 0.0)),
-            **reply,
-        )
-        hints = cls.__annotations__
-        values = {name: reply.get(name) for name in cls._fields}
-        wrong = [name for name, value in values.items() if type(value) is not hints[name]]
-        if not wrong:
-            server = cls(**values)  # type: ignore[arg-type]
-            forms = {
-                "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", server.id),
-                "app": server.app in APP_NAMES,
-                "host": re.fullmatch(r"[\w.:%-]+", server.host) and not server.host.startswith("-"),
-                "port": 0 < server.port < 65536 or server.sock,
-                "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", server.sock),  # the rest means more to ssh's -L
-                "local_port": 0 < server.local_port < 65536,
-                "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", server.token),
-                "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", server.base_url),
-            }
-            wrong = [name for name, is_right in forms.items() if not is_right]
-        if wrong:
-            raise Failure("the host's reply makes no sense", "wrong in it: " + ", ".join(wrong))
-        return server
-
-    @property
-    def title(self) -> str:
-        """Its name as a person calls it."""
-        return ("%s %s" % (APP_NAMES[self.app], self.version)).strip()
-
-    @property
-    def target(self) -> str:
-        """Where it listens on the host, as ssh's -L writes it."""
-        return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
-
-    def url(self, local_port: int, has_token: bool = True) -> str:
-        """Return the address of its page in a browser here, made from checked parts."""
-        is_notebook = self.file.endswith(".ipynb")
-        if self.app == "lab":
-            page = "lab/tree/" + quote_name(self.file) if self.file else "lab"
-        elif self.file:
-            page = ("notebooks/" if is_notebook else "edit/") + quote_name(self.file)
-        else:
-            page = "tree"
-        query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
-        scheme = "https" if self.is_secure else "http"
-        return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
-
-
-def quote_name(name: str) -> str:
-    """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
-    return quote(name.encode("utf-8", "surrogateescape"), safe="")
-
-
+Show = Callable[[str], None]  # shows a word on where a step stands
+Handler = Callable[[Any, Show], None]
+MESSAGES = {
+    kind.kind: kind for kind in (Hello, Progress, QueueState, Found, Installing, Installed, Stopped, Line, Part)
+}
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
@@ -2611,13 +3925,19 @@ class Agent:
     def __init__(self, ssh: Ssh, messages: Messages) -> None:
         self.ssh = ssh
         self.messages = messages
-        self.user = ""
-        self.node = ""
-        self.python = ""
-        self.is_root = False
+        self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
-        self._source = b""
         self.greets = True  # says once who and where we are
+        self._source = b""
+        self._handlers: Dict[str, Handler] = {
+            "hello": self._say_hello,
+            "progress": lambda message, show: show(message.text),
+            "line": lambda message, show: messages.result(message.text, "line", line=message.text),
+            "found": self._say_found,
+            "installing": self._say_installing,
+            "installed": self._say_installed,
+            "stopped": self._say_stopped,
+        }
         ssh.meanwhile = self.prepare
 
     def prepare(self) -> None:
@@ -2626,43 +3946,40 @@ class Agent:
 
     def ask(
         self,
-        action: str,
-        doing: str,
+        request: Request,
+        reply: Type[R],
+        doing: str = "",
         silence_s: float = SILENCE_TIMEOUT_S,
-        take: Optional[Callable[[Json, Callable[[str], None]], None]] = None,
-        **request: Any,
-    ) -> Json:
+        handlers: Optional[Dict[str, Handler]] = None,
+    ) -> R:
         """Run one action on the host and return its reply; raises Failure for its failures, and for silence.
 
-        `take` gets what it tells meanwhile that is not known here, and a function that shows a word on it.
+        `handlers` take further kinds of messages.
         """
         self.prepare()
-        nonce = "rjupyter-" + os.urandom(8).hex()
-        command = agent_command(str(request.get("python", "")))
-        packed = agent_input(command, self._source, dict(request, action=action, nonce=nonce))
-        until = time.monotonic() + CLOSING_TIMEOUT_S
-        may_be_asked = self.ssh.can_ask and not self.ssh.control_path  # ssh logs in, and has the terminal
+        request = request.but(nonce="rjupyter-" + os.urandom(8).hex())
+        command = agent_command(request.python)
+        packed = agent_input(command, self._source, request)
+        until_s = time.monotonic() + CLOSING_TIMEOUT_S
+        may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
         with self.messages.working(doing, is_animated=not may_be_asked) as show:
             while True:
                 child = self.ssh.session(command)
                 try:
                     child.send(packed)
-                    return self._hear(child, nonce, show, silence_s, take or (lambda message, show: None))
+                    return self._hear(
+                        child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
+                    )
                 except SessionRefused:
-                    if time.monotonic() > until:
+                    if time.monotonic() > until_s:
                         raise
                     time.sleep(POLL_S)
                 finally:
                     child.end()
 
     def _hear(
-        self,
-        child: Child,
-        nonce: str,
-        show: Callable[[str], None],
-        silence_s: float,
-        take: Callable[[Json, Callable[[str], None]], None],
-    ) -> Json:
+        self, child: Child, nonce: str, reply: Type[R], show: Show, silence_s: float, handlers: Dict[str, Handler]
+    ) -> R:
         noise = self.noise = []
         has_begun = False
         deadline = time.monotonic() + silence_s
@@ -2680,76 +3997,75 @@ class Agent:
             if line[0] == "stdout" and line[1].startswith(nonce + " "):
                 deadline = time.monotonic() + silence_s
                 has_begun = True
-                message = json.loads(line[1][len(nonce) + 1 :])
-                take(message, show)
-                reply = self._take(message, show)
-                if reply is not None:
-                    return reply
+                try:
+                    message = json.loads(line[1][len(nonce) + 1 :])
+                    found = self._take(message, reply, show, handlers)
+                except (ValueError, RecursionError) as error:  # no JSON
+                    raise Wrong(error) from None
+                if found is not None:
+                    return found
             else:
                 noise.append(line[1])
                 del noise[:-12]
                 self.messages.detail("host: " + line[1])
 
-    def _take(self, message: Json, show: Callable[[str], None]) -> Optional[Json]:
+    def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
+        """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
+        if not isinstance(message, dict):
+            raise Wrong("it is no object")
         kind = message.get("kind")
         if kind == "reply" and "failure" in message:
-            failure = message["failure"]
-            raise Failure(failure["what"], failure["why"], failure["try"], int(failure["status"]))
+            raise Trouble.read(message["failure"]).failure()
         if kind == "reply":
-            return dict(message["reply"])
-        if kind == "hello":
-            self._say_hello(message)
-        elif kind == "progress":
-            show(str(message["text"]))
-        elif kind == "line":
-            self.messages.result(str(message["text"]), "line", line=message["text"])
-        elif kind == "found":
-            self._say_found(message)
-        elif kind == "installing":
-            text = "No Jupyter on the host; installing it in %(path)s (%(tool)s)." % message
-            self.messages.step(text, "installing", path=message["path"], tool=message["tool"])
-        elif kind == "installed":
-            text = "Installed Jupyter (%.0f s)." % message["elapsed_s"]
-            self.messages.step(text, "installed", path=message["path"], seconds=message["elapsed_s"])
-        elif kind == "stopped":
-            text = STOPPED_TEXTS[str(message["what"])] % dict(
-                message, app=APP_NAMES.get(str(message["app"]), "Jupyter")
-            )
-            facts = {name: message[name] for name in STOPPED_FACTS if message[name]}
-            self.messages.step(text, "stopped", what=message["what"], **facts)
+            return reply.read(message.get("reply"))
+        if isinstance(kind, str) and kind in handlers:
+            handlers[kind](MESSAGES[kind].read(message), show)
         return None
 
-    def _say_hello(self, message: Json) -> None:
-        self.user, self.node = str(message["user"]), str(message["node"])
-        self.python = str(message["python"])
-        self.is_root = message["is_root"] is True
-        if not self.greets:
-            return
-        self.greets = False
-        text = "Connected to %s (%s@%s, python %s)." % (self.ssh.destination, self.user, self.node, message["python"])
-        self.messages.step(text, "connected", user=self.user, node=self.node, python=message["python"])
+    def _say_hello(self, hello: Hello, show: Show) -> None:
+        self.hello = hello
+        if self.greets:
+            self.greets = False
+            who = "%s@%s, python %s" % (hello.user, hello.node, hello.python)
+            text = "Connected to %s (%s)." % (self.ssh.destination, who)
+            self.messages.step(text, "connected", user=hello.user, node=hello.node, python=hello.python)
 
-    def _say_found(self, message: Json) -> None:
-        for line in message["tried"]:
+    def _say_found(self, found: Found, show: Show) -> None:
+        for line in found.tried:
             self.messages.detail("looked at " + line)
-        text = "Using %s (%s)." % (message["command"], message["where"])
-        if message["where"] != "PATH":
-            self.messages.note(text)
-        else:
-            self.messages.detail(text)
+        say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
+        say("Using %s (%s)." % (found.command, found.where))
+
+    def _say_installing(self, message: Installing, show: Show) -> None:
+        text = "No Jupyter on the host; installing it in %s (%s)." % (message.path, message.tool)
+        self.messages.step(text, "installing", path=message.path, tool=message.tool)
+
+    def _say_installed(self, message: Installed, show: Show) -> None:
+        text = "Installed Jupyter (%.0f s)." % message.elapsed_s
+        self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
+
+    def _say_stopped(self, message: Stopped, show: Show) -> None:
+        if message.what not in STOPPED_TEXTS:
+            raise Wrong("wrong in it: what")
+        facts = message.facts()
+        title = APPS[message.app].title if message.app in APPS else "Jupyter"
+        self.messages.step(STOPPED_TEXTS[message.what] % dict(facts, app=title), "stopped", **facts)
 
     def _no_reply(self, noise: List[str], status: int, has_begun: bool) -> Failure:
+        """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
         host = self.ssh.destination
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
-        if not self.ssh.control_path and status == EXIT_SSH and any(map(FATAL_WORDS.match, noise)):
-            return self.ssh.connect_failure(noise)
+        explained = self.ssh.way.explain(status, noise)
+        if explained:
+            return explained
         why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
         if has_begun or not self.ssh.wait(0.2):
-            words = noise[-1] if has_begun and noise else self.ssh.last_words
-            return Failure("the connection to %s ended" % host, words, "", EXIT_SSH)
+            lost = self.ssh.lost()
+            lost.why = noise[-1] if has_begun and noise else lost.why
+            return lost
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
@@ -2764,14 +4080,63 @@ class Agent:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Server(OpenReply):
+    """A Jupyter server on the host, each of its facts of a form that can be put into an address or an argv."""
+
+    def odd(self) -> List[str]:
+        """Return what would mean more than it should."""
+        forms = {
+            "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", self.id),
+            "app": self.app in APPS,
+            "host": re.fullmatch(r"[\w.:%-]+", self.host) and not self.host.startswith("-"),
+            "port": 0 < self.port < 65536 or self.sock,
+            "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
+            "local_port": 0 < self.local_port < 65536,
+            "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", self.token),
+            "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", self.base_url),
+        }
+        return [name for name, is_right in forms.items() if not is_right]
+
+    @property
+    def title(self) -> str:
+        """Its name as a person calls it."""
+        return ("%s %s" % (APPS[self.app].title, self.app_version)).strip()
+
+    @property
+    def target(self) -> str:
+        """Where it listens on the host, as ssh's -L writes it."""
+        return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
+
+    @property
+    def good_statuses(self) -> Tuple[int, ...]:
+        """What our own server answers: with a password and no token, it cannot take ours."""
+        return (401, 403) if self.has_password and not self.token else (200,)
+
+    def url(self, local_port: int, has_token: bool = True) -> str:
+        """Return the address of its page in a browser here, made from checked parts."""
+        app = APPS[self.app]
+        page = app.page
+        if self.file:
+            page = (app.notebook_page if self.file.endswith(".ipynb") else app.file_page) % quote_name(self.file)
+        query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
+        scheme = "https" if self.is_secure else "http"
+        return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
+
+
+def quote_name(name: str) -> str:
+    """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
+    return quote(name.encode("utf-8", "surrogateescape"), safe="")
+
+
 class Tunnel:
     """A forward from a local port to a server, held until the connection or the server ends."""
 
-    def __init__(self, ssh: Ssh, agent: Agent, server: Server, messages: Messages) -> None:
+    def __init__(self, ssh: Ssh, agent: Agent, server: Server, messages: Messages, hint: Callable[..., str]) -> None:
         self.ssh = ssh
         self.agent = agent
         self.server = server
         self.messages = messages
+        self.hint = hint  # makes the command that leads to the same place again
         self.local_port = 0
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
@@ -2786,7 +4151,7 @@ class Tunnel:
                 self.local_port = port
                 return
             if not self.ssh.wait(0.1):
-                raise Failure("the connection to %s ended" % self.ssh.destination, self.ssh.last_words, "", EXIT_SSH)
+                raise self.ssh.lost()
             if fixed_port:
                 why = "127.0.0.1:%d is taken on this machine" % port
                 raise Failure("cannot listen on local port %d" % port, why, "another --local-port, or none")
@@ -2796,11 +4161,13 @@ class Tunnel:
 
     def close(self) -> None:
         """Take the forward away; the connection stays."""
-        self.ssh.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
+        self.ssh.cancel(self.local_port, self.server.target)
 
     def _usual_port(self) -> int:
         usual = self.server.local_port
         return usual if find_free_port(usual) == usual else LOCAL_PORT
+
+    # -- the proof ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Ask the server for its status through the tunnel; only one that takes our token is ours.
@@ -2808,11 +4175,12 @@ class Tunnel:
         Raises Failure with the cause when it does not.
         """
         destination = self.ssh.destination
+        another = self.hint("--new") + "   (starts another)"
         try:
             status = self.probe(ANSWER_TIMEOUT_S)
         except socket.timeout:
             why = "no answer through the tunnel within %d s" % ANSWER_TIMEOUT_S
-            raise Failure("Jupyter does not answer", why, self._another(), EXIT_TIMEOUT) from None
+            raise Failure("Jupyter does not answer", why, another, EXIT_TIMEOUT) from None
         except OSError as error:
             what = "%s does not forward to %s" % (destination, self.server.target)
             if self.server.sock:
@@ -2820,29 +4188,28 @@ class Tunnel:
                 raise Failure(what, why, "stop it, then open without --socket") from None
             can_reach, words = self.ssh.can_reach(self.server.target)
             if can_reach:
-                raise Failure("Jupyter does not answer", str(error), self._another(), EXIT_SERVER_ENDED) from None
+                raise Failure("Jupyter does not answer", str(error), another, EXIT_SERVER_ENDED) from None
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
             if self.server.job:
                 try_ += "\n--via-node, where users may ssh to the nodes of their jobs"
             raise Failure(what, words, try_) from None
-        if status not in self._good_statuses:
+        if status not in self.server.good_statuses:
             what = "a stranger answers on port %d of %s" % (self.server.port, destination)
-            raise Failure(what, "it does not take our token (HTTP status %d)" % status, self._another())
-
-    @property
-    def _good_statuses(self) -> Tuple[int, ...]:
-        """What our own server answers: with a password and no token, it cannot take ours."""
-        return (401, 403) if self.server.has_password and not self.server.token else (200,)
+            raise Failure(what, "it does not take our token (HTTP status %d)" % status, another)
 
     def probe(self, timeout_s: float) -> int:
         """Return the HTTP status of /api/status through the tunnel; OSError when there is none."""
         path = self.server.base_url + STATUS_PATH
-        server = self.server
         address = ("127.0.0.1", self.local_port)
-        return http_request(address, path, server.token, timeout_s, is_secure=server.is_secure)[0]
+        return http_request(address, path, self.server.token, timeout_s, is_secure=self.server.is_secure)[0]
 
-    def _another(self) -> str:
-        return command_line("--new", *self.ssh.options, self.ssh.destination) + "   (starts another)"
+    def _is_answering(self) -> bool:
+        try:
+            return self.probe(PROBE_TIMEOUT_S) in self.server.good_statuses
+        except OSError:
+            return False
+
+    # -- the hold -----------------------------------------------------------------------------------------------------
 
     def hold(self, redials: bool) -> None:
         """Keep the tunnel until the server ends; `redials` when the connection does, on the same local port.
@@ -2865,7 +4232,9 @@ class Tunnel:
     def _watch(self) -> str:
         """Wait until the connection is lost, or stuck, and return why; raises Failure (4) when the server has ended.
 
-        Whatever happens to ssh's own idea of the connection, only an answer through it counts.
+        Whatever happens to ssh's own idea of the connection, only an answer through it counts. Without one, a session
+        of its own asks the host: the server may have ended; it may hang, with a connection that is well, and then we
+        wait for it; or it answers there and not here, and then the tunnel is stuck.
         """
         is_silent = False
         self._wake_at_end()
@@ -2879,11 +4248,12 @@ class Tunnel:
             if not self.ssh.wait(0.2):
                 break
             try:
-                state = self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.server.id)
+                end = self._ask_end()
             except Failure as failure:
-                return failure.why.splitlines()[-1] if failure.why else failure.what
-            self._check_end(state)
-            if state.get("is_answering") is not True:
+                if failure.status == EXIT_SERVER_ENDED:
+                    raise
+                return failure.last_line()
+            if not end.is_answering:
                 if not is_silent:
                     text = "%s does not answer; its connection is well. Waiting." % self.server.title
                     self.messages.step(text, "silent", id=self.server.id)
@@ -2892,16 +4262,23 @@ class Tunnel:
                 return "nothing comes through the tunnel"
         return self.ssh.last_words
 
+    def _ask_end(self) -> EndReply:
+        """Ask the host how the server does; raises Failure: 4 when it has ended, another when there is no answer."""
+        request = Request(action="describe_end", id=self.server.id)
+        end = self.agent.ask(request, EndReply, silence_s=CHECK_TIMEOUT_S)
+        if not end.is_running:
+            what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
+            why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
+            raise Failure(what, why, self.hint() + "   (starts another)", EXIT_SERVER_ENDED)
+        return end
+
     def _warn_of_limit(self) -> None:
         """Say once when the time of the server's job is up soon."""
         left_s = self._ends_at - time.monotonic()
         if left_s < WARN_BEFORE_END_S:
             self._ends_at = float("inf")
-            text = "%s left for %s on %s: save what you need." % (
-                _duration(left_s),
-                self.server.title,
-                self.server.node,
-            )
+            place = "%s on %s" % (self.server.title, self.server.node)
+            text = "%s left for %s: save what you need." % (duration(max(0.0, left_s)), place)
             self.messages.step(text, "ending", id=self.server.id, left_s=left_s)
 
     def _wake_at_end(self) -> None:
@@ -2916,20 +4293,6 @@ class Tunnel:
                     self.ssh.wake()
 
         threading.Thread(target=hear, daemon=True).start()
-
-    def _is_answering(self) -> bool:
-        try:
-            return self.probe(PROBE_TIMEOUT_S) in self._good_statuses
-        except OSError:
-            return False
-
-    def _check_end(self, state: Json) -> None:
-        if state.get("is_running") is not True:
-            what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
-            why = str(state.get("reason"))
-            why += "; the end of its log:\n%s" % state["log"] if state.get("log") else ""
-            try_ = command_line(*self.ssh.options, self.ssh.destination) + "   (starts another)"
-            raise Failure(what, why, try_, EXIT_SERVER_ENDED)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -2946,7 +4309,7 @@ class Tunnel:
                 return False
 
             self.ssh.reconnect(why, resume, local_port=self.local_port)
-        self.ssh.quicken()
+        self.ssh.way.quicken()
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
@@ -2955,13 +4318,10 @@ class Tunnel:
             raise Failure("cannot listen on local port %d" % self.local_port, words)
         if self._is_answering():
             return True
-        state = self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.server.id)
-        if state.get("is_elsewhere") is True:  # one name for several login nodes
-            raise Failure(
-                "this is another node of " + self.ssh.destination, "the server runs on %s" % state.get("node")
-            )
-        self._check_end(state)
-        return state.get("is_answering") is not True  # it hangs by itself; the connection is well
+        end = self._ask_end()
+        if end.is_elsewhere:  # one name for several login nodes
+            raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
+        return not end.is_answering  # it hangs by itself; the connection is well
 
 
 class Reserved:
@@ -2983,6 +4343,9 @@ class Reserved:
         if self._listener:
             self._listener.close()
             self._listener = None
+
+
+# -- the browser ------------------------------------------------------------------------------------------------------
 
 
 def open_browser(url: str, command: Optional[str], messages: Messages) -> threading.Thread:
@@ -3037,7 +4400,7 @@ def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
 
 
 @contextlib.contextmanager
-def written_down(facts: Json) -> Iterator[None]:
+def written_down(record: TunnelRecord) -> Iterator[None]:
     """Keep a record of our tunnel while it is up, for a second copy of us and for `close`; where there is a place."""
     try:
         path = os.path.join(private_runtime_dir(), "%d.json" % os.getpid())
@@ -3045,23 +4408,23 @@ def written_down(facts: Json) -> Iterator[None]:
         yield
         return
     try:
-        write_private(path, json.dumps(dict(facts, pid=os.getpid(), identity=process_identity(os.getpid()))))
+        write_whole(path, json.dumps(record.facts()))
         yield
     finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
-def tunnels() -> List[Json]:
+def tunnels() -> List[TunnelRecord]:
     """Return the records of our tunnels that are up; those of processes that are gone are removed."""
     records = []
     for path in [os.path.join(directory, name) for directory in record_dirs() for name in os.listdir(directory)]:
         match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?", os.path.basename(path))  # the latter: being written
         if not match:
             continue
-        record = read_json(path)
+        record = read_record(TunnelRecord, path)
         identity = process_identity(int(match.group(1)))
-        if not identity or record.get("identity", identity) != identity:
+        if not identity or (record and record.identity != identity):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         elif record and not match.group(2):
@@ -3073,20 +4436,22 @@ def close_tunnels(destination: str, path: Optional[str], messages: Messages) -> 
     """End the background tunnels to `destination`; those for `path` alone when there is one."""
     closed = 0
     for record in tunnels():
-        if record["is_background"] and record["destination"] == destination and path in (None, record["path"]):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record["pid"], signal.SIGTERM)
-            deadline = time.monotonic() + CONTROL_TIMEOUT_S
-            while process_identity(record["pid"]) == record["identity"]:
-                if time.monotonic() > deadline:
-                    why = "process %d did not end within %d s" % (record["pid"], CONTROL_TIMEOUT_S)
-                    raise Failure("cannot close the tunnel", why, "kill -9 %d" % record["pid"])
-                time.sleep(POLL_S)
-            text = "Closed the tunnel on 127.0.0.1:%d." % record["local_port"]
-            messages.step(text, "closed", local_port=record["local_port"], tunnel_pid=record["pid"])
+        if record.is_background and record.destination == destination and path in (None, record.path):
+            end_tunnel(record)
+            text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
+            messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
     if not closed:
         messages.note("No tunnel to %s in the background." % destination)
+
+
+def end_tunnel(record: TunnelRecord) -> None:
+    """End the process of a tunnel; raises Failure when it does not go."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGTERM)
+    if not until(lambda: process_identity(record.pid) != record.identity, CONTROL_TIMEOUT_S):
+        why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
+        raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
 
 
 class Background:
@@ -3125,255 +4490,266 @@ class Background:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# execute
+# execute (an annex: the core is whole without it)
 #
-# A notebook that is run to its end on the host, and its result here. The first half lives on the host: a process of
-# its own, under the Python of Jupyter's environment, lets nbclient execute the notebook and writes down what happens,
-# cell by cell. The second half follows that journal from here; whoever read it to the end has the result.
+# A notebook that is run to its end on the host, and its result here. The first half lives on the host: a process of its
+# own, under the Python of Jupyter's environment, lets nbclient execute the notebook and writes down what happens, cell
+# by cell. The second half follows that journal from here; whoever read it to the end has the result.
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
-RUN_TYPES = {"pid": int, "identity": str, "node": str, "created": float, "name": str, "key": str, "root_dir": str}
-PART_BYTES = 131072  # of a journal, sent in one message
-FOLLOW_MAX_S = 0.5  # the longest pause between two looks at it
 STOP_TIMEOUT_S = 10  # for a cell that was interrupted
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
+GOING_ON = ("starting", "running")
 
 
-def run_records() -> "List[Json]":
-    """Return the records of the runs that are kept, newest first."""
-    return kept_records("runs", RUN_TYPES)
+# -- the journal ------------------------------------------------------------------------------------------------------
 
 
-def running_runs() -> "List[Json]":
-    """Return the records of the runs that have not ended, here or in a job of ours.
+class Entry(Record):
+    """A line of a run's journal. Cells are written as in a file, so they need no Jupyter to be read."""
 
-    One that wrote down its outcome has ended, though its process may take a moment more.
-    """
-    return [r for r in run_records() if is_running(r) and describe_run(r)["state"] in ("starting", "running")]
+    kind = ""
 
 
-def start_run(request: "Json", channel: Channel) -> "Json":
-    """Start to execute a notebook, detached, and return the run's record; or that of a run that has it in hand."""
-    root_dir = resolve_path(request["path"])[0] if request["path"] is not None else os.path.expanduser("~")
-    key, text, place = request["key"], request["notebook"], ""
-    if request["file"]:
-        place = os.path.join(root_dir, os.path.expanduser(native(request["file"])))
-        key, text = "host:" + portable(os.path.realpath(place)), text or read_notebook(place)
-    details = dict(request, path=portable(root_dir), key=key, notebook=text)
-    details["place"] = portable(place) if request["is_in_place"] else ""
-    with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
-        same = []  # type: List[Json]
-        if not request["overlaps"]:
-            same = [record for record in running_runs() if record["key"] == key] + waiting_jobs(details)
-        if same:
-            return dict(same[0], is_started=False, age_s=age_of(same[0]))
-        forget_ended("runs", running_runs())
-        if not request["scheduler"]:
-            return dict(launch(details, root_dir, channel, launch_run), is_started=True)
-        job = submit_job(details, channel)
-    return dict(wait_for_job(job, channel), is_started=True)
+class BeginEntry(Entry):
+    """What is going to be executed, by which kernel, and the one that was wanted and is not there."""
+
+    kind = "begin"
+    notebook: "Json"
+    kernel: str
+    missing: str = ""
+
+    def odd(self) -> "List[str]":
+        """Return what is no notebook."""
+        cells = self.notebook.get("cells")
+        return [] if isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells) else ["notebook"]
 
 
-def read_notebook(path: str) -> str:
-    """Return the text of a notebook on this host; raises Trouble when there is none."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Trouble(1, "cannot read %s on the host" % portable(path), str(error))
+class StartEntry(Entry):
+    """A cell begins: its number among those with code."""
+
+    kind = "start"
+    cell: int
+    count: int
 
 
-def launch_run(found: "Json", request: "Json", root_dir: str, channel: Channel) -> "Json":
-    """Start a run in one environment and return its record; empty where that has no nbclient."""
-    import shutil
+class CellEntry(Entry):
+    """A cell as it is now; with a number when it has just ended, without when a later cell changed its displays."""
 
-    python = interpreter_of(found)
-    if not python:
-        return {}
-    directory = new_dir("runs", "r")
-    program = leave_agent(directory, "run_main", dict(request, directory=root_dir))
-    log = os.path.join(directory, "log")
-    environment = lasting_environment(found["environment"], False)
-    process = start_detached([python, program], environment, root_dir, log, bool(request.get("job")))
-    record = {
-        "pid": process.pid,
-        "identity": process_identity(process.pid),
-        "node": os.uname().nodename,
-        "created": time.time(),
-        "name": request["name"],
-        "key": request["key"],
-        "root_dir": portable(root_dir),
-        "job": request.get("job", ""),
-    }
-    write_private(record_path(directory), json.dumps(record))
-    while process.poll() is None and not os.path.exists(os.path.join(directory, "journal")):
-        channel.keep_alive()
-        time.sleep(POLL_S)
-    if process.poll() == CANNOT_RUN:
-        shutil.rmtree(directory, ignore_errors=True)
-        return {}
-    return dict(record, id=os.path.basename(directory), directory=directory)
+    kind = "cell"
+    index: int
+    content: "Json"
+    cell: "Optional[int]" = None
+    count: int = 0
+    seconds: float = 0.0
+    is_done: bool = False
 
 
-def leave_agent(directory: str, main: str, request: "Json") -> str:
-    """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
+class EndEntry(Entry):
+    """It has ended."""
 
-    It calls `main`, run_main or job_main, with the directory.
-    """
-    program = os.path.join(directory, "agent.py")
-    write_private(program, "%s\n%s(%r)\n" % (request["source"], main, directory))
-    write_private(os.path.join(directory, "request.json"), json.dumps(dict(request, source="")))
-    return program
+    kind = "end"
+    metadata: "Json"
+    outcome: str
+    error: str = ""
 
 
-def interpreter_of(found: "Json") -> str:
-    """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
-
-    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
-    """
-    import re
-    import shutil
-
-    command, *others = found["argv"]
-    if others:
-        return str(command)  # PYTHON -m notebook
-    try:
-        with open(command, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        head = ""
-    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
-    places = [named.group(1)] if named else []
-    places += [shutil.which(by_env.group(1), path=found["environment"]["PATH"]) or ""] if by_env else []
-    places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
-    return next((place for place in places if not problem_of(place)), "")
+ENTRIES = {kind.kind: kind for kind in (BeginEntry, StartEntry, CellEntry, EndEntry)}  # type: Dict[str, Type[Entry]]
 
 
-def follow_run(request: "Json", channel: Channel) -> "Json":
-    """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
-    identity = request["id"]
-    for job in job_records():
-        if job["id"] == identity:
-            identity = wait_for_job(job, channel).get("id")
-    known = [record for record in run_records() if record["id"] == identity]
-    if not known:
-        what = "no run of yours has this id: " + request["id"]
-        raise Trouble(1, what, "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400), "list shows the ids")
-    record = known[0]
-    offsets = dict(request["offsets"])
-    state = {}  # type: Json
-    pause_s = POLL_S
-    while not channel.is_closed:
-        state = describe_run(record)  # before the look at its files: what it wrote last is seen
-        sent = [send_part(record, name, offsets, channel) for name in offsets]
-        if any(sent):
-            pause_s = POLL_S
-        elif state["state"] not in ("starting", "running"):
-            break
-        else:
-            channel.keep_alive()
-            time.sleep(pause_s)
-            pause_s = min(FOLLOW_MAX_S, 1.5 * pause_s)
-    return state
+# -- runs on the host -------------------------------------------------------------------------------------------------
 
 
-def send_part(record: "Json", name: str, offsets: "Dict[str, int]", channel: Channel) -> int:
-    """Send the next bytes of one file of a run, and return how many."""
-    import binascii
-    import zlib
+class RunKind(Kind):
+    """Executions of notebooks."""
 
-    try:
-        with open(os.path.join(record["directory"], name), "rb") as stream:
-            stream.seek(offsets[name])
-            part = stream.read(PART_BYTES)
-    except OSError:
-        return 0
-    if part:
-        channel.send("part", file=name, data=binascii.b2a_base64(zlib.compress(part)).decode("ascii"))
-        offsets[name] += len(part)
-    return len(part)
+    name = "run"
+    prefix = "r"
+    record = RunRecord
+
+    def running(self) -> "List[RunRecord]":
+        """Return the records of the runs that have not ended, here or in a job of ours.
+
+        One that wrote down its outcome has ended, though its process may take a moment more.
+        """
+        going = [record for record in self.records() if place_of(record).is_running()]
+        return [record for record in going if self.describe(record).state in GOING_ON]
+
+    def describe(self, record: RunRecord) -> RunView:
+        """Say how a run does."""
+        names = ("id", "pid", "node", "name", "root_dir")
+        view = RunView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
+        place = place_of(record)
+        has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
+        state = read_record(RunState, os.path.join(record.directory, "state.json"))
+        view.state = "running" if state else "starting"
+        if state:
+            view.cell, view.count, view.error = state.cell, state.count, state.error
+        if state and state.outcome:
+            view.state = state.outcome
+        elif has_ended:
+            view.state = "killed"
+            view.error = place.why_ended("received signal") or why_nothing(record)
+        with contextlib.suppress(OSError):
+            view.size = os.stat(os.path.join(record.directory, "journal")).st_size
+        return view
+
+    def end(self, record: RunRecord) -> None:
+        """End a run: interrupt its cell, so that what it has is kept; then its place ends it. No kernel outlives it."""
+        import signal
+
+        mark(record, "stop")  # on another node, the agent in its job sees that
+        children = children_of(record)
+        for pid, _ in children:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGINT)
+        until(lambda: self.describe(record).state not in GOING_ON, STOP_TIMEOUT_S)
+        place_of(record).end(children, polite_s=STOP_TIMEOUT_S)
 
 
-def describe_run(record: "Json") -> "Json":
-    """Say how a run does: its state in a word, where it stands, the size of its journal in bytes, and its age."""
-    found = {name: record[name] for name in ("id", "pid", "node", "name", "root_dir")}
-    found.update(cell=0, count=0, error="", age_s=age_of(record))
-    has_ended = (is_here(record) or job_of(record)) and not is_running(record)
-    state = read_json(os.path.join(record["directory"], "state.json"))
-    found.update({name: value for name, value in state.items() if name in ("cell", "count", "error")})
-    found["state"] = state.get("outcome") or ("killed" if has_ended else "running" if state else "starting")
-    if found["state"] == "killed":
-        job = job_of(record)
-        found["error"] = why_job_ended(job_state(job)) if job else why_nothing(record["directory"])
-    try:
-        found["size"] = os.stat(os.path.join(record["directory"], "journal")).st_size
-    except OSError:
-        found["size"] = 0
-    return found
+KINDS["run"] = RunKind()
 
 
-def why_nothing(directory: str) -> str:
+def why_nothing(record: RunRecord) -> str:
     """Return why a run ended without a word: an error of its own that ends its log, a full disk, or a signal."""
     import re
     import shutil
 
-    last_line = end_of_log(os.path.join(directory, "log"), 1)
+    last_line = end_of_log(log_of(record), 1)
     if re.match(r"\w+(Error|Exception)\b", last_line):
         return last_line
-    is_full = shutil.disk_usage(directory).free < PART_BYTES
-    return "the disk is full" if is_full else "it was killed, by hand or for want of memory"
+    is_full = shutil.disk_usage(record.directory).free < PART_BYTES
+    return "the disk is full" if is_full else place_of(record).why_in_doubt()
 
 
-def stop_run(record: "Json") -> None:
-    """End a run: interrupt its cell, so that what it has is kept; then TERM, then KILL. No kernel outlives it."""
-    import signal
+def start_run(request: Request, channel: Channel) -> StartReply:
+    """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
+    root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
+    request = request.but(path=portable(root_dir))
+    if request.file:
+        place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
+        text = request.notebook or read_notebook(place)
+        request = request.but(file=portable(place), key="host:" + portable(os.path.realpath(place)), notebook=text)
+    jobs = [kind for kind in KINDS.values() if kind.takes(request)]
+    with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
+        if not request.overlaps:
+            same = [record for record in KINDS["run"].running() if record.key == request.key]  # type: List[Kept]
+            same += [record for kind in KINDS.values() for record in kind.waiting(request)]
+            if same:
+                return StartReply(id=same[0].id, pid=same[0].pid, age_s=same[0].age_s())
+        forget_ended(KINDS["run"], KINDS["run"].running())
+        if not jobs:
+            record, _ = launch(request, root_dir, channel, launch_run)
+            return StartReply(id=record.id, pid=record.pid, is_started=True)
+        job = jobs[0].start(request, channel)
+    reply = StartReply.read(jobs[0].reply(job, channel))
+    reply.is_started = True
+    return reply
 
-    write_private(os.path.join(record["directory"], "stop"), "")
-    if not is_here(record):  # the agent in its job sees the file
-        wait_for_outcome(record)
-        cancel_job(job_of(record))
-    kernels = kernels_of(record)
-    for pid, _ in kernels:
-        with contextlib.suppress(OSError):
-            os.killpg(pid, signal.SIGINT)
-    wait_for_end(record, STOP_TIMEOUT_S)
-    end_process(record, kernels)
+
+def read_notebook(path: str) -> str:
+    """Return the text of a notebook on this host; raises Failure when there is none."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure("cannot read %s on the host" % portable(path), str(error))
 
 
-def wait_for_outcome(record: "Json") -> None:
-    """Wait until a run on another node has written down how it ended."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while describe_run(record)["state"] in ("starting", "running") and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[RunRecord]":
+    """Start a run in one environment and return its record; None where that has no nbclient."""
+    import shutil
+
+    python = interpreter_of(found)
+    if not python:
+        return None
+    directory = new_dir(KINDS["run"])
+    program = leave_agent(directory, "run_main", request)
+    environment = lasting_environment(found.environment, False)
+    log = os.path.join(directory, "log")
+    process = start_detached([python, program], environment, root_dir, log, bool(request.job))
+    record = RunRecord(
+        created=time.time(),
+        node=os.uname().nodename,
+        pid=process.pid,
+        identity=process_identity(process.pid),
+        root_dir=portable(root_dir),
+        job=request.job,
+        request=request.but(nonce="", notebook="", parameters=[], app=found.app),
+        name=request.name,
+        key=request.key,
+    )
+    write_down(record, directory)
+    journal = os.path.join(directory, "journal")
+    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
+    if process.poll() == CANNOT_RUN:
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
+    return record
 
 
-class Stopped(Exception):
+def follow_run(request: Request, channel: Channel) -> RunView:
+    """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
+    identity = request.id
+    for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
+        if record.kind == "job":
+            identity = StartReply.read(KINDS["job"].reply(record, channel)).id
+    known = [record for record in KINDS["run"].records() if record.id == identity]
+    if not known:
+        why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
+        raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
+    files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
+
+    def look() -> "Any":
+        view = KINDS["run"].describe(known[0])  # before the look at its files: what it wrote last is seen
+        if sum(send_part(name, file, channel) for name, file in files.items()):
+            return "more"
+        return view if view.state not in GOING_ON or channel.is_closed else None  # type: ignore[attr-defined]
+
+    found = "more"  # type: Any
+    while found == "more":  # the pauses begin anew with each part
+        found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+    return found  # type: ignore[no-any-return]
+
+
+def send_part(name: str, file: Growing, channel: Channel) -> int:
+    """Send the next bytes of one file of a run, and return how many."""
+    import binascii
+    import zlib
+
+    part = file.part()
+    if part:
+        channel.send(Part(file=name, data=binascii.b2a_base64(zlib.compress(part)).decode("ascii")))
+    return len(part)
+
+
+REQUESTS["start_run"] = HostAction(start_run, StartReply)
+REQUESTS["follow_run"] = HostAction(follow_run, RunView)
+
+
+# -- a run itself, under the Python of Jupyter's environment ----------------------------------------------------------
+
+
+class StopAsked(Exception):
     """The run was told to stop, between two cells."""
 
 
 class Run:
-    """The execution of one notebook, under the Python of Jupyter's environment; its journal tells what happened.
-
-    The journal is a line of JSON for each event: "begin" with the notebook, "start" and "cell" for each cell that is
-    executed, "end" with the notebook's metadata. Cells are written as in a file, so they need no Jupyter to be read.
-    """
+    """The execution of one notebook; its journal tells what happened."""
 
     def __init__(self, directory: str, nbformat: "Any") -> None:
         self.directory = directory
         self.nbformat = nbformat
-        with open(os.path.join(directory, "request.json")) as stream:
-            self.request = json.load(stream)  # type: Json
-        timeout_s = self.request["timeout_s"]
+        self.request = left_request(directory)
+        timeout_s = self.request.timeout_s
         self.deadline = time.monotonic() + timeout_s if timeout_s else None  # type: Optional[float]
-        self.state = {"outcome": "", "cell": 0, "count": 0, "error": ""}  # type: Json
-        self.notebook = nbformat.reads(self.request["notebook"], as_version=4)
+        self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.kernel, self.missing = self._choose_kernel()
         self._inject_parameters()
         code = [index for index, cell in enumerate(self.notebook.cells) if self._has_code(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
-        self.state["count"] = len(code)
+        self.state = RunState(count=len(code))
         self._written = {}  # type: Dict[int, str]
         self._began = 0.0
         descriptor = os.open(os.path.join(directory, "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -3388,11 +4764,11 @@ class Run:
         from jupyter_client.kernelspec import KernelSpecManager
 
         spec = self.notebook.metadata.get("kernelspec", {})
-        wanted = self.request["kernel"] or spec.get("name") or "python3"
+        wanted = self.request.kernel or spec.get("name") or "python3"
         if wanted in KernelSpecManager().find_kernel_specs():
             return wanted, ""
         language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
-        if language.lower() != "python" and not self.request["kernel"]:
+        if language.lower() != "python" and not self.request.kernel:
             raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
         return "python3", wanted
 
@@ -3401,9 +4777,9 @@ class Run:
 
         As papermill does it (papermill.readthedocs.io, "Parameterize"); without such a cell, at the top.
         """
-        if not self.request["parameters"]:
+        if not self.request.parameters:
             return
-        lines = ["%s = %s" % (name, python_literal(value)) for name, value in self.request["parameters"]]
+        lines = ["%s = %s" % (name, python_literal(value)) for name, value in self.request.parameters]
         cell = self.nbformat.v4.new_code_cell(
             "\n".join(["# Parameters"] + lines), metadata={"tags": ["injected-parameters"]}
         )
@@ -3426,34 +4802,34 @@ class Run:
         parts = {"metadata": self.notebook.metadata, "nbformat": 4, "nbformat_minor": self.notebook.nbformat_minor}
         return dict(json.loads(self.nbformat.v4.writes(self.nbformat.from_dict(dict(parts, cells=cells)))))
 
-    def tell(self, kind: str, **facts: "Any") -> None:
+    def tell(self, entry: Entry) -> None:
         """Write a line of the journal. A new one appears with its first line in it."""
         path = os.path.join(self.directory, "journal")
-        line = json.dumps(dict(facts, kind=kind)) + "\n"
+        line = json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n"
         if not os.path.exists(path):
-            write_private(path, line)
+            write_whole(path, line)
         else:
             with open(path, "a") as journal:
                 journal.write(line)
 
     def keep_state(self, **facts: "Any") -> None:
-        """Write down where the run stands, for who asks in passing."""
-        self.state.update(facts)
-        write_private(os.path.join(self.directory, "state.json"), json.dumps(self.state))
+        """Write down where the run stands, for whoever asks in passing."""
+        self.state = self.state.but(**facts)
+        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
         self.keep_state()
-        self.tell("begin", notebook=self.as_in_file(self.notebook.cells), kernel=self.kernel, missing=self.missing)
+        self.tell(BeginEntry(notebook=self.as_in_file(self.notebook.cells), kernel=self.kernel, missing=self.missing))
 
     def before_cell(self, index: int, engine: "Any") -> None:
         """Called before each cell: write it down, and give the engine the time that is left."""
         if os.path.exists(os.path.join(self.directory, "stop")):
-            raise Stopped()
+            raise StopAsked()
         self._began = time.monotonic()
         if index in self.numbers:
             self.keep_state(cell=self.numbers[index])
-            self.tell("start", cell=self.numbers[index], count=self.state["count"])
+            self.tell(StartEntry(cell=self.numbers[index], count=self.state.count))
         if self.deadline is not None:
             engine.timeout = max(1, int(self.deadline - time.monotonic() + 0.999))
 
@@ -3461,18 +4837,17 @@ class Run:
         """Called after each cell, however it ended: its result is in the journal before the next one begins."""
         if index in self.numbers:
             seconds = time.monotonic() - self._began
-            facts = {"cell": self.numbers[index], "count": self.state["count"]}
-            self._write_cell(index, seconds=seconds, is_done=is_done, **facts)
+            self._write_cell(index, cell=self.numbers[index], count=self.state.count, seconds=seconds, is_done=is_done)
 
     def _write_cell(self, index: int, **facts: "Any") -> None:
         content = self.as_in_file([self.notebook.cells[index]])["cells"][0]
         written = json.dumps(content, sort_keys=True)
         if self._written.get(index) != written:
             self._written[index] = written
-            self.tell("cell", index=index, content=content, **facts)
+            self.tell(CellEntry(index=index, content=content, **facts))
 
     def print_stream(self, message: "Json") -> None:
-        """Keep what a cell prints while it runs, for who watches."""
+        """Keep what a cell prints while it runs, for whoever watches."""
         if message["msg_type"] == "stream":
             self._output.write(message["content"]["text"].encode("utf-8", "replace"))
 
@@ -3481,21 +4856,21 @@ class Run:
         for index in self.numbers:
             if index in self._written:
                 self._write_cell(index)
-        metadata = self.as_in_file([])["metadata"]
         error = error[:1000]
-        if self.request["place"]:
+        if self.request.is_in_place:
             self._write_in_place()
-        self.tell("end", metadata=metadata, outcome=outcome, error=error)
+        self.tell(EndEntry(metadata=self.as_in_file([])["metadata"], outcome=outcome, error=error))
         self.keep_state(outcome=outcome, error=error)
 
     def _write_in_place(self) -> None:
-        import shutil
+        place = native(self.request.file)
+        text = self.nbformat.writes(self.notebook)
+        write_whole(place, text + "\n", stat.S_IMODE(os.stat(place).st_mode), hidden_beside(place))
 
-        place = native(self.request["place"])
-        beside = os.path.join(os.path.dirname(place), ".%s.%d" % (os.path.basename(place), os.getpid()))
-        self.nbformat.write(self.notebook, beside)
-        shutil.copymode(place, beside)
-        os.replace(beside, place)
+
+def hidden_beside(path: str) -> str:
+    """Return where a notebook is made before it takes its place: Jupyter does not list it there."""
+    return os.path.join(os.path.dirname(path), ".%s.%d" % (os.path.basename(path), os.getpid()))
 
 
 def python_literal(value: "Any") -> str:
@@ -3515,16 +4890,20 @@ def run_main(directory: str) -> None:
     try:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
-        said = {"outcome": "invalid", "cell": 0, "count": 0, "error": str(error).strip().split("\n")[0]}
-        write_private(os.path.join(directory, "state.json"), json.dumps(said))
-        write_private(os.path.join(directory, "journal"), "")
+        state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
+        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
+        write_whole(os.path.join(directory, "journal"), "")
         return
     run.begin()
     run.end(*outcome_of(run, nbclient))
 
 
 def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
-    """Let nbclient execute a run's notebook; return how that ended, in a word, and the error's last line."""
+    """Let nbclient execute a run's notebook; return how that ended, in a word, and the error's last line.
+
+    nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
+    by the file that asked for it, because an interrupted cell looks like one that failed.
+    """
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     class Engine(nbclient.NotebookClient):  # type: ignore[misc]
@@ -3547,13 +4926,13 @@ def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
             run.print_stream(msg)
             return super().output(outs, msg, display_id, cell_index)
 
-    resources = {"metadata": {"path": native(run.request["directory"])}}
+    resources = {"metadata": {"path": native(run.request.path or "")}}
     engine = Engine(run.notebook, timeout=None, kernel_name=run.kernel, resources=resources)
     try:
         engine.execute()
         return "done", ""
     except Exception as error:
-        place = "in cell %(cell)d of %(count)d" % run.state
+        place = "in cell %d of %d" % (run.state.cell, run.state.count)
         if os.path.exists(os.path.join(run.directory, "stop")):
             return "stopped", place
         if isinstance(error, CellTimeoutError):
@@ -3569,6 +4948,8 @@ def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
 
 
 # agent ends
+
+# -- here -------------------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -3658,7 +5039,15 @@ def parse_parameter(text: str) -> Tuple[str, Any]:
 class Execution:
     """A run on the host, followed from here: what its journal tells is shown, and makes the result."""
 
-    def __init__(self, identity: str, name: str, output: Optional[str], agent: Agent, messages: Messages) -> None:
+    def __init__(
+        self,
+        identity: str,
+        name: str,
+        output: Optional[str],
+        agent: Agent,
+        messages: Messages,
+        handlers: Dict[str, Handler],
+    ) -> None:
         self.id = identity
         self.name = name
         self.output = output  # None: beside us, under a name that follows from the notebook's
@@ -3666,109 +5055,119 @@ class Execution:
         self.messages = messages
         self.notebook: Json = {}
         self.seconds = 0.0
-        self.queue = Queue(agent, messages)
         names = ["output", "journal"] if messages.verbose else ["journal"]
         self._offsets = dict.fromkeys(names, 0)
-        self._rest = {name: bytearray() for name in names}
-
-    def follow(self, redials: bool) -> None:
-        """Follow the run to its end, and write its result; a lost connection is dialled again when it `redials`.
-
-        Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
-        """
-        while True:
-            try:
-                doing = "Executing " + self.name if self.messages.has_spinner else ""
-                offsets = self._offsets
-                reply = self.agent.ask("follow_run", doing, take=self._take, id=self.id, offsets=offsets)
-                break
-            except Failure as failure:
-                if failure.status not in (EXIT_SSH, EXIT_TIMEOUT) or not redials:
-                    raise
-                why = failure.why.splitlines()[-1] if failure.why else failure.what
-                self.agent.ssh.reconnect(why, self._is_there)
-        self._finish(reply)
-
-    def _is_there(self) -> bool:
-        self.agent.ask("describe_end", "", CHECK_TIMEOUT_S, id=self.id)
-        return True
-
-    def _take(self, message: Json, show: Callable[[str], None]) -> None:
-        """Take a part of a file of the run; each line that it completes is an event, or what a cell printed."""
-        import binascii
-        import zlib
-
-        self.queue.take(message, show)
-        if message.get("kind") != "part" or message.get("file") not in self._offsets:
-            return
-        name = str(message["file"])
-        part = zlib.decompress(binascii.a2b_base64(str(message["data"])))
-        self._offsets[name] += len(part)
-        *lines, rest = part.split(b"\n")
-        for line in lines:
-            whole = bytes(self._rest[name] + line)
-            self._rest[name] = bytearray()
-            if name == "output":
-                self.messages.detail(whole.decode("utf-8", "replace").rpartition("\r")[2])
-            else:
-                self._take_event(json.loads(whole.decode("utf-8")), show)
-        self._rest[name] += rest
-
-    def _take_event(self, event: Json, show: Callable[[str], None]) -> None:
-        kind, number, count = event.get("kind"), event.get("cell"), event.get("count")
-        if kind == "begin":
-            self.notebook = dict(event["notebook"])
-            if event["missing"]:
-                text = "There is no kernel %s on %s; taking %s." % (event["missing"], self.host, event["kernel"])
-                self.messages.note(text)
-        elif kind == "start":
-            show("cell %s/%s" % (number, count))
-        elif kind == "cell":
-            self.notebook["cells"][int(event["index"])] = event["content"]
-            if number is not None:
-                self._say_cell(number, count, float(event["seconds"]), event["is_done"] is True)
-        elif kind == "end":
-            self.notebook["metadata"] = event["metadata"]
-
-    def _say_cell(self, number: Any, count: Any, seconds: float, is_done: bool) -> None:
-        self.seconds += seconds
-        if self.messages.as_json:
-            facts = {"id": self.id, "cell": number, "count": count, "seconds": seconds, "is_done": is_done}
-            self.messages.result("", "cell", **facts)
-        elif is_done and not self.messages.has_spinner:
-            self.messages.note("Cell %s/%s done (%.1f s)." % (number, count, seconds))
+        self._rest = dict.fromkeys(names, b"")
+        self._handlers = dict(handlers, part=self._take_part)
+        self._take_entry: Dict[str, Handler] = {
+            "begin": self._begin,
+            "start": lambda entry, show: show("cell %d/%d" % (entry.cell, entry.count)),
+            "cell": self._take_cell,
+            "end": self._end,
+        }
 
     @property
     def host(self) -> str:
         """The destination, as the user calls it."""
         return self.agent.ssh.destination
 
-    def _finish(self, reply: Json) -> None:
+    def follow(self, redials: bool) -> None:
+        """Follow the run to its end, and write its result; a lost connection is dialled again when it `redials`.
+
+        Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
+        """
+        doing = "Executing " + self.name if self.messages.has_spinner else ""
+        while True:
+            try:
+                request = Request(action="follow_run", id=self.id, offsets=self._offsets)
+                view = self.agent.ask(request, RunView, doing, handlers=self._handlers)
+                break
+            except Failure as failure:
+                if failure.status not in (EXIT_SSH, EXIT_TIMEOUT) or not redials:
+                    raise
+                self.agent.ssh.reconnect(failure.last_line(), self._is_there)
+        self._finish(view)
+
+    def _is_there(self) -> bool:
+        self.agent.ask(Request(action="describe_end", id=self.id), EndReply, silence_s=CHECK_TIMEOUT_S)
+        return True
+
+    # -- the journal --------------------------------------------------------------------------------------------------
+
+    def _take_part(self, message: Part, show: Show) -> None:
+        """Take a part of a file of the run; each line that it completes is an entry, or what a cell printed."""
+        import binascii
+        import zlib
+
+        if message.file not in self._offsets:
+            return
+        try:
+            unpacking = zlib.decompressobj()
+            part = unpacking.decompress(binascii.a2b_base64(message.data), PART_BYTES)
+        except zlib.error as error:
+            raise Wrong(str(error)) from None
+        self._offsets[message.file] += len(part)
+        *lines, rest = (self._rest[message.file] + part).split(b"\n")
+        self._rest[message.file] = rest
+        for line in lines:
+            if message.file == "output":
+                self.messages.detail(line.decode("utf-8", "replace").rpartition("\r")[2])
+            else:
+                self._take_line(line, show)
+
+    def _take_line(self, line: bytes, show: Show) -> None:
+        facts = json.loads(line.decode("utf-8"))
+        kind = facts.get("kind") if isinstance(facts, dict) else None
+        if isinstance(kind, str) and kind in ENTRIES:
+            self._take_entry[kind](ENTRIES[kind].read(facts), show)
+
+    def _begin(self, entry: BeginEntry, show: Show) -> None:
+        self.notebook = entry.notebook
+        if entry.missing:
+            text = "There is no kernel %s on %s; taking %s." % (entry.missing, self.host, entry.kernel)
+            self.messages.note(text)
+
+    def _take_cell(self, entry: CellEntry, show: Show) -> None:
+        cells = self.notebook.get("cells", [])
+        if not 0 <= entry.index < len(cells):
+            raise Wrong("wrong in it: index")
+        cells[entry.index] = entry.content
+        if entry.cell is None:
+            return
+        self.seconds += entry.seconds
+        facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
+        self.messages.event("cell", id=self.id, **facts)
+        if entry.is_done and not self.messages.has_spinner and not self.messages.as_json:
+            self.messages.note("Cell %d/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
+
+    def _end(self, entry: EndEntry, show: Show) -> None:
+        self.notebook["metadata"] = entry.metadata
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, view: RunView) -> None:
         """Write the result, say where it is, and raise the Failure that the end of the run stands for."""
-        outcome = str(reply.get("state"))
         path = self.output
         if path is None:
-            name = str(reply.get("name"))
-            if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name):
-                raise Failure("the host's reply makes no sense", "a notebook cannot be called %r" % name, "-o FILE")
-            self.name, path = name, executed_name(name)
+            if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
+                raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
+            self.name, path = view.name, executed_name(view.name)
         if self.notebook and path:
             write_result(path, self.notebook)
-        facts = {"id": self.id, "outcome": outcome, "cells": reply.get("cell"), "seconds": self.seconds}
-        if outcome == "done":
-            text = "Executed %s: %s cells in %.1f s." % (self.name, reply.get("count"), self.seconds)
+        facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
+        if view.state == "done":
+            text = "Executed %s: %d cells in %.1f s." % (self.name, view.count, self.seconds)
             self.messages.step(text, "executed", path=path, **facts)
-        elif self.messages.as_json:
-            self.messages.result("", "executed", path=path, **facts)
+        else:
+            self.messages.event("executed", path=path, **facts)
         if path and self.notebook and not self.messages.as_json:
-            self.messages.result(path, "result")
-        failure = self._failure(outcome, reply, path)
-        if failure:
-            raise failure
+            self.messages.line(path)
+        if view.state != "done":
+            raise self._failure(view, path)
 
-    def _failure(self, outcome: str, reply: Json, path: str) -> Optional[Failure]:
-        cell = "cell %s of %s" % (reply.get("cell"), reply.get("count"))
-        why = str(reply.get("error"))
+    def _failure(self, view: RunView, path: str) -> Failure:
+        cell = "cell %d of %d" % (view.cell, view.count)
+        why = view.error
         if self.notebook:
             why += "\nthe result so far is in %s" % (path or "the notebook there")
         ends = {
@@ -3778,31 +5177,29 @@ class Execution:
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
             "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
         }
-        if outcome == "done":
-            return None
-        what, status = ends.get(outcome, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
+        what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         return Failure(what, why, "", status)
 
 
 def write_result(path: str, notebook: Json) -> None:
     """Write a notebook in one piece, in the form that Jupyter gives it; raises Failure when it cannot be written."""
-    beside = os.path.join(os.path.dirname(path), ".%s.%d" % (os.path.basename(path), os.getpid()))
+    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     try:
-        try:
-            with open(beside, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-            if os.path.exists(path):
-                os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
-            os.replace(beside, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
+        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~own_umask()
+        write_whole(path, text, mode, hidden_beside(path))
     except (OSError, UnicodeEncodeError) as error:
         raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
 
 
+def own_umask() -> int:
+    """Return the umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# scheduler
+# schedulers (an annex: the core is whole without it)
 #
 # A host that is a login node: Jupyter, or a notebook, runs in a job that the cluster's own scheduler starts on another
 # node. The job runs the agent there, as ssh would, with the same request; it answers into a file of the shared home,
@@ -3810,51 +5207,62 @@ def write_result(path: str, notebook: Json) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
-# By the command that submits: how its output names the job, what asks for the user's jobs and how to read a row of
-# that, which states mean that a job waits or runs (any other, and no row: it has ended), and what cancels one. "plain",
-# where states are letters or digits: the states of a job that just waits, with nothing more to say. "none": what a
-# query that fails says for want of jobs.
+
+class Scheduler(Record):
+    """A scheduler, by the command that submits; all but `query` and `cancel` are regular expressions."""
+
+    id: str  # how the output of the submission names the job
+    query: "List[str]"  # asks for the user's jobs
+    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left
+    waits: str  # the states of a job that waits
+    runs: str  # of one that runs; any other, and no row at all: it has ended
+    cancel: "List[str]"
+    plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
+    none: str = ""  # what a query that fails says for want of jobs
+
+
 SCHEDULERS = {
-    "sbatch": {
-        "id": r"(\d+)",
-        "query": ["squeue", "--noheader", "--user={user}", "--states=all", "--format=%i|%T|%r|%S|%N|%L"],
-        "row": r"(?m)^(?P<id>\d+)\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)\|(?P<left>.*)$",
-        "waits": r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
-        "runs": r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
-        "cancel": ["scancel", "{id}"],
-    },
+    "sbatch": Scheduler(
+        id=r"(\d+)",
+        query=["squeue", "--noheader", "--user={user}", "--states=all", "--format=%i|%T|%r|%S|%N|%L"],
+        row=r"(?m)^(?P<id>\d+)\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)\|(?P<left>.*)$",
+        waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
+        runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
+        cancel=["scancel", "{id}"],
+    ),
     # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
     # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
-    "qsub": {
-        "id": r"(?m)^(?:Your job )?(\d+)\b",
-        "query": ["qstat"],
-        "row": r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
-        "plain": r"Q|qw",
-        "waits": r"[QHWT]|\w*[qw]\w*",
-        "runs": r"[ERSU]|[dhR]*[rstST]+",
-        "cancel": ["qdel", "{id}"],
-    },
-    "bsub": {
-        "id": r"Job <(\d+)>",
-        "query": ["bjobs", "-w"],
-        "none": r"No unfinished job found",
-        "row": r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
-        "plain": r"PEND",
-        "waits": r"PEND|PSUSP|WAIT",
-        "runs": r"RUN|PROV|USUSP|SSUSP|UNKWN",
-        "cancel": ["bkill", "{id}"],
-    },
+    "qsub": Scheduler(
+        id=r"(?m)^(?:Your job )?(\d+)\b",
+        query=["qstat"],
+        row=r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
+        plain=r"Q|qw",
+        waits=r"[QHWT]|\w*[qw]\w*",
+        runs=r"[ERSU]|[dhR]*[rstST]+",
+        cancel=["qdel", "{id}"],
+    ),
+    "bsub": Scheduler(
+        id=r"Job <(\d+)>",
+        query=["bjobs", "-w"],
+        none=r"No unfinished job found",
+        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
+        plain=r"PEND",
+        waits=r"PEND|PSUSP|WAIT",
+        runs=r"RUN|PROV|USUSP|SSUSP|UNKWN",
+        cancel=["bkill", "{id}"],
+    ),
     # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
-    "condor_submit": {
-        "id": r"cluster (\d+)",
-        "query": ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
-        "row": r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*\S))",
-        "plain": r"1",
-        "waits": r"[15]",
-        "runs": r"[267]",
-        "cancel": ["condor_rm", "{id}"],
-    },
-}  # type: Dict[str, Any]
+    "condor_submit": Scheduler(
+        id=r"cluster (\d+)",
+        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
+        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*\S))",
+        plain=r"1",
+        waits=r"[15]",
+        runs=r"[267]",
+        cancel=["condor_rm", "{id}"],
+    ),
+}
+ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
 JOB_ENDS = {
     "TIMEOUT": "its time was up",
     "DEADLINE": "its deadline passed",
@@ -3865,10 +5273,6 @@ JOB_ENDS = {
     "PREEMPTED": "another job took its place",
     "FAILED": "it failed",
 }
-# What a request must be, to come back to a job that waits; and what it must be where it names that at all.
-JOB_EXACT = ("action", "path", "key")
-JOB_NAMED = ("app", "python", "env", "init", "socket", "via_node")
-JOB_TYPES = {"job": str, "command": str, "node": str, "created": float, "asked": dict}
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
 QUERY_TIMEOUT_S = 20
@@ -3876,144 +5280,249 @@ SUBMIT_TIMEOUT_S = 40  # longer, because a job that was taken after all would be
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 
 
-def submit_job(request: "Json", channel: Channel) -> "Json":
-    """Submit a job in which our agent does what `request` asks for; return its record. Raises Trouble if not taken."""
+# -- jobs as things that are kept -------------------------------------------------------------------------------------
+
+
+class JobKind(Kind):
+    """Jobs that we submitted, each of which is to start a server or a run."""
+
+    name = "job"
+    prefix = "j"
+    record = JobRecord
+
+    def running(self) -> "List[JobRecord]":
+        """Return the records of the jobs that wait or run."""
+        return [record for record in self.records() if job_state(record).is_live]
+
+    def listed(self) -> "List[JobRecord]":
+        """Return those that `list` shows: what an ended one started says itself how it ended."""
+        return self.running()
+
+    def describe(self, record: JobRecord) -> JobView:
+        """Say how a job does."""
+        return JobView(
+            id=record.id,
+            job=record.number,
+            command=record.command,
+            action=record.request.action,
+            path=record.request.path,
+            age_s=record.age_s(),
+            **job_state(record).facts(),
+        )
+
+    def end(self, record: JobRecord) -> None:
+        """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
+
+        Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
+        """
+        known = record.command in SCHEDULERS
+        argv = SCHEDULERS[record.command].cancel if known else ["false"]
+        status, said, why = run_command([word.replace("{id}", record.number) for word in argv], QUERY_TIMEOUT_S)
+        until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
+        if status and job_state(record).is_live:
+            why = (said + why).strip() or "%s is not known here" % record.command
+            raise Failure("job %s was not cancelled" % record.number, why)
+        mark(record, "cancelled")
+
+    def takes(self, request: Request) -> bool:
+        """True when a job is asked for."""
+        return bool(request.submit) and not request.job
+
+    def start(self, request: Request, channel: Channel) -> JobRecord:
+        """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
+        forget_ended(self, self.running())
+        return submit(request, new_dir(self))
+
+    def waiting(self, request: Request) -> "List[Kept]":
+        """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
+        found = []  # type: List[Kept]
+        for job in self.running():
+            asked = job.request
+            exact = (asked.action, asked.path, asked.key) == (request.action, request.path, request.key)
+            if exact and request.allows(asked) and asked.via_node >= request.via_node and not reply_of(job):
+                found.append(job)
+        return found
+
+    def reply(self, record: JobRecord, channel: Channel) -> "Json":
+        """Wait for the reply of the agent in a job, as long as its queue takes."""
+        return wait_for_job(record, channel)
+
+    def hint(self) -> str:
+        """Return the command of a scheduler that is on PATH here; empty for none."""
+        import shutil
+
+        return next((command for command in SCHEDULERS if shutil.which(command)), "")
+
+
+KINDS["job"] = JobKind()
+
+
+class InJob(Elsewhere):
+    """In a job of ours, on this node or another: its scheduler tells of its end, and ends it."""
+
+    def __init__(self, record: Kept) -> None:
+        super().__init__(record)
+        self.job = job_of(record)
+        self.is_here = Here.holds(record)
+        self.is_known = True
+        self.settle_s = 0.0 if self.is_here else SETTLE_S
+
+    @classmethod
+    def holds(cls, record: Kept) -> bool:
+        """True when we know the job that the record names."""
+        return bool(record.job) and job_of(record) is not None
+
+    def is_running(self) -> bool:
+        """True when its process runs on this node, or its job does elsewhere."""
+        return Here(self.record).is_running() if self.is_here else self._state().is_live
+
+    def why_ended(self, log: str) -> str:
+        """Return why the job ended, when the scheduler says so, or a signal came from outside."""
+        if self._state().word in JOB_ENDS or "received signal" in log:
+            return self.why_in_doubt()
+        return Here(self.record).why_ended(log) if self.is_here else ""
+
+    def why_in_doubt(self) -> str:
+        """Return why the job ended, as far as the scheduler says."""
+        return why_job_ended(self._state())
+
+    def left_s(self) -> float:
+        """Return how much time the job has left."""
+        return self._state().left_s or 0.0
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """End the process on this node; the job elsewhere."""
+        if self.is_here:
+            Here(self.record).end(children, polite_s)
+        else:
+            KINDS["job"].end(self.job)
+
+    def _state(self) -> JobState:
+        assert self.job is not None
+        return job_state(self.job)
+
+
+PLACES.insert(0, InJob)
+
+
+def job_of(record: Kept) -> "Optional[JobRecord]":
+    """Return the record of the job in which a server or a run is; None when it is in none that we know."""
+    for directory in kept_dirs(KINDS["job"].directory) if record.job else []:
+        if os.path.basename(directory) == record.job:
+            job = read_record(JobRecord, os.path.join(directory, "job.json"))
+            if job:
+                job.id, job.directory = record.job, directory
+            return job
+    return None
+
+
+# -- a job's life -----------------------------------------------------------------------------------------------------
+
+
+def submit(request: Request, directory: str) -> JobRecord:
+    """Submit a job in a directory of its own; return its record."""
     import re
     import shlex
 
-    forget_ended("jobs", live_jobs())
-    directory = new_dir("jobs", "j")
-    details = dict(
-        request,
-        scheduler={},
-        submit=request["scheduler"]["submit"],
-        job=os.path.basename(directory),
-        shell=os.environ.get("SHELL", ""),
-        is_new=True,
-        overlaps=True,
-    )
-    program, script = leave_agent(directory, "job_main", details), os.path.join(directory, "job.sh")
+    inner = request.but(job=os.path.basename(directory), shell=os.environ.get("SHELL", ""), is_new=True, overlaps=True)
+    program, script = leave_agent(directory, "job_main", inner), os.path.join(directory, "job.sh")
     words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
     redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
-    write_private(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words))
-    os.chmod(script, 0o700)
-    argv = [native(word).replace("{script}", script) for word in request["scheduler"]["submit"]]
+    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
+    argv = [native(word).replace("{script}", script) for word in request.submit]
     status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
     command = os.path.basename(argv[0])
-    number = re.search(SCHEDULERS.get(command, {}).get("id", r"(\d\S*)"), said)
+    number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
     if status or not number:
         why = why.strip() or said.strip() or "status %d" % status
-        raise Trouble(1, "%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
-    record = {
-        "job": number.group(1),
-        "command": command,
-        "node": os.uname().nodename,
-        "created": time.time(),
-        "asked": dict({name: request.get(name) for name in JOB_EXACT + JOB_NAMED}, **request["scheduler"]),
-    }
-    write_private(record_path(directory), json.dumps(record))
-    return next(job for job in job_records() if job["directory"] == directory)
+        raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
+    record = JobRecord(
+        created=time.time(),
+        node=os.uname().nodename,
+        number=number.group(1),
+        command=command,
+        request=request.but(nonce="", notebook="", parameters=[]),
+    )
+    return write_down(record, directory)
 
 
-def job_records() -> "List[Json]":
-    """Return the records of the jobs that we submitted, newest first."""
-    return kept_records("jobs", JOB_TYPES)
+def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
+    """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
-
-def live_jobs() -> "List[Json]":
-    """Return the records of the jobs that wait or run."""
-    return [record for record in job_records() if job_state(record)["is_live"]]
-
-
-def waiting_jobs(request: "Json") -> "List[Json]":
-    """Return the jobs that have not begun and do what a request asks for, each thing as far as it is named there."""
-    named = {name: request[name] for name in JOB_NAMED if request.get(name)}
-    named.update({name: request.get(name) for name in JOB_EXACT}, **request.get("scheduler", {}))
-    jobs = [job for job in live_jobs() if all(job["asked"].get(name) == value for name, value in named.items())]
-    return [job for job in jobs if not reply_of(job)]
-
-
-def job_of(record: "Json") -> "Json":
-    """Return the record of the job in which a server or a run is; empty when it is in none."""
-    found = [job for job in (job_records() if record.get("job") else []) if job["id"] == record["job"]]
-    return found[0] if found else {}
-
-
-def job_state(record: "Json", max_age_s: float = QUERY_MIN_S) -> "Json":
-    """Say where a job stands: its scheduler's word for it, whether it waits or is live at all, the time it has left.
-
-    A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
+    Four know something, each better than those before it: the scheduler's answer, which may be some seconds old; for a
+    scheduler that we do not know, the file that the job writes at its end; our own word that we cancelled it; and the
+    job itself, which wrote down when it began.
     """
-    looked, output = query(record["command"], max_age_s) if record["command"] in SCHEDULERS else (0.0, "")
-    state = state_in(record, looked, output)
-    if record["command"] not in SCHEDULERS:
-        is_live = not os.path.exists(os.path.join(record["directory"], "ended"))
-        state.update(is_live=is_live, is_waiting=is_live, word="submitted" if is_live else "ended", reason="")
-    if state["is_live"] and os.path.exists(os.path.join(record["directory"], "cancelled")):
-        return dict(state, is_live=False, is_waiting=False, word="CANCELLED")
-    has_gap = state["is_live"] and (state["is_waiting"] or not state["node"])
-    begun = read_json(os.path.join(record["directory"], "begun.json")) if has_gap else {}
-    if begun:  # the job knows better than an answer that was kept, and more than most schedulers
-        left_s = begun["ends_at"] - time.time() if begun["ends_at"] else None
-        state.update(is_waiting=False, word="RUNNING", reason="", node=begun["node"], left_s=left_s)
+    if record.command in SCHEDULERS:
+        state = state_in(record, *query(record.command, max_age_s))
+    elif is_marked(record, "ended"):
+        state = JobState(is_live=False, is_waiting=False, word="ended")
+    else:
+        state = JobState()
+    if state.is_live and is_marked(record, "cancelled"):
+        return state.but(is_live=False, is_waiting=False, word="CANCELLED")
+    has_gap = state.is_live and (state.is_waiting or not state.node)
+    begun = read_record(JobBegun, os.path.join(record.directory, "begun.json")) if has_gap else None
+    if begun:
+        left_s = begun.ends_at - time.time() if begun.ends_at else None
+        return state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
     return state
 
 
-def state_in(record: "Json", looked: float, output: str) -> "Json":
-    """Return what an answer of a scheduler, given at `looked`, says of a job."""
+def state_in(record: JobRecord, looked: float, output: str) -> JobState:
+    """Return what an answer of a scheduler, given at `looked`, says of a job; 0 when it did not answer."""
     import re
 
-    state = {
-        "is_live": True,
-        "is_waiting": True,
-        "word": "submitted",
-        "reason": "",
-        "start": "",
-        "node": "",
-        "left_s": None,
-    }
     if not looked:
-        return dict(state, word="unknown", reason="the scheduler does not answer")
-    table = SCHEDULERS[record["command"]]
-    rows = [match.groupdict() for match in re.finditer(table["row"], output)]
-    found = [row for row in rows if row["id"] == record["job"]]
-    if not found and looked < record["created"] + 1:
-        return state  # the job is younger than the answer
+        return JobState(word="unknown", reason="the scheduler does not answer")
+    scheduler = SCHEDULERS[record.command]
+    rows = [match.groupdict("") for match in re.finditer(scheduler.row, output)]
+    found = [row for row in rows if row["id"] == record.number]
+    if not found and looked < record.created + 1:
+        return JobState()  # the job is younger than the answer
     if not found:
-        return dict(state, is_live=False, is_waiting=False, word="ended")
+        return JobState(is_live=False, is_waiting=False, word="ended")
     row = dict({"reason": "", "start": "", "node": "", "left": ""}, **found[-1])
-    waits, runs = (bool(re.match("(%s)\\Z" % table[name], row["state"])) for name in ("waits", "runs"))
-    state.update({name: row[name] or "" for name in ("reason", "start", "node")}, word=row["state"])
-    if "plain" in table and (waits or runs):
-        state["word"] = "PENDING" if waits else "RUNNING"
-        if waits and not state["reason"] and not re.fullmatch(table["plain"], row["state"]):
-            state["reason"] = row["state"]
-    return dict(state, is_live=waits or runs, is_waiting=waits, left_s=seconds_of(row["left"]) if runs else None)
+    word, reason = row["state"], row["reason"]
+    waits, runs = (bool(re.match("(%s)\\Z" % states, word)) for states in (scheduler.waits, scheduler.runs))
+    if scheduler.plain and (waits or runs):
+        if waits and not reason and not re.match("(%s)\\Z" % scheduler.plain, word):
+            reason = word
+        word = "PENDING" if waits else "RUNNING"
+    return JobState(
+        is_live=waits or runs,
+        is_waiting=waits,
+        word=word,
+        reason=reason,
+        start=row["start"],
+        node=row["node"],
+        left_s=seconds_of(row["left"]) if runs else None,
+    )
 
 
 def query(command: str, max_age_s: float) -> "Tuple[float, str]":
-    """Return what a scheduler says of the user's jobs, and when; its answer serves all of ours here for a while.
+    """Return when a scheduler was asked of the user's jobs, and what it said; one answer serves all of ours meanwhile.
 
     (0, "") when it does not answer.
     """
     path = os.path.join(private_dir(own_tmp_dir()), command + ".answer")
     with open(path + ".lock", "w") as lock:
-        while True:
-            kept = kept_answer(path, max(max_age_s, QUERY_MIN_S))
-            if kept is not None:
-                return kept
-            if has_lock(lock):
-                break
-            time.sleep(POLL_S)  # another one of ours asks
-        write_private(path, ask_scheduler(command))
+
+        def look() -> "Any":  # another one of ours may be asking
+            return kept_answer(path, max(max_age_s, QUERY_MIN_S)) or has_lock(lock)
+
+        found = until(look, float("inf"))
+        if isinstance(found, tuple):
+            return found
+        write_whole(path, ask_scheduler(command))
     return kept_answer(path, QUERY_MAX_S) or (0.0, "")
 
 
 def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     """Return an answer that was kept, and when it was given, unless it is too old."""
     try:
-        with open(path) as stream:
+        with open(path, encoding="utf-8") as stream:
             when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
     except OSError:
         return None
@@ -4026,9 +5535,9 @@ def ask_scheduler(command: str) -> str:
     import re
 
     user = pwd.getpwuid(os.getuid()).pw_name
-    argv = [word.replace("{user}", user) for word in SCHEDULERS[command]["query"]]
+    argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
     status, answer, said = run_command(argv, QUERY_TIMEOUT_S)
-    none = SCHEDULERS[command].get("none")
+    none = SCHEDULERS[command].none
     return "" if status and not (none and re.search(none, said)) else answer + "\n"
 
 
@@ -4043,118 +5552,122 @@ def seconds_of(text: str) -> "Optional[float]":
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
 
-def wait_for_job(job: "Json", channel: Channel) -> "Json":
+def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     """Wait until the agent in a job replies, as long as that takes, and return its reply; tell how the job stands.
 
-    Raises Trouble: what the agent there says, or that the job ended before it said anything.
+    What the agent in the job says is passed on. The state is looked at before what was said: of a job that has ended,
+    what was said then is all. Raises Failure: what the agent there says, or that the job ended before it said anything.
     """
-    offset = 0
-    max_age_s, pause_s = QUERY_MIN_S, POLL_S
-    told = {}  # type: Json
-    while not channel.is_closed:
-        state = job_state(job, max_age_s)  # before the look at what was said: of an ended job, that is all
-        messages, offset = new_messages(os.path.join(job["directory"], "said"), offset)
-        for message in messages:
-            kind = message.pop("kind")
-            if kind == "reply":
-                channel.send("queue", id=job["id"], job=job["job"], is_waiting=False, word="", reason="", start="")
-                return reply_in(message)
-            if kind == "progress":
-                channel.progress(message["text"])
-            elif kind != "hello":
-                channel.send(kind, **message)
-        if not state["is_live"]:
-            why = "%s\n%s" % (why_job_ended(state), end_of_log(os.path.join(job["directory"], "log")))
-            raise Trouble(4, "job %s ended before it had begun" % job["job"], why.strip())
-        if state != told:
-            told = state
-            facts = {name: state[name] for name in ("is_waiting", "word", "reason", "start")}
-            channel.send("queue", id=job["id"], job=job["job"], **facts)
-            pause_s = POLL_S
-        channel.keep_alive()
-        time.sleep(pause_s)
-        pause_s = min(FOLLOW_MAX_S, 1.1 * pause_s)
+    said = Growing(os.path.join(job.directory, "said"))
+    told = None  # type: Optional[QueueState]
+    max_age_s = QUERY_MIN_S
+
+    def look() -> "Optional[Json]":
+        nonlocal told, max_age_s
+        state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
-    return {}
+        for message in said_by(said):
+            if message.get("kind") == "reply":
+                channel.send(QueueState(id=job.id, job=job.number))
+                return message
+            pass_on(message, channel)
+        if not state.is_live:
+            why = "%s\n%s" % (why_job_ended(state), end_of_log(log_of(job)))
+            raise Failure("job %s ended before it had begun" % job.number, why.strip(), status=EXIT_SERVER_ENDED)
+        if channel.is_closed:
+            raise Failure("nobody waits for this any more")
+        facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
+        news = QueueState(id=job.id, job=job.number, **facts)
+        if news != told:
+            told = news
+            channel.send(news)
+        return None
+
+    return reply_in(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S))
 
 
-def new_messages(path: str, offset: int) -> "Tuple[List[Json], int]":
-    """Return the messages that an agent wrote to a file beyond `offset`, and the offset behind them."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            lines = stream.read().split(b"\n")[:-1]
-    except OSError:
-        return [], offset
-    return [json.loads(line.decode("utf-8")) for line in lines], offset + sum(len(line) + 1 for line in lines)
+def said_by(said: Growing) -> "List[Json]":
+    """Return the messages that the agent in a job has written since the last look."""
+    messages = []
+    for line in said.lines():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        messages += [message] if isinstance(message, dict) else []
+    return messages
 
 
-def reply_of(job: "Json") -> "Json":
-    """Return the message in which the agent in a job replied; empty when it has not yet."""
-    messages, _ = new_messages(os.path.join(job["directory"], "said"), 0)
-    return next((message for message in messages if message["kind"] == "reply"), {})
+def pass_on(message: "Json", channel: Channel) -> None:
+    """Pass on what the agent in a job tells while it works; that it is there is no news."""
+    for kind in (Progress, Found, Installing, Installed):
+        if message.get("kind") == kind.kind:
+            with contextlib.suppress(Wrong):
+                channel.send(kind.read(message))
+
+
+def reply_of(job: JobRecord) -> "Optional[Json]":
+    """Return the message in which the agent in a job replied; None when it has not yet."""
+    messages = said_by(Growing(os.path.join(job.directory, "said")))
+    return next((message for message in messages if message.get("kind") == "reply"), None)
 
 
 def reply_in(message: "Json") -> "Json":
-    """Return the reply in a message; raises the Trouble that is there instead."""
-    failure = message.get("failure")
-    if failure:
-        raise Trouble(failure["status"], failure["what"], failure["why"], failure["try"])
-    return dict(message["reply"])
+    """Return the reply in a message; raises the Failure that is there instead."""
+    if "failure" in message:
+        raise Trouble.read(message["failure"]).failure()
+    reply = message.get("reply")
+    return reply if isinstance(reply, dict) else {}
 
 
-def why_job_ended(state: "Json") -> str:
+def why_job_ended(state: JobState) -> str:
     """Return why a job ended, in words."""
-    if state["word"] == "ended":
+    if state.word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(state["word"], "it has ended")
+    return "job: " + JOB_ENDS.get(state.word, "it has ended")
 
 
-def cancel_job(job: "Json") -> None:
-    """Cancel a job; what ran in it ends with it. Raises Trouble where it cannot be done.
-
-    Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
-    """
-    table = SCHEDULERS.get(job["command"], {"cancel": ["false"]})
-    status, said, why = run_command([word.replace("{id}", job["job"]) for word in table["cancel"]], QUERY_TIMEOUT_S)
-    deadline = time.monotonic() + (SETTLE_S if job["command"] not in SCHEDULERS else 0)
-    while job_state(job)["is_live"] and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    if status and job_state(job)["is_live"]:
-        why = (said + why).strip() or "%(command)s is not known here" % job
-        raise Trouble(1, "job %s was not cancelled" % job["job"], why)
-    write_private(os.path.join(job["directory"], "cancelled"), "")
+# -- on the node ------------------------------------------------------------------------------------------------------
 
 
-def scheduler_here() -> str:
-    """Return the command of a scheduler that is on PATH here; empty for none."""
-    import shutil
+def job_main(directory: str) -> None:
+    """In a job, on its node: do what the request asks for, and stay until what was launched has ended."""
+    request = left_request(directory)
+    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
+        Left.source = stream.read().rpartition("\njob_main(")[0]
+    if request.shell:  # a scheduler may name the shell of its queue instead, or none
+        os.environ["SHELL"] = request.shell
+    said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+    note_begin(directory)
+    reply = perform(request, Channel("", said), on_this_node)
+    if not isinstance(reply, (OpenReply, StartReply)):
+        sys.exit(1)
+    kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
+    record = next(record for record in kind.records() if record.id == reply.id)
 
-    return next((command for command in SCHEDULERS if shutil.which(command)), "")
+    def has_ended() -> bool:
+        if kind.name == "run" and is_marked(record, "stop"):
+            kind.end(record)
+        return os.waitpid(record.pid, os.WNOHANG) != (0, 0)
+
+    until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    write_whole(os.path.join(directory, "ended"), "")  # a scheduler that we know nothing of tells nothing
 
 
-def time_left_s(record: "Json") -> float:
-    """Return how much time the job of a server has left; 0 for no job, or no limit that we know of."""
-    job = job_of(record)
-    return float(job_state(job)["left_s"] or 0.0) if job else 0.0
+def note_begin(directory: str) -> None:
+    """Write down that the job has begun, where, and when its time will be up."""
+    job = read_record(JobRecord, os.path.join(directory, "job.json"))  # none yet when the submission has not returned
+    left_s = None
+    if job and job.command in SCHEDULERS:
+        left_s = state_in(job, time.time(), ask_scheduler(job.command)).left_s
+    begun = JobBegun(node=os.uname().nodename, ends_at=time.time() + left_s if left_s else 0.0)
+    write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
 
 
-def settle_job(record: "Json", channel: Channel) -> None:
-    """Wait until a server in a job answers, or its scheduler knows that the job has ended; not for long."""
-    deadline = time.monotonic() + SETTLE_S
-    while is_running(record) and time.monotonic() < deadline:
-        info = server_info(record)
-        if info and (not can_ask_server(record, info) or answers(info)):
-            return
-        channel.keep_alive()
-        time.sleep(POLL_S)
-
-
-def describe_job(job: "Json") -> "Json":
-    """Say how a job does, for people."""
-    found = {name: job[name] for name in ("id", "job", "command")}
-    found.update(job_state(job), action=job["asked"]["action"], path=job["asked"]["path"], age_s=age_of(job))
-    return found
+def on_this_node(request: Request) -> Request:
+    """Return a request as the node of a job does it: on its own address, which the login node reaches."""
+    is_reached = request.action == "open" and not request.via_node and request.ip == "127.0.0.1"
+    return request.but(ip=node_address()) if is_reached else request
 
 
 def node_address() -> str:
@@ -4173,108 +5686,59 @@ def node_address() -> str:
             continue
         if not address.startswith("127."):
             return address
-    raise Trouble(1, "this node has no address of its own", "tried " + ", ".join(names), "--via-node")
-
-
-def job_main(directory: str) -> None:
-    """In a job, on its node: do what the request asks for, and stay until what was launched has ended."""
-    with open(os.path.join(directory, "request.json")) as stream:
-        request = json.load(stream)
-    with open(os.path.join(directory, "agent.py")) as stream:
-        request["source"] = stream.read().rpartition("\njob_main(")[0]
-    if request["shell"]:  # a scheduler may name the shell of its queue instead, or none
-        os.environ["SHELL"] = request["shell"]
-    said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-    channel = Channel("", said)
-    if request["action"] == "open" and not request["via_node"] and request["ip"] == "127.0.0.1":
-        request["ip"] = "node"
-    job = job_of(request)
-    command = job.get("command")  # none yet in a job that runs before its submission has returned
-    left_s = state_in(job, time.time(), ask_scheduler(command))["left_s"] if command in SCHEDULERS else 0
-    begun = {"node": os.uname().nodename, "ends_at": time.time() + left_s if left_s else 0}
-    write_private(os.path.join(directory, "begun.json"), json.dumps(begun))
-    reply = perform(request, channel)
-    if not reply:
-        sys.exit(1)
-    stop = os.path.join(reply.get("directory", directory), "stop")
-    while os.waitpid(reply["pid"], os.WNOHANG) == (0, 0):
-        if os.path.exists(stop):
-            stop_run(dict(reply, is_ours=True))
-        time.sleep(FOLLOW_MAX_S)
-    write_private(os.path.join(directory, "ended"), "")  # a scheduler that we know nothing of tells nothing
+    raise Failure("this node has no address of its own", "tried " + ", ".join(names), "--via-node")
 
 
 # agent ends
+
+# -- here -------------------------------------------------------------------------------------------------------------
 
 
 class Queue:
     """A job that we wait for: how it stands is shown, and Ctrl-C meanwhile asks whether it is to stay."""
 
-    def __init__(self, agent: Agent, messages: Messages) -> None:
+    def __init__(self, agent: Agent, messages: Messages, hint: Callable[..., str]) -> None:
         self.agent = agent
         self.messages = messages
-        self.id = ""
-        self.job = ""
-        self.is_waiting = False
+        self.hint = hint
+        self.handlers: Dict[str, Handler] = {"queue": self._take}
+        self.state = QueueState(id="", job="")
         self._said = ""
 
-    def take(self, message: Json, show: Callable[[str], None]) -> None:
-        """Take what the agent tells of the job."""
-        if message.get("kind") != "queue":
-            return
-        self.id, self.job = str(message["id"]), str(message["job"])
-        self.is_waiting = message["is_waiting"] is True
-        word, reason, start = (str(message[name]) for name in ("word", "reason", "start"))
-        facts = {"id": self.id, "job": self.job, "state": word, "reason": reason, "start": start}
-        match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", start)
-        text = "Job %s %s" % (self.job, word.lower())
-        text += " (%s)" % reason if reason not in ("", "None") else ""
+    def _take(self, state: QueueState, show: Show) -> None:
+        """Show how the job stands."""
+        self.state = state
+        match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", state.start)
+        text = "Job %s %s" % (state.job, state.word.lower())
+        text += " (%s)" % state.reason if state.reason not in ("", "None") else ""
         text += ", expected %s" % match.group(1) if match else ""
-        show(text if self.is_waiting else "")
-        if self.is_waiting and text != self._said:
+        show(text if state.is_waiting else "")
+        if state.is_waiting and text != self._said:
             self._said = text
             if self.messages.as_json or not self.messages.has_spinner:
-                self.messages.step(text + ".", "queue", **facts)
+                facts = {"id": state.id, "job": state.job, "state": state.word}
+                self.messages.step(text + ".", "queue", reason=state.reason, start=state.start, **facts)
 
     @contextlib.contextmanager
-    def asking(self, args: argparse.Namespace) -> Iterator[None]:
+    def asking(self) -> Iterator[None]:
         """Under this, Ctrl-C asks once whether the job stays; where nobody can answer, it stays."""
         try:
             yield
         except (KeyboardInterrupt, Terminated) as interruption:
-            if not self.is_waiting:
+            if not self.state.is_waiting:
                 raise
             self.messages.end_line()
             is_kept = True
             if isinstance(interruption, KeyboardInterrupt) and has_terminal():
                 with contextlib.suppress(KeyboardInterrupt):
-                    is_kept = not says_yes("Cancel job %s? [y/N] " % self.job)
+                    is_kept = not says_yes("Cancel job %s? [y/N] " % self.state.job)
             if is_kept:
                 text = "Job %s stays. Back to it with: %s   To cancel it: %s"
                 again = command_line(*sys.argv[1:])
-                self.messages.note(text % (self.job, again, back_again(args, "stop", self.id)))
+                self.messages.note(text % (self.state.job, again, self.hint("stop", self.state.id)))
             else:
-                self.agent.ask("stop", "Cancelling", ids=[self.id], path=None, app="", is_all=False, asks=False)
+                self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
             raise
-
-
-def scheduler_request(args: argparse.Namespace) -> Json:
-    """Return the part of a request that says through which scheduler Jupyter is to run; raises Failure (2)."""
-    submit: List[str] = []
-    try:
-        if args.slurm is not None:
-            # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-            fixed = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
-            submit = [*fixed, *shlex.split(args.slurm), "{script}"]
-        elif args.submit is not None:
-            submit = shlex.split(args.submit)
-            submit += [] if any("{script}" in word for word in submit) else ["{script}"]
-    except ValueError as error:
-        raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
-    if submit and args.socket and not args.via_node:
-        why = "a socket is reached on its own node alone"
-        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
-    return {"scheduler": {"submit": submit} if submit else {}, "via_node": args.via_node}
 
 
 def move_to_node(ssh: Ssh, server: Server) -> Ssh:
@@ -4292,7 +5756,7 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     login = ssh.destination
     options: List[str] = []
     jump: Dict[str, str] = {}
-    for option in _pairs(ssh.options):
+    for option in pairs_of(ssh.options):
         if option[0] in ("-l", "-p", "-J"):
             jump[option[0]] = option[1]
         else:
@@ -4302,35 +5766,16 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.has_mux)
+    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.ways)
     there.further = ssh.further
     return there
-
-
-def print_jobs(jobs: List[Json], messages: Messages) -> None:
-    """Print the table of jobs."""
-    rows = [["ID", "JOB", "STATE", "NODE", "LEFT", "FOR", "PATH", "AGE"]]
-    for job in jobs:
-        reason = job.get("reason")
-        state = str(job.get("word")).lower() + (" (%s)" % reason if job.get("is_waiting") and reason else "")
-        what = {"open": "a server", "start_run": "a notebook"}.get(str(job.get("action")), "?")
-        cells = [
-            job.get("id"),
-            job.get("job"),
-            state,
-            job.get("node") or "-",
-            _duration(job.get("left_s")) or "-",
-            what,
-        ]
-        cells += [job.get("path") or "~", _duration(job.get("age_s"))]
-        rows.append([str(cell).replace("\n", "?") for cell in cells])
-    print_table(rows, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 #
-# Options, the destination, and one function for each action. `main` is where failures end.
+# An option is a row of OPTIONS, what a person can ask for a row of ACTIONS. Help, the configuration file, `config` and
+# the request that goes to the host are made from the rows. `main` is where failures end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4383,262 +5828,7 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the drawing of the docstring, and leaves room for the options."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=max(80, min(120, _terminal_width())))
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in our own form, and points at --help."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
-
-    def error(self, message: str) -> NoReturn:
-        """Raise Failure (2)."""
-        raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; every help text ends with its default where there is one."""
-    parser = Parser(
-        usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
-        description=__doc__,
-        epilog="actions:\n  execute NOTEBOOK ...     list     logs [ID] [-f]     stop [ID ...] [--all] [--yes]\n"
-        "  close     doctor     config          `rjupyter.py HOST execute --help` tells more of one\n\n"
-        "DESTINATION is whatever ssh takes; PATH, as scp has it, is a directory or a notebook there.",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("destination", metavar="DESTINATION[:PATH]", type=_destination, help=argparse.SUPPRESS)
-
-    server = parser.add_argument_group("server")
-    server.add_argument("--app", choices=["notebook", "lab"], default="", help="what to open (notebook)")
-    server.add_argument("--lab", dest="app", action="store_const", const="lab", help="the same as --app lab")
-    which = server.add_mutually_exclusive_group()
-    which.add_argument("--new", action="store_true", help="start another server; do not come back to one")
-    which.add_argument("--attach", type=_text, metavar="ID", help="come back to this server; `list` shows the ids")
-    server.add_argument("--stop-on-exit", action="store_true", help="end the server together with the tunnel")
-    port_help = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
-    server.add_argument("--port", type=_port, default=0, metavar="N", help=port_help)
-    ip_help = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
-    server.add_argument("--ip", type=_address, default="127.0.0.1", metavar="ADDR", help=ip_help)
-    socket_help = "let Jupyter listen on a Unix socket that is yours alone, not on a port"
-    server.add_argument("--socket", action="store_true", help=socket_help)
-    idle_help = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
-    server.add_argument("--idle-timeout", type=_duration_s, default=0, metavar="DURATION", help=idle_help)
-    arg_help = "an argument for Jupyter itself; repeatable"
-    server.add_argument("--server-arg", action="append", default=[], metavar="ARG", help=arg_help)
-    timeout_help = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
-    server.add_argument("--start-timeout", type=_seconds, default=START_TIMEOUT_S, metavar="S", help=timeout_help)
-
-    environment = parser.add_argument_group("environment on the host")
-    python_help = "run Jupyter under this interpreter"
-    environment.add_argument("--python", type=_text, metavar="PATH", help=python_help)
-    env_help = "conda, mamba or pixi environment by name, any environment by path"
-    environment.add_argument("--env", type=_text, metavar="NAME_OR_PATH", help=env_help)
-    init_help = "run this in your shell there first (`module load ...`); repeatable"
-    environment.add_argument("--init", type=_text, action="append", default=[], metavar="COMMAND", help=init_help)
-    no_install_help = "do not install Jupyter where there is none; say how"
-    install = environment.add_mutually_exclusive_group()
-    install_help = "install Jupyter for you alone where there is none (the default)"
-    install.add_argument("--install", dest="no_install", action="store_false", default=False, help=install_help)
-    install.add_argument("--no-install", action="store_true", help=no_install_help)
-
-    scheduler = parser.add_argument_group("scheduler, on a host that is a login node")
-    how = scheduler.add_mutually_exclusive_group()
-    slurm_help = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
-    how.add_argument("--slurm", metavar="OPTIONS", help=slurm_help)
-    submit_help = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
-    how.add_argument("--submit", type=_text, metavar="COMMAND", help=submit_help)
-    via_help = "end the tunnel on the job's node itself, by a jump over the login node"
-    scheduler.add_argument("--via-node", action="store_true", help=via_help)
-
-    tunnel = parser.add_argument_group("tunnel and browser")
-    local_help = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
-    tunnel.add_argument("--local-port", type=_port, metavar="N", help=local_help)
-    tunnel.add_argument("--no-browser", action="store_true", help="print the address only")
-    tunnel.add_argument("--browser", metavar="COMMAND", help="browser to open (the system's)")
-    forward_help = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
-    tunnel.add_argument(
-        "-L", dest="further", type=_forward, action="append", default=[], metavar="SPEC", help=forward_help
-    )
-    tunnel.add_argument("--no-reconnect", action="store_true", help="end when the connection is lost")
-    tunnel.add_argument("-f", dest="background", action="store_true", help="go to the background once the tunnel is up")
-
-    ssh = parser.add_argument_group("ssh, letter for letter")
-    for letter, metavar in (("F", "FILE"), ("i", "KEY"), ("J", "HOST"), ("l", "USER"), ("o", "OPTION"), ("p", "PORT")):
-        action = _SshOption
-        ssh.add_argument("-" + letter, dest="ssh", action=action, default=[], metavar=metavar, help=SSH_HELP[letter])
-    for letter in "46C":
-        ssh.add_argument("-" + letter, dest="ssh", action=_SshOption, nargs=0, help=SSH_HELP[letter])
-    ssh.add_argument("--no-mux", action="store_true", help="each step a connection of its own (as on Windows)")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("-q", "--quiet", action="store_true", help="the address and errors only")
-    output.add_argument("-v", "--verbose", action="store_true", help="every ssh command, and what the host prints")
-    output.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
-    output.add_argument("--dry-run", action="store_true", help="print the ssh commands and run none")
-    output.add_argument("--no-config", action="store_true", help="do not read %s" % config_path())
-    output.add_argument("--version", action="version", version="rjupyter " + __version__, help="print the version")
-    output.add_argument("-h", "--help", action="help", help="print this help")
-
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, help=argparse.SUPPRESS)
-    stop = actions.add_parser("stop", help="end servers on the host")
-    stop.add_argument("ids", nargs="*", metavar="ID", help="which ones (the one of PATH, or the only one)")
-    stop.add_argument("--all", action="store_true", help="all of yours there")
-    stop.add_argument("--yes", action="store_true", help="without a question, also when a kernel computes")
-    listing = actions.add_parser("list", help="the servers on the host")
-    logs = actions.add_parser("logs", help="a server's log")
-    logs.add_argument("id", nargs="?", default="", metavar="ID", help="which one (the newest)")
-    logs.add_argument("-f", dest="is_followed", action="store_true", help="go on as it grows, until Ctrl-C")
-    doctor = actions.add_parser("doctor", help="walk every step, and say what is wrong and how to mend it")
-    config = actions.add_parser("config", help="the defaults that hold for DESTINATION, and where each is from")
-    close = actions.add_parser("close", help="end the tunnels that went to the background with -f")
-    execute = actions.add_parser("execute", help="run notebooks on the host, and bring their results")
-    execute.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="one here; one on the host with : before it")
-    output_help = "where the result goes (NOTEBOOK.executed.ipynb)"
-    execute.add_argument("-o", "--output", type=_text, metavar="FILE", help=output_help)
-    execute.add_argument("--inplace", action="store_true", help="the result replaces the notebook")
-    parameter_help = "a variable for the notebook, as YAML reads it; repeatable"
-    execute.add_argument(
-        "-p", dest="parameters", type=_parameter, action="append", default=[], metavar="NAME=VALUE", help=parameter_help
-    )
-    execute.add_argument("--kernel", metavar="NAME", help="kernel to take (the notebook's)")
-    limit_help = "how long one notebook may take (90m, 12h, or seconds; no limit)"
-    execute.add_argument("--timeout", dest="time_limit", type=_duration_s, default=0, metavar="S", help=limit_help)
-    execute.add_argument(
-        "--attach", dest="run_id", type=_text, metavar="ID", help="follow this run, and bring its result"
-    )
-    overlap_help = "also when the notebook is being executed already"
-    execute.add_argument("--overlap", action="store_true", help=overlap_help)
-    for parsed in (listing, logs, stop, doctor, config, close, execute):
-        for names, help_ in (
-            (("--json",), "one JSON object a line"),
-            (("-q", "--quiet"), ""),
-            (("-v", "--verbose"), ""),
-        ):
-            parsed.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=help_ or argparse.SUPPRESS)
-    return parser
-
-
-def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
-
-    Raises Failure (2).
-    """
-    argv = joined_arguments(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(argv)
-    args.sources = {}
-    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
-    if not defaults and args.action != "config":
-        return args
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # then only what was typed is there
-    given = vars(parser.parse_args(argv))
-    args.sources = dict.fromkeys(given, "command line")
-    for dest, (value, source) in defaults.items():
-        if dest not in given:
-            setattr(args, dest, value)
-            args.sources[dest] = source
-    return args
-
-
-def joined_arguments(argv: List[str]) -> List[str]:
-    """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
-    joined: List[str] = []
-    words = iter(argv)
-    for word in words:
-        value = next(words, None) if word in ("--slurm", "--submit", "--server-arg") else None
-        joined.append(word if value is None else "%s=%s" % (word, value))
-    return joined
-
-
-def config_path() -> str:
-    """Return where the user's defaults are."""
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(home, "rjupyter", "config")
-
-
-def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
-    """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
-
-    Sections are patterns as in ssh_config's Host; of several values, the first one holds. Raises Failure (2).
-    """
-    if not os.path.exists(path):
-        return {}
-    import configparser
-
-    config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
-    config.optionxform = str  # type: ignore[assignment]
-    try:
-        with open(path, encoding="utf-8") as stream:
-            config.read_file(stream)
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise Failure("cannot read the configuration", str(error), "mend it, or --no-config", EXIT_USAGE) from None
-    parser = build_parser()
-    nothing = vars(parser.parse_args(["host"]))
-    found: Dict[str, Tuple[Any, str]] = {}
-    for section in config.sections():
-        if not matches_host(section, destination):
-            continue
-        for key, value in config.items(section):
-            try:
-                parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
-            except Failure as failure:
-                why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
-                raise Failure("wrong configuration", why, "mend it, or --no-config", EXIT_USAGE) from None
-            dest = _option(parser, key).dest
-            found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
-    return found
-
-
-def _option(parser: argparse.ArgumentParser, key: str) -> Any:
-    """Return the option of a long name; raises Failure (2)."""
-    for action in parser._actions:
-        if "--" + key in action.option_strings and key not in ("help", "version", "no-config"):
-            return action
-    raise Failure("wrong usage", "there is no option --%s" % key, "", EXIT_USAGE)
-
-
-def _config_words(parser: argparse.ArgumentParser, key: str, value: Optional[str]) -> List[str]:
-    """Return the command line that a line of the configuration stands for; repeatable options have a value a line."""
-    if _option(parser, key).nargs == 0:
-        answers_ = {None: True, "yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-        if value not in answers_:
-            raise Failure("wrong usage", "yes or no, not %r" % value, "", EXIT_USAGE)
-        return ["--" + key] if answers_[value] else []
-    return ["--%s=%s" % (key, line) for line in (value or "").strip().split("\n")]
-
-
-def matches_host(patterns: str, destination: str) -> bool:
-    """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
-    import fnmatch
-
-    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
-    host = host.rsplit("@", 1)[-1]
-    words = patterns.split()
-    if any(fnmatch.fnmatchcase(host, word[1:]) for word in words if word.startswith("!")):
-        return False
-    return any(fnmatch.fnmatchcase(host, word) for word in words if not word.startswith("!"))
-
-
-SSH_HELP = {
-    "F": "configuration file instead of ~/.ssh/config",
-    "i": "private key",
-    "J": "jump host",
-    "l": "user to log in as",
-    "o": "any option of ssh_config(5)",
-    "p": "port of sshd",
-    "4": "IPv4 only",
-    "6": "IPv6 only",
-    "C": "compress",
-}
+# -- how a value is read ----------------------------------------------------------------------------------------------
 
 
 class _SshOption(argparse.Action):
@@ -4711,9 +5901,349 @@ def _parameter(text: str) -> Tuple[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def config_path() -> str:
+    """Return where the user's defaults are."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(home, "rjupyter", "config")
+
+
+PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
+IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
+IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
+START_HELP = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
+ENV_HELP = "conda, mamba or pixi environment by name, any environment by path"
+INIT_HELP = "run this in your shell there first (`module load ...`); repeatable"
+INSTALL_HELP = "install Jupyter for you alone where there is none (the default)"
+NO_INSTALL_HELP = "do not install Jupyter where there is none; say how"
+SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
+SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
+LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
+FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
+PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
+CONFIG_HELP = "the defaults that hold for DESTINATION, and where each is from"
+LIMIT_HELP = "how long one notebook may take (90m, 12h, or seconds; no limit)"
+MAY_INSTALL: Dict[str, Any] = {"dest": "may_install", "action": "store_true", "default": True}
+
+
+class Option(NamedTuple):
+    """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
+
+    `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. `how` is
+    what else argparse is told.
+    """
+
+    flags: str
+    help: str
+    metavar: str = ""
+    read: Callable[[str], Any] = str
+    default: Any = None
+    field: str = ""
+    apart: str = ""
+    how: Dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Its long name, as the configuration file has it; empty where it has none."""
+        return next((flag[2:] for flag in self.flags.split() if flag.startswith("--")), "")
+
+    @property
+    def dest(self) -> str:
+        """The name under which argparse keeps its value."""
+        return str(self.how.get("dest") or self.name.replace("-", "_") or self.flags)
+
+    def add_to(self, group: Any) -> None:
+        """Add it to a parser, or to a group of one."""
+        how: Dict[str, Any] = {"action": "store_true"}
+        if self.metavar:
+            how = {"metavar": self.metavar, "type": self.read, "default": self.default}
+            how["action"] = "append" if isinstance(self.default, list) else "store"
+        group.add_argument(*self.flags.split(), **dict(how, help=self.help, **self.how))
+
+
+def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
+    """Return the row of an option that ssh has under the same letter."""
+    how: Dict[str, Any] = {"dest": "ssh", "action": _SshOption, "default": []}
+    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0))
+
+
+OPTIONS: Dict[str, List[Option]] = {
+    "server": [
+        Option("--app", "what to open (notebook)", "APP", default="", field="app", how={"choices": list(APPS)}),
+        Option("--lab", "the same as --app lab", how={"dest": "app", "action": "store_const", "const": "lab"}),
+        Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
+        Option(
+            "--attach", "come back to this server; `list` shows the ids", "ID", _text, field="attach", apart="which"
+        ),
+        Option("--stop-on-exit", "end the server together with the tunnel"),
+        Option("--port", PORT_HELP, "N", _port, 0, "port"),
+        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip"),
+        Option("--socket", "let Jupyter listen on a Unix socket that is yours alone, not on a port", field="socket"),
+        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s"),
+        Option("--server-arg", "an argument for Jupyter itself; repeatable", "ARG", str, [], "server_args"),
+        Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
+    ],
+    "environment on the host": [
+        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python"),
+        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env"),
+        Option("--init", INIT_HELP, "COMMAND", _text, [], "init"),
+        Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
+        Option("--no-install", NO_INSTALL_HELP, apart="install", how=dict(MAY_INSTALL, action="store_false")),
+    ],
+    "scheduler, on a host that is a login node": [
+        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how"),
+        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how"),
+        Option(
+            "--via-node", "end the tunnel on the job's node itself, by a jump over the login node", field="via_node"
+        ),
+    ],
+    "tunnel and browser": [
+        Option("--local-port", LOCAL_HELP, "N", _port),
+        Option("--no-browser", "print the address only"),
+        Option("--browser", "browser to open (the system's)", "COMMAND"),
+        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}),
+        Option("--no-reconnect", "end when the connection is lost"),
+        Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
+    ],
+    "ssh, letter for letter": [
+        ssh_option("F", "configuration file instead of ~/.ssh/config", "FILE"),
+        ssh_option("i", "private key", "KEY"),
+        ssh_option("J", "jump host", "HOST"),
+        ssh_option("l", "user to log in as", "USER"),
+        ssh_option("o", "any option of ssh_config(5)", "OPTION"),
+        ssh_option("p", "port of sshd", "PORT"),
+        ssh_option("4", "IPv4 only"),
+        ssh_option("6", "IPv6 only"),
+        ssh_option("C", "compress"),
+        Option("--no-mux", "each step a connection of its own (as on Windows)"),
+    ],
+    "output": [
+        Option("-q --quiet", "the address and errors only"),
+        Option("-v --verbose", "every ssh command, and what the host prints"),
+        Option("--json", "one JSON object a line on stdout"),
+        Option("--dry-run", "print the ssh commands and run none"),
+        Option("--no-config", "do not read " + config_path()),
+        Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
+        Option("-h --help", "print this help", how={"action": "help"}),
+    ],
+}
+NOT_IN_CONFIG = ("help", "version", "no-config")
+
+
+def options() -> Iterator[Option]:
+    """Yield the rows of every group."""
+    return itertools.chain.from_iterable(OPTIONS.values())
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the drawing of the docstring, and leaves room for the options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=max(80, min(120, terminal_width())))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in our own form, and points at --help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Failure (2)."""
+        raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser that the rows of OPTIONS and ACTIONS make."""
+    names = "     ".join(action.usage for action in ACTIONS.values() if action.usage)
+    parser = Parser(
+        usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
+        description=__doc__,
+        epilog="actions:\n  %s\n\n`rjupyter.py HOST execute --help` tells more of one.\n"
+        "DESTINATION is whatever ssh takes; PATH, as scp has it, is a directory or a notebook there." % names,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("destination", metavar="DESTINATION[:PATH]", type=_destination, help=argparse.SUPPRESS)
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        apart: Dict[str, Any] = {}
+        for option in rows:
+            if option.apart and option.apart not in apart:
+                apart[option.apart] = group.add_mutually_exclusive_group()
+            option.add_to(apart.get(option.apart, group))
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, help=argparse.SUPPRESS)
+    for name, action in ACTIONS.items():
+        if name is None:
+            continue
+        parsed = actions.add_parser(name, help=action.help)
+        for option in action.arguments:
+            option.add_to(parsed)
+        for option in OPTIONS["output"]:
+            if option.name in ("json", "quiet", "verbose"):  # where they are typed, too
+                parsed.add_argument(
+                    *option.flags.split(), action="store_true", default=argparse.SUPPRESS, help=option.help
+                )
+    return parser
+
+
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
+
+    Raises Failure (2).
+    """
+    argv = joined_arguments(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(argv)
+    args.sources = {}
+    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
+    if not defaults and args.action != "config":
+        return args
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # then only what was typed is there
+    given = vars(parser.parse_args(argv))
+    args.sources = dict.fromkeys(given, "command line")
+    for dest, (value, source) in defaults.items():
+        if dest not in given:
+            setattr(args, dest, value)
+            args.sources[dest] = source
+    return args
+
+
+def joined_arguments(argv: List[str]) -> List[str]:
+    """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
+    joined: List[str] = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word in ("--slurm", "--submit", "--server-arg") else None
+        joined.append(word if value is None else "%s=%s" % (word, value))
+    return joined
+
+
+# -- the configuration file -------------------------------------------------------------------------------------------
+
+
+def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
+    """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
+
+    Sections are patterns as in ssh_config's Host; of several values, the first one holds. A line is read as the option
+    of its name would be, by the same parser, so that it is checked alike. Raises Failure (2).
+    """
+    if not os.path.exists(path):
+        return {}
+    import configparser
+
+    config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
+    config.optionxform = str  # type: ignore[assignment]
+    try:
+        with open(path, encoding="utf-8") as stream:
+            config.read_file(stream)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise Failure("cannot read the configuration", str(error), "mend it, or --no-config", EXIT_USAGE) from None
+    parser = build_parser()
+    nothing = vars(parser.parse_args(["host"]))
+    found: Dict[str, Tuple[Any, str]] = {}
+    for section in config.sections():
+        if not matches_host(section, destination):
+            continue
+        for key, value in config.items(section):
+            try:
+                parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
+            except Failure as failure:
+                why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
+                raise Failure("wrong configuration", why, "mend it, or --no-config", EXIT_USAGE) from None
+            dest = _option(parser, key).dest
+            found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
+    return found
+
+
+def _option(parser: argparse.ArgumentParser, key: str) -> Any:
+    """Return the option of a long name; raises Failure (2)."""
+    for action in parser._actions:
+        if "--" + key in action.option_strings and key not in NOT_IN_CONFIG:
+            return action
+    raise Failure("wrong usage", "there is no option --%s" % key, "", EXIT_USAGE)
+
+
+def _config_words(parser: argparse.ArgumentParser, key: str, value: Optional[str]) -> List[str]:
+    """Return the command line that a line of the configuration stands for; repeatable options have a value a line."""
+    if _option(parser, key).nargs == 0:
+        answers_ = {None: True, "yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+        if value not in answers_:
+            raise Failure("wrong usage", "yes or no, not %r" % value, "", EXIT_USAGE)
+        return ["--" + key] if answers_[value] else []
+    return ["--%s=%s" % (key, line) for line in (value or "").strip().split("\n")]
+
+
+def matches_host(patterns: str, destination: str) -> bool:
+    """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
+    import fnmatch
+
+    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
+    host = host.rsplit("@", 1)[-1]
+    words = patterns.split()
+    if any(fnmatch.fnmatchcase(host, word[1:]) for word in words if word.startswith("!")):
+        return False
+    return any(fnmatch.fnmatchcase(host, word) for word in words if not word.startswith("!"))
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> Request:
+    """Return the request that the options make; raises Failure (2) where they do not go together."""
+    asked = {option.field: getattr(args, option.dest) for option in options() if option.field}
+    named = {field: value for field, value in asked.items() if value is not None}
+    submit = submit_words(args)
+    if submit and args.socket and not args.via_node:
+        why = "a socket is reached on its own node alone"
+        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
+    return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
+
+
+def submit_words(args: argparse.Namespace) -> List[str]:
+    """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
+    try:
+        if args.slurm is not None:
+            # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
+            fixed = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+            return [*fixed, *shlex.split(args.slurm), "{script}"]
+        words = shlex.split(args.submit or "")
+    except ValueError as error:
+        raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
+    return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
+
+
+def back_again(args: argparse.Namespace, *action: str) -> str:
+    """Return the command that reaches the same server again, with the options that choose the host."""
+    destination, path = args.destination
+    if action[:1] == ("--new",):
+        return command_line(*action, *args.ssh, destination)
+    words = list(args.ssh) + (["--lab"] if args.app == "lab" and not action else [])
+    if path is None or action[:1] == ("stop",):
+        return command_line(*words, destination, *action)
+    return command_line(*words, "%s:%s" % (destination, path), *action)
+
+
+def hint_of(args: argparse.Namespace) -> Callable[..., str]:
+    """Return what makes the commands that we tell people to type."""
+    return lambda *action: back_again(args, *action)
+
+
+# -- open -------------------------------------------------------------------------------------------------------------
+
+
 def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold."""
-    record = tunnel_that_is_up(args)
+    """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold.
+
+    Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
+    """
+    request = request_of(args)
+    record = tunnel_that_is_up(args, request)
     if record:
         return join(record, args, messages)
     background = Background() if args.background else None
@@ -4722,20 +6252,18 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     tunnel: Optional[Tunnel] = None
     try:
         ssh.connect()
-        server = get_server(args, agent, messages)
+        server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
             agent = Agent(ssh, messages)
             agent.greets = False
-        tunnel = open_tunnel(server, args, ssh, agent, messages)
-        url = tunnel.server.url(tunnel.local_port, has_token=not tunnel.server.has_password)
-        facts = {"url": url, "local_port": tunnel.local_port, "id": tunnel.server.id}
-        messages.result(url, "open", pid=tunnel.server.pid, **facts)
+        tunnel = open_tunnel(server, args, request, ssh, agent, messages)
+        server = tunnel.server
+        url = server.url(tunnel.local_port, has_token=not server.has_password)
+        messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        destination, path = args.destination
-        facts.update(destination=destination, path=path, asked=what_is_asked(args), is_background=args.background)
-        with written_down(facts):
+        with written_down(tunnel_record(args, request, tunnel, url)):
             say_how_to_end(args, tunnel, messages)
             if background:
                 background.detach()
@@ -4746,7 +6274,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             raise
         messages.end_line()
         if args.stop_on_exit:
-            agent.ask("stop", "Stopping", ids=[tunnel.server.id], path=None, app="", is_all=False, asks=False)
+            agent.ask(Request(action="stop", ids=[tunnel.server.id]), StopReply, "Stopping")
         text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args)
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
         return EXIT_OK
@@ -4766,33 +6294,49 @@ def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages)
         messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
 
 
-def what_is_asked(args: argparse.Namespace) -> List[Any]:
-    """Return what tells one open from another: a second copy with the same is the same."""
-    names = ("app", "attach", "python", "env", "init", "socket", "ip", "port", "server_arg", "further", "ssh")
-    return [args.destination.host, args.destination.path] + [getattr(args, name) for name in names]
+def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
+    """Return what is written down of our tunnel."""
+    return TunnelRecord(
+        pid=os.getpid(),
+        identity=process_identity(os.getpid()),
+        destination=args.destination.host,
+        path=args.destination.path,
+        ssh=args.ssh,
+        further=args.further,
+        request=request,
+        is_background=args.background,
+        url=url,
+        local_port=tunnel.local_port,
+        id=tunnel.server.id,
+    )
 
 
-def tunnel_that_is_up(args: argparse.Namespace) -> Json:
-    """Return the record of a tunnel that is up already and does what `args` ask for; empty when there is none."""
-    asked = json.loads(json.dumps(what_is_asked(args)))
+def tunnel_that_is_up(args: argparse.Namespace, request: Request) -> Optional[TunnelRecord]:
+    """Return the record of a tunnel that is up already and does what is asked for, if there is one."""
     for record in [] if args.new else tunnels():
-        if record.get("asked") == asked and args.local_port in (None, record["local_port"]):
+        is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
+        if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
             return record
-    return {}
+    return None
 
 
-def join(record: Json, args: argparse.Namespace, messages: Messages) -> int:
+def join(record: TunnelRecord, args: argparse.Namespace, messages: Messages) -> int:
     """Say that the tunnel is up already, and show its page again; nothing is connected."""
-    messages.step("The tunnel is up already (pid %d)." % record["pid"], "joined", tunnel_pid=record["pid"])
-    messages.result(record["url"], "open", url=record["url"], local_port=record["local_port"], id=record["id"])
+    messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
+    messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
     if wants_browser(args):
-        open_browser(record["url"], args.browser, messages).join(BROWSER_TIMEOUT_S)
+        open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
     return EXIT_OK
 
 
-def open_tunnel(server: Server, args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
-    """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place."""
-    tunnel = Tunnel(ssh, agent, server, messages)
+def open_tunnel(
+    server: Server, args: argparse.Namespace, request: Request, ssh: Ssh, agent: Agent, messages: Messages
+) -> Tunnel:
+    """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place.
+
+    That can be seen only when the server is there: it is stopped, and launched anew. One that ran before is left alone.
+    """
+    tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
     tunnel.open(args.local_port)
     try:
         tunnel.check()
@@ -4801,9 +6345,9 @@ def open_tunnel(server: Server, args: argparse.Namespace, ssh: Ssh, agent: Agent
             raise
         no_socket = "sshd on %s forwards none (AllowStreamLocalForwarding)" % ssh.destination
         tunnel.close()
-        agent.ask("stop", "Stopping", ids=[server.id], path=None, app="", is_all=False, asks=False)
-        server = get_server(args, agent, messages, no_socket)
-        tunnel = Tunnel(ssh, agent, server, messages)
+        agent.ask(Request(action="stop", ids=[server.id]), StopReply, "Stopping")
+        server = get_server(args, request.but(no_socket=no_socket), agent, messages)
+        tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
         tunnel.open(args.local_port)
         tunnel.check()
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
@@ -4818,6 +6362,19 @@ def open_tunnel(server: Server, args: argparse.Namespace, ssh: Ssh, agent: Agent
     return tunnel
 
 
+def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
+    """Come back to a server on the host, or launch one, and say which."""
+    warn_of_address(args, agent.ssh.destination, messages)
+    # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
+    local_port = args.local_port or find_free_port(LOCAL_PORT)
+    waiting = Queue(agent, messages, hint_of(args))
+    with contextlib.closing(Reserved(local_port)), waiting.asking():
+        request = request.but(local_port=local_port)
+        server = agent.ask(request, Server, "Launching Jupyter", handlers=waiting.handlers)
+    say_server(server, args, agent, messages)
+    return server
+
+
 def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
     """Say who can connect to Jupyter when it is not on a loopback."""
     import ipaddress
@@ -4830,56 +6387,27 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
         )
 
 
-def get_server(args: argparse.Namespace, agent: Agent, messages: Messages, no_socket: str = "") -> Server:
-    """Come back to a server on the host, or launch one, and say which; `no_socket` is why --socket cannot be had."""
-    warn_of_address(args, agent.ssh.destination, messages)
-    # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
-    local_port = args.local_port or find_free_port(LOCAL_PORT)
-    queue = Queue(agent, messages)
-    with contextlib.closing(Reserved(local_port)), queue.asking(args):
-        reply = agent.ask(
-            "open",
-            "Launching Jupyter",
-            take=queue.take,
-            path=args.destination.path,
-            is_new=args.new,
-            port=args.port,
-            ip=args.ip,
-            socket=args.socket,
-            no_socket=no_socket,
-            local_port=local_port,
-            server_args=args.server_arg,
-            attach=args.attach or "",
-            idle_timeout_s=args.idle_timeout,
-            start_timeout_s=args.start_timeout,
-            **environment_request(args),
-        )
-    server = Server.from_reply(reply)
-    say_server(server, args, agent, messages, scheduler=str(reply.get("scheduler") or ""))
-    return server
-
-
-def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages, scheduler: str) -> None:
-    """Say which server it is, and what one should know of it; `scheduler` is one that was there and not used."""
+def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
+    """Say which server it is, and what one should know of it."""
+    destination = agent.ssh.destination
     verb, seconds = (
-        ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + _duration(server.seconds))
+        ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
     )
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
-    event = "launched" if server.is_launched else "found"
-    facts = {name: getattr(server, name) for name in ("id", "pid", "port", "sock", "app", "root_dir")}
-    messages.step(text, event, **facts)
+    facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
+    messages.step(text, "launched" if server.is_launched else "found", **facts)
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.job and not args.via_node:
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
         messages.note(text % (server.host, server.node))
-    if scheduler:
+    if server.scheduler:
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
-        messages.note(text % (scheduler, agent.ssh.destination))
-    if server.is_launched and agent.is_root:
-        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % agent.ssh.destination)
+        messages.note(text % (server.scheduler, destination))
+    if server.is_launched and agent.hello.is_root:
+        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
 
 def wants_browser(args: argparse.Namespace) -> bool:
@@ -4889,80 +6417,33 @@ def wants_browser(args: argparse.Namespace) -> bool:
     return bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ)
 
 
-def back_again(args: argparse.Namespace, *action: str) -> str:
-    """Return the command that reaches the same server again, with the options that choose the host."""
-    destination, path = args.destination
-    options = list(args.ssh) + (["--lab"] if args.app == "lab" and not action else [])
-    if path is None or action[:1] == ("stop",):
-        return command_line(*options, destination, *action)
-    return command_line(*options, "%s:%s" % (destination, path), *action)
+# -- list, logs, stop, close ------------------------------------------------------------------------------------------
 
 
 def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     with ssh:
-        reply = agent.ask("list", "Asking the servers")
-    servers, runs, jobs = reply["servers"], reply["runs"], reply["jobs"]
-    for event, found in (("server", servers), ("run", runs), ("job", jobs)):
-        for facts in found if args.json else []:
-            messages.result("", event, **facts)
-    if args.json:
-        return EXIT_OK
-    if jobs:
-        print_jobs(jobs, messages)
-        messages.result("", "row")
-    if not servers:
-        messages.note("No server of yours runs there.")
-    else:
-        head = ["ID", "STATE", "APP", "DIRECTORY", "PORT", "KERNELS", "ACTIVE", "AGE", ""]
-        print_table([head] + [_row_of(server) for server in servers], messages)
-    if runs:
-        messages.result("", "row")
-        print_table(
-            [["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "SIZE", "AGE"]] + list(map(_row_of_run, runs)), messages
-        )
+        reply = agent.ask(Request(action="list"), ListReply, "Asking the servers")
+    views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers), ("run", reply.runs)]
+    for event, found in views:
+        for view in found:
+            messages.event(event, **view.facts())
+    is_first = True
+    for event, found in [] if args.json else views:
+        if found:
+            messages.line("") if not is_first else None
+            print_table(COLUMNS[event], found, messages)
+            is_first = False
+        elif event == "server":
+            messages.note("No server of yours runs there.")
     return EXIT_OK
-
-
-def _row_of(server: Json) -> List[str]:
-    """Return what the table says of one server; the host's words are data, whatever their types."""
-    is_live = server.get("state") == "live"
-    kernels, busy = server.get("kernels"), server.get("busy")
-    active = _duration(server.get("idle_s"))
-    cells = [
-        server.get("id"),
-        server.get("state"),
-        APP_NAMES.get(str(server.get("app")), "?"),
-        str(server.get("root_dir")).replace("\n", "?"),
-        "socket" if server.get("sock") else server.get("port") or "-",
-        ("%s (%s busy)" % (kernels, busy) if busy else kernels) if is_live else "-",
-        active + " ago" if is_live and active else "-",
-        _duration(server.get("age_s")),
-        "" if server.get("is_ours") else "not started by rjupyter",
-    ]
-    return [str(cell) for cell in cells]
-
-
-def _row_of_run(run: Json) -> List[str]:
-    """Return what the table says of one run."""
-    size = run.get("size")
-    cells = [
-        run.get("id"),
-        run.get("state"),
-        "%s/%s" % (run.get("cell"), run.get("count")),
-        str(run.get("name")).replace("\n", "?"),
-        str(run.get("root_dir")).replace("\n", "?"),
-        "%.1f MB" % (size / 1e6) if isinstance(size, int) else "-",
-        _duration(run.get("age_s")),
-    ]
-    return [str(cell) for cell in cells]
 
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print a server's log, and with -f what comes, until Ctrl-C."""
     try:
         with ssh:
-            agent.ask("logs", "", id=args.id, is_followed=args.is_followed)
+            agent.ask(Request(action="logs", id=args.id, is_followed=args.is_followed), LogsReply)
     except KeyboardInterrupt:
         if not args.is_followed:
             raise
@@ -4972,20 +6453,22 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Stop servers on the host; where someone can answer, ask before one whose kernels compute."""
-    request = {"ids": args.ids, "path": args.destination.path, "app": args.app, "is_all": args.all}
+    request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
-        reply = agent.ask("stop", "Stopping", asks=has_terminal() and not args.yes, **request)
-        if reply.get("busy") or reply.get("runs"):
-            for server in reply["busy"]:
-                words = "%(busy)s of %(kernels)s kernels compute in %(root_dir)s (%(id)s)." % server
+        asks = has_terminal() and not args.yes
+        reply = agent.ask(request.but(asks=asks), StopReply, "Stopping")
+        if reply.busy or reply.runs:
+            for server in reply.busy:
+                facts = (server.busy, server.kernels, server.root_dir, server.id)
+                words = "%d of %d kernels compute in %s (%s)." % facts
                 messages.note(words.replace("1 of 1 kernels compute", "Its kernel computes"))
-            for run in reply["runs"]:
-                messages.note("%(name)s is being executed in %(root_dir)s (%(id)s)." % run)
+            for run in reply.runs:
+                messages.note("%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id))
             if not says_yes("Stop it all the same? [y/N] "):
                 messages.note("Nothing was stopped.")
                 return EXIT_FAILURE
-            reply = agent.ask("stop", "Stopping", asks=False, **request)
-    if not reply.get("count"):
+            reply = agent.ask(request, StopReply, "Stopping")
+    if not reply.count:
         messages.note("No server of yours runs there.")
     return EXIT_OK
 
@@ -4994,6 +6477,9 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
     """Close the tunnels in the background."""
     close_tunnels(args.destination.host, args.destination.path, messages)
     return EXIT_OK
+
+
+# -- execute ----------------------------------------------------------------------------------------------------------
 
 
 def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -5007,53 +6493,54 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
         wrong = "--attach brings a result; where to is said with -o"
     if wrong:
         raise Failure("wrong usage", wrong, command_line(args.destination.host, "execute", "--help"), EXIT_USAGE)
+    request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
+    waiting = Queue(agent, messages, hint_of(args))
     with ssh:
         if args.run_id:
-            follow(Execution(args.run_id, args.run_id, args.output, agent, messages), args)
+            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
+            follow(execution, waiting, args)
         for source in sources:
-            execution = start_execution(source, args, agent, messages)
-            if execution:
-                follow(execution, args)
+            started = start_execution(source, args, request, agent, waiting)
+            if started:
+                follow(started, waiting, args)
     return EXIT_OK
 
 
-def start_execution(source: Source, args: argparse.Namespace, agent: Agent, messages: Messages) -> Optional[Execution]:
+def start_execution(
+    source: Source, args: argparse.Namespace, request: Request, agent: Agent, waiting: Queue
+) -> Optional[Execution]:
     """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
-    queue = Queue(agent, messages)
-    with queue.asking(args):
-        reply = agent.ask(
-            "start_run",
-            "Launching the execution of " + source.name,
-            take=queue.take,
-            path=args.destination.path,
-            notebook=source.text,
-            file=source.name[1:] if source.is_on_host else "",
-            name=os.path.basename(source.name.lstrip(":")),
-            key=source.key,
-            is_in_place=source.is_on_host and args.inplace,
-            overlaps=args.overlap,
-            parameters=args.parameters,
-            kernel=args.kernel or "",
-            timeout_s=args.time_limit,
-            **environment_request(args),
-        )
-    identity = str(reply.get("id"))
-    if reply.get("is_started") is not True:
+    messages = agent.messages
+    request = request.but(
+        notebook=source.text,
+        file=source.name[1:] if source.is_on_host else "",
+        name=os.path.basename(source.name.lstrip(":")),
+        key=source.key,
+        is_in_place=source.is_on_host and args.inplace,
+        overlaps=args.overlap,
+        parameters=[list(parameter) for parameter in args.parameters],
+        kernel=args.kernel,
+        timeout_s=args.time_limit,
+    )
+    with waiting.asking():
+        doing = "Launching the execution of " + source.name
+        reply = agent.ask(request, StartReply, doing, handlers=waiting.handlers)
+    if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
-        messages.step(text % (source.name, identity, _duration(reply.get("age_s"))), "overlap", id=identity)
+        messages.step(text % (source.name, reply.id, duration(reply.age_s)), "overlap", id=reply.id)
         return None
-    messages.step("Executing %s on %s (%s)." % (source.name, agent.ssh.destination, identity), "started", id=identity)
-    return Execution(identity, source.name, source.output, agent, messages)
+    messages.step("Executing %s on %s (%s)." % (source.name, agent.ssh.destination, reply.id), "started", id=reply.id)
+    return Execution(reply.id, source.name, source.output, agent, messages, waiting.handlers)
 
 
-def follow(execution: Execution, args: argparse.Namespace) -> None:
+def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
-        with execution.queue.asking(args):
+        with waiting.asking():
             execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
-        if execution.queue.is_waiting:
+        if waiting.state.is_waiting:
             raise
         execution.messages.end_line()
         again = back_again(args, "execute", "--attach", execution.id)
@@ -5062,16 +6549,7 @@ def follow(execution: Execution, args: argparse.Namespace) -> None:
         raise
 
 
-def environment_request(args: argparse.Namespace) -> Json:
-    """Return the part of a request that says in which environment of the host Jupyter is."""
-    return {
-        "app": args.app,
-        "python": args.python or "",
-        "env": args.env or "",
-        "init": args.init,
-        "may_install": not args.no_install,
-        **scheduler_request(args),
-    }
+# -- doctor -----------------------------------------------------------------------------------------------------------
 
 
 class Check(NamedTuple):
@@ -5088,8 +6566,8 @@ def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     try:
         for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
             failures += bool(check.try_)
-            mark = "FAIL" if check.try_ else "ok  "
-            text = "%s  %-12s %s" % (mark, check.name, check.text)
+            label = "FAIL" if check.try_ else "ok  "
+            text = "%s  %-12s %s" % (label, check.name, check.text)
             text += "\n      %-12s try: %s" % ("", check.try_) if check.try_ else ""
             messages.result(text, "check", check=check.name, is_ok=not check.try_, says=check.text, remedy=check.try_)
     finally:
@@ -5103,9 +6581,9 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
 
     yield Check("ssh", ssh.version())
     try:
-        yield Check("runtime dir", private_runtime_dir() if ssh.has_mux else "not needed without multiplexing")
+        yield Check("runtime dir", private_runtime_dir() if Master in ssh.ways else "not needed without multiplexing")
     except Failure as failure:
-        yield Check("runtime dir", failure.why.replace("\n", "; "), failure.try_)
+        yield Check("runtime dir", in_one_line(failure.why), failure.try_)
     yield Check("local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT))
     try:
         yield Check("browser", type(webbrowser.get()).__name__)
@@ -5117,53 +6595,45 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     """Check the connection and the host; the first step that fails is the last one that is tried."""
     began = time.monotonic()
     step = "connection"
+    agent.greets = False  # the lines below say it
     try:
         ssh.connect()
-        if ssh.control_path:
-            how = "your own master" if ssh.is_borrowed else "multiplexed"
-            yield Check("connection", "logged in within %.1f s (%s)" % (time.monotonic() - began, how))
+        if ssh.way.has_login:
+            yield Check("connection", ssh.way.tell(time.monotonic() - began))
             step = "command"
-        agent.greets = False  # the lines below say it
-        facts = agent.ask("examine", "Looking around on the host", port=args.port, **environment_request(args))
+        facts = agent.ask(request_of(args, "examine"), ExamineReply, "Looking around on the host")
     except Failure as failure:
-        why = ("%s: %s" % (failure.what, failure.why)).replace("\n", "; ")
+        why = in_one_line("%s: %s" % (failure.what, failure.why))
         yield Check(step, why, failure.try_ or "-v, which shows more")
         return
-    if not ssh.control_path:
-        yield Check("connection", "each step logs in by itself")
-    yield Check("login shell", "%s of %s@%s" % (facts.get("shell") or "?", agent.user, agent.node))
+    if not ssh.way.has_login:
+        yield Check("connection", ssh.way.tell(time.monotonic() - began))
+    yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello.user, agent.hello.node))
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (no harm to us; scp may stumble)" if agent.noise else "none from the start-up files")
-    yield Check("python", agent.python)
+    yield Check("python", agent.hello.python)
     yield check_sessions(ssh)
     yield check_jupyter(facts)
-    trouble = facts.get("state_trouble")
-    if trouble:
-        yield Check("disk", str(trouble["why"]).replace("\n", "; "), str(trouble["try"]))
-    else:
-        free_gb = int(facts["free_bytes"]) / 1e9
-        text = "%.1f GB free at %s" % (free_gb, facts["state"])
-        yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
-    yield Check("port", "%d is free on the host" % int(facts["port"]))
-    can_reach, words = ssh.can_reach("127.0.0.1:%d" % int(facts["sshd_port"]))
+    yield check_disk(facts)
+    yield Check("port", "%d is free on the host" % facts.port)
+    can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
     try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
-    why = words.replace("\n", "; ") if is_forbidden else "allowed"
-    yield Check("forwarding", why, try_ if is_forbidden else "")
-    skew_s = float(facts["clock"]) - time.time()
-    far = "its clock is %s off; set it (NTP)" % _duration(abs(skew_s)) if abs(skew_s) > 120 else ""
+    yield Check("forwarding", in_one_line(words) if is_forbidden else "allowed", try_ if is_forbidden else "")
+    skew_s = facts.clock - time.time()
+    far = "its clock is %s off; set it (NTP)" % duration(abs(skew_s)) if abs(skew_s) > 120 else ""
     yield Check("clock", "%.0f s from ours" % abs(skew_s), far)
-    others = int(facts["other_users"])
+    others = facts.other_users
     shared = "%s something there; --socket keeps them off the port"
     who = "1 other user runs" if others == 1 else "%d other users run" % others
     yield Check("other users", shared % who if others else "nobody else runs anything there")
-    if facts.get("scheduler"):
-        yield Check("scheduler", "%s is there: a login node, perhaps" % facts["scheduler"])
+    if facts.scheduler:
+        yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
 
 
 def check_sessions(ssh: Ssh) -> Check:
     """Say whether the connection carries a second session; an open needs one at a time."""
-    if not ssh.control_path:
+    if not ssh.way.has_login:
         return Check("sessions", "each one is a login of its own")
     first = ssh.session("exec cat")
     try:
@@ -5175,83 +6645,132 @@ def check_sessions(ssh: Ssh) -> Check:
     return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
 
 
-def check_jupyter(facts: Json) -> Check:
+def check_jupyter(facts: ExamineReply) -> Check:
     """Say which Jupyter an open would run."""
-    found, trouble = facts.get("jupyter"), facts.get("jupyter_trouble")
+    found, trouble = facts.jupyter, facts.jupyter_trouble
     if found:
-        title = "%s %s" % (APP_NAMES.get(str(found["app"]), "?"), found["version"])
-        return Check("jupyter", "%s: %s (%s)" % (title, found["command"], facts["where"]))
+        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
+        return Check("jupyter", "%s: %s (%s)" % (title, found.command, found.where))
     if trouble:
-        return Check(
-            "jupyter", ("%(what)s: %(why)s" % trouble).replace("\n", "; "), str(trouble["try"]) or "another one"
-        )
-    if facts.get("no_install"):
-        return Check(
-            "jupyter", "none, and Python has no ensurepip to install it", "sudo apt install python3-venv, there"
-        )
+        why = in_one_line("%s: %s" % (trouble.what, trouble.why))
+        return Check("jupyter", why, trouble.try_ or "another one")
+    if facts.no_install:
+        why = "none, and Python has no ensurepip to install it"
+        return Check("jupyter", why, "sudo apt install python3-venv, there")
     return Check("jupyter", "none; an open installs it for you alone")
+
+
+def check_disk(facts: ExamineReply) -> Check:
+    """Say whether there is room for our state on the host."""
+    trouble = facts.state_trouble
+    if trouble:
+        return Check("disk", in_one_line(trouble.why), trouble.try_)
+    free_gb = facts.free_bytes / 1e9
+    text = "%.1f GB free at %s" % (free_gb, facts.state)
+    return Check("disk", text, "make room there" if free_gb < 0.05 else "")
+
+
+# -- config and --dry-run ---------------------------------------------------------------------------------------------
 
 
 def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
-    nothing = build_parser().parse_args(["host"])
-    rows = [["OPTION", "VALUE", "FROM"]]
+    rows = []
     seen = set()
-    for action in build_parser()._actions:
-        name = next((word[2:] for word in action.option_strings if word.startswith("--")), "")
-        if not hasattr(nothing, action.dest) or not name or action.dest in seen:
+    for option in options():
+        if not option.name or not hasattr(args, option.dest) or option.dest in seen:
             continue
-        seen.add(action.dest)
-        value = getattr(args, action.dest)
-        source = args.sources.get(action.dest, "default")
-        if args.json:
-            messages.result("", "option", option=name, value=value, source=source)
+        seen.add(option.dest)
+        value = getattr(args, option.dest)
+        source = args.sources.get(option.dest, "default")
+        messages.event("option", option=option.name, value=value, source=source)
         if isinstance(value, list):
             value = " ".join(value)
         shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value or "-")
-        rows.append([name, shown, source])
+        rows.append((option.name, shown, source))
     if not args.json:
-        print_table(rows, messages)
+        print_table(COLUMNS["option"], rows, messages)
     return EXIT_OK
-
-
-def print_table(rows: List[List[str]], messages: Messages) -> None:
-    """Print rows with their columns aligned."""
-    widths = [max(len(printable(row[i])) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        messages.result("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), "row")
 
 
 def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int:
     """Print the ssh commands of an action, quoted for pasting, without running one."""
-    if args.action in ("config", "close"):
+    action = ACTIONS[args.action]
+    if not action.runs_ssh:
         messages.note("%s runs no ssh." % args.action)
         return EXIT_OK
     commands = [ssh.config_argv()]
-    with contextlib.suppress(Failure):  # where there is no place for a socket, each step logs in by itself
-        if ssh.has_mux:
-            ssh.control_path = os.path.join(private_runtime_dir(), "%x.ctl" % os.getpid())
-            commands.append(ssh.master_argv())
-    commands.append(ssh.session_argv(command=agent_command(args.python or "")))
+    way = Direct(ssh)
+    with contextlib.suppress(NotThisWay):  # where there is no place for a socket, each step logs in by itself
+        if Master in ssh.ways:
+            master = Master(ssh)
+            master.choose_path()
+            commands.append(master.master_argv())
+            way = master
+    commands.append(way.session_argv(command=agent_command(args.python or "")))
     spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
-    if args.action is None:
-        commands.append(ssh.control_argv("forward", "-L", spec) if ssh.control_path else ssh.tunnel_argv(spec, "ready"))
-    if args.action == "doctor":
-        commands.append(ssh.session_argv("-W", "127.0.0.1:22"))
+    if action.run is run_open:
+        commands.append(way.forward_argv(spec))
+    if action.run is run_doctor:
+        commands.append(way.session_argv("-W", "127.0.0.1:22"))
     for argv in commands:
         messages.result(shlex.join(argv), "command", argv=argv)
     return EXIT_OK
 
 
-ACTIONS: Dict[Optional[str], Callable[[argparse.Namespace, Ssh, Agent, Messages], int]] = {
-    None: run_open,
-    "list": run_list,
-    "logs": run_logs,
-    "stop": run_stop,
-    "close": run_close,
-    "doctor": run_doctor,
-    "execute": run_execute,
-    "config": run_config,
+# -- actions and main -------------------------------------------------------------------------------------------------
+
+
+class Action(NamedTuple):
+    """A row of ACTIONS: what does it, its line in the help, its own options."""
+
+    run: Callable[[argparse.Namespace, Ssh, Agent, Messages], int]
+    help: str = ""
+    usage: str = ""
+    arguments: Sequence[Option] = ()
+    runs_ssh: bool = True
+
+
+ACTIONS: Dict[Optional[str], Action] = {
+    None: Action(run_open),
+    "execute": Action(
+        run_execute,
+        "run notebooks on the host, and bring their results",
+        "execute NOTEBOOK ...",
+        [
+            Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", how={"nargs": "*"}),
+            Option("-o --output", "where the result goes (NOTEBOOK.executed.ipynb)", "FILE", _text),
+            Option("--inplace", "the result replaces the notebook"),
+            Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
+            Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
+            Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
+            Option("--attach", "follow this run, and bring its result", "ID", _text, how={"dest": "run_id"}),
+            Option("--overlap", "also when the notebook is being executed already"),
+        ],
+    ),
+    "list": Action(run_list, "the servers on the host", "list"),
+    "logs": Action(
+        run_logs,
+        "a server's log",
+        "logs [ID] [-f]",
+        [
+            Option("id", "which one (the newest)", "ID", default="", how={"nargs": "?"}),
+            Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
+        ],
+    ),
+    "stop": Action(
+        run_stop,
+        "end servers on the host",
+        "stop [ID ...] [--all] [--yes]",
+        [
+            Option("ids", "which ones (the one of PATH, or the only one)", "ID", how={"nargs": "*"}),
+            Option("--all", "all of yours there"),
+            Option("--yes", "without a question, also when a kernel computes"),
+        ],
+    ),
+    "close": Action(run_close, "end the tunnels that went to the background with -f", "close", runs_ssh=False),
+    "doctor": Action(run_doctor, "walk every step, and say what is wrong and how to mend it", "doctor"),
+    "config": Action(run_config, CONFIG_HELP, "config", runs_ssh=False),
 }
 
 
@@ -5270,11 +6789,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         args = parse_arguments(argv)
         messages = Messages(args.quiet, args.verbose, args.json)
-        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, not args.no_mux and os.name == "posix")
+        ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
+        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
         ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
-        return ACTIONS[args.action](args, ssh, Agent(ssh, messages), messages)
+        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages), messages)
     except Failure as failure:
         messages.failure(failure)
         return failure.status

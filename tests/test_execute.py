@@ -268,7 +268,9 @@ def test_interpreter_behind_a_command(tmp_path: Path, head: str, beside: str, ex
     (tmp_path / "bin").mkdir(exist_ok=True)
     command = tmp_path / "bin/jupyter-notebook"
     command.write_text(head.format(tmp_path))
-    found = {"argv": [str(command)], "environment": {"PATH": str(tmp_path / "path")}}
+    found = rjupyter.Launcher(
+        app="notebook", argv=[str(command)], where="PATH", environment={"PATH": str(tmp_path / "path")}
+    )
     assert rjupyter.interpreter_of(found) == (str(tmp_path / expected) if expected else "")
 
 

@@ -447,7 +447,7 @@ def test_path_with_busybox_only(laptop: Laptop, make_host: Callable[..., Host], 
 
 def test_prologue_in_busybox_sh(directory: Path) -> None:
     command = rjupyter.agent_command().replace("exec /bin/sh", "exec /bin/busybox sh")
-    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     answer = subprocess.run(
         ["/bin/busybox", "sh", "-c", command],
         input=rjupyter.agent_input(command, rjupyter.agent_source(), request),
@@ -462,7 +462,7 @@ def test_no_python_at_all(monkeypatch: pytest.MonkeyPatch, directory: Path) -> N
     python3 = Path(bare_python(directory / "bin")) / "python3"
     named = str(python3.rename(python3.with_name("python3.named")))
     monkeypatch.setattr(rjupyter, "PYTHONS", ["no-such-python", "/no/such/python3"])
-    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     for python, words in (("", b"rjupyter: no python3\n"), (named, b"no such directory")):
         command = rjupyter.agent_command(python)
         data = rjupyter.agent_input(command, rjupyter.agent_source(), request)

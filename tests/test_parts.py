@@ -88,7 +88,7 @@ REPLY: Dict[str, Any] = {
     ],
 )
 def test_url(change: Dict[str, Any], url: str) -> None:
-    assert rjupyter.Server.from_reply({**REPLY, **change}).url(8889) == url
+    assert rjupyter.Server.read({**REPLY, **change}).url(8889) == url
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_url(change: Dict[str, Any], url: str) -> None:
 )
 def test_reply_that_makes_no_sense(change: Dict[str, Any]) -> None:
     with pytest.raises(rjupyter.Failure, match="makes no sense"):
-        rjupyter.Server.from_reply({**REPLY, **change})
+        rjupyter.Server.read({**REPLY, **change})
 
 
 def test_text_from_the_host_cannot_drive_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_remote_command_is_valid_in_every_shell() -> None:
 
 
 def agent_input(command: str) -> bytes:
-    request = {"nonce": "n", "action": "open", "path": "nowhere", "is_new": False}
+    request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     return rjupyter.agent_input(command, rjupyter.agent_source(), request)
 
 

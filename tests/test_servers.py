@@ -40,8 +40,8 @@ def by_hand(laptop: Laptop, host: Host, mark: str) -> Iterator["subprocess.Popen
     info = runtime_directory(host) / ("jpserver-%d.json" % process.pid)
 
     def is_up() -> bool:
-        facts = rjupyter.checked_info(rjupyter.read_json(str(info)))
-        return bool(facts) and rjupyter.answers(facts)
+        facts = rjupyter.read_record(rjupyter.RuntimeInfo, str(info))
+        return facts is not None and rjupyter.answers(facts)
 
     wait_until(is_up, "the server started by hand answers")
     yield process

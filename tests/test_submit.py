@@ -150,10 +150,10 @@ ROWS = [
 
 @pytest.mark.parametrize(("command", "row", "word", "reason"), ROWS)
 def test_row_of_a_scheduler(command: str, row: str, word: str, reason: str) -> None:
-    record = {"job": "123", "command": command, "created": 0.0}
+    record = rjupyter.JobRecord(number="123", command=command, created=0.0, node="login")
     state = rjupyter.state_in(record, 2.0, "JOBID and a headline\n%s\n%s\n" % (row, row.replace("123", "1234", 1)))
-    assert (state["word"], state["reason"]) == (word, reason)
-    assert (state["is_live"], state["is_waiting"]) == (word in ("PENDING", "RUNNING"), word == "PENDING")
+    assert (state.word, state.reason) == (word, reason)
+    assert (state.is_live, state.is_waiting) == (word in ("PENDING", "RUNNING"), word == "PENDING")
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,16 @@ def test_row_of_a_scheduler(command: str, row: str, word: str, reason: str) -> N
     ],
 )
 def test_id_of_a_job(command: str, said: str) -> None:
-    match = re.search(rjupyter.SCHEDULERS[command]["id"], said)
+    match = re.search(rjupyter.SCHEDULERS[command].id, said)
     assert match is not None and match.group(1) == "123"
 
 
 def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sign of life says again how the job stands: it must not take that off the terminal."""
-    waiting = {"is_live": True, "is_waiting": True, "word": "PENDING", "reason": "hqw", "start": ""}
+    waiting = rjupyter.JobState(word="PENDING", reason="hqw")
     looks = iter(range(5))
 
-    def job_state(record: Dict[str, Any], max_age_s: float) -> Dict[str, Any]:
+    def job_state(record: rjupyter.JobRecord, max_age_s: float) -> rjupyter.JobState:
         if next(looks) == 4:
             (tmp_path / "said").write_text('{"kind": "reply", "reply": {}}\n')
         return waiting
@@ -184,7 +184,9 @@ def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypat
     monkeypatch.setattr(rjupyter, "job_state", job_state)
     monkeypatch.setattr(rjupyter, "HEARTBEAT_S", -1.0)
     with (tmp_path / "sent").open("w") as stream:
-        rjupyter.wait_for_job({"id": "j1", "job": "7", "directory": str(tmp_path)}, rjupyter.Channel("", stream))
+        job = rjupyter.JobRecord(number="7", command="qsub", created=0.0, node="login")
+        job.id, job.directory = "j1", str(tmp_path)
+        rjupyter.wait_for_job(job, rjupyter.Channel("", stream))
     sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
     assert [(message["kind"], message["word"]) for message in sent] == [("queue", "PENDING")] * 5 + [("queue", "")]
 

@@ -8,7 +8,7 @@ import os
 import string
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from conftest import Host, Laptop
@@ -58,16 +58,12 @@ def no_canary(directory: Path) -> Iterator[Callable[[], None]]:
     check()
 
 
-REQUEST: Dict[str, Any] = {
-    "app": "", "path": None, "is_new": True, "port": 0, "ip": "127.0.0.1", "local_port": 8889, "server_args": [],
-    "python": "", "env": "", "init": [], "attach": "", "start_timeout_s": 20, "may_install": False, "socket": False,
-    "no_socket": "", "idle_timeout_s": 0, "scheduler": {}, "via_node": False,
-}  # fmt: skip
+REQUEST = rjupyter.Request(is_new=True, local_port=8889, start_timeout_s=20, may_install=False)
 
 
 def failure(agent: rjupyter.Agent, **request: Any) -> rjupyter.Failure:
     with pytest.raises(rjupyter.Failure) as caught:
-        agent.ask("open", "", **{**REQUEST, **request})
+        agent.ask(REQUEST.but(**request), rjupyter.Server)
     assert "bug" not in caught.value.what, caught.value.why
     return caught.value
 
@@ -143,8 +139,9 @@ def test_destination(laptop: Laptop, directory: Path, no_canary: Callable[[], No
         "Match exec \"echo '%h' '%r' >/dev/null\"\n  ConnectTimeout 1\nHost *\n  ProxyCommand false %h %r\n"
     )
     ssh = rjupyter.Ssh(destination.host, ["-F", str(config)], False, rjupyter.Messages(quiet=True))
-    ssh.control_path = str(directory / "s")
-    for argv in (ssh.master_argv(), ssh.session_argv(command="true"), ssh.control_argv("check")):
+    master = rjupyter.Master(ssh)
+    master.control_path = str(directory / "s")
+    for argv in (master.master_argv(), master.session_argv(command="true"), master.control_argv("check")):
         at = argv.index("--")
         assert argv[at + 1] == destination.host and not argv[at + 1].startswith("-")
         subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, cwd=str(directory))
