@@ -6,7 +6,6 @@ import os
 import re
 import ssl
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict
@@ -14,18 +13,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, quiet_port, wait_until
 from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of
+from sides import SYSTEM_PATH, Host, Laptop, User, bare_python, processes_with, quiet_port, wait_until
 
 import rjupyter
-
-
-def bare_python(directory: Path) -> str:
-    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
-    base = getattr(sys, "_base_executable", sys.executable)
-    directory.mkdir()
-    (directory / "python3").symlink_to(os.path.realpath(base))
-    return str(directory)
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from browser import run_cell
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from notebooks import write_notebook
+from sides import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, bare_python, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -312,67 +314,11 @@ def test_stub_browser_gets_the_page_but_no_token_in_its_argv(laptop: Laptop, hos
     assert token not in browser.argv.read_text()
 
 
-def test_real_browser_runs_a_cell(laptop: Laptop, host: Host) -> None:
-    cell: Dict[str, Any] = {"cell_type": "code", "id": "c1", "metadata": {}, "execution_count": None}
-    cell.update(outputs=[], source="")
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
-    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+def test_real_browser_runs_a_cell(laptop: Laptop, host: Host, driver: Any) -> None:
+    write_notebook(host.home / "train.ipynb", "")
     url = laptop.start("host:train.ipynb", has_terminal=False).url()
-    with chromium(laptop) as driver:
-        driver.get(url)
-        run_cell(driver, "print('six times seven is', 6 * 7)", "six times seven is 42")
-
-
-def run_cell(driver: Any, code: str, output: str) -> None:
-    """Type `code` into the notebook's first cell, run it, and wait for its output. The page may redraw meanwhile."""
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    def text_of(selector: str) -> str:
-        return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
-
-    def type_code(_: Any) -> bool:
-        editor = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
-        editor.click()
-        editor.send_keys(Keys.CONTROL, "a")
-        editor.send_keys(Keys.DELETE)
-        editor.send_keys(code)
-        return code in text_of(".jp-Cell .cm-content")
-
-    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
-    wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
-    wait.until(type_code)
-    driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
-    wait.until(lambda _: output in text_of(".jp-OutputArea"))
-
-
-def chromium(laptop: Laptop) -> Any:
-    """Return a headless Chromium with a profile of its own, as a context manager."""
-    import shutil
-
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    profile = laptop.home / "chromium"
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--user-data-dir=%s" % profile,
-    ):
-        options.add_argument(argument)
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.get(url)
+    run_cell(driver, "print('six times seven is', 6 * 7)", "six times seven is 42")
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -453,14 +399,6 @@ def test_stub_jupyter_loses_its_port_at_the_last_moment(
     run = laptop.start("--port", str(port), "host", has_terminal=False)
     run.url()
     assert "port %d," % (port + 1) in run.stderr
-
-
-def bare_python(directory: Path) -> str:
-    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
-    base = getattr(sys, "_base_executable", sys.executable)
-    directory.mkdir()
-    (directory / "python3").symlink_to(os.path.realpath(base))
-    return str(directory)
 
 
 def test_no_jupyter_and_no_install(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:

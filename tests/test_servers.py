@@ -7,21 +7,14 @@ import signal
 import subprocess
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Iterator, List
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from client import api, check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, processes_with, wait_until
+from client import api, busy_kernel, check_failure, compute, listed
+from sides import VENV_BIN, Host, Laptop, processes_with, wait_until
 
 import rjupyter
-
-
-def listed(laptop: Laptop) -> List[Dict[str, Any]]:
-    run = laptop.run("host", "list", "--json")
-    assert run.status == 0, run.text
-    objects = [json.loads(line) for line in run.stdout.splitlines()]
-    return [thing for thing in objects if thing["event"] == "server"]
 
 
 def runtime_directory(host: Host) -> Path:
@@ -152,22 +145,6 @@ def test_stop_of_one_started_by_hand_needs_its_id(
     assert laptop.run("host", "stop", "p%d" % by_hand.pid).status == 0
     by_hand.wait(20)
     assert not list(runtime_directory(host).glob("jpserver-*"))
-
-
-def busy_kernel(url: str) -> None:
-    """Let a new kernel compute until it is killed, and wait until the server says so."""
-    import websocket
-
-    kernel = api(url, "kernels", "POST", {})["id"]
-    token = parse_qs(urlsplit(url).query)["token"][0]
-    address = "ws://%s/api/kernels/%s/channels" % (urlsplit(url).netloc, kernel)
-    connection = websocket.create_connection(address, timeout=60, header={"Authorization": "token " + token})
-    content = {"code": "while True: pass", "silent": False, "store_history": False, "user_expressions": {}}
-    head = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
-    message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-    connection.send(json.dumps(message))
-    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "busy", "the kernel computes")
-    connection.close()
 
 
 def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:

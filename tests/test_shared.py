@@ -14,10 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List
 from urllib.parse import urlsplit
 
 import pytest
-from client import api, check_failure, compute, token_of
-from conftest import Host, Laptop, User, quiet_port
+from client import api, check_failure, compute, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of
-from test_servers import listed
+from sides import VENV_BIN, Host, Laptop, User, quiet_port
 
 import rjupyter
 
@@ -222,8 +221,6 @@ def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Lapto
 def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_the_argument(
     make_host: Callable[..., Host], laptop: Laptop, directory: Path
 ) -> None:
-    from conftest import VENV_BIN
-
     (directory / "bin").mkdir()
     wrapper = directory / "bin/jupyter-notebook"
     wrapper.write_text(

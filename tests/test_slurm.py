@@ -3,19 +3,18 @@
 The first half tests the rig: what the second half, which tests rjupyter.py, may take for granted.
 """
 
-import json
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
-from client import api, check_failure, compute
-from conftest import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
+from client import api, check_failure, compute, events_of, listed
+from notebooks import code, printed, write_notebook
 from private_slurm import PrivateSlurm, find_slurm_obstacle
-from test_execute import code, printed, write_notebook
-from test_unattended import readme_events
+from readme import readme_events
+from sides import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
 
 
 @pytest.fixture
@@ -177,11 +176,6 @@ def test_two_rigs_side_by_side_and_nothing_is_left(slurm: PrivateSlurm, director
 WHERE = "import os; print(os.uname().nodename, os.getcwd())"
 
 
-def jobs(laptop: Laptop) -> List[Dict[str, Any]]:
-    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    return [thing for thing in found if thing["event"] == "job"]
-
-
 def opened(laptop: Laptop, *options: str) -> Run:
     run = laptop.start("--slurm", "-t 1:00:00", *options, "host", has_terminal=False)
     run.expect("To end it")
@@ -198,7 +192,7 @@ def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login:
     assert "on node2 in %s" % (login.home / "work") in run.stderr
     run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
     run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node2")
     assert 0 < job["left_s"] <= 3600
     table = laptop.run("host", "list").stdout
@@ -216,7 +210,7 @@ def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login:
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
     slurm.wait_for_state(1, "CANCELLED", "COMPLETED")
-    assert not jobs(laptop)
+    assert not listed(laptop, "job")
     assert not login.servers()
 
 
@@ -260,7 +254,7 @@ def test_without_a_terminal_it_stays_and_stop_cancels_it(laptop: Laptop, slurm: 
     run.interrupt()
     assert run.wait() == 130
     assert "Job 3 stays." in run.stderr
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     assert (job["word"], job["is_waiting"]) == ("PENDING", True)
     stop = laptop.run("host", "stop")
     assert (stop.status, "Cancelled job 3 (%s)" % job["id"] in stop.stderr) == (0, True), stop.text
@@ -409,13 +403,12 @@ def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: 
     assert run.wait() == 130
     second = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
     assert second.status == 0 and "is being executed already" in second.stderr
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     follow = laptop.start("host", "execute", "--attach", job["id"], "-v", has_terminal=False)
     follow.expect("Job 3 pending")
     slurm.cancel(*blocking)
     follow.expect("^y$")
-    listed = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    (found,) = [thing for thing in listed if thing["event"] == "run"]
+    (found,) = listed(laptop, "run")
     assert (found["state"], found["cell"]) == ("running", 2)
     assert laptop.run("host", "stop", found["id"]).status == 0
     assert follow.wait() == 1
@@ -445,10 +438,10 @@ def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slu
     blocking = slurm.occupy()
     run = laptop.start("--json", "-q", "--slurm", "-t 5", "host", has_terminal=False)
     run.expect('"event": "queue"')
-    seen = [json.loads(line) for line in laptop.run("--json", "-q", "host", "list").stdout.splitlines()]
+    seen = events_of(laptop.run("--json", "-q", "host", "list"))
     slurm.cancel(*blocking)
     run.expect('"event": "ending"')
-    seen += [json.loads(line) for line in run.stdout.splitlines()]
+    seen += events_of(run)
     of_readme = readme_events()
     for name in ("job", "queue", "ending"):
         assert {tuple(key for key in event if key != "event") for event in seen if event["event"] == name} == {

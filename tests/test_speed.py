@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
-from conftest import SCRIPT, VENV_BIN, Host, Laptop, quiet_port, wait_until
 from proxy import Proxy
+from sides import SCRIPT, VENV_BIN, Host, Laptop, quiet_port, wait_until
 
 # Those of `ssh HOST true` are not among them. An agent has three: stdin waits for sshd's word that there is room for
 # it. The check through the tunnel has two: the connection, and the question. The rest is for two that cross.
@@ -103,8 +103,7 @@ def proxy(host: Host) -> Iterator[CountingProxy]:
 
 
 def test_round_trips(laptop: Laptop, host: Host, proxy: CountingProxy) -> None:
-    through = ["-p", str(proxy.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % host.sshd.port]
-    through += ["-o", "ServerAliveInterval=600"]  # Jupyter may take its time
+    through = [*proxy.ssh_options(), "-o", "ServerAliveInterval=600"]  # Jupyter may take its time
     argv = ["ssh", "-F", str(host.sshd.config), *through, "host", "true"]
     subprocess.run(argv, env=laptop.environment, check=True, stdin=subprocess.DEVNULL)
     least = proxy.turns

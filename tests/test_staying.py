@@ -8,24 +8,16 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
-from client import api, check_failure, compute
-from conftest import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from browser import run_cell
+from client import api, check_failure, compute, is_up
+from notebooks import write_notebook
 from proxy import Proxy
-from test_open import chromium, run_cell
+from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
 
 import rjupyter
-
-MODES = [[], ["--no-mux"]]
-
-
-def ssh_of(mark: str) -> int:
-    """Return the pid of the ssh that holds the tunnel."""
-    found = [pid for pid, words in processes_with(mark, without=ON_HOST).items() if re.match(r"ssh -(M -)?N ", words)]
-    assert len(found) == 1, found
-    return found[0]
 
 
 def check_same(run: Run, url: str, kernel: str) -> None:
@@ -34,23 +26,11 @@ def check_same(run: Run, url: str, kernel: str) -> None:
     assert compute(url, "print(x)", kernel) == "42\n"
 
 
-def is_up(url: str) -> bool:
-    try:
-        return bool(api(url, "status"))
-    except OSError:
-        return False
-
-
 @pytest.fixture
 def proxy(host: Host) -> Iterator[Proxy]:
     proxy = Proxy(host.sshd.port)
     yield proxy
     proxy.close()
-
-
-def through(proxy: Proxy) -> List[str]:
-    """Return the options that lead ssh through the proxy."""
-    return ["-p", str(proxy.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % proxy.target]
 
 
 def opened(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> "tuple[Run, str, str]":
@@ -86,10 +66,10 @@ def freeze_sshd_session(host: Host, mark: str, proxy: Proxy) -> None:
 FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("fault", FAULTS)
 def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
-    run, url, kernel = opened(laptop, *through(proxy), *mode)
+    run, url, kernel = opened(laptop, *proxy.ssh_options(), *mode)
     fault(host, mark, proxy)
     why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
     if fault is kill_sshd_session:
@@ -124,7 +104,7 @@ def can_listen(port: int) -> bool:
 
 
 def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
-    run, url, kernel = opened(laptop, *through(proxy))
+    run, url, kernel = opened(laptop, *proxy.ssh_options())
     proxy.is_frozen = True
     run.expect("is lost")
     proxy.is_frozen = False
@@ -220,7 +200,7 @@ def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> 
     laptop.start("host", has_terminal=False).expect("To end it")  # and clears away a file that was left in the hurry
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("moment", ["^Connected", "^Launched", "^Forwarding", "^http", "To end it"])
 def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int, moment: str, mode: List[str]) -> None:
@@ -235,7 +215,7 @@ def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int
     assert len(host.servers()) == 1
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: List[str]) -> None:
     make_host(settings="MaxSessions 1")
     run = laptop.start(*mode, "host", has_terminal=False)
@@ -244,7 +224,7 @@ def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: Li
     assert run.wait() == 4
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("settings", ["AllowTcpForwarding no", "PermitOpen 127.0.0.1:1", "DisableForwarding yes"])
 def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], settings: str, mode: List[str]) -> None:
     host = make_host(settings=settings)
@@ -253,7 +233,7 @@ def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], se
     assert len(host.servers()) == 1
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_forwarding_that_is_allowed_in_our_direction_alone(
     laptop: Laptop, make_host: Callable[..., Host], mode: List[str]
 ) -> None:
@@ -266,7 +246,7 @@ def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> No
     check_failure(laptop.run("host"), 255, "host opens no session", "try: MaxSessions in its sshd_config")
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -326,33 +306,22 @@ def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Pat
     assert "No multiplexing" in run.stderr and "too long" in run.stderr
 
 
-def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, mark: str) -> None:
-    cell: Dict[str, Any] = {
-        "cell_type": "code",
-        "id": "c1",
-        "metadata": {},
-        "execution_count": None,
-        "outputs": [],
-        "source": "",
-    }
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
-    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, driver: Any, mark: str) -> None:
+    write_notebook(host.home / "train.ipynb", "")
     run = laptop.start("host:train.ipynb", has_terminal=False)
-    with chromium(laptop) as driver:
-        driver.get(run.url())
-        run_cell(driver, "x = 42; print('x is set')", "x is set")
-        driver.execute_script("window.isTheSamePage = true")
-        os.kill(ssh_of(mark), signal.SIGKILL)
-        run.expect("Connected to host again")
-        run_cell(driver, "print('one more is', x + 1)", "one more is 43")
-        assert driver.execute_script("return window.isTheSamePage") is True
+    driver.get(run.url())
+    run_cell(driver, "x = 42; print('x is set')", "x is set")
+    driver.execute_script("window.isTheSamePage = true")
+    os.kill(ssh_of(mark), signal.SIGKILL)
+    run.expect("Connected to host again")
+    run_cell(driver, "print('one more is', x + 1)", "one more is 43")
+    assert driver.execute_script("return window.isTheSamePage") is True
 
 
 def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
     print("seed %d" % seed)
     chance = random.Random(seed)
-    run, url, kernel = opened(laptop, *through(proxy))
+    run, url, kernel = opened(laptop, *proxy.ssh_options())
     (record,) = host.servers()
     for number in range(count):
         fault = chance.choice(FAULTS)
@@ -373,7 +342,7 @@ def test_random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy) -> N
     random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
     """A dashboard beside Jupyter: there as long as the tunnel, also after the connection was lost."""
     ports = [quiet_port(), quiet_port()]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from conftest import Host, Laptop
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
+from sides import Host, Laptop
 
 import rjupyter
 

@@ -19,10 +19,10 @@ from typing import List
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
-from conftest import VENV_BIN  # noqa: E402
 from figures import Row, table  # noqa: E402
 from rig import Rig  # noqa: E402
 from rows import ROWS  # noqa: E402
+from sides import VENV_BIN  # noqa: E402
 
 
 def machine() -> str:
