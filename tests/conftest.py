@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
@@ -16,6 +16,24 @@ from private_sshd import PrivateSshd
 from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
 
 sys.path.insert(0, str(TOP))
+
+# The fixtures that bring each part. A test that uses none of them, directly or not, is "unit" unless it says otherwise.
+PARTS = {
+    "sshd": {"make_host", "make_user"},
+    "cluster": {"slurm", "engine", "shims"},
+    "browser": {"driver"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by them
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    for item in items:
+        used = set(item.fixturenames) if isinstance(item, pytest.Function) else set()
+        for name, fixtures in PARTS.items():
+            if used & fixtures:
+                item.add_marker(name)
+        if not any(item.get_closest_marker(name) for name in PARTS):
+            item.add_marker("unit")
 
 
 @pytest.fixture

@@ -498,6 +498,7 @@ def test_example_config_is_valid() -> None:
         assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.sshd  # make demo has its own
 def test_make_demo(laptop: Laptop, mark: str) -> None:
     """The README's first command, in a terminal, to its Ctrl-C; afterwards nothing of it is left."""
     top = Path(__file__).parent.parent
