@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from private_sshd import PrivateSshd
@@ -190,6 +190,17 @@ class Laptop:
         run = Run(argv, dict(self.environment, **environment), has_terminal, str(self.home))
         self.runs.append(run)
         return run
+
+    @contextlib.contextmanager
+    def opened(self, *arguments: str, has_terminal: bool = False, **environment: str) -> Iterator[Run]:
+        """Open, for a block that gets the run; then Ctrl-C closes the tunnel, with status 0."""
+        run = self.start(*arguments, has_terminal=has_terminal, **environment)
+        run.url()
+        if "-q" not in arguments:
+            run.expect(r"Ctrl-C closes the tunnel.*\n")  # all of the line, or a terminal's ^C would stand in it
+        yield run
+        run.interrupt()
+        assert run.wait() == 0, run.text
 
     def end_runs(self) -> None:
         """Ctrl-C for what still runs."""

@@ -48,10 +48,8 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
 
 
 def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    url = run.url()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("host") as run:
+        url = run.url()
     assert run.stdout == url + "\n"
     assert host.sshd.logins() == 1
     (record,) = host.servers()
@@ -59,11 +57,9 @@ def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> Non
 
 
 def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
-    first = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    url = first.url()
-    (record,) = host.servers()
-    first.interrupt()
-    first.wait()
+    with laptop.opened("--local-port", str(quiet_port()), "host") as first:
+        url = first.url()
+        (record,) = host.servers()
     second = laptop.start("host", has_terminal=False)
     assert second.url() == url
     assert re.search(r"Found Jupyter Notebook \d\S* in ", second.stderr)
@@ -74,14 +70,9 @@ def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
 def test_local_port_is_the_same_although_a_lower_one_became_free(laptop: Laptop, host: Host) -> None:
     for name in ("one", "two"):
         (host.home / name).mkdir()
-    one = laptop.start("host:one", has_terminal=False)
-    one.url()
-    two = laptop.start("--local-port", str(quiet_port()), "host:two", has_terminal=False)
-    url = two.url()
-    assert urlsplit(url).port != urlsplit(one.url()).port
-    for run in (one, two):
-        run.interrupt()
-        assert run.wait() == 0
+    with laptop.opened("host:one") as one, laptop.opened("--local-port", str(quiet_port()), "host:two") as two:
+        url = two.url()
+        assert urlsplit(url).port != urlsplit(one.url()).port
     again = laptop.start("host:two", has_terminal=False)
     assert again.url() == url
 
@@ -116,10 +107,8 @@ def test_new_starts_another(laptop: Laptop, host: Host) -> None:
 
 
 def test_stop_ends_server_and_kernels_and_removes_what_we_left(laptop: Laptop, host: Host, mark: str) -> None:
-    run = laptop.start("host", has_terminal=False)
-    compute(run.url(), "print(1)")
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        compute(run.url(), "print(1)")
     stop = laptop.run("host", "stop")
     assert stop.status == 0
     assert "Stopped Jupyter Notebook in %s" % host.home in stop.stderr
@@ -146,12 +135,9 @@ def test_stop_names_the_servers_when_there_are_several(laptop: Laptop, host: Hos
 
 
 def test_stop_on_exit(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("--stop-on-exit", "host", has_terminal=False)
-    run.url()
-    run.expect("ends the server")
-    (record,) = host.servers()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--stop-on-exit", "host") as run:
+        run.expect("ends the server")
+        (record,) = host.servers()
     assert not is_running(record["pid"])
     assert host.servers() == []
 
@@ -440,10 +426,8 @@ def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], dire
 
 
 def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host"):
+        pass
     (record,) = host.servers()
     info = Path(record["runtime_dir"]) / ("jpserver-%d.json" % record["pid"])
     facts = json.loads(info.read_text())

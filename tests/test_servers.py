@@ -80,10 +80,8 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
 
 
 def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host"):
+        pass
     (record,) = host.servers()
     good = json.loads((runtime_directory(host) / ("jpserver-%d.json" % record["pid"])).read_text())
     odd = runtime_directory(host)
@@ -121,11 +119,9 @@ def test_names_from_the_host_cannot_drive_the_terminal(laptop: Laptop, host: Hos
 
 def test_attach_to_one_started_by_hand(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
     for arguments in (["--attach", "p%d" % by_hand.pid, "host"], ["host:hand"]):
-        run = laptop.start(*arguments, has_terminal=False)
-        assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
-        assert "Found JupyterLab" in run.stderr
-        run.interrupt()
-        assert run.wait() == 0
+        with laptop.opened(*arguments) as run:
+            assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
+            assert "Found JupyterLab" in run.stderr
     assert not host.servers()
     laptop.start("host", has_terminal=False).expect("Launched Jupyter Notebook")  # without a PATH: the newest of ours
 
@@ -181,11 +177,9 @@ def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str
 def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     laptop: Laptop, host: Host, mark: str
 ) -> None:
-    run = laptop.start("host", has_terminal=False)
-    busy_kernel(run.url())
-    (record,) = host.servers()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        busy_kernel(run.url())
+        (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
     assert [server["state"] for server in listed(laptop)] == ["no answer"]
     assert laptop.run("host", "stop", "--yes").status == 0

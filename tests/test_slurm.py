@@ -176,8 +176,8 @@ def test_two_rigs_side_by_side_and_nothing_is_left(slurm: PrivateSlurm, director
 WHERE = "import os; print(os.uname().nodename, os.getcwd())"
 
 
-def opened(laptop: Laptop, *options: str) -> Run:
-    run = laptop.start("--slurm", "-t 1:00:00", *options, "host", has_terminal=False)
+def start_in_job(laptop: Laptop) -> Run:
+    run = laptop.start("--slurm", "-t 1:00:00", "host", has_terminal=False)
     run.expect("To end it")
     return run
 
@@ -185,27 +185,23 @@ def opened(laptop: Laptop, *options: str) -> Run:
 def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     (login.home / "work").mkdir()
     options = ["--local-port", str(quiet_port()), "--slurm", "-t 1:00:00 -w node2"]
-    run = laptop.start(*options, "host:work", has_terminal=False)
-    url = run.url()
-    assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
-    assert "Job 1 " in run.stderr
-    assert "on node2 in %s" % (login.home / "work") in run.stderr
-    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
-    run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
-    (job,) = listed(laptop, "job")
-    assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node2")
-    assert 0 < job["left_s"] <= 3600
-    table = laptop.run("host", "list").stdout
-    assert re.search(r"^j[0-9a-f]{4}  1    running  node2  5\d min  a server", table, re.MULTILINE), table
-    assert re.search(r"^[0-9a-f]{4}  live ", table, re.MULTILINE)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*options, "host:work") as run:
+        url = run.url()
+        assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
+        assert "Job 1 " in run.stderr
+        assert "on node2 in %s" % (login.home / "work") in run.stderr
+        run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
+        run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
+        (job,) = listed(laptop, "job")
+        assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node2")
+        assert 0 < job["left_s"] <= 3600
+        table = laptop.run("host", "list").stdout
+        assert re.search(r"^j[0-9a-f]{4}  1    running  node2  5\d min  a server", table, re.MULTILINE), table
+        assert re.search(r"^[0-9a-f]{4}  live ", table, re.MULTILINE)
     for arguments in (["--slurm", "-t 1:00:00 -w node2", "host:work"], ["host:work"]):
-        again = laptop.start(*arguments, has_terminal=False)
-        assert again.url() == url
-        assert "Found Jupyter Notebook" in again.stderr
-        again.interrupt()
-        again.wait()
+        with laptop.opened(*arguments) as again:
+            assert again.url() == url
+            assert "Found Jupyter Notebook" in again.stderr
     assert len(slurm.squeue()) == 1
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
@@ -278,7 +274,7 @@ def node_dies(slurm: PrivateSlurm) -> str:
 
 @pytest.mark.parametrize("end", [cancelled, time_is_up, node_dies])
 def test_end_of_the_job_is_said(laptop: Laptop, slurm: PrivateSlurm, login: Host, end: Any) -> None:
-    run = opened(laptop)
+    run = start_in_job(laptop)
     words = end(slurm)
     assert run.wait() == 4
     assert "has ended" in run.stderr
@@ -286,7 +282,7 @@ def test_end_of_the_job_is_said(laptop: Laptop, slurm: PrivateSlurm, login: Host
 
 
 def test_shut_down_in_the_browser_ends_the_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
-    run = opened(laptop)
+    run = start_in_job(laptop)
     api(run.url(), "shutdown", "POST")
     assert run.wait() == 4
     assert "it was shut down" in run.stderr
@@ -346,13 +342,11 @@ def test_tunnel_that_ends_on_the_node(
     config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
     laptop.config = str(config)
     options = [*options, "--local-port", str(quiet_port())]
-    run = laptop.start("--slurm", "-t 1:00:00", "--via-node", *options, "host", has_terminal=False)
-    assert compute(run.url(), WHERE).startswith("node1 ")
-    run.expect("^Connected to node1 through host.")
-    run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
-    assert "whoever reaches" not in run.stderr
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--slurm", "-t 1:00:00", "--via-node", *options, "host") as run:
+        assert compute(run.url(), WHERE).startswith("node1 ")
+        run.expect("^Connected to node1 through host.")
+        run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
+        assert "whoever reaches" not in run.stderr
     again = laptop.start("--via-node", *options, "host", has_terminal=False)
     assert again.url() == run.url()
     nodes[0].end_connections()
@@ -365,10 +359,8 @@ def test_tunnel_that_ends_on_the_node(
 def test_another_login_node_finds_the_server(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, make_host: Callable[..., Host]
 ) -> None:
-    run = opened(laptop)
-    url = run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("--slurm", "-t 1:00:00", "host") as run:
+        url = run.url()
     prefix = [*slurm.login_prefix, "unshare", "--uts", "sh", "-c", 'hostname login2; exec "$@"', "sh"]
     make_host(name="other", prefix=prefix, HOME=str(login.home), **slurm.environment())
     again = laptop.start("other", has_terminal=False)

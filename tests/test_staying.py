@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from browser import run_cell
-from client import api, check_failure, compute, is_up
+from client import api, check_failure, compute, is_up, new_kernel
 from notebooks import write_notebook
 from proxy import Proxy
 from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
@@ -33,14 +33,24 @@ def proxy(host: Host) -> Iterator[Proxy]:
     proxy.close()
 
 
-def opened(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> "tuple[Run, str, str]":
-    """Open, and set a variable in a kernel; return the run, its address and the kernel."""
-    run = laptop.start("--local-port", str(quiet_port()), *arguments, "host", has_terminal=has_terminal)
+def arguments_of_open(*arguments: str) -> List[str]:
+    """Return the arguments of an open that keeps its port for itself, whatever other tests do meanwhile."""
+    return ["--local-port", str(quiet_port()), *arguments, "host"]
+
+
+def remember(run: Run) -> "tuple[str, str]":
+    """Set a variable in a new kernel of what is opened; return the address and the kernel."""
     url = run.url()
     run.expect("To end it")
-    kernel = api(url, "kernels", "POST", {})["id"]
+    kernel = new_kernel(url)
     compute(url, "x = 42", kernel)
-    return run, url, kernel
+    return url, kernel
+
+
+def start_and_remember(laptop: Laptop, *arguments: str) -> "tuple[Run, str, str]":
+    """Open and set a variable in a kernel; return the run, its address and the kernel."""
+    run = laptop.start(*arguments_of_open(*arguments), has_terminal=False)
+    return (run, *remember(run))
 
 
 def kill_ssh(host: Host, mark: str, proxy: Proxy) -> None:
@@ -69,22 +79,21 @@ FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
 @BOTH_MODES
 @pytest.mark.parametrize("fault", FAULTS)
 def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
-    run, url, kernel = opened(laptop, *proxy.ssh_options(), *mode)
-    fault(host, mark, proxy)
-    why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
-    if fault is kill_sshd_session:
-        assert re.match("Connection to .* closed|client_loop: send disconnect", why), why
-    run.expect(r"^Connected to host again \(after \d+ s\)\.$")
-    check_same(run, url, kernel)
-    host.sshd.end_connections(signal.SIGCONT)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*arguments_of_open(*proxy.ssh_options(), *mode)) as run:
+        url, kernel = remember(run)
+        fault(host, mark, proxy)
+        why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
+        if fault is kill_sshd_session:
+            assert re.match("Connection to .* closed|client_loop: send disconnect", why), why
+        run.expect(r"^Connected to host again \(after \d+ s\)\.$")
+        check_same(run, url, kernel)
+        host.sshd.end_connections(signal.SIGCONT)
     assert "Closed. Back again with" in run.stderr
     assert len(host.servers()) == 1
 
 
 def test_host_away_for_a_while_and_sshd_started_anew(laptop: Laptop, host: Host) -> None:
-    run, url, kernel = opened(laptop)
+    run, url, kernel = start_and_remember(laptop)
     host.sshd.stop()
     host.sshd.end_connections()
     run.expect("is lost")
@@ -104,7 +113,7 @@ def can_listen(port: int) -> bool:
 
 
 def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
-    run, url, kernel = opened(laptop, *proxy.ssh_options())
+    run, url, kernel = start_and_remember(laptop, *proxy.ssh_options())
     proxy.is_frozen = True
     run.expect("is lost")
     proxy.is_frozen = False
@@ -113,7 +122,7 @@ def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
 
 
 def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -> None:
-    run, url, kernel = opened(laptop)
+    run, url, kernel = start_and_remember(laptop)
     (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
     run.expect("does not answer; its connection is well. Waiting.")
@@ -266,16 +275,15 @@ def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, dire
         try:
             wait_until(control.exists, "the master is up")
             logins = host.sshd.logins()
-            run, url, _ = opened(laptop)
-            assert host.sshd.logins() == logins
-            run.interrupt()
-            assert run.wait() == 0
+            with laptop.opened(*arguments_of_open()) as run:
+                url, _ = remember(run)
+                assert host.sshd.logins() == logins
             assert not is_up(url) and mine.poll() is None
-            killed, url, kernel = opened(laptop)
+            killed, url, kernel = start_and_remember(laptop)
             os.kill(killed.pid, signal.SIGKILL)
             wait_until(lambda: not is_up(url), "its forward is gone from the master", 10)
             killed.wait()
-            lost, url, kernel = opened(laptop)
+            lost, url, kernel = start_and_remember(laptop)
             mine.kill()
             lost.expect("Connected to host again")
             check_same(lost, url, kernel)
@@ -321,17 +329,16 @@ def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Ho
 def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
     print("seed %d" % seed)
     chance = random.Random(seed)
-    run, url, kernel = opened(laptop, *proxy.ssh_options())
-    (record,) = host.servers()
-    for number in range(count):
-        fault = chance.choice(FAULTS)
-        print(number, fault.__name__, flush=True)
-        fault(host, mark, proxy)
-        run.expect(r"again \(after", 120, times=number + 1)
-        host.sshd.end_connections(signal.SIGCONT)
-        check_same(run, url, kernel)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*arguments_of_open(*proxy.ssh_options())) as run:
+        url, kernel = remember(run)
+        (record,) = host.servers()
+        for number in range(count):
+            fault = chance.choice(FAULTS)
+            print(number, fault.__name__, flush=True)
+            fault(host, mark, proxy)
+            run.expect(r"again \(after", 120, times=number + 1)
+            host.sshd.end_connections(signal.SIGCONT)
+            check_same(run, url, kernel)
     assert [r["pid"] for r in host.servers()] == [record["pid"]]
     wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
 
@@ -349,14 +356,13 @@ def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as dashboard:
         to = dashboard.getsockname()[1]
         forwards = ["-L", "%d:localhost:%d" % (ports[0], to), "-L", "127.0.0.1:%d:127.0.0.1:%d" % (ports[1], to)]
-        run, url, kernel = opened(laptop, *mode, *forwards)
-        check_forwards(dashboard, ports)
-        host.sshd.end_connections()
-        run.expect("Connected to host again")
-        check_forwards(dashboard, ports)
-        check_same(run, url, kernel)
-        run.interrupt()
-        assert run.wait() == 0
+        with laptop.opened(*arguments_of_open(*mode, *forwards)) as run:
+            url, kernel = remember(run)
+            check_forwards(dashboard, ports)
+            host.sshd.end_connections()
+            run.expect("Connected to host again")
+            check_forwards(dashboard, ports)
+            check_same(run, url, kernel)
         assert can_listen(ports[0])
         with socket.create_server(("127.0.0.1", ports[0])):
             failed = laptop.run(*mode, *forwards, "host")

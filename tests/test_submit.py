@@ -51,19 +51,15 @@ def nothing_left(engine: PrivateGridEngine) -> bool:
 
 
 def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
-    run = laptop.start("--local-port", str(quiet_port()), *QSUB, "host:work", has_terminal=False)
-    url = run.url()
-    assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
-    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node1\) through host\." % engine.nodes["node1"])
-    (job,) = listed(laptop, "job")
-    assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node1")
-    run.interrupt()
-    assert run.wait() == 0
-    again = laptop.start(*QSUB, "host:work", has_terminal=False)
-    assert again.url() == url
-    assert "Found Jupyter Notebook" in again.stderr
-    again.interrupt()
-    again.wait()
+    with laptop.opened("--local-port", str(quiet_port()), *QSUB, "host:work") as run:
+        url = run.url()
+        assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
+        run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node1\) through host\." % engine.nodes["node1"])
+        (job,) = listed(laptop, "job")
+        assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node1")
+    with laptop.opened(*QSUB, "host:work") as again:
+        assert again.url() == url
+        assert "Found Jupyter Notebook" in again.stderr
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
     wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)

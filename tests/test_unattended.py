@@ -673,10 +673,8 @@ def test_json_events_are_the_ones_of_the_readme(
 
 
 def test_quiet(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("-q", "--no-browser", "host")
-    url = run.url()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("-q", "--no-browser", "host", has_terminal=True) as run:
+        url = run.url()
     assert run.text.replace("^C", "").strip() == url
     failed = laptop.run("-q", "host:nowhere")
     check_failure(failed, 1, "no such directory")
