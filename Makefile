@@ -6,7 +6,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test bench lint install uninstall clean
+.PHONY: help demo setup check test bench lint install uninstall clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -15,8 +15,14 @@ demo: ## the main job without a remote host: a private sshd here, its Jupyter in
 	@PYTHON=$(PYTHON) sh tests/setup.sh demo
 	@.venv/bin/python tests/demo.py $(DEMO_ARGS)
 
-test: ## install what the tests need, and run them
+setup: ## install what the tests need
 	@PYTHON=$(PYTHON) sh tests/setup.sh test
+
+check: ## the tests that need no sshd, no browser and no cluster: seconds
+	@PYTHON=$(PYTHON) sh tests/setup.sh check
+	.venv/bin/python -m pytest tests -m unit $(PYTEST_ARGS)
+
+test: setup ## all tests, after make setup
 	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
 
 bench: ## measure it beside what one would use instead: a Markdown table, in less than 10 minutes
@@ -37,5 +43,5 @@ install: ## copy the one file to $(PREFIX)/bin/rjupyter
 uninstall: ## remove it again
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rjupyter"
 
-clean: ## remove what demo, test and lint made here
+clean: ## remove what the others made here
 	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__

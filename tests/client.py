@@ -1,14 +1,14 @@
-"""What a test does with a server that is open: ask it, compute in its kernels; and what a failure looks like."""
+"""What a test does with a server that is open: ask it, compute in its kernels; and what rjupyter.py says."""
 
 import json
 import re
 import ssl
 import urllib.request
-from typing import Any, Dict
+from typing import Any, Dict, List
 from urllib.parse import parse_qs, urlsplit
 
 import websocket
-from conftest import Run
+from sides import Laptop, Run, wait_until
 
 
 def base_url(url: str) -> str:
@@ -37,19 +37,28 @@ def token_of(url: str) -> str:
     return parse_qs(urlsplit(url).query)["token"][0]
 
 
-def compute(url: str, code: str, kernel: str = "") -> str:
-    """Run `code` in a kernel, a new one without a name, over the websocket, and return what it printed."""
+def send(url: str, code: str, kernel: str) -> websocket.WebSocket:
+    """Let a kernel run `code`, as message "1", and return the connection to its channels."""
     parts = urlsplit(url)
-    token = token_of(url)
-    kernel = kernel or api(url, "kernels", "POST", {})["id"]
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
-    header = {"Authorization": "token " + token}
+    header = {"Authorization": "token " + token_of(url)}
     connection = websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
     content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
     head: Dict[str, str] = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
     message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     connection.send(json.dumps(message))
+    return connection
+
+
+def new_kernel(url: str) -> str:
+    """Start a kernel, and return its id."""
+    return str(api(url, "kernels", "POST", {})["id"])
+
+
+def compute(url: str, code: str, kernel: str = "") -> str:
+    """Run `code` in a kernel, a new one without a name, over the websocket, and return what it printed."""
+    connection = send(url, code, kernel or new_kernel(url))
     printed = ""
     ends = {"execute_reply", "idle"}  # of two channels, in any order
     while ends:
@@ -62,6 +71,14 @@ def compute(url: str, code: str, kernel: str = "") -> str:
     return printed
 
 
+def busy_kernel(url: str) -> None:
+    """Let a new kernel compute until it is killed, and wait until the server says so."""
+    kernel = new_kernel(url)
+    connection = send(url, "while True: pass", kernel)
+    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "busy", "the kernel computes")
+    connection.close()
+
+
 def check_failure(run: Run, status: int, *words: str) -> None:
     """A failure is: its status, nothing on stdout, and what, why, try on stderr."""
     assert run.status == status, run.text
@@ -69,3 +86,23 @@ def check_failure(run: Run, status: int, *words: str) -> None:
     assert re.search(r"^rjupyter: ", run.stderr, re.MULTILINE)
     for word in words:
         assert word in run.stderr, run.stderr
+
+
+def is_up(url: str) -> bool:
+    """True when the server behind a printed URL answers."""
+    try:
+        return bool(api(url, "status"))
+    except OSError:
+        return False
+
+
+def events_of(run: Run) -> List[Dict[str, Any]]:
+    """Return what a run with --json printed."""
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def listed(laptop: Laptop, event: str = "server") -> List[Dict[str, Any]]:
+    """Return what `list` has of the host's servers; or of its jobs, "job", or of its runs, "run"."""
+    run = laptop.run("host", "list", "--json")
+    assert run.status == 0, run.text
+    return [thing for thing in events_of(run) if thing["event"] == event]

@@ -1,241 +1,39 @@
 """Fixtures: a laptop and a host, each with a home of its own, and a check that nothing is left behind by a test."""
 
 import contextlib
-import json
 import os
-import pty
-import pwd
-import random
-import re
-import select
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
+from browser import chromium
 from private_sshd import PrivateSshd
-
-TOP = Path(__file__).resolve().parent.parent
-SCRIPT = TOP / "rjupyter.py"
-VENV_BIN = Path(sys.executable).parent  # the environment that tests/setup.sh made: the host's Jupyter is in it
-SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
-DEADLINE_S = 90.0
-MARK = "RJUPYTER_TEST"
-ON_HOST = "RJUPYTER_SIDE=host"
+from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
 
 sys.path.insert(0, str(TOP))
 
-for ignored in (signal.SIGHUP, signal.SIGINT):  # as under nohup, or in the background of a script; children inherit it
-    if signal.getsignal(ignored) is signal.SIG_IGN:
-        signal.signal(ignored, signal.SIG_DFL)
+# The fixtures that bring each part. A test that uses none of them, directly or not, is "unit" unless it says otherwise.
+PARTS = {
+    "sshd": {"make_host", "make_user"},
+    "cluster": {"slurm", "engine", "shims"},
+    "browser": {"driver"},
+}
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
-    """Poll until `condition` gives something true, and return it; fail after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, "not within %d s: %s" % (timeout_s, what)
-        time.sleep(0.02)
-
-
-def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
-    """Return the processes whose environment holds `mark`, and not `without`, with their command lines."""
-    found: Dict[int, str] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError):
-                directory = Path("/proc", name)
-                environment = b"\0" + (directory / "environ").read_bytes()
-                if mark.encode() in environment and (without == "\0" or without.encode() not in environment):
-                    words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
-                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
-                    if state != "Z":
-                        found[int(name)] = words.decode(errors="replace").strip()
-    return found
-
-
-def quiet_port() -> int:
-    """Return a free port that no other test takes meanwhile: not near 8889, and not one that the kernel deals."""
-    while True:
-        port = random.randrange(20000, 30000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
-class Run:
-    """A running rjupyter.py: `text` is what it printed so far, both streams as they came when it has a terminal."""
-
-    def __init__(self, argv: List[str], environment: Dict[str, str], has_terminal: bool, cwd: str) -> None:
-        self.text = ""
-        self.stdout = ""
-        self.stderr = ""
-        self.status: Optional[int] = None
-        self._fds: Dict[int, str] = {}
-        if has_terminal:
-            self.pid, self.terminal = pty.fork()
-            if not self.pid:
-                os.chdir(cwd)
-                os.execvpe(argv[0], argv, environment)
-            self._fds[self.terminal] = "stdout"
-        else:
-            self.process = subprocess.Popen(
-                argv,
-                env=environment,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-            self.pid = self.process.pid
-            assert self.process.stdout is not None and self.process.stderr is not None
-            self._fds = {self.process.stdout.fileno(): "stdout", self.process.stderr.fileno(): "stderr"}
-
-    def _read(self, timeout_s: float) -> None:
-        ready = select.select(list(self._fds), [], [], timeout_s)[0] if self._fds else []
-        for fd in ready:
-            try:
-                data = os.read(fd, 65536)
-            except OSError:  # the terminal of a program that ended
-                data = b""
-            if not data:
-                del self._fds[fd]
-            words = data.decode(errors="replace").replace("\r\n", "\n")
-            self.text += words
-            setattr(self, self._fds.get(fd, "stdout"), getattr(self, self._fds.get(fd, "stdout")) + words)
-
-    def expect(self, pattern: str, timeout_s: float = DEADLINE_S, times: int = 1) -> "re.Match[str]":
-        """Wait until the output matches, so many times, and return the last of these matches."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            matches = list(re.finditer(pattern, self.text, re.MULTILINE))
-            if len(matches) >= times:
-                return matches[times - 1]
-            assert self._fds and time.monotonic() < deadline, "no %r in:\n%s" % (pattern, self.text)
-            self._read(0.2)
-
-    def url(self) -> str:
-        return self.expect(r"^https?://127\.0\.0\.1:\d+/\S*$").group()
-
-    def type(self, text: str) -> None:
-        """Type on the terminal."""
-        os.write(self.terminal, text.encode())
-
-    def interrupt(self) -> None:
-        """Ctrl-C: on the terminal where there is one, else as the signal."""
-        if hasattr(self, "terminal"):
-            self.type("\x03")
-        else:
-            os.killpg(self.pid, signal.SIGINT)
-
-    def wait(self, timeout_s: float = DEADLINE_S) -> int:
-        """Wait for the end and return the exit status, negative for a signal."""
-        deadline = time.monotonic() + timeout_s
-        while self.status is None:
-            self._read(0.02)
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-                if hasattr(self, "process"):
-                    self.process.returncode = self.status
-                break
-            assert time.monotonic() < deadline, "still running:\n" + self.text
-        while self._fds and select.select(list(self._fds), [], [], 0)[0]:
-            self._read(0)
-        assert "Traceback" not in self.text, self.text
-        return self.status
-
-    def close(self) -> None:
-        """Kill what still runs, and close our end."""
-        if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        if hasattr(self, "terminal"):
-            os.close(self.terminal)
-
-
-class Laptop:
-    """The near side: a home and a runtime directory of its own, and rjupyter.py in it."""
-
-    def __init__(self, directory: Path, mark: str) -> None:
-        self.directory = directory
-        self.home = directory / "laptop"
-        self.runtime = directory / "run"
-        self.home.mkdir()
-        self.runtime.mkdir(mode=0o700)
-        self.runs: List[Run] = []
-        self.config = ""
-        self.python = sys.executable
-        self.environment = {
-            "HOME": str(self.home),
-            "PATH": SYSTEM_PATH,
-            "XDG_RUNTIME_DIR": str(self.runtime),
-            "TERM": "xterm",
-            "LANG": "C.UTF-8",
-            "RJUPYTER_TMP": str(directory),
-            MARK: mark,
-        }
-
-    def start(self, *arguments: str, has_terminal: bool = True, **environment: str) -> Run:
-        """Start rjupyter.py with the ssh_config of the host at hand."""
-        argv = [self.python, str(SCRIPT)] + (["-F", self.config] if self.config else []) + list(arguments)
-        run = Run(argv, dict(self.environment, **environment), has_terminal, str(self.home))
-        self.runs.append(run)
-        return run
-
-    def end_runs(self) -> None:
-        """Ctrl-C for what still runs."""
-        for run in self.runs:
-            if run.status is None:
-                run.interrupt()
-                run.wait(20)
-
-    def run(self, *arguments: str, has_terminal: bool = False, **environment: str) -> Run:
-        """Run rjupyter.py to its end."""
-        run = self.start(*arguments, has_terminal=has_terminal, **environment)
-        run.wait()
-        return run
-
-
-class Host:
-    """The far side: a private sshd, and what our agent keeps in its home."""
-
-    def __init__(self, sshd: PrivateSshd) -> None:
-        self.sshd = sshd
-        self.home = sshd.home
-
-    def servers(self) -> List[Dict[str, Any]]:
-        """Return the records of the servers that rjupyter.py launched, with their ids."""
-        files = sorted(self.home.glob(".local/state/rjupyter/servers/*/server.json"))
-        records = [(json.loads(file.read_text()), file.parent.name) for file in files]
-        # Tests put files there that make no sense; killpg of what such a file calls a pid would be a disaster.
-        return [dict(r, id=name) for r, name in records if isinstance(r, dict) and type(r.get("identity")) is str]
-
-    def runs(self) -> List[Dict[str, Any]]:
-        """Return the records of the notebooks that rjupyter.py executes."""
-        return [json.loads(file.read_text()) for file in self.home.glob(".local/state/rjupyter/runs/*/run.json")]
-
-    def end_servers(self) -> None:
-        """Kill what was meant to outlive the client: the sessions that the servers and the runs lead.
-
-        Not those on the nodes of a cluster, which end with it: a pid of theirs is another process here.
-        """
-        for record in self.servers() + self.runs():
-            if record.get("node") not in (None, os.uname().nodename):
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(record["pid"], signal.SIGKILL)
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by them
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    for item in items:
+        used = set(item.fixturenames) if isinstance(item, pytest.Function) else set()
+        for name, fixtures in PARTS.items():
+            if used & fixtures:
+                item.add_marker(name)
+        if not any(item.get_closest_marker(name) for name in PARTS):
+            item.add_marker("unit")
 
 
 @pytest.fixture
@@ -273,32 +71,6 @@ def laptop(directory: Path, mark: str) -> Iterator[Laptop]:
         run.close()
     left = [str(path) for path in laptop.runtime.rglob("*") if not path.is_dir()]
     assert not left, "left in the runtime directory: %s" % left
-
-
-class User:
-    """A user of this machine that a test made, with a home below the test's directory."""
-
-    def __init__(self, home: Path, shell: str) -> None:
-        self.name = home.name
-        self.home = home
-        argv = ["useradd", "--no-create-home", "--home-dir", str(home), "--shell", shell, "--password", "*", self.name]
-        subprocess.run(argv, check=True, capture_output=True)
-        self.uid = pwd.getpwnam(self.name).pw_uid
-        home.mkdir(mode=0o755)
-        os.chown(home, self.uid, -1)
-
-    def write(self, path: str, text: str) -> None:
-        """Write a file of the user's, below home."""
-        file = self.home / path
-        for parent in reversed(file.relative_to(self.home).parents):
-            (self.home / parent).mkdir(exist_ok=True)
-            os.chown(self.home / parent, self.uid, -1)
-        file.write_text(text)
-        os.chown(file, self.uid, -1)
-
-    def remove(self) -> None:
-        subprocess.run(["userdel", "--force", self.name], check=True, capture_output=True)
-        shutil.rmtree("/tmp/rjupyter-%d" % self.uid, ignore_errors=True)
 
 
 @pytest.fixture
@@ -357,6 +129,13 @@ def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Ite
         host.sshd.stop()
         host.sshd.end_connections()
     assert not local, "left on the laptop: %s" % local
+
+
+@pytest.fixture
+def driver(laptop: Laptop) -> Iterator[Any]:
+    """A real browser on the laptop, driven by Selenium."""
+    with chromium(laptop) as driver:
+        yield driver
 
 
 @pytest.fixture

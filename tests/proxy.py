@@ -32,6 +32,10 @@ class Proxy:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def ssh_options(self) -> List[str]:
+        """Return the options that lead ssh through the proxy to the host whose sshd is its target."""
+        return ["-p", str(self.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % self.target]
+
     def _run(self) -> None:
         while not self._has_ended:
             wait_s = max(0.0, min(0.05, self._late[0][0] - time.monotonic())) if self._late else 0.05

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install what the demo ("demo"), the tests ("test") or the linters ("lint") need, and nothing that is there already:
+# Install what the demo ("demo"), the tests ("test"), those of them that need no host ("check"), the benchmarks ("bench")
+# or the linters ("lint") need, and nothing that is there already:
 # system packages where we may, a line that says what to install where we may not, and .venv for the rest.
 set -eu
 
@@ -12,13 +13,15 @@ PATH=$PATH:/usr/sbin:/usr/local/sbin:/sbin
 missing=
 command -v ssh >/dev/null && command -v ssh-keygen >/dev/null || missing="$missing ssh"
 command -v "$PYTHON" >/dev/null || missing="$missing python"
-if [ "$purpose" != lint ]; then
+if [ "$purpose" != lint ] && [ "$purpose" != check ]; then
     command -v sshd >/dev/null || missing="$missing sshd"
 fi
 [ -x .venv/bin/python ] || "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing venv"
-if [ "$purpose" = test ]; then
+if [ "$purpose" = test ] || [ "$purpose" = bench ]; then # each may be there without the other
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$missing chromium"
     command -v chromedriver >/dev/null || missing="$missing chromedriver"
+fi
+if [ "$purpose" = test ]; then
     if [ "$(id -u)" = 0 ]; then # root can make users with other login shells, and they need a Python of the system's
         [ -x /usr/bin/python3 ] || missing="$missing python"
         for shell in dash bash zsh fish ksh tcsh csh busybox; do

@@ -12,44 +12,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
-from client import check_failure
-from conftest import ON_HOST, VENV_BIN, Host, Laptop, Run, User, processes_with, wait_until
+from client import check_failure, events_of, listed
 from jupyters import AGES, jupyter_for_everyone, jupyter_of
+from notebooks import PYTHON_SPEC, cells_of, code, printed, write_notebook
+from readme import README
+from sides import BOTH_MODES, ON_HOST, VENV_BIN, Host, Laptop, Run, User, processes_with, wait_until
 
 import rjupyter
-
-PYTHON_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
-
-
-def code(source: str, *tags: str) -> Dict[str, Any]:
-    cell: Dict[str, Any] = {"cell_type": "code", "id": "", "metadata": {}, "execution_count": None, "outputs": []}
-    return dict(cell, source=source, metadata={"tags": list(tags)} if tags else {})
-
-
-def write_notebook(path: Path, *cells: Any, minor: int = 5, **metadata: Any) -> Path:
-    """Write a notebook; a cell may be given as its source alone."""
-    whole = [code(cell) if isinstance(cell, str) else dict(cell) for cell in cells]
-    for number, cell in enumerate(whole):
-        cell["id"] = "c%d" % number
-        if minor < 5:
-            del cell["id"]
-    notebook = {"cells": whole, "metadata": {"kernelspec": PYTHON_SPEC, **metadata}}
-    path.write_text(json.dumps(dict(notebook, nbformat=4, nbformat_minor=minor), ensure_ascii=False), encoding="utf-8")
-    return path
-
-
-def cells_of(path: Path) -> List[Dict[str, Any]]:
-    """Return the code cells of a notebook that was written."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def printed(path: Path) -> List[str]:
-    """Return what each code cell printed."""
-    return [
-        "".join("".join(output.get("text", "")) for output in cell["outputs"] if output["output_type"] == "stream")
-        for cell in cells_of(path)
-    ]
 
 
 def the_run(host: Host) -> Path:
@@ -60,11 +29,6 @@ def the_run(host: Host) -> Path:
 
 def runner_pid(host: Host) -> int:
     return int(json.loads((the_run(host) / "run.json").read_text())["pid"])
-
-
-def runs(laptop: Laptop) -> List[Dict[str, Any]]:
-    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    return [thing for thing in found if thing["event"] == "run"]
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -335,8 +299,8 @@ def start_waiting(laptop: Laptop, *options: str, has_terminal: bool = False) -> 
 
 def test_stop_keeps_what_there_is(laptop: Laptop, host: Host) -> None:
     run, identity = start_waiting(laptop)
-    (listed,) = runs(laptop)
-    assert (listed["id"], listed["state"], listed["cell"], listed["count"]) == (identity, "running", 2, 3)
+    (record,) = listed(laptop, "run")
+    assert (record["id"], record["state"], record["cell"], record["count"]) == (identity, "running", 2, 3)
     stop = laptop.run("host", "stop", identity)
     assert stop.status == 0
     assert "Stopped the execution of w.ipynb (%s); its result so far is kept." % identity in stop.stderr
@@ -344,7 +308,7 @@ def test_stop_keeps_what_there_is(laptop: Laptop, host: Host) -> None:
     assert "the execution of w.ipynb was stopped" in run.stderr
     assert printed(laptop.home / "w.executed.ipynb") == ["", "waits\n", ""]
     assert cells_of(laptop.home / "w.executed.ipynb")[1]["outputs"][-1]["ename"] == "KeyboardInterrupt"
-    assert [run["state"] for run in runs(laptop)] == ["stopped"]
+    assert [run["state"] for run in listed(laptop, "run")] == ["stopped"]
     check_failure(laptop.run("host", "stop", identity), 1, identity)
 
 
@@ -367,7 +331,7 @@ def test_runner_that_is_killed(laptop: Laptop, host: Host) -> None:
     assert run.wait() == 1
     assert "the execution of w.ipynb ended early" in run.stderr
     assert "it was killed, by hand or for want of memory" in run.stderr
-    assert [run["state"] for run in runs(laptop)] == ["killed"]
+    assert [run["state"] for run in listed(laptop, "run")] == ["killed"]
 
 
 def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
@@ -406,7 +370,7 @@ def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, h
     check_failure(laptop.run("host", "execute", "--attach", "r0000"), 1, "no run of yours has this id: r0000")
 
 
-@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_lost_connection_is_dialled_again_and_nothing_is_said_twice(
     laptop: Laptop, host: Host, mode: List[str]
 ) -> None:
@@ -435,7 +399,7 @@ def test_two_runs_of_one_notebook_do_not_overlap(laptop: Laptop, host: Host) -> 
     assert (second.status, second.stdout) == (0, "")
     assert re.search(r"w\.ipynb is being executed already \(%s, for \d+ s\)" % identity, second.stderr)
     third = laptop.start("host", "execute", "--overlap", "w.ipynb", "-o", "third.ipynb", has_terminal=False)
-    wait_until(lambda: len([run for run in runs(laptop) if run["state"] == "running"]) == 2, "both run")
+    wait_until(lambda: len([run for run in listed(laptop, "run") if run["state"] == "running"]) == 2, "both run")
     (host.home / "go").write_text("")
     assert [run.wait(), third.wait()] == [0, 0]
 
@@ -547,7 +511,7 @@ def test_host_does_not_choose_where_a_result_is_written(laptop: Laptop, host: Ho
 def test_json_events(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "1", "1 / 0")
     run = laptop.run("host", "execute", "--json", "a.ipynb")
-    events = [json.loads(line) for line in run.stdout.splitlines()]
+    events = events_of(run)
     assert [event["event"] for event in events] == ["connected", "started", "cell", "cell", "executed", "failure"]
     assert [event["is_done"] for event in events[2:4]] == [True, False]
     assert (events[4]["path"], events[4]["outcome"]) == ("a.executed.ipynb", "failed")
@@ -556,8 +520,7 @@ def test_json_events(laptop: Laptop, host: Host) -> None:
 
 def test_crontab_line_of_the_readme(laptop: Laptop, host: Host, directory: Path) -> None:
     """As cron runs it: /bin/sh, no terminal, an environment of four words, rjupyter.py and gpu1 as a user has them."""
-    readme = Path(rjupyter.__file__).with_name("README.md").read_text()
-    (line,) = re.findall(r"^    0 6 \* \* \* (cd .* execute .*)$", readme, re.MULTILINE)
+    (line,) = re.findall(r"^    0 6 \* \* \* (cd .* execute .*)$", README, re.MULTILINE)
     (host.home / "work").mkdir()
     (laptop.home / "reports").mkdir()
     notebook = write_notebook(laptop.home / "reports/daily.ipynb", "import os; print(os.getcwd())")

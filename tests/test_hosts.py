@@ -6,7 +6,6 @@ import os
 import re
 import ssl
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict
@@ -14,18 +13,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, Host, Laptop, User, processes_with, quiet_port, wait_until
 from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of
+from sides import SYSTEM_PATH, Host, Laptop, User, bare_python, processes_with, quiet_port, wait_until
 
 import rjupyter
-
-
-def bare_python(directory: Path) -> str:
-    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
-    base = getattr(sys, "_base_executable", sys.executable)
-    directory.mkdir()
-    (directory / "python3").symlink_to(os.path.realpath(base))
-    return str(directory)
 
 
 @pytest.fixture
@@ -87,12 +78,10 @@ def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directo
     usual = environment_at(host.home / "miniconda3")
     environment_at(host.home / ".local/share/rjupyter/venv")
     for taken in (on_path, of_shell, usual, None):
-        run = laptop.start("--no-install", "-v", "--new", "--stop-on-exit", "host", has_terminal=False)
-        run.expect("ends the server")
-        expected = taken or host.home / ".local/share/rjupyter/venv"
-        assert "Using %s" % expected in run.stderr
-        run.interrupt()
-        run.wait()
+        with laptop.opened("--no-install", "-v", "--new", "--stop-on-exit", "host") as run:
+            run.expect("ends the server")
+            expected = taken or host.home / ".local/share/rjupyter/venv"
+            assert "Using %s" % expected in run.stderr
         if taken:
             taken.unlink()
 
@@ -124,10 +113,8 @@ def test_server_of_another_environment_is_not_the_one_that_was_asked_for(laptop:
     environment_at(bare_host.home / "miniconda3")
     environment_at(bare_host.home / "miniforge3/envs/ml")
     assert "miniconda3" in laptop.start("host", has_terminal=False).expect(r"Using .*").group()
-    asked = laptop.start("--env", "ml", "--local-port", str(quiet_port()), "host", has_terminal=False)
-    assert prefix_of_kernel(asked.url()).endswith("envs/ml")
-    asked.interrupt()
-    asked.wait()
+    with laptop.opened("--env", "ml", "--local-port", str(quiet_port()), "host") as asked:
+        assert prefix_of_kernel(asked.url()).endswith("envs/ml")
     again = laptop.start("--env", "ml", "host", has_terminal=False)
     again.expect("Found Jupyter")
     assert again.url() == asked.url()
@@ -211,21 +198,18 @@ def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], 
     (host.home / "a b").mkdir()
     notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     (host.home / "a b/x#y.ipynb").write_text(json.dumps(notebook))
-    run = laptop.start("--local-port", str(quiet_port()), "host:a b/x#y.ipynb", has_terminal=False)
-    url = run.url()
-    assert prefix_of_kernel(url) == str(jupyter_of(age).parent)
-    assert "Launched Jupyter%s %s" % (("Lab", "3.2.") if "lab" in age else (" Notebook", age[-3:] + ".")) in run.stderr
-    with urllib.request.urlopen(url, timeout=30) as page:
-        assert page.status == 200
-    assert [entry["name"] for entry in api(url, "contents")["content"]] == ["x#y.ipynb"]
-    token = parse_qs(urlsplit(url).query)["token"][0]
-    assert token not in compute(url, "import os; print(dict(os.environ))")
-    run.interrupt()
-    run.wait()
-    again = laptop.start("host", has_terminal=False)
-    assert urlsplit(again.url()).netloc == urlsplit(url).netloc
-    again.interrupt()
-    again.wait()
+    with laptop.opened("--local-port", str(quiet_port()), "host:a b/x#y.ipynb") as run:
+        url = run.url()
+        assert prefix_of_kernel(url) == str(jupyter_of(age).parent)
+        launched = ("Lab", "3.2.") if "lab" in age else (" Notebook", age[-3:] + ".")
+        assert "Launched Jupyter%s %s" % launched in run.stderr
+        with urllib.request.urlopen(url, timeout=30) as page:
+            assert page.status == 200
+        assert [entry["name"] for entry in api(url, "contents")["content"]] == ["x#y.ipynb"]
+        token = parse_qs(urlsplit(url).query)["token"][0]
+        assert token not in compute(url, "import os; print(dict(os.environ))")
+    with laptop.opened("host") as again:
+        assert urlsplit(again.url()).netloc == urlsplit(url).netloc
     assert laptop.run("host", "stop").status == 0
     wait_until(
         lambda: (
@@ -351,20 +335,16 @@ def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_ho
 
 def check_two_runs_and_stop(laptop: Laptop, state: str) -> None:
     """Everything works, with our state elsewhere; and it is ours alone."""
-    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    url = run.url()
-    assert compute(url, "print(1)") == "1\n"
-    run.interrupt()
-    run.wait()
+    with laptop.opened("--local-port", str(quiet_port()), "host") as run:
+        url = run.url()
+        assert compute(url, "print(1)") == "1\n"
     assert [path.stat().st_mode & 0o077 for path in (Path(state), Path(state, "servers"), Path(state, "runtime"))] == [
         0,
         0,
         0,
     ]
-    again = laptop.start("host", has_terminal=False)
-    assert again.url() == url
-    again.interrupt()
-    again.wait()
+    with laptop.opened("host") as again:
+        assert again.url() == url
     assert "Stopped" in laptop.run("host", "stop").stderr
     assert not list(Path(state, "servers").iterdir())
 
@@ -438,14 +418,14 @@ def test_path_with_busybox_only(laptop: Laptop, make_host: Callable[..., Host], 
             (directory / "bin" / applet).symlink_to("/bin/busybox")
     host = make_host(PATH=path)
     environment_at(host.home / "miniconda3")
-    run = laptop.start("host", has_terminal=False)
-    assert compute(run.url(), "print(1)") == "1\n"
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        assert compute(run.url(), "print(1)") == "1\n"
     assert "Stopped" in laptop.run("host", "stop").stderr
 
 
 def test_prologue_in_busybox_sh(directory: Path) -> None:
+    if not os.path.exists("/bin/busybox"):
+        pytest.skip("this machine has no /bin/busybox")
     command = rjupyter.agent_command().replace("exec /bin/sh", "exec /bin/busybox sh")
     request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     answer = subprocess.run(
@@ -481,11 +461,8 @@ def test_python_named_by_the_user_cannot_smuggle(smuggled: str) -> None:
 @pytest.mark.parametrize("minor", [minor for minor in sorted(interpreters()) if minor >= 8])
 def test_client_under_python_3(laptop: Laptop, host: Host, minor: int) -> None:
     laptop.python = interpreters()[minor]
-    run = laptop.start("host")
-    assert compute(run.url(), "print(1)") == "1\n"
-    run.expect("To end it")
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("host", has_terminal=True) as run:
+        assert compute(run.url(), "print(1)") == "1\n"
     assert "Warning" not in run.text
     assert "Stopped" in laptop.run("host", "stop").stderr
 

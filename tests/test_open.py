@@ -9,12 +9,14 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from browser import run_cell
 from client import api, check_failure, compute
-from conftest import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from notebooks import write_notebook
+from sides import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, bare_python, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -46,10 +48,8 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
 
 
 def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    url = run.url()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("host") as run:
+        url = run.url()
     assert run.stdout == url + "\n"
     assert host.sshd.logins() == 1
     (record,) = host.servers()
@@ -57,11 +57,9 @@ def test_one_login_and_the_server_outlives_us(laptop: Laptop, host: Host) -> Non
 
 
 def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
-    first = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    url = first.url()
-    (record,) = host.servers()
-    first.interrupt()
-    first.wait()
+    with laptop.opened("--local-port", str(quiet_port()), "host") as first:
+        url = first.url()
+        (record,) = host.servers()
     second = laptop.start("host", has_terminal=False)
     assert second.url() == url
     assert re.search(r"Found Jupyter Notebook \d\S* in ", second.stderr)
@@ -72,14 +70,9 @@ def test_second_run_comes_back(laptop: Laptop, host: Host) -> None:
 def test_local_port_is_the_same_although_a_lower_one_became_free(laptop: Laptop, host: Host) -> None:
     for name in ("one", "two"):
         (host.home / name).mkdir()
-    one = laptop.start("host:one", has_terminal=False)
-    one.url()
-    two = laptop.start("--local-port", str(quiet_port()), "host:two", has_terminal=False)
-    url = two.url()
-    assert urlsplit(url).port != urlsplit(one.url()).port
-    for run in (one, two):
-        run.interrupt()
-        assert run.wait() == 0
+    with laptop.opened("host:one") as one, laptop.opened("--local-port", str(quiet_port()), "host:two") as two:
+        url = two.url()
+        assert urlsplit(url).port != urlsplit(one.url()).port
     again = laptop.start("host:two", has_terminal=False)
     assert again.url() == url
 
@@ -114,10 +107,8 @@ def test_new_starts_another(laptop: Laptop, host: Host) -> None:
 
 
 def test_stop_ends_server_and_kernels_and_removes_what_we_left(laptop: Laptop, host: Host, mark: str) -> None:
-    run = laptop.start("host", has_terminal=False)
-    compute(run.url(), "print(1)")
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        compute(run.url(), "print(1)")
     stop = laptop.run("host", "stop")
     assert stop.status == 0
     assert "Stopped Jupyter Notebook in %s" % host.home in stop.stderr
@@ -144,12 +135,9 @@ def test_stop_names_the_servers_when_there_are_several(laptop: Laptop, host: Hos
 
 
 def test_stop_on_exit(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("--stop-on-exit", "host", has_terminal=False)
-    run.url()
-    run.expect("ends the server")
-    (record,) = host.servers()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--stop-on-exit", "host") as run:
+        run.expect("ends the server")
+        (record,) = host.servers()
     assert not is_running(record["pid"])
     assert host.servers() == []
 
@@ -312,67 +300,11 @@ def test_stub_browser_gets_the_page_but_no_token_in_its_argv(laptop: Laptop, hos
     assert token not in browser.argv.read_text()
 
 
-def test_real_browser_runs_a_cell(laptop: Laptop, host: Host) -> None:
-    cell: Dict[str, Any] = {"cell_type": "code", "id": "c1", "metadata": {}, "execution_count": None}
-    cell.update(outputs=[], source="")
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
-    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+def test_real_browser_runs_a_cell(laptop: Laptop, host: Host, driver: Any) -> None:
+    write_notebook(host.home / "train.ipynb", "")
     url = laptop.start("host:train.ipynb", has_terminal=False).url()
-    with chromium(laptop) as driver:
-        driver.get(url)
-        run_cell(driver, "print('six times seven is', 6 * 7)", "six times seven is 42")
-
-
-def run_cell(driver: Any, code: str, output: str) -> None:
-    """Type `code` into the notebook's first cell, run it, and wait for its output. The page may redraw meanwhile."""
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    def text_of(selector: str) -> str:
-        return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
-
-    def type_code(_: Any) -> bool:
-        editor = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
-        editor.click()
-        editor.send_keys(Keys.CONTROL, "a")
-        editor.send_keys(Keys.DELETE)
-        editor.send_keys(code)
-        return code in text_of(".jp-Cell .cm-content")
-
-    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
-    wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
-    wait.until(type_code)
-    driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
-    wait.until(lambda _: output in text_of(".jp-OutputArea"))
-
-
-def chromium(laptop: Laptop) -> Any:
-    """Return a headless Chromium with a profile of its own, as a context manager."""
-    import shutil
-
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    profile = laptop.home / "chromium"
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--user-data-dir=%s" % profile,
-    ):
-        options.add_argument(argument)
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.get(url)
+    run_cell(driver, "print('six times seven is', 6 * 7)", "six times seven is 42")
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -455,14 +387,6 @@ def test_stub_jupyter_loses_its_port_at_the_last_moment(
     assert "port %d," % (port + 1) in run.stderr
 
 
-def bare_python(directory: Path) -> str:
-    """Make a directory with a python3 that has no Jupyter, and return it for a PATH."""
-    base = getattr(sys, "_base_executable", sys.executable)
-    directory.mkdir()
-    (directory / "python3").symlink_to(os.path.realpath(base))
-    return str(directory)
-
-
 def test_no_jupyter_and_no_install(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     make_host(path=bare_python(directory / "bin"))
     run = laptop.run("--no-install", "host")
@@ -502,10 +426,8 @@ def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], dire
 
 
 def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host"):
+        pass
     (record,) = host.servers()
     info = Path(record["runtime_dir"]) / ("jpserver-%d.json" % record["pid"])
     facts = json.loads(info.read_text())
@@ -560,6 +482,7 @@ def test_example_config_is_valid() -> None:
         assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.sshd  # make demo has its own
 def test_make_demo(laptop: Laptop, mark: str) -> None:
     """The README's first command, in a terminal, to its Ctrl-C; afterwards nothing of it is left."""
     top = Path(__file__).parent.parent

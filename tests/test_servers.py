@@ -7,21 +7,14 @@ import signal
 import subprocess
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Iterator, List
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from client import api, check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, processes_with, wait_until
+from client import api, busy_kernel, check_failure, compute, listed
+from sides import VENV_BIN, Host, Laptop, processes_with, wait_until
 
 import rjupyter
-
-
-def listed(laptop: Laptop) -> List[Dict[str, Any]]:
-    run = laptop.run("host", "list", "--json")
-    assert run.status == 0, run.text
-    objects = [json.loads(line) for line in run.stdout.splitlines()]
-    return [thing for thing in objects if thing["event"] == "server"]
 
 
 def runtime_directory(host: Host) -> Path:
@@ -87,10 +80,8 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
 
 
 def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("host", has_terminal=False)
-    run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host"):
+        pass
     (record,) = host.servers()
     good = json.loads((runtime_directory(host) / ("jpserver-%d.json" % record["pid"])).read_text())
     odd = runtime_directory(host)
@@ -128,11 +119,9 @@ def test_names_from_the_host_cannot_drive_the_terminal(laptop: Laptop, host: Hos
 
 def test_attach_to_one_started_by_hand(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
     for arguments in (["--attach", "p%d" % by_hand.pid, "host"], ["host:hand"]):
-        run = laptop.start(*arguments, has_terminal=False)
-        assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
-        assert "Found JupyterLab" in run.stderr
-        run.interrupt()
-        assert run.wait() == 0
+        with laptop.opened(*arguments) as run:
+            assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
+            assert "Found JupyterLab" in run.stderr
     assert not host.servers()
     laptop.start("host", has_terminal=False).expect("Launched Jupyter Notebook")  # without a PATH: the newest of ours
 
@@ -152,22 +141,6 @@ def test_stop_of_one_started_by_hand_needs_its_id(
     assert laptop.run("host", "stop", "p%d" % by_hand.pid).status == 0
     by_hand.wait(20)
     assert not list(runtime_directory(host).glob("jpserver-*"))
-
-
-def busy_kernel(url: str) -> None:
-    """Let a new kernel compute until it is killed, and wait until the server says so."""
-    import websocket
-
-    kernel = api(url, "kernels", "POST", {})["id"]
-    token = parse_qs(urlsplit(url).query)["token"][0]
-    address = "ws://%s/api/kernels/%s/channels" % (urlsplit(url).netloc, kernel)
-    connection = websocket.create_connection(address, timeout=60, header={"Authorization": "token " + token})
-    content = {"code": "while True: pass", "silent": False, "store_history": False, "user_expressions": {}}
-    head = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
-    message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-    connection.send(json.dumps(message))
-    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "busy", "the kernel computes")
-    connection.close()
 
 
 def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
@@ -204,11 +177,9 @@ def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str
 def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     laptop: Laptop, host: Host, mark: str
 ) -> None:
-    run = laptop.start("host", has_terminal=False)
-    busy_kernel(run.url())
-    (record,) = host.servers()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        busy_kernel(run.url())
+        (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
     assert [server["state"] for server in listed(laptop)] == ["no answer"]
     assert laptop.run("host", "stop", "--yes").status == 0

@@ -14,10 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List
 from urllib.parse import urlsplit
 
 import pytest
-from client import api, check_failure, compute, token_of
-from conftest import Host, Laptop, User, quiet_port
+from client import api, check_failure, compute, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of
-from test_servers import listed
+from sides import VENV_BIN, Host, Laptop, User, quiet_port
 
 import rjupyter
 
@@ -99,12 +98,9 @@ def test_the_token_is_seen_by_nobody_else(
     tmp_path.chmod(0o755)
     ours = [Path("/tmp/rjupyter-%d" % uid) for uid in (ana.uid, os.getuid())]
     with spying(eve, ana.home, laptop.directory, *ours) as seen:
-        run = laptop.start("-v", *options, "--browser", str(browser), "host")
-        url = run.url()
-        run.expect("To end it")
-        compute(url, "open('mine.txt', 'w').write('x')")
-        run.interrupt()
-        run.wait()
+        with laptop.opened("-v", *options, "--browser", str(browser), "host", has_terminal=True) as run:
+            url = run.url()
+            compute(url, "open('mine.txt', 'w').write('x')")
         assert laptop.run("host", "logs").status == 0
         assert laptop.run("host", "stop").status == 0
     token = token_of(url).encode()
@@ -146,22 +142,20 @@ def test_another_user_reaches_the_port_and_gets_nothing(laptop: Laptop, shared: 
 
 
 def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
-    run = laptop.start("--socket", "--local-port", str(quiet_port()), "host", has_terminal=False)
-    url = run.url()
-    assert compute(url, "print(40 + 2)") == "42\n"
-    (record,) = shared.servers()
-    path = ana.home / ".local/state/rjupyter/servers" / record["id"] / "socket"
-    assert path.is_socket()
-    run.expect(r"\(pid %d, socket, " % record["pid"])
-    run.expect("Forwarding 127.0.0.1:%s to host:%s\\." % (urlsplit(url).port, path))
-    assert as_user(eve, CONNECT, str(path), "/api") == "Permission denied\n"
-    assert as_user(ana, CONNECT, str(path), "/api") == "200\n"
-    assert api(url, "kernels")
-    # No port of the server's, none of the kernel's channels. ipykernel's one is for what subprocesses print: it only
-    # takes in, from those who know its key.
-    assert len(listening_ports(ana.uid)) <= 1
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--socket", "--local-port", str(quiet_port()), "host") as run:
+        url = run.url()
+        assert compute(url, "print(40 + 2)") == "42\n"
+        (record,) = shared.servers()
+        path = ana.home / ".local/state/rjupyter/servers" / record["id"] / "socket"
+        assert path.is_socket()
+        run.expect(r"\(pid %d, socket, " % record["pid"])
+        run.expect("Forwarding 127.0.0.1:%s to host:%s\\." % (urlsplit(url).port, path))
+        assert as_user(eve, CONNECT, str(path), "/api") == "Permission denied\n"
+        assert as_user(ana, CONNECT, str(path), "/api") == "200\n"
+        assert api(url, "kernels")
+        # No port of the server's, none of the kernel's channels. ipykernel's one is for what subprocesses print: it
+        # only takes in, from those who know its key.
+        assert len(listening_ports(ana.uid)) <= 1
     again = laptop.start("--socket", "host", has_terminal=False)
     again.expect("Found Jupyter")
     assert again.url() == url
@@ -179,25 +173,22 @@ def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., 
     host.sshd.stop()
     host.sshd.environment["HOME"] = str(home)
     host.sshd.start()
-    run = laptop.start("--socket", "host", has_terminal=False)
-    assert compute(run.url(), "print(1)") == "1\n"
-    path = Path(run.expect(r"Forwarding \S+ to host:(/\S+/rjupyter-\d+/[0-9a-f]{4}\.socket)\.").group(1))
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    run.interrupt()
-    run.wait()
+    with laptop.opened("--socket", "host") as run:
+        assert compute(run.url(), "print(1)") == "1\n"
+        path = Path(run.expect(r"Forwarding \S+ to host:(/\S+/rjupyter-\d+/[0-9a-f]{4}\.socket)\.").group(1))
+        assert path.parent.stat().st_mode & 0o777 == 0o700
     assert laptop.run("host", "stop").status == 0
     assert not path.exists()
 
 
 def test_no_socket_where_sshd_forwards_none(make_host: Callable[..., Host], laptop: Laptop) -> None:
     host = make_host(settings="AllowStreamLocalForwarding no")
-    run = laptop.start("--socket", "--local-port", str(quiet_port()), "host", has_terminal=False)
-    url = run.url()
-    run.expect(r"No socket: sshd on host forwards none \(AllowStreamLocalForwarding\)\. It listens on port \d+ instead")
-    assert compute(url, "print(1)") == "1\n"
-    assert len(host.servers()) == 1
-    run.interrupt()
-    run.wait()
+    said = r"No socket: sshd on host forwards none \(AllowStreamLocalForwarding\)\. It listens on port \d+ instead"
+    with laptop.opened("--socket", "--local-port", str(quiet_port()), "host") as run:
+        url = run.url()
+        run.expect(said)
+        assert compute(url, "print(1)") == "1\n"
+        assert len(host.servers()) == 1
     again = laptop.start("--socket", "host", has_terminal=False)
     again.expect("Found Jupyter")
     assert again.url() == url
@@ -222,8 +213,6 @@ def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Lapto
 def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_the_argument(
     make_host: Callable[..., Host], laptop: Laptop, directory: Path
 ) -> None:
-    from conftest import VENV_BIN
-
     (directory / "bin").mkdir()
     wrapper = directory / "bin/jupyter-notebook"
     wrapper.write_text(
@@ -255,10 +244,8 @@ while True:
 
 def take_over(laptop: Laptop, host: Host, eve: User, *token: str) -> "subprocess.Popen[str]":
     """Launch a server, freeze what it is, and let another user listen on its port."""
-    run = laptop.start("host", has_terminal=False)
-    run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("host") as run:
+        pass
     (record,) = host.servers()
     info = next(host.home.glob(".local/share/jupyter/runtime/jpserver-*.json"))
     facts = json.loads(info.read_text())

@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, NamedTuple
 
 import pytest
 from client import check_failure, compute
-from conftest import Host, Laptop, User, processes_with
 from jupyters import jupyter_for_everyone
+from sides import Host, Laptop, User, processes_with
 
 DECOY_REPLY = 'rjupyter-0011223344556677 {"kind": "reply", "reply": {"id": "dead", "port": 1, "token": "decoy"}}'
 DECOY_TOKEN = "    http://127.0.0.1:1/tree?token=decoy"

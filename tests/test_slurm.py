@@ -3,19 +3,18 @@
 The first half tests the rig: what the second half, which tests rjupyter.py, may take for granted.
 """
 
-import json
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
-from client import api, check_failure, compute
-from conftest import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
+from client import api, check_failure, compute, events_of, listed
+from notebooks import code, printed, write_notebook
 from private_slurm import PrivateSlurm, find_slurm_obstacle
-from test_execute import code, printed, write_notebook
-from test_unattended import readme_events
+from readme import readme_events
+from sides import Host, Laptop, Run, User, processes_with, quiet_port, wait_until
 
 
 @pytest.fixture
@@ -177,13 +176,8 @@ def test_two_rigs_side_by_side_and_nothing_is_left(slurm: PrivateSlurm, director
 WHERE = "import os; print(os.uname().nodename, os.getcwd())"
 
 
-def jobs(laptop: Laptop) -> List[Dict[str, Any]]:
-    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    return [thing for thing in found if thing["event"] == "job"]
-
-
-def opened(laptop: Laptop, *options: str) -> Run:
-    run = laptop.start("--slurm", "-t 1:00:00", *options, "host", has_terminal=False)
+def start_in_job(laptop: Laptop) -> Run:
+    run = laptop.start("--slurm", "-t 1:00:00", "host", has_terminal=False)
     run.expect("To end it")
     return run
 
@@ -191,32 +185,28 @@ def opened(laptop: Laptop, *options: str) -> Run:
 def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     (login.home / "work").mkdir()
     options = ["--local-port", str(quiet_port()), "--slurm", "-t 1:00:00 -w node2"]
-    run = laptop.start(*options, "host:work", has_terminal=False)
-    url = run.url()
-    assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
-    assert "Job 1 " in run.stderr
-    assert "on node2 in %s" % (login.home / "work") in run.stderr
-    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
-    run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
-    (job,) = jobs(laptop)
-    assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node2")
-    assert 0 < job["left_s"] <= 3600
-    table = laptop.run("host", "list").stdout
-    assert re.search(r"^j[0-9a-f]{4}  1    running  node2  5\d min  a server", table, re.MULTILINE), table
-    assert re.search(r"^[0-9a-f]{4}  live ", table, re.MULTILINE)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*options, "host:work") as run:
+        url = run.url()
+        assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
+        assert "Job 1 " in run.stderr
+        assert "on node2 in %s" % (login.home / "work") in run.stderr
+        run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
+        run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
+        (job,) = listed(laptop, "job")
+        assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node2")
+        assert 0 < job["left_s"] <= 3600
+        table = laptop.run("host", "list").stdout
+        assert re.search(r"^j[0-9a-f]{4}  1    running  node2  5\d min  a server", table, re.MULTILINE), table
+        assert re.search(r"^[0-9a-f]{4}  live ", table, re.MULTILINE)
     for arguments in (["--slurm", "-t 1:00:00 -w node2", "host:work"], ["host:work"]):
-        again = laptop.start(*arguments, has_terminal=False)
-        assert again.url() == url
-        assert "Found Jupyter Notebook" in again.stderr
-        again.interrupt()
-        again.wait()
+        with laptop.opened(*arguments) as again:
+            assert again.url() == url
+            assert "Found Jupyter Notebook" in again.stderr
     assert len(slurm.squeue()) == 1
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
     slurm.wait_for_state(1, "CANCELLED", "COMPLETED")
-    assert not jobs(laptop)
+    assert not listed(laptop, "job")
     assert not login.servers()
 
 
@@ -260,7 +250,7 @@ def test_without_a_terminal_it_stays_and_stop_cancels_it(laptop: Laptop, slurm: 
     run.interrupt()
     assert run.wait() == 130
     assert "Job 3 stays." in run.stderr
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     assert (job["word"], job["is_waiting"]) == ("PENDING", True)
     stop = laptop.run("host", "stop")
     assert (stop.status, "Cancelled job 3 (%s)" % job["id"] in stop.stderr) == (0, True), stop.text
@@ -284,7 +274,7 @@ def node_dies(slurm: PrivateSlurm) -> str:
 
 @pytest.mark.parametrize("end", [cancelled, time_is_up, node_dies])
 def test_end_of_the_job_is_said(laptop: Laptop, slurm: PrivateSlurm, login: Host, end: Any) -> None:
-    run = opened(laptop)
+    run = start_in_job(laptop)
     words = end(slurm)
     assert run.wait() == 4
     assert "has ended" in run.stderr
@@ -292,7 +282,7 @@ def test_end_of_the_job_is_said(laptop: Laptop, slurm: PrivateSlurm, login: Host
 
 
 def test_shut_down_in_the_browser_ends_the_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
-    run = opened(laptop)
+    run = start_in_job(laptop)
     api(run.url(), "shutdown", "POST")
     assert run.wait() == 4
     assert "it was shut down" in run.stderr
@@ -352,13 +342,11 @@ def test_tunnel_that_ends_on_the_node(
     config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
     laptop.config = str(config)
     options = [*options, "--local-port", str(quiet_port())]
-    run = laptop.start("--slurm", "-t 1:00:00", "--via-node", *options, "host", has_terminal=False)
-    assert compute(run.url(), WHERE).startswith("node1 ")
-    run.expect("^Connected to node1 through host.")
-    run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
-    assert "whoever reaches" not in run.stderr
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--slurm", "-t 1:00:00", "--via-node", *options, "host") as run:
+        assert compute(run.url(), WHERE).startswith("node1 ")
+        run.expect("^Connected to node1 through host.")
+        run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
+        assert "whoever reaches" not in run.stderr
     again = laptop.start("--via-node", *options, "host", has_terminal=False)
     assert again.url() == run.url()
     nodes[0].end_connections()
@@ -371,10 +359,8 @@ def test_tunnel_that_ends_on_the_node(
 def test_another_login_node_finds_the_server(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, make_host: Callable[..., Host]
 ) -> None:
-    run = opened(laptop)
-    url = run.url()
-    run.interrupt()
-    run.wait()
+    with laptop.opened("--slurm", "-t 1:00:00", "host") as run:
+        url = run.url()
     prefix = [*slurm.login_prefix, "unshare", "--uts", "sh", "-c", 'hostname login2; exec "$@"', "sh"]
     make_host(name="other", prefix=prefix, HOME=str(login.home), **slurm.environment())
     again = laptop.start("other", has_terminal=False)
@@ -409,13 +395,12 @@ def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: 
     assert run.wait() == 130
     second = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
     assert second.status == 0 and "is being executed already" in second.stderr
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     follow = laptop.start("host", "execute", "--attach", job["id"], "-v", has_terminal=False)
     follow.expect("Job 3 pending")
     slurm.cancel(*blocking)
     follow.expect("^y$")
-    listed = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    (found,) = [thing for thing in listed if thing["event"] == "run"]
+    (found,) = listed(laptop, "run")
     assert (found["state"], found["cell"]) == ("running", 2)
     assert laptop.run("host", "stop", found["id"]).status == 0
     assert follow.wait() == 1
@@ -445,10 +430,10 @@ def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slu
     blocking = slurm.occupy()
     run = laptop.start("--json", "-q", "--slurm", "-t 5", "host", has_terminal=False)
     run.expect('"event": "queue"')
-    seen = [json.loads(line) for line in laptop.run("--json", "-q", "host", "list").stdout.splitlines()]
+    seen = events_of(laptop.run("--json", "-q", "host", "list"))
     slurm.cancel(*blocking)
     run.expect('"event": "ending"')
-    seen += [json.loads(line) for line in run.stdout.splitlines()]
+    seen += events_of(run)
     of_readme = readme_events()
     for name in ("job", "queue", "ending"):
         assert {tuple(key for key in event if key != "event") for event in seen if event["event"] == name} == {

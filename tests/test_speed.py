@@ -10,27 +10,25 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
-from conftest import SCRIPT, VENV_BIN, Host, Laptop, quiet_port, wait_until
 from proxy import Proxy
+from sides import SCRIPT, VENV_BIN, Host, Laptop, quiet_port, wait_until
 
 # Those of `ssh HOST true` are not among them. An agent has three: stdin waits for sshd's word that there is room for
 # it. The check through the tunnel has two: the connection, and the question. The rest is for two that cross.
 TURNS_OF_OPEN = 7
 
 
-def opened(laptop: Laptop, *arguments: str) -> None:
+def run_open(laptop: Laptop) -> None:
     """Open, and close the tunnel again; the server stays."""
-    run = laptop.start("--local-port", str(quiet_port()), *arguments, "host", has_terminal=False)
-    run.expect("To end it")
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("--local-port", str(quiet_port()), "host"):
+        pass
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------
 
 
 def test_one_login_each(laptop: Laptop, host: Host) -> None:
-    for done, do in enumerate([opened, opened, run_list, run_stop]):
+    for done, do in enumerate([run_open, run_open, run_list, run_stop]):
         assert host.sshd.logins() == done
         do(laptop)
     assert host.sshd.logins() == 4
@@ -72,7 +70,7 @@ def test_processes(directory: Path, laptop: Laptop, make_host: Callable[..., Hos
     laptop.environment["PATH"] = "%s:%s" % (directory / "here", laptop.environment["PATH"])
     make_host(path="%s:%s" % (directory / "there", VENV_BIN))
     steps = ["-G", "-M", "-S", "-F /dev/null -S"]  # its configuration, the master, the agent, the forward
-    for do, count in ((opened, 4), (opened, 4), (run_list, 3), (run_stop, 3)):
+    for do, count in ((run_open, 4), (run_open, 4), (run_list, 3), (run_stop, 3)):
         do(laptop)
         called = calls(of_ssh)
         assert len(called) == count
@@ -103,8 +101,7 @@ def proxy(host: Host) -> Iterator[CountingProxy]:
 
 
 def test_round_trips(laptop: Laptop, host: Host, proxy: CountingProxy) -> None:
-    through = ["-p", str(proxy.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % host.sshd.port]
-    through += ["-o", "ServerAliveInterval=600"]  # Jupyter may take its time
+    through = [*proxy.ssh_options(), "-o", "ServerAliveInterval=600"]  # Jupyter may take its time
     argv = ["ssh", "-F", str(host.sshd.config), *through, "host", "true"]
     subprocess.run(argv, env=laptop.environment, check=True, stdin=subprocess.DEVNULL)
     least = proxy.turns

@@ -8,37 +8,22 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
-from client import api, check_failure, compute
-from conftest import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from browser import run_cell
+from client import api, check_failure, compute, is_up, new_kernel
+from notebooks import write_notebook
 from proxy import Proxy
-from test_open import chromium, run_cell
+from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
 
 import rjupyter
-
-MODES = [[], ["--no-mux"]]
-
-
-def ssh_of(mark: str) -> int:
-    """Return the pid of the ssh that holds the tunnel."""
-    found = [pid for pid, words in processes_with(mark, without=ON_HOST).items() if re.match(r"ssh -(M -)?N ", words)]
-    assert len(found) == 1, found
-    return found[0]
 
 
 def check_same(run: Run, url: str, kernel: str) -> None:
     """The tunnel leads to the same server by the same port, and the kernel has its variable."""
     wait_until(lambda: is_up(url), "the same address answers", 60)
     assert compute(url, "print(x)", kernel) == "42\n"
-
-
-def is_up(url: str) -> bool:
-    try:
-        return bool(api(url, "status"))
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -48,19 +33,24 @@ def proxy(host: Host) -> Iterator[Proxy]:
     proxy.close()
 
 
-def through(proxy: Proxy) -> List[str]:
-    """Return the options that lead ssh through the proxy."""
-    return ["-p", str(proxy.port), "-o", "HostKeyAlias=[127.0.0.1]:%d" % proxy.target]
+def arguments_of_open(*arguments: str) -> List[str]:
+    """Return the arguments of an open that keeps its port for itself, whatever other tests do meanwhile."""
+    return ["--local-port", str(quiet_port()), *arguments, "host"]
 
 
-def opened(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> "tuple[Run, str, str]":
-    """Open, and set a variable in a kernel; return the run, its address and the kernel."""
-    run = laptop.start("--local-port", str(quiet_port()), *arguments, "host", has_terminal=has_terminal)
+def remember(run: Run) -> "tuple[str, str]":
+    """Set a variable in a new kernel of what is opened; return the address and the kernel."""
     url = run.url()
     run.expect("To end it")
-    kernel = api(url, "kernels", "POST", {})["id"]
+    kernel = new_kernel(url)
     compute(url, "x = 42", kernel)
-    return run, url, kernel
+    return url, kernel
+
+
+def start_and_remember(laptop: Laptop, *arguments: str) -> "tuple[Run, str, str]":
+    """Open and set a variable in a kernel; return the run, its address and the kernel."""
+    run = laptop.start(*arguments_of_open(*arguments), has_terminal=False)
+    return (run, *remember(run))
 
 
 def kill_ssh(host: Host, mark: str, proxy: Proxy) -> None:
@@ -86,25 +76,24 @@ def freeze_sshd_session(host: Host, mark: str, proxy: Proxy) -> None:
 FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("fault", FAULTS)
 def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
-    run, url, kernel = opened(laptop, *through(proxy), *mode)
-    fault(host, mark, proxy)
-    why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
-    if fault is kill_sshd_session:
-        assert re.match("Connection to .* closed|client_loop: send disconnect", why), why
-    run.expect(r"^Connected to host again \(after \d+ s\)\.$")
-    check_same(run, url, kernel)
-    host.sshd.end_connections(signal.SIGCONT)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*arguments_of_open(*proxy.ssh_options(), *mode)) as run:
+        url, kernel = remember(run)
+        fault(host, mark, proxy)
+        why = run.expect(r"^The connection to host is lost \((.+)\)\. Trying again\.$").group(1)
+        if fault is kill_sshd_session:
+            assert re.match("Connection to .* closed|client_loop: send disconnect", why), why
+        run.expect(r"^Connected to host again \(after \d+ s\)\.$")
+        check_same(run, url, kernel)
+        host.sshd.end_connections(signal.SIGCONT)
     assert "Closed. Back again with" in run.stderr
     assert len(host.servers()) == 1
 
 
 def test_host_away_for_a_while_and_sshd_started_anew(laptop: Laptop, host: Host) -> None:
-    run, url, kernel = opened(laptop)
+    run, url, kernel = start_and_remember(laptop)
     host.sshd.stop()
     host.sshd.end_connections()
     run.expect("is lost")
@@ -124,7 +113,7 @@ def can_listen(port: int) -> bool:
 
 
 def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
-    run, url, kernel = opened(laptop, *through(proxy))
+    run, url, kernel = start_and_remember(laptop, *proxy.ssh_options())
     proxy.is_frozen = True
     run.expect("is lost")
     proxy.is_frozen = False
@@ -133,7 +122,7 @@ def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
 
 
 def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -> None:
-    run, url, kernel = opened(laptop)
+    run, url, kernel = start_and_remember(laptop)
     (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
     run.expect("does not answer; its connection is well. Waiting.")
@@ -220,7 +209,7 @@ def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> 
     laptop.start("host", has_terminal=False).expect("To end it")  # and clears away a file that was left in the hurry
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("moment", ["^Connected", "^Launched", "^Forwarding", "^http", "To end it"])
 def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int, moment: str, mode: List[str]) -> None:
@@ -235,7 +224,7 @@ def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int
     assert len(host.servers()) == 1
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: List[str]) -> None:
     make_host(settings="MaxSessions 1")
     run = laptop.start(*mode, "host", has_terminal=False)
@@ -244,7 +233,7 @@ def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: Li
     assert run.wait() == 4
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 @pytest.mark.parametrize("settings", ["AllowTcpForwarding no", "PermitOpen 127.0.0.1:1", "DisableForwarding yes"])
 def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], settings: str, mode: List[str]) -> None:
     host = make_host(settings=settings)
@@ -253,7 +242,7 @@ def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], se
     assert len(host.servers()) == 1
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_forwarding_that_is_allowed_in_our_direction_alone(
     laptop: Laptop, make_host: Callable[..., Host], mode: List[str]
 ) -> None:
@@ -266,7 +255,7 @@ def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> No
     check_failure(laptop.run("host"), 255, "host opens no session", "try: MaxSessions in its sshd_config")
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -286,16 +275,15 @@ def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, dire
         try:
             wait_until(control.exists, "the master is up")
             logins = host.sshd.logins()
-            run, url, _ = opened(laptop)
-            assert host.sshd.logins() == logins
-            run.interrupt()
-            assert run.wait() == 0
+            with laptop.opened(*arguments_of_open()) as run:
+                url, _ = remember(run)
+                assert host.sshd.logins() == logins
             assert not is_up(url) and mine.poll() is None
-            killed, url, kernel = opened(laptop)
+            killed, url, kernel = start_and_remember(laptop)
             os.kill(killed.pid, signal.SIGKILL)
             wait_until(lambda: not is_up(url), "its forward is gone from the master", 10)
             killed.wait()
-            lost, url, kernel = opened(laptop)
+            lost, url, kernel = start_and_remember(laptop)
             mine.kill()
             lost.expect("Connected to host again")
             check_same(lost, url, kernel)
@@ -326,43 +314,31 @@ def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Pat
     assert "No multiplexing" in run.stderr and "too long" in run.stderr
 
 
-def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, mark: str) -> None:
-    cell: Dict[str, Any] = {
-        "cell_type": "code",
-        "id": "c1",
-        "metadata": {},
-        "execution_count": None,
-        "outputs": [],
-        "source": "",
-    }
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
-    (host.home / "train.ipynb").write_text(json.dumps(notebook))
+def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, driver: Any, mark: str) -> None:
+    write_notebook(host.home / "train.ipynb", "")
     run = laptop.start("host:train.ipynb", has_terminal=False)
-    with chromium(laptop) as driver:
-        driver.get(run.url())
-        run_cell(driver, "x = 42; print('x is set')", "x is set")
-        driver.execute_script("window.isTheSamePage = true")
-        os.kill(ssh_of(mark), signal.SIGKILL)
-        run.expect("Connected to host again")
-        run_cell(driver, "print('one more is', x + 1)", "one more is 43")
-        assert driver.execute_script("return window.isTheSamePage") is True
+    driver.get(run.url())
+    run_cell(driver, "x = 42; print('x is set')", "x is set")
+    driver.execute_script("window.isTheSamePage = true")
+    os.kill(ssh_of(mark), signal.SIGKILL)
+    run.expect("Connected to host again")
+    run_cell(driver, "print('one more is', x + 1)", "one more is 43")
+    assert driver.execute_script("return window.isTheSamePage") is True
 
 
 def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
     print("seed %d" % seed)
     chance = random.Random(seed)
-    run, url, kernel = opened(laptop, *through(proxy))
-    (record,) = host.servers()
-    for number in range(count):
-        fault = chance.choice(FAULTS)
-        print(number, fault.__name__, flush=True)
-        fault(host, mark, proxy)
-        run.expect(r"again \(after", 120, times=number + 1)
-        host.sshd.end_connections(signal.SIGCONT)
-        check_same(run, url, kernel)
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened(*arguments_of_open(*proxy.ssh_options())) as run:
+        url, kernel = remember(run)
+        (record,) = host.servers()
+        for number in range(count):
+            fault = chance.choice(FAULTS)
+            print(number, fault.__name__, flush=True)
+            fault(host, mark, proxy)
+            run.expect(r"again \(after", 120, times=number + 1)
+            host.sshd.end_connections(signal.SIGCONT)
+            check_same(run, url, kernel)
     assert [r["pid"] for r in host.servers()] == [record["pid"]]
     wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
 
@@ -373,21 +349,20 @@ def test_random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy) -> N
     random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
+@BOTH_MODES
 def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
     """A dashboard beside Jupyter: there as long as the tunnel, also after the connection was lost."""
     ports = [quiet_port(), quiet_port()]
     with socket.create_server(("127.0.0.1", 0)) as dashboard:
         to = dashboard.getsockname()[1]
         forwards = ["-L", "%d:localhost:%d" % (ports[0], to), "-L", "127.0.0.1:%d:127.0.0.1:%d" % (ports[1], to)]
-        run, url, kernel = opened(laptop, *mode, *forwards)
-        check_forwards(dashboard, ports)
-        host.sshd.end_connections()
-        run.expect("Connected to host again")
-        check_forwards(dashboard, ports)
-        check_same(run, url, kernel)
-        run.interrupt()
-        assert run.wait() == 0
+        with laptop.opened(*arguments_of_open(*mode, *forwards)) as run:
+            url, kernel = remember(run)
+            check_forwards(dashboard, ports)
+            host.sshd.end_connections()
+            run.expect("Connected to host again")
+            check_forwards(dashboard, ports)
+            check_same(run, url, kernel)
         assert can_listen(ports[0])
         with socket.create_server(("127.0.0.1", ports[0])):
             failed = laptop.run(*mode, *forwards, "host")

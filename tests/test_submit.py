@@ -10,12 +10,13 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 import shim_scheduler
-from client import check_failure, compute
-from conftest import TOP, VENV_BIN, Host, Laptop, User, quiet_port, wait_until
+from client import check_failure, compute, listed
 from jupyters import jupyter_for_everyone
+from notebooks import printed, write_notebook
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
 from private_machines import Cluster, find_obstacle
-from test_execute import printed, write_notebook
+from readme import README
+from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until
 
 import rjupyter
 
@@ -45,33 +46,24 @@ def login(engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: 
     return make_host(user=user, prefix=engine.login_prefix, **engine.environment())
 
 
-def jobs(laptop: Laptop) -> List[Dict[str, Any]]:
-    found = [json.loads(line) for line in laptop.run("host", "list", "--json").stdout.splitlines()]
-    return [thing for thing in found if thing["event"] == "job"]
-
-
 def nothing_left(engine: PrivateGridEngine) -> bool:
     return not engine.qstat() and "jupyter" not in engine.processes() and "agent.py" not in engine.processes()
 
 
 def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
-    run = laptop.start("--local-port", str(quiet_port()), *QSUB, "host:work", has_terminal=False)
-    url = run.url()
-    assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
-    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node1\) through host\." % engine.nodes["node1"])
-    (job,) = jobs(laptop)
-    assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node1")
-    run.interrupt()
-    assert run.wait() == 0
-    again = laptop.start(*QSUB, "host:work", has_terminal=False)
-    assert again.url() == url
-    assert "Found Jupyter Notebook" in again.stderr
-    again.interrupt()
-    again.wait()
+    with laptop.opened("--local-port", str(quiet_port()), *QSUB, "host:work") as run:
+        url = run.url()
+        assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
+        run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node1\) through host\." % engine.nodes["node1"])
+        (job,) = listed(laptop, "job")
+        assert (job["job"], job["word"], job["node"]) == ("1", "RUNNING", "node1")
+    with laptop.opened(*QSUB, "host:work") as again:
+        assert again.url() == url
+        assert "Found Jupyter Notebook" in again.stderr
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
     wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
-    assert not jobs(laptop)
+    assert not listed(laptop, "job")
 
 
 def test_grid_engine_is_waited_for_and_a_job_that_is_deleted_is_said(
@@ -95,7 +87,7 @@ def test_grid_engine_holds_a_job_and_stop_deletes_it(laptop: Laptop, engine: Pri
     run.interrupt()
     assert run.wait() == 130
     assert "Job 1 stays." in run.stderr
-    stop = laptop.run("host", "stop", jobs(laptop)[0]["id"])
+    stop = laptop.run("host", "stop", listed(laptop, "job")[0]["id"])
     assert (stop.status, "Cancelled job 1" in stop.stderr) == (0, True), stop.text
     assert not engine.qstat()
     check_failure(laptop.run("--submit", "qsub -q nosuch.q", "host"), 1, "qsub did not take the job", "nosuch.q")
@@ -207,9 +199,8 @@ SHIMS = {
 
 
 def test_readme_has_these_commands() -> None:
-    text = (TOP / "README.md").read_text()
     for command in [QSUB[1], *(command for command, *_ in SHIMS.values())]:
-        assert '`--submit "%s"`' % command in text
+        assert '`--submit "%s"`' % command in README
 
 
 class Shims:
@@ -257,14 +248,14 @@ def test_shim_of_a_scheduler_runs_the_server_and_stop_cancels_it(laptop: Laptop,
     run.expect(r"^Job 41 pending \(%s\)\.$" % held)
     (shims.directory / "go").touch()
     assert compute(run.url(), WHERE) == "node1 %s\n" % (login.home / "work")
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     assert (job["job"], job["word"], job["node"]) == ("41", "RUNNING", "node1")
     run.interrupt()
     assert run.wait() == 0
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
     wait_until(shims.nothing_left, "no job and no process of it", 20)
-    assert not jobs(laptop)
+    assert not listed(laptop, "job")
     submitted, *others = shims.asked()
     given = [word.replace("{script}", "") for word in command.split()]
     assert [word for word in given if word in " ".join(submitted)] == given
@@ -293,12 +284,12 @@ def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shim
     assert run.wait() == 4
     assert "it was stopped" in run.stderr
     wait_until(shims.nothing_left, "no job and no process of it", 20)
-    assert not jobs(laptop)
+    assert not listed(laptop, "job")
     (shims.directory / "go").unlink()
     run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
     run.expect(r"^Job 42 submitted\.$")
     run.interrupt()
     run.wait()
-    (job,) = jobs(laptop)
+    (job,) = listed(laptop, "job")
     check_failure(laptop.run("host", "stop", job["id"]), 1, "job 42 was not cancelled", "spool is not known here")
     shim_scheduler.cancel(shims.directory, "42")

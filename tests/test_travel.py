@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from conftest import Host, Laptop
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
+from sides import Host, Laptop
 
 import rjupyter
 
@@ -164,11 +164,9 @@ def test_notebook_names_in_the_address_that_a_real_server_answers(
     file = name + ".ipynb"
     text = json.dumps({"cells": [], "metadata": {"title": name}, "nbformat": 4, "nbformat_minor": 5})
     (host.home / file).write_text(text)
-    run = laptop.start("host:./" + file, has_terminal=False)
-    url = run.url()
-    match = re.match(r"/notebooks/([^/]*)$", urlsplit(url).path)
-    assert match and unquote(match.group(1)) == file
-    assert api(url, "contents/" + match.group(1))["content"]["metadata"]["title"] == name
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("host:./" + file) as run:
+        url = run.url()
+        match = re.match(r"/notebooks/([^/]*)$", urlsplit(url).path)
+        assert match and unquote(match.group(1)) == file
+        assert api(url, "contents/" + match.group(1))["content"]["metadata"]["title"] == name
     no_canary()

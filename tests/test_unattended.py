@@ -5,7 +5,6 @@ The crontab line, the plist, the unit and the tables are the README's own.
 
 import configparser
 import contextlib
-import json
 import os
 import plistlib
 import re
@@ -19,38 +18,29 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import check_failure, compute
-from conftest import (
+from client import check_failure, compute, events_of, is_up
+from jupyters import jupyter_for_everyone
+from notebooks import write_notebook
+from private_sshd import find_sshd
+from readme import readme_block, readme_events
+from sides import (
+    BOTH_MODES,
     MARK,
     ON_HOST,
     SCRIPT,
     SYSTEM_PATH,
-    TOP,
     Host,
     Laptop,
     Run,
     User,
+    bare_python,
     processes_with,
     quiet_port,
+    ssh_of,
     wait_until,
 )
-from jupyters import jupyter_for_everyone
-from private_sshd import find_sshd
-from test_execute import write_notebook
-from test_hosts import bare_python
-from test_staying import MODES, is_up, ssh_of
 
 import rjupyter
-
-README = (TOP / "README.md").read_text()
-BOTH_MODES = pytest.mark.parametrize("mode", MODES, ids=["mux", "no-mux"])
-
-
-def readme_block(words: str) -> str:
-    """Return the indented block of the README that has these words, without its indentation."""
-    (block,) = [block for block in re.findall(r"(?:^ {4}.*\n|^\n)+", README, re.MULTILINE) if words in block]
-    return "\n".join(line[4:] for line in str(block).strip("\n").splitlines()) + "\n"
-
 
 # -- cron, launchd, systemd -------------------------------------------------------------------------------------------
 
@@ -434,7 +424,7 @@ def test_include_and_match_exec(laptop: Laptop, host: Host, directory: Path) -> 
 
 
 def checks(run: Run) -> Dict[str, Dict[str, Any]]:
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    found = events_of(run)
     assert all(set(check) == {"event", "check", "is_ok", "says", "remedy"} for check in found), run.text
     assert all(check["says"] and bool(check["remedy"]) != check["is_ok"] for check in found), run.text
     return {check["check"]: check for check in found}
@@ -556,8 +546,7 @@ def configure(laptop: Laptop) -> Callable[[str], Path]:
 def options_of(laptop: Laptop, *arguments: str) -> Dict[str, Any]:
     run = laptop.run(*arguments, "config", "--json")
     assert run.status == 0, run.text
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    return {option["option"]: (option["value"], option["source"]) for option in found}
+    return {option["option"]: (option["value"], option["source"]) for option in events_of(run)}
 
 
 def test_config_sections_are_host_patterns_and_the_first_value_holds(
@@ -628,17 +617,6 @@ def test_readme_config(laptop: Laptop, configure: Callable[[str], Path]) -> None
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def readme_events() -> Dict[str, List[str]]:
-    """Return the README's table of events: the keys of each."""
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", README, re.MULTILINE)
-    assert rows
-    return {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
-
-
-def events_of(run: Run) -> List[Dict[str, Any]]:
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
 def test_readme_knows_every_event_of_the_program() -> None:
     code = SCRIPT.read_text()
     named = re.findall(r'messages\.(?:step|result)\([^\n]*?, "(\w+)"[,)]', code)
@@ -695,10 +673,8 @@ def test_json_events_are_the_ones_of_the_readme(
 
 
 def test_quiet(laptop: Laptop, host: Host) -> None:
-    run = laptop.start("-q", "--no-browser", "host")
-    url = run.url()
-    run.interrupt()
-    assert run.wait() == 0
+    with laptop.opened("-q", "--no-browser", "host", has_terminal=True) as run:
+        url = run.url()
     assert run.text.replace("^C", "").strip() == url
     failed = laptop.run("-q", "host:nowhere")
     check_failure(failed, 1, "no such directory")

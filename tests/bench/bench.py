@@ -13,16 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import List
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
-from conftest import VENV_BIN  # noqa: E402
-from figures import Row, table  # noqa: E402
+from figures import Row, failed, table  # noqa: E402
 from rig import Rig  # noqa: E402
 from rows import ROWS  # noqa: E402
+from sides import VENV_BIN  # noqa: E402
 
 
 def machine() -> str:
@@ -35,20 +36,29 @@ def machine() -> str:
     return "%s, %s cores, Python %s, " % facts + "%s, Jupyter Notebook %s" % (ssh, notebook)
 
 
-def measure(names: List[str], rounds: int) -> List[Row]:
-    """Measure the rows on a rig of their own, which leaves nothing behind."""
+def measure(names: List[str], rounds: int, rows: List[Row]) -> bool:
+    """Add to the rows what is measured on a rig of their own, which leaves nothing behind; True when all went well.
+
+    A failure is a row that says so: what was measured before and after it stays.
+    """
     directory = Path(tempfile.mkdtemp(prefix="rj-"))
     rig = Rig(directory)
-    rows: List[Row] = []
+    is_well = True
     try:
         for name in names:
             began = time.monotonic()
-            rows += ROWS[name](rig, rounds)
+            try:
+                rig.end_servers()  # those of a row that failed
+                rows += ROWS[name](rig, rounds)
+            except Exception as error:
+                traceback.print_exc()
+                rows.append(failed(name, error))
+                is_well = False
             print("%s: %.0f s" % (name, time.monotonic() - began), file=sys.stderr, flush=True)
     finally:
         rig.close()
         shutil.rmtree(directory)
-    return rows
+    return is_well
 
 
 def main() -> int:
@@ -57,8 +67,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (7)")
     args = parser.parse_args()
     title = "%s: %s. Medians of %d rounds with the least and the greatest; all that a line compares is interleaved."
-    print(table(measure(args.rows or list(ROWS), args.rounds), title % (time.strftime("%F"), machine(), args.rounds)))
-    return 0
+    rows: List[Row] = []
+    try:
+        is_well = measure(args.rows or list(ROWS), args.rounds, rows)
+    finally:  # also after Ctrl-C
+        print(table(rows, title % (time.strftime("%F"), machine(), args.rounds)))
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Medians, and the Markdown table that they go into."""
 
 import statistics
+import subprocess
 from typing import List, NamedTuple, Optional, Sequence
+
+REASON_MAX = 300
 
 
 class Row(NamedTuple):
@@ -36,6 +39,17 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> List[float]:
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Return the slope of the line that fits best."""
     return statistics.linear_regression(xs, ys).slope
+
+
+def failed(name: str, error: Exception) -> Row:
+    """Return the line of what could not be measured, with the reason in one line."""
+    text = str(error)
+    if isinstance(error, subprocess.CalledProcessError):
+        said = error.stderr or b""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        text += ": " + said.strip().rpartition("\n")[2]
+    reason = " ".join(text.split()).replace("|", "\\|")
+    return Row(name, "", "**failed**", "%s: %s" % (type(error).__name__, reason[:REASON_MAX]))
 
 
 def table(rows: Sequence[Row], title: Optional[str] = None) -> str:

@@ -12,9 +12,9 @@ import uuid
 from pathlib import Path
 from typing import Iterator, List, NamedTuple
 
-from conftest import MARK, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 from jupyters import environment
 from private_sshd import PrivateSshd
+from sides import MARK, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 from rjupyter import http_request
 

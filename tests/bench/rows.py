@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, List
 
-from conftest import ON_HOST, SCRIPT, processes_with, quiet_port, wait_until
+from browser import chromium
 from figures import Row, judged, ratios, slope, spread
 from proxy import Proxy
 from rig import STAND_IN, Opened, Rig, first_answer
-from test_open import chromium
+from sides import ON_HOST, SCRIPT, processes_with, quiet_port, wait_until
 
 import rjupyter
 

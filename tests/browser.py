@@ -1,0 +1,55 @@
+"""A real browser: Chromium, driven by Selenium."""
+
+import shutil
+from typing import Any
+
+from sides import Laptop
+
+
+def chromium(laptop: Laptop) -> Any:
+    """Return a headless Chromium with a profile of its own, as a context manager."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    profile = laptop.home / "chromium"
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--user-data-dir=%s" % profile,
+    ):
+        options.add_argument(argument)
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+def run_cell(driver: Any, code: str, output: str) -> None:
+    """Type `code` into the notebook's first cell, run it, and wait for its output. The page may redraw meanwhile."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def text_of(selector: str) -> str:
+        return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
+
+    def type_code(_: Any) -> bool:
+        editor = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
+        editor.click()
+        editor.send_keys(Keys.CONTROL, "a")
+        editor.send_keys(Keys.DELETE)
+        editor.send_keys(code)
+        return code in text_of(".jp-Cell .cm-content")
+
+    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+    wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
+    wait.until(type_code)
+    driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
+    wait.until(lambda _: output in text_of(".jp-OutputArea"))
