@@ -210,8 +210,10 @@ class Record:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.fields = {}
-        for base in reversed(cls.__mro__):
-            cls.fields.update(getattr(base, "__annotations__", {}))
+        for base in cls.__mro__:  # its own first, as a person would list them
+            cls.fields.update(
+                {name: kind for name, kind in vars(base).get("__annotations__", {}).items() if name not in cls.fields}
+            )
         Record.kinds[cls.__name__] = cls
 
     def __init__(self, **facts: "Any") -> None:
@@ -6428,12 +6430,11 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
-    is_first = True
     for event, found in [] if args.json else views:
+        if (event == "run" and found) or (event == "server" and reply.jobs):
+            messages.line("")
         if found:
-            messages.line("") if not is_first else None
             print_table(COLUMNS[event], found, messages)
-            is_first = False
         elif event == "server":
             messages.note("No server of yours runs there.")
     return EXIT_OK

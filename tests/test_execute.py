@@ -176,8 +176,8 @@ def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
     assert "There is no kernel my-env on host; taking python3." in run.stderr
     run = laptop.run("host", "execute", "a.ipynb", "--kernel", "python3")
     assert run.status == 0 and "There is no kernel" not in run.stderr
-    write_notebook(laptop.home / "r.ipynb", "1", kernelspec={"name": "ir", "display_name": "R", "language": "R"})
-    check_failure(laptop.run("host", "execute", "r.ipynb"), 1, "cannot be executed", "written in R", "no kernel ir")
+    write_notebook(laptop.home / "r.ipynb", "1", kernelspec={"name": "ir-9", "display_name": "R", "language": "R"})
+    check_failure(laptop.run("host", "execute", "r.ipynb"), 1, "cannot be executed", "written in R", "no kernel ir-9")
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------

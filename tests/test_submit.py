@@ -6,7 +6,7 @@ The user of the Grid Engine is a real one, whose jobs get no more than what his 
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Callable, Iterator, List
 
 import pytest
 import shim_scheduler
