@@ -11,10 +11,9 @@ from typing import Callable, List, Set
 
 import pytest
 from conftest import ON_HOST, Host, Laptop, User, processes_with
-from execution import IPYKERNEL, add_kernel, printed, run_dirs, start_waiting, waiting_for, write_notebook
+from execution import IPYKERNEL, add_kernel, printed, start_waiting, waiting_for, write_notebook
 from jupyters import jupyter_for_everyone
 
-SECRET = "s3cret-of-the-notebook"
 TELLS = """
 import os, time
 print('waits', flush=True)
@@ -102,7 +101,7 @@ def as_user(user: User, program: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("options", [[], ["--socket"]], ids=["", "socket"])
 def test_another_user_hears_nothing(
-    laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host], options: List[str]
+    laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host], mark: str, options: List[str]
 ) -> None:
     """Who subscribes to all that the run's processes listen on reads nothing, nor in their files and arguments. (G5)
 
@@ -110,20 +109,23 @@ def test_another_user_hears_nothing(
     """
     user, other = make_user("/bin/bash"), make_user("/bin/sh")
     user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
-    host = make_host(user=user)
+    make_host(user=user)
+    secret = "s3cret-" + mark
     write_notebook(laptop.home / "w.ipynb", TELLS)
-    run = laptop.start(*options, "host", "execute", "-v", "w.ipynb", "-p", "secret=" + SECRET[::-1], has_terminal=False)
+    given = ["-p", "secret=" + secret[::-1]]
+    run = laptop.start(*options, "host", "execute", "-v", "w.ipynb", *given, has_terminal=False)
     run.expect("^waits$")
     addresses = addresses_of(processes_of(user))
     heard = as_user(other, LISTENER, *addresses)
     places = [str(user.home), "/tmp/rjupyter-%d" % user.uid]
-    read = [as_user(other, READER, words, *places).split() for words in (SECRET, SECRET[::-1])]
+    read = {name for words in (secret, secret[::-1]) for name in as_user(other, READER, words, *places).split()}
+    here = {str(pid) for pid in processes_with(mark, without=ON_HOST)}
     user.write("go", "")
     assert run.wait() == 0, run.text
-    assert SECRET not in heard, "heard on %s" % addresses
-    laptops = [str(pid) for pid in processes_with(laptop.environment["RJUPYTER_TEST"], without=ON_HOST)]
-    assert [found for some in read for found in some if found not in laptops and "/" in found] == []
-    assert len(run_dirs(host)) == 1
+    assert secret not in heard, "heard on %s" % addresses
+    assert not read - here, "read by another user"
+    left = [path for path in user.home.rglob("*") if path.is_socket()]
+    assert not left, "sockets are left behind"
 
 
 def kind_of(address: str) -> str:
