@@ -190,7 +190,7 @@ def test_logs_of_a_run_that_goes_on_and_of_one_that_has_ended(laptop: Laptop, ho
 # -- G18: told to end -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("is_for_all", [False, True], ids=["the run", "run and kernel"])
 def test_run_that_is_told_to_end(laptop: Laptop, host: Host, mark: str, signum: int, is_for_all: bool) -> None:
     """A shutdown of the host, or an administrator: it was ended, and by which signal; what there is, is kept. (G18)"""

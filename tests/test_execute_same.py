@@ -101,7 +101,7 @@ def asynchronous(path: Path, host: Host) -> None:
 
 def shells_and_magics(path: Path, host: Host) -> None:
     write_notebook(
-        path, "!echo one; echo two >&2", "%%bash\nprintf 'a\\nb'", "%pwd", "x = !echo 3\nx", "%matplotlib -h"
+        path, "!echo one; echo two >&2", "%%bash\nprintf 'a\\nb'", "%precision 3", "x = !echo 3\nx", "%matplotlib -h"
     )
 
 
