@@ -31,6 +31,10 @@ if [ "$purpose" = test ]; then
             for name in munged slurmctld slurmd sbatch ip; do
                 command -v $name >/dev/null || missing="$missing $name"
             done
+            # R's kernel, where Debian has it; the tests of it skip where it is not there.
+            if ! Rscript -e 'library(IRkernel)' >/dev/null 2>&1 && apt-cache show r-cran-irkernel >/dev/null 2>&1; then
+                missing="$missing R"
+            fi
         fi
     fi
 fi
@@ -49,6 +53,7 @@ packages() {
             apt-get:munged) echo munge ;;
             apt-get:sbatch) echo slurm-client ;;
             apt-get:ip) echo iproute2 ;;
+            apt-get:R) echo r-base-core r-cran-irkernel ;;
             dnf:ssh | zypper:ssh) echo openssh-clients ;;
             dnf:sshd | zypper:sshd) echo openssh-server ;;
             dnf:python | dnf:venv | zypper:python | zypper:venv) echo python3 ;;

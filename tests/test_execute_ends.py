@@ -1,0 +1,318 @@
+"""How an execution ends: in time, out of time, killed, told to; what is shown on the way; and what is left then."""
+
+import json
+import os
+import re
+import signal
+import time
+from typing import Any, Dict, List
+
+import pytest
+from client import check_failure
+from conftest import ON_HOST, Host, Laptop, Run, processes_with, wait_until
+from execution import (
+    add_kernel,
+    add_kernel_that_ignores_its_parent,
+    add_r,
+    add_slow_kernel,
+    cells_of,
+    listed_runs,
+    printed,
+    run_dirs,
+    runner_pid,
+    start_waiting,
+    waiting_for,
+    write_notebook,
+)
+
+RESULT = "w.executed.ipynb"
+DISPLAYS = "from IPython.display import display, HTML\n"
+
+
+# -- G6, G15: limits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["short cells", "cells that may fail", "a cell that catches"])
+def test_time_limit_is_for_the_whole(laptop: Laptop, host: Host, kind: str) -> None:
+    """Twelve cells, none of which takes as long as the limit, are over it together: status 6. (G6)
+
+    Nor does a cell win time by what it makes of an interrupt.
+    """
+    sources = {
+        "short cells": "import time; time.sleep(0.5); print({0})",
+        "cells that may fail": "import time; time.sleep(0.5); print({0}); raise ValueError({0})",
+        "a cell that catches": "import time\ntry: time.sleep(0.5)\nexcept KeyboardInterrupt: time.sleep(1)\nprint({0})",
+    }
+    cells = []
+    for number in range(12):
+        cell: Dict[str, Any] = {"cell_type": "code", "execution_count": None, "outputs": []}
+        cell["metadata"] = {"tags": ["raises-exception"]} if "fail" in kind else {}
+        cells.append(dict(cell, source=sources[kind].format(number)))
+    write_notebook(laptop.home / "w.ipynb", *cells)
+    run = laptop.run("host", "execute", "w.ipynb", "--timeout", "3")
+    assert run.status == 6, run.text
+    assert re.search(r"why: its time was up in cell \d+ of 12", run.stderr), run.stderr
+    said = printed(laptop.home / RESULT)
+    assert said[11] == "" and said == sorted(said, key=lambda words: not words)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_time_limit_counts_the_start_of_the_kernel(laptop: Laptop, host: Host, is_alone: bool) -> None:
+    """A kernel that is slow to start is part of the whole; --start-timeout, when longer, does not prolong it. (G6)"""
+    add_slow_kernel(host.home, "slow", 40)
+    write_notebook(laptop.home / "w.ipynb", "print(1)")
+    began = time.monotonic()
+    options = [] if is_alone else ["--start-timeout", "80"]
+    run = laptop.run(*options, "host", "execute", "w.ipynb", "--kernel", "slow", "--timeout", "5")
+    assert run.status == 6, run.text
+    assert "w.ipynb took too long" in run.stderr and "kernel" in run.stderr
+    assert time.monotonic() - began < 35
+
+
+@pytest.mark.parametrize("kind", ["slow", "ends at once", "never answers"])
+def test_kernel_that_does_not_start(laptop: Laptop, host: Host, kind: str, mark: str) -> None:
+    """`--start-timeout` holds for the kernel, too; the status is that of what did not start. (G15)"""
+    if kind == "slow":
+        add_slow_kernel(host.home, "odd", 40)
+    elif kind == "ends at once":
+        add_kernel(host.home, "odd", ["/bin/sh", "-c", "echo no such library: libodd >&2; exit 3", "{connection_file}"])
+    else:
+        add_kernel(host.home, "odd", ["/bin/sleep", "600"])
+    write_notebook(laptop.home / "w.ipynb", "print(1)")
+    began = time.monotonic()
+    run = laptop.run("--start-timeout", "6", "host", "execute", "w.ipynb", "--kernel", "odd")
+    assert run.status == 4, run.text
+    assert "kernel" in run.stderr and "AssertionError" not in run.stderr
+    assert ("libodd" in run.stderr) or kind != "ends at once", run.stderr
+    assert ("--start-timeout" in run.stderr) or kind == "ends at once", run.stderr
+    assert time.monotonic() - began < 36
+    wait_until(lambda: not processes_with(mark), "the kernel is gone", 15)
+
+
+def test_kernel_that_takes_66_seconds(laptop: Laptop, host: Host) -> None:
+    """A longer `--start-timeout` lets a slow kernel start (nbclient's own limit is 60 s). (G15)"""
+    add_slow_kernel(host.home, "slow", 66)
+    write_notebook(laptop.home / "w.ipynb", "print(1)")
+    run = laptop.start("--start-timeout", "200", "host", "execute", "w.ipynb", "--kernel", "slow", has_terminal=False)
+    assert run.wait(180) == 0, run.text
+    assert printed(laptop.home / RESULT) == ["1\n"]
+
+
+# -- G7: what is the same run -----------------------------------------------------------------------------------------
+
+
+def test_three_at_once_that_are_not_the_same(laptop: Laptop, host: Host) -> None:
+    """One notebook with other parameters, another place to run in, another kernel: each is a run of its own. (G7)
+
+    What was asked for with another -o alone is decided so: the run in hand brings no result there, so it runs too.
+    """
+    write_notebook(laptop.home / "w.ipynb", "import os", waiting_for(host.home / "go"), "print(os.getcwd(), x)")
+    (host.home / "sub").mkdir()
+    add_kernel(host.home, "other")
+    asked = [
+        ("host", "-p", "x=1", "-o", "a.ipynb"),
+        ("host", "-p", "x=2", "-o", "b.ipynb"),
+        ("host:sub", "-p", "x=1", "-o", "c.ipynb"),
+        ("host", "-p", "x=1", "--kernel", "other", "-o", "d.ipynb"),
+        ("host", "-p", "x=1", "-o", "e.ipynb"),
+    ]
+    started = [
+        laptop.start("-q", destination, "execute", "w.ipynb", *options, has_terminal=False)
+        for destination, *options in asked
+    ]
+    try:
+        wait_until(lambda: len(run_dirs(host)) == 5 or any(has_ended(run) for run in started), "all run", 120)
+    finally:
+        (host.home / "go").touch()
+    assert [run.wait() for run in started] == [0] * 5, [run.text for run in started]
+    there = str(host.home)
+    expected = [there + " 1\n", there + " 2\n", there + "/sub 1\n", there + " 1\n", there + " 1\n"]
+    assert [printed(laptop.home / (name + ".ipynb"))[-1] for name in "abcde"] == expected
+
+
+def has_ended(run: Run) -> bool:
+    run._read(0.02)
+    return not run._fds
+
+
+@pytest.mark.parametrize("quiet", [["-q"], ["--json"]])
+def test_run_that_was_not_started_is_never_silent(laptop: Laptop, host: Host, quiet: List[str]) -> None:
+    """The same run is in hand already: that is said under -q as well, for no result comes of it. (G7)"""
+    run, identity = start_waiting(laptop)
+    second = laptop.run(*quiet, "host", "execute", "w.ipynb")
+    (host.home / "go").touch()
+    assert run.wait() == 0
+    assert identity in (second.stderr if quiet == ["-q"] else second.stdout), second.text
+    assert second.stdout == "" or quiet == ["--json"]
+
+
+# -- G14: killed within a cell ----------------------------------------------------------------------------------------
+
+SAYS = {
+    "stream": ("", "waits\n"),
+    "display": (DISPLAYS + "display(HTML('<b>shown</b>'))\n", "<b>shown</b>"),
+    "no newline": ("print('half a line', end='', flush=True)\n", "half a line"),
+    "stderr": ("import sys; print('to stderr', file=sys.stderr, flush=True)\n", "to stderr"),
+}
+
+
+@pytest.mark.parametrize("kind", list(SAYS))
+def test_run_that_is_killed_within_a_cell_keeps_what_the_cell_said(laptop: Laptop, host: Host, kind: str) -> None:
+    """What a cell says is in the result while it runs; a killed run has it, and so has `logs ID`. (G14)"""
+    first, words = SAYS[kind]
+    write_notebook(laptop.home / "w.ipynb", "print('one')", first + waiting_for(), "print('never')")
+    run = laptop.start("host", "execute", "-v", "w.ipynb", has_terminal=False)
+    run.expect("waits$")
+    identity = run.expect(r"\((r[0-9a-f]{4})\)").group(1)
+    time.sleep(0.5)
+    os.killpg(runner_pid(host), signal.SIGKILL)
+    assert run.wait() == 1, run.text
+    assert printed(laptop.home / RESULT)[0] == "one\n"
+    assert words.strip() in json.dumps(cells_of(laptop.home / RESULT)[1]["outputs"])
+    assert cells_of(laptop.home / RESULT)[2]["outputs"] == []
+    logs = laptop.run("host", "logs", identity)
+    assert logs.status == 0, logs.text
+    assert "one" in logs.stdout and (words.strip() in logs.stdout or kind == "display")
+
+
+def test_logs_of_a_run_that_goes_on_and_of_one_that_has_ended(laptop: Laptop, host: Host) -> None:
+    """`logs RUNID`: what was printed so far, on stdout, and the end of it; status 0 either way. (G14)"""
+    run, identity = start_waiting(laptop)
+    logs = laptop.run("host", "logs", identity)
+    assert logs.status == 0 and "waits\n" in logs.stdout and "went" not in logs.stdout, logs.text
+    (host.home / "go").touch()
+    assert run.wait() == 0
+    logs = laptop.run("host", "logs", identity)
+    assert logs.status == 0 and logs.stdout.endswith("waits\nwent\n1\n"), logs.text
+    check_failure(laptop.run("host", "logs", "r0000"), 1, "r0000")
+
+
+# -- G18: told to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("is_for_all", [False, True], ids=["the run", "run and kernel"])
+def test_run_that_is_told_to_end(laptop: Laptop, host: Host, mark: str, signum: int, is_for_all: bool) -> None:
+    """A shutdown of the host, or an administrator: it was ended, and by which signal; what there is, is kept. (G18)"""
+    run, _ = start_waiting(laptop)
+    kernels = [pid for pid, words in processes_with(mark).items() if "ipykernel_launcher" in words]
+    for pid in (kernels if is_for_all else []) + [runner_pid(host)]:
+        os.kill(pid, signum)
+    assert run.wait() == 1, run.text
+    assert "AssertionError" not in run.text
+    assert re.search(signal.Signals(signum).name, run.stderr), run.stderr
+    assert re.search(r"ended|stopped", run.stderr)
+    assert printed(laptop.home / RESULT)[:2] == ["", "waits\n"]
+    (listed,) = listed_runs(laptop)
+    assert listed["state"] not in ("failed", "running")
+    wait_until(lambda: not processes_with(mark), "no kernel is left", 15)
+
+
+# -- G19: -v ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cells_print_is_shown_as_a_terminal_shows_it(laptop: Laptop, host: Host) -> None:
+    r"""Lines that end in \r\n, bars that move with \r, backspaces, a line that is only half overwritten. (G19)"""
+    source = (
+        r"print('one\r\ntwo', end='\r\n')",
+        r"print('10%\r20%\r100%')",
+        r"print('abcdef\rXY')",
+        r"print('ab\b\bcd')",
+        r"print('step 1\r', end=''); print('step 2\r', end=''); print('all')",
+        r"print('last\r\r\n', end='')",
+    )
+    write_notebook(laptop.home / "w.ipynb", *source)
+    run = laptop.run("host", "execute", "-v", "w.ipynb")
+    assert run.status == 0, run.text
+    shown = [line for line in run.stderr.splitlines() if not re.match(r"Cell|Exec|Connec|\$|Using|debug|ssh", line)]
+    end = [line for line in shown if line in ("one", "two", "100%", "XYcdef", "cd", "allp 2", "last")]
+    assert end == ["one", "two", "100%", "XYcdef", "cd", "allp 2", "last"], run.stderr
+    assert not [line for line in shown if line in ("", "XY", "ab", "all", "abcd")], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("Password for x: ", "Password for x:"), ("progress...\\r", "progress"), ("\\33[1mbold", "bold")],
+)
+def test_text_without_a_newline_is_shown(laptop: Laptop, host: Host, source: str, words: str) -> None:
+    """It is shown while the cell runs, as a terminal would show it at once. (G19)"""
+    wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)"
+    write_notebook(laptop.home / "w.ipynb", "print('%s', end='', flush=True)\n%s" % (source, wait), "print('next')")
+    run = laptop.start("host", "execute", "-v", "w.ipynb", has_terminal=False)
+    run.expect(words, 60)
+    (host.home / "go").touch()
+    run.expect("^next$")
+    assert run.wait() == 0, run.text
+
+
+# -- G20: none outlives it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["python", "R"])
+@pytest.mark.parametrize("is_watched", [True, False], ids=["we are there", "nobody is there"])
+def test_no_kernel_outlives_a_run_that_was_killed(
+    laptop: Laptop, host: Host, mark: str, kind: str, is_watched: bool
+) -> None:
+    """kill -9 of the run alone, with a kernel that does not look whether its parent is there. (G20)
+
+    Neither when the laptop has gone.
+    """
+    if kind == "R":
+        spec = add_r(host.home)
+        wait = "cat('waits\\n'); flush.console(); Sys.sleep(600)"
+    else:
+        add_kernel_that_ignores_its_parent(host.home, "own")
+        spec = {"name": "own", "display_name": "own", "language": "python"}
+        wait = waiting_for()
+    write_notebook(laptop.home / "w.ipynb", "1", wait, kernelspec=spec)
+    run = laptop.start("host", "execute", "-v", "w.ipynb", has_terminal=False)
+    run.expect("^waits$")
+    pid = runner_pid(host)
+    if not is_watched:
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+    os.kill(pid, signal.SIGKILL)
+    if is_watched:
+        assert run.wait() == 1, run.text
+    wait_until(lambda: not processes_with(mark), "no kernel is left: %s" % processes_with(mark), 20)
+
+
+def test_what_a_cell_started_ends_with_the_kernel_of_a_run_that_was_killed(
+    laptop: Laptop, host: Host, mark: str
+) -> None:
+    """A program that a cell runs goes with it. (G20)"""
+    source = "import subprocess\nprint('waits', flush=True)\nsubprocess.run(['sleep', '600'])"
+    add_kernel_that_ignores_its_parent(host.home, "own")
+    write_notebook(laptop.home / "w.ipynb", source)
+    run = laptop.start("host", "execute", "-v", "w.ipynb", "--kernel", "own", has_terminal=False)
+    run.expect("^waits$")
+    wait_until(lambda: "sleep 600" in processes_with(mark).values(), "the cell runs")
+    os.kill(runner_pid(host), signal.SIGKILL)
+    assert run.wait() == 1
+    wait_until(lambda: not processes_with(mark), "nothing is left", 20)
+
+
+# -- G22: sys.exit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["import sys; sys.exit(0)", "import sys; sys.exit()", "raise SystemExit"])
+def test_exit_with_success_ends_the_notebook_well(laptop: Laptop, host: Host, source: str) -> None:
+    """Decided as papermill has it: sys.exit(0) ends the notebook there, and is no error. (G22)
+
+    The cells behind it are not executed, status 0, and a line says where it ended. nbclient calls it a failed cell.
+    """
+    write_notebook(laptop.home / "w.ipynb", "print('before')", source, "print('never')")
+    run = laptop.run("host", "execute", "w.ipynb")
+    assert (run.status, run.stdout) == (0, RESULT + "\n"), run.text
+    assert re.search(r"cell 2 (of|/) ?3|Cell 2/3.*exit|exit.*[Cc]ell 2", run.stderr), run.stderr
+    assert printed(laptop.home / RESULT) == ["before\n", "", ""]
+    assert cells_of(laptop.home / RESULT)[2]["execution_count"] is None
+
+
+@pytest.mark.parametrize("source", ["import sys; sys.exit(3)", "exit_ = 'no data'; raise SystemExit(exit_)"])
+def test_exit_with_anything_else_is_a_failure(laptop: Laptop, host: Host, source: str) -> None:
+    """What a shell would see as another status than 0. (G22)"""
+    write_notebook(laptop.home / "w.ipynb", source, "print('never')")
+    run = laptop.run("host", "execute", "w.ipynb")
+    assert run.status == 5, run.text

@@ -1,0 +1,262 @@
+"""Parameters in the language of the kernel, kernels by their names, and the environments that have them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+from client import check_failure
+from conftest import Host, Laptop
+from execution import (
+    add_bash,
+    add_kernel,
+    add_r,
+    cells_of,
+    code,
+    printed,
+    run_dirs,
+    write_notebook,
+)
+from jupyters import environment, interpreters
+
+RESULT = "p.executed.ipynb"
+
+
+def options(values: Dict[str, str]) -> List[str]:
+    """Return the -p options for these values."""
+    return [word for name, value in values.items() for word in ("-p", "%s=%s" % (name, value))]
+
+
+def injected(path: Path) -> str:
+    """Return the source of the injected cell."""
+    (cell,) = [cell for cell in cells_of(path) if "injected-parameters" in cell["metadata"].get("tags", [])]
+    return "".join(cell["source"])
+
+
+# -- G8: the kernel's language ----------------------------------------------------------------------------------------
+
+TEXT = 'it\'s "q" $HOME `x` \\n é'
+
+
+def test_parameters_for_bash(laptop: Laptop, host: Host) -> None:
+    """Numbers, text with all that a shell would expand, a list as an array; null is empty, as papermill has it. (G8)"""
+    values = {"epochs": "20", "name": TEXT, "l": '[1, "two words"]', "flag": "true", "none": "null", "f": "1.5"}
+    setting = "\n".join("%s=0" % name for name in values)
+    show = r'printf "%s|" "$epochs" "$name" "${l[@]}" "$flag" "[$none]" "$f" "${#l[@]}"'
+    write_notebook(laptop.home / "p.ipynb", code(setting, "parameters"), show, kernelspec=add_bash(host.home))
+    run = laptop.run("host", "execute", "p.ipynb", *options(values))
+    assert run.status == 0, run.text
+    assert printed(laptop.home / RESULT)[-1].strip() == "20|%s|1|two words|true|[]|1.5|2|" % TEXT
+    assert not [name for name in values if "no such" in run.stderr]
+    # A map has no form in bash: refused, by name, before a cell runs.
+    run = laptop.run("host", "execute", "p.ipynb", "-p", 'm={"a": 1}', "-o", "never.ipynb")
+    assert run.status in (1, 2) and "m" in run.stderr and "bash" in run.stderr, run.text
+    assert not (laptop.home / "never.ipynb").exists() or cells_of(laptop.home / "never.ipynb")[-1]["outputs"] == []
+
+
+def test_parameters_for_r(laptop: Laptop, host: Host) -> None:
+    """TRUE, NULL, list(), and numbers that have no end: what R calls them. (G8)"""
+    values = {"epochs": "20", "name": TEXT, "l": '[1, "two"]', "d": '{"a b": 1}', "flag": "true", "none": "null"}
+    values.update(inf="-.inf", nan=".nan")
+    setting = "\n".join("%s <- 0" % name for name in values)
+    show = "cat(epochs, name, l[[2]], d[['a b']], isTRUE(flag), is.null(none), inf, nan, sep='|')"
+    write_notebook(laptop.home / "p.ipynb", code(setting, "parameters"), show, kernelspec=add_r(host.home))
+    run = laptop.run("host", "execute", "p.ipynb", *options(values))
+    assert run.status == 0, run.text
+    assert printed(laptop.home / RESULT)[-1].strip() == "20|%s|two|1|TRUE|TRUE|-Inf|NaN" % TEXT
+
+
+LITERALS: List[Tuple[str, List[str]]] = [
+    ("julia", ["# Parameters", "i = 3", "f = 1.5", 't = "it\'s \\"q\\""', "y = true", "n = nothing", 'l = [1, "a"]',
+               'd = Dict("k" => 1)', 'c = "cost \\$5"', "u = -Inf"]),
+    ("scala", ["// Parameters", "val i = 3", "val f = 1.5", 'val t = "it\'s \\"q\\""', "val y = true", "val n = None",
+               'val l = Seq(1, "a")', 'val d = Map("k" -> 1)', 'val c = "cost $5"',
+               "val u = Double.NegativeInfinity", "val b = 3000000000L"]),
+    ("R", ["# Parameters", "i = 3", "f = 1.5", 't = "it\'s \\"q\\""', "y = TRUE", "n = NULL", 'l = list(1, "a")',
+           'd = list("k" = 1)', 'c = "cost $5"', "u = -Inf"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "lines"), LITERALS, ids=[language for language, _ in LITERALS])
+@pytest.mark.parametrize("said_by", ["the notebook", "the kernel alone", "--kernel"])
+def test_form_of_parameters(laptop: Laptop, host: Host, language: str, lines: List[str], said_by: str) -> None:
+    """papermill's forms, for languages whose kernels are not here; what papermill gets wrong is what the language has:
+    `$` in a Julia string, and infinity. The language is that of the kernel which is taken. (G8)
+
+    The kernel is Python's under another name, so the cell fails; it stands in the result as it was injected.
+    """
+    add_kernel(host.home, "other-1.9", language=language)
+    spec = {"name": "other-1.9", "display_name": "Other"}
+    named = {"the notebook": dict(spec, language=language), "the kernel alone": spec}
+    metadata: Dict[str, Any] = {"kernelspec": named[said_by]} if said_by in named else {}
+    write_notebook(laptop.home / "p.ipynb", code("i = 0", "parameters"), "1", **metadata)
+    values = {"i": "3", "f": "1.5", "t": 'it\'s "q"', "y": "true", "n": "null", "l": '[1, "a"]', "d": '{"k": 1}'}
+    values.update(c="cost $5", u="-.inf", **({"b": "3000000000"} if language == "scala" else {}))
+    kernel = ["--kernel", "other-1.9"] if said_by == "--kernel" else []
+    laptop.run("host", "execute", "p.ipynb", *kernel, *options(values))
+    assert injected(laptop.home / RESULT).split("\n") == lines
+
+
+def test_parameters_for_a_language_that_we_do_not_know(laptop: Laptop, host: Host) -> None:
+    """Refused, with the language's name, before a cell runs; without -p the notebook runs as any. (G8)"""
+    add_kernel(host.home, "swipl", language="prolog")
+    spec = {"name": "swipl", "display_name": "Prolog", "language": "prolog"}
+    write_notebook(laptop.home / "p.ipynb", "open('ran', 'w')", kernelspec=spec)
+    run = laptop.run("host", "execute", "p.ipynb", "-p", "x=1")
+    assert run.status in (1, 2), run.text
+    check_failure(run, run.status, "prolog")
+    assert not (host.home / "ran").exists()
+    assert laptop.run("host", "execute", "p.ipynb").status == 0
+
+
+# -- G9: parameters without effect ------------------------------------------------------------------------------------
+
+
+def test_notebook_without_a_cell_for_parameters(laptop: Laptop, host: Host) -> None:
+    """A line says that there is no cell tagged `parameters`, so the values stand at the top; the run goes on. (G9)"""
+    write_notebook(laptop.home / "p.ipynb", "x = 1", "print(x)")
+    run = laptop.run("host", "execute", "p.ipynb", "-p", "x=2")
+    assert run.status == 0, run.text
+    assert [line for line in run.stderr.splitlines() if "parameters" in line and "p.ipynb" in line], run.stderr
+    assert printed(laptop.home / RESULT)[-1] == "1\n"
+    run = laptop.run("host", "execute", "--json", "p.ipynb", "-p", "x=2")
+    assert run.status == 0 and "parameters" in run.text
+
+
+def test_parameter_that_the_notebook_does_not_set(laptop: Laptop, host: Host) -> None:
+    """A line names it, as papermill warns of an unknown parameter; for those that are set there is none. (G9)
+
+    Set is what the cell assigns, in any form; what stands in a comment, in text, or is compared is not.
+    """
+    lines = ["one: int = 1", "two = three = 2", "four, (five, *six) = 1, (2, 3)", "if True:", "    seven = 7"]
+    lines += ["(eight := 8)", "# nine = 9", "'ten = 10'", "one == 1", "import os as eleven", "print(end='')"]
+    write_notebook(laptop.home / "p.ipynb", code("\n".join(lines), "parameters"), "print(one)")
+    known = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    unknown = ["nine", "ten", "end", "epohcs"]
+    run = laptop.run("host", "execute", "p.ipynb", *options(dict.fromkeys(known + unknown, "0")))
+    assert run.status == 0, run.text
+    said = [line for line in run.stderr.splitlines() if "epohcs" in line]
+    assert said, run.stderr
+    words = " ".join(line for line in run.stderr.splitlines() if "parameter" in line.lower())
+    assert [name for name in unknown if name not in words.replace(",", " ").split()] == [], words
+    assert [name for name in known if name in words.replace(",", " ").split()] == [], words
+
+
+# -- G10: names of kernels --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "option"),
+    [
+        ("myenv", "MyEnv", []),
+        ("MyEnv", "MyEnv", []),
+        ("MyEnv", "myenv", []),
+        ("my.env-3", "x", ["--kernel", "My.Env-3"]),
+    ],
+)
+def test_kernel_is_compared_as_jupyter_client_does(
+    laptop: Laptop, host: Host, there: str, asked: str, option: List[str]
+) -> None:
+    """Capitals do not count, in the notebook, in the name of the directory, and in --kernel. (G10)"""
+    add_kernel(host.home, there, WHICH="the one that is meant")
+    spec = {"name": asked, "display_name": asked, "language": "python"}
+    write_notebook(laptop.home / "p.ipynb", "import os; print(os.environ.get('WHICH'))", kernelspec=spec)
+    run = laptop.run("host", "execute", "p.ipynb", *option)
+    assert run.status == 0, run.text
+    assert "no kernel" not in run.stderr
+    assert printed(laptop.home / RESULT) == ["the one that is meant\n"]
+
+
+def test_kernel_of_r_with_a_capital_name(laptop: Laptop, host: Host) -> None:
+    """IRkernel's own users write `IR`. (G10)"""
+    spec = add_r(host.home)
+    write_notebook(laptop.home / "p.ipynb", "cat(R.version$language)", kernelspec=dict(spec, name="IR"))
+    run = laptop.run("host", "execute", "p.ipynb")
+    assert run.status == 0, run.text
+    assert printed(laptop.home / RESULT) == ["R"]
+
+
+@pytest.mark.parametrize("name", ["nothere", "../python3", "python 3"])
+def test_kernel_that_was_asked_for_and_is_not_there(laptop: Laptop, host: Host, name: str) -> None:
+    """--kernel is not a wish: without that kernel nothing runs; the names that there are, are said. (G10)"""
+    write_notebook(laptop.home / "p.ipynb", "open('ran', 'w')")
+    run = laptop.run("host", "execute", "p.ipynb", "--kernel", name)
+    assert run.status in (1, 2), run.text
+    check_failure(run, run.status, name, "python3")
+    assert not (host.home / "ran").exists()
+
+
+# -- G11: an environment that can execute, and nothing else -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["PATH", "--python", "--env", ".venv"])
+def test_environment_with_nbclient_alone(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, way: str
+) -> None:
+    """nbclient and a kernel are enough: no notebook, no lab. Nothing is installed for it. (G11)"""
+    python = next((found for minor, found in sorted(interpreters().items()) if minor >= 9), "/usr/bin/python3")
+    bare = environment("nbclient", python, ["nbclient", "ipykernel"])
+    (directory / "bin").mkdir()
+    (directory / "bin/python3").symlink_to(shutil.which("python3", path="/usr/bin:/usr/local/bin") or python)
+    host = make_host(path="%s:%s" % (bare if way == "PATH" else directory / "bin", directory / "bin"))
+    (host.home / "work").mkdir()
+    ways: Dict[str, List[str]] = {"--python": ["--python", str(bare / "python")], "--env": ["--env", str(bare.parent)]}
+    if way == ".venv":
+        (host.home / "work/.venv").symlink_to(bare.parent)
+    write_notebook(laptop.home / "p.ipynb", "import sys; print(sys.prefix)")
+    run = laptop.run("--no-install", *ways.get(way, []), "host:work", "execute", "p.ipynb")
+    assert run.status == 0, run.text
+    assert Path(printed(laptop.home / RESULT)[0].strip()).resolve() == bare.parent.resolve()
+
+
+# -- G21: values ------------------------------------------------------------------------------------------------------
+
+VALUES: List[Tuple[str, Any]] = [
+    ("None", None), ("nan", math.nan), ("NaN", math.nan), ("inf", math.inf), ("-inf", -math.inf),
+    ("[a, b]", ["a", "b"]), ("{a: 1}", {"a": 1}), ("[]", []), ("{}", {}),
+    ("[ a b , 2.5, null, true]", ["a b", 2.5, None, True]),
+    ("{a: [x, {b: 'it''s'}], \"c d\": -1}", {"a": ["x", {"b": "it's"}], "c d": -1}),
+    ("[https://x.org:80/a, b]", ["https://x.org:80/a", "b"]),
+    ("'[INFO] x'", "[INFO] x"), ("'None'", "None"), ('"nan"', "nan"), ("2024-01-01", "2024-01-01"),
+    ("a: b", "a: b"), ("yes", "yes"), ("1_000", "1_000"), ("x # y", "x # y"), ("{a: }", {"a": None}),
+]  # fmt: skip
+
+
+def test_values_as_yaml_has_them(laptop: Laptop, host: Host) -> None:
+    """Lists and maps in YAML's own form, `None`, `nan` and `inf` as papermill reads them; quotes make text. (G21)
+
+    Decided: where YAML 1.2 and papermill's -p differ for a bare word, papermill's reading of None, nan and inf holds,
+    for that is what its users type; text is what is quoted.
+    """
+    write_notebook(laptop.home / "p.ipynb", "import json; print(json.dumps([globals()['v%d' % n] for n in range(" +
+                   "%d)]))" % len(VALUES))  # fmt: skip
+    values = {"v%d" % number: text for number, (text, _) in enumerate(VALUES)}
+    run = laptop.run("host", "execute", "p.ipynb", *options(values))
+    assert run.status == 0, run.text
+    got = json.loads(printed(laptop.home / RESULT)[-1])
+    wrong = [(words, value, said) for (words, value), said in zip(VALUES, got) if repr(value) != repr(said)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("value", "quoted"),
+    [
+        ("[INFO] x", "'[INFO] x'"),
+        ("[a, b", "'[a, b'"),
+        ("{a: 1}}", "'{a: 1}}'"),
+        ("[it's] x", "'[it''s] x'"),
+        ('"x" y', "'\"x\" y'"),
+        ("{a, b: [}", "'{a, b: [}'"),
+    ],
+)
+def test_value_that_is_not_what_it_begins_as(laptop: Laptop, host: Host, value: str, quoted: str) -> None:
+    """Refused before anything is connected, with the same in quotes, which makes text of it. (G21)"""
+    write_notebook(laptop.home / "p.ipynb", "print(x)")
+    check_failure(laptop.run("host", "execute", "p.ipynb", "-p", "x=" + value), 2, quoted)
+    assert host.sshd.logins() == 0
+    run = laptop.run("host", "execute", "p.ipynb", "-p", "x=" + quoted)
+    assert run.status == 0, run.text
+    assert printed(laptop.home / RESULT)[-1] == value + "\n"
+    assert len(run_dirs(host)) == 1

@@ -1,0 +1,227 @@
+"""The same notebooks by `execute` and by `nbconvert --execute`, compared cell by cell.
+
+RJUPYTER_NOTEBOOKS=DIRECTORY compares the notebooks below a directory of yours. Without it, those that are written here:
+of every format, and of the kinds that people have.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+from conftest import VENV_BIN, Host, Laptop
+from execution import add_bash, add_r, code, notebook_of, stream, text, write_notebook
+
+DIRECTORY = os.environ.get("RJUPYTER_NOTEBOOKS", "")
+TIMEOUT_S = 600
+DISPLAY = "from IPython.display import display, HTML, clear_output\n"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def format_3(path: Path, host: Host) -> None:
+    cell = {"cell_type": "code", "collapsed": False, "language": "python", "metadata": {}, "prompt_number": 3}
+    shown = {"output_type": "pyout", "prompt_number": 3, "text": ["2"], "metadata": {}}
+    error = {"output_type": "pyerr", "ename": "E", "evalue": "v", "traceback": ["t"]}
+    cells: List[Dict[str, Any]] = [
+        {"cell_type": "heading", "level": 2, "metadata": {}, "source": ["Title"]},
+        dict(cell, input=["x = 1\n", "x + 1"], outputs=[shown, error]),
+        {"cell_type": "markdown", "metadata": {}, "source": "text"},
+        {"cell_type": "raw", "metadata": {}, "source": "raw"},
+        dict(cell, input=["print(x)\n", "import sys; print(2, file=sys.stderr)"], outputs=[]),
+    ]
+    sheets = [{"metadata": {}, "cells": cells[:3]}, {"metadata": {}, "cells": cells[3:]}]
+    whole = {"metadata": {"name": "old", "signature": "sha256:00"}, "nbformat": 3, "nbformat_minor": 0}
+    path.write_text(json.dumps(dict(whole, worksheets=sheets)))
+
+
+def format_4(minor: int) -> Callable[[Path, Host], None]:
+    def write(path: Path, host: Host) -> None:
+        picture = {"x.png": {"image/png": PIXEL}}
+        attached: Dict[str, Any] = {"attachments": picture} if minor else {}
+        with_picture = text("![x](attachment:x.png)", **attached)
+        old = {"outputs": [stream("of last year\n")], "execution_count": 9}
+        cells = [text("# Title\n\nit's é"), with_picture, code("x = 1\nx", **old), code("", **old), text("raw", "raw")]
+        write_notebook(path, *cells, "print(x)\n\n# comment\nx + 1", " \n", minor=minor)
+
+    write.__name__ = "format_4_%d" % minor
+    return write
+
+
+def tags(path: Path, host: Host) -> None:
+    cells = [code("print(1)", "hide-input", "parameters"), code("print(2)", "skip-execution", outputs=[stream("old")])]
+    cells += [code("1 / 0", "raises-exception"), code("raise SystemExit(2)", "raises-exception"), code("print(3)")]
+    write_notebook(path, *cells)
+
+
+def displays(path: Path, host: Host) -> None:
+    first = DISPLAY + "h = display(HTML('<b>0</b>'), display_id='one'); display(HTML('also'), display_id='one')"
+    loop = "for n in range(5):\n    clear_output(wait=True)\n    print(n)"
+    mixed = "print('a'); display({'text/html': 'b', 'text/plain': 'c'}, raw=True); print('d')\n'e'"
+    picture = "import base64\nfrom IPython.display import Image\nImage(base64.b64decode('%s'))" % PIXEL
+    gone = "print('gone'); display(HTML('gone'), display_id='gone'); clear_output(); print('stays')"
+    late = "h.update(HTML('<b>2</b>')); display(HTML('x'), display_id='gone', update=True)"
+    data = "display({'application/json': {'a': [1, None]}, 'application/vnd.x+json': {'b': 'c'}}, raw=True)"
+    svg = "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')"
+    empty = "clear_output(wait=True)\nprint(end='')"
+    write_notebook(path, first, loop, mixed, picture, gone, "h.update(HTML('<b>1</b>'))", late, data, svg, empty)
+
+
+def widgets(path: Path, host: Host) -> None:
+    model = {"model_name": "M", "model_module": "x", "model_module_version": "1", "state": {"value": 1}}
+    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
+    comm = (
+        "from comm import create_comm\n"
+        "state = {'_model_name': 'IntModel', '_model_module': 'x', '_model_module_version': '1', 'value': 3}\n"
+        "c = create_comm(target_name='jupyter.widget', data={'state': state}, comm_id='b' * 32)\n"
+        "c.send({'method': 'update', 'state': {'value': 4}})"
+    )
+    kept: Dict[str, Any] = {"application/vnd.jupyter.widget-state+json": state}
+    write_notebook(path, "print(1)", comm, "print(2)", widgets=kept)
+
+
+def widgets_that_stay(path: Path, host: Host) -> None:
+    model = {"model_name": "M", "model_module": "x", "model_module_version": "1", "state": {"value": 1}}
+    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
+    metadata: Dict[str, Any] = {
+        "widgets": {"application/vnd.jupyter.widget-state+json": state},
+        "title": "é",
+        "x": [None],
+    }
+    write_notebook(path, "print(1)", **metadata)
+
+
+def asynchronous(path: Path, host: Host) -> None:
+    task = "async def later():\n    await asyncio.sleep(0.1)\n    print('later')\nt = asyncio.create_task(later())"
+    write_notebook(path, "import asyncio", "await asyncio.sleep(0); 1", task, "await t; print('after')")
+
+
+def shells_and_magics(path: Path, host: Host) -> None:
+    write_notebook(path, "!echo one; echo two >&2", "%%bash\nprintf 'a\\nb'", "%precision 3", "x = !echo 3\nx", "%who")
+
+
+def long_output(path: Path, host: Host) -> None:
+    bar = "for n in range(300): print('\\r%3d' % n, end='', flush=True)"
+    write_notebook(path, "for n in range(20000): print(n)", "print('x' * 3000000)", bar, "print('a\\r\\nb\\bc')")
+
+
+def fails(path: Path, host: Host) -> None:
+    write_notebook(path, "print('before')", "raise ValueError('one\\ntwo')", "print('never')")
+
+
+def no_kernel_is_named(path: Path, host: Host) -> None:
+    write_notebook(path, "print(1)", "'é日\U0001f600'")
+    notebook = notebook_of(path)
+    notebook["metadata"] = {}
+    path.write_text(json.dumps(notebook))
+
+
+def bash(path: Path, host: Host) -> None:
+    write_notebook(path, "x=1", "echo $x; echo two >&2", "ls / | head -2", kernelspec=add_bash(host.home))
+
+
+def r(path: Path, host: Host) -> None:
+    cells = ["x <- 1", "x + 1", "cat('é\\n'); message('note')", "data.frame(a = 1:2, b = c('x', 'y'))", "invisible(3)"]
+    write_notebook(path, *cells, kernelspec=add_r(host.home))
+
+
+KINDS: List[Callable[[Path, Host], None]] = [
+    format_3,
+    *[format_4(minor) for minor in range(6)],
+    tags,
+    displays,
+    widgets,
+]
+KINDS += [widgets_that_stay, asynchronous, shells_and_magics, long_output, fails, no_kernel_is_named, bash, r]
+NAMES = [kind.__name__ for kind in KINDS]
+if DIRECTORY:
+    NAMES = sorted(str(path.relative_to(DIRECTORY)) for path in Path(DIRECTORY).rglob("*.ipynb"))
+
+
+def by_nbconvert(path: Path, home: Path) -> Path:
+    """Let nbconvert execute a notebook, errors allowed, and return the result."""
+    argv = [str(VENV_BIN / "jupyter"), "nbconvert", "--execute", "--allow-errors", "--to", "notebook"]
+    environment = {"HOME": str(home), "PATH": "%s:/usr/local/bin:/usr/bin:/bin" % VENV_BIN, "LANG": "C.UTF-8"}
+    answer = subprocess.run(
+        [*argv, "--output", "by_nbconvert", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=TIMEOUT_S,
+    )
+    if answer.returncode:
+        pytest.skip("nbconvert does not execute it: " + answer.stderr[-500:])
+    return path.with_name("by_nbconvert.ipynb")
+
+
+def plain(output: Dict[str, Any]) -> Dict[str, Any]:
+    """Return an output without what differs from one execution to the next: addresses, places of temporary files."""
+    words = json.dumps({name: value for name, value in output.items() if name != "traceback"}, sort_keys=True)
+    words = re.sub(r"0x[0-9a-f]{6,}", "0x", words)
+    return dict(json.loads(re.sub(r"(ipykernel_|/tmp/[a-zA-Z]+)\d+\w*", r"\1", words)))
+
+
+def joined(outputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Join what a kernel printed on one stream in several messages, and put stdout first: both are chance."""
+    whole: List[Dict[str, Any]] = []
+    for output in outputs:
+        said = "".join(output.get("text", ""))
+        same = [other for other in whole if other["output_type"] == "stream" == output["output_type"]]
+        same = [other for other in same if other["name"] == output["name"] and other in whole[-2:]]
+        if same:
+            same[0]["text"] += said
+        else:
+            whole.append(dict(output, text=said) if output["output_type"] == "stream" else plain(output))
+    return whole
+
+
+def comparable(cell: Dict[str, Any]) -> Tuple[Any, ...]:
+    """Return what must be the same of a cell."""
+    metadata = {name: value for name, value in cell["metadata"].items() if name != "execution"}
+    parts = (cell["cell_type"], "".join(cell["source"]), metadata, cell.get("attachments"), cell.get("execution_count"))
+    return (*parts, joined(cell.get("outputs", [])))
+
+
+def is_failure(cell: Dict[str, Any]) -> bool:
+    has_error = any(output["output_type"] == "error" for output in cell.get("outputs", []))
+    return has_error and "raises-exception" not in cell["metadata"].get("tags", [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_as_nbconvert(laptop: Laptop, host: Host, name: str) -> None:
+    """Cell by cell, to the first that fails: type, source, metadata, number, outputs; and the notebook's metadata.
+
+    Behind a cell that failed nothing is executed; nbconvert, which goes on, is not asked there.
+    """
+    path = laptop.home / "a.ipynb"
+    if DIRECTORY:
+        shutil.copytree(Path(DIRECTORY, name).parent, laptop.home, dirs_exist_ok=True)
+        shutil.copytree(Path(DIRECTORY, name).parent, host.home, dirs_exist_ok=True)
+        shutil.copy(Path(DIRECTORY, name), path)
+    else:
+        KINDS[NAMES.index(name)](path, host)
+    theirs = notebook_of(by_nbconvert(path, host.home))
+    run = laptop.start("host", "execute", "a.ipynb", has_terminal=False)
+    assert run.wait(TIMEOUT_S) in (0, 5), run.text
+    ours = notebook_of(laptop.home / "a.executed.ipynb")
+    assert len(ours["cells"]) == len(theirs["cells"])
+    # An error of a magic leaves no error output: which cell that was, our message says.
+    said = re.search(r"cell (\d+) of \d+ failed", run.stderr)
+    code_cells = [
+        n for n, cell in enumerate(theirs["cells"]) if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+    ]
+    silent = code_cells[int(said.group(1)) - 1] if said and run.status == 5 else -1
+    failed = False
+    for number, (our, their) in enumerate(zip(ours["cells"], theirs["cells"])):
+        if failed:
+            assert (our["source"], our.get("outputs", [])) == (their["source"], []), "cell %d" % number
+        else:
+            assert comparable(our) == comparable(their), "cell %d" % number
+        failed = failed or is_failure(their) or number == silent
+    assert run.status == (5 if failed else 0), run.text
+    if not failed:
+        assert (ours["metadata"], ours["nbformat"]) == (theirs["metadata"], theirs["nbformat"])
+        assert ours["nbformat_minor"] == theirs["nbformat_minor"]
