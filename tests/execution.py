@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import Host, Laptop, Run
+from sides import Host, Laptop, Run
 
 PYTHON_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 

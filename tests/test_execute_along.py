@@ -13,7 +13,6 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from client import check_failure
-from conftest import Host, Laptop, Run, wait_until
 from execution import (
     cells_of,
     code,
@@ -27,6 +26,7 @@ from execution import (
     write_notebook,
 )
 from jupyters import environment, interpreters
+from sides import Host, Laptop, Run, wait_until
 
 RESULT = "a.executed.ipynb"
 

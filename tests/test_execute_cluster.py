@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Set
 
 import pytest
-from conftest import Host, Laptop, Run, wait_until
 from execution import code, printed, results, write_notebook
 from private_slurm import PrivateSlurm, find_slurm_obstacle
+from sides import Host, Laptop, Run, wait_until
 
 GRID = ["--grid", "lr=[1,2,3,4,5,6]", "--grid", "model=[cnn, rnn]", "-j", "3"]
 BOTH = {"%d %s" % (lr, model) for lr in range(1, 7) for model in ("cnn", "rnn")}

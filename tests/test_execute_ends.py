@@ -9,7 +9,6 @@ from typing import Any, Dict, List
 
 import pytest
 from client import check_failure
-from conftest import ON_HOST, Host, Laptop, Run, processes_with, wait_until
 from execution import (
     add_kernel,
     add_kernel_that_ignores_its_parent,
@@ -24,6 +23,7 @@ from execution import (
     waiting_for,
     write_notebook,
 )
+from sides import ON_HOST, Host, Laptop, Run, processes_with, wait_until
 
 RESULT = "w.executed.ipynb"
 DISPLAYS = "from IPython.display import display, HTML\n"

@@ -8,7 +8,6 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from client import check_failure
-from conftest import Host, Laptop
 from execution import (
     add_bash,
     add_kernel,
@@ -20,6 +19,7 @@ from execution import (
     write_notebook,
 )
 from jupyters import environment, interpreters
+from sides import Host, Laptop
 
 RESULT = "p.executed.ipynb"
 

@@ -14,7 +14,6 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from client import check_failure
-from conftest import VENV_BIN, Host, Laptop, User
 from execution import (
     cells_of,
     code,
@@ -34,6 +33,7 @@ from execution import (
     written_anywhere,
 )
 from jupyters import jupyter_for_everyone
+from sides import VENV_BIN, Host, Laptop, User
 
 # -- G1: a journal on a full disk -------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
-from conftest import VENV_BIN, Host, Laptop
 from execution import add_bash, add_r, code, notebook_of, stream, text, write_notebook
+from sides import VENV_BIN, Host, Laptop
 
 DIRECTORY = os.environ.get("RJUPYTER_NOTEBOOKS", "")
 TIMEOUT_S = 600

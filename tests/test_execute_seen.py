@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Callable, List, Set
 
 import pytest
-from conftest import ON_HOST, Host, Laptop, User, processes_with
 from execution import IPYKERNEL, add_kernel, printed, start_waiting, waiting_for, write_notebook
 from jupyters import jupyter_for_everyone
+from sides import ON_HOST, Host, Laptop, User, processes_with
 
 TELLS = """
 import os, time
