@@ -422,11 +422,15 @@ class Request(Record):
     file: str = ""
     name: str = ""
     key: str = ""
+    variant: str = ""
+    result: str = ""
     is_in_place: bool = False
     overlaps: bool = False
     parameters: "List[List[Any]]" = []
     kernel: str = ""
     timeout_s: int = 0
+    cell_timeout_s: int = 0
+    allows_errors: bool = False
     offsets: "Dict[str, int]" = {}
 
     @classmethod
@@ -516,6 +520,7 @@ class RunRecord(Kept):
     kind = "run"
     name: str
     key: str
+    variant: str = ""  # how it is executed; one notebook may be, in more ways than one
 
     def odd(self) -> "List[str]":
         """Return what is not as we write it."""
@@ -561,6 +566,7 @@ class RunState(Record):
     cell: int = 0
     count: int = 0
     error: str = ""
+    unwritten: str = ""
 
 
 # -- what the host tells ----------------------------------------------------------------------------------------------
@@ -710,6 +716,7 @@ class RunView(Record):
     cell: int = 0
     count: int = 0
     error: str = ""
+    unwritten: str = ""  # why the notebook there could not be replaced by its result
     age_s: float
     state: str = ""
     size: int = 0
@@ -1265,6 +1272,12 @@ class Messages:
         """Say something that the user should know and that is not a step."""
         if not self.quiet:
             self._write(sys.stderr, text)
+
+    def warn(self, text: str) -> None:
+        """Say what must not be missed, also under -q."""
+        quiet, self.quiet = self.quiet, False
+        self.note(text)
+        self.quiet = quiet
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
@@ -4536,8 +4549,20 @@ class StartEntry(Entry):
     count: int
 
 
+class OutputEntry(Entry):
+    """A cell has an output at this place, the last one that it has so far: those that stood there are cleared."""
+
+    kind = "output"
+    index: int
+    at: int
+    content: "Json"
+
+
 class CellEntry(Entry):
-    """A cell as it is now; with a number when it has just ended, without when a later cell changed its displays."""
+    """A cell as it is now; with a number when it has just ended, without when a later cell changed its displays.
+
+    Without outputs, they are those that were told while it ran.
+    """
 
     kind = "cell"
     index: int
@@ -4549,15 +4574,13 @@ class CellEntry(Entry):
 
 
 class EndEntry(Entry):
-    """It has ended."""
+    """It has ended; state.json says how."""
 
     kind = "end"
     metadata: "Json"
-    outcome: str
-    error: str = ""
 
 
-ENTRIES = {kind.kind: kind for kind in (BeginEntry, StartEntry, CellEntry, EndEntry)}  # type: Dict[str, Type[Entry]]
+ENTRIES = {kind.kind: kind for kind in (BeginEntry, StartEntry, OutputEntry, CellEntry, EndEntry)}  # type: Dict[str, Type[Entry]]
 
 
 # -- runs on the host -------------------------------------------------------------------------------------------------
@@ -4587,7 +4610,7 @@ class RunKind(Kind):
         state = read_record(RunState, os.path.join(record.directory, "state.json"))
         view.state = "running" if state else "starting"
         if state:
-            view.cell, view.count, view.error = state.cell, state.count, state.error
+            view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
         if state and state.outcome:
             view.state = state.outcome
         elif has_ended:
@@ -4628,15 +4651,24 @@ def why_nothing(record: RunRecord) -> str:
 def start_run(request: Request, channel: Channel) -> StartReply:
     """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
     root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
-    request = request.but(path=portable(root_dir))
+    directory = root_dir
     if request.file:
         place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
+        place += "" if os.path.exists(place) else ".ipynb" if os.path.exists(place + ".ipynb") else ""
         text = request.notebook or read_notebook(place)
-        request = request.but(file=portable(place), key="host:" + portable(os.path.realpath(place)), notebook=text)
+        request = request.but(file=portable(place), notebook=text, name=portable(os.path.basename(place)))
+        request = request.but(key=request.key or "host:" + portable(os.path.realpath(place)))
+        directory = os.path.dirname(place)
+    request = request.but(path=portable(directory))
+    request = request.but(variant=request.variant or variant_of(request))
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
         if not request.overlaps:
-            same = [record for record in KINDS["run"].running() if record.key == request.key]  # type: List[Kept]
+            same = [
+                record
+                for record in KINDS["run"].running()
+                if (record.key, record.variant) == (request.key, request.variant)
+            ]  # type: List[Kept]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
             if same:
                 return StartReply(id=same[0].id, pid=same[0].pid, age_s=same[0].age_s())
@@ -4648,6 +4680,17 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     reply = StartReply.read(jobs[0].reply(job, channel))
     reply.is_started = True
     return reply
+
+
+def variant_of(request: Request) -> str:
+    """Return what tells one execution of a notebook from another: where, with what, and whereto.
+
+    A digest, for a value may be a secret.
+    """
+    import hashlib
+
+    facts = [request.path, request.kernel, request.parameters, request.result]
+    return hashlib.sha256(json.dumps(facts).encode("ascii")).hexdigest()
 
 
 def read_notebook(path: str) -> str:
@@ -4670,6 +4713,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     program = leave_agent(directory, "run_main", request)
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
+    root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host
     process = start_detached([python, program], environment, root_dir, log, bool(request.job))
     record = RunRecord(
         created=time.time(),
@@ -4681,6 +4725,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         request=request.but(nonce="", notebook="", parameters=[], app=found.app),
         name=request.name,
         key=request.key,
+        variant=request.variant,
     )
     write_down(record, directory)
     journal = os.path.join(directory, "journal")
@@ -4737,6 +4782,10 @@ class StopAsked(Exception):
     """The run was told to stop, between two cells."""
 
 
+class TimeIsUp(Exception):
+    """The limit of the whole has passed, between two cells."""
+
+
 class Run:
     """The execution of one notebook; its journal tells what happened."""
 
@@ -4745,32 +4794,44 @@ class Run:
         self.nbformat = nbformat
         self.request = left_request(directory)
         timeout_s = self.request.timeout_s
-        self.deadline = time.monotonic() + timeout_s if timeout_s else None  # type: Optional[float]
+        self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.kernel, self.missing = self._choose_kernel()
         self._inject_parameters()
-        code = [index for index, cell in enumerate(self.notebook.cells) if self._has_code(cell)]
+        code = [index for index, cell in enumerate(self.notebook.cells) if self._is_executed(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
+        for index in code:  # what an earlier execution left is no result of this one
+            self.notebook.cells[index].update(outputs=[], execution_count=None)
         self.state = RunState(count=len(code))
+        self.signal = ""  # by which we were told to end
+        self.has_kernel = False
+        self._told = {}  # type: Dict[int, List[str]]
         self._written = {}  # type: Dict[int, str]
         self._began = 0.0
-        descriptor = os.open(os.path.join(directory, "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._output = os.fdopen(descriptor, "ab", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._output = os.open(os.path.join(directory, "output"), flags, 0o600)
+        self._journal = -1
 
     @staticmethod
-    def _has_code(cell: "Any") -> bool:
-        return bool(cell.cell_type == "code" and cell.source.strip())
+    def _is_executed(cell: "Any") -> bool:
+        """Return what nbclient makes of a cell."""
+        is_code = cell.cell_type == "code" and cell.source.strip()
+        return bool(is_code and "skip-execution" not in cell.metadata.get("tags", []))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and the one that was wanted and is not there."""
         from jupyter_client.kernelspec import KernelSpecManager
 
+        there = KernelSpecManager().find_kernel_specs()
         spec = self.notebook.metadata.get("kernelspec", {})
         wanted = self.request.kernel or spec.get("name") or "python3"
-        if wanted in KernelSpecManager().find_kernel_specs():
-            return wanted, ""
+        for name in there:
+            if name.lower() == wanted.lower():  # as jupyter_client compares them
+                return name, ""
+        if self.request.kernel:
+            raise ValueError("there is no kernel %s on the host; there are: %s" % (wanted, ", ".join(sorted(there))))
         language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
-        if language.lower() != "python" and not self.request.kernel:
+        if language.lower() != "python":
             raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
         return "python3", wanted
 
@@ -4799,20 +4860,28 @@ class Run:
 
     # -- the journal --
 
-    def as_in_file(self, cells: "List[Any]") -> "Json":
+    def as_in_file(self, cells: "List[Any]", metadata: "Any" = ()) -> "Json":
         """Return a notebook of these cells in the form that a file has: texts as lists of lines."""
-        parts = {"metadata": self.notebook.metadata, "nbformat": 4, "nbformat_minor": self.notebook.nbformat_minor}
+        parts = {"metadata": dict(metadata), "nbformat": 4, "nbformat_minor": self.notebook.nbformat_minor}
         return dict(json.loads(self.nbformat.v4.writes(self.nbformat.from_dict(dict(parts, cells=cells)))))
 
     def tell(self, entry: Entry) -> None:
-        """Write a line of the journal. A new one appears with its first line in it."""
+        """Write a line of the journal, whole or not at all. A new one appears with its first line in it.
+
+        Raises OSError: the disk is full.
+        """
         path = os.path.join(self.directory, "journal")
         line = json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n"
-        if not os.path.exists(path):
+        if self._journal < 0:
             write_whole(path, line)
-        else:
-            with open(path, "a") as journal:
-                journal.write(line)
+            self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
+            return
+        size = os.fstat(self._journal).st_size
+        try:
+            write_all(self._journal, line.encode("ascii"))
+        except OSError:
+            os.ftruncate(self._journal, size)
+            raise
 
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for whoever asks in passing."""
@@ -4822,7 +4891,8 @@ class Run:
     def begin(self) -> None:
         """Write down what is going to be executed."""
         self.keep_state()
-        self.tell(BeginEntry(notebook=self.as_in_file(self.notebook.cells), kernel=self.kernel, missing=self.missing))
+        notebook = self.as_in_file(self.notebook.cells, self.notebook.metadata)
+        self.tell(BeginEntry(notebook=notebook, kernel=self.kernel, missing=self.missing))
 
     def before_cell(self, index: int, engine: "Any") -> None:
         """Called before each cell: write it down, and give the engine the time that is left."""
@@ -4832,8 +4902,11 @@ class Run:
         if index in self.numbers:
             self.keep_state(cell=self.numbers[index])
             self.tell(StartEntry(cell=self.numbers[index], count=self.state.count))
-        if self.deadline is not None:
-            engine.timeout = max(1, int(self.deadline - time.monotonic() + 0.999))
+        left_s = self.deadline - self._began
+        if left_s <= 0:
+            raise TimeIsUp()
+        left_s = min(left_s, self.request.cell_timeout_s or left_s)
+        engine.timeout = None if left_s == float("inf") else int(left_s + 0.999)
 
     def after_cell(self, index: int, is_done: bool) -> None:
         """Called after each cell, however it ended: its result is in the journal before the next one begins."""
@@ -4843,15 +4916,34 @@ class Run:
 
     def _write_cell(self, index: int, **facts: "Any") -> None:
         content = self.as_in_file([self.notebook.cells[index]])["cells"][0]
+        outputs = [json.dumps(output, sort_keys=True) for output in content["outputs"]]
+        if outputs == self._told.get(index, []):
+            del content["outputs"]
+        self._told[index] = outputs
         written = json.dumps(content, sort_keys=True)
         if self._written.get(index) != written:
-            self._written[index] = written
             self.tell(CellEntry(index=index, content=content, **facts))
+        content.pop("outputs", None)
+        self._written[index] = json.dumps(content, sort_keys=True)
 
-    def print_stream(self, message: "Json") -> None:
-        """Keep what a cell prints while it runs, for whoever watches."""
-        if message["msg_type"] == "stream":
-            self._output.write(message["content"]["text"].encode("utf-8", "replace"))
+    def take_output(self, index: int, message: "Json") -> None:
+        """Called for each message that may have given a cell an output: write down the new one."""
+        if message["msg_type"] == "stream":  # for `logs`; the journal has it all
+            with contextlib.suppress(OSError):
+                write_all(self._output, message["content"]["text"].encode("utf-8", "replace"))
+        outputs = self.notebook.cells[index].outputs
+        told = self._told.setdefault(index, [])
+        at = len(outputs) - 1
+        if at < 0 or len(told) > len(outputs):
+            del told[max(at, 0) :]
+        if at != len(told):
+            return
+        cell = self.nbformat.v4.new_code_cell(outputs=[outputs[at]])
+        if self.notebook.nbformat_minor < 5:
+            cell.pop("id", None)
+        content = self.as_in_file([cell])["cells"][0]["outputs"][0]
+        self.tell(OutputEntry(index=index, at=at, content=content))
+        told.append(json.dumps(content, sort_keys=True))
 
     def end(self, outcome: str, error: str) -> None:
         """Write down how it ended; cells whose displays a later one changed are written again."""
@@ -4859,15 +4951,61 @@ class Run:
             if index in self._written:
                 self._write_cell(index)
         error = error[:1000]
-        if self.request.is_in_place:
-            self._write_in_place()
-        self.tell(EndEntry(metadata=self.as_in_file([])["metadata"], outcome=outcome, error=error))
-        self.keep_state(outcome=outcome, error=error)
+        unwritten = self._write_in_place() if self.request.is_in_place else ""
+        self.tell(EndEntry(metadata=self.as_in_file([], self.notebook.metadata)["metadata"]))
+        self.keep_state(outcome=outcome, error=error, unwritten=unwritten)
 
-    def _write_in_place(self) -> None:
+    def _write_in_place(self) -> str:
+        """Let the result take the notebook's place, and return why it could not: it was moved, or edited meanwhile."""
         place = native(self.request.file)
-        text = self.nbformat.writes(self.notebook)
-        write_whole(place, text + "\n", stat.S_IMODE(os.stat(place).st_mode), hidden_beside(place))
+        try:
+            if read_notebook(place) != self.request.notebook:
+                return "it was changed while it was executed"
+            write_through(place, notebook_text(self.as_in_file(self.notebook.cells, self.notebook.metadata)))
+        except Failure as failure:
+            return failure.why
+        except OSError as error:
+            return str(error)
+        return ""
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it; raises OSError when not all could be written."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def notebook_text(notebook: "Json") -> str:
+    """Return a notebook in the form that Jupyter gives its files; a lone surrogate, which no file can hold, escaped."""
+    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(notebook, indent=1, sort_keys=True)
+    return text + "\n"
+
+
+def write_through(path: str, text: str) -> None:
+    """Write a file in one piece where it can be replaced; links and what is no plain file are written to.
+
+    Raises OSError.
+    """
+    status = os.stat(path) if os.path.exists(path) else None
+    real = os.path.realpath(path)
+    is_plain = status is None or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+    if is_plain and os.access(os.path.dirname(real), os.W_OK) and not os.path.ismount(real):
+        mode = stat.S_IMODE(status.st_mode) if status else 0o666 & ~own_umask()
+        write_whole(real, text, mode, hidden_beside(real))
+    else:
+        with open(path, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+
+
+def own_umask() -> int:
+    """Return the umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def hidden_beside(path: str) -> str:
@@ -4897,19 +5035,89 @@ def run_main(directory: str) -> None:
         write_whole(os.path.join(directory, "journal"), "")
         return
     run.begin()
-    run.end(*outcome_of(run, nbclient))
+    tell_kernel = guard_kernel()
+    outcome = outcome_of(run, nbclient, tell_kernel, is_private=True)
+    if outcome[0] == "unstarted" and KERNEL_DIED in outcome[1] and run.deadline > time.monotonic():
+        outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
+    run.end(*outcome)
 
 
-def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
-    """Let nbclient execute a run's notebook; return how that ended, in a word, and the error's last line.
+KERNEL_DIED = "Kernel died"  # nbclient's and jupyter_client's words
 
-    nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
-    by the file that asked for it, because an interrupted cell looks like one that failed.
+
+def guard_kernel() -> "Callable[[int], None]":
+    """Start a process that ends the kernel when we end, even by SIGKILL; return what tells it which one that is.
+
+    ipykernel looks for its parent, R's and others do not; and what a cell started looks for nobody.
     """
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    import signal
+
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(reading)
+        return lambda pid: write_all(writing, struct.pack("=i", pid))
+    os.setsid()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    os.close(writing)
+    known = {}  # type: Dict[int, str]
+    data = os.read(reading, 4)
+    while data:
+        pid = struct.unpack("=i", data)[0]
+        known[pid] = process_identity(pid)
+        data = os.read(reading, 4)
+    for pid, identity in known.items():
+        if identity and identity == process_identity(pid):
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def socket_prefix(directory: str) -> str:
+    """Return the beginning of the names of a kernel's sockets, in a directory that is ours alone; empty for none.
+
+    A path of a socket has 103 bytes at most (sun_path, 104 on macOS), and not every file system has sockets.
+    """
+    for place in (directory, own_tmp_dir()):
+        prefix = os.path.join(place, os.path.basename(directory) + "-k")
+        try:
+            private_dir(place)
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+                probe.bind(prefix + "-0")
+            os.unlink(prefix + "-0")
+        except OSError:
+            continue
+        return prefix
+    return ""
+
+
+def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Any":
+    """Return nbclient's engine for a run, with a word to the journal at each step; its kernel on sockets or ports."""
+    import asyncio
+    import signal
+
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from traitlets.config import Config
 
     class Engine(nbclient.NotebookClient):  # type: ignore[misc]
-        """The engine, with a word to the journal around each cell."""
+        async def async_start_new_kernel_client(self) -> "Any":
+            process = getattr(self.km, "provisioner", None) or self.km.kernel
+            if getattr(process, "pid", None):
+                tell_kernel(process.pid)
+            loop, task = asyncio.get_event_loop(), asyncio.current_task()
+
+            def end(name: str) -> None:
+                run.signal = name
+                self.shutdown_kernel = "immediate"
+                if task:
+                    task.cancel()
+
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # in place of nbclient's own
+                loop.add_signal_handler(signum, end, signal.Signals(signum).name)
+            client = await super().async_start_new_kernel_client()
+            run.has_kernel = True
+            self.shutdown_kernel = "graceful"
+            return client
 
         async def async_execute_cell(self, cell: "Any", cell_index: int, *arguments: "Any", **options: "Any") -> "Any":
             run.before_cell(cell_index, self)
@@ -4924,29 +5132,74 @@ def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
             finally:
                 run.after_cell(cell_index, is_done)
 
-        def output(self, outs: "Any", msg: "Any", display_id: "Any", cell_index: "Any") -> "Any":
-            run.print_stream(msg)
-            return super().output(outs, msg, display_id, cell_index)
+        def process_message(self, msg: "Any", cell: "Any", cell_index: int) -> "Any":
+            try:
+                return super().process_message(msg, cell, cell_index)
+            finally:
+                run.take_output(cell_index, msg)
 
-    resources = {"metadata": {"path": native(run.request.path or "")}}
-    engine = Engine(run.notebook, timeout=None, kernel_name=run.kernel, resources=resources)
+    prefix = socket_prefix(run.directory) if is_private else ""
+    config = Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if prefix else {})
+    start_s = min(run.request.start_timeout_s, run.deadline - time.monotonic())
+    return Engine(
+        run.notebook,
+        config=config,
+        timeout=None,
+        startup_timeout=max(1, int(start_s)),
+        allow_errors=run.request.allows_errors,
+        kernel_name=run.kernel,
+        shutdown_kernel="immediate",  # until it has answered
+        resources={"metadata": {"path": native(run.request.path or "")}},
+    )
+
+
+def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Tuple[str, str]":
+    """Let nbclient execute a run's notebook; return how that ended, in a word, and why."""
+    import asyncio
+
     try:
-        engine.execute()
-        return "done", ""
-    except Exception as error:
-        place = "in cell %d of %d" % (run.state.cell, run.state.count)
-        if os.path.exists(os.path.join(run.directory, "stop")):
-            return "stopped", place
-        if isinstance(error, CellTimeoutError):
-            return "timeout", "its time was up " + place
-        if isinstance(error, DeadKernelError):
-            return "died", "it was killed, by hand or for want of memory"
-        if isinstance(error, CellExecutionError):
-            return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
-        import traceback
+        new_engine(run, nbclient, tell_kernel, is_private).execute()
+    except (Exception, asyncio.CancelledError) as error:
+        return outcome_after(run, error)
+    errors = sum(output.output_type == "error" for cell in run.notebook.cells for output in cell.get("outputs", []))
+    return "done", "%d errors were allowed" % errors if errors and run.request.allows_errors else ""
 
-        traceback.print_exc()  # the kernel did not start, the disk is full
-        return "failed", "%s: %s" % (type(error).__name__, str(error).strip().split("\n")[-1])
+
+def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
+    """Return the outcome that an exception of nbclient's stands for, and why.
+
+    nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
+    by the file that asked for it, because an interrupted cell looks like one that failed.
+    """
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    place = "in cell %d of %d" % (run.state.cell, run.state.count)
+    if os.path.exists(os.path.join(run.directory, "stop")):
+        return "stopped", place
+    if run.signal:
+        return "ended", "it was ended by %s %s" % (run.signal, place)
+    if not run.has_kernel:
+        return why_not_started(run, error)
+    if isinstance(error, (CellTimeoutError, TimeIsUp)):
+        return "timeout", "its time was up " + place
+    if isinstance(error, DeadKernelError):
+        return "died", "it was killed, by hand or for want of memory"
+    if isinstance(error, CellExecutionError):
+        if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
+            return "done", "it left by sys.exit " + place
+        return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
+    import traceback
+
+    traceback.print_exc()  # the disk is full
+    return "failed", "%s: %s" % (type(error).__name__, str(error).strip().split("\n")[-1])
+
+
+def why_not_started(run: Run, error: BaseException) -> "Tuple[str, str]":
+    """Return why a kernel did not start: out of time, or what it said itself, which is the end of our log."""
+    if time.monotonic() >= run.deadline - 1:
+        return "timeout", "its time was up before the kernel %s had started" % run.kernel
+    said = end_of_log(os.path.join(run.directory, "log"), 5)
+    return "unstarted", "\n".join(filter(None, [str(error).strip().split("\n")[-1], said]))
 
 
 # agent ends
@@ -4975,15 +5228,50 @@ class Source(NamedTuple):
     def from_argument(cls, name: str, output: Optional[str], is_in_place: bool) -> "Source":
         """Read the notebook that an argument names; raises Failure when there is none, or no room for its result."""
         if name.startswith(":"):
-            default = "" if is_in_place else executed_name(os.path.basename(name[1:]))
-            source = cls(name, "", output or default)
+            result = "" if is_in_place else executed_name(os.path.basename(name[1:]))
+            text = ""
         else:
-            source = cls(name, read_local_notebook(name), output or (name if is_in_place else executed_name(name)))
-        directory = os.path.dirname(source.output) or "."
-        if source.output and not os.access(directory, os.W_OK):
-            why = "there is no directory %s here, or it cannot be written" % directory
-            raise Failure("no place for the result " + source.output, why, "execute ... -o FILE")
+            name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
+            result = name if is_in_place else executed_name(name)
+            text = read_local_notebook(name)
+        if output and os.path.isdir(output):
+            output = os.path.join(output, executed_name(os.path.basename(name.lstrip(":"))))
+        source = cls(name, text, output or result)
+        if source.output not in ("", "-"):
+            source._check_output()
         return source
+
+    def _check_output(self) -> None:
+        why = ""
+        directory = os.path.dirname(os.path.realpath(self.output)) or "."
+        if os.path.exists(self.output):
+            why = "" if os.access(self.output, os.W_OK) else "it cannot be written"
+        elif not os.access(directory, os.W_OK) or self.output.endswith(os.sep):
+            why = "there is no directory %s here, or it cannot be written" % (os.path.dirname(self.output) or ".")
+        if why:
+            raise Failure("no place for the result " + self.output, why, "execute ... -o FILE")
+
+
+def check_results(sources: List[Source]) -> None:
+    """Raise Failure (2) when two notebooks would have one result."""
+    seen: Dict[str, str] = {}
+    for source in [source for source in sources if source.output]:
+        other = seen.setdefault(os.path.realpath(source.output), source.name)
+        if other != source.name:
+            why = "%s would be the result of %s and of %s" % (source.output, other, source.name)
+            raise Failure("wrong usage", why, "one after the other, each with -o FILE", EXIT_USAGE)
+
+
+def without_old_outputs(text: str) -> str:
+    """Return a notebook without the outputs that its execution replaces: nobody needs them to travel."""
+    notebook = json.loads(text)
+    cells = notebook.get("cells")
+    for cell in cells if isinstance(cells, list) else []:
+        is_code = isinstance(cell, dict) and cell.get("cell_type") == "code" and cell.get("outputs")
+        metadata = cell.get("metadata") if is_code else None
+        if isinstance(metadata, dict) and "skip-execution" not in metadata.get("tags", []) and any(cell["source"]):
+            cell["outputs"] = []
+    return json.dumps(notebook)
 
 
 def executed_name(name: str) -> str:
@@ -5049,21 +5337,25 @@ class Execution:
         agent: Agent,
         messages: Messages,
         handlers: Dict[str, Handler],
+        original: str = "",
     ) -> None:
         self.id = identity
         self.name = name
         self.output = output  # None: beside us, under a name that follows from the notebook's
+        self.original = original  # what stands here where the result goes, when it is to be replaced
         self.agent = agent
         self.messages = messages
         self.notebook: Json = {}
         self.seconds = 0.0
-        names = ["output", "journal"] if messages.verbose else ["journal"]
-        self._offsets = dict.fromkeys(names, 0)
-        self._rest = dict.fromkeys(names, b"")
+        self._offsets = {"journal": 0}
+        self._rest = b""
+        self._screen = Screen(messages.detail)
+        self._bad_lines = 0
         self._handlers = dict(handlers, part=self._take_part)
         self._take_entry: Dict[str, Handler] = {
             "begin": self._begin,
             "start": lambda entry, show: show("cell %d/%d" % (entry.cell, entry.count)),
+            "output": self._take_output,
             "cell": self._take_cell,
             "end": self._end,
         }
@@ -5097,7 +5389,7 @@ class Execution:
     # -- the journal --------------------------------------------------------------------------------------------------
 
     def _take_part(self, message: Part, show: Show) -> None:
-        """Take a part of a file of the run; each line that it completes is an entry, or what a cell printed."""
+        """Take a part of the journal; each line that it completes is an entry."""
         import binascii
         import zlib
 
@@ -5109,19 +5401,18 @@ class Execution:
         except zlib.error as error:
             raise Wrong(str(error)) from None
         self._offsets[message.file] += len(part)
-        *lines, rest = (self._rest[message.file] + part).split(b"\n")
-        self._rest[message.file] = rest
+        *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
-            if message.file == "output":
-                self.messages.detail(line.decode("utf-8", "replace").rpartition("\r")[2])
-            else:
-                self._take_line(line, show)
+            self._take_line(line, show)
+        self._screen.show()
 
     def _take_line(self, line: bytes, show: Show) -> None:
-        facts = json.loads(line.decode("utf-8"))
-        kind = facts.get("kind") if isinstance(facts, dict) else None
-        if isinstance(kind, str) and kind in ENTRIES:
-            self._take_entry[kind](ENTRIES[kind].read(facts), show)
+        try:
+            facts = json.loads(line.decode("utf-8"))
+            kind = ENTRIES[facts["kind"]]
+            self._take_entry[kind.kind](kind.read(facts), show)
+        except (ValueError, TypeError, KeyError, RecursionError, Wrong):  # a full disk, a crash of the machine
+            self._bad_lines += 1
 
     def _begin(self, entry: BeginEntry, show: Show) -> None:
         self.notebook = entry.notebook
@@ -5129,13 +5420,27 @@ class Execution:
             text = "There is no kernel %s on %s; taking %s." % (entry.missing, self.host, entry.kernel)
             self.messages.note(text)
 
-    def _take_cell(self, entry: CellEntry, show: Show) -> None:
+    def _cell(self, index: int) -> Json:
         cells = self.notebook.get("cells", [])
-        if not 0 <= entry.index < len(cells):
+        if not 0 <= index < len(cells):
             raise Wrong("wrong in it: index")
-        cells[entry.index] = entry.content
+        return dict(cells[index])
+
+    def _take_output(self, entry: OutputEntry, show: Show) -> None:
+        cell = self._cell(entry.index)
+        outputs = cell.get("outputs")
+        cell["outputs"] = [*(outputs[: entry.at] if isinstance(outputs, list) else []), entry.content]
+        self.notebook["cells"][entry.index] = cell
+        if entry.content.get("output_type") == "stream":
+            text = entry.content.get("text", "")
+            self._screen.write(text if isinstance(text, str) else "".join(map(str, text)))
+
+    def _take_cell(self, entry: CellEntry, show: Show) -> None:
+        outputs = self._cell(entry.index).get("outputs", [])
+        self.notebook["cells"][entry.index] = dict({"outputs": outputs}, **entry.content)
         if entry.cell is None:
             return
+        self._screen.end_line()
         self.seconds += entry.seconds
         facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
         self.messages.event("cell", id=self.id, **facts)
@@ -5150,54 +5455,116 @@ class Execution:
     def _finish(self, view: RunView) -> None:
         """Write the result, say where it is, and raise the Failure that the end of the run stands for."""
         path = self.output
-        if path is None:
+        if path is None or (view.unwritten and not path):
             if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
-        if self.notebook and path:
+        if self.original and read_text(path) != self.original:
+            text = "%s was changed here while it was executed, and stays; the result is beside it."
+            self.messages.warn(text % path)
+            path = executed_name(path)
+        if self._bad_lines:
+            self.messages.warn(
+                "%d lines of the journal of %s are damaged; the result lacks them." % (self._bad_lines, self.id)
+            )
+        is_stdout = bool(path) and leads_to_stdout(path)
+        if self.notebook and is_stdout:
+            self.messages.line(notebook_text(self.notebook).rstrip("\n"))
+        elif self.notebook and path:
             write_result(path, self.notebook)
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         if view.state == "done":
-            text = "Executed %s: %d cells in %.1f s." % (self.name, view.count, self.seconds)
+            text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
+            text += "; %s." % view.error if view.error else "."
             self.messages.step(text, "executed", path=path, **facts)
         else:
             self.messages.event("executed", path=path, **facts)
-        if path and self.notebook and not self.messages.as_json:
+        if path and self.notebook and not self.messages.as_json and not is_stdout:
             self.messages.line(path)
         if view.state != "done":
             raise self._failure(view, path)
+        if view.unwritten:
+            why = "%s\nthe result is in %s" % (view.unwritten, path)
+            raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
 
     def _failure(self, view: RunView, path: str) -> Failure:
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error
         if self.notebook:
             why += "\nthe result so far is in %s" % (path or "the notebook there")
+            why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
         ends = {
             "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
             "died": ("the kernel of %s died in %s" % (self.name, cell), EXIT_CELL_FAILED),
             "timeout": ("%s took too long" % self.name, EXIT_TIMEOUT),
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
+            "unstarted": ("the kernel of %s did not start" % self.name, EXIT_SERVER_ENDED),
             "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
-        return Failure(what, why, "", status)
+        try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
+        return Failure(what, why, try_, status)
+
+
+class Screen:
+    """What cells print, line by line as a terminal would show it."""
+
+    def __init__(self, show_line: Callable[[str], None]) -> None:
+        self._show_line = show_line
+        self._line: List[str] = []
+        self._column = 0
+        self._shown = ""
+
+    def write(self, text: str) -> None:
+        """Take what was printed."""
+        for character in text:
+            if character == "\n":
+                self.end_line()
+            elif character == "\r":
+                self._column = 0
+            elif character == "\b":
+                self._column = max(0, self._column - 1)
+            else:
+                self._line[self._column : self._column + 1] = [character]
+                self._column += 1
+
+    def show(self) -> None:
+        """Show what stands in a line that has not ended."""
+        line = "".join(self._line)
+        if line != self._shown:
+            self._show_line(line)
+            self._shown = line
+
+    def end_line(self) -> None:
+        """Show a line that has ended, unless it was shown before."""
+        if self._line or not self._shown:
+            self.show()
+        self._line, self._column, self._shown = [], 0, ""
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file here; empty when it cannot be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
+        return stream.read()
+    return ""
+
+
+def leads_to_stdout(path: str) -> bool:
+    """Return true for -, and for what leads to our own stdout by another name."""
+    if path == "-":
+        return True
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
 
 
 def write_result(path: str, notebook: Json) -> None:
-    """Write a notebook in one piece, in the form that Jupyter gives it; raises Failure when it cannot be written."""
-    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """Write a notebook to where a person wants it; raises Failure when it cannot be written."""
     try:
-        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~own_umask()
-        write_whole(path, text, mode, hidden_beside(path))
-    except (OSError, UnicodeEncodeError) as error:
+        write_through(path, notebook_text(notebook))
+    except OSError as error:
         raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
-
-
-def own_umask() -> int:
-    """Return the umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5340,7 +5707,7 @@ class JobKind(Kind):
         found = []  # type: List[Kept]
         for job in self.running():
             asked = job.request
-            exact = (asked.action, asked.path, asked.key) == (request.action, request.path, request.key)
+            exact = all(getattr(asked, name) == getattr(request, name) for name in ("action", "path", "key", "variant"))
             if exact and request.allows(asked) and asked.via_node >= request.via_node and not reply_of(job):
                 found.append(job)
         return found
@@ -6496,6 +6863,7 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
         raise Failure("wrong usage", wrong, command_line(args.destination.host, "execute", "--help"), EXIT_USAGE)
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
+    check_results(sources)
     waiting = Queue(agent, messages, hint_of(args))
     with ssh:
         if args.run_id:
@@ -6514,25 +6882,30 @@ def start_execution(
     """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
     messages = agent.messages
     request = request.but(
-        notebook=source.text,
+        notebook=source.text and without_old_outputs(source.text),
         file=source.name[1:] if source.is_on_host else "",
         name=os.path.basename(source.name.lstrip(":")),
         key=source.key,
+        result="%s:%s" % (socket.gethostname(), os.path.realpath(source.output)),
         is_in_place=source.is_on_host and args.inplace,
         overlaps=args.overlap,
         parameters=[list(parameter) for parameter in args.parameters],
         kernel=args.kernel,
         timeout_s=args.time_limit,
+        cell_timeout_s=args.cell_timeout,
+        allows_errors=args.allow_errors,
     )
     with waiting.asking():
         doing = "Launching the execution of " + source.name
         reply = agent.ask(request, StartReply, doing, handlers=waiting.handlers)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
-        messages.step(text % (source.name, reply.id, duration(reply.age_s)), "overlap", id=reply.id)
+        messages.warn(text % (source.name, reply.id, duration(reply.age_s)))
+        messages.event("overlap", id=reply.id)
         return None
     messages.step("Executing %s on %s (%s)." % (source.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    return Execution(reply.id, source.name, source.output, agent, messages, waiting.handlers)
+    original = source.text if args.inplace else ""
+    return Execution(reply.id, source.name, source.output, agent, messages, waiting.handlers, original)
 
 
 def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
@@ -6745,6 +7118,8 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
             Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
+            Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
+            Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
             Option("--attach", "follow this run, and bring its result", "ID", _text, how={"dest": "run_id"}),
             Option("--overlap", "also when the notebook is being executed already"),
         ],
