@@ -5333,7 +5333,9 @@ class JobKind(Kind):
     def start(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
         forget_ended(self, self.running())
-        return submit(request, new_dir(self))
+        job = submit(request, new_dir(self))
+        channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
+        return job
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
@@ -6458,7 +6460,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     with ssh:
         asks = has_terminal() and not args.yes
         reply = agent.ask(request.but(asks=asks), StopReply, "Stopping")
-        if reply.busy or reply.runs:
+        if asks and (reply.busy or reply.runs):
             for server in reply.busy:
                 facts = (server.busy, server.kernels, server.root_dir, server.id)
                 words = "%d of %d kernels compute in %s (%s)." % facts
