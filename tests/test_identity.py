@@ -327,9 +327,19 @@ def test_attach_never_launches(laptop: Laptop, host: Host, how: str) -> None:
 # -- an end that is seen in the middle of it --------------------------------------------------------------------------
 
 
+SLOW_END = """
+import atexit, os, time
+
+@atexit.register
+def linger():
+    os.closerange(3, 1024)
+    time.sleep(4)
+"""
+
+
 def server_slow_to_end(laptop: Laptop, host: Host, *arguments: str) -> "tuple[Run, str]":
-    """Open a server that takes a while between its last answer and its end, as an extension may make it."""
-    configure(host, "import atexit, time\natexit.register(time.sleep, 3)\n")
+    """Open a server whose process is there for a while after its last answer: much memory, or a slow disk."""
+    configure(host, SLOW_END)
     run = laptop.start(*arguments, "host", has_terminal=False)
     url = run.url()
     run.expect("To end it")
@@ -415,7 +425,7 @@ def of_hub(host: Host, mark: str) -> Iterator["subprocess.Popen[bytes]"]:
     argv = [str(binaries / "jupyterhub-singleuser"), "--allow-root", "--no-browser"]
     with open(host.home / "hub.log", "wb") as log:
         process = subprocess.Popen(argv, cwd=host.home / "hand", env=environ, stdout=log, stderr=log)
-    runtime = host.home / ".local/share/jupyter/runtime/jpserver-%d.json" % process.pid
+    runtime = host.home / ".local/share/jupyter/runtime" / ("jpserver-%d.json" % process.pid)
     try:
         wait_until(lambda: runtime.exists() or process.poll() is not None, "it runs")
         assert process.poll() is None, (host.home / "hub.log").read_text()
