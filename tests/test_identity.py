@@ -381,12 +381,17 @@ def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str
 # -- a server of JupyterHub -------------------------------------------------------------------------------------------
 
 
+HUB_TOKEN = "0123456789abcdef"
+
+
 class HubStandIn(http.server.BaseHTTPRequestHandler):
     """As much of a hub as its single-user server asks for at its start."""
 
     def do_GET(self) -> None:
-        body = json.dumps({"version": "5.2.1", "name": "ana", "kind": "user", "scopes": []}).encode()
-        self.send_response(200)
+        facts = {"version": "5.2.1", "name": "ana", "kind": "user", "scopes": ["access:servers!server=ana/"]}
+        body = json.dumps(facts).encode()
+        is_known = self.path.rstrip("/").endswith("/api") or HUB_TOKEN in self.headers.get("Authorization", "")
+        self.send_response(200 if is_known else 403)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-JupyterHub-Version", "5.2.1")
         self.send_header("Content-Length", str(len(body)))
@@ -412,23 +417,24 @@ def of_hub(host: Host, mark: str) -> Iterator["subprocess.Popen[bytes]"]:
         "PATH": "%s:/usr/bin:/bin" % binaries,
         "RJUPYTER_TEST": mark,
         "RJUPYTER_SIDE": "host",
-        "JUPYTERHUB_API_TOKEN": "0123456789abcdef",
+        "JUPYTERHUB_API_TOKEN": HUB_TOKEN,
         "JUPYTERHUB_API_URL": "http://127.0.0.1:%d/hub/api" % hub.server_port,
         "JUPYTERHUB_BASE_URL": "/",
         "JUPYTERHUB_CLIENT_ID": "jupyterhub-user-ana",
         "JUPYTERHUB_HOST": "",
+        "JUPYTERHUB_OAUTH_ACCESS_SCOPES": '["access:servers!server=ana/"]',
         "JUPYTERHUB_OAUTH_CALLBACK_URL": "/user/ana/oauth_callback",
         "JUPYTERHUB_SERVICE_PREFIX": "/user/ana/",
         "JUPYTERHUB_SERVICE_URL": "http://127.0.0.1:%d/user/ana/" % port,
         "JUPYTERHUB_USER": "ana",
     }
     argv = [str(binaries / "jupyterhub-singleuser"), "--allow-root", "--no-browser"]
-    with open(host.home / "hub.log", "wb") as log:
-        process = subprocess.Popen(argv, cwd=host.home / "hand", env=environ, stdout=log, stderr=log)
-    runtime = host.home / ".local/share/jupyter/runtime" / ("jpserver-%d.json" % process.pid)
+    log = host.home / "hub.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(argv, cwd=host.home / "hand", env=environ, stdout=stream, stderr=stream)
     try:
-        wait_until(lambda: runtime.exists() or process.poll() is not None, "it runs")
-        assert process.poll() is None, (host.home / "hub.log").read_text()
+        wait_until(lambda: "is running at" in log.read_text() or process.poll() is not None, "it runs")
+        assert process.poll() is None, log.read_text()
         yield process
     finally:
         process.kill()

@@ -14,7 +14,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import pytest
 import shim_scheduler
 from client import check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, Run, User, processes_with, quiet_port, wait_until
+from conftest import VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
 from proxy import Proxy
 
 BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
@@ -83,9 +83,7 @@ def touched(laptop: Laptop, host: Host, directory: Path) -> Path:
     """
     touch = directory / "touched"
     helper = laptop.home / "sk-helper"
-    helper.write_text(
-        "#!/bin/sh\necho asked >>%s.log\nwhile [ ! -e %s ]; do sleep 0.05; done\nexit 1\n" % (touch, touch)
-    )
+    helper.write_text("#!/bin/sh\nwhile [ ! -e %s ]; do sleep 0.05; done\nexit 1\n" % touch)
     helper.chmod(0o755)
     line = security_key(laptop.home / "id_sk")
     (host.sshd.directory / "user_key.pub").write_text((host.sshd.directory / "user_key.pub").read_text() + line)
@@ -96,15 +94,10 @@ def touched(laptop: Laptop, host: Host, directory: Path) -> Path:
     return touch
 
 
-def asked(touch: Path) -> int:
-    log = touch.with_name(touch.name + ".log")
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 @BOTH_MODES
 def test_touch_of_a_stand_in_for_a_security_key_is_asked_for(laptop: Laptop, touched: Path, mode: List[str]) -> None:
     run = laptop.start(*mode, "host")
-    run.expect("Confirm user presence for key ED25519-SK SHA256:", 20)
+    run.expect("Confirm user presence for key ED25519-SK SHA256:", 40)
     touched.touch()
     assert compute(run.url(), "print(1)") == "1\n"
 
@@ -118,12 +111,10 @@ def test_touch_of_a_stand_in_for_a_security_key_is_asked_for_at_a_redial(
     touched.unlink()
     host.sshd.end_connections()
     run.expect("is lost")
-    before = asked(touched)
-    wait_until(lambda: asked(touched) > before or "Press Enter" in run.text or run.expect("", 1), "a login", 20)
     with contextlib.suppress(AssertionError):
         run.expect("Press Enter", 5)
         run.type("\n")
-    run.expect("Confirm user presence", 20, times=shown + 1)
+    run.expect("Confirm user presence", 40, times=shown + 1)
     touched.touch()
     run.expect("Connected to host again", 30)
     ended(run)
@@ -135,7 +126,7 @@ def test_touch_of_a_stand_in_for_a_security_key_is_asked_for_by_each_action(
 ) -> None:
     notebook(laptop, "print(1)")
     run = laptop.start("host", *action)
-    run.expect("Confirm user presence", 20)
+    run.expect("Confirm user presence", 40)
     touched.touch()
     assert run.wait() == 0, run.text
 
@@ -291,7 +282,7 @@ def test_address_to_visit_is_shown_at_the_first_login(
     visits.banner.write_text(visits.banner.read_text().rstrip("\n") + end)
     make_host(settings="%s\nBanner %s" % (settings, visits.banner))
     run = laptop.start(*mode, "host")
-    run.expect(re.escape(ADDRESS), 20)
+    run.expect(re.escape(ADDRESS), 40)
     visits.is_wanted.unlink()
     assert compute(run.url(), "print(1)") == "1\n"
 
@@ -338,9 +329,10 @@ def test_address_that_a_proxy_command_shows_reaches_the_person_after_a_drop(
         "if os.path.exists(%r):\n    print('Open and log in: %s', file=sys.stderr, flush=True)\n"
         "while os.path.exists(%r):\n    time.sleep(0.05)\n"
         "s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
-        "def copy():\n    while True:\n        data = s.recv(9999)\n        data and os.write(1, data) or os._exit(0)\n"
+        "def copy():\n    while True:\n        data = s.recv(9999)\n"
+        "        os.write(1, data) if data else os._exit(0)\n"
         "threading.Thread(target=copy, daemon=True).start()\n"
-        "while True:\n    data = os.read(0, 65536)\n    data and s.sendall(data) or os._exit(0)\n"
+        "while True:\n    data = os.read(0, 65536)\n    s.sendall(data) if data else os._exit(0)\n"
     )
     program.write_text("#!%s -I\n%s" % (sys.executable, script % (str(wanted), ADDRESS, str(wanted))))
     program.chmod(0o755)
@@ -484,15 +476,13 @@ def test_own_master_that_has_no_session_left_is_not_the_way(
     shells = []
     try:
         for _ in range(sessions):
-            argv = ["ssh", "-F", laptop.config, "host", "sleep 600"]
-            shells.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=laptop.environment))
-            wait_until(control.exists, "the master is up")
-            wait_until(
-                lambda: (
-                    len([w for w in processes_with("RJUPYTER_SIDE=host").values() if w == "sleep 600"]) >= len(shells)
-                ),
-                "its shell",
-            )
+            argv = ["ssh", "-F", laptop.config, "host", "exec cat"]
+            pipe = subprocess.PIPE
+            shells.append(subprocess.Popen(argv, stdin=pipe, stdout=pipe, bufsize=0, env=laptop.environment))
+            stdin, stdout = shells[-1].stdin, shells[-1].stdout
+            assert stdin and stdout
+            stdin.write(b"ready\n")
+            assert stdout.readline() == b"ready\n"
         logins = host.sshd.logins()
         run = laptop.start("host", *action, has_terminal=False)
         if action:
@@ -505,14 +495,14 @@ def test_own_master_that_has_no_session_left_is_not_the_way(
     finally:
         for shell in shells:
             shell.terminate()
-            shell.wait()
+            shell.communicate()
 
 
 # -- accounts that run nothing ----------------------------------------------------------------------------------------
 
 SHELLS = {
     "/usr/sbin/nologin": "This account is currently not available.",
-    "/usr/bin/git-shell": "hint: ~/git-shell-commands should exist",
+    "/usr/bin/git-shell": "fatal: unrecognized command",
     "/bin/false": "",
 }
 
