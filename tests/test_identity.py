@@ -195,7 +195,7 @@ def without_proc(directory: Path, make_host: Callable[..., Host]) -> Host:
     root.mkdir()
     ps = directory / "bin/ps"
     ps.parent.mkdir()
-    ps.write_text('#!/bin/sh\nexec chroot %s /bin/ps "$@"\n' % root)
+    ps.write_text('#!/bin/sh\nexec /usr/sbin/chroot %s /bin/ps "$@"\n' % root)
     ps.chmod(0o755)
     setup = "mount --bind / %s && mount --bind /proc %s/proc && mount -t tmpfs none /proc" % (root, root)
     return make_host(

@@ -15,6 +15,7 @@ import pytest
 import shim_scheduler
 from client import check_failure, compute
 from conftest import VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
+from private_machines import Cluster, find_obstacle
 from proxy import Proxy
 
 BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
@@ -402,15 +403,23 @@ def test_connection_lost_as_an_execution_is_submitted(laptop: Laptop, host: Host
 
 
 @pytest.fixture
-def queue(directory: Path, make_host: Callable[..., Host]) -> Tuple[Host, Path]:
-    """A host with the shims of PBS, whose jobs wait for the file `go` and then run on the same machine."""
-    if not Path("/bin/csh").exists():
-        pytest.skip("PBS's jobs are run by csh, which is not here")
+def queue(directory: Path, make_host: Callable[..., Host]) -> Iterator[Tuple[Host, Path]]:
+    """A login node with the shims of PBS, whose jobs wait for the file `go` and then run on another machine."""
+    obstacle = find_obstacle(["csh"])
+    if obstacle:
+        pytest.skip(obstacle)
     shims = directory / "shims"
-    binaries = shim_scheduler.install(shims, "pbs", [])
-    host = make_host(path="%s:%s" % (binaries, VENV_BIN))
-    (host.home / "work").mkdir()
-    return host, shims
+    cluster = Cluster(directory / "cluster", ["node1"])
+    try:
+        cluster.start_machines()
+        binaries = shim_scheduler.install(shims, "pbs", cluster.machines["node1"].enter())
+        host = make_host(path="%s:%s" % (binaries, VENV_BIN), prefix=cluster.login_prefix)
+        (host.home / "my work").mkdir()
+        yield host, shims
+        for job in shims.glob("*.job"):
+            (job / "ended").touch()
+    finally:
+        cluster.stop()
 
 
 def submissions(shims: Path) -> int:
@@ -420,7 +429,7 @@ def submissions(shims: Path) -> int:
 @BOTH_MODES
 def test_connection_lost_while_a_job_is_pending(laptop: Laptop, queue: Tuple[Host, Path], mode: List[str]) -> None:
     host, shims = queue
-    run = laptop.start(*mode, "--submit", "qsub {script}", "host:work", has_terminal=False)
+    run = laptop.start(*mode, "--submit", "qsub {script}", "host:my work", has_terminal=False)
     wait_until(lambda: shim_scheduler.jobs(shims), "it is submitted")
     run.expect("41", 30)
     host.sshd.end_connections()
