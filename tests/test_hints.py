@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
 
@@ -201,6 +202,10 @@ def submissions(shims: Path) -> int:
     return len([line for line in (shims / "asked").read_text().splitlines() if json.loads(line)[0] == "qsub"])
 
 
+def is_submitted(shims: Path, number: int) -> bool:
+    return number in shim_scheduler.jobs(shims)
+
+
 def none_on_the_login_node(host: Host) -> bool:
     return all(record["job"] for record in host.servers())
 
@@ -280,7 +285,7 @@ def test_stop_without_a_path_names_the_jobs_when_several_wait(laptop: Laptop, qu
     (host.home / "other").mkdir()
     for number, path in ((41, "host:my work"), (42, "host:other")):
         run = laptop.start(*SUBMIT[:2], path, has_terminal=False)
-        wait_until(lambda number=number: number in shim_scheduler.jobs(shims), "it is submitted")
+        wait_until(partial(is_submitted, shims, number), "it is submitted")
         run.expect(str(number), 30)
         run.interrupt()
         run.wait(20)

@@ -53,6 +53,14 @@ def rows(laptop: Laptop, event: str = "server") -> List[Dict[str, Any]]:
     return [row for row in map(json.loads, run.stdout.splitlines()) if row["event"] == event]
 
 
+def is_gone(pid: int) -> bool:
+    """Say whether a process has ended; one that nobody has waited for has."""
+    try:
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def closed(run: Run) -> str:
     """Close a tunnel when it is up; return its address."""
     url = run.url()
@@ -82,12 +90,12 @@ def check_one_server(laptop: Laptop, host: Host, *arguments: str) -> None:
     assert [one["id"] for one in host.servers()] == [record["id"]]
     stop = laptop.run("host", "stop", "--all")
     assert (stop.status, stop.text.count("Stopped")) == (0, 1), stop.text
-    assert not os.path.exists("/proc/%d" % record["pid"])
+    wait_until(lambda: is_gone(record["pid"]), "its process is gone", 10)
 
 
 def notebook(laptop: Laptop, *sources: str) -> str:
     """Write a notebook on the laptop; return its name."""
-    cells = [
+    cells: List[Dict[str, Any]] = [
         {"cell_type": "code", "id": "c%d" % i, "metadata": {}, "execution_count": None, "outputs": [], "source": s}
         for i, s in enumerate(sources)
     ]
@@ -232,7 +240,7 @@ def test_pid_of_a_server_that_ended_and_is_another_process_now(
     opened(laptop, "host")
     (record,) = host.servers()
     os.killpg(record["pid"], signal.SIGKILL)
-    wait_until(lambda: not os.path.exists("/proc/%d" % record["pid"]), "the server is gone")
+    wait_until(lambda: is_gone(record["pid"]), "the server is gone")
     other = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         file = host.home / ".local/state/rjupyter/servers" / record["id"] / "server.json"
@@ -311,7 +319,7 @@ def test_attach_never_launches(laptop: Laptop, host: Host, how: str) -> None:
         os.kill(record["pid"], signal.SIGSTOP)
     else:
         os.killpg(record["pid"], signal.SIGKILL)
-        wait_until(lambda: not os.path.exists("/proc/%d" % record["pid"]), "the server is gone")
+        wait_until(lambda: is_gone(record["pid"]), "the server is gone")
     if how == "stopped":
         laptop.run("host", "list")
     if how == "of another host":

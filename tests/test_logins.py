@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 import shim_scheduler
@@ -43,7 +43,14 @@ def restart(host: Host, settings: str) -> None:
 
 
 def notebook(laptop: Laptop, source: str, name: str = "n.ipynb") -> str:
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+    cell: Dict[str, Any] = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": source,
+    }
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     whole = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
     (laptop.home / name).write_text(json.dumps(whole))
@@ -84,7 +91,7 @@ def touched(laptop: Laptop, host: Host, directory: Path) -> Path:
     """
     touch = directory / "touched"
     helper = laptop.home / "sk-helper"
-    helper.write_text("#!/bin/sh\nwhile [ ! -e %s ]; do sleep 0.05; done\nexit 1\n" % touch)
+    helper.write_text("#!/bin/sh\nwhile [ ! -e %s ] && kill -0 $PPID; do sleep 0.05; done\nexit 1\n" % touch)
     helper.chmod(0o755)
     line = security_key(laptop.home / "id_sk")
     (host.sshd.directory / "user_key.pub").write_text((host.sshd.directory / "user_key.pub").read_text() + line)
@@ -255,7 +262,8 @@ class Visits:
     def settings(self, grace_s: int = 120) -> str:
         self.banner.write_text("# This host requires an additional check.\n# To authenticate, visit: %s\n" % ADDRESS)
         self.script.write_text(
-            "while [ -e %s ]; do sleep 0.05; done\ncat %s/host/user_key.pub\n" % (self.is_wanted, self.directory)
+            "while [ -e %s ] && kill -0 $PPID; do sleep 0.05; done\ncat %s/host/user_key.pub\n"
+            % (self.is_wanted, self.directory)
         )
         return (
             "AuthorizedKeysFile none\nAuthorizedKeysCommand /bin/sh %s\nAuthorizedKeysCommandUser root\n"
@@ -328,7 +336,7 @@ def test_address_that_a_proxy_command_shows_reaches_the_person_after_a_drop(
     script = (
         "import os, socket, sys, threading, time\n"
         "if os.path.exists(%r):\n    print('Open and log in: %s', file=sys.stderr, flush=True)\n"
-        "while os.path.exists(%r):\n    time.sleep(0.05)\n"
+        "parent = os.getppid()\nwhile os.path.exists(%r) and os.getppid() == parent:\n    time.sleep(0.05)\n"
         "s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
         "def copy():\n    while True:\n        data = s.recv(9999)\n"
         "        os.write(1, data) if data else os._exit(0)\n"

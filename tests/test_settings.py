@@ -11,11 +11,23 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
 from client import api, compute
-from conftest import ON_HOST, SCRIPT, SYSTEM_PATH, Host, Laptop, Run, User, processes_with, quiet_port, wait_until
+from conftest import (
+    ON_HOST,
+    SCRIPT,
+    SYSTEM_PATH,
+    VENV_BIN,
+    Host,
+    Laptop,
+    Run,
+    User,
+    processes_with,
+    quiet_port,
+    wait_until,
+)
 from jupyters import jupyter_for_everyone
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 
@@ -336,7 +348,14 @@ def test_what_conda_activates_is_there_in_the_kernel(laptop: Laptop, host: Host)
 def test_what_conda_activates_is_there_in_an_execution(laptop: Laptop, host: Host) -> None:
     prefix = conda_environment(host)
     source = "import json, os; print(json.dumps([os.environ.get(n) for n in %r]))" % ACTIVATED
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+    cell: Dict[str, Any] = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": source,
+    }
     (laptop.home / "n.ipynb").write_text(
         json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     )
@@ -361,16 +380,16 @@ def taken() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("where", ["file", "server-arg"])
+@pytest.mark.parametrize("ending", ["py", "json"])
 def test_port_without_retries_that_is_taken_is_the_first_refusal(
-    laptop: Laptop, host: Host, taken: int, where: str
+    laptop: Laptop, host: Host, taken: int, ending: str
 ) -> None:
-    arguments = []
-    if where == "file":
-        of_jupyter(host, "c.ServerApp.port = %d\nc.ServerApp.port_retries = 0\n" % taken)
-    else:
-        arguments = ["--server-arg=--ServerApp.port_retries=0", "--server-arg=--ServerApp.port=%d" % taken]
-    run = laptop.start("--start-timeout", "60", *arguments, "host", has_terminal=False)
+    of_jupyter(host, "c.ServerApp.port = %d\nc.ServerApp.port_retries = 0\n" % taken)
+    if ending == "json":
+        of_jupyter(host, "")
+        settings = {"ServerApp": {"port": taken, "port_retries": 0}}
+        (host.home / ".jupyter/jupyter_server_config.json").write_text(json.dumps(settings))
+    run = laptop.start("--start-timeout", "60", "host", has_terminal=False)
     assert run.wait(40) == 4, run.text
     assert "%d is already in use" % taken in run.stderr, run.stderr
     assert "start-timeout" not in run.stderr
@@ -472,7 +491,7 @@ def test_what_belongs_to_root_is_said_with_what_mends_it(
 @pytest.mark.parametrize("name", ["PYTHONHOME", "PYTHONPLATLIBDIR"])
 @pytest.mark.parametrize("file", [".bashrc", ".profile"])
 def test_variable_that_breaks_python_is_taken_out_or_named(laptop: Laptop, host: Host, name: str, file: str) -> None:
-    (host.home / file).write_text("export %s=/nowhere\n" % name)
+    (host.home / file).write_text("export PATH=%s:$PATH\nexport %s=/nowhere\n" % (VENV_BIN, name))
     run = laptop.start("--init", "true", "--no-install", "--start-timeout", "30", "host", has_terminal=False)
     found = run.expect(r"^http\S+|^rjupyter: .*").group()
     if found.startswith("http"):
