@@ -16,8 +16,8 @@ from jupyters import jupyter_for_everyone
 from private_machines import Cluster, find_obstacle
 
 HINTS = {
-    "back": r"Back again with: (.+)$",
-    "stop": r"To end it: (.+)$",
+    "back": r"Back (?:again|to it) with: (.+?)(?:   To cancel it: .*)?$",
+    "stop": r"To (?:end|cancel) it: (.+)$",
     "close": r"To close it: (.+)$",
     "try": r"try: (rjupyter\.py .+?)(?:   \(.*\))?$",
 }
