@@ -514,12 +514,12 @@ def slurm(directory: Path) -> Iterator[PrivateSlurm]:
         slurm.stop()
 
 
+# Not SBATCH_EXPORT=NONE: the job of root would then have root's real home, and install Jupyter there.
 VARIABLES = {
     "SQUEUE_PARTITION": "nowhere",
     "SQUEUE_STATES": "PENDING",
     "SQUEUE_FORMAT": "%i",
     "SQUEUE_USERS": "nobody",
-    "SBATCH_EXPORT": "NONE",
     "SBATCH_OUTPUT": "/dev/null",
     "SBATCH_WAIT": "1",
 }
@@ -530,7 +530,7 @@ def test_variable_of_slurm_does_not_change_what_we_ask(
     laptop: Laptop, slurm: PrivateSlurm, make_host: Callable[..., Host], name: str
 ) -> None:
     host = make_host(prefix=slurm.login_prefix, **slurm.environment(), **{name: VARIABLES[name]})
-    run = laptop.start("--slurm=", "host", has_terminal=False)
+    run = laptop.start("--no-install", "--slurm=", "host", has_terminal=False)
     url = run.url()
     assert compute(url, "print(1)") == "1\n"
     run.expect("To end it")
