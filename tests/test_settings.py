@@ -208,6 +208,15 @@ def test_keyword_that_is_ours_is_set_in_each_call(laptop: Laptop, host: Host, ke
 
 # -- no code from a directory -----------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def ana(make_user: Callable[[str], User], make_host: Callable[..., Host]) -> User:
+    user = make_user("/bin/bash")
+    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    make_host(user=user)
+    return user
+
+
 MODULES = """
 shutil webbrowser subprocess socket json random argparse shlex threading http contextlib tempfile queue
 platform usercustomize sitecustomize re zlib binascii importlib notebook jupyterlab jupyter_client nbformat
@@ -218,8 +227,10 @@ nbclient
 def plant(directory: Path) -> Path:
     """Put modules into a directory that write down that they were executed; return where."""
     told = directory.parent / ("executed in " + directory.name)
+    told.write_text("")
+    told.chmod(0o666)
     for name in MODULES.split():
-        text = "import os, sys\nfd = os.open(%r, os.O_WRONLY | os.O_CREAT | os.O_APPEND)\n" % str(told)
+        text = "import os, sys\nfd = os.open(%r, os.O_WRONLY | os.O_APPEND)\n" % str(told)
         text += "os.write(fd, (%r + repr(sys.argv) + chr(10)).encode())\nraise ImportError(%r)\n" % (name, name)
         (directory / (name + ".py")).write_text(text)
     return told
@@ -236,8 +247,10 @@ def browser(laptop: Laptop) -> str:
 
 def check_browser(laptop: Laptop, run: Run, told: Path) -> None:
     run.url()
-    wait_until(lambda: (laptop.directory / "browsed").exists() or told.exists(), "the browser came, or a stranger", 20)
-    assert not told.exists(), told.read_text()
+    wait_until(
+        lambda: (laptop.directory / "browsed").exists() or told.read_text(), "the browser came, or a stranger", 20
+    )
+    assert not told.read_text(), told.read_text()
     run.expect("To end it")
 
 
@@ -270,25 +283,24 @@ def test_no_module_of_pythonpath_reaches_what_we_start(laptop: Laptop, host: Hos
     )
     check_browser(laptop, run, told) if not arguments else run.url()
     assert laptop.run("host", "close").status == 0 or not arguments
-    assert not told.exists(), told.read_text()
+    assert not told.read_text(), told.read_text()
 
 
 @pytest.mark.parametrize("way", ["path", "python", "env"])
 @pytest.mark.parametrize("where", ["home", "directory"])
-def test_no_module_of_the_hosts_directories_is_executed(
-    laptop: Laptop, host: Host, way: str, where: str, mark: str
-) -> None:
-    (host.home / "work").mkdir()
-    told = plant(host.home if where == "home" else host.home / "work")
+def test_no_module_of_the_hosts_directories_is_executed(laptop: Laptop, ana: User, way: str, where: str) -> None:
+    """A real user, whose sessions start in the home that the account names."""
+    (ana.home / "work").mkdir()
+    told = plant(ana.home if where == "home" else ana.home / "work")
     prefix = jupyter_for_everyone().parent
     arguments = {"path": [], "python": ["--python", str(prefix / "bin/python")], "env": ["--env", str(prefix)]}[way]
     run = laptop.start(*arguments, "host:work", has_terminal=False)
     found = run.expect(r"^http\S+|^rjupyter: .*").group()
-    assert not told.exists(), told.read_text()
+    assert not told.read_text(), told.read_text()
     assert found.startswith("http"), run.text
     for action in (["list"], ["doctor"], ["stop", "--yes"]):
         laptop.run("host", *action)
-    assert not told.exists(), told.read_text()
+    assert not told.read_text(), told.read_text()
 
 
 # -- environments -----------------------------------------------------------------------------------------------------
@@ -296,16 +308,16 @@ def test_no_module_of_the_hosts_directories_is_executed(
 
 @pytest.mark.parametrize("entry", ["notebook/", "notebook.py", "jupyterlab/", "jupyterlab/__init__.py"])
 @pytest.mark.parametrize("option", ["--env", "--python"])
-def test_directory_of_that_name_is_no_jupyter(laptop: Laptop, host: Host, entry: str, option: str) -> None:
-    (host.home / entry).parent.mkdir(exist_ok=True)
-    (host.home / entry).mkdir(exist_ok=True) if entry.endswith("/") else (host.home / entry).write_text("")
-    bare = host.home / "bare"
+def test_directory_of_that_name_is_no_jupyter(laptop: Laptop, ana: User, entry: str, option: str) -> None:
+    (ana.home / entry).parent.mkdir(exist_ok=True)
+    (ana.home / entry).mkdir(exist_ok=True) if entry.endswith("/") else (ana.home / entry).write_text("")
+    bare = ana.home / "bare"
     subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(bare)], check=True)
     named = str(bare if option == "--env" else bare / "bin/python")
     run = laptop.start("--start-timeout", "20", option, named, "host", has_terminal=False)
     assert run.wait() == 3, run.text
     assert "no Jupyter in this environment" in run.stderr and "-m pip install" in run.stderr
-    assert not host.servers()
+    assert not list(ana.home.glob(".local/state/rjupyter/servers/*"))
 
 
 def conda_environment(host: Host) -> Path:
@@ -457,14 +469,6 @@ def test_end_is_told_although_the_log_says_nothing(laptop: Laptop, host: Host, h
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ana(make_user: Callable[[str], User], make_host: Callable[..., Host]) -> User:
-    user = make_user("/bin/bash")
-    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
-    make_host(user=user)
-    return user
 
 
 @pytest.mark.parametrize(
