@@ -162,11 +162,20 @@ def test_actions_of_the_help_are_the_rows() -> None:
         assert name is None or action.help
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _ in rjupyter.FATAL_SAMPLES])
-def test_pattern_of_what_ssh_says_takes_its_sample(pattern: str) -> None:
-    (sample,) = [sample for other, sample in rjupyter.FATAL_SAMPLES if other == pattern]
-    assert re.match(pattern, sample)
-    assert rjupyter.FATAL_WORDS.match(sample)
+@pytest.mark.parametrize("ending", rjupyter.ENDINGS + rjupyter.ACCOUNTS, ids=lambda ending: str(ending.pattern))
+def test_pattern_of_what_ssh_says_takes_its_sample(ending: rjupyter.Ending) -> None:
+    assert re.match(ending.pattern, ending.sample)
+
+
+def test_what_ssh_says_as_it_ends_is_explained_by_its_own_row() -> None:
+    """No row that comes before has a pattern that takes its sample and tells more."""
+    for ending in rjupyter.ENDINGS:
+        first = next(
+            row
+            for row in rjupyter.ENDINGS
+            if (row.is_telling and re.match(row.pattern, ending.sample)) or row is ending
+        )
+        assert first is ending or not ending.is_telling, ending.sample
 
 
 def agent_blocks() -> List[ast.stmt]:
