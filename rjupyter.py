@@ -387,6 +387,7 @@ class Request(Record):
 
     action: str = "open"
     nonce: str = ""
+    errand: str = ""  # tells it from all others, also when it is sent again because a connection was lost
     # Which server, and where it is.
     path: "Optional[str]" = None
     app: str = ""
@@ -644,6 +645,7 @@ class Line(Message):
 
     kind = "line"
     text: str
+    id: str = ""  # of the server whose log it is
 
 
 class Part(Message):
@@ -1461,57 +1463,199 @@ def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> N
 # or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
 ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
 
-# What ssh says just before it gives up, each pattern with a line that it is for. Such lines are kept for our own error;
-# all others pass at once, because a banner or the text of a second factor must be read before the prompt that follows.
-FATAL_SAMPLES = [
-    ("ssh: ", "ssh: connect to host gpu1 port 22: Connection refused"),
-    ("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
-    ("kex_", "kex_exchange_identification: Connection closed by remote host"),
-    ("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
-    ("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
-    ("bind ", "bind [127.0.0.1]:8889: Address already in use"),
-    ("channel", "channel 2: open failed: administratively prohibited: open failed"),
-    ("Could not request", "Could not request local forwarding."),
-    ("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@"),
-    (r".*Permission denied \(", "ana@gpu1: Permission denied (publickey,password)."),
-    ("Host key", "Host key verification failed."),
-    ("Timeout,", "Timeout, server gpu1 not responding."),
-    ("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22"),
-    ("Received disconnect", "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures"),
-    ("Disconnected from", "Disconnected from 192.0.2.1 port 22"),
-    ("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
-    ("It is also possible", "It is also possible that a host key has just been changed."),
-    ("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
-    ("Please contact your", "Please contact your system administrator."),
-    ("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
-    ("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
-    ("remove with", "remove with:"),
-    ("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
-    ("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
-    ("command-line", "command-line: line 0: Bad configuration option: nosuch"),
-    ("Unsupported option", 'Unsupported option "gssapiauthentication"'),
-    (".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
-    ("client_loop", "client_loop: send disconnect: Broken pipe"),
-    ("Too many auth", "Too many authentication failures for ana"),
-    ("Unable to negotiate", "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found."),
-    ("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
-    ("Their offer", "Their offer: ssh-rsa,ssh-dss"),
-    ("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
-    ("Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."),
-    (".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
-    ("You have requested strict", "You have requested strict checking."),
-    ("stdio forwarding", "stdio forwarding failed"),
-    ("Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."),
-]
-FATAL_WORDS = re.compile("|".join(pattern for pattern, _ in FATAL_SAMPLES))
+
+class NotConnected(Failure):
+    """There is no connection, or it is lost: another attempt may have it."""
 
 
-class LoginRefused(Failure):
+class LoginRefused(NotConnected):
     """The host wants a login that it did not get: a person may mend that."""
 
 
-class HostRefused(Failure):
-    """The host's key is not the one that we know: there is nothing to try again."""
+class HostRefused(NotConnected):
+    """The host and ssh do not agree on who or what it is: another attempt ends alike."""
+
+
+class Ending(NamedTuple):
+    """A row of ENDINGS: a line that ssh says as it gives up, as a pattern with a sample, and what that means.
+
+    `why` and `try_` are for where the line itself does not say it: {host}, {ssh} (the plain ssh to it), {login} (the
+    same, for a shell) and {removal} (of its key) stand in them; `unattended` is tried where nobody can be asked. An
+    echo only repeats that the connection has ended: the cause is the line before.
+    """
+
+    pattern: str
+    sample: str
+    kind: Type[NotConnected] = NotConnected
+    why: str = ""
+    try_: str = ""
+    unattended: str = ""
+    is_echo: bool = False
+
+    @property
+    def is_telling(self) -> bool:
+        """True when there is more to say than the line."""
+        return bool(self.why or self.try_ or self.kind is not NotConnected)
+
+
+OTHER_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
+REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
+UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
+ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
+ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
+CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
+SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
+
+# What ssh says just before it gives up (the sources of OpenSSH 10.5; measured with 9.2). Such lines are kept for our
+# own error; all others pass at once, because a banner or the text of a second factor must be read before the prompt
+# that follows. The first row that something said matches explains the end, so what tells more comes first.
+ENDINGS = [
+    Ending(
+        ".*(HOST IDENTIFICATION HAS CHANGED|has changed and you have requested)",
+        "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @",
+        HostRefused,
+        OTHER_KEY,
+        REMOVE_KEY,
+    ),
+    Ending(
+        ".*REVOKED HOST KEY",
+        "@       WARNING: REVOKED HOST KEY DETECTED!               @",
+        HostRefused,
+        "the host key of {host} is revoked here (RevokedHostKeys)",
+        "ask the host's administrator for its new key",
+    ),
+    Ending(
+        "Host key verification failed",
+        "Host key verification failed.",
+        HostRefused,
+        UNKNOWN_KEY,
+        "{ssh}   (once, in a terminal: it shows the key and asks)",
+    ),
+    Ending(
+        "(Received disconnect .*)?Too many auth",
+        "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures",
+        LoginRefused,
+        try_=ONE_KEY,
+    ),
+    Ending(
+        "Received disconnect .*:1[34]: ",
+        "Received disconnect from 192.0.2.1 port 22:14: No supported authentication methods available",
+        LoginRefused,
+        try_="{ssh}",
+    ),
+    Ending(
+        "Unable to negotiate",
+        "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found. Their offer: ssh-rsa",
+        HostRefused,
+        try_=ALGORITHMS,
+    ),
+    Ending(
+        "Protocol major versions differ",
+        "Protocol major versions differ: 2 vs. 1",
+        HostRefused,
+        try_="{ssh}   (is this the port of its sshd?)",
+    ),
+    Ending(
+        "(sign_and_send_pubkey: )?signing failed for",
+        'sign_and_send_pubkey: signing failed for ED25519-SK "/home/ana/.ssh/id_sk": device not found',
+        LoginRefused,
+        try_=SIGN,
+    ),
+    Ending(
+        'Load key ".*": bad permissions',
+        'Load key "/home/ana/.ssh/id_ed25519": bad permissions',
+        LoginRefused,
+        try_="chmod 600, for the file of the key",
+    ),
+    Ending(
+        r".*Permission denied \(",
+        "ana@gpu1: Permission denied (publickey,password).",
+        LoginRefused,
+        try_="{verbose}   (shows the keys offered)",
+        unattended="a key without a question: ssh-keygen, ssh-copy-id, ssh-agent",
+    ),
+    Ending(
+        "Authentication failed", "Authentication failed.", LoginRefused, try_="{verbose}   (shows the keys offered)"
+    ),
+    Ending(
+        ".*account has expired",
+        "Your account has expired; please contact your system administrator.",
+        LoginRefused,
+        try_="ask the host's administrator",
+    ),
+    Ending(
+        "ssh: connect to .*refused",
+        "ssh: connect to host gpu1 port 22: Connection refused",
+        try_="{ssh}   (is sshd running there, and is this its port?)",
+    ),
+    Ending(
+        "Connection timed out during banner",
+        "Connection timed out during banner exchange",
+        try_="{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)",
+    ),
+    Ending("ssh: ", "ssh: Could not resolve hostname gpu1: Name or service not known"),
+    Ending("Too many logins", "Too many logins for 'ana'.", try_="end other sessions of yours there, or wait"),
+    Ending(
+        "kex_exchange_identification: (Connection closed|read: )",
+        "kex_exchange_identification: Connection closed by remote host",
+        try_=CROWDED,
+        is_echo=True,
+    ),
+    Ending("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
+    Ending("kex_", "kex_exchange_identification: banner line contains invalid characters"),
+    Ending("banner exchange", "banner exchange: Connection to 192.0.2.1 port 22: could not read protocol version"),
+    Ending("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
+    Ending("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
+    Ending("bind ", "bind [127.0.0.1]:8889: Address already in use"),
+    Ending("channel", "channel 2: open failed: administratively prohibited: open failed"),
+    Ending("Could not request", "Could not request local forwarding."),
+    Ending("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@", is_echo=True),
+    Ending("Host key", "Host key fingerprint is SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I"),
+    Ending("Timeout,", "Timeout, server gpu1 not responding."),
+    Ending("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22", is_echo=True),
+    Ending("Connection to .* (closed|timed out)", "Connection to gpu1 closed by remote host.", is_echo=True),
+    Ending("Received disconnect", "Received disconnect from 192.0.2.1 port 22:11: disconnected by user"),
+    Ending("Disconnected from", "Disconnected from 192.0.2.1 port 22", is_echo=True),
+    Ending("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
+    Ending("It is also possible", "It is also possible that a host key has just been changed."),
+    Ending("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
+    Ending("Please contact your", "Please contact your system administrator."),
+    Ending("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
+    Ending("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
+    Ending("remove with", "remove with:"),
+    Ending("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
+    Ending("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
+    Ending("command-line", "command-line: line 0: Bad configuration option: nosuch"),
+    Ending("Unsupported option", 'Unsupported option "gssapiauthentication"'),
+    Ending(".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
+    Ending("client_loop", "client_loop: send disconnect: Broken pipe"),
+    Ending("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
+    Ending("Their offer", "Their offer: ssh-rsa,ssh-dss"),
+    Ending("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
+    Ending(
+        "Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."
+    ),
+    Ending(".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
+    Ending("You have requested strict", "You have requested strict checking."),
+    Ending("stdio forwarding", "stdio forwarding failed", is_echo=True),
+    Ending(
+        "Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."
+    ),
+]
+FATAL_WORDS = re.compile("|".join(ending.pattern for ending in ENDINGS))
+ECHOES = re.compile("|".join(ending.pattern for ending in ENDINGS if ending.is_echo))
+# What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
+WANTS_PERSON = re.compile("https?://|Confirm user presence")
+ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
+
+
+def cause_of(words: List[str]) -> str:
+    """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
+    lines = [line.strip() for line in words if line.strip()] or ["ssh ended and said nothing"]
+    echoes = list(itertools.takewhile(ECHOES.match, reversed(lines)))
+    before = lines[: len(lines) - len(echoes)]
+    is_told = before and FATAL_WORDS.match(before[-1]) and not before[-1].startswith("channel")
+    return before[-1] if is_told or not echoes else echoes[-1]
 
 
 class NotThisWay(Exception):
@@ -1546,33 +1690,60 @@ class Child:
     """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text).
 
     When it `is_merged`, both streams are one, in the order in which the child wrote. Without `can_ask` it has neither
-    a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does.
+    a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does. With `is_shown` its
+    stderr is a terminal of ours, for ssh says nowhere else that it waits for a touch (OpenSSH readpass.c).
     """
 
     def __init__(
-        self, argv: List[str], stdin: Any = subprocess.DEVNULL, is_merged: bool = False, can_ask: bool = True
+        self,
+        argv: List[str],
+        stdin: Any = subprocess.DEVNULL,
+        is_merged: bool = False,
+        can_ask: bool = True,
+        is_shown: bool = False,
     ) -> None:
-        with signals_left_to_us():
-            self.process = subprocess.Popen(
-                argv,
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if is_merged else subprocess.PIPE,
-                start_new_session=not can_ask,
-                env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
-            )
+        ours, theirs = new_terminal() if is_shown else (-1, -1)
+        shown = theirs if theirs >= 0 else None
+        try:
+            with signals_left_to_us():
+                self.process = subprocess.Popen(
+                    argv,
+                    stdin=stdin,
+                    stdout=shown if shown and is_merged else subprocess.PIPE,
+                    stderr=shown or (subprocess.STDOUT if is_merged else subprocess.PIPE),
+                    start_new_session=not can_ask,
+                    env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
+                )
+        finally:
+            if shown:
+                os.close(theirs)
         self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
         self._open_streams = 0
-        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr)):
+        terminal = os.fdopen(ours, "rb", 0) if shown else None
+        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
             if stream is not None:
                 self._open_streams += 1
-                threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
+                threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
 
-    def _read(self, name: str, stream: Any) -> None:
-        with stream:
-            for line in stream:
-                self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r\n")))
+    def _read(self, name: str, stream: Any, is_merged: bool) -> None:
+        rest = b""
+        with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
+            while True:
+                if rest and (is_merged or name == "stderr") and is_quiet(stream):
+                    self._put(name, rest)  # a banner may end without a newline, and what it asks for is awaited
+                    rest = b""
+                data = os.read(stream.fileno(), 65536)
+                if not data:
+                    break
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._put(name, line)
+        if rest:
+            self._put(name, rest)
         self._lines.put(None)
+
+    def _put(self, name: str, line: bytes) -> None:
+        self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r")))
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
         """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
@@ -1626,6 +1797,21 @@ class Child:
             self.process.wait()
 
 
+def new_terminal() -> Tuple[int, int]:
+    """Return both ends of a new terminal, ours first, or -1 twice where there is none; it controls nobody."""
+    try:
+        return os.openpty()
+    except (AttributeError, OSError):  # Windows; none left
+        return -1, -1
+
+
+def is_quiet(stream: Any) -> bool:
+    """True when a stream has no more to read for a moment; False where that cannot be told."""
+    import select
+
+    return os.name == "posix" and not select.select([stream], [], [], ASKING_S / 4)[0]
+
+
 class Ssh:
     """The connection to one destination: logs in, once; lets commands and forwards through; tells why it ended.
 
@@ -1652,6 +1838,10 @@ class Ssh:
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
+        self.asked: List[str] = []  # what a login showed that waits for a person
+        self._unseen: List[str] = []  # of that, what is not shown yet
+        self._shown: List[str] = []
+        self._heard_at = 0.0
         self._is_woken = threading.Event()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
@@ -1669,13 +1859,18 @@ class Ssh:
         return self.argv("-G")
 
     def patience(self) -> List[str]:
-        """Return the options that let ssh notice a dead link, unless the user's config has its own; and BatchMode."""
+        """Return the options that let ssh notice a dead link, unless the user's config has its own; and ask nobody.
+
+        In BatchMode ssh does not say that it waits for a touch either: where someone may see it, it gets no answers.
+        """
         argv = []
         if self.config.get("serveraliveinterval", "0") == "0":
             argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
         if self.config.get("connecttimeout", "none") in ("none", "0"):
             argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
-        return argv if self.can_ask else argv + ["-o", "BatchMode=yes"]
+        if self.can_ask:
+            return argv
+        return argv + ["-o", "NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"]
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -1706,6 +1901,16 @@ class Ssh:
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
         could_ask = self.can_ask
+        try:
+            self._redial(resume)
+        finally:
+            self.can_ask = could_ask
+        seconds = time.monotonic() - began
+        text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
+        self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
+
+    def _redial(self, resume: Callable[[], bool]) -> None:
+        self._shown.clear()
         self.can_ask = False
         denials = 0
         delay_s = 0.0
@@ -1718,7 +1923,7 @@ class Ssh:
                     delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
                     self.connect(is_again=True)
                     if resume():
-                        break
+                        return
             except LoginRefused as failure:
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
                 denials += 1
@@ -1726,16 +1931,20 @@ class Ssh:
                     raise
                 if has_terminal():  # the next attempt may ask, once
                     ask_person("%s wants a login. Press Enter to log in again: " % self.destination)
+                    self._shown.clear()
                     self.can_ask = True
                     delay_s = 0.0
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
-        self.can_ask = could_ask
-        seconds = time.monotonic() - began
-        text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
-        self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
+                self.can_ask = False
+
+    def leave_way(self) -> None:
+        """Log in by another way than this one, from now on."""
+        self.ways = [kind for kind in self.ways if not isinstance(self.way, kind)] or [Direct]
+        self.close()
+        self.connect()
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -1753,7 +1962,7 @@ class Ssh:
             self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
             return self._read_config()
         if status:
-            raise Failure("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
+            raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
         return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
     def __enter__(self) -> "Ssh":
@@ -1774,50 +1983,73 @@ class Ssh:
 
     # -- what ssh says ------------------------------------------------------------------------------------------------
 
-    def take_words(self, line: Optional[Tuple[str, str]], is_connected: bool) -> None:
-        """Keep what the connection's ssh says for our own errors; the rest is for the user, before the login."""
-        if not line or not line[1]:
-            return
-        if is_connected or FATAL_WORDS.match(line[1]):
+    def take_words(self, line: Optional[Tuple[str, str]]) -> None:
+        """Keep what the connection's ssh says, for our own errors."""
+        if line and line[1]:
             self.words = (self.words + [line[1]])[-30:]
             self.messages.detail("ssh: " + line[1])
-        else:
-            self.messages.note(line[1])
 
-    def connect_failure(self, words: List[str]) -> Failure:
-        """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
-        text = "\n".join(words)
-        lines = [line for line in words if line.strip() and not line.startswith("@@@")]
-        what = "cannot connect to " + self.destination
-        why = lines[-1].strip() if lines else "ssh ended and said nothing"
-        try_ = self.plain_command
+    def hear_login(self, line: Optional[Tuple[str, str]], is_first: bool = True) -> None:
+        """Keep what ssh says while it logs in, and show what is for a person: all but its last words.
+
+        While nobody is to be asked, that is what the login wants of a person, once, when nothing more comes: it waits.
+        """
+        text = line[1] if line else ""
+        if not text:
+            if self._unseen and time.monotonic() - self._heard_at > ASKING_S:
+                for wanted in [wanted for wanted in self._unseen if wanted not in self._shown]:
+                    self.messages.note(wanted)
+                self._shown += self._unseen
+                self.asked, self._unseen = self._unseen, []
+            return
+        self._heard_at = time.monotonic()
+        self.words = (self.words + [text])[-30:]
+        if FATAL_WORDS.match(text):
+            self.messages.detail("ssh: " + text)
+        elif is_first or self.can_ask:
+            self.messages.note(text)
+        elif WANTS_PERSON.search(text):
+            self._unseen.append(text)
+
+    def end_login(self) -> None:
+        """Forget what the login said: it is over."""
+        self.words, self.asked, self._unseen = [], [], []
+
+    def connect_failure(self, words: List[str]) -> NotConnected:
+        """Turn the last words of an ssh that did not log in into a failure (255) with a cause and a remedy."""
         host = self.destination.rsplit("@", 1)[-1]
-        if self.config.get("proxyjump", "none") != "none":
-            host += ", or of a jump host before it,"
-        if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
-            why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
-            removal = [line.strip() for line in words if "ssh-keygen" in line] or [
-                shlex.join(["ssh-keygen", "-R", self.destination.rsplit("@", 1)[-1]])
-            ]
-            try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
-            return HostRefused(what, why, try_, EXIT_SSH)
-        if "Host key verification failed" in text:
-            why = "the host key of %s is not known here, and it was not accepted" % host
-            return HostRefused(what, why, try_ + "   (once, in a terminal: it shows the key and asks)", EXIT_SSH)
-        if "Permission denied" in text:
-            why = [line.strip() for line in words if "Permission denied" in line][-1]
-            try_ = shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]) + "   (shows the keys offered)"
-            if not self.can_ask:
-                why += "\nthere is no terminal here to ask for a password or a second factor"
-                try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
-            return LoginRefused(what, why, try_, EXIT_SSH)
-        if "Connection refused" in text:
-            try_ += "   (is sshd running there, and is this its port?)"
-        return Failure(what, why, try_, EXIT_SSH)
+        removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
+        facts = {
+            "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
+            "ssh": self.plain_command,
+            "login": shlex.join(["ssh"] + self.options + [self.destination]),
+            "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
+            "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
+        }
+        cause = cause_of(words)
+        what = "cannot connect to " + self.destination
+        if self.asked:
+            try_ = "{login}   (in a terminal, where someone can do that)".format(**facts)
+            return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
+        telling = ((ending, line) for ending in ENDINGS for line in words if re.match(ending.pattern, line))
+        ending, line = next(((e, line) for e, line in telling if e.is_telling), (Ending("", ""), cause))
+        why = ending.why.format(**facts) or (cause if ending.is_echo else line.strip())
+        try_ = (ending.try_ or "{ssh}").format(**facts)
+        if ending.unattended and not self.can_ask:
+            why += "\nthere is no terminal here to ask for a password or a second factor"
+            try_ = ending.unattended
+        return ending.kind(what, why, try_, EXIT_SSH)
 
-    def lost(self) -> Failure:
+    def no_login(self, timeout_s: float) -> NotConnected:
+        """Return the failure of a login that took too long: for want of a person, when it asked for one."""
+        why = "no login within %d s" % timeout_s
+        if self.asked:
+            return self.connect_failure([why])
+        return NotConnected("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
+
+    def lost(self) -> NotConnected:
         """Return the failure of a connection that ended under us."""
-        return Failure("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
+        return NotConnected("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
 
     @property
     def plain_command(self) -> str:
@@ -1826,8 +2058,8 @@ class Ssh:
 
     @property
     def last_words(self) -> str:
-        """What the connection's ssh said last, in one line."""
-        return self.words[-1] if self.words else "ssh ended and said nothing"
+        """What the connection's ssh said of its end, in one line."""
+        return cause_of(self.words)
 
     # -- what goes through it -----------------------------------------------------------------------------------------
 
@@ -1835,7 +2067,8 @@ class Ssh:
         """Run `command` on the host."""
         argv = self.way.session_argv(command=command)
         self.log_argv(argv)
-        return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask)
+        is_shown = not self.way.has_login and has_terminal()
+        return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask, is_shown=is_shown)
 
     def run(self, command: str) -> Tuple[bool, str]:
         """Run a short command on the host; return whether it succeeded, and what it printed."""
@@ -1871,14 +2104,14 @@ class Ssh:
         process = self.way.process
         while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
             if process is not None:
-                self.take_words(process.next_line(deadline - time.monotonic()), is_connected=True)
+                self.take_words(process.next_line(deadline - time.monotonic()))
             else:
                 self._is_woken.wait(min(0.2, deadline - time.monotonic()))
         self._is_woken.clear()
         stands = self.way.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
-                self.take_words(line, is_connected=True)
+                self.take_words(line)
         return stands
 
     def wake(self) -> None:
@@ -1938,9 +2171,9 @@ class Direct:
         return self.ssh.argv(*argv)
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Start the tunnel; raises Failure (255) when it cannot log in."""
+        """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
         ready = "rjupyter-" + os.urandom(8).hex()
-        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line == ready)
+        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
@@ -1956,8 +2189,15 @@ class Direct:
 
     def explain(self, status: int, words: List[str]) -> Optional[Failure]:
         """Return why a session did not come to its command, as far as its own ssh tells: its login failed."""
-        is_ours = status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
-        return self.ssh.connect_failure(words) if is_ours else None
+        return self.ssh.connect_failure(words) if self.is_lost(status, words) else None
+
+    def is_lost(self, status: int, words: List[str]) -> bool:
+        """True when a session that had begun ended with the connection, and not for a reason of its own."""
+        return status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
+
+    def can_be_left(self) -> bool:
+        """True when another way may have room for a session where this one has none."""
+        return False
 
     def tell(self, seconds: float) -> str:
         """Say how we are connected."""
@@ -1991,17 +2231,18 @@ class Direct:
         """
         ssh = self.ssh
         ssh.log_argv(argv)
-        ssh.words = []
+        ssh.end_login()
         with signals_left_to_us():
             # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
             # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
             # CONT, because a stopped ssh does not take TERM.
             self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
             if self._guard is None:
-                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask)
+                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
             else:
                 argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
-                self.process = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=ssh.can_ask)
+                stdin = self._guard.stdin
+                self.process = Child(argv, stdin, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
         ssh.meanwhile()
         deadline = None if ssh.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with ssh.messages.working("" if self._is_again else doing, is_animated=not ssh.can_ask):
@@ -2009,13 +2250,12 @@ class Direct:
                 line = self.process.next_line(0.01)
                 if is_ready(line[1] if line else ""):
                     return
-                ssh.take_words(line, is_connected=self._is_again)
+                ssh.hear_login(line, is_first=not self._is_again)
                 if self.process.has_ended:
                     ssh.words += [text for _, text in self.process.remaining_lines()]
                     raise ssh.connect_failure(ssh.words)
                 if deadline and time.monotonic() > deadline:
-                    why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
-                    raise Failure("cannot connect to " + ssh.destination, why, ssh.plain_command, EXIT_TIMEOUT)
+                    raise ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
 
 
 class Multiplexed(Direct):
@@ -2061,6 +2301,10 @@ class Multiplexed(Direct):
     def explain(self, status: int, words: List[str]) -> Optional[Failure]:
         """Return nothing: what a session says here is not about a login."""
         return None
+
+    def is_lost(self, status: int, words: List[str]) -> bool:
+        """True when a session ended with the connection, which may end a moment later."""
+        return not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0)
 
     def quicken(self) -> None:
         """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
@@ -2154,6 +2398,10 @@ class Borrowed(Multiplexed):
         for spec in list(self._forwards):
             self.cancel(spec)
         super().close()
+
+    def can_be_left(self) -> bool:
+        """True while it carries no forward of ours: a login of our own has room for a session."""
+        return not self._forwards
 
     @property
     def stands(self) -> bool:
@@ -2380,6 +2628,10 @@ class Kind:
     def all_running(self) -> "List[Any]":
         """Return what `stop ID` may name: ours, and the user's as far as there is more."""
         return self.running()
+
+    def begun(self) -> "List[Any]":
+        """Return what a request that is sent again may have begun."""
+        return self.records()
 
     def listed(self) -> "List[Any]":
         """Return what `list` shows."""
@@ -3362,6 +3614,10 @@ class ServerKind(Kind):
     name = "server"
     record = ServerRecord
 
+    def begun(self) -> "List[ServerRecord]":
+        """Return those that have not ended: in place of one that has, another is launched."""
+        return self.running()
+
     def all_running(self) -> "List[ServerRecord]":
         """Return the records of the user's servers that run."""
         return self.running() + [record for record in other_servers() if place_of(record).is_running()]
@@ -3496,8 +3752,11 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
         if not request.is_new:  # two at the same moment would launch two
             waiting = "another run of ours opens a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
-        found = find_server(request, root_dir, channel)
-        job = None if found else start_elsewhere(request, channel)
+        begun = begun_by(request)
+        job = begun if begun and begun.kind == "job" else None
+        same = request.but(is_new=False, attach=begun.id) if begun else request
+        found = None if job else find_server(same, root_dir, channel)
+        job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             forget_ended(KINDS["server"], KINDS["server"].running())
             record, seconds = launch(request, root_dir, channel, launch_server)
@@ -3522,8 +3781,17 @@ def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[
     for record in [] if request.is_new else servers_to_attach(request, root_dir):
         info = come_back(record, request.start_timeout_s, channel)
         if info:
-            return open_reply(record, info, is_launched=False, seconds=record.age_s())
+            is_launched = bool(request.errand) and record.request.errand == request.errand  # and the reply was lost
+            return open_reply(record, info, is_launched=is_launched, seconds=record.age_s())
     return None
+
+
+def begun_by(request: Request) -> "Optional[Kept]":
+    """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
+    if not request.errand:
+        return None
+    kept = [record for kind in KINDS.values() for record in kind.begun()]  # type: List[Kept]
+    return next((record for record in kept if record.request.errand == request.errand), None)
 
 
 def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
@@ -3618,7 +3886,10 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 
 
 def follow_log(request: Request, channel: Channel) -> LogsReply:
-    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone."""
+    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
+
+    `offsets` has the number of the lines that are known already.
+    """
     records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
@@ -3626,11 +3897,15 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
     record = records[0]
     place = place_of(record)
     log = Growing(log_of(record))
+    known = request.offsets.get("lines", 0)
 
     def send_lines() -> bool:
+        nonlocal known
         is_last = not (request.is_followed and place.is_running())  # before the look: what it wrote last is seen
-        for line in log.lines(has_ended=is_last):
-            channel.send(Line(text=without_tokens(line)))
+        lines = log.lines(has_ended=is_last)
+        for line in lines[known:]:
+            channel.send(Line(text=without_tokens(line), id=record.id))
+        known = max(0, known - len(lines))
         return is_last or channel.is_closed
 
     until(send_lines, float("inf"), channel.keep_alive, slowest_s=0.2)
@@ -3921,6 +4196,22 @@ STOPPED_TEXTS = {
 }
 
 
+ANOTHER_ACCOUNT = "an account there that may run commands; {ssh} says the same"
+# What an account says that runs no command of ours, and no other: the words of login(1) and shells for that.
+ACCOUNTS = [
+    Ending(
+        ".*(password has expired|Password change required)",
+        "Password change required but no TTY available.",
+        try_="{login}   (once, in a terminal: it asks for a new password)",
+    ),
+    Ending("This account is", "This account is currently not available.", try_=ANOTHER_ACCOUNT),
+    Ending("fatal: .*(unrecognized command|git shell)", "fatal: unrecognized command 'true'", try_=ANOTHER_ACCOUNT),
+    Ending("This service allows", "This service allows sftp connections only.", try_=ANOTHER_ACCOUNT),
+    Ending("Please login as", 'Please login as the user "ubuntu" rather than the user "root".', try_=ANOTHER_ACCOUNT),
+    Ending(".*does not provide shell", "GitHub does not provide shell access.", try_=ANOTHER_ACCOUNT),
+]
+
+
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
@@ -3934,7 +4225,6 @@ class Agent:
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
-            "line": lambda message, show: messages.result(message.text, "line", line=message.text),
             "found": self._say_found,
             "installing": self._say_installing,
             "installed": self._say_installed,
@@ -3963,9 +4253,9 @@ class Agent:
         command = agent_command(request.python)
         packed = agent_input(command, self._source, request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
-        may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
-        with self.messages.working(doing, is_animated=not may_be_asked) as show:
-            while True:
+        while True:
+            may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
+            with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = self.ssh.session(command)
                 try:
                     child.send(packed)
@@ -3973,32 +4263,57 @@ class Agent:
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
                 except SessionRefused:
-                    if time.monotonic() > until_s:
+                    if time.monotonic() > until_s and not self.ssh.way.can_be_left():
                         raise
-                    time.sleep(POLL_S)
                 finally:
                     child.end()
+            if time.monotonic() > until_s:
+                self.ssh.leave_way()
+            time.sleep(POLL_S)
+
+    def ask_on(
+        self,
+        request: Callable[[], Request],
+        reply: Type[R],
+        doing: str = "",
+        handlers: Optional[Dict[str, Handler]] = None,
+        redials: bool = True,
+    ) -> R:
+        """Ask as `ask` does; when the connection is lost meanwhile and it `redials`, connect and ask again.
+
+        `request` is made anew each time. What the first one began, the host finds by its errand.
+        """
+        while True:
+            try:
+                return self.ask(request(), reply, doing, handlers=handlers)
+            except NotConnected as failure:
+                if not redials or not self.hello.user or isinstance(failure, HostRefused):
+                    raise  # we were not connected before
+                self.ssh.reconnect(failure.last_line(), self._is_there)
+
+    def _is_there(self) -> bool:
+        self.ask(Request(action="describe_end"), EndReply, silence_s=CHECK_TIMEOUT_S)
+        return True
 
     def _hear(
         self, child: Child, nonce: str, reply: Type[R], show: Show, silence_s: float, handlers: Dict[str, Handler]
     ) -> R:
         noise = self.noise = []
+        complaints: List[str] = []  # of that, what came on stderr
+        is_login = not self.ssh.way.has_login  # until the first message
         has_begun = False
-        deadline = time.monotonic() + silence_s
+        heard_at = time.monotonic()
+        self.ssh.end_login()
         while True:
-            line = child.next_line(deadline - time.monotonic())
+            silent_s = time.monotonic() - heard_at
+            line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
             if line is None and child.has_ended:
-                raise self._no_reply(noise, child.process.wait(), has_begun)
-            if line is None:
-                raise Failure(
-                    "no answer from " + self.ssh.destination,
-                    "the agent said nothing for %d s" % silence_s,
-                    self.ssh.plain_command + "   (does it answer?)",
-                    EXIT_TIMEOUT,
-                )
-            if line[0] == "stdout" and line[1].startswith(nonce + " "):
-                deadline = time.monotonic() + silence_s
-                has_begun = True
+                raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
+            if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):
+                raise self._silence(silence_s)
+            if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
+                heard_at = time.monotonic()
+                has_begun, is_login = True, False
                 try:
                     message = json.loads(line[1][len(nonce) + 1 :])
                     found = self._take(message, reply, show, handlers)
@@ -4006,10 +4321,27 @@ class Agent:
                     raise Wrong(error) from None
                 if found is not None:
                     return found
-            else:
+                continue
+            if is_login:
+                self.ssh.hear_login(line if line and line[0] == "stderr" else None, is_first=False)
+            if line:
                 noise.append(line[1])
                 del noise[:-12]
+                complaints += [line[1]] if line[0] == "stderr" else []
                 self.messages.detail("host: " + line[1])
+
+    def _patience_s(self, silence_s: float, is_login: bool) -> float:
+        """Return how long silence is borne: a login may wait for a person, who is here, or may see what it shows."""
+        if not is_login:
+            return silence_s
+        return float("inf") if self.ssh.can_ask else BATCH_LOGIN_TIMEOUT_S if self.ssh.asked else silence_s
+
+    def _silence(self, silence_s: float) -> NotConnected:
+        if self.ssh.asked:
+            return self.ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
+        why = "the agent said nothing for %d s" % silence_s
+        try_ = self.ssh.plain_command + "   (does it answer?)"
+        return NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
@@ -4053,26 +4385,43 @@ class Agent:
         title = APPS[message.app].title if message.app in APPS else "Jupyter"
         self.messages.step(STOPPED_TEXTS[message.what] % dict(facts, app=title), "stopped", **facts)
 
-    def _no_reply(self, noise: List[str], status: int, has_begun: bool) -> Failure:
+    def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
         host = self.ssh.destination
+        way = self.ssh.way
+        why = "\n".join(line[:200] for line in noise) or "the remote command ended with status %d" % status
+        if has_begun and way.is_lost(status, noise):
+            lost = self.ssh.lost()
+            lost.why = lost.why if way.has_login else cause_of(noise)
+            return lost
+        if has_begun:
+            return Failure("the agent on %s ended early" % host, why, "the same again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
-        explained = self.ssh.way.explain(status, noise)
+        explained = way.explain(status, noise)
         if explained:
             return explained
-        why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
-        if has_begun or not self.ssh.wait(0.2):
-            lost = self.ssh.lost()
-            lost.why = noise[-1] if has_begun and noise else lost.why
-            return lost
+        if not self.ssh.wait(0.2):
+            return self.ssh.lost()
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
-        why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+        return self._no_shell(noise, complaints, why)
+
+    def _no_shell(self, noise: List[str], complaints: List[str], why: str) -> Failure:
+        """Return why the account did not come to our command: in the host's words where it has said any."""
+        what = "the agent did not run on " + self.ssh.destination
         try_ = self.ssh.plain_command + "   (must succeed)"
-        return Failure("the agent did not run on " + host, why, try_)
+        for ending in ACCOUNTS:
+            if any(re.match(ending.pattern, line) for line in noise):
+                login = shlex.join(["ssh", *self.ssh.options, self.ssh.destination])
+                return Failure(what, why, ending.try_.format(login=login, ssh=self.ssh.plain_command))
+        if not noise:
+            why += " and said nothing: its shell may run no commands, or ~/.bashrc may leave early"
+        elif not complaints:
+            why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+        return Failure(what, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4635,7 +4984,10 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         request = request.but(file=portable(place), key="host:" + portable(os.path.realpath(place)), notebook=text)
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
-        if not request.overlaps:
+        begun = begun_by(request)
+        if begun and begun.kind == "run":
+            return StartReply(id=begun.id, pid=begun.pid, is_started=True)
+        if not request.overlaps and not begun:
             same = [record for record in KINDS["run"].running() if record.key == request.key]  # type: List[Kept]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
             if same:
@@ -4644,7 +4996,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         if not jobs:
             record, _ = launch(request, root_dir, channel, launch_run)
             return StartReply(id=record.id, pid=record.pid, is_started=True)
-        job = jobs[0].start(request, channel)
+        job = begun or jobs[0].start(request, channel)
     reply = StartReply.read(jobs[0].reply(job, channel))
     reply.is_started = True
     return reply
@@ -5079,20 +5431,11 @@ class Execution:
         Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
         """
         doing = "Executing " + self.name if self.messages.has_spinner else ""
-        while True:
-            try:
-                request = Request(action="follow_run", id=self.id, offsets=self._offsets)
-                view = self.agent.ask(request, RunView, doing, handlers=self._handlers)
-                break
-            except Failure as failure:
-                if failure.status not in (EXIT_SSH, EXIT_TIMEOUT) or not redials:
-                    raise
-                self.agent.ssh.reconnect(failure.last_line(), self._is_there)
-        self._finish(view)
 
-    def _is_there(self) -> bool:
-        self.agent.ask(Request(action="describe_end", id=self.id), EndReply, silence_s=CHECK_TIMEOUT_S)
-        return True
+        def request() -> Request:
+            return Request(action="follow_run", id=self.id, offsets=self._offsets)
+
+        self._finish(self.agent.ask_on(request, RunView, doing, self._handlers, redials))
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
@@ -5426,7 +5769,8 @@ def submit(request: Request, directory: str) -> JobRecord:
     import re
     import shlex
 
-    inner = request.but(job=os.path.basename(directory), shell=os.environ.get("SHELL", ""), is_new=True, overlaps=True)
+    facts = {"job": os.path.basename(directory), "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, **facts)
     program, script = leave_agent(directory, "job_main", inner), os.path.join(directory, "job.sh")
     words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
@@ -6371,8 +6715,9 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     waiting = Queue(agent, messages, hint_of(args))
     with contextlib.closing(Reserved(local_port)), waiting.asking():
-        request = request.but(local_port=local_port)
-        server = agent.ask(request, Server, "Launching Jupyter", handlers=waiting.handlers)
+        request = request.but(local_port=local_port, errand=os.urandom(8).hex())
+        redials = not args.no_reconnect
+        server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
     say_server(server, args, agent, messages)
     return server
 
@@ -6442,9 +6787,20 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print a server's log, and with -f what comes, until Ctrl-C."""
+    identity, lines = args.id, 0
+
+    def request() -> Request:
+        return Request(action="logs", id=identity, is_followed=args.is_followed, offsets={"lines": lines})
+
+    def take(line: Line, show: Show) -> None:
+        nonlocal identity, lines
+        identity, lines = line.id or identity, lines + 1
+        messages.result(line.text, "line", line=line.text)
+
     try:
         with ssh:
-            agent.ask(Request(action="logs", id=args.id, is_followed=args.is_followed), LogsReply)
+            redials = args.is_followed and not args.no_reconnect
+            agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
     except KeyboardInterrupt:
         if not args.is_followed:
             raise
@@ -6523,10 +6879,11 @@ def start_execution(
         parameters=[list(parameter) for parameter in args.parameters],
         kernel=args.kernel,
         timeout_s=args.time_limit,
+        errand=os.urandom(8).hex(),
     )
     with waiting.asking():
         doing = "Launching the execution of " + source.name
-        reply = agent.ask(request, StartReply, doing, handlers=waiting.handlers)
+        reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
         messages.step(text % (source.name, reply.id, duration(reply.age_s)), "overlap", id=reply.id)

@@ -11,9 +11,9 @@ from typing import Callable, Iterator, List, Tuple
 import pytest
 import shim_scheduler
 from client import api, compute, token_of
-from conftest import VENV_BIN, Host, Laptop, Run, quiet_port, wait_until
 from jupyters import jupyter_for_everyone
 from private_machines import Cluster, find_obstacle
+from sides import VENV_BIN, Host, Laptop, Run, quiet_port, wait_until
 
 HINTS = {
     "back": r"Back (?:again|to it) with: (.+?)(?:   To cancel it: .*)?$",

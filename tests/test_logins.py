@@ -9,16 +9,15 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 import shim_scheduler
 from client import check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
+from notebooks import write_notebook
 from private_machines import Cluster, find_obstacle
 from proxy import Proxy
-
-BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+from sides import BOTH_MODES, VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
 
 
 def held(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> Run:
@@ -43,18 +42,7 @@ def restart(host: Host, settings: str) -> None:
 
 
 def notebook(laptop: Laptop, source: str, name: str = "n.ipynb") -> str:
-    cell: Dict[str, Any] = {
-        "cell_type": "code",
-        "id": "a",
-        "metadata": {},
-        "execution_count": None,
-        "outputs": [],
-        "source": source,
-    }
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    whole = {"cells": [cell], "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
-    (laptop.home / name).write_text(json.dumps(whole))
-    return name
+    return write_notebook(laptop.home / name, source).name
 
 
 # -- a touch ----------------------------------------------------------------------------------------------------------
