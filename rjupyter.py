@@ -792,6 +792,22 @@ class Trouble(Record):
         return [] if 0 < self.status < 256 else ["status"]
 
 
+class Said(Record):
+    """A line of an agent's: its kind, and in the last one the reply, or the failure in its place."""
+
+    kind: str
+    reply: "Optional[Json]" = None
+    failure: "Optional[Trouble]" = None
+
+    def result(self) -> "Json":
+        """Return the reply; raises the Failure that is there instead."""
+        if self.failure:
+            raise self.failure.failure()
+        if self.reply is None:
+            raise Wrong("there is none")
+        return self.reply
+
+
 class Jupyter(Record):
     """The Jupyter that an open would run."""
 
@@ -4349,15 +4365,11 @@ class Agent:
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
-        if not isinstance(message, dict):
-            raise Wrong("it is no object")
-        kind = message.get("kind")
-        if kind == "reply" and "failure" in message:
-            raise Trouble.read(message["failure"]).failure()
-        if kind == "reply":
-            return reply.read(message.get("reply"))
-        if isinstance(kind, str) and kind in handlers:
-            handlers[kind](MESSAGES[kind].read(message), show)
+        said = Said.read(message)
+        if said.kind == "reply":
+            return reply.read(said.result())
+        if said.kind in handlers:
+            handlers[said.kind](MESSAGES[said.kind].read(message), show)
         return None
 
     def _say_hello(self, hello: Hello, show: Show) -> None:
@@ -5680,7 +5692,9 @@ class JobKind(Kind):
     def start(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
         forget_ended(self, self.running())
-        return submit(request, new_dir(self))
+        job = submit(request, new_dir(self))
+        channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
+        return job
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
@@ -5918,8 +5932,8 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
         nonlocal told, max_age_s
         state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
-        for message in said_by(said):
-            if message.get("kind") == "reply":
+        for message in messages_in(said):
+            if Said.read(message).kind == "reply":
                 channel.send(QueueState(id=job.id, job=job.number))
                 return message
             pass_on(message, channel)
@@ -5935,41 +5949,31 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
             channel.send(news)
         return None
 
-    return reply_in(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S))
+    return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
 
 
-def said_by(said: Growing) -> "List[Json]":
-    """Return the messages that the agent in a job has written since the last look."""
+def messages_in(said: Growing) -> "List[Json]":
+    """Return the messages that the agent in a job has written since the last look; a damaged line is passed over."""
     messages = []
     for line in said.lines():
-        try:
+        with contextlib.suppress(ValueError, Wrong):
             message = json.loads(line)
-        except ValueError:
-            continue
-        messages += [message] if isinstance(message, dict) else []
+            Said.read(message)
+            messages.append(message)
     return messages
 
 
 def pass_on(message: "Json", channel: Channel) -> None:
     """Pass on what the agent in a job tells while it works; that it is there is no news."""
-    for kind in (Progress, Found, Installing, Installed):
-        if message.get("kind") == kind.kind:
-            with contextlib.suppress(Wrong):
-                channel.send(kind.read(message))
+    kinds = {kind.kind: kind for kind in (Progress, Found, Installing, Installed)}
+    with contextlib.suppress(KeyError, Wrong):
+        channel.send(kinds[Said.read(message).kind].read(message))
 
 
 def reply_of(job: JobRecord) -> "Optional[Json]":
     """Return the message in which the agent in a job replied; None when it has not yet."""
-    messages = said_by(Growing(os.path.join(job.directory, "said")))
-    return next((message for message in messages if message.get("kind") == "reply"), None)
-
-
-def reply_in(message: "Json") -> "Json":
-    """Return the reply in a message; raises the Failure that is there instead."""
-    if "failure" in message:
-        raise Trouble.read(message["failure"]).failure()
-    reply = message.get("reply")
-    return reply if isinstance(reply, dict) else {}
+    messages = messages_in(Growing(os.path.join(job.directory, "said")))
+    return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
 def why_job_ended(state: JobState) -> str:
@@ -6884,7 +6888,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     with ssh:
         asks = has_terminal() and not args.yes
         reply = agent.ask(request.but(asks=asks), StopReply, "Stopping")
-        if reply.busy or reply.runs:
+        if asks and (reply.busy or reply.runs):
             for server in reply.busy:
                 facts = (server.busy, server.kernels, server.root_dir, server.id)
                 words = "%d of %d kernels compute in %s (%s)." % facts
