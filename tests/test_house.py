@@ -162,9 +162,13 @@ def test_actions_of_the_help_are_the_rows() -> None:
         assert name is None or action.help
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _ in rjupyter.FATAL_SAMPLES])
+@pytest.mark.parametrize(
+    "pattern", [pattern for pattern, _ in [(ending.pattern, ending.sample) for ending in rjupyter.ENDINGS]]
+)
 def test_pattern_of_what_ssh_says_takes_its_sample(pattern: str) -> None:
-    (sample,) = [sample for other, sample in rjupyter.FATAL_SAMPLES if other == pattern]
+    (sample,) = [
+        sample for other, sample in [(ending.pattern, ending.sample) for ending in rjupyter.ENDINGS] if other == pattern
+    ]
     assert re.match(pattern, sample)
     assert rjupyter.FATAL_WORDS.match(sample)
 
