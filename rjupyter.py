@@ -2187,7 +2187,7 @@ class Direct:
         return self.ssh.argv(*argv)
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Start the tunnel; raises Failure (255) when it cannot log in."""
+        """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
@@ -3968,7 +3968,11 @@ def what_to_stop(request: Request) -> "List[Any]":
     if len(found) > 1:
         names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
         raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-    return found or [record for kind in others for record in kind.waiting(request.but(action="open"))]
+    waiting = [] if found else [record for kind in others for record in kind.waiting(request)]
+    if len(waiting) > 1:
+        names = ["%s   for %s" % (job.id, job.request.path or "~") for job in waiting]
+        raise Failure("%d jobs wait there" % len(waiting), "\n".join(names), "stop ID, or stop --all")
+    return found or waiting
 
 
 # -- the end of a thing -----------------------------------------------------------------------------------------------
@@ -5697,7 +5701,9 @@ class JobKind(Kind):
         found = []  # type: List[Kept]
         for job in self.running():
             asked = job.request
-            exact = (asked.action, asked.path, asked.key) == (request.action, request.path, request.key)
+            path = asked.path if request.action == "stop" and request.path is None else request.path
+            action = "open" if request.action == "stop" else request.action
+            exact = (asked.action, asked.path, asked.key) == (action, path, request.key)
             if exact and request.allows(asked) and asked.via_node >= request.via_node and not reply_of(job):
                 found.append(job)
         return found
@@ -6135,6 +6141,15 @@ class Destination(NamedTuple):
     host: str
     path: Optional[str]
 
+    def text(self) -> str:
+        """Return it as it is typed; parse_destination reads it."""
+        if self.path is None:
+            return self.host
+        if self.host.startswith("ssh://"):
+            return "%s/%s" % (self.host, quote(self.path))
+        user, at, address = self.host.rpartition("@")
+        return "%s%s%s:%s" % (user, at, "[%s]" % address if ":" in address else address, self.path)
+
 
 def parse_destination(text: str) -> Destination:
     """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
@@ -6282,7 +6297,8 @@ class Option(NamedTuple):
     """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
 
     `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. `how` is
-    what else argparse is told.
+    what else argparse is told. An option that `chooses` goes with the commands that we tell people to type: "host" with
+    each of them, "server" with those that open.
     """
 
     flags: str
@@ -6293,6 +6309,7 @@ class Option(NamedTuple):
     field: str = ""
     apart: str = ""
     how: Dict[str, Any] = {}
+    chooses: str = ""
 
     @property
     def name(self) -> str:
@@ -6303,6 +6320,19 @@ class Option(NamedTuple):
     def dest(self) -> str:
         """The name under which argparse keeps its value."""
         return str(self.how.get("dest") or self.name.replace("-", "_") or self.flags)
+
+    def words(self, value: Any) -> List[str]:
+        """Return it as it is typed for a value."""
+        if self.dest == "ssh":
+            return list(value)
+        flag = self.flags.split()[-1]
+        if not self.metavar:
+            return [flag] if value == self.how.get("const", True) else []
+        if value is None or value == self.default:
+            return []
+        values = [str(one) for one in (value if isinstance(value, list) else [value])]
+        is_long = flag.startswith("--")
+        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_long and v.startswith("-") else [flag, v])]
 
     def add_to(self, group: Any) -> None:
         """Add it to a parser, or to a group of one."""
@@ -6316,44 +6346,79 @@ class Option(NamedTuple):
 def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
     """Return the row of an option that ssh has under the same letter."""
     how: Dict[str, Any] = {"dest": "ssh", "action": _SshOption, "default": []}
-    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0))
+    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0), chooses="host")
 
 
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
-        Option("--app", "what to open (notebook)", "APP", default="", field="app", how={"choices": list(APPS)}),
-        Option("--lab", "the same as --app lab", how={"dest": "app", "action": "store_const", "const": "lab"}),
+        Option(
+            "--app",
+            "what to open (notebook)",
+            "APP",
+            default="",
+            field="app",
+            how={"choices": list(APPS)},
+            chooses="server",
+        ),
+        Option(
+            "--lab",
+            "the same as --app lab",
+            how={"dest": "app", "action": "store_const", "const": "lab"},
+            chooses="server",
+        ),
         Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
         Option(
             "--attach", "come back to this server; `list` shows the ids", "ID", _text, field="attach", apart="which"
         ),
         Option("--stop-on-exit", "end the server together with the tunnel"),
-        Option("--port", PORT_HELP, "N", _port, 0, "port"),
-        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip"),
-        Option("--socket", "let Jupyter listen on a Unix socket that is yours alone, not on a port", field="socket"),
-        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s"),
-        Option("--server-arg", "an argument for Jupyter itself; repeatable", "ARG", str, [], "server_args"),
+        Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
+        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
+        Option(
+            "--socket",
+            "let Jupyter listen on a Unix socket that is yours alone, not on a port",
+            field="socket",
+            chooses="server",
+        ),
+        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
+        Option(
+            "--server-arg",
+            "an argument for Jupyter itself; repeatable",
+            "ARG",
+            str,
+            [],
+            "server_args",
+            chooses="server",
+        ),
         Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
     ],
     "environment on the host": [
-        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python"),
-        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env"),
-        Option("--init", INIT_HELP, "COMMAND", _text, [], "init"),
+        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python", chooses="server"),
+        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env", chooses="server"),
+        Option("--init", INIT_HELP, "COMMAND", _text, [], "init", chooses="server"),
         Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
-        Option("--no-install", NO_INSTALL_HELP, apart="install", how=dict(MAY_INSTALL, action="store_false")),
+        Option(
+            "--no-install",
+            NO_INSTALL_HELP,
+            apart="install",
+            how=dict(MAY_INSTALL, action="store_false"),
+            chooses="server",
+        ),
     ],
     "scheduler, on a host that is a login node": [
-        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how"),
-        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how"),
+        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how", chooses="server"),
+        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how", chooses="server"),
         Option(
-            "--via-node", "end the tunnel on the job's node itself, by a jump over the login node", field="via_node"
+            "--via-node",
+            "end the tunnel on the job's node itself, by a jump over the login node",
+            field="via_node",
+            chooses="server",
         ),
     ],
     "tunnel and browser": [
-        Option("--local-port", LOCAL_HELP, "N", _port),
+        Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
         Option("--no-browser", "print the address only"),
         Option("--browser", "browser to open (the system's)", "COMMAND"),
-        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}),
+        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}, chooses="server"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
     ],
@@ -6367,14 +6432,14 @@ OPTIONS: Dict[str, List[Option]] = {
         ssh_option("4", "IPv4 only"),
         ssh_option("6", "IPv6 only"),
         ssh_option("C", "compress"),
-        Option("--no-mux", "each step a connection of its own (as on Windows)"),
+        Option("--no-mux", "each step a connection of its own (as on Windows)", chooses="host"),
     ],
     "output": [
         Option("-q --quiet", "the address and errors only"),
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
         Option("--dry-run", "print the ssh commands and run none"),
-        Option("--no-config", "do not read " + config_path()),
+        Option("--no-config", "do not read " + config_path(), chooses="host"),
         Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
         Option("-h --help", "print this help", how={"action": "help"}),
     ],
@@ -6569,14 +6634,19 @@ def submit_words(args: argparse.Namespace) -> List[str]:
 
 
 def back_again(args: argparse.Namespace, *action: str) -> str:
-    """Return the command that reaches the same server again, with the options that choose the host."""
-    destination, path = args.destination
-    if action[:1] == ("--new",):
-        return command_line(*action, *args.ssh, destination)
-    words = list(args.ssh) + (["--lab"] if args.app == "lab" and not action else [])
-    if path is None or action[:1] == ("stop",):
-        return command_line(*words, destination, *action)
-    return command_line(*words, "%s:%s" % (destination, path), *action)
+    """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
+    opens = not action or action[0].startswith("-")
+    words: Dict[str, List[str]] = {}
+    for option in options():
+        is_typed = not args.sources or args.sources.get(option.dest) == "command line"
+        if option.chooses and is_typed and (opens or option.chooses == "host"):
+            dropped = option.dest == "attach" and "--new" in action
+            words[option.dest] = (
+                [] if dropped else option.words(getattr(args, option.dest)) or words.get(option.dest, [])
+            )
+    chosen = [word for group in words.values() for word in group]
+    destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
+    return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
 
 
 def hint_of(args: argparse.Namespace) -> Callable[..., str]:
@@ -7106,7 +7176,14 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
             Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
-            Option("--attach", "follow this run, and bring its result", "ID", _text, how={"dest": "run_id"}),
+            Option(
+                "--attach",
+                "follow this run, and bring its result",
+                "ID",
+                _text,
+                how={"dest": "run_id"},
+                chooses="server",
+            ),
             Option("--overlap", "also when the notebook is being executed already"),
         ],
     ),
