@@ -1475,9 +1475,35 @@ def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> N
 # second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
-# or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
-ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
+# On every call: no agent and no X11 on the way to a shared host, and no terminal there.
+ALWAYS = ["-a", "-x", "-T"]
+
+ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
+
+
+class Keyword(NamedTuple):
+    """A row of KEYWORDS: one of ssh_config(5) which makes another call of ours, its value there, and the calls."""
+
+    name: str
+    value: str
+    calls: Tuple[str, ...] = (MASTER, SESSION, TUNNEL)
+
+
+# All keywords of the manual whose value in the user's config would change what a call *is*, apart from those that a
+# flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is given none of it.
+KEYWORDS = [
+    Keyword("RemoteCommand", "none"),  # 7.6; ends in "Cannot execute command-line and remote command"
+    Keyword("ControlPersist", "no"),
+    Keyword("ForkAfterAuthentication", "no"),  # 8.7; leaves us, logged in
+    Keyword("StdinNull", "no", (SESSION,)),  # 8.7; the agent never arrives
+    # 8.7; none waits for ever, and subsystem takes our command for the name of one. Not beside -N: "Cannot specify -N".
+    Keyword("SessionType", "default", (SESSION,)),
+    Keyword("ControlMaster", "no", (SESSION, TUNNEL)),
+    Keyword("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
+    Keyword("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
+    Keyword("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
+    Keyword("Tunnel", "no", (TUNNEL,)),
+]
 
 
 class NotConnected(Failure):
@@ -1849,7 +1875,7 @@ class Ssh:
         self.messages = messages
         self.ways = ways or WAYS
         self.way: Direct = Direct(self)
-        self.always = ALWAYS
+        self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
@@ -1862,31 +1888,41 @@ class Ssh:
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
-    def argv(self, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
+    def argv(self, call: str, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
         """Return an argv of ssh to this destination: what is specific to the call first, because the first value holds.
 
+        `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then.
         `options` takes the place of the user's own.
         """
-        argv = ["ssh", *specific, *self.always, *(self.options if options is None else options)]
+        ours = [row for row in KEYWORDS if call in (*row.calls, ASKING) and row.name.lower() not in self.unknown]
+        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % (row.name, row.value) for row in ours))]
+        argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def config_argv(self) -> List[str]:
         """Return the argv that asks ssh what its configuration says of this destination."""
-        return self.argv("-G")
+        return self.argv(ASKING, "-G")
+
+    def lasting(self) -> List[str]:
+        """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
+        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
 
     def patience(self) -> List[str]:
-        """Return the options that let ssh notice a dead link, unless the user's config has its own; and ask nobody.
+        """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
 
-        In BatchMode ssh does not say that it waits for a touch either: where someone may see it, it gets no answers.
+        Below INFO, ssh keeps to itself what a host asks for as it lets one in (a banner), and why a link ended. In
+        BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
         """
-        argv = []
+        argv = self.lasting()
+        if self.config.get("loglevel", "INFO").upper() in ("QUIET", "FATAL", "ERROR"):
+            argv += set_options("LogLevel=INFO")
         if self.config.get("serveraliveinterval", "0") == "0":
-            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
+            argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
         if self.config.get("connecttimeout", "none") in ("none", "0"):
-            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
+            argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
         if self.can_ask:
             return argv
-        return argv + ["-o", "NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"]
+        return argv + set_options("NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes")
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -1974,8 +2010,10 @@ class Ssh:
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
-        if "bad configuration option: remotecommand" in words.lower() and self.always == ALWAYS:
-            self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
+        refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
+        ours = [row.name.lower() for row in KEYWORDS]
+        if refused and refused.group(1) in ours and refused.group(1) not in self.unknown:
+            self.unknown.append(refused.group(1))  # an older ssh: no such keyword, and nothing to turn off
             return self._read_config()
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
@@ -2172,19 +2210,15 @@ class Direct:
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session, which logs in."""
-        alone = ["-S", "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*alone, *self.ssh.patience(), *specific, command=command)
+        return self.ssh.argv(SESSION, "-S", "none", *specific, *self.ssh.patience(), command=command)
 
     def forward_argv(self, spec: str, ready: str = "ready") -> List[str]:
         """Return the argv of the tunnel; ssh prints `ready` when it has logged in and listens.
 
-        LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward of
-        the user's own config that fails would end us as well.
+        LocalCommand runs when the forwards are set up (OpenSSH ssh.c).
         """
-        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", "-o", "ControlMaster=no"]
-        argv += self.ssh.patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
-        return self.ssh.argv(*argv)
+        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", *self.ssh.patience()]
+        return self.ssh.argv(TUNNEL, *argv, *set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready))
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
         """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
@@ -2286,10 +2320,9 @@ class Multiplexed(Direct):
         When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
         -J of the user's would be the other one.
         """
-        through = ["-S", self.control_path, "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        through += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+        through = ["-S", self.control_path, *specific, *set_options("ProxyCommand=false", "BatchMode=yes")]
         options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
-        return self.ssh.argv(*through, *specific, options=options, command=command)
+        return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), options=options, command=command)
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
         """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
@@ -2334,13 +2367,8 @@ class Master(Multiplexed):
     """A master of ours, in the foreground: `ssh -M -N`, the process that Ctrl-C ends."""
 
     def master_argv(self) -> List[str]:
-        """Return the argv of the master.
-
-        ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it drops
-        that -L in silence.
-        """
-        argv = ["-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*argv, *self.ssh.patience())
+        """Return the argv of the master."""
+        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
 
     def choose_path(self) -> None:
         """Choose the place of the control socket; raises NotThisWay where there is none."""
@@ -2388,7 +2416,7 @@ class Borrowed(Multiplexed):
     def connect(self) -> None:
         """Look whether there is one that lives."""
         path = self.ssh.config.get("controlpath", "none")
-        if path == "none" or not self.ssh.call(self.ssh.argv("-O", "check"))[0]:
+        if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
         self.ssh.messages.detail("Using the master of your own at %s." % path)
@@ -2440,6 +2468,11 @@ def cannot_forward(spec: str, words: str) -> Failure:
 def local_forwards(specs: List[str]) -> List[str]:
     """Return the options of ssh for these local forwards."""
     return [word for spec in specs for word in ("-L", spec)]
+
+
+def set_options(*settings: str) -> List[str]:
+    """Return the options of ssh for these settings, each as KEYWORD=VALUE."""
+    return [word for setting in settings for word in ("-o", setting)]
 
 
 def pairs_of(options: List[str]) -> List[List[str]]:
