@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 from jupyters import environment
+from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can put sshd into namespaces of its own")
 
