@@ -121,6 +121,7 @@ FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
 COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
 START_TIMEOUT_S = 120
+ASK_TIMEOUT_S = 5  # for a server's answer on the host itself
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried on the host: Jupyter's own
 SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
@@ -357,6 +358,8 @@ class RuntimeInfo(Record):
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
         """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
+        if "is_secure" in facts:  # as we keep it
+            return facts
         host = facts.get("hostname")
         return {
             "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
@@ -497,6 +500,8 @@ class ServerRecord(Kept):
     local_port: int
     no_socket: str = ""
     has_answered: bool = True
+    info: "Optional[RuntimeInfo]" = None  # what Jupyter's file said when it answered first
+    manager: str = ""  # what else it belongs to: JupyterHub
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
@@ -672,6 +677,7 @@ class OpenReply(RuntimeInfo):
     is_launched: bool  # by this request
     is_only: bool = True  # no other one of ours runs there
     seconds: float = 0.0  # the launch took; or, when it ran already, since it was launched
+    request: "Request" = Request()  # what launched it
     scheduler: str = ""  # a scheduler's command that is there and was not used
 
     @classmethod
@@ -692,6 +698,7 @@ class ServerView(Record):
     app: str
     root_dir: str
     is_ours: bool
+    manager: str = ""
     state: str = "live"
     port: int = 0
     sock: str = ""
@@ -1040,20 +1047,62 @@ def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
 
 
-def process_identity(pid: int) -> str:
-    """Return what tells this process from a later one with the same pid; empty when there is no such process."""
+def boot_identity() -> str:
+    """Return what tells this boot of this machine from others, and a container from its neighbours; empty for nothing.
+
+    Some containers, Android and early WSL let nobody read the first (random(4)); the second is pid_namespaces(7).
+    """
     try:
-        with open("/proc/%d/stat" % pid, "rb") as process, open("/proc/sys/kernel/random/boot_id") as boot:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            namespace = os.readlink("/proc/self/ns/pid")
+            return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
+    except OSError:
+        return ""
+
+
+def process_identity(pid: int) -> str:
+    """Return what tells this process from a later one with the same pid: the boot, and when it was started.
+
+    Empty when there is no such process, ":" when nothing more can be told of it.
+    """
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as process:
             fields = process.read().rpartition(b")")[2].split()
             # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
-            return "" if fields[0] == b"Z" else "%s:%s" % (boot.read().strip(), fields[19].decode())
+            return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     except OSError:
         pass
     if os.path.exists("/proc/self/stat"):
         return ""
-    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
-    answer = run_command(argv, COMMAND_TIMEOUT_S)[1]
-    return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
+    # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
+    argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    words = run_command(argv, COMMAND_TIMEOUT_S)[1].split()
+    if words:
+        return "" if words[0].startswith("Z") else ":" + " ".join(words[1:])
+    return ":" if session_of(pid) else ""
+
+
+def is_same_process(pid: int, identity: str) -> bool:
+    """True when the process with this pid is the one that had this identity.
+
+    What could not be read, then or now, does not tell two apart. Where nothing can be, one that leads a session may be
+    ours: so were those that we started.
+    """
+    now = process_identity(pid)
+    if not now or not identity:
+        return False
+    (boot, _, start), (old_boot, _, old_start) = now.partition(":"), identity.partition(":")
+    if now == ":":
+        return identity == ":" and session_of(pid) == pid
+    return start == old_start and (not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0])
+
+
+def session_of(pid: int) -> int:
+    """Return the session that process `pid` is in; 0 when there is no such process."""
+    try:
+        return os.getsid(pid)
+    except (OSError, AttributeError):  # Windows has no sessions
+        return 0
 
 
 def own_uid() -> int:
@@ -1428,7 +1477,7 @@ COLUMNS = {
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
         Column("AGE", lambda server: duration(server.age_s)),
-        Column("", lambda server: "" if server.is_ours else "not started by rjupyter"),
+        Column("", lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter")),
     ],
     "run": [
         Column("ID", lambda run: run.id),
@@ -2766,19 +2815,19 @@ class Here(Elsewhere):
 
     @classmethod
     def holds(cls, record: Kept) -> bool:
-        """True when this is the node that the record names: a home is shared between nodes."""
-        return record.node == os.uname().nodename
+        """True on the machine that the record names, whatever it is called now: a home is shared by several."""
+        boot = record.identity.partition(":")[0]
+        is_same_boot = bool(boot) and boot == boot_identity()
+        return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
 
     def is_running(self) -> bool:
         """True when the process of the record runs."""
-        identity = self.record.identity
-        return bool(identity) and process_identity(self.record.pid) == identity
+        return is_same_process(self.record.pid, self.record.identity)
 
     def why_ended(self, log: str) -> str:
         """Return whether the host was started anew."""
-        boot = process_identity(os.getpid()).partition(":")[0]
-        is_same = self.record.identity.partition(":")[0] == boot or not os.path.exists("/proc/self/stat")
-        return "" if is_same else "the host was started anew"
+        boots = (self.record.identity.partition(":")[0], boot_identity())
+        return "the host was started anew" if all(boots) and boots[0] != boots[1] else ""
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
         """Wait, then TERM, then KILL; and KILL for what is left of its children."""
@@ -2787,14 +2836,12 @@ class Here(Elsewhere):
         record = self.record
         until(lambda: not self.is_running(), polite_s)
         for signum in (signal.SIGTERM, signal.SIGKILL):
-            if self.is_running():
-                send = (
-                    os.killpg if record.is_ours else os.kill
-                )  # we made the group of ours; another may hold a terminal
-                send(record.pid, signum)
+            if self.is_running() and record.identity != ":":  # what may be another's is not killed
+                # We made the group of ours; another's may hold a terminal.
+                (os.killpg if record.is_ours else os.kill)(record.pid, signum)
                 until(lambda: not self.is_running(), 3)
         for pid, identity in children:
-            if identity and process_identity(pid) == identity:
+            if identity != ":" and is_same_process(pid, identity):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -2886,12 +2933,12 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
-        node = read_json(os.path.join(path, kind.name + ".json")).get("node")
+        record = read_record(kind.record, os.path.join(path, kind.name + ".json"))
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
             continue
-        if path not in stays and node in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+        if path not in stays and age_s > KEEP_ENDED_S and (record is None or Here.holds(record)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -3412,20 +3459,26 @@ def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     """Return what Jupyter's own runtime file says of a server; None before it listens.
 
     The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
+    On another node of a shared home, `jupyter server list` removes it: then what we wrote down ourselves leads there.
     """
     is_here = place_of(record).is_here
     for _, pid, path in runtime_files(native(record.runtime_dir)):
         if record.pid == pid or (is_here and session_of(pid) == record.pid):
             return read_record(RuntimeInfo, path)
-    return None
+    return record.info or info_of_0_1_0(record)
 
 
-def session_of(pid: int) -> int:
-    """Return the session that process `pid` is in; 0 when there is no such process."""
+def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what leads to a server that 0.1.0 wrote down: its port stands there, and its token lies beside."""
     try:
-        return os.getsid(pid)
+        with open(os.path.join(record.directory, "token")) as stream:
+            token = stream.read().strip()
     except OSError:
-        return 0
+        return None
+    if not record.has_answered or not record.port:
+        return None
+    facts = {"host": record.request.ip, "port": record.port, "root_dir": record.root_dir}
+    return RuntimeInfo(token=token, base_url="/", **facts)
 
 
 def configured_port() -> bool:
@@ -3458,7 +3511,7 @@ def ask_server(info: RuntimeInfo, path: str, method: str = "GET") -> "Tuple[int,
     address = native(info.sock) or (info.host, info.port)
     try:
         status, body = http_request(
-            address, info.base_url + path, info.token, 5, method=method, is_secure=info.is_secure
+            address, info.base_url + path, info.token, ASK_TIMEOUT_S, method=method, is_secure=info.is_secure
         )
     except OSError:
         return 0, None
@@ -3480,6 +3533,22 @@ def answers(info: RuntimeInfo) -> bool:
     if info.token:
         return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
     return status in ((401, 403) if info.has_password else (200,))
+
+
+def listens(info: RuntimeInfo) -> bool:
+    """True when something takes connections where a server should; it need not answer."""
+    try:
+        if info.sock:
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+                connection.settimeout(ASK_TIMEOUT_S)
+                connection.connect(native(info.sock))
+        else:
+            socket.create_connection((info.host, info.port), timeout=ASK_TIMEOUT_S).close()
+    except socket.timeout:
+        return True  # it is so busy that even its queue is full
+    except OSError:
+        return False
+    return True
 
 
 def is_our_port(info: RuntimeInfo) -> bool:
@@ -3518,6 +3587,8 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info or not place_of(record).is_running():
         return info
     info = server_info(record)
+    if info and record.has_answered and not listens(info):
+        return None  # it is about to end
     if info and ask_server(info, STATUS_PATH)[0]:
         why = "what listens there is not the server %s: it takes any token, or another, or is not yours" % record.id
         what = "a stranger answers on port %d of the host" % info.port
@@ -3564,7 +3635,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         write_down(record, directory)
         info = wait_for_server(record, deadline - time.monotonic(), channel)
         if info:
-            record.root_dir, record.port, record.has_answered = info.root_dir, info.port, True
+            record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
             record.app_version = version_of(found)
             if request.socket and not info.sock:
                 record.no_socket = no_socket or "this Jupyter knows none"
@@ -3673,7 +3744,7 @@ class ServerKind(Kind):
 
     def describe(self, record: ServerRecord) -> ServerView:
         """Ask one how it does."""
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours")
+        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager")
         view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         if not place.is_known:
@@ -3744,13 +3815,15 @@ def other_servers() -> "List[ServerRecord]":
                 created = os.stat(path).st_mtime
             except OSError:
                 continue
+            words = command_of_process(pid)
             record = ServerRecord(
                 created=created,
                 node=os.uname().nodename,
                 pid=pid,
                 identity=process_identity(pid),
                 root_dir=info.root_dir,
-                app=app_of_process(pid, kind),
+                app=app_of_process(words, kind),
+                manager=next((name for name in MANAGERS if any(sign in words for sign in MANAGERS[name])), ""),
                 runtime_dir=portable(directory),
                 local_port=0,
             )
@@ -3759,13 +3832,21 @@ def other_servers() -> "List[ServerRecord]":
     return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
 
 
-def app_of_process(pid: int, kind: str) -> str:
-    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
+# Words in the command line of a server that belongs to something else: it may end it, and its page leads elsewhere.
+MANAGERS = {"JupyterHub": ["jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub"]}
+
+
+def command_of_process(pid: int) -> str:
+    """Return the command line of a process; empty where it cannot be had."""
     try:
         with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            words = stream.read(4096).decode("utf-8", "replace")
+            return stream.read(4096).decode("utf-8", "replace")
     except OSError:
-        words = ""
+        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+
+
+def app_of_process(words: str, kind: str) -> str:
+    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
     signs = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}
     return next((name for name in signs if any(sign in words for sign in signs[name])), "notebook")
 
@@ -3805,6 +3886,8 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
         job = begun if begun and begun.kind == "job" else None
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir, channel)
+        if request.attach and not found:
+            raise Failure("the server %s is about to end" % request.attach, "it takes no more connections", "list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             forget_ended(KINDS["server"], KINDS["server"].running())
@@ -3890,12 +3973,15 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
         found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
         if not found:
             raise Failure("no server of yours has this id: " + request.attach, "", "list shows the ids")
+        if found[0].manager:
+            why = "its page is reached through the %s that started it" % found[0].manager
+            raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
         others = found if not found[0].is_ours else []
     else:
         found = matching_servers(request, root_dir)
         others = []
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
-            others = [record for record in KINDS["server"].all_running() if not record.is_ours]
+            others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
             others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
             others = [record for record in others if has_answered(record)]
         found = found + others
@@ -4623,8 +4709,7 @@ class Tunnel:
             while True:
                 why = self._watch()
                 if not redials:
-                    try_ = command_line(*sys.argv[1:])
-                    raise Failure("the connection to %s was lost" % self.ssh.destination, why, try_, EXIT_SSH)
+                    raise Failure("the connection to %s was lost" % self.ssh.destination, why, self.hint(), EXIT_SSH)
                 self._redial(why)
         finally:
             self.ssh.can_ask = could_ask
@@ -4669,7 +4754,7 @@ class Tunnel:
         if not end.is_running:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
-            raise Failure(what, why, self.hint() + "   (starts another)", EXIT_SERVER_ENDED)
+            raise Failure(what, why, self.hint("--new") + "   (starts another)", EXIT_SERVER_ENDED)
         return end
 
     def _warn_of_limit(self) -> None:
@@ -4823,8 +4908,8 @@ def tunnels() -> List[TunnelRecord]:
         if not match:
             continue
         record = read_record(TunnelRecord, path)
-        identity = process_identity(int(match.group(1)))
-        if not identity or (record and record.identity != identity):
+        pid = int(match.group(1))
+        if not process_identity(pid) or (record and not is_same_process(pid, record.identity)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         elif record and not match.group(2):
@@ -4849,7 +4934,7 @@ def end_tunnel(record: TunnelRecord) -> None:
     """End the process of a tunnel; raises Failure when it does not go."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
-    if not until(lambda: process_identity(record.pid) != record.identity, CONTROL_TIMEOUT_S):
+    if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
         why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
         raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
 
@@ -6086,10 +6171,11 @@ def node_address() -> str:
 class Queue:
     """A job that we wait for: how it stands is shown, and Ctrl-C meanwhile asks whether it is to stay."""
 
-    def __init__(self, agent: Agent, messages: Messages, hint: Callable[..., str]) -> None:
+    def __init__(self, agent: Agent, messages: Messages, hint: Callable[..., str], again: Callable[[str], str]) -> None:
         self.agent = agent
         self.messages = messages
         self.hint = hint
+        self.again = again  # makes the command that waits for the job of an id again
         self.handlers: Dict[str, Handler] = {"queue": self._take}
         self.state = QueueState(id="", job="")
         self._said = ""
@@ -6123,8 +6209,8 @@ class Queue:
                     is_kept = not says_yes("Cancel job %s? [y/N] " % self.state.job)
             if is_kept:
                 text = "Job %s stays. Back to it with: %s   To cancel it: %s"
-                again = command_line(*sys.argv[1:])
-                self.messages.note(text % (self.state.job, again, self.hint("stop", self.state.id)))
+                stop = self.hint("stop", self.state.id)
+                self.messages.note(text % (self.state.job, self.again(self.state.id), stop))
             else:
                 self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
             raise
@@ -6308,6 +6394,7 @@ def config_path() -> str:
     return os.path.join(home, "rjupyter", "config")
 
 
+ATTACH_HELP = "come back to this server; `list` shows the ids"
 PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
 IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
 IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
@@ -6400,9 +6487,7 @@ OPTIONS: Dict[str, List[Option]] = {
             chooses="server",
         ),
         Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
-        Option(
-            "--attach", "come back to this server; `list` shows the ids", "ID", _text, field="attach", apart="which"
-        ),
+        Option("--attach", ATTACH_HELP, "ID", _text, field="attach", apart="which", chooses="server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
         Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
         Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
@@ -6653,13 +6738,15 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
     return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
 
 
+# Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
+SBATCH = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+
+
 def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         if args.slurm is not None:
-            # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-            fixed = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
-            return [*fixed, *shlex.split(args.slurm), "{script}"]
+            return [*SBATCH, *shlex.split(args.slurm), "{script}"]
         words = shlex.split(args.submit or "")
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
@@ -6820,13 +6907,38 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    waiting = Queue(agent, messages, hint_of(args))
+    waiting = Queue(agent, messages, hint_of(args), lambda identity: back_again(args))
     with contextlib.closing(Reserved(local_port)), waiting.asking():
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
+    take_over(args, server)
     say_server(server, args, agent, messages)
     return server
+
+
+def take_over(args: argparse.Namespace, server: Server) -> None:
+    """Let what we print from now on choose what the server was launched with, also where that was not asked for.
+
+    Else the line that starts such another one would start it in another environment, or outside of a job.
+    """
+    facts = vars(args_of_request(server.request))
+    for option in options():
+        is_free = getattr(args, option.dest, None) in (None, False, []) and option.chooses == "server"
+        if is_free and option.dest in facts:
+            setattr(args, option.dest, facts[option.dest])
+            args.sources[option.dest] = "command line"
+
+
+def args_of_request(request: Request) -> argparse.Namespace:
+    """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
+    found = {name: getattr(request, name) for name in ("python", "env", "init", "socket", "via_node")}
+    words = [word for word in request.submit if word != "{script}"]
+    if words[: len(SBATCH)] == SBATCH:
+        found["slurm"] = shlex.join(words[len(SBATCH) :])
+    elif words:
+        found["submit"] = shlex.join(request.submit)
+    return argparse.Namespace(**{name: value for name, value in found.items() if value})
 
 
 def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
@@ -6956,10 +7068,11 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     elif args.inplace and args.run_id:
         wrong = "--attach brings a result; where to is said with -o"
     if wrong:
-        raise Failure("wrong usage", wrong, command_line(args.destination.host, "execute", "--help"), EXIT_USAGE)
+        raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
-    waiting = Queue(agent, messages, hint_of(args))
+    hint = hint_of(args)
+    waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
     with ssh:
         if args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)

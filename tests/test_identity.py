@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute
-from conftest import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 from jupyters import environment
+from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can put sshd into namespaces of its own")
 
@@ -183,14 +183,12 @@ def test_boot_id_that_cannot_be_read_on_the_laptop(laptop: Laptop, host: Host) -
     wrapper.write_text('#!/bin/sh\nexec %s %s "$@"\n' % (" ".join(map(_quoted, NO_BOOT_ID)), sys.executable))
     wrapper.chmod(0o755)
     laptop.python = str(wrapper)
-    run = laptop.start("host", has_terminal=False)
+    run = laptop.run("-f", "host")
     url = run.url()
-    run.expect("To end it")
-    second = laptop.start("host", has_terminal=False)
-    second.expect(r"The tunnel is up already")
-    assert second.wait() == 0 and second.stdout == url + "\n"
-    assert laptop.run("host", "close").status == 0
-    assert run.wait(20) == 0
+    second = laptop.run("host")
+    assert "The tunnel is up already" in second.stderr
+    assert second.status == 0 and second.stdout == url + "\n"
+    assert "Closed the tunnel" in laptop.run("host", "close").stderr
 
 
 def _quoted(word: str) -> str:
