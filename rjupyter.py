@@ -40,6 +40,14 @@ What runs on the host outlives this program; `stop` ends it.
 # runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
 # file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
 
+import sys
+
+if __name__ == "__main__":
+    # Python puts the directory of this file first, and PYTHONPATH next, where an empty entry is the current directory:
+    # a queue.py of someone's project would be imported, and executed. The standard library begins with its archive.
+    archive = "python%d%d.zip" % sys.version_info[:2]
+    sys.path[: next((place for place, path in enumerate(sys.path) if path.endswith(archive)), 0)] = []
+
 import signal
 
 if __name__ == "__main__":
@@ -58,7 +66,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 from typing import (
@@ -3221,14 +3228,30 @@ def environment_python(name: str, root_dir: str) -> str:
     )
 
 
+# -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
+# name makes a namespace, which has no location.
+HAS_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; "
+    "spec = find_spec(sys.argv[1]); sys.exit(not (spec and spec.has_location))"
+)
+RUN_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
+)
+
+
 def launcher_of_python(python: str, app: str, where: str) -> Launcher:
-    """Return how to run Jupyter under one interpreter; raises Failure (3) when it has none."""
+    """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
+
+    It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
+    """
     problem = problem_of(python)
-    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     for candidate in [app] if app else APPS:
         module = APPS[candidate].module
-        if not problem and run_command([python, "-c", check, module], COMMAND_TIMEOUT_S)[0] == 0:
-            return new_launcher(candidate, [python, "-m", module], where, os.environ)
+        if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
+            script = os.path.join(os.path.dirname(python), APPS[candidate].command)
+            how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
+            return new_launcher(candidate, [python, *how], where, os.environ)
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
@@ -3262,26 +3285,36 @@ def launchers_in(
     tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
 
 
+def python_named_by(script: str) -> str:
+    """Return the Python that a script names in its first lines: a path, or a name for PATH; empty where it names none.
+
+    Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    """
+    import re
+
+    try:
+        with open(script, "rb") as stream:
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        return ""
+    forms = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
+    named = next(filter(None, (re.match(form, head) for form in forms)), None)
+    named = named or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
+    return named.group(1) if named else ""
+
+
 def interpreter_of(found: Launcher) -> str:
     """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
 
-    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    Empty where there is none.
     """
-    import re
     import shutil
 
     command, *others = found.argv
     if others:
-        return command  # PYTHON -m notebook
-    try:
-        with open(command, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        head = ""
-    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
-    places = [named.group(1)] if named else []
-    places += [shutil.which(by_env.group(1), path=found.environment["PATH"]) or ""] if by_env else []
+        return command  # PYTHON SCRIPT
+    named = python_named_by(command)
+    places = [named if os.path.isabs(named) else shutil.which(named, path=found.environment["PATH"]) or ""]
     places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
     return next((place for place in places if not problem_of(place)), "")
 
@@ -3330,8 +3363,8 @@ def install_commands() -> "List[List[str]]":
     if uv:
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
-    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
+    make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
+    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
     return [make, install]
 
 
@@ -4848,7 +4881,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
-        [sys.executable, "-c", script, address, command or ""],
+        [sys.executable, "-I", "-c", script, address, command or ""],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -124,7 +124,7 @@ def test_stub_of_an_ssh_that_would_end_what_is_quiet_is_told_not_to(laptop: Lapt
     wrapper = laptop.home / "ssh"
     told = laptop.home / "told"
     wrapper.write_text(
-        '#!/bin/sh\nfor word; do\n  case $word in\n    -G) echo channeltimeout session=1s ;;\n'
+        "#!/bin/sh\nfor word; do\n  case $word in\n    -G) echo channeltimeout session=1s ;;\n"
         "    ChannelTimeout=*) echo $word >>%s; word=LogLevel=INFO ;;\n  esac\n"
         '  set -- "$@" "$word"; shift\ndone\nexec /usr/bin/ssh "$@"\n' % told
     )
