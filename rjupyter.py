@@ -624,6 +624,14 @@ class Found(Message):
     tried: "List[str]" = []
 
 
+class Lacking(Message):
+    """An environment of the project has no Jupyter: another is taken."""
+
+    kind = "lacking"
+    path: str
+    try_: str
+
+
 class Installing(Message):
     """Jupyter is being installed."""
 
@@ -3040,8 +3048,9 @@ def resolve_path(path: str) -> "Tuple[str, str]":
 def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
-    --python and --env name one and no other. Else: PATH as a command of ssh has it; the PATH of the login shell, where
-    conda and the like are set up; the places where environments usually are; at last our own, which is installed then.
+    --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
+    command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
+    environments usually are; at last our own, which is installed then.
     """
     import glob
 
@@ -3057,6 +3066,7 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
     elif request.env:
         yield launcher_of_python(environment_python(native(request.env), root_dir), app, "--env " + request.env)
     else:
+        yield from launchers_of_project(root_dir, app, channel, tried)
         where = "PATH after --init" if request.init else "PATH"
         yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
         if not request.init:
@@ -3064,8 +3074,7 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
             places = of_terminal.get("PATH", "").split(os.pathsep)
             yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
         home = os.path.expanduser("~")
-        places = [os.path.join(root_dir or home, ".venv", "bin")]
-        places += [os.path.join(tree, "bin") for tree in conda_trees()]
+        places = [os.path.join(tree, "bin") for tree in conda_trees()]
         places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
             places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
@@ -3257,6 +3266,31 @@ def launcher_of_python(python: str, app: str, where: str) -> Launcher:
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
+
+
+def project_environments(root_dir: str) -> "List[str]":
+    """Return the virtual environments (PEP 405) of the opened directory, then of those above it, up to home."""
+    home = os.path.realpath(os.path.expanduser("~"))
+    place = os.path.realpath(root_dir or home)
+    above = [place]
+    while (place + os.sep).startswith(home + os.sep) and place != home:
+        place = os.path.dirname(place)
+        above.append(place)
+    found = [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]
+    return [prefix for prefix in found if os.path.isfile(os.path.join(prefix, "pyvenv.cfg"))]
+
+
+def launchers_of_project(root_dir: str, app: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
+    """Yield the launchers of the project's own environments; name one that has no Jupyter, with what adds it.
+
+    Its modules cannot be imported in the Jupyter of another environment, which is taken then.
+    """
+    for prefix in project_environments(root_dir):
+        try:
+            yield launcher_of_python(os.path.join(prefix, "bin", "python"), app, "the project's environment")
+        except Failure as failure:
+            tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
+            channel.send(Lacking(path=portable(prefix), try_=failure.try_))
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -4380,7 +4414,8 @@ def agent_input(command: str, source: bytes, request: Request) -> bytes:
 Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
-    kind.kind: kind for kind in (Hello, Progress, QueueState, Found, Installing, Installed, Stopped, Line, Part)
+    kind.kind: kind
+    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Stopped, Line, Part)
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
@@ -4420,6 +4455,7 @@ class Agent:
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
             "found": self._say_found,
+            "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
             "stopped": self._say_stopped,
@@ -4560,6 +4596,10 @@ class Agent:
             self.messages.detail("looked at " + line)
         say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
         say("Using %s (%s)." % (found.command, found.where))
+
+    def _say_lacking(self, message: Lacking, show: Show) -> None:
+        text = "%s has no Jupyter, and another environment is taken. To add it: %s"
+        self.messages.note(text % (message.path, message.try_))
 
     def _say_installing(self, message: Installing, show: Show) -> None:
         text = "No Jupyter on the host; installing it in %s (%s)." % (message.path, message.tool)
