@@ -63,7 +63,8 @@ def test_usual_place(laptop: Laptop, bare_host: Host, place: str) -> None:
     run = laptop.start("--no-install", "host:work", has_terminal=False)
     run.url()
     where = "our own environment" if "rjupyter" in place else "the usual places"
-    assert "Using %s/%s/bin/jupyter-notebook (%s)." % (bare_host.home, place, where) in run.stderr
+    how = "jupyter-notebook (%s)" % where if place != "work/.venv" else "python (the project's environment)"
+    assert "Using %s/%s/bin/%s." % (bare_host.home, place, how) in run.stderr
 
 
 def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
