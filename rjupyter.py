@@ -3429,34 +3429,17 @@ def install_jupyter(app: str, channel: Channel) -> Launcher:
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
-    """Run a command, each line of its output sent as progress; return its status and the end of its output.
-
-    It ends when nobody waits for it any more: raises Failure then.
-    """
-    import signal
+    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
     import subprocess
-    import tempfile
 
-    tail = [""]
-    with tempfile.NamedTemporaryFile() as out:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        output = Growing(out.name)
-
-        def look() -> bool:
-            has_ended = process.poll() is not None
-            for line in output.lines(has_ended):
-                tail[:] = (tail + [line.strip()])[-LOG_LINES:]
-                channel.progress(line.strip()[:60])
-            return has_ended or channel.is_closed
-
-        until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise Failure("nobody waits for this any more")
-    return process.wait(), "\n".join(tail)
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = [""]
+    assert process.stdout is not None
+    for raw in process.stdout:
+        line = raw.decode("utf-8", "replace").strip()
+        lines = (lines + [line])[-LOG_LINES:]
+        channel.progress(line[:60])
+    return process.wait(), "\n".join(lines)
 
 
 def how_to_install() -> str:
@@ -4449,7 +4432,6 @@ class Agent:
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
-        self.is_launching = False  # what was asked for is being started there, and goes on without us
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
@@ -4591,7 +4573,6 @@ class Agent:
             self.messages.step(text, "connected", user=hello.user, node=hello.node, python=hello.python)
 
     def _say_found(self, found: Found, show: Show) -> None:
-        self.is_launching = True
         for line in found.tried:
             self.messages.detail("looked at " + line)
         say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
@@ -7006,14 +6987,7 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     with contextlib.closing(Reserved(local_port)), waiting.asking():
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
-        try:
-            server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
-        except (KeyboardInterrupt, Terminated):
-            if agent.is_launching and not waiting.state.is_waiting:
-                messages.end_line()
-                text = "Jupyter is being launched on %s, and goes on. To end it: %s"
-                messages.note(text % (agent.ssh.destination, back_again(args, "stop")))
-            raise
+        server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
     take_over(args, server)
     say_server(server, args, agent, messages)
     return server
