@@ -460,7 +460,6 @@ class Request(Record):
     # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
     # from the start: `same_as`.
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
-    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")  # what acts at a launch, and chooses nothing
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
 
     def allows(self, other: "Request") -> bool:
@@ -890,7 +889,6 @@ EVENTS = {
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
     "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir")),
-    "not-applied": Event("options that act at a launch alone, and came too late", ("options",)),
     "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
     "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
     "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
@@ -6981,6 +6979,7 @@ def open_tunnel(
 
 def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
+    warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     waiting = Queue(agent, messages, hint_of(args), lambda identity: back_again(args))
@@ -7029,17 +7028,6 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
         )
 
 
-def late_options(server: Server, args: argparse.Namespace) -> List[str]:
-    """Return the names of the options given that act at a launch alone, and came too late for this server."""
-    late = []
-    for option in options() if not server.is_launched else []:
-        asked = getattr(args, option.dest) if option.field in Request.LAUNCHING else option.default
-        has_it = option.field == "port" and asked == server.port
-        if asked != option.default and not has_it and asked != getattr(server.request, option.field):
-            late.append("--" + option.name)
-    return late
-
-
 def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what one should know of it."""
     destination = agent.ssh.destination
@@ -7051,12 +7039,6 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     messages.step(text, "launched" if server.is_launched else "found", **facts)
-    late = late_options(server, args)
-    if late:
-        text = "%s: not applied, for the server runs already; --new launches another with it." % ", ".join(late)
-        messages.step(text, "not-applied", options=late)
-    if "--ip" not in late:
-        warn_of_address(args, destination, messages)
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.job and not args.via_node:
