@@ -355,6 +355,13 @@ class RuntimeInfo(Record):
     is_secure: bool = False
     has_password: bool = False
 
+    def unusable(self) -> "List[str]":
+        """Return the settings of Jupyter's that cannot be put into a header or an address."""
+        import re
+
+        forms = {"token": r"[!-~]*\Z", "base_url": r"/([A-Za-z0-9_.~%@+-]+/)*\Z"}
+        return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
+
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
         """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
@@ -1030,8 +1037,10 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
 # -- commands and processes -------------------------------------------------------------------------------------------
 
 
-def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
+def run_command(
+    argv: "List[str]", timeout_s: float, environment: "Optional[Dict[str, str]]" = None
+) -> "Tuple[int, str, str]":
+    """Run a command to its end, in our environment or another; return its status, its stdout and its stderr.
 
     The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
     """
@@ -1039,7 +1048,9 @@ def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
 
     pipe = subprocess.PIPE
     try:
-        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
+        answer = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s, env=environment
+        )
     except OSError as error:
         return 127, "", str(error)
     except subprocess.TimeoutExpired:
@@ -3082,6 +3093,13 @@ def problem_of(script: str) -> str:
 # -- the environment of the user's shell ------------------------------------------------------------------------------
 
 
+def take_out(environment: "Any") -> "Any":
+    """Take out what a start-up file sets for one Python and what breaks all others, and return the environment."""
+    for name in ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONEXECUTABLE"):
+        environment.pop(name, None)
+    return environment
+
+
 def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
     """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
@@ -3093,8 +3111,7 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     import tempfile
 
     nonce = os.urandom(8).hex()
-    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
-    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
+    script = " && ".join(init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
     # commands from stdin.
     argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
@@ -3123,10 +3140,21 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
         out.seek(0)
         err.seek(0)
         said = err.read().decode("utf-8", "replace").strip()
-        for line in out.read().decode("utf-8", "replace").splitlines():
-            if line.startswith(nonce):
-                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
-    return {}, said
+        return environment_in(out.read().decode("utf-8", "replace"), nonce), said
+
+
+def dump_command(nonce: str) -> str:
+    """Return a command, valid in every shell, that prints the environment behind a nonce."""
+    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
+    return "exec '%s' -IS -c '%s'" % (sys.executable, dump)
+
+
+def environment_in(text: str, nonce: str) -> "Dict[str, str]":
+    """Return the environment that dump_command printed among other things; empty when it did not come to that."""
+    for line in text.splitlines():
+        if line.startswith(nonce):
+            return dict(take_out({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
+    return {}
 
 
 def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
@@ -3188,6 +3216,36 @@ def environment_python(name: str, root_dir: str) -> str:
     )
 
 
+def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
+    """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
+
+    As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
+    """
+    import glob
+    import shutil
+
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")):
+        is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
+        return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
+    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
+    own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
+    for path in sorted(glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))):
+        own_environ.update({name: str(value) for name, value in read_json(path).items()})
+    variables = read_record(CondaState, os.path.join(prefix, "conda-meta/state"))
+    own_environ.update(variables.env_vars if variables else {})
+    nonce = os.urandom(8).hex()
+    script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
+    argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
+    said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
+    return environment_in(said, nonce) or own_environ
+
+
+class CondaState(Record):
+    """What `conda env config vars set` keeps in an environment: conda-meta/state."""
+
+    env_vars: "Dict[str, str]" = {}
+
+
 def launcher_of_python(python: str, app: str, where: str) -> Launcher:
     """Return how to run Jupyter under one interpreter; raises Failure (3) when it has none."""
     problem = problem_of(python)
@@ -3195,7 +3253,8 @@ def launcher_of_python(python: str, app: str, where: str) -> Launcher:
     for candidate in [app] if app else APPS:
         module = APPS[candidate].module
         if not problem and run_command([python, "-c", check, module], COMMAND_TIMEOUT_S)[0] == 0:
-            return new_launcher(candidate, [python, "-m", module], where, os.environ)
+            prefix = os.path.dirname(os.path.dirname(python))
+            return new_launcher(candidate, [python, "-m", module], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
@@ -3529,6 +3588,10 @@ def is_our_port(info: RuntimeInfo) -> bool:
 def has_answered(record: ServerRecord) -> "Optional[RuntimeInfo]":
     """Return what leads to a server that answers, or that cannot be asked from here; None when it does not."""
     info = server_info(record)
+    if info and info.unusable():
+        name = info.unusable()[0]
+        why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
+        raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
     return info if info and (not can_ask_server(record, info) or answers(info)) else None
 
 
@@ -3600,7 +3663,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             has_answered=False,
         )
         write_down(record, directory)
-        info = wait_for_server(record, deadline - time.monotonic(), channel)
+        try:
+            info = wait_for_server(record, deadline - time.monotonic(), channel)
+        except Failure:
+            end_session(process.pid)
+            process.wait()
+            set_aside(directory)
+            raise
         if info:
             record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
             record.app_version = version_of(found)
@@ -4090,7 +4159,10 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
         if words in log:
             return reason
-    return place_of(record).why_in_doubt()
+    # Jupyter removes this file when it ends by itself; what it logs, its configuration may hide.
+    pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
+    was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
+    return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -4163,6 +4235,7 @@ class Left:
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
+    take_out(os.environ)
     Left.source = source.decode("utf-8")
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
@@ -4545,10 +4618,8 @@ class Server(OpenReply):
             "port": 0 < self.port < 65536 or self.sock,
             "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
             "local_port": 0 < self.local_port < 65536,
-            "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", self.token),
-            "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", self.base_url),
         }
-        return [name for name, is_right in forms.items() if not is_right]
+        return [name for name, is_right in forms.items() if not is_right] + self.unusable()
 
     @property
     def title(self) -> str:
@@ -5665,6 +5736,7 @@ class Scheduler(Record):
     cancel: "List[str]"
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
+    variables: str = "$"  # of the user's, which would change what these commands do or print
 
 
 SCHEDULERS = {
@@ -5675,6 +5747,7 @@ SCHEDULERS = {
         waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
         runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         cancel=["scancel", "{id}"],
+        variables=r"SQUEUE_|SCANCEL_|SLURM_TIME_FORMAT|SBATCH_(WAIT|ARRAY_INX|REQUEUE|TEST_ONLY|OUTPUT|ERROR)$",
     ),
     # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
     # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
@@ -5763,7 +5836,8 @@ class JobKind(Kind):
         """
         known = record.command in SCHEDULERS
         argv = SCHEDULERS[record.command].cancel if known else ["false"]
-        status, said, why = run_command([word.replace("{id}", record.number) for word in argv], QUERY_TIMEOUT_S)
+        argv = [word.replace("{id}", record.number) for word in argv]
+        status, said, why = run_scheduler(record.command, argv, QUERY_TIMEOUT_S)
         until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
         if status and job_state(record).is_live:
             why = (said + why).strip() or "%s is not known here" % record.command
@@ -5882,8 +5956,8 @@ def submit(request: Request, directory: str) -> JobRecord:
     redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
     write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
     argv = [native(word).replace("{script}", script) for word in request.submit]
-    status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
     command = os.path.basename(argv[0])
+    status, said, why = run_scheduler(command, argv, SUBMIT_TIMEOUT_S)
     number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
     if status or not number:
         why = why.strip() or said.strip() or "status %d" % status
@@ -5980,6 +6054,15 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
+def run_scheduler(command: str, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command of a scheduler, without the variables that would change what it does or prints."""
+    import re
+
+    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
+    environment = {name: value for name, value in os.environ.items() if not re.match(pattern, name)}
+    return run_command(argv, timeout_s, environment)
+
+
 def ask_scheduler(command: str) -> str:
     """Return what a scheduler says of the user's jobs; empty when it does not answer."""
     import pwd
@@ -5987,7 +6070,7 @@ def ask_scheduler(command: str) -> str:
 
     user = pwd.getpwuid(os.getuid()).pw_name
     argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
-    status, answer, said = run_command(argv, QUERY_TIMEOUT_S)
+    status, answer, said = run_scheduler(command, argv, QUERY_TIMEOUT_S)
     none = SCHEDULERS[command].none
     return "" if status and not (none and re.search(none, said)) else answer + "\n"
 
@@ -6713,7 +6796,12 @@ def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         if args.slurm is not None:
-            return [*SBATCH, *shlex.split(args.slurm), "{script}"]
+            words = shlex.split(args.slurm)
+            if any(re.match("-a|--array", word) for word in words):
+                raise Failure(
+                    "wrong usage", "--array: a job array would start several", "--slurm without it", EXIT_USAGE
+                )
+            return [*SBATCH, *words, "{script}"]
         words = shlex.split(args.submit or "")
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None

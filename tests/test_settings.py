@@ -15,7 +15,10 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, compute
-from conftest import (
+from jupyters import jupyter_for_everyone
+from private_slurm import PrivateSlurm, find_slurm_obstacle
+from sides import (
+    BOTH_MODES,
     ON_HOST,
     SCRIPT,
     SYSTEM_PATH,
@@ -28,10 +31,6 @@ from conftest import (
     quiet_port,
     wait_until,
 )
-from jupyters import jupyter_for_everyone
-from private_slurm import PrivateSlurm, find_slurm_obstacle
-
-BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
 
 
 def of_ssh(laptop: Laptop, *lines: str) -> None:
@@ -120,6 +119,22 @@ def test_stub_of_an_ssh_without_these_options_is_asked_for_none(laptop: Laptop, 
     assert compute(run.url(), "print(1)") == "1\n"
 
 
+def test_stub_of_an_ssh_that_would_end_what_is_quiet_is_told_not_to(laptop: Laptop, host: Host) -> None:
+    """OpenSSH 9.6 and later know ChannelTimeout; where the config has it, our calls take it away."""
+    wrapper = laptop.home / "ssh"
+    told = laptop.home / "told"
+    wrapper.write_text(
+        "#!/bin/sh\nfor word; do\n  case $word in\n    -G) echo channeltimeout session=1s ;;\n"
+        "    ChannelTimeout=*) echo $word >>%s; word=LogLevel=INFO ;;\n  esac\n"
+        '  set -- "$@" "$word"; shift\ndone\nexec /usr/bin/ssh "$@"\n' % told
+    )
+    wrapper.chmod(0o755)
+    for mode, times in (([], 2), (["--no-mux"], 2)):
+        told.write_text("")
+        with laptop.opened(*mode, "host", PATH="%s:%s" % (laptop.home, SYSTEM_PATH)):
+            assert told.read_text().split().count("ChannelTimeout=none") >= times
+
+
 # What each keyword of ssh_config(5) is to us. Ours: a value that would change our calls, and what `ssh -G` must say
 # instead, for a session, and for the connection itself (`ssh -N`).
 OURS = {
@@ -132,13 +147,12 @@ OURS = {
     "ForwardAgent": ("yes", "no", "no"),
     "ForwardX11": ("yes", "no", "no"),
     "ControlMaster": ("ask", "false", ""),
-    "ChannelTimeout": ("session=1s", "none", "none"),
     "Tunnel": ("ethernet", "", "false"),
     "PermitLocalCommand": ("yes", "no", ""),
 }
 # Set by us in one call or another, as the tests above and test_staying.py show.
 OURS_SOMETIMES = """
-BatchMode ClearAllForwardings ConnectTimeout ControlPath DynamicForward ExitOnForwardFailure LocalCommand
+BatchMode ChannelTimeout ClearAllForwardings ConnectTimeout ControlPath DynamicForward ExitOnForwardFailure LocalCommand
 LocalForward LogLevel RemoteForward ServerAliveCountMax ServerAliveInterval
 """
 USERS = """
@@ -184,7 +198,7 @@ def test_keyword_that_is_ours_is_set_in_each_call(laptop: Laptop, host: Host, ke
     """Each ssh of --dry-run is given to `ssh -G`, with a configuration that says something else."""
     hostile, in_session, in_connection = OURS[keyword]
     ask = ["ssh", "-G", "-F", "/dev/null", "-o", "%s=%s" % (keyword, hostile), "x"]
-    if subprocess.run(ask, capture_output=True).returncode:
+    if b"Bad configuration option" in subprocess.run(ask, capture_output=True).stderr:
         pytest.skip("this ssh knows no " + keyword)
     text = laptop.run(*mode, "--dry-run", "host").text
     of_ssh(laptop, "%s %s" % (keyword, hostile))
