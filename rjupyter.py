@@ -40,6 +40,14 @@ What runs on the host outlives this program; `stop` ends it.
 # runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
 # file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
 
+import sys
+
+if __name__ == "__main__":
+    # Python puts the directory of this file first, and PYTHONPATH next, where an empty entry is the current directory:
+    # a queue.py of someone's project would be imported, and executed. The standard library begins with its archive.
+    archive = "python%d%d.zip" % sys.version_info[:2]
+    sys.path[: next((place for place, path in enumerate(sys.path) if path.endswith(archive)), 0)] = []
+
 import signal
 
 if __name__ == "__main__":
@@ -58,7 +66,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 from typing import (
@@ -1535,9 +1542,35 @@ def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> N
 # second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
-# or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
-ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
+# On every call: no agent and no X11 on the way to a shared host, and no terminal there.
+ALWAYS = ["-a", "-x", "-T"]
+
+ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
+
+
+class Keyword(NamedTuple):
+    """A row of KEYWORDS: one of ssh_config(5) which makes another call of ours, its value there, and the calls."""
+
+    name: str
+    value: str
+    calls: Tuple[str, ...] = (MASTER, SESSION, TUNNEL)
+
+
+# All keywords of the manual whose value in the user's config would change what a call *is*, apart from those that a
+# flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is given none of it.
+KEYWORDS = [
+    Keyword("RemoteCommand", "none"),  # 7.6; ends in "Cannot execute command-line and remote command"
+    Keyword("ControlPersist", "no"),
+    Keyword("ForkAfterAuthentication", "no"),  # 8.7; leaves us, logged in
+    Keyword("StdinNull", "no", (SESSION,)),  # 8.7; the agent never arrives
+    # 8.7; none waits for ever, and subsystem takes our command for the name of one. Not beside -N: "Cannot specify -N".
+    Keyword("SessionType", "default", (SESSION,)),
+    Keyword("ControlMaster", "no", (SESSION, TUNNEL)),
+    Keyword("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
+    Keyword("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
+    Keyword("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
+    Keyword("Tunnel", "no", (TUNNEL,)),
+]
 
 
 class NotConnected(Failure):
@@ -1909,7 +1942,7 @@ class Ssh:
         self.messages = messages
         self.ways = ways or WAYS
         self.way: Direct = Direct(self)
-        self.always = ALWAYS
+        self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
@@ -1922,31 +1955,41 @@ class Ssh:
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
-    def argv(self, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
+    def argv(self, call: str, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
         """Return an argv of ssh to this destination: what is specific to the call first, because the first value holds.
 
+        `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then.
         `options` takes the place of the user's own.
         """
-        argv = ["ssh", *specific, *self.always, *(self.options if options is None else options)]
+        ours = [row for row in KEYWORDS if call in (*row.calls, ASKING) and row.name.lower() not in self.unknown]
+        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % (row.name, row.value) for row in ours))]
+        argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def config_argv(self) -> List[str]:
         """Return the argv that asks ssh what its configuration says of this destination."""
-        return self.argv("-G")
+        return self.argv(ASKING, "-G")
+
+    def lasting(self) -> List[str]:
+        """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
+        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
 
     def patience(self) -> List[str]:
-        """Return the options that let ssh notice a dead link, unless the user's config has its own; and ask nobody.
+        """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
 
-        In BatchMode ssh does not say that it waits for a touch either: where someone may see it, it gets no answers.
+        Below INFO, ssh keeps to itself what a host asks for as it lets one in (a banner), and why a link ended. In
+        BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
         """
-        argv = []
+        argv = self.lasting()
+        if self.config.get("loglevel", "INFO").upper() in ("QUIET", "FATAL", "ERROR"):
+            argv += set_options("LogLevel=INFO")
         if self.config.get("serveraliveinterval", "0") == "0":
-            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
+            argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
         if self.config.get("connecttimeout", "none") in ("none", "0"):
-            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
+            argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
         if self.can_ask:
             return argv
-        return argv + ["-o", "NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"]
+        return argv + set_options("NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes")
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -2034,8 +2077,10 @@ class Ssh:
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
-        if "bad configuration option: remotecommand" in words.lower() and self.always == ALWAYS:
-            self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
+        refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
+        ours = [row.name.lower() for row in KEYWORDS]
+        if refused and refused.group(1) in ours and refused.group(1) not in self.unknown:
+            self.unknown.append(refused.group(1))  # an older ssh: no such keyword, and nothing to turn off
             return self._read_config()
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
@@ -2232,19 +2277,15 @@ class Direct:
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session, which logs in."""
-        alone = ["-S", "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*alone, *self.ssh.patience(), *specific, command=command)
+        return self.ssh.argv(SESSION, "-S", "none", *specific, *self.ssh.patience(), command=command)
 
     def forward_argv(self, spec: str, ready: str = "ready") -> List[str]:
         """Return the argv of the tunnel; ssh prints `ready` when it has logged in and listens.
 
-        LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward of
-        the user's own config that fails would end us as well.
+        LocalCommand runs when the forwards are set up (OpenSSH ssh.c).
         """
-        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", "-o", "ControlMaster=no"]
-        argv += self.ssh.patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
-        return self.ssh.argv(*argv)
+        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", *self.ssh.patience()]
+        return self.ssh.argv(TUNNEL, *argv, *set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready))
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
         """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
@@ -2346,10 +2387,9 @@ class Multiplexed(Direct):
         When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
         -J of the user's would be the other one.
         """
-        through = ["-S", self.control_path, "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        through += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+        through = ["-S", self.control_path, *specific, *set_options("ProxyCommand=false", "BatchMode=yes")]
         options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
-        return self.ssh.argv(*through, *specific, options=options, command=command)
+        return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), options=options, command=command)
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
         """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
@@ -2394,13 +2434,8 @@ class Master(Multiplexed):
     """A master of ours, in the foreground: `ssh -M -N`, the process that Ctrl-C ends."""
 
     def master_argv(self) -> List[str]:
-        """Return the argv of the master.
-
-        ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it drops
-        that -L in silence.
-        """
-        argv = ["-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*argv, *self.ssh.patience())
+        """Return the argv of the master."""
+        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
 
     def choose_path(self) -> None:
         """Choose the place of the control socket; raises NotThisWay where there is none."""
@@ -2448,7 +2483,7 @@ class Borrowed(Multiplexed):
     def connect(self) -> None:
         """Look whether there is one that lives."""
         path = self.ssh.config.get("controlpath", "none")
-        if path == "none" or not self.ssh.call(self.ssh.argv("-O", "check"))[0]:
+        if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
         self.ssh.messages.detail("Using the master of your own at %s." % path)
@@ -2500,6 +2535,11 @@ def cannot_forward(spec: str, words: str) -> Failure:
 def local_forwards(specs: List[str]) -> List[str]:
     """Return the options of ssh for these local forwards."""
     return [word for spec in specs for word in ("-L", spec)]
+
+
+def set_options(*settings: str) -> List[str]:
+    """Return the options of ssh for these settings, each as KEYWORD=VALUE."""
+    return [word for setting in settings for word in ("-o", setting)]
 
 
 def pairs_of(options: List[str]) -> List[List[str]]:
@@ -3246,15 +3286,31 @@ class CondaState(Record):
     env_vars: "Dict[str, str]" = {}
 
 
+# -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
+# name makes a namespace, which has no location.
+HAS_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; "
+    "spec = find_spec(sys.argv[1]); sys.exit(not (spec and spec.has_location))"
+)
+RUN_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
+)
+
+
 def launcher_of_python(python: str, app: str, where: str) -> Launcher:
-    """Return how to run Jupyter under one interpreter; raises Failure (3) when it has none."""
+    """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
+
+    It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
+    """
     problem = problem_of(python)
-    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     for candidate in [app] if app else APPS:
         module = APPS[candidate].module
-        if not problem and run_command([python, "-c", check, module], COMMAND_TIMEOUT_S)[0] == 0:
+        if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
+            script = os.path.join(os.path.dirname(python), APPS[candidate].command)
+            how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
             prefix = os.path.dirname(os.path.dirname(python))
-            return new_launcher(candidate, [python, "-m", module], where, activated(prefix, os.environ))
+            return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
@@ -3288,26 +3344,36 @@ def launchers_in(
     tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
 
 
+def python_named_by(script: str) -> str:
+    """Return the Python that a script names in its first lines: a path, or a name for PATH; empty where it names none.
+
+    Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    """
+    import re
+
+    try:
+        with open(script, "rb") as stream:
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        return ""
+    forms = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
+    named = next(filter(None, (re.match(form, head) for form in forms)), None)
+    named = named or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
+    return named.group(1) if named else ""
+
+
 def interpreter_of(found: Launcher) -> str:
     """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
 
-    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    Empty where there is none.
     """
-    import re
     import shutil
 
     command, *others = found.argv
     if others:
-        return command  # PYTHON -m notebook
-    try:
-        with open(command, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        head = ""
-    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
-    places = [named.group(1)] if named else []
-    places += [shutil.which(by_env.group(1), path=found.environment["PATH"]) or ""] if by_env else []
+        return command  # PYTHON SCRIPT
+    named = python_named_by(command)
+    places = [named if os.path.isabs(named) else shutil.which(named, path=found.environment["PATH"]) or ""]
     places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
     return next((place for place in places if not problem_of(place)), "")
 
@@ -3356,8 +3422,8 @@ def install_commands() -> "List[List[str]]":
     if uv:
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
-    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
+    make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
+    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
     return [make, install]
 
 
@@ -3629,6 +3695,9 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
 # -- launch -----------------------------------------------------------------------------------------------------------
 
 
+REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, and its words that do not name them
+
+
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
     """Launch Jupyter by one launcher, where it can first listen; None when its command cannot be run at all.
 
@@ -3692,7 +3761,8 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             break
     kept = set_aside(directory)
     why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    try_ = "the whole log is on the host in " + portable(kept)
+    settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
+    try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
@@ -4886,7 +4956,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
-        [sys.executable, "-c", script, address, command or ""],
+        [sys.executable, "-I", "-c", script, address, command or ""],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

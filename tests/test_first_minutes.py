@@ -11,8 +11,8 @@ from typing import Any, Callable, List
 
 import pytest
 from client import compute
-from conftest import Host, Laptop, Run, processes_with, wait_until
 from jupyters import jupyter_for_everyone
+from sides import Host, Laptop, Run, processes_with, wait_until
 
 
 def venv_without_jupyter(prefix: Path) -> None:
