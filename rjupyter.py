@@ -3574,12 +3574,12 @@ def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
 
 
 def configured_port() -> bool:
-    """True when the user's own configuration names a port: then theirs holds, and none goes on the command line."""
+    """True when the user's own configuration names a port, or a socket: then theirs holds, and we name none."""
     import re
 
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.port\s*="), (".json", r'"port"\s*:')):
+        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(port|sock)\s*="), (".json", r'"(port|sock)"\s*:')):
             try:
                 with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
                     if re.search(pattern, stream.read(RUNTIME_FILE_MAX)):
@@ -3755,7 +3755,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
-        if "are mutually exclusive" in tail:
+        if not port and "are mutually exclusive" in tail:
             no_socket = "its configuration names a port"
         elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
@@ -3778,13 +3778,15 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
     if request.socket and not request.no_socket:
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
+    if configured_port() and not request.port:
+        yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
+        return
     starting = [server.port for server in KINDS["server"].running()]
     port = request.port or DEFAULT_PORT
     for _ in range(100):
         port = find_free_port(port, request.ip)
         if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            named = ["--port=%d" % port] if request.port or not configured_port() else []
-            yield port, ["--ip=" + request.ip] + named
+            yield port, ["--ip=" + request.ip, "--port=%d" % port]
         port += 1
 
 
