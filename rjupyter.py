@@ -435,6 +435,7 @@ class Request(Record):
     is_all: bool = False
     asks: bool = False
     is_followed: bool = False
+    line: int = 0
     # Of an execution.
     notebook: str = ""
     file: str = ""
@@ -466,12 +467,18 @@ class Request(Record):
 
     # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
     # from the start: `same_as`.
+    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")  # what acts at a launch alone
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
         return all(getattr(self, name) in (getattr(other, name), None, "", [], False) for name in self.CHOOSING)
+
+    def too_late(self, launched: "Request") -> "List[str]":
+        """Return what is asked for here and was not at the launch of what is found, as far as it acts there alone."""
+        asked = [name for name in self.LAUNCHING if getattr(self, name) != getattr(type(self), name)]
+        return [name for name in asked if getattr(self, name) != getattr(launched, name)]
 
     def same_as(self, other: "Request") -> bool:
         """True when both ask for the same."""
@@ -644,6 +651,13 @@ class Installed(Message):
     kind = "installed"
     path: str
     elapsed_s: float
+
+
+class Launching(Message):
+    """A server or a run has been started, and is waited for."""
+
+    kind = "launching"
+    id: str
 
 
 class Stopped(Message):
@@ -887,7 +901,7 @@ EVENTS = {
     "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
-    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir", "ignored")),
     "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
     "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
     "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
@@ -3001,6 +3015,18 @@ def start_detached(
         )
 
 
+def end_session(pid: int) -> None:
+    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+    import signal
+
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, signum)
+        except OSError:
+            return
+        until(lambda: not process_identity(pid), 3)
+
+
 def end_with_parent() -> "Optional[Callable[[], object]]":
     """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
 
@@ -3452,17 +3478,28 @@ def install_jupyter(app: str, channel: Channel) -> Launcher:
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
-    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
-    import subprocess
+    """Run a command, its last line sent as progress; return its status and the end of its output.
 
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = [""]
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").strip()
-        lines = (lines + [line])[-LOG_LINES:]
-        channel.progress(line[:60])
-    return process.wait(), "\n".join(lines)
+    It is ended when nobody waits for it any more: the next one who does begins it again.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        growing = Growing(output.name)
+        lines = []  # type: List[str]
+
+        def look() -> bool:
+            has_ended = process.poll() is not None
+            lines.extend(line.strip() for line in growing.lines(has_ended))
+            channel.progress(lines[-1][:60] if lines else "")
+            return has_ended or channel.is_closed
+
+        until(look, float("inf"), channel.keep_alive, slowest_s=0.2)
+        if process.poll() is None:
+            end_session(process.pid)
+        return process.wait(), "\n".join(lines[-LOG_LINES:])
 
 
 def how_to_install() -> str:
@@ -3732,6 +3769,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             has_answered=False,
         )
         write_down(record, directory)
+        channel.send(Launching(id=record.id))
         try:
             info = wait_for_server(record, deadline - time.monotonic(), channel)
         except Failure:
@@ -3819,18 +3857,6 @@ def set_aside(directory: str) -> str:
     os.replace(os.path.join(directory, "log"), kept)
     shutil.rmtree(directory, ignore_errors=True)
     return kept
-
-
-def end_session(pid: int) -> None:
-    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
-    import signal
-
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, signum)
-        except OSError:
-            return
-        until(lambda: not process_identity(pid), 3)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -4131,7 +4157,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 def follow_log(request: Request, channel: Channel) -> LogsReply:
     """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
 
-    `offsets` has the number of the lines that are known already.
+    `line` is the number of those that are known already.
     """
     records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
     if not records:
@@ -4140,7 +4166,7 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
     record = records[0]
     place = place_of(record)
     log = Growing(log_of(record))
-    known = request.offsets.get("lines", 0)
+    known = request.line
 
     def send_lines() -> bool:
         nonlocal known
@@ -4438,7 +4464,8 @@ def agent_input(command: str, source: bytes, request: Request) -> bytes:
 Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
-    kind.kind: kind for kind in (Hello, Progress, QueueState, Found, Installing, Installed, Stopped, Line, Part)
+    kind.kind: kind
+    for kind in (Hello, Progress, QueueState, Found, Installing, Installed, Launching, Stopped, Line, Part)
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
@@ -4472,6 +4499,7 @@ class Agent:
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
+        self.launching = ""  # the id of what was started there, until the reply
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
@@ -4479,6 +4507,7 @@ class Agent:
             "found": self._say_found,
             "installing": self._say_installing,
             "installed": self._say_installed,
+            "launching": self._keep_launching,
             "stopped": self._say_stopped,
         }
         ssh.meanwhile = self.prepare
@@ -4624,6 +4653,22 @@ class Agent:
     def _say_installed(self, message: Installed, show: Show) -> None:
         text = "Installed Jupyter (%.0f s)." % message.elapsed_s
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
+
+    def _keep_launching(self, message: Launching, show: Show) -> None:
+        self.launching = message.id
+
+    @contextlib.contextmanager
+    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+        self.launching = ""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            if self.launching:
+                self.messages.end_line()
+                stop = hint("stop", self.launching)
+                self.messages.note("%s goes on starting on %s. To end it: %s" % (what, self.ssh.destination, stop))
+            raise
 
     def _say_stopped(self, message: Stopped, show: Show) -> None:
         if message.what not in STOPPED_TEXTS:
@@ -5279,6 +5324,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         key=request.key,
     )
     write_down(record, directory)
+    channel.send(Launching(id=record.id))
     journal = os.path.join(directory, "journal")
     until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
     if process.poll() == CANNOT_RUN:
@@ -7031,11 +7077,11 @@ def open_tunnel(
 
 def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
-    warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     waiting = Queue(agent, messages, hint_of(args), lambda identity: back_again(args))
-    with contextlib.closing(Reserved(local_port)), waiting.asking():
+    leaving = agent.leaving("Jupyter", hint_of(args))
+    with contextlib.closing(Reserved(local_port)), waiting.asking(), leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -7090,7 +7136,16 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
-    messages.step(text, "launched" if server.is_launched else "found", **facts)
+    if server.is_launched:
+        messages.step(text, "launched", **facts)
+        warn_of_address(args, destination, messages)
+    else:
+        fields = request_of(args).too_late(server.request)
+        ignored = ["--" + option.name for option in options() if option.field in fields]
+        messages.step(text, "found", ignored=ignored, **facts)
+        if ignored:
+            text = "%s acts at a launch alone, and this one ran already. For another one: %s"
+            messages.note(text % (", ".join(ignored), back_again(args, "--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.job and not args.via_node:
@@ -7136,7 +7191,7 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     identity, lines = args.id, 0
 
     def request() -> Request:
-        return Request(action="logs", id=identity, is_followed=args.is_followed, offsets={"lines": lines})
+        return Request(action="logs", id=identity, is_followed=args.is_followed, line=lines)
 
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
@@ -7228,7 +7283,7 @@ def start_execution(
         timeout_s=args.time_limit,
         errand=os.urandom(8).hex(),
     )
-    with waiting.asking():
+    with waiting.asking(), agent.leaving("The execution of " + source.name, hint_of(args)):
         doing = "Launching the execution of " + source.name
         reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
