@@ -873,6 +873,17 @@ class ExamineReply(Record):
 # agent ends
 
 
+class SshConfig(Record):
+    """What `ssh -G` says of a destination, under ssh's own names, as far as it matters to us."""
+
+    channeltimeout: str = "none"
+    connecttimeout: str = "none"
+    controlpath: str = "none"
+    loglevel: str = "INFO"
+    proxyjump: str = "none"
+    serveraliveinterval: str = "0"
+
+
 class TunnelRecord(Record):
     """A tunnel of ours that is up here, for a second copy of us and for `close`: PID.json."""
 
@@ -1957,7 +1968,7 @@ class Ssh:
         self.ways = ways or WAYS
         self.way: Direct = Direct(self)
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
-        self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
+        self.config = SshConfig()  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
@@ -1986,7 +1997,7 @@ class Ssh:
 
     def lasting(self) -> List[str]:
         """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
-        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
+        return set_options("ChannelTimeout=none") if self.config.channeltimeout != "none" else []
 
     def patience(self) -> List[str]:
         """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
@@ -1995,11 +2006,11 @@ class Ssh:
         BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
         """
         argv = self.lasting()
-        if self.config.get("loglevel", "INFO").upper() in ("QUIET", "FATAL", "ERROR"):
+        if self.config.loglevel.upper() in ("QUIET", "FATAL", "ERROR"):
             argv += set_options("LogLevel=INFO")
-        if self.config.get("serveraliveinterval", "0") == "0":
+        if self.config.serveraliveinterval == "0":
             argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
-        if self.config.get("connecttimeout", "none") in ("none", "0"):
+        if self.config.connecttimeout in ("none", "0"):
             argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
         if self.can_ask:
             return argv
@@ -2086,7 +2097,7 @@ class Ssh:
             raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
         return words.strip()
 
-    def _read_config(self) -> Dict[str, str]:
+    def _read_config(self) -> SshConfig:
         argv = self.config_argv()
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
@@ -2098,7 +2109,7 @@ class Ssh:
             return self._read_config()
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
-        return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
+        return SshConfig.read(dict(line.split(" ", 1) for line in said.splitlines() if " " in line))
 
     def __enter__(self) -> "Ssh":
         try:
@@ -2155,7 +2166,7 @@ class Ssh:
         host = self.destination.rsplit("@", 1)[-1]
         removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
         facts = {
-            "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
+            "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
             "ssh": self.plain_command,
             "login": shlex.join(["ssh"] + self.options + [self.destination]),
             "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
@@ -2496,7 +2507,7 @@ class Borrowed(Multiplexed):
 
     def connect(self) -> None:
         """Look whether there is one that lives."""
-        path = self.ssh.config.get("controlpath", "none")
+        path = self.ssh.config.controlpath
         if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
