@@ -362,6 +362,13 @@ class RuntimeInfo(Record):
     is_secure: bool = False
     has_password: bool = False
 
+    def unusable(self) -> "List[str]":
+        """Return the settings of Jupyter's that cannot be put into a header or an address."""
+        import re
+
+        forms = {"token": r"[!-~]*\Z", "base_url": r"/([A-Za-z0-9_.~%@+-]+/)*\Z"}
+        return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
+
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
         """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
@@ -428,6 +435,7 @@ class Request(Record):
     is_all: bool = False
     asks: bool = False
     is_followed: bool = False
+    line: int = 0
     # Of an execution.
     notebook: str = ""
     file: str = ""
@@ -459,12 +467,18 @@ class Request(Record):
 
     # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
     # from the start: `same_as`.
+    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")  # what acts at a launch alone
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
         return all(getattr(self, name) in (getattr(other, name), None, "", [], False) for name in self.CHOOSING)
+
+    def too_late(self, launched: "Request") -> "List[str]":
+        """Return what is asked for here and was not at the launch of what is found, as far as it acts there alone."""
+        asked = [name for name in self.LAUNCHING if getattr(self, name) != getattr(type(self), name)]
+        return [name for name in asked if getattr(self, name) != getattr(launched, name)]
 
     def same_as(self, other: "Request") -> bool:
         """True when both ask for the same."""
@@ -645,6 +659,13 @@ class Installed(Message):
     kind = "installed"
     path: str
     elapsed_s: float
+
+
+class Launching(Message):
+    """A server or a run has been started, and is waited for."""
+
+    kind = "launching"
+    id: str
 
 
 class Stopped(Message):
@@ -860,6 +881,17 @@ class ExamineReply(Record):
 # agent ends
 
 
+class SshConfig(Record):
+    """What `ssh -G` says of a destination, under ssh's own names, as far as it matters to us."""
+
+    channeltimeout: str = "none"
+    connecttimeout: str = "none"
+    controlpath: str = "none"
+    loglevel: str = "INFO"
+    proxyjump: str = "none"
+    serveraliveinterval: str = "0"
+
+
 class TunnelRecord(Record):
     """A tunnel of ours that is up here, for a second copy of us and for `close`: PID.json."""
 
@@ -888,7 +920,7 @@ EVENTS = {
     "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
-    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir", "ignored")),
     "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
     "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
     "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
@@ -1045,8 +1077,10 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
 # -- commands and processes -------------------------------------------------------------------------------------------
 
 
-def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
+def run_command(
+    argv: "List[str]", timeout_s: float, environment: "Optional[Dict[str, str]]" = None
+) -> "Tuple[int, str, str]":
+    """Run a command to its end, in our environment or another; return its status, its stdout and its stderr.
 
     The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
     """
@@ -1054,7 +1088,9 @@ def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
 
     pipe = subprocess.PIPE
     try:
-        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
+        answer = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s, env=environment
+        )
     except OSError as error:
         return 127, "", str(error)
     except subprocess.TimeoutExpired:
@@ -1940,7 +1976,7 @@ class Ssh:
         self.ways = ways or WAYS
         self.way: Direct = Direct(self)
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
-        self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
+        self.config = SshConfig()  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
@@ -1969,7 +2005,7 @@ class Ssh:
 
     def lasting(self) -> List[str]:
         """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
-        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
+        return set_options("ChannelTimeout=none") if self.config.channeltimeout != "none" else []
 
     def patience(self) -> List[str]:
         """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
@@ -1978,11 +2014,11 @@ class Ssh:
         BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
         """
         argv = self.lasting()
-        if self.config.get("loglevel", "INFO").upper() in ("QUIET", "FATAL", "ERROR"):
+        if self.config.loglevel.upper() in ("QUIET", "FATAL", "ERROR"):
             argv += set_options("LogLevel=INFO")
-        if self.config.get("serveraliveinterval", "0") == "0":
+        if self.config.serveraliveinterval == "0":
             argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
-        if self.config.get("connecttimeout", "none") in ("none", "0"):
+        if self.config.connecttimeout in ("none", "0"):
             argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
         if self.can_ask:
             return argv
@@ -2069,7 +2105,7 @@ class Ssh:
             raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
         return words.strip()
 
-    def _read_config(self) -> Dict[str, str]:
+    def _read_config(self) -> SshConfig:
         argv = self.config_argv()
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
@@ -2081,7 +2117,7 @@ class Ssh:
             return self._read_config()
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
-        return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
+        return SshConfig.read(dict(line.split(" ", 1) for line in said.splitlines() if " " in line))
 
     def __enter__(self) -> "Ssh":
         try:
@@ -2138,7 +2174,7 @@ class Ssh:
         host = self.destination.rsplit("@", 1)[-1]
         removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
         facts = {
-            "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
+            "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
             "ssh": self.plain_command,
             "login": shlex.join(["ssh"] + self.options + [self.destination]),
             "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
@@ -2479,7 +2515,7 @@ class Borrowed(Multiplexed):
 
     def connect(self) -> None:
         """Look whether there is one that lives."""
-        path = self.ssh.config.get("controlpath", "none")
+        path = self.ssh.config.controlpath
         if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
@@ -2998,6 +3034,18 @@ def start_detached(
         )
 
 
+def end_session(pid: int) -> None:
+    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+    import signal
+
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, signum)
+        except OSError:
+            return
+        until(lambda: not process_identity(pid), 3)
+
+
 def end_with_parent() -> "Optional[Callable[[], object]]":
     """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
 
@@ -3131,6 +3179,13 @@ def problem_of(script: str) -> str:
 # -- the environment of the user's shell ------------------------------------------------------------------------------
 
 
+def take_out(environment: "Any") -> "Any":
+    """Take out what a start-up file sets for one Python and what breaks all others, and return the environment."""
+    for name in ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONEXECUTABLE"):
+        environment.pop(name, None)
+    return environment
+
+
 def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
     """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
@@ -3142,8 +3197,7 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     import tempfile
 
     nonce = os.urandom(8).hex()
-    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
-    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
+    script = " && ".join(init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
     # commands from stdin.
     argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
@@ -3172,10 +3226,21 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
         out.seek(0)
         err.seek(0)
         said = err.read().decode("utf-8", "replace").strip()
-        for line in out.read().decode("utf-8", "replace").splitlines():
-            if line.startswith(nonce):
-                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
-    return {}, said
+        return environment_in(out.read().decode("utf-8", "replace"), nonce), said
+
+
+def dump_command(nonce: str) -> str:
+    """Return a command, valid in every shell, that prints the environment behind a nonce."""
+    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
+    return "exec '%s' -IS -c '%s'" % (sys.executable, dump)
+
+
+def environment_in(text: str, nonce: str) -> "Dict[str, str]":
+    """Return the environment that dump_command printed among other things; empty when it did not come to that."""
+    for line in text.splitlines():
+        if line.startswith(nonce):
+            return dict(take_out({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
+    return {}
 
 
 def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
@@ -3237,6 +3302,36 @@ def environment_python(name: str, root_dir: str) -> str:
     )
 
 
+def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
+    """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
+
+    As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
+    """
+    import glob
+    import shutil
+
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")):
+        is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
+        return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
+    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
+    own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
+    for path in sorted(glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))):
+        own_environ.update({name: str(value) for name, value in read_json(path).items()})
+    variables = read_record(CondaState, os.path.join(prefix, "conda-meta/state"))
+    own_environ.update(variables.env_vars if variables else {})
+    nonce = os.urandom(8).hex()
+    script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
+    argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
+    said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
+    return environment_in(said, nonce) or own_environ
+
+
+class CondaState(Record):
+    """What `conda env config vars set` keeps in an environment: conda-meta/state."""
+
+    env_vars: "Dict[str, str]" = {}
+
+
 # -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
 # name makes a namespace, which has no location.
 HAS_MODULE = (
@@ -3260,7 +3355,8 @@ def launcher_of_python(python: str, app: str, where: str) -> Launcher:
         if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
             script = os.path.join(os.path.dirname(python), APPS[candidate].command)
             how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
-            return new_launcher(candidate, [python, *how], where, os.environ)
+            prefix = os.path.dirname(os.path.dirname(python))
+            return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
@@ -3427,17 +3523,28 @@ def install_jupyter(app: str, channel: Channel) -> Launcher:
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
-    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
-    import subprocess
+    """Run a command, its last line sent as progress; return its status and the end of its output.
 
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = [""]
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").strip()
-        lines = (lines + [line])[-LOG_LINES:]
-        channel.progress(line[:60])
-    return process.wait(), "\n".join(lines)
+    It is ended when nobody waits for it any more: the next one who does begins it again.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        growing = Growing(output.name)
+        lines = []  # type: List[str]
+
+        def look() -> bool:
+            has_ended = process.poll() is not None
+            lines.extend(line.strip() for line in growing.lines(has_ended))
+            channel.progress(lines[-1][:60] if lines else "")
+            return has_ended or channel.is_closed
+
+        until(look, float("inf"), channel.keep_alive, slowest_s=0.2)
+        if process.poll() is None:
+            end_session(process.pid)
+        return process.wait(), "\n".join(lines[-LOG_LINES:])
 
 
 def how_to_install() -> str:
@@ -3629,6 +3736,10 @@ def is_our_port(info: RuntimeInfo) -> bool:
 def has_answered(record: ServerRecord) -> "Optional[RuntimeInfo]":
     """Return what leads to a server that answers, or that cannot be asked from here; None when it does not."""
     info = server_info(record)
+    if info and info.unusable():
+        name = info.unusable()[0]
+        why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
+        raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
     return info if info and (not can_ask_server(record, info) or answers(info)) else None
 
 
@@ -3666,6 +3777,9 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
 # -- launch -----------------------------------------------------------------------------------------------------------
 
 
+REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, and its words that do not name them
+
+
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
     """Launch Jupyter by one launcher, where it can first listen; None when its command cannot be run at all.
 
@@ -3700,7 +3814,14 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             has_answered=False,
         )
         write_down(record, directory)
-        info = wait_for_server(record, deadline - time.monotonic(), channel)
+        channel.send(Launching(id=record.id))
+        try:
+            info = wait_for_server(record, deadline - time.monotonic(), channel)
+        except Failure:
+            end_session(process.pid)
+            process.wait()
+            set_aside(directory)
+            raise
         if info:
             record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
             record.app_version = version_of(found)
@@ -3723,7 +3844,8 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             break
     kept = set_aside(directory)
     why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    try_ = "the whole log is on the host in " + portable(kept)
+    settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
+    try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
@@ -3780,18 +3902,6 @@ def set_aside(directory: str) -> str:
     os.replace(os.path.join(directory, "log"), kept)
     shutil.rmtree(directory, ignore_errors=True)
     return kept
-
-
-def end_session(pid: int) -> None:
-    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
-    import signal
-
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, signum)
-        except OSError:
-            return
-        until(lambda: not process_identity(pid), 3)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -4092,7 +4202,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 def follow_log(request: Request, channel: Channel) -> LogsReply:
     """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
 
-    `offsets` has the number of the lines that are known already.
+    `line` is the number of those that are known already.
     """
     records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
     if not records:
@@ -4101,7 +4211,7 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
     record = records[0]
     place = place_of(record)
     log = Growing(log_of(record))
-    known = request.offsets.get("lines", 0)
+    known = request.line
 
     def send_lines() -> bool:
         nonlocal known
@@ -4192,7 +4302,10 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
         if words in log:
             return reason
-    return place_of(record).why_in_doubt()
+    # Jupyter removes this file when it ends by itself; what it logs, its configuration may hide.
+    pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
+    was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
+    return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -4265,6 +4378,7 @@ class Left:
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
+    take_out(os.environ)
     Left.source = source.decode("utf-8")
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
@@ -4396,7 +4510,7 @@ Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
     kind.kind: kind
-    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Stopped, Line, Part)
+    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part)
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
@@ -4430,6 +4544,7 @@ class Agent:
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
+        self.launching = ""  # the id of what was started there, until the reply
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
@@ -4438,6 +4553,7 @@ class Agent:
             "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
+            "launching": self._keep_launching,
             "stopped": self._say_stopped,
         }
         ssh.meanwhile = self.prepare
@@ -4588,6 +4704,22 @@ class Agent:
         text = "Installed Jupyter (%.0f s)." % message.elapsed_s
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
 
+    def _keep_launching(self, message: Launching, show: Show) -> None:
+        self.launching = message.id
+
+    @contextlib.contextmanager
+    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+        self.launching = ""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            if self.launching:
+                self.messages.end_line()
+                stop = hint("stop", self.launching)
+                self.messages.note("%s goes on starting on %s. To end it: %s" % (what, self.ssh.destination, stop))
+            raise
+
     def _say_stopped(self, message: Stopped, show: Show) -> None:
         if message.what not in STOPPED_TEXTS:
             raise Wrong("wrong in it: what")
@@ -4653,10 +4785,8 @@ class Server(OpenReply):
             "port": 0 < self.port < 65536 or self.sock,
             "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
             "local_port": 0 < self.local_port < 65536,
-            "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", self.token),
-            "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", self.base_url),
         }
-        return [name for name, is_right in forms.items() if not is_right]
+        return [name for name, is_right in forms.items() if not is_right] + self.unusable()
 
     @property
     def title(self) -> str:
@@ -5244,6 +5374,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         key=request.key,
     )
     write_down(record, directory)
+    channel.send(Launching(id=record.id))
     journal = os.path.join(directory, "journal")
     until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
     if process.poll() == CANNOT_RUN:
@@ -5773,6 +5904,7 @@ class Scheduler(Record):
     cancel: "List[str]"
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
+    variables: str = "$"  # of the user's, which would change what these commands do or print
 
 
 SCHEDULERS = {
@@ -5783,6 +5915,7 @@ SCHEDULERS = {
         waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
         runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         cancel=["scancel", "{id}"],
+        variables=r"SQUEUE_|SCANCEL_|SLURM_TIME_FORMAT|SBATCH_(WAIT|ARRAY_INX|REQUEUE|TEST_ONLY|OUTPUT|ERROR)$",
     ),
     # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
     # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
@@ -5871,7 +6004,8 @@ class JobKind(Kind):
         """
         known = record.command in SCHEDULERS
         argv = SCHEDULERS[record.command].cancel if known else ["false"]
-        status, said, why = run_command([word.replace("{id}", record.number) for word in argv], QUERY_TIMEOUT_S)
+        argv = [word.replace("{id}", record.number) for word in argv]
+        status, said, why = run_scheduler(record.command, argv, QUERY_TIMEOUT_S)
         until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
         if status and job_state(record).is_live:
             why = (said + why).strip() or "%s is not known here" % record.command
@@ -5990,8 +6124,8 @@ def submit(request: Request, directory: str) -> JobRecord:
     redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
     write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
     argv = [native(word).replace("{script}", script) for word in request.submit]
-    status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
     command = os.path.basename(argv[0])
+    status, said, why = run_scheduler(command, argv, SUBMIT_TIMEOUT_S)
     number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
     if status or not number:
         why = why.strip() or said.strip() or "status %d" % status
@@ -6088,6 +6222,15 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
+def run_scheduler(command: str, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command of a scheduler, without the variables that would change what it does or prints."""
+    import re
+
+    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
+    environment = {name: value for name, value in os.environ.items() if not re.match(pattern, name)}
+    return run_command(argv, timeout_s, environment)
+
+
 def ask_scheduler(command: str) -> str:
     """Return what a scheduler says of the user's jobs; empty when it does not answer."""
     import pwd
@@ -6095,7 +6238,7 @@ def ask_scheduler(command: str) -> str:
 
     user = pwd.getpwuid(os.getuid()).pw_name
     argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
-    status, answer, said = run_command(argv, QUERY_TIMEOUT_S)
+    status, answer, said = run_scheduler(command, argv, QUERY_TIMEOUT_S)
     none = SCHEDULERS[command].none
     return "" if status and not (none and re.search(none, said)) else answer + "\n"
 
@@ -6821,7 +6964,12 @@ def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         if args.slurm is not None:
-            return [*SBATCH, *shlex.split(args.slurm), "{script}"]
+            words = shlex.split(args.slurm)
+            if any(re.match("-a|--array", word) for word in words):
+                raise Failure(
+                    "wrong usage", "--array: a job array would start several", "--slurm without it", EXIT_USAGE
+                )
+            return [*SBATCH, *words, "{script}"]
         words = shlex.split(args.submit or "")
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
@@ -6979,11 +7127,11 @@ def open_tunnel(
 
 def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
-    warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     waiting = Queue(agent, messages, hint_of(args), lambda identity: back_again(args))
-    with contextlib.closing(Reserved(local_port)), waiting.asking():
+    leaving = agent.leaving("Jupyter", hint_of(args))
+    with contextlib.closing(Reserved(local_port)), waiting.asking(), leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -7038,7 +7186,16 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
-    messages.step(text, "launched" if server.is_launched else "found", **facts)
+    if server.is_launched:
+        messages.step(text, "launched", **facts)
+        warn_of_address(args, destination, messages)
+    else:
+        fields = request_of(args).too_late(server.request)
+        ignored = ["--" + option.name for option in options() if option.field in fields]
+        messages.step(text, "found", ignored=ignored, **facts)
+        if ignored:
+            text = "%s acts at a launch alone, and this one ran already. For another one: %s"
+            messages.note(text % (", ".join(ignored), back_again(args, "--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.job and not args.via_node:
@@ -7084,7 +7241,7 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     identity, lines = args.id, 0
 
     def request() -> Request:
-        return Request(action="logs", id=identity, is_followed=args.is_followed, offsets={"lines": lines})
+        return Request(action="logs", id=identity, is_followed=args.is_followed, line=lines)
 
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
@@ -7176,7 +7333,7 @@ def start_execution(
         timeout_s=args.time_limit,
         errand=os.urandom(8).hex(),
     )
-    with waiting.asking():
+    with waiting.asking(), agent.leaving("The execution of " + source.name, hint_of(args)):
         doing = "Launching the execution of " + source.name
         reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:

@@ -165,8 +165,8 @@ class LyingSsh(rjupyter.Ssh):
 
     answer: Callable[[Dict[str, Any]], List[Any]]
 
-    def _read_config(self) -> Dict[str, str]:
-        return {}
+    def _read_config(self) -> rjupyter.SshConfig:
+        return rjupyter.SshConfig()
 
     def session(self, command: str) -> Any:
         return LyingChild(self.answer)
