@@ -714,6 +714,7 @@ class OpenReply(RuntimeInfo):
     is_only: bool = True  # no other one of ours runs there
     seconds: float = 0.0  # the launch took; or, when it ran already, since it was launched
     request: "Request" = Request()  # what launched it
+    foreign: "List[str]" = []  # files of Jupyter's that another user owns
     scheduler: str = ""  # a scheduler's command that is there and was not used
 
     @classmethod
@@ -875,6 +876,7 @@ class ExamineReply(Record):
     port: int
     sshd_port: int = 22
     other_users: int = 0
+    foreign: "List[str]" = []
     scheduler: str = ""
 
 
@@ -3598,6 +3600,14 @@ def runtime_dir(has_sockets: bool) -> str:
     return first_private(others)
 
 
+def foreign_files() -> "List[str]":
+    """Return the files that Jupyter writes for each notebook and that we may not write: `sudo jupyter` leaves such."""
+    data = os.path.dirname(runtime_dirs()[0])
+    paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
+    paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
+    return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
+
+
 def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
     import re
@@ -3630,16 +3640,23 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
 
 def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
-    """Return what Jupyter's own runtime file says of a server; None before it listens.
+    """Return what leads to a server; None before it listens.
+
+    On another node of a shared home, `jupyter server list` removes it: then what we wrote down ourselves leads there.
+    """
+    return runtime_info(record) or record.info or info_of_0_1_0(record)
+
+
+def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what Jupyter's own runtime file says of a server; None where there is none.
 
     The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
-    On another node of a shared home, `jupyter server list` removes it: then what we wrote down ourselves leads there.
     """
     is_here = place_of(record).is_here
     for _, pid, path in runtime_files(native(record.runtime_dir)):
         if record.pid == pid or (is_here and session_of(pid) == record.pid):
             return read_record(RuntimeInfo, path)
-    return record.info or info_of_0_1_0(record)
+    return None
 
 
 def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
@@ -3765,9 +3782,10 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info or not place_of(record).is_running():
         return info
     info = server_info(record)
-    if info and record.has_answered and not listens(info):
-        return None  # it is about to end
-    if info and ask_server(info, STATUS_PATH)[0]:
+    status = ask_server(info, STATUS_PATH)[0] if info else 0
+    if info and not runtime_info(record) and (status or not listens(info)):
+        return None  # it is about to end, and its port is another's already, or nobody's
+    if info and status:
         why = "what listens there is not the server %s: it takes any token, or another, or is not yours" % record.id
         what = "a stranger answers on port %d of the host" % info.port
         raise Failure(what, why, "stop it; or --new, which starts another")
@@ -3971,7 +3989,9 @@ class ServerKind(Kind):
         for leftover in [] if place.is_here and place.is_running() else leftovers:
             with contextlib.suppress(OSError):
                 os.unlink(leftover)
-        if record.is_ours:
+        if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(record.directory, self.name + ".json"))
             shutil.rmtree(record.directory, ignore_errors=True)
 
 
@@ -4084,6 +4104,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
+    found.foreign = foreign_files()
     return found
 
 
@@ -4336,6 +4357,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         with contextlib.suppress(OSError):
             uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts.foreign = foreign_files()
     facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
     return facts
 
@@ -6669,8 +6691,8 @@ class Option(NamedTuple):
         if value is None or value == self.default:
             return []
         values = [str(one) for one in (value if isinstance(value, list) else [value])]
-        is_long = flag.startswith("--")
-        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_long and v.startswith("-") else [flag, v])]
+        is_one = flag.startswith("--") and flag not in JOINED
+        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_one and v.startswith("-") else [flag, v])]
 
     def add_to(self, group: Any) -> None:
         """Add it to a parser, or to a group of one."""
@@ -6737,7 +6759,6 @@ OPTIONS: Dict[str, List[Option]] = {
             NO_INSTALL_HELP,
             apart="install",
             how=dict(MAY_INSTALL, action="store_false"),
-            chooses="server",
         ),
     ],
     "scheduler, on a host that is a login node": [
@@ -6863,12 +6884,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
+JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
+
+
 def joined_arguments(argv: List[str]) -> List[str]:
     """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
     joined: List[str] = []
     words = iter(argv)
     for word in words:
-        value = next(words, None) if word in ("--slurm", "--submit", "--server-arg") else None
+        value = next(words, None) if word in JOINED else None
         joined.append(word if value is None else "%s=%s" % (word, value))
     return joined
 
@@ -6980,13 +7004,11 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
     """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
     opens = not action or action[0].startswith("-")
     words: Dict[str, List[str]] = {}
-    for option in options():
+    for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
         is_typed = not args.sources or args.sources.get(option.dest) == "command line"
-        if option.chooses and is_typed and (opens or option.chooses == "host"):
-            dropped = option.dest == "attach" and "--new" in action
-            words[option.dest] = (
-                [] if dropped else option.words(getattr(args, option.dest)) or words.get(option.dest, [])
-            )
+        is_dropped = option.dest == "attach" and "--new" in action
+        if is_typed and not is_dropped and (opens or option.chooses == "host"):
+            words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
     chosen = [word for group in words.values() for word in group]
     destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
     return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
@@ -7164,6 +7186,11 @@ def args_of_request(request: Request) -> argparse.Namespace:
     return argparse.Namespace(**{name: value for name, value in found.items() if value})
 
 
+def how_to_own(paths: List[str], user: str) -> str:
+    """Return the command that gives files back to their user."""
+    return "sudo chown -R %s" % shlex.join([user, *paths])
+
+
 def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
     """Say who can connect to Jupyter when it is not on a loopback."""
     import ipaddress
@@ -7204,6 +7231,9 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     if server.scheduler:
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
         messages.note(text % (server.scheduler, destination))
+    if server.foreign:
+        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To mend it, there: %s"
+        messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
     if server.is_launched and agent.hello.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
@@ -7425,6 +7455,8 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     yield check_sessions(ssh)
     yield check_jupyter(facts)
     yield check_disk(facts)
+    own = how_to_own(facts.foreign, agent.hello.user) if facts.foreign else ""
+    yield Check("own files", "another user owns some of Jupyter's" if own else "yours", own)
     yield Check("port", "%d is free on the host" % facts.port)
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do

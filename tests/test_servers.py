@@ -72,7 +72,8 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
         laptop.start("--new", "host", has_terminal=False).url()
     elsewhere, ended = host.servers()
     file = host.home / ".local/state/rjupyter/servers" / elsewhere["id"] / "server.json"
-    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), node="node7")))
+    moved = {"node": "node7", "identity": "another-boot:%s" % elsewhere["identity"].partition(":")[2]}
+    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), **moved)))
     os.killpg(ended["pid"], signal.SIGKILL)
     states = {server["id"]: server["state"] for server in listed(laptop) if server["is_ours"]}
     assert states == {elsewhere["id"]: "on node7", ended["id"]: "ended"}
