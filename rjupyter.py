@@ -3036,6 +3036,18 @@ def start_detached(
         )
 
 
+def facts_of(process: "Any", root_dir: str, job: str) -> "Json":
+    """Return what is kept of each process that we started."""
+    return {
+        "created": time.time(),
+        "node": os.uname().nodename,
+        "pid": process.pid,
+        "identity": process_identity(process.pid),
+        "root_dir": portable(root_dir),
+        "job": job,
+    }
+
+
 def end_session(pid: int) -> None:
     """Kill the session that process `pid` leads: it is one that we launched ourselves."""
     import signal
@@ -3806,23 +3818,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     """
     directory = new_dir(KINDS["server"])
     log = os.path.join(directory, "log")
-    token_file = os.path.join(directory, "token")
-    write_whole(token_file, os.urandom(24).hex())
-    environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
-    if request.job and not request.socket:
-        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
+    environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
     no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, bool(request.job))
         record = ServerRecord(
-            created=time.time(),
-            node=os.uname().nodename,
-            pid=process.pid,
-            identity=process_identity(process.pid),
-            root_dir=portable(root_dir),
-            job=request.job,
             request=request.but(nonce="", app=found.app),
             app=found.app,
             port=port,
@@ -3830,29 +3832,22 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             local_port=request.local_port,
             no_socket=no_socket,
             has_answered=False,
+            **facts_of(process, root_dir, request.job),
         )
         write_down(record, directory)
         channel.send(Launching(id=record.id))
         try:
             info = wait_for_server(record, deadline - time.monotonic(), channel)
+            if not info and process.poll() is None:
+                raise too_slow(request.start_timeout_s, log)
         except Failure:
             end_session(process.pid)
             process.wait()
             set_aside(directory)
             raise
         if info:
-            record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
-            record.app_version = version_of(found)
-            if request.socket and not info.sock:
-                record.no_socket = no_socket or "this Jupyter knows none"
-            return write_down(record, directory)
+            return write_down_answer(record, info, found)
         tail = end_of_log(log)
-        if process.poll() is None:
-            end_session(process.pid)
-            process.wait()
-            set_aside(directory)
-            why = "it did not listen within %d s; the end of its log:\n%s" % (request.start_timeout_s, tail)
-            raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
@@ -3860,11 +3855,40 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             no_socket = "its configuration names a port"
         elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
-    kept = set_aside(directory)
-    why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
+    raise not_started(process.returncode, tail, set_aside(directory))
+
+
+def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
+    """Return the environment of a server, whose token is made in a file of its directory: an argv can be read."""
+    token_file = os.path.join(directory, "token")
+    write_whole(token_file, os.urandom(24).hex())
+    environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
+    if request.job and not request.socket:
+        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
+    return environment
+
+
+def write_down_answer(record: ServerRecord, info: RuntimeInfo, found: Launcher) -> ServerRecord:
+    """Write down of a server that it answered, and what Jupyter says of it; return its record."""
+    record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
+    record.app_version = version_of(found)
+    if record.request.socket and not info.sock:
+        record.no_socket = record.no_socket or "this Jupyter knows none"
+    return write_down(record, record.directory)
+
+
+def too_slow(timeout_s: float, log: str) -> Failure:
+    """Return the failure of a server that does not listen in time."""
+    why = "it did not listen within %d s; the end of its log:\n%s" % (timeout_s, end_of_log(log))
+    return Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
+
+
+def not_started(status: int, tail: str, kept: str) -> Failure:
+    """Return the failure of a server that ended before it listened; `kept` is where its whole log is."""
+    why = "it ended with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
     settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
     try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
-    raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
+    return Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
 def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
@@ -5385,15 +5409,10 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     log = os.path.join(directory, "log")
     process = start_detached([python, program], environment, root_dir, log, bool(request.job))
     record = RunRecord(
-        created=time.time(),
-        node=os.uname().nodename,
-        pid=process.pid,
-        identity=process_identity(process.pid),
-        root_dir=portable(root_dir),
-        job=request.job,
         request=request.but(nonce="", notebook="", parameters=[], app=found.app),
         name=request.name,
         key=request.key,
+        **facts_of(process, root_dir, request.job),
     )
     write_down(record, directory)
     channel.send(Launching(id=record.id))
