@@ -7474,8 +7474,8 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     yield check_sessions(ssh)
     yield check_jupyter(facts)
     yield check_disk(facts)
-    own = how_to_own(facts.foreign, agent.hello.user) if facts.foreign else ""
-    yield Check("own files", "another user owns some of Jupyter's" if own else "yours", own)
+    if facts.foreign:
+        yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
     yield Check("port", "%d is free on the host" % facts.port)
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
