@@ -3762,22 +3762,33 @@ def is_our_port(info: RuntimeInfo) -> bool:
         return True  # a host name in place of an address
 
 
-def has_answered(record: ServerRecord) -> "Optional[RuntimeInfo]":
-    """Return what leads to a server that answers, or that cannot be asked from here; None when it does not."""
+def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
+    """True when a server answers, or cannot be asked from here."""
+    return not can_ask_server(record, info) or answers(info)
+
+
+def can_be_opened(record: ServerRecord) -> bool:
+    """True when a server seems well, and what leads to it fits into an address."""
     info = server_info(record)
-    if info and info.unusable():
-        name = info.unusable()[0]
-        why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
-        raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
-    return info if info and (not can_ask_server(record, info) or answers(info)) else None
+    return info is not None and not info.unusable() and seems_well(record, info)
 
 
 def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
-    """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`."""
+    """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`.
+
+    Raises Failure when that is nothing which fits into an address.
+    """
     place = place_of(record)
 
     def look() -> "Any":
-        return has_answered(record) if place.is_running() else "it ended"
+        if not place.is_running():
+            return "it ended"
+        info = server_info(record)
+        if info and info.unusable():
+            name = info.unusable()[0]
+            why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
+            raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
+        return info if info and seems_well(record, info) else None
 
     found = until(look, timeout_s, channel.keep_alive)
     return found if isinstance(found, RuntimeInfo) else None
@@ -4207,7 +4218,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
             others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
             others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
-            others = [record for record in others if has_answered(record)]
+            others = [record for record in others if can_be_opened(record)]
         found = found + others
     for other in others:
         other.local_port = request.local_port
