@@ -17,8 +17,9 @@
 What runs on the host outlives this program; `stop` ends it.
 """
 
-# The rooms of this file, in reading order. A room uses those above it, and none below it but through three tables:
-# ACTIONS (what a person can ask for), REQUESTS (what the host can be asked) and KINDS (what is kept there).
+# The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
+# to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there) and PLACES
+# (where it runs).
 #
 #   names          numbers, exit statuses, the one Failure
 #   records        every fact that crosses a boundary, typed and checked once
@@ -457,17 +458,11 @@ class Request(Record):
 
     def facts(self) -> "Json":
         """Return what is asked for, without what is as usual."""
-        usual = type(self).usual()
-        return {name: value for name, value in super().facts().items() if value != usual[name]}
+        return {name: value for name, value in super().facts().items() if value != getattr(type(self), name)}
 
-    @classmethod
-    def usual(cls) -> "Json":
-        """Return every field as it is where nothing is asked."""
-        return {name: getattr(cls, name) for name in cls.fields}
-
-    # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
-    # from the start: `same_as`.
-    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")  # what acts at a launch alone
+    # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
+    # `allows`. What makes two requests the same from the start: `same_as`.
+    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
 
@@ -2178,7 +2173,7 @@ class Ssh:
         facts = {
             "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
             "ssh": self.plain_command,
-            "login": shlex.join(["ssh"] + self.options + [self.destination]),
+            "login": self.login_command,
             "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
             "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
         }
@@ -2211,6 +2206,11 @@ class Ssh:
     def plain_command(self) -> str:
         """The command that shows a person whether ssh itself gets there."""
         return shlex.join(["ssh"] + self.options + [self.destination, "true"])
+
+    @property
+    def login_command(self) -> str:
+        """The command that logs a person in."""
+        return shlex.join(["ssh"] + self.options + [self.destination])
 
     @property
     def last_words(self) -> str:
@@ -3654,7 +3654,8 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     """Return what leads to a server; None before it listens.
 
-    On another node of a shared home, `jupyter server list` removes it: then what we wrote down ourselves leads there.
+    Where Jupyter's own file is gone, what we wrote down leads there: on another node of a shared home, `jupyter server
+    list` removes that file.
     """
     return runtime_info(record) or record.info or info_of_0_1_0(record)
 
@@ -4127,10 +4128,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
             forget_ended(KINDS["server"], KINDS["server"].running())
             record, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(record)
-            if info is None:
-                raise Failure(
-                    "Jupyter ended as soon as it had answered", end_of_log(log_of(record)), status=EXIT_SERVER_ENDED
-                )
+            assert info is not None  # it has answered, and that is written down
             hint = "" if request.job else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
             found = open_reply(record, info, is_launched=True, seconds=seconds, scheduler=hint)
     if job:  # outside of the lock, for a queue may be long
@@ -4814,8 +4812,8 @@ class Agent:
         try_ = self.ssh.plain_command + "   (must succeed)"
         for ending in ACCOUNTS:
             if any(re.match(ending.pattern, line) for line in noise):
-                login = shlex.join(["ssh", *self.ssh.options, self.ssh.destination])
-                return Failure(what, why, ending.try_.format(login=login, ssh=self.ssh.plain_command))
+                facts = {"login": self.ssh.login_command, "ssh": self.ssh.plain_command}
+                return Failure(what, why, ending.try_.format(**facts))
         if not noise:
             why += " and said nothing: its shell may run no commands, or ~/.bashrc may leave early"
         elif not complaints:
@@ -7181,14 +7179,14 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    waiting = Queue(agent, messages, hint_of(args), lambda identity: back_again(args))
-    leaving = agent.leaving("Jupyter", hint_of(args))
-    with contextlib.closing(Reserved(local_port)), waiting.asking(), leaving:
+    hint = hint_of(args)
+    waiting = Queue(agent, messages, hint, lambda identity: hint())
+    with contextlib.closing(Reserved(local_port)), waiting.asking(), agent.leaving("Jupyter", hint):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
     take_over(args, server)
-    say_server(server, args, agent, messages)
+    say_server(server, request, args, agent, messages)
     return server
 
 
@@ -7197,7 +7195,7 @@ def take_over(args: argparse.Namespace, server: Server) -> None:
 
     Else the line that starts such another one would start it in another environment, or outside of a job.
     """
-    facts = vars(args_of_request(server.request))
+    facts = args_of_request(server.request)
     for option in options():
         is_free = getattr(args, option.dest, None) in (None, False, []) and option.chooses == "server"
         if is_free and option.dest in facts:
@@ -7205,7 +7203,7 @@ def take_over(args: argparse.Namespace, server: Server) -> None:
             args.sources[option.dest] = "command line"
 
 
-def args_of_request(request: Request) -> argparse.Namespace:
+def args_of_request(request: Request) -> Dict[str, Any]:
     """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
     found = {name: getattr(request, name) for name in ("python", "env", "init", "socket", "via_node")}
     words = [word for word in request.submit if word != "{script}"]
@@ -7213,7 +7211,7 @@ def args_of_request(request: Request) -> argparse.Namespace:
         found["slurm"] = shlex.join(words[len(SBATCH) :])
     elif words:
         found["submit"] = shlex.join(request.submit)
-    return argparse.Namespace(**{name: value for name, value in found.items() if value})
+    return {name: value for name, value in found.items() if value}
 
 
 def how_to_own(paths: List[str], user: str) -> str:
@@ -7233,7 +7231,7 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
         )
 
 
-def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
+def say_server(server: Server, request: Request, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what one should know of it."""
     destination = agent.ssh.destination
     verb, seconds = (
@@ -7247,7 +7245,7 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
         messages.step(text, "launched", **facts)
         warn_of_address(args, destination, messages)
     else:
-        fields = request_of(args).too_late(server.request)
+        fields = request.too_late(server.request)
         ignored = ["--" + option.name for option in options() if option.field in fields]
         messages.step(text, "found", ignored=ignored, **facts)
         if ignored:
@@ -7393,7 +7391,7 @@ def start_execution(
         timeout_s=args.time_limit,
         errand=os.urandom(8).hex(),
     )
-    with waiting.asking(), agent.leaving("The execution of " + source.name, hint_of(args)):
+    with waiting.asking(), agent.leaving("The execution of " + source.name, waiting.hint):
         doing = "Launching the execution of " + source.name
         reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
