@@ -444,6 +444,7 @@ class Request(Record):
     key: str = ""
     variant: str = ""
     result: str = ""
+    original: str = ""  # the digest of what is replaced by the result on the host
     is_in_place: bool = False
     overlaps: bool = False
     parameters: "List[List[Any]]" = []
@@ -2766,6 +2767,7 @@ class Kind:
     name = ""
     prefix = ""  # of its ids
     record = Kept  # type: Type[Kept]
+    log = "log"  # the file in the directory of each that `logs` shows
 
     @property
     def directory(self) -> str:
@@ -4267,17 +4269,20 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 
 
 def follow_log(request: Request, channel: Channel) -> LogsReply:
-    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
+    """Send the log of the newest server, or of what has the id, tokens taken out; of a run, what its cells printed.
 
-    `line` is the number of those that are known already.
+    With `is_followed` until the client or what writes it has gone. `line` is the number of those that are known
+    already.
     """
-    records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
+    records = KINDS["server"].records()
+    if request.id:
+        records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
-        raise Failure(what, "logs are kept of what rjupyter launched", "list shows the ids")
+        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "list shows the ids")
     record = records[0]
     place = place_of(record)
-    log = Growing(log_of(record))
+    log = Growing(os.path.join(record.directory, KINDS[record.kind].log))
     known = request.line
 
     def send_lines() -> bool:
@@ -5335,6 +5340,7 @@ class RunKind(Kind):
     name = "run"
     prefix = "r"
     record = RunRecord
+    log = "output"
 
     def running(self) -> "List[RunRecord]":
         """Return the records of the runs that have not ended, here or in a job of ours.
@@ -5398,8 +5404,10 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     if request.file:
         place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
         place += "" if os.path.exists(place) else ".ipynb" if os.path.exists(place + ".ipynb") else ""
-        text = request.notebook or read_notebook(place)
-        request = request.but(file=portable(place), notebook=text, name=portable(os.path.basename(place)))
+        if not request.notebook:
+            text = read_notebook(place)
+            request = request.but(notebook=without_old_outputs(text), original=digest_of(text))
+        request = request.but(file=portable(place), name=portable(os.path.basename(place)))
         request = request.but(key=request.key or "host:" + portable(os.path.realpath(place)))
         directory = os.path.dirname(place)
     request = request.but(path=portable(directory))
@@ -5429,10 +5437,41 @@ def variant_of(request: Request) -> str:
 
     A digest, for a value may be a secret.
     """
+    return digest_of(json.dumps([request.path, request.kernel, request.parameters, request.result]))
+
+
+def joined_text(value: "Any") -> str:
+    """Return a text of a notebook's, which may stand there as a list of lines."""
+    return "".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def is_executed(cell: "Any") -> bool:
+    """Return what nbclient makes of a cell."""
+    if not isinstance(cell, dict) or cell.get("cell_type") != "code":
+        return False
+    metadata = cell.get("metadata")
+    tags = metadata.get("tags") if isinstance(metadata, dict) else None
+    return bool(joined_text(cell.get("source", "")).strip()) and "skip-execution" not in (tags or [])
+
+
+def without_old_outputs(text: str) -> str:
+    """Return a notebook without the outputs that its execution replaces: nobody needs them to travel, or to be kept."""
+    try:
+        notebook = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # what is wrong with it, nbformat says
+    cells = notebook.get("cells") if isinstance(notebook, dict) else None
+    for cell in cells if isinstance(cells, list) else []:
+        if is_executed(cell):
+            cell.update(outputs=[], execution_count=None)
+    return json.dumps(notebook)
+
+
+def digest_of(text: str) -> str:
+    """Return what tells a text from others."""
     import hashlib
 
-    facts = [request.path, request.kernel, request.parameters, request.result]
-    return hashlib.sha256(json.dumps(facts).encode("ascii")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_notebook(path: str) -> str:
@@ -5536,7 +5575,7 @@ class Run:
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.kernel, self.missing = self._choose_kernel()
         self._inject_parameters()
-        code = [index for index, cell in enumerate(self.notebook.cells) if self._is_executed(cell)]
+        code = [index for index, cell in enumerate(self.notebook.cells) if is_executed(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
         for index in code:  # what an earlier execution left is no result of this one
             self.notebook.cells[index].update(outputs=[], execution_count=None)
@@ -5549,12 +5588,6 @@ class Run:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._output = os.open(os.path.join(directory, "output"), flags, 0o600)
         self._journal = -1
-
-    @staticmethod
-    def _is_executed(cell: "Any") -> bool:
-        """Return what nbclient makes of a cell."""
-        is_code = cell.cell_type == "code" and cell.source.strip()
-        return bool(is_code and "skip-execution" not in cell.metadata.get("tags", []))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and the one that was wanted and is not there."""
@@ -5666,9 +5699,10 @@ class Run:
 
     def take_output(self, index: int, message: "Json") -> None:
         """Called for each message that may have given a cell an output: write down the new one."""
-        if message["msg_type"] == "stream":  # for `logs`; the journal has it all
-            with contextlib.suppress(OSError):
-                write_all(self._output, message["content"]["text"].encode("utf-8", "replace"))
+        content = message["content"]
+        said = {"stream": content.get("text", ""), "error": "\n".join([*content.get("traceback", []), ""])}
+        with contextlib.suppress(OSError):  # for `logs`; the journal has it all
+            write_all(self._output, said.get(message["msg_type"], "").encode("utf-8", "replace"))
         outputs = self.notebook.cells[index].outputs
         told = self._told.setdefault(index, [])
         at = len(outputs) - 1
@@ -5697,7 +5731,7 @@ class Run:
         """Let the result take the notebook's place, and return why it could not: it was moved, or edited meanwhile."""
         place = native(self.request.file)
         try:
-            if read_notebook(place) != self.request.notebook:
+            if digest_of(read_notebook(place)) != self.request.original:
                 return "it was changed while it was executed"
             write_through(place, notebook_text(self.as_in_file(self.notebook.cells, self.notebook.metadata)))
         except Failure as failure:
@@ -6000,18 +6034,6 @@ def check_results(sources: List[Source]) -> None:
             raise Failure("wrong usage", why, "one after the other, each with -o FILE", EXIT_USAGE)
 
 
-def without_old_outputs(text: str) -> str:
-    """Return a notebook without the outputs that its execution replaces: nobody needs them to travel."""
-    notebook = json.loads(text)
-    cells = notebook.get("cells")
-    for cell in cells if isinstance(cells, list) else []:
-        is_code = isinstance(cell, dict) and cell.get("cell_type") == "code" and cell.get("outputs")
-        metadata = cell.get("metadata") if is_code else None
-        if isinstance(metadata, dict) and "skip-execution" not in metadata.get("tags", []) and any(cell["source"]):
-            cell["outputs"] = []
-    return json.dumps(notebook)
-
-
 def executed_name(name: str) -> str:
     """Return where the result of a notebook goes: train.ipynb becomes train.executed.ipynb."""
     return (name[: -len(".ipynb")] if name.endswith(".ipynb") else name) + ".executed.ipynb"
@@ -6161,8 +6183,7 @@ class Execution:
         cell["outputs"] = [*(outputs[: entry.at] if isinstance(outputs, list) else []), entry.content]
         self.notebook["cells"][entry.index] = cell
         if entry.content.get("output_type") == "stream":
-            text = entry.content.get("text", "")
-            self._screen.write(text if isinstance(text, str) else "".join(map(str, text)))
+            self._screen.write(joined_text(entry.content.get("text", "")))
 
     def _take_cell(self, entry: CellEntry, show: Show) -> None:
         outputs = self._cell(entry.index).get("outputs", [])
@@ -6245,8 +6266,8 @@ class Screen:
         self._shown = ""
 
     def write(self, text: str) -> None:
-        """Take what was printed."""
-        for character in text:
+        """Take what was printed; its colours (ECMA-48, control sequences) are not shown."""
+        for character in re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text):
             if character == "\n":
                 self.end_line()
             elif character == "\r":
@@ -6269,6 +6290,15 @@ class Screen:
         if self._line or not self._shown:
             self.show()
         self._line, self._column, self._shown = [], 0, ""
+
+
+def as_shown(line: str) -> str:
+    """Return a line as a terminal would show it in the end."""
+    shown = [""]
+    screen = Screen(shown.append)
+    screen.write(line)
+    screen.show()
+    return shown[-1]
 
 
 def read_text(path: str) -> str:
@@ -7659,7 +7689,7 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Print a server's log, and with -f what comes, until Ctrl-C."""
+    """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
 
     def request() -> Request:
@@ -7668,7 +7698,7 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
-        messages.result(line.text, "line", line=line.text)
+        messages.result(as_shown(line.text), "line", line=line.text)
 
     try:
         with ssh:
@@ -8000,10 +8030,10 @@ ACTIONS: Dict[Optional[str], Action] = {
     "list": Action(run_list, "the servers on the host", "list"),
     "logs": Action(
         run_logs,
-        "a server's log",
+        "a server's log, or what the cells of a run printed",
         "logs [ID] [-f]",
         [
-            Option("id", "which one (the newest)", "ID", default="", how={"nargs": "?"}),
+            Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
             Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
         ],
     ),

@@ -271,7 +271,7 @@ def test_cost_grows_with_what_is_new(laptop: Laptop, host: Host, kind: str) -> N
     model = {"model_name": "HTMLModel", "model_module": "x", "model_module_version": "1", "state": {"value": "x" * 500}}
     states = {"%032x" % number: model for number in range(4500)}
     widgets = {"application/vnd.jupyter.widget-state+json": {"state": states, "version_major": 2, "version_minor": 0}}
-    metadata: Dict[str, Any] = {"widgets": widgets} if kind == "widgets" else {"mine": [[n, "x"] for n in range(60000)]}
+    metadata: Dict[str, Any] = {"widgets": widgets} if kind == "widgets" else {"mine": [[n, "x"] for n in range(90000)]}
     path = write_notebook(laptop.home / "a.ipynb", *["print(%d)" % number for number in range(20)], **metadata)
     assert path.stat().st_size > 1000000
     argv = [

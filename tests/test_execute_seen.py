@@ -48,7 +48,7 @@ for top in sys.argv[2:]:
                 with open(os.path.join(place, name), 'rb') as stream:
                     if sys.argv[1].encode() in stream.read(): print(os.path.join(place, name))
             except OSError: pass
-for pid in os.listdir('/proc'):
+for pid in filter(str.isdigit, os.listdir('/proc')):
     try:
         with open('/proc/%s/cmdline' % pid, 'rb') as stream:
             if pid != str(os.getpid()) and sys.argv[1].encode() in stream.read(): print(pid)
