@@ -73,6 +73,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    Iterable,
     Iterator,
     List,
     NamedTuple,
@@ -315,15 +316,18 @@ def plain(value: "Any") -> "Any":
 
 
 class App(Record):
-    """A front end of Jupyter: what starts it, what tells it, and its pages; %s stands for a file's quoted name."""
+    """A front end of Jupyter, or what executes without one: what starts it, what tells it, and its pages.
+
+    In these, %s stands for a file's quoted name.
+    """
 
     title: str
     command: str
     module: str
     distribution: str
-    page: str
-    notebook_page: str
-    file_page: str
+    page: str = ""
+    notebook_page: str = ""
+    file_page: str = ""
     signs: "List[str]" = []  # words in the command line of a server that is not ours
 
 
@@ -349,6 +353,12 @@ APPS = {
         signs=["jupyter-lab", "jupyterlab"],
     ),
 }
+
+
+# What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
+PROGRAMS = dict(
+    APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient", distribution="nbclient")
+)
 
 
 class RuntimeInfo(Record):
@@ -3120,8 +3130,12 @@ def resolve_path(path: str) -> "Tuple[str, str]":
 # agent begins
 
 
-def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
+def launchers(
+    request: Request, root_dir: str, channel: Channel, tried: "List[str]", programs: "Iterable[str]" = APPS
+) -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
+
+    The app that is asked for; where none is, one of the `programs` will do, the first of them in each place.
 
     --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
     command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
@@ -3129,7 +3143,7 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
     """
     import glob
 
-    app = request.app
+    apps = [request.app] if request.app else list(programs)
     environment = os.environ  # type: Any
     if request.init:
         environment = user_environment([native(command) for command in request.init], tried)
@@ -3137,33 +3151,33 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
         os.environ.update(environment)
     if request.python:
         python = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(request.python)))
-        yield launcher_of_python(python, app, "--python")
+        yield launcher_of_python(python, apps, "--python")
     elif request.env:
-        yield launcher_of_python(environment_python(native(request.env), root_dir), app, "--env " + request.env)
+        yield launcher_of_python(environment_python(native(request.env), root_dir), apps, "--env " + request.env)
     else:
-        yield from launchers_of_project(root_dir, app, channel, tried)
+        yield from launchers_of_project(root_dir, apps, channel, tried)
         where = "PATH after --init" if request.init else "PATH"
-        yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
+        yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), apps, where, environment, tried)
         if not request.init:
             of_terminal = user_environment([], tried)
             places = of_terminal.get("PATH", "").split(os.pathsep)
-            yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
+            yield from launchers_in(places, apps, "the login shell's PATH", of_terminal, tried)
         home = os.path.expanduser("~")
         places = [os.path.join(tree, "bin") for tree in conda_trees()]
         places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
             places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
-        yield from launchers_in(places, app, "the usual places", environment, tried)
-        own = own_launcher(app, tried)
+        yield from launchers_in(places, apps, "the usual places", environment, tried)
+        own = own_launcher(apps, tried)
         if own:
             yield own
-    asked = APPS[app].title if app else "Jupyter"
+    asked = APPS[request.app].title if request.app else "Jupyter"
     none = Failure(
         "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install(), status=EXIT_NO_JUPYTER
     )
     if not request.may_install or request.python or request.env:
         raise none
-    yield install_jupyter(app, channel)
+    yield install_jupyter(apps, channel)
     raise none
 
 
@@ -3172,6 +3186,7 @@ def launch(
     root_dir: str,
     channel: Channel,
     launch_by: "Callable[[Launcher, Request, str, Channel], Optional[K]]",
+    programs: "Iterable[str]" = APPS,
 ) -> "Tuple[K, float]":
     """Launch a server or a run in the first environment that can; return its record, and how long that took.
 
@@ -3180,7 +3195,7 @@ def launch(
     """
     tried = []  # type: List[str]
     began = time.monotonic()
-    for found in launchers(request, root_dir, channel, tried):
+    for found in launchers(request, root_dir, channel, tried, programs):
         began = began if found.where != INSTALLED else time.monotonic()
         channel.send(Found(where=found.where, command=portable(found.argv[0]), tried=tried))
         record = launch_by(found, request, root_dir, channel)
@@ -3373,20 +3388,20 @@ RUN_MODULE = (
 )
 
 
-def launcher_of_python(python: str, app: str, where: str) -> Launcher:
+def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
     """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
 
     It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
     """
     problem = problem_of(python)
-    for candidate in [app] if app else APPS:
-        module = APPS[candidate].module
+    for candidate in apps:
+        module = PROGRAMS[candidate].module
         if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
-            script = os.path.join(os.path.dirname(python), APPS[candidate].command)
+            script = os.path.join(os.path.dirname(python), PROGRAMS[candidate].command)
             how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
             prefix = os.path.dirname(os.path.dirname(python))
             return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
-    why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
+    why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
 
@@ -3403,14 +3418,16 @@ def project_environments(root_dir: str) -> "List[str]":
     return [prefix for prefix in found if os.path.isfile(os.path.join(prefix, "pyvenv.cfg"))]
 
 
-def launchers_of_project(root_dir: str, app: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
+def launchers_of_project(
+    root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
+) -> "Iterator[Launcher]":
     """Yield the launchers of the project's own environments; name one that has no Jupyter, with what adds it.
 
     Its modules cannot be imported in the Jupyter of another environment, which is taken then.
     """
     for prefix in project_environments(root_dir):
         try:
-            yield launcher_of_python(os.path.join(prefix, "bin", "python"), app, "the project's environment")
+            yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
         except Failure as failure:
             tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
             channel.send(Lacking(path=portable(prefix), try_=failure.try_))
@@ -3426,16 +3443,16 @@ def new_launcher(app: str, argv: "List[str]", where: str, environment: "Any") ->
 
 
 def launchers_in(
-    places: "List[str]", app: str, where: str, environment: "Any", tried: "List[str]"
+    places: "List[str]", apps: "List[str]", where: str, environment: "Any", tried: "List[str]"
 ) -> "Iterator[Launcher]":
-    """Yield the launchers in `places`. Without an `app` asked for, the apps in their order in each of them."""
+    """Yield the launchers in `places`; in each of them, the apps in their order."""
     looked = []
     for place in dict.fromkeys(places):
         if not os.path.isabs(place) or not os.path.isdir(place):
             continue
         looked.append(place)
-        for candidate in [app] if app else APPS:
-            script = os.path.join(place, APPS[candidate].command)
+        for candidate in apps:
+            script = os.path.join(place, PROGRAMS[candidate].command)
             problem = problem_of(script)
             if not problem:
                 yield new_launcher(candidate, [script], where, environment)
@@ -3492,7 +3509,7 @@ def version_of(found: Launcher) -> str:
         pass
     for prefix in prefixes:
         for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-            name = APPS[found.app].distribution + "-[0-9]*.*-info"
+            name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
             paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
             if paths:
                 return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "")
@@ -3504,9 +3521,9 @@ def version_of(found: Launcher) -> str:
 INSTALLED = "installed now"
 
 
-def own_launcher(app: str, tried: "List[str]", where: str = "our own environment") -> "Optional[Launcher]":
+def own_launcher(apps: "List[str]", tried: "List[str]", where: str = "our own environment") -> "Optional[Launcher]":
     """Return the launcher in our private virtual environment, if it is there."""
-    return next(launchers_in([os.path.join(os.path.expanduser(VENV_DIR), "bin")], app, where, os.environ, tried), None)
+    return next(launchers_in([os.path.join(os.path.expanduser(VENV_DIR), "bin")], apps, where, os.environ, tried), None)
 
 
 def install_commands() -> "List[List[str]]":
@@ -3527,7 +3544,7 @@ def install_commands() -> "List[List[str]]":
     return [make, install]
 
 
-def install_jupyter(app: str, channel: Channel) -> Launcher:
+def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     """Install Jupyter into our private virtual environment, one at a time, and return its launcher.
 
     Raises Failure (3) when it fails.
@@ -3537,13 +3554,13 @@ def install_jupyter(app: str, channel: Channel) -> Launcher:
     channel.send(Installing(path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip"))
     began = time.monotonic()
     with one_at_a_time(os.path.dirname(venv), channel, "another run of ours installs it; waiting"):
-        found = own_launcher(app, [], INSTALLED)
+        found = own_launcher(apps, [], INSTALLED)
         for argv in commands if not found else []:
             status, output = run_with_progress(argv, channel)
             if status:
                 why = "%s\n%s" % (" ".join(argv), output)
                 raise Failure("Jupyter could not be installed", why, how_to_install(), EXIT_NO_JUPYTER)
-        found = own_launcher(app, [], INSTALLED)
+        found = own_launcher(apps, [], INSTALLED)
         if not found:
             what = "Jupyter was installed, but its command is not there"
             raise Failure(what, portable(venv), "remove it there", EXIT_NO_JUPYTER)
@@ -5282,6 +5299,8 @@ class BeginEntry(Entry):
     notebook: "Json"
     kernel: str
     missing: str = ""
+    lacks_tag: bool = False  # it has no cell for the parameters that it was given
+    unset: "List[str]" = []  # those that its cell for parameters does not set
 
     def odd(self) -> "List[str]":
         """Return what is no notebook."""
@@ -5424,7 +5443,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
                 return StartReply(id=same[0].id, pid=same[0].pid, age_s=same[0].age_s())
         forget_ended(KINDS["run"], KINDS["run"].running())
         if not jobs:
-            record, _ = launch(request, root_dir, channel, launch_run)
+            record, _ = launch(request, root_dir, channel, launch_run, PROGRAMS)
             return StartReply(id=record.id, pid=record.pid, is_started=True)
         job = begun or jobs[0].start(request, channel)
     reply = StartReply.read(jobs[0].reply(job, channel))
@@ -5573,8 +5592,12 @@ class Run:
         timeout_s = self.request.timeout_s
         self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
-        self.kernel, self.missing = self._choose_kernel()
-        self._inject_parameters()
+        self.missing = ""  # the kernel that was wanted and is not there
+        self.kernel, self.language = self._choose_kernel()
+        self.lacks_tag = False
+        self.unset = []  # type: List[str]
+        if self.request.parameters:
+            self._inject_parameters()
         code = [index for index, cell in enumerate(self.notebook.cells) if is_executed(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
         for index in code:  # what an earlier execution left is no result of this one
@@ -5590,33 +5613,35 @@ class Run:
         self._journal = -1
 
     def _choose_kernel(self) -> "Tuple[str, str]":
-        """Return the kernel to take, and the one that was wanted and is not there."""
+        """Return the kernel to take, and its language."""
         from jupyter_client.kernelspec import KernelSpecManager
 
-        there = KernelSpecManager().find_kernel_specs()
+        specs = KernelSpecManager()
+        there = specs.find_kernel_specs()
         spec = self.notebook.metadata.get("kernelspec", {})
+        language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
         wanted = self.request.kernel or spec.get("name") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
-                return name, ""
+                return name, specs.get_kernel_spec(name).language or language
         if self.request.kernel:
             raise ValueError("there is no kernel %s on the host; there are: %s" % (wanted, ", ".join(sorted(there))))
-        language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
         if language.lower() != "python":
             raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
-        return "python3", wanted
+        self.missing = wanted
+        return "python3", "python"
 
     def _inject_parameters(self) -> None:
         """Put the parameters behind the cell that is tagged "parameters", in place of an earlier injection.
 
         As papermill does it (papermill.readthedocs.io, "Parameterize"); without such a cell, at the top.
         """
-        if not self.request.parameters:
-            return
-        lines = ["%s = %s" % (name, python_literal(value)) for name, value in self.request.parameters]
-        cell = self.nbformat.v4.new_code_cell(
-            "\n".join(["# Parameters"] + lines), metadata={"tags": ["injected-parameters"]}
-        )
+        language = LANGUAGES.get(self.language.lower())
+        if not language:
+            known = ", ".join(LANGUAGES)
+            raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
+        source = language.source(self.request.parameters)
+        cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
         cells = self.notebook.cells
@@ -5624,6 +5649,10 @@ class Run:
         for index, other in enumerate(cells):
             for tag in other.metadata.get("tags", []):
                 tagged.setdefault(tag, index)
+        self.lacks_tag = not {"parameters", "injected-parameters"} & set(tagged)
+        if "parameters" in tagged:
+            names = [name for name, _ in self.request.parameters]
+            self.unset = language.unset(names, cells[tagged["parameters"]].source)
         if "injected-parameters" in tagged:
             cells[tagged["injected-parameters"]] = cell
         else:
@@ -5663,7 +5692,8 @@ class Run:
         """Write down what is going to be executed."""
         self.keep_state()
         notebook = self.as_in_file(self.notebook.cells, self.notebook.metadata)
-        self.tell(BeginEntry(notebook=notebook, kernel=self.kernel, missing=self.missing))
+        facts = {name: getattr(self, name) for name in ("kernel", "missing", "lacks_tag", "unset")}
+        self.tell(BeginEntry(notebook=notebook, **facts))
 
     def before_cell(self, index: int, engine: "Any") -> None:
         """Called before each cell: write it down, and give the engine the time that is left."""
@@ -5785,10 +5815,151 @@ def hidden_beside(path: str) -> str:
     return os.path.join(os.path.dirname(path), ".%s.%d" % (os.path.basename(path), os.getpid()))
 
 
-def python_literal(value: "Any") -> str:
-    """Return a parameter as Python source."""
-    is_odd = isinstance(value, float) and (value != value or abs(value) == float("inf"))
-    return 'float("%s")' % value if is_odd else repr(value)
+class Language:
+    """How a language of kernels writes down a value: papermill's forms (its translators.py) where they hold.
+
+    Where papermill's do not, it is as the language has it: infinity in R, a `$` in a text of Julia's.
+    """
+
+    comment = "#"
+    assignment = "%s = %s"
+    words = {"None": "None", "True": "true", "False": "false"}  # by their names in Python
+    comma = ", "
+    sequence = "[%s]"
+    mapping = "{%s}"
+    pair = "%s: %s"
+
+    def source(self, parameters: "List[List[Any]]") -> str:
+        """Return the cell that sets the parameters; raises ValueError for a value that the language has no form for."""
+        lines = [self.comment + " Parameters"]
+        for name, value in parameters:
+            try:
+                lines.append(self.assignment % (self.name(name), self.literal(value)))
+            except ValueError as error:
+                raise ValueError("the parameter %s: %s" % (name, error))
+        return "\n".join(lines)
+
+    def literal(self, value: "Any") -> str:
+        """Return a value as source."""
+        if str(value) in self.words and not isinstance(value, str):
+            return self.words[str(value)]
+        if isinstance(value, (int, float)):
+            return self.number(value)
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return self.sequence % self.comma.join(map(self.literal, value))
+        return self.mapping % ", ".join(self.pair % (self.text(key), self.literal(value[key])) for key in value)
+
+    def name(self, name: str) -> str:
+        """Return the name of a variable as the language takes it."""
+        return name
+
+    def number(self, value: float) -> str:
+        """Return a number as source."""
+        return str(value)
+
+    def text(self, value: str) -> str:
+        """Return a text as source: JSON's form, which most languages read."""
+        return json.dumps(value, ensure_ascii=False)
+
+    def unset(self, names: "List[str]", source: str) -> "List[str]":
+        """Return those of the names that the source does not set, as far as that can be told."""
+        return []
+
+
+class Python(Language):
+    """Python."""
+
+    words = {name: name for name in ("None", "True", "False")}
+    words.update({name: 'float("%s")' % name for name in ("nan", "inf", "-inf")})
+
+    def text(self, value: str) -> str:
+        """Return a text as source."""
+        return repr(value)
+
+    def unset(self, names: "List[str]", source: str) -> "List[str]":
+        """Return the names that no statement of the source sets; none where it is no Python, but for its magics."""
+        import ast
+        import re
+
+        try:
+            tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
+        except (SyntaxError, ValueError, RecursionError):
+            return []
+        within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+        found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
+        for node in rest:  # it grows meanwhile
+            rest += [child for child in ast.iter_child_nodes(node) if not isinstance(child, within)]
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.append(node.id)
+        return [name for name in names if name not in found]
+
+
+class RLanguage(Language):
+    """R; its names do not begin with an underscore."""
+
+    words = {"None": "NULL", "True": "TRUE", "False": "FALSE", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"}
+    sequence = mapping = "list(%s)"
+    pair = "%s = %s"
+
+    def name(self, name: str) -> str:
+        """Return the name of a variable as R takes it."""
+        return name.lstrip("_")
+
+
+class Julia(Language):
+    """Julia, where a `$` in a text stands for a variable."""
+
+    words = dict(Language.words, **{"None": "nothing", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"})
+    mapping = "Dict(%s)"
+    pair = "%s => %s"
+
+    def text(self, value: str) -> str:
+        """Return a text as source."""
+        return super().text(value).replace("$", "\\$")
+
+
+class Scala(Language):
+    """Scala, whose integers have 32 bits."""
+
+    comment = "//"
+    assignment = "val %s = %s"
+    words = dict(
+        Language.words, **{"nan": "Double.NaN", "inf": "Double.PositiveInfinity", "-inf": "Double.NegativeInfinity"}
+    )
+    sequence = "Seq(%s)"
+    mapping = "Map(%s)"
+    pair = "%s -> %s"
+
+    def number(self, value: float) -> str:
+        """Return a number as source."""
+        return "%s%s" % (value, "L" if isinstance(value, int) and not -(2**31) <= value < 2**31 else "")
+
+
+class Bash(Language):
+    """bash: text, and arrays of it."""
+
+    assignment = "%s=%s"
+    words = dict(Language.words, **{"None": ""})
+    comma = " "
+    sequence = "(%s)"
+
+    def literal(self, value: "Any") -> str:
+        """Return a value as source; raises ValueError for a map, and for lists of lists."""
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
+            raise ValueError("bash has no form for a map, or for lists of lists")
+        return super().literal(value)
+
+    def text(self, value: str) -> str:
+        """Return a text as source."""
+        import shlex
+
+        return shlex.quote(value)
+
+
+# By their names in a kernel's kernel.json, without capitals.
+LANGUAGES = {"python": Python(), "r": RLanguage(), "julia": Julia(), "scala": Scala(), "bash": Bash()}
 
 
 def run_main(directory: str) -> None:
@@ -6055,35 +6226,104 @@ def read_local_notebook(path: str) -> str:
 
 
 def parse_parameter(text: str) -> Tuple[str, Any]:
-    """Split NAME=VALUE, the value typed as YAML 1.2 reads it (core schema; a list or map as in JSON).
-
-    Raises ValueError with the reason.
-    """
+    """Split NAME=VALUE, the value typed as YAML reads it; raises ValueError with the reason, and a way out."""
     import keyword
 
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError("a parameter is NAME=VALUE, with a name that Python takes, not %r" % text)
-    if value in ("", "~", "null", "Null", "NULL"):
-        return name, None
-    if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return name, value.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", value):
-        return name, int(value)
-    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", value):
-        return name, int(value, 0)
-    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", value):
-        return name, float(value)
-    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", value):
-        return name, float(value.replace(".", ""))
-    if value[0] in '[{"':
-        try:
-            return name, json.loads(value)
-        except ValueError as error:
-            raise ValueError("%s is not the JSON that it begins as: %s" % (text, error)) from None
-    if len(value) > 1 and value[0] == value[-1] == "'":
-        return name, value[1:-1].replace("''", "'")
-    return name, value
+    try:
+        return name, parse_value(value)
+    except (ValueError, RecursionError) as error:
+        quoted = "%s='%s'" % (name, value.replace("'", "''"))
+        why = "%s is not the JSON that it begins as, nor YAML's form of it: %s\nas text it is %s, quoted for the shell"
+        raise ValueError(why % (text, error, quoted)) from None
+
+
+def parse_value(text: str) -> Any:
+    """Return a value as YAML reads it on one line: a list, a map, a quoted text, or a word; raises ValueError."""
+    if text[:1] not in ("[", "{", '"', "'"):
+        return parse_word(text)
+    flow = Flow(text)
+    value = flow.value()
+    flow.skip()
+    if flow.rest:
+        raise ValueError("its end is before %s" % flow.rest)
+    return value
+
+
+def parse_word(text: str) -> Any:
+    """Return what a plain word stands for: YAML 1.2, core schema, and None, nan and inf as papermill has them."""
+    if text in ("", "~", "null", "Null", "NULL", "None"):
+        return None
+    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[-+]?[0-9]+", text):
+        return int(text)
+    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", text):
+        return int(text, 0)
+    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
+        return float(text)
+    if re.fullmatch(r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)", text):
+        return float(text.replace(".", ""))
+    return text
+
+
+class Flow:
+    """A reader of YAML's flow collections (yaml.org, 1.2, chapter 7.4), and so of JSON. Raises ValueError."""
+
+    def __init__(self, text: str) -> None:
+        self.rest = text
+
+    def skip(self) -> None:
+        """Pass over blanks."""
+        self.rest = self.rest.lstrip()
+
+    def value(self) -> Any:
+        """Read a list, a map, or what stands alone."""
+        self.skip()
+        if self.rest.startswith("["):
+            return self._items("]", self.value)
+        if self.rest.startswith("{"):
+            return dict(self._items("}", self._pair))
+        return self._scalar()
+
+    def _items(self, end: str, read: Callable[[], Any]) -> List[Any]:
+        found = []
+        separator = self.rest[0]
+        while self.rest[:1] == separator:
+            self.rest, separator = self.rest[1:].lstrip(), ","
+            if not self.rest.startswith(end):
+                found.append(read())
+                self.skip()
+        if not self.rest.startswith(end):
+            raise ValueError("a comma or %s is missing before %s" % (end, self.rest or "its end"))
+        self.rest = self.rest[1:]
+        return found
+
+    def _pair(self) -> Tuple[str, Any]:
+        key = self._scalar()
+        if not isinstance(key, str):
+            raise ValueError("the key %s is no text; quote it" % key)
+        self.skip()
+        if not self.rest.startswith(":"):
+            return key, None
+        self.rest = self.rest[1:].lstrip()
+        return key, None if self.rest[:1] in (",", "}") else self.value()
+
+    def _scalar(self) -> Any:
+        if self.rest.startswith('"'):
+            value, end = json.JSONDecoder().raw_decode(self.rest)
+            self.rest = self.rest[end:]
+            return value
+        quoted = re.match(r"'((?:[^']|'')*)'", self.rest)
+        # A colon belongs to a word unless a blank or an end follows it.
+        plain = re.match(r"(?:[^,\[\]{}:'\"]|:(?=[^\s,\[\]{}]))(?:[^,\[\]{}:]|:(?=[^\s,\[\]{}]))*", self.rest)
+        match = quoted or plain
+        if not match:
+            raise ValueError("a value is missing before %s" % (self.rest or "its end"))
+        self.rest = self.rest[match.end() :]
+        return quoted.group(1).replace("''", "'") if quoted else parse_word(match.group().strip())
 
 
 class Execution:
@@ -6170,6 +6410,12 @@ class Execution:
         if entry.missing:
             text = "There is no kernel %s on %s; taking %s." % (entry.missing, self.host, entry.kernel)
             self.messages.note(text)
+        if entry.lacks_tag:
+            text = "%s has no cell tagged `parameters`: the parameters are set at its top."
+            self.messages.note(text % self.name)
+        if entry.unset:
+            text = "The cell of %s that is tagged `parameters` does not set: %s"
+            self.messages.note(text % (self.name, ", ".join(entry.unset)))
 
     def _cell(self, index: int) -> Json:
         cells = self.notebook.get("cells", [])
