@@ -458,6 +458,12 @@ class Request(Record):
     is_in_place: bool = False
     overlaps: bool = False
     parameters: "List[List[Any]]" = []
+    parameter_files: "List[List[str]]" = []  # the name and the text of each
+    files: str = ""  # the digest of the tar that goes along
+    offset: int = 0
+    data: str = ""  # of that tar, from there on, in base64
+    is_last: bool = False
+    brings: "List[str]" = []  # patterns of what comes back
     kernel: str = ""
     timeout_s: int = 0
     cell_timeout_s: int = 0
@@ -474,6 +480,10 @@ class Request(Record):
     def facts(self) -> "Json":
         """Return what is asked for, without what is as usual."""
         return {name: value for name, value in super().facts().items() if value != getattr(type(self), name)}
+
+    def to_keep(self) -> "Request":
+        """Return what may be kept of it: no secrets, and nothing that is long."""
+        return self.but(nonce="", notebook="", parameters=[], parameter_files=[])
 
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
@@ -774,6 +784,26 @@ class RunView(Record):
     size: int = 0
 
 
+class FollowReply(RunView):
+    """How an execution ended, and the patterns of what is to come back of it."""
+
+    brings: "List[str]" = []
+
+
+class PutReply(Record):
+    """How much of what goes along is there, in bytes; and whether that is all of it."""
+
+    size: int
+    is_whole: bool = False
+
+
+class BringReply(Record):
+    """What could not be sent, each with the reason; and the patterns that nothing matches."""
+
+    refused: "List[str]" = []
+    unmatched: "List[str]" = []
+
+
 class JobView(JobState):
     """A job, as `list` shows it."""
 
@@ -953,6 +983,7 @@ EVENTS = {
     "started": Event("an execution was started", ("id",)),
     "overlap": Event("it runs already; this one was not started", ("id",)),
     "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
+    "brought": Event("a file that a run wrote is here", ("path", "id")),
     "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
     "line": Event("one line of `logs`", ("line",)),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
@@ -5456,7 +5487,8 @@ def variant_of(request: Request) -> str:
 
     A digest, for a value may be a secret.
     """
-    return digest_of(json.dumps([request.path, request.kernel, request.parameters, request.result]))
+    names = ("path", "kernel", "parameters", "parameter_files", "files", "brings", "result")
+    return digest_of(json.dumps([getattr(request, name) for name in names]))
 
 
 def joined_text(value: "Any") -> str:
@@ -5510,13 +5542,15 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     if not python:
         return None
     directory = new_dir(KINDS["run"])
+    if request.files:
+        request = request.but(path=portable(own_directory(request, directory)))
     program = leave_agent(directory, "run_main", request)
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
-    root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host
+    root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
     process = start_detached([python, program], environment, root_dir, log, bool(request.job))
     record = RunRecord(
-        request=request.but(nonce="", notebook="", parameters=[], app=found.app),
+        request=request.to_keep().but(app=found.app),
         name=request.name,
         key=request.key,
         variant=request.variant,
@@ -5532,7 +5566,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     return record
 
 
-def follow_run(request: Request, channel: Channel) -> RunView:
+def follow_run(request: Request, channel: Channel) -> FollowReply:
     """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
     identity = request.id
     for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
@@ -5553,22 +5587,230 @@ def follow_run(request: Request, channel: Channel) -> RunView:
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
         found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
-    return found  # type: ignore[no-any-return]
+    return FollowReply(brings=known[0].request.brings, **found.facts())
 
 
 def send_part(name: str, file: Growing, channel: Channel) -> int:
     """Send the next bytes of one file of a run, and return how many."""
-    import binascii
-    import zlib
-
     part = file.part()
     if part:
-        channel.send(Part(file=name, data=binascii.b2a_base64(zlib.compress(part)).decode("ascii")))
+        channel.send(Part(file=name, data=packed(part)))
     return len(part)
 
 
+def packed(part: bytes) -> str:
+    """Return bytes as they travel in a message."""
+    import binascii
+    import zlib
+
+    return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
+
+
 REQUESTS["start_run"] = HostAction(start_run, StartReply)
-REQUESTS["follow_run"] = HostAction(follow_run, RunView)
+REQUESTS["follow_run"] = HostAction(follow_run, FollowReply)
+
+
+# -- what goes along, and what comes back -----------------------------------------------------------------------------
+#
+# A tar either way, made and read by the same functions on both sides. Nothing in it leads out of its directory, and
+# nothing is written through a link that is there already: each side checks that for itself.
+
+
+def files_dir() -> str:
+    """Return where the host keeps what goes along, each tar under its digest; those not used for a week are removed."""
+    directory = first_private(state_dirs("files"))
+    for name in os.listdir(directory):
+        with contextlib.suppress(OSError):
+            if time.time() - os.stat(os.path.join(directory, name)).st_mtime > KEEP_ENDED_S:
+                os.unlink(os.path.join(directory, name))
+    return directory
+
+
+def put_files(request: Request, channel: Channel) -> PutReply:
+    """Take the next part of a tar, and say how much of it is there. One that was sent before need not be again."""
+    import binascii
+
+    path = os.path.join(files_dir(), os.path.basename(request.files))
+    if os.path.exists(path):
+        os.utime(path, None)
+        return PutReply(size=os.stat(path).st_size, is_whole=True)
+    growing = path + ".part"
+    descriptor = os.open(growing, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.lseek(descriptor, request.offset, os.SEEK_SET)
+        write_all(descriptor, binascii.a2b_base64(request.data))
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if request.is_last:
+        with open(growing, "rb") as stream:
+            is_whole = digest_of_file(stream) == request.files
+        os.replace(growing, path) if is_whole else os.unlink(growing)
+        if not is_whole:
+            raise Failure("the files that go along did not arrive as they were sent", "another copy of us sends them")
+    return PutReply(size=size, is_whole=request.is_last)
+
+
+def digest_of_file(stream: "Any") -> str:
+    """Return what tells the content of a file from others."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for part in iter(lambda: stream.read(PART_BYTES), b""):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def own_directory(request: Request, directory: str) -> str:
+    """Make a directory for a run in which what goes along lies, and return it; raises Failure."""
+    work = os.path.join(directory, "work")
+    os.mkdir(work, 0o700)
+    with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
+        _, refused = unpack(stream, work, overwrites=False)
+    if refused:
+        raise Failure("not all that goes along could be laid down on the host", "\n".join(refused))
+    return work
+
+
+def bring_files(request: Request, channel: Channel) -> BringReply:
+    """Send what a run wrote and its patterns match, as a tar."""
+    known = [record for record in KINDS["run"].records() if record.id == request.id]
+    if not known:
+        raise Failure("no run of yours has this id: " + request.id)
+    base = native(known[0].root_dir)
+    found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in known[0].request.brings}
+    refused = pack(base, [path for paths in found.values() for path in paths], Parts(channel))
+    return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
+
+
+class Parts:
+    """A stream whose bytes go to the client."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def write(self, data: bytes) -> int:
+        """Send some bytes."""
+        self._channel.send(Part(file="files", data=packed(data)))
+        return len(data)
+
+
+REQUESTS["put_files"] = HostAction(put_files, PutReply)
+REQUESTS["bring_files"] = HostAction(bring_files, BringReply)
+
+
+def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
+    """Yield the paths below `base` that a pattern matches, as a shell has it; `**` is any number of directories.
+
+    A link is not followed, and so it is yielded where the pattern goes on behind it.
+    """
+    import fnmatch
+
+    if not pattern or pattern == ["**"]:
+        yield base
+    elif pattern[0] == "**":
+        for place, places, _ in os.walk(base):
+            places.sort()
+            yield from matching(place, pattern[1:])
+    else:
+        for name in sorted(os.listdir(base)):
+            path = os.path.join(base, name)
+            if not fnmatch.fnmatchcase(name, pattern[0]) or (name.startswith(".") and not pattern[0].startswith(".")):
+                continue
+            if os.path.islink(path) or len(pattern) == 1:
+                yield path
+            elif os.path.isdir(path):
+                yield from matching(path, pattern[1:])
+
+
+def pack(base: str, paths: "List[str]", stream: "Any") -> "List[str]":
+    """Write a tar of what lies at these paths below `base`, directories with all that is in them.
+
+    Return what was not taken, each with the reason. Raises OSError for a file that becomes shorter meanwhile.
+    """
+    import tarfile
+
+    refused = []
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
+        for path in dict.fromkeys(each for top in paths for each in all_below(top)):
+            name = os.path.relpath(path, base)
+            tar.inodes = {}  # type: ignore[attr-defined] # a file of two names is two files
+            try:
+                check_within(base, path)
+                member = tar.gettarinfo(path, name)
+                member.uid = member.gid = 0
+                member.uname = member.gname = ""
+                with contextlib.ExitStack() as stack:
+                    tar.addfile(member, stack.enter_context(open(path, "rb")) if member.isreg() else None)
+            except OSError as error:
+                refused.append("%s: %s" % (portable(name), error.strerror or error))
+    return refused
+
+
+def all_below(path: str) -> "Iterator[str]":
+    """Yield a path, and of a directory all that is in it; links are not followed."""
+    yield path
+    for place, places, names in os.walk(path) if not os.path.islink(path) else ():
+        places.sort()
+        yield from (os.path.join(place, name) for name in sorted(places + names))
+
+
+def check_within(base: str, path: str) -> None:
+    """Raise OSError unless a path is a file, a directory or a link that does not lead out of `base`."""
+    mode = os.lstat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise OSError("it is no file")
+    top = os.path.join(os.path.realpath(base), "")
+    is_absolute = stat.S_ISLNK(mode) and os.path.isabs(os.readlink(path))
+    if is_absolute or not os.path.join(os.path.realpath(path), "").startswith(top):
+        raise OSError("it leads out of " + portable(base))
+
+
+def unpack(stream: "Any", base: str, overwrites: bool) -> "Tuple[List[str], List[str]]":
+    """Lay down what a tar holds below `base`; return the files, and what was not laid down, each with the reason."""
+    import tarfile
+
+    written, refused = [], []
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.issym()):  # nothing goes through a link of it
+            try:
+                written += lay_down(tar, member, base, overwrites)
+            except OSError as error:
+                refused.append("%s: %s" % (portable(member.name), error.strerror or error))
+    return written, refused
+
+
+def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[str]":
+    """Lay down one member of a tar below `base`; return its path where it is no directory. Raises OSError."""
+    import shutil
+
+    path = os.path.join(base, member.name)
+    directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
+    if os.path.isabs(member.name) or ".." in member.name.split("/"):
+        raise OSError("it leads out of " + portable(base))
+    if os.path.realpath(os.path.dirname(path)) != directory or (member.isdir() and os.path.islink(path)):
+        raise OSError("a link is in its way, which may lead elsewhere")
+    os.makedirs(path if member.isdir() else directory, exist_ok=True)
+    if member.isdir():
+        return []
+    if os.path.lexists(path) and not overwrites:
+        raise OSError("it is there already")
+    beside = hidden_beside(path)
+    try:
+        if member.issym():
+            os.symlink(member.linkname, beside)
+            check_within(base, beside)
+        elif member.isreg():
+            with open(beside, "wb") as stream:
+                shutil.copyfileobj(tar.extractfile(member), stream)
+            os.chmod(beside, member.mode & 0o777 & ~own_umask())
+        else:
+            raise OSError("it is no file")
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+    return [path]
 
 
 # -- a run itself, under the Python of Jupyter's environment ----------------------------------------------------------
@@ -5596,7 +5838,8 @@ class Run:
         self.kernel, self.language = self._choose_kernel()
         self.lacks_tag = False
         self.unset = []  # type: List[str]
-        if self.request.parameters:
+        self.parameters = all_parameters(self.request)
+        if self.parameters:
             self._inject_parameters()
         code = [index for index, cell in enumerate(self.notebook.cells) if is_executed(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
@@ -5640,7 +5883,7 @@ class Run:
         if not language:
             known = ", ".join(LANGUAGES)
             raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
-        source = language.source(self.request.parameters)
+        source = language.source(self.parameters)
         cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
@@ -5651,8 +5894,7 @@ class Run:
                 tagged.setdefault(tag, index)
         self.lacks_tag = not {"parameters", "injected-parameters"} & set(tagged)
         if "parameters" in tagged:
-            names = [name for name, _ in self.request.parameters]
-            self.unset = language.unset(names, cells[tagged["parameters"]].source)
+            self.unset = language.unset(list(self.parameters), cells[tagged["parameters"]].source)
         if "injected-parameters" in tagged:
             cells[tagged["injected-parameters"]] = cell
         else:
@@ -5815,6 +6057,60 @@ def hidden_beside(path: str) -> str:
     return os.path.join(os.path.dirname(path), ".%s.%d" % (os.path.basename(path), os.getpid()))
 
 
+def check_name(name: "Any") -> str:
+    """Return the name of a parameter; raises ValueError where Python would not take it."""
+    import keyword
+
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError("a parameter has a name that Python takes, not %r" % name)
+    return name
+
+
+def all_parameters(request: Request) -> "Json":
+    """Return the parameters of a request: the last word for a name holds, and -p is over the files."""
+    found = {}  # type: Json
+    for name, text in request.parameter_files:
+        found.update(parameters_in(name, text))
+    for name, value in request.parameters:
+        found[name] = value
+    return found
+
+
+def parameters_in(name: str, text: str) -> "Json":
+    """Return the parameters that a file holds: JSON, or YAML where this Python can read it; raises ValueError."""
+    try:
+        try:
+            found = json.loads(text)
+        except ValueError:
+            if name.lower().endswith(".json"):
+                raise
+            found = read_yaml(text)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no names with values")
+        return {check_name(key): found[key] for key in found}
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: %s" % (name, error)) from None
+
+
+def read_yaml(text: str) -> "Any":
+    """Return what a YAML file holds, where a date is text as papermill has it; raises ValueError."""
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError:
+        raise ValueError("it is YAML, and the Jupyter's environment on the host cannot read that (PyYAML)") from None
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        yaml_implicit_resolvers = {
+            first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 class Language:
     """How a language of kernels writes down a value: papermill's forms (its translators.py) where they hold.
 
@@ -5829,10 +6125,10 @@ class Language:
     mapping = "{%s}"
     pair = "%s: %s"
 
-    def source(self, parameters: "List[List[Any]]") -> str:
+    def source(self, parameters: "Json") -> str:
         """Return the cell that sets the parameters; raises ValueError for a value that the language has no form for."""
         lines = [self.comment + " Parameters"]
-        for name, value in parameters:
+        for name, value in parameters.items():
             try:
                 lines.append(self.assignment % (self.name(name), self.literal(value)))
             except ValueError as error:
@@ -5849,7 +6145,9 @@ class Language:
             return self.text(value)
         if isinstance(value, list):
             return self.sequence % self.comma.join(map(self.literal, value))
-        return self.mapping % ", ".join(self.pair % (self.text(key), self.literal(value[key])) for key in value)
+        if not isinstance(value, dict):
+            raise ValueError("there is no form for a %s" % type(value).__name__)
+        return self.mapping % ", ".join(self.pair % (self.text(str(key)), self.literal(value[key])) for key in value)
 
     def name(self, name: str) -> str:
         """Return the name of a variable as the language takes it."""
@@ -6105,7 +6403,8 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     except (Exception, asyncio.CancelledError) as error:
         return outcome_after(run, error)
     errors = sum(output.output_type == "error" for cell in run.notebook.cells for output in cell.get("outputs", []))
-    return "done", "%d errors were allowed" % errors if errors and run.request.allows_errors else ""
+    allowed = "%d error%s allowed" % (errors, " was" if errors == 1 else "s were")
+    return "done", allowed if errors and run.request.allows_errors else ""
 
 
 def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
@@ -6227,11 +6526,11 @@ def read_local_notebook(path: str) -> str:
 
 def parse_parameter(text: str) -> Tuple[str, Any]:
     """Split NAME=VALUE, the value typed as YAML reads it; raises ValueError with the reason, and a way out."""
-    import keyword
-
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError("a parameter is NAME=VALUE, with a name that Python takes, not %r" % text)
+    try:
+        check_name(name if equals else "")
+    except ValueError:
+        raise ValueError("a parameter is NAME=VALUE, with a name that Python takes, not %r" % text) from None
     try:
         return name, parse_value(value)
     except (ValueError, RecursionError) as error:
@@ -6326,6 +6625,58 @@ class Flow:
         return quoted.group(1).replace("''", "'") if quoted else parse_word(match.group().strip())
 
 
+class Along(NamedTuple):
+    """What goes along with a notebook: a tar, its digest and its size in bytes."""
+
+    stream: Any
+    digest: str
+    size: int
+
+    @classmethod
+    def of(cls, notebook: str, paths: List[str]) -> "Along":
+        """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
+        import tempfile
+
+        base = os.path.dirname(os.path.abspath(notebook))
+        for path in paths:
+            is_below = os.path.join(os.path.abspath(path), "").startswith(os.path.join(base, ""))
+            why = "" if os.path.lexists(path) else "there is no such file"
+            if why or not is_below:
+                why = why or "it is not below %s, the notebook's directory" % base
+                raise Failure("%s cannot go along" % path, why, "a copy of it there")
+        stream = tempfile.TemporaryFile()  # noqa: SIM115 # as long as we run
+        try:
+            refused = pack(base, [os.path.abspath(path) for path in paths], stream)
+        except OSError as error:
+            refused = [str(error)]
+        if refused:
+            raise Failure("not everything can go along", "\n".join(refused), "--with for the rest of it alone")
+        size = stream.tell()
+        stream.seek(0)
+        return cls(stream, digest_of_file(stream), size)
+
+    def send(self, agent: Agent, redials: bool) -> None:
+        """Send what the host has not yet, in parts, each of which may be sent again."""
+        request = Request(action="put_files", files=self.digest)
+        doing = "Sending %.1f MB" % (self.size / 1e6)
+        while True:
+            reply = agent.ask_on(lambda: request, PutReply, doing, redials=redials)  # noqa: B023 # it asks at once
+            if reply.is_whole:
+                return
+            request = self._part(min(reply.size, self.size - 1))
+
+    def _part(self, at: int) -> Request:
+        import binascii
+
+        self.stream.seek(at)
+        data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
+        is_last = at + SENT_BYTES >= self.size
+        return Request(action="put_files", files=self.digest, offset=at, data=data, is_last=is_last)
+
+
+SENT_BYTES = 12 << 20  # in one request
+
+
 class Execution:
     """A run on the host, followed from here: what its journal tells is shown, and makes the result."""
 
@@ -6347,6 +6698,8 @@ class Execution:
         self.messages = messages
         self.notebook: Json = {}
         self.seconds = 0.0
+        self.overwrites = False  # what is brought may replace what is here
+        self.redials = True
         self._offsets = {"journal": 0}
         self._rest = b""
         self._screen = Screen(messages.detail)
@@ -6375,22 +6728,16 @@ class Execution:
         def request() -> Request:
             return Request(action="follow_run", id=self.id, offsets=self._offsets)
 
-        self._finish(self.agent.ask_on(request, RunView, doing, self._handlers, redials))
+        self.redials = redials
+        self._finish(self.agent.ask_on(request, FollowReply, doing, self._handlers, redials))
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
     def _take_part(self, message: Part, show: Show) -> None:
         """Take a part of the journal; each line that it completes is an entry."""
-        import binascii
-        import zlib
-
         if message.file not in self._offsets:
             return
-        try:
-            unpacking = zlib.decompressobj()
-            part = unpacking.decompress(binascii.a2b_base64(message.data), PART_BYTES)
-        except zlib.error as error:
-            raise Wrong(str(error)) from None
+        part = unpacked(message)
         self._offsets[message.file] += len(part)
         *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
@@ -6448,7 +6795,7 @@ class Execution:
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, view: RunView) -> None:
+    def _finish(self, view: FollowReply) -> None:
         """Write the result, say where it is, and raise the Failure that the end of the run stands for."""
         path = self.output
         if path is None or (view.unwritten and not path):
@@ -6477,11 +6824,41 @@ class Execution:
             self.messages.event("executed", path=path, **facts)
         if path and self.notebook and not self.messages.as_json and not is_stdout:
             self.messages.line(path)
+        lacking = self._bring(path or "", is_silent=is_stdout) if view.brings else []
         if view.state != "done":
+            self.messages.note("\n".join(lacking)) if lacking else None
             raise self._failure(view, path)
+        if lacking:
+            what = "not all that %s was to bring is here" % self.name
+            raise Failure(what, "\n".join(lacking), "execute --attach %s --force, over what is here" % self.id)
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
+
+    def _bring(self, path: str, is_silent: bool) -> List[str]:
+        """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
+        import tempfile
+
+        base = os.path.dirname(path) or "."
+        with tempfile.TemporaryFile() as stream:
+
+            def request() -> Request:
+                stream.seek(0)
+                stream.truncate()
+                return Request(action="bring_files", id=self.id)
+
+            def take(message: Part, show: Show) -> None:
+                stream.write(unpacked(message))
+
+            doing = "Bringing what %s wrote" % self.name
+            reply = self.agent.ask_on(request, BringReply, doing, {"part": take}, self.redials)
+            stream.seek(0)
+            written, refused = unpack(stream, base, self.overwrites)
+        for brought in map(os.path.normpath, written):
+            self.messages.event("brought", path=brought, id=self.id)
+            if not self.messages.as_json and not is_silent:
+                self.messages.line(brought)
+        return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
     def _failure(self, view: RunView, path: str) -> Failure:
         cell = "cell %d of %d" % (view.cell, view.count)
@@ -6500,6 +6877,17 @@ class Execution:
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
         return Failure(what, why, try_, status)
+
+
+def unpacked(message: Part) -> bytes:
+    """Return the bytes of a message; raises Wrong."""
+    import binascii
+    import zlib
+
+    try:
+        return zlib.decompressobj().decompress(binascii.a2b_base64(message.data), PART_BYTES)
+    except (zlib.error, ValueError) as error:
+        raise Wrong(str(error)) from None
 
 
 class Screen:
@@ -6825,7 +7213,7 @@ def submit(request: Request, directory: str) -> JobRecord:
         node=os.uname().nodename,
         number=number.group(1),
         command=command,
-        request=request.but(nonce="", notebook="", parameters=[]),
+        request=request.to_keep(),
     )
     return write_down(record, directory)
 
@@ -7286,6 +7674,12 @@ def _duration_s(text: str) -> int:
     return seconds
 
 
+def _pattern(text: str) -> str:
+    if not text or text.startswith(("/", "~")) or ".." in text.split("/") or "\0" in text:
+        raise argparse.ArgumentTypeError("a pattern is of names below the run's directory, not %r" % text)
+    return text
+
+
 def _parameter(text: str) -> Tuple[str, Any]:
     try:
         return parse_parameter(text)
@@ -7315,6 +7709,9 @@ SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options o
 SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
 LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
 FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
+FILE_HELP = "a file of them, JSON or YAML; repeatable, and -p is over it"
+WITH_HELP = "a file or directory beside the notebook that it needs there; repeatable"
+BRING_HELP = "what the run wrote and is to come back beside the result (`out/*.png`, `out/**`); repeatable"
 PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
 CONFIG_HELP = "the defaults that hold for DESTINATION, and where each is from"
 LIMIT_HELP = "how long one notebook may take (90m, 12h, or seconds; no limit)"
@@ -8002,17 +8399,49 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
+    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_files])
+    alongs = [along_with(source, args.along) for source in sources]
     hint = hint_of(args)
     waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
     with ssh:
         if args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
             follow(execution, waiting, args)
-        for source in sources:
+        for source, along in zip(sources, alongs):
+            if along:
+                along.send(agent, not args.no_reconnect)
+                request = request.but(files=along.digest)
             started = start_execution(source, args, request, agent, waiting)
             if started:
                 follow(started, waiting, args)
     return EXIT_OK
+
+
+def along_with(source: Source, paths: List[str]) -> Optional[Along]:
+    """Return what goes along with a notebook; None where nothing does. Raises Failure."""
+    if not paths:
+        return None
+    if source.is_on_host:
+        why = "%s is on the host, where its own directory has what it needs" % source.name
+        raise Failure("wrong usage", "--with goes with notebooks that are here: " + why, "", EXIT_USAGE)
+    return Along.of(source.name, paths)
+
+
+def read_parameter_file(path: str) -> List[str]:
+    """Return the name and the text of a file of parameters; raises Failure where it cannot be read, or is wrong JSON.
+
+    What is no JSON by its name may be YAML, which the host reads.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            text = stream.read()
+        if path.lower().endswith(".json"):
+            parameters_in(path, text)
+    except OSError as error:
+        raise Failure("cannot read " + path, str(error)) from None
+    except ValueError as error:
+        raise Failure("%s holds no parameters" % path, str(error)) from None
+    return [path, text]
 
 
 def start_execution(
@@ -8029,6 +8458,7 @@ def start_execution(
         is_in_place=source.is_on_host and args.inplace,
         overlaps=args.overlap,
         parameters=[list(parameter) for parameter in args.parameters],
+        brings=args.bring,
         kernel=args.kernel,
         timeout_s=args.time_limit,
         cell_timeout_s=args.cell_timeout,
@@ -8051,6 +8481,7 @@ def start_execution(
 def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
+        execution.overwrites = args.force
         with waiting.asking():
             execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
@@ -8258,6 +8689,10 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("-o --output", "where the result goes (NOTEBOOK.executed.ipynb)", "FILE", _text),
             Option("--inplace", "the result replaces the notebook"),
             Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
+            Option("--parameters-file", FILE_HELP, "FILE", _text, [], how={"dest": "parameters_files"}),
+            Option("--with", WITH_HELP, "PATH", _text, [], how={"dest": "along"}),
+            Option("--bring", BRING_HELP, "GLOB", _pattern, []),
+            Option("--force", "what is brought replaces what is here"),
             Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
             Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
