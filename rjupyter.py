@@ -464,6 +464,8 @@ class Request(Record):
     data: str = ""  # of that tar, from there on, in base64
     is_last: bool = False
     brings: "List[str]" = []  # patterns of what comes back
+    tasks: "List[Request]" = []  # of a grid: what is executed, so many at once
+    width: int = 1
     kernel: str = ""
     timeout_s: int = 0
     cell_timeout_s: int = 0
@@ -483,7 +485,7 @@ class Request(Record):
 
     def to_keep(self) -> "Request":
         """Return what may be kept of it: no secrets, and nothing that is long."""
-        return self.but(nonce="", notebook="", parameters=[], parameter_files=[])
+        return self.but(nonce="", notebook="", parameters=[], parameter_files=[], tasks=[])
 
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
@@ -568,6 +570,15 @@ class RunRecord(Kept):
     def odd(self) -> "List[str]":
         """Return what is not as we write it."""
         return ["pid"] if self.pid < 2 else []
+
+
+class GridRecord(Kept):
+    """Several executions, so many at once: grids/ID/grid.json; what is executed stands beside it, request.json."""
+
+    kind = "grid"
+    name: str
+    count: int
+    width: int
 
 
 class JobRecord(Kept):
@@ -703,6 +714,21 @@ class Stopped(Message):
     job: "Optional[str]" = None
 
 
+class TaskState(Message):
+    """How one execution of a grid stands: it was started, another one has its notebook in hand, or it has ended.
+
+    One that ended has its run's end, or why there was none.
+    """
+
+    kind = "task"
+    index: int
+    name: str
+    state: str
+    id: str = ""
+    end: "Optional[FollowReply]" = None
+    trouble: "Optional[Trouble]" = None
+
+
 class Line(Message):
     """A line of a log."""
 
@@ -790,6 +816,25 @@ class FollowReply(RunView):
     brings: "List[str]" = []
 
 
+class GridView(Record):
+    """Several executions, as `list` shows them: how many have begun, and how many of those have ended."""
+
+    id: str
+    name: str
+    count: int
+    width: int
+    begun: int
+    ended: int
+    state: str
+    age_s: float
+
+
+class GridReply(Record):
+    """How many executions it was."""
+
+    count: int
+
+
 class PutReply(Record):
     """How much of what goes along is there, in bytes; and whether that is all of it."""
 
@@ -821,6 +866,7 @@ class ListReply(Record):
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
+    grids: "List[GridView]" = []
 
 
 class LogsReply(Record):
@@ -978,6 +1024,7 @@ EVENTS = {
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
+    "grid": Event("several executions in `list`", tuple(GridView.fields)),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
     "started": Event("an execution was started", ("id",)),
@@ -1600,6 +1647,12 @@ COLUMNS = {
         Column("FOR", lambda job: {"open": "a server", "start_run": "a notebook"}.get(job.action, "?")),
         Column("PATH", lambda job: job.path or "~"),
         Column("AGE", lambda job: duration(job.age_s)),
+    ],
+    "grid": [
+        Column("ID", lambda grid: grid.id),
+        Column("STATE", lambda grid: "%d of %d have ended, %d run" % (grid.ended, grid.count, grid.begun - grid.ended)),
+        Column("NOTEBOOK", lambda grid: grid.name),
+        Column("AGE", lambda grid: duration(grid.age_s)),
     ],
     "option": [
         Column("OPTION", lambda row: row[0]),
@@ -2868,6 +2921,10 @@ class Kind:
 
     def reply(self, record: "Any", channel: Channel) -> "Json":
         """Wait for the reply of what one started, and return it."""
+        raise NotImplementedError
+
+    def replied(self, record: "Any") -> "Optional[Json]":
+        """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
         raise NotImplementedError
 
     def hint(self) -> str:
@@ -4631,12 +4688,16 @@ Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
     kind.kind: kind
-    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part)
+    for kind in (
+        *(Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
+        TaskState,
+    )
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
+    "grid": "Stopped the executions of %(name)s (%(id)s); no more of them begin.",
 }
 
 
@@ -4670,7 +4731,7 @@ class Agent:
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
-            "found": self._say_found,
+            "found": self.say_found,
             "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
@@ -4807,7 +4868,8 @@ class Agent:
             text = "Connected to %s (%s)." % (self.ssh.destination, who)
             self.messages.step(text, "connected", user=hello.user, node=hello.node, python=hello.python)
 
-    def _say_found(self, found: Found, show: Show) -> None:
+    def say_found(self, found: Found, show: Show) -> None:
+        """Say which Jupyter is taken."""
         for line in found.tried:
             self.messages.detail("looked at " + line)
         say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
@@ -5310,6 +5372,7 @@ class Background:
 # agent begins
 
 STOP_TIMEOUT_S = 10  # for a cell that was interrupted
+GRID_PREFIX = "g"  # of the ids of grids
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
 GOING_ON = ("starting", "running")
 
@@ -5449,37 +5512,53 @@ def why_nothing(record: RunRecord) -> str:
 
 def start_run(request: Request, channel: Channel) -> StartReply:
     """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
+    begun, is_started = begin_run(request, channel)
+    if is_started and begun.kind != "run":  # a job, outside of the lock, for a queue may be long
+        return StartReply.read(KINDS[begun.kind].reply(begun, channel)).but(is_started=True)
+    return StartReply(id=begun.id, pid=begun.pid, is_started=is_started, age_s=begun.age_s())
+
+
+def begin_run(request: Request, channel: Channel) -> "Tuple[Kept, bool]":
+    """Start to execute a notebook, or submit a job that does; return that, and true. It is the same when asked again.
+
+    Where the notebook is executed so already, return what does it, and false.
+    """
     root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
-    directory = root_dir
-    if request.file:
-        place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
-        place += "" if os.path.exists(place) else ".ipynb" if os.path.exists(place + ".ipynb") else ""
-        if not request.notebook:
-            text = read_notebook(place)
-            request = request.but(notebook=without_old_outputs(text), original=digest_of(text))
-        request = request.but(file=portable(place), name=portable(os.path.basename(place)))
-        request = request.but(key=request.key or "host:" + portable(os.path.realpath(place)))
-        directory = os.path.dirname(place)
-    request = request.but(path=portable(directory))
-    request = request.but(variant=request.variant or variant_of(request))
+    request = with_notebook(request, root_dir)
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
         begun = begun_by(request)
-        if begun and begun.kind == "run":
-            return StartReply(id=begun.id, pid=begun.pid, is_started=True)
-        if not request.overlaps and not begun:
+        if begun:
+            return begun, True
+        if not request.overlaps:
             same = [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
             if same:
-                return StartReply(id=same[0].id, pid=same[0].pid, age_s=same[0].age_s())
+                return same[0], False
         forget_ended(KINDS["run"], KINDS["run"].running())
-        if not jobs:
-            record, _ = launch(request, root_dir, channel, launch_run, PROGRAMS)
-            return StartReply(id=record.id, pid=record.pid, is_started=True)
-        job = begun or jobs[0].start(request, channel)
-    reply = StartReply.read(jobs[0].reply(job, channel))
-    reply.is_started = True
-    return reply
+        if jobs:
+            return jobs[0].start(request, channel), True
+        return launch(request, root_dir, channel, launch_run, PROGRAMS)[0], True
+
+
+def with_notebook(request: Request, root_dir: str) -> Request:
+    """Return a request with the text of a notebook that is on this host, and with what tells its execution from others.
+
+    Raises Failure when there is no such notebook.
+    """
+    directory = root_dir
+    if request.file:
+        place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
+        suffix = "" if os.path.exists(place) else ".ipynb" if os.path.exists(place + ".ipynb") else ""
+        if not request.notebook:
+            text = read_notebook(place + suffix)
+            request = request.but(notebook=without_old_outputs(text), original=digest_of(text))
+        key = request.key or "host:" + portable(os.path.realpath(place + suffix))
+        name = request.name if request.name.endswith(".ipynb") else request.name + suffix
+        request = request.but(file=portable(place + suffix), name=name, key=key)
+        directory = os.path.dirname(place)
+    request = request.but(path=portable(directory))
+    return request.but(variant=request.variant or variant_of(request))
 
 
 def variant_of(request: Request) -> str:
@@ -5608,6 +5687,157 @@ def packed(part: bytes) -> str:
 
 REQUESTS["start_run"] = HostAction(start_run, StartReply)
 REQUESTS["follow_run"] = HostAction(follow_run, FollowReply)
+
+
+# -- several at once --------------------------------------------------------------------------------------------------
+
+
+class GridKind(Kind):
+    """Several executions, so many at once. What follows a grid begins them; without one, no more begin."""
+
+    name = "grid"
+    prefix = GRID_PREFIX
+    record = GridRecord
+
+    def running(self) -> "List[GridRecord]":
+        """Return the records of those of which not all has ended."""
+        return [record for record in self.records() if not is_marked(record, "ended") and not is_marked(record, "stop")]
+
+    def listed(self) -> "List[GridRecord]":
+        """Return those that `list` shows: what an ended one executed is there itself."""
+        return self.running()
+
+    def describe(self, record: GridRecord) -> GridView:
+        """Say how far one is."""
+        begun = list(things_of(left_request(record.directory).tasks).values())
+        live = live_ids()
+        facts = {name: getattr(record, name) for name in ("id", "name", "count", "width")}
+        ended = sum(thing.id not in live for thing in begun)
+        return GridView(begun=len(begun), ended=ended, state="running", age_s=record.age_s(), **facts)
+
+    def end(self, record: GridRecord) -> None:
+        """Begin no more of it, and end what runs."""
+        mark(record, "stop")
+        live = live_ids()
+        for thing in things_of(left_request(record.directory).tasks).values():
+            if thing.id in live:
+                last = run_of(thing) or thing
+                KINDS[last.kind].end(last)
+
+
+KINDS["grid"] = GridKind()
+
+
+def live_ids() -> "List[str]":
+    """Return the ids of all that runs or waits to run, but for servers."""
+    return [r.id for kind in KINDS.values() if kind.name not in ("server", "grid") for r in kind.running()]
+
+
+def things_of(tasks: "List[Request]") -> "Dict[int, Kept]":
+    """Return what was begun for the tasks of a grid, runs or jobs: each has the errand of its task."""
+    by_errand = {record.request.errand: record for kind in KINDS.values() for record in kind.begun()}
+    return {index: by_errand[task.errand] for index, task in enumerate(tasks) if task.errand in by_errand}
+
+
+def run_of(thing: Kept) -> "Optional[Kept]":
+    """Return the run that a job has started, if it has; a run itself. Raises Failure where the job ended before."""
+    reply = {"id": thing.id} if thing.kind == "run" else KINDS[thing.kind].replied(thing)
+    return next((run for run in KINDS["run"].records() if reply and run.id == StartReply.read(reply).id), None)
+
+
+def start_grid(request: Request, channel: Channel) -> StartReply:
+    """Write down several executions, and say under which id; what follows it begins them."""
+    begun = begun_by(request)
+    if not begun:
+        forget_ended(KINDS["grid"], KINDS["grid"].running())
+        directory = new_dir(KINDS["grid"])
+        write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
+        facts = {"created": time.time(), "node": os.uname().nodename, "request": request.to_keep()}
+        record = GridRecord(name=request.name, count=len(request.tasks), width=request.width, **facts)
+        begun = write_down(record, directory)
+    return StartReply(id=begun.id, is_started=True)
+
+
+def follow_grid(request: Request, channel: Channel) -> GridReply:
+    """Begin what a grid holds, so many at once, and send what their journals hold beyond the offsets, to their ends."""
+    known = [record for record in KINDS["grid"].records() if record.id == request.id]
+    if not known:
+        raise Failure("no run of yours has this id: " + request.id, "", "list shows the ids")
+    grid = Grid(known[0], request.offsets, channel)
+    found = "more"
+    while found == "more":  # the pauses begin anew with each part
+        found = until(grid.look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+    return GridReply(count=len(grid.tasks))
+
+
+class Grid:
+    """A grid that is followed: its tasks are begun as others end, and told of."""
+
+    def __init__(self, record: GridRecord, offsets: "Dict[str, int]", channel: Channel) -> None:
+        self.record = record
+        self.channel = channel
+        self.tasks = left_request(record.directory).tasks
+        self._offsets = offsets
+        self._journals = {}  # type: Dict[int, Growing] # of those whose runs are there
+        self._ended = []  # type: List[int]
+
+    def look(self) -> str:
+        """Look at each task once, and begin another one where there is room; return "more" where there was news."""
+        things = things_of(self.tasks)
+        has_news = False
+        for index in [index for index in range(len(self.tasks)) if index not in self._ended]:
+            if index in things:
+                has_news = self._follow(index, things[index]) or has_news
+            elif is_marked(self.record, "stop"):
+                self._tell(index, "stopped")
+        live = live_ids()
+        count = sum(thing.id in live for thing in things.values())
+        waiting = [index for index in range(len(self.tasks)) if index not in things and index not in self._ended]
+        if waiting and count < self.record.width:
+            self._begin(waiting[0])
+            return "more"
+        if len(self._ended) == len(self.tasks):
+            mark(self.record, "ended")
+            return "ended"
+        return "more" if has_news else "closed" if self.channel.is_closed else ""
+
+    def _tell(self, index: int, state: str, **facts: "Any") -> None:
+        self.channel.send(TaskState(index=index, name=self.tasks[index].name, state=state, **facts))
+        if state != "started":
+            self._ended.append(index)
+
+    def _begin(self, index: int) -> None:
+        try:
+            begun, is_started = begin_run(self.tasks[index], self.channel)
+            if not is_started:
+                self._tell(index, "overlap", id=begun.id)
+        except Failure as failure:
+            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
+
+    def _follow(self, index: int, thing: Kept) -> bool:
+        """Send what is new of one task; true where there was something."""
+        try:
+            run = run_of(thing)
+        except Failure as failure:
+            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
+            return True
+        if not run:
+            return False
+        if index not in self._journals:
+            at = self._offsets.get(str(index), 0)
+            self._journals[index] = Growing(os.path.join(run.directory, "journal"), at)
+            self._tell(index, "started", id=run.id)
+        view = KINDS["run"].describe(run)  # before the look at its journal: what it wrote last is seen
+        if send_part(str(index), self._journals[index], self.channel):
+            return True
+        assert isinstance(view, RunView)
+        if view.state not in GOING_ON:
+            self._tell(index, "ended", id=run.id, end=FollowReply(brings=run.request.brings, **view.facts()))
+        return view.state not in GOING_ON
+
+
+REQUESTS["start_grid"] = HostAction(start_grid, StartReply)
+REQUESTS["follow_grid"] = HostAction(follow_grid, GridReply)
 
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
@@ -6700,11 +6930,12 @@ class Execution:
         self.seconds = 0.0
         self.overwrites = False  # what is brought may replace what is here
         self.redials = True
-        self._offsets = {"journal": 0}
+        self.offset = 0  # in its journal
+        self.path: Optional[str] = None  # where its result is
         self._rest = b""
-        self._screen = Screen(messages.detail)
+        self._screen = Screen(self._show_line)
         self._bad_lines = 0
-        self._handlers = dict(handlers, part=self._take_part)
+        self._handlers = dict(handlers, part=self.take_part)
         self._take_entry: Dict[str, Handler] = {
             "begin": self._begin,
             "start": lambda entry, show: show("cell %d/%d" % (entry.cell, entry.count)),
@@ -6726,19 +6957,19 @@ class Execution:
         doing = "Executing " + self.name if self.messages.has_spinner else ""
 
         def request() -> Request:
-            return Request(action="follow_run", id=self.id, offsets=self._offsets)
+            return Request(action="follow_run", id=self.id, offsets={"journal": self.offset})
 
         self.redials = redials
-        self._finish(self.agent.ask_on(request, FollowReply, doing, self._handlers, redials))
+        view = self.agent.ask_on(request, FollowReply, doing, self._handlers, redials)
+        self.write(view)
+        self.settle(view)
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
-    def _take_part(self, message: Part, show: Show) -> None:
+    def take_part(self, message: Part, show: Show) -> None:
         """Take a part of the journal; each line that it completes is an entry."""
-        if message.file not in self._offsets:
-            return
         part = unpacked(message)
-        self._offsets[message.file] += len(part)
+        self.offset += len(part)
         *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
             self._take_line(line, show)
@@ -6788,15 +7019,21 @@ class Execution:
         facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
         self.messages.event("cell", id=self.id, **facts)
         if entry.is_done and not self.messages.has_spinner and not self.messages.as_json:
-            self.messages.note("Cell %d/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
+            self._say_cell(entry)
+
+    def _say_cell(self, entry: CellEntry) -> None:
+        self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
+
+    def _show_line(self, line: str) -> None:
+        self.messages.detail(line)
 
     def _end(self, entry: EndEntry, show: Show) -> None:
         self.notebook["metadata"] = entry.metadata
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, view: FollowReply) -> None:
-        """Write the result, say where it is, and raise the Failure that the end of the run stands for."""
+    def write(self, view: FollowReply) -> None:
+        """Write the result, and say how the run ended; raises Failure where it cannot be written."""
         path = self.output
         if path is None or (view.unwritten and not path):
             if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
@@ -6810,8 +7047,8 @@ class Execution:
             self.messages.warn(
                 "%d lines of the journal of %s are damaged; the result lacks them." % (self._bad_lines, self.id)
             )
-        is_stdout = bool(path) and leads_to_stdout(path)
-        if self.notebook and is_stdout:
+        self.path = path
+        if self.notebook and leads_to_stdout(path):
             self.messages.line(notebook_text(self.notebook).rstrip("\n"))
         elif self.notebook and path:
             write_result(path, self.notebook)
@@ -6822,12 +7059,18 @@ class Execution:
             self.messages.step(text, "executed", path=path, **facts)
         else:
             self.messages.event("executed", path=path, **facts)
-        if path and self.notebook and not self.messages.as_json and not is_stdout:
+
+    def settle(self, view: FollowReply) -> None:
+        """Print where the result is, bring what the run wrote, and raise the Failure that its end stands for."""
+        path = self.path or ""
+        is_silent = self.messages.as_json or leads_to_stdout(path)
+        if path and self.notebook and not is_silent:
             self.messages.line(path)
-        lacking = self._bring(path or "", is_silent=is_stdout) if view.brings else []
+        lacking = self._bring(path, is_silent) if view.brings else []
         if view.state != "done":
-            self.messages.note("\n".join(lacking)) if lacking else None
-            raise self._failure(view, path)
+            if lacking:
+                self.messages.note("\n".join(lacking))
+            raise self.failure(view)
         if lacking:
             what = "not all that %s was to bring is here" % self.name
             raise Failure(what, "\n".join(lacking), "execute --attach %s --force, over what is here" % self.id)
@@ -6856,11 +7099,13 @@ class Execution:
             written, refused = unpack(stream, base, self.overwrites)
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
-            if not self.messages.as_json and not is_silent:
+            if not is_silent:
                 self.messages.line(brought)
         return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
-    def _failure(self, view: RunView, path: str) -> Failure:
+    def failure(self, view: RunView) -> Failure:
+        """Return what the end of a run stands for that did not come to its end."""
+        path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error
         if self.notebook:
@@ -6877,6 +7122,128 @@ class Execution:
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
         return Failure(what, why, try_, status)
+
+
+class OneOfMany(Execution):
+    """An execution among others: what it says has its name, and its cells are not told of."""
+
+    def _say_cell(self, entry: CellEntry) -> None:
+        pass
+
+    def _show_line(self, line: str) -> None:
+        self.messages.detail("%s: %s" % (self.name, line))
+
+
+class Task(NamedTuple):
+    """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
+
+    name: str
+    request: Request
+    output: Optional[str]
+    original: str = ""
+
+
+class Sweep:
+    """Several executions, followed in one conversation: each result is written when it is there."""
+
+    def __init__(self, identity: str, tasks: List[Task], agent: Agent, messages: Messages) -> None:
+        self.id = identity
+        self.agent = agent
+        self.messages = messages
+        self.executions: Dict[int, Execution] = {}
+        self._tasks = dict(enumerate(tasks))  # none where another run of ours began it
+        self._ends: Dict[int, TaskState] = {}
+        self._failures: Dict[int, Failure] = {}
+        self._count = 0
+        self._found: List[Found] = []
+        self._handlers: Dict[str, Handler] = {
+            "task": self._take_task,
+            "part": self._take_part,
+            "found": self._say_found,
+        }
+
+    def follow(self, redials: bool, overwrites: bool) -> None:
+        """Follow all to their ends; raises Failure with the worst status, which says what failed."""
+
+        def request() -> Request:
+            offsets = {str(index): execution.offset for index, execution in self.executions.items()}
+            return Request(action="follow_grid", id=self.id, offsets=offsets)
+
+        doing = "Executing" if self.messages.has_spinner else ""
+        count = self.agent.ask_on(request, GridReply, doing, self._handlers, redials).count
+        for index, end in sorted(self._ends.items()):
+            if end.end and index not in self._failures:
+                self.executions[index].redials, self.executions[index].overwrites = redials, overwrites
+                self._try(index, self.executions[index].settle, end.end)
+        if self._failures:
+            failures = sorted(self._failures.items())
+            why = ["%s: %s" % (self._ends[index].name, what_and_why(failure)) for index, failure in failures]
+            status = max(failure.status for _, failure in failures)
+            raise Failure("%d of %d executions failed" % (len(failures), count), "\n".join(why), status=status)
+        self.messages.note("All %d are done." % count)
+
+    def _try(self, index: int, do: Callable[[FollowReply], None], end: FollowReply) -> None:
+        try:
+            do(end)
+        except Failure as failure:
+            self._failures[index] = failure
+
+    def _say_found(self, found: Found, show: Show) -> None:
+        if not self._found:
+            self.agent.say_found(found, show)
+        self._found.append(found)
+
+    def _take_part(self, message: Part, show: Show) -> None:
+        if message.file not in map(str, self.executions):
+            raise Wrong("wrong in it: file")
+        self.executions[int(message.file)].take_part(message, lambda words: None)
+
+    def _take_task(self, task: TaskState, show: Show) -> None:
+        if task.index in self._ends:  # told again, after the connection was lost
+            return
+        if task.index not in self.executions:
+            known = self._tasks.get(task.index, Task(task.name, Request(), None))
+            self.executions[task.index] = OneOfMany(
+                task.id, task.name, known.output, self.agent, self.messages, {}, known.original
+            )
+        if task.state != "started":
+            self._ends[task.index] = task
+            self._take_end(task)
+        show("%d have ended, %d run" % (len(self._ends), len(self.executions) - len(self._ends)))
+
+    def _take_end(self, task: TaskState) -> None:
+        execution = self.executions[task.index]
+        if task.end:
+            self._try(task.index, execution.write, task.end)
+            if task.end.state == "done" or task.index in self._failures:
+                return
+            failure = execution.failure(task.end)
+        elif task.state == "overlap":
+            text = "%s is being executed already (%s); --overlap does it all the same."
+            self.messages.warn(text % (task.name, task.id))
+            return
+        else:
+            stopped = Failure("the execution of %s was stopped before it began" % task.name)
+            failure = self._failures[task.index] = task.trouble.failure() if task.trouble else stopped
+        self.messages.note("%s: %s" % (task.name, what_and_why(failure)))
+
+
+def what_and_why(failure: Failure) -> str:
+    """Return a failure in one line, without what else there is to say."""
+    return "%s: %s" % (failure.what, failure.why.split("\n")[0]) if failure.why else failure.what
+
+
+def label_of(name: str, values: Dict[str, Any]) -> str:
+    """Return a notebook's name with the values that it is executed with: train.lr=0.1,model=cnn.ipynb.
+
+    What a file's name should not have is left out, and a digest stands for it.
+    """
+    stem = name[: -len(".ipynb")] if name.endswith(".ipynb") else name
+    as_is = {key: isinstance(value, str) and parse_word(value) == value for key, value in values.items()}
+    label = ",".join("%s=%s" % (key, value if as_is[key] else json.dumps(value)) for key, value in values.items())
+    short = re.sub(r"[^\w.+=,-]", "_", label)[:50]
+    short += "" if short == label else "-" + digest_of(label)[:6]
+    return "%s.%s.ipynb" % (stem, short) if values else name
 
 
 def unpacked(message: Part) -> bytes:
@@ -7117,6 +7484,14 @@ class JobKind(Kind):
         """Wait for the reply of the agent in a job, as long as its queue takes."""
         return wait_for_job(record, channel)
 
+    def replied(self, record: JobRecord) -> "Optional[Json]":
+        """Return what the agent in a job replied, if it has; raises Failure where it failed, or the job did before."""
+        state = job_state(record)
+        message = reply_of(record)
+        if not message and not state.is_live:
+            raise ended_early(record, state)
+        return Said.read(message).result() if message else None
+
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
         import shutil
@@ -7352,8 +7727,7 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
                 return message
             pass_on(message, channel)
         if not state.is_live:
-            why = "%s\n%s" % (why_job_ended(state), end_of_log(log_of(job)))
-            raise Failure("job %s ended before it had begun" % job.number, why.strip(), status=EXIT_SERVER_ENDED)
+            raise ended_early(job, state)
         if channel.is_closed:
             raise Failure("nobody waits for this any more")
         facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
@@ -7364,6 +7738,12 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
         return None
 
     return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+
+
+def ended_early(job: JobRecord, state: JobState) -> Failure:
+    """Return the failure of a job that ended before it said anything."""
+    why = "%s\n%s" % (why_job_ended(state), end_of_log(log_of(job)))
+    return Failure("job %s ended before it had begun" % job.number, why.strip(), status=EXIT_SERVER_ENDED)
 
 
 def messages_in(said: Growing) -> "List[Json]":
@@ -7680,6 +8060,21 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
+        raise argparse.ArgumentTypeError("a number from 1 to 999, not %r" % text)
+    return int(text)
+
+
+def _grid(text: str) -> Tuple[str, List[Any]]:
+    name, values = _parameter(text)
+    if not isinstance(values, list) or not values:
+        raise argparse.ArgumentTypeError("a grid is NAME=[VALUE, ...], not %r" % text)
+    if len({repr(value) for value in values}) < len(values):
+        raise argparse.ArgumentTypeError("a value stands twice in %r" % text)
+    return name, values
+
+
 def _parameter(text: str) -> Tuple[str, Any]:
     try:
         return parse_parameter(text)
@@ -7709,6 +8104,7 @@ SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options o
 SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
 LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
 FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
+GRID_HELP = "execute the notebook once for each of these values of a variable; repeatable, for each combination"
 FILE_HELP = "a file of them, JSON or YAML; repeatable, and -p is over it"
 WITH_HELP = "a file or directory beside the notebook that it needs there; repeatable"
 BRING_HELP = "what the run wrote and is to come back beside the result (`out/*.png`, `out/**`); repeatable"
@@ -8317,12 +8713,13 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     with ssh:
         reply = agent.ask(Request(action="list"), ListReply, "Asking the servers")
-    views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers), ("run", reply.runs)]
+    views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
+    views += [("grid", reply.grids), ("run", reply.runs)]
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
     for event, found in [] if args.json else views:
-        if (event == "run" and found) or (event == "server" and reply.jobs):
+        if (event in ("run", "grid") and found) or (event == "server" and reply.jobs):
             messages.line("")
         if found:
             print_table(COLUMNS[event], found, messages)
@@ -8386,7 +8783,39 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
 
 
 def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Execute notebooks on the host, one after the other, and bring their results; the first failure ends it."""
+    """Execute notebooks on the host, and bring their results.
+
+    One after the other, the first failure ends it; with -j or --grid several at once, each of them to its end.
+    """
+    check_execute(args)
+    request = request_of(args, "start_run")
+    sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
+    check_results(sources)
+    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_files])
+    alongs = [along_with(source, args.along) for source in sources]
+    requests = [request.but(files=along.digest) if along else request for along in alongs]
+    tasks = [task for s, r in zip(sources, requests) for task in tasks_of(s, args, r)]
+    hint = hint_of(args)
+    waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
+    with ssh:
+        for along in filter(None, alongs):
+            along.send(agent, not args.no_reconnect)
+        if args.grid or args.at_once or (args.run_id or "").startswith(GRID_PREFIX):
+            follow_sweep(args.run_id or start_sweep(tasks, args, agent, waiting), tasks, args, agent, waiting)
+        elif args.run_id:
+            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
+            follow(execution, waiting, args)
+        for task in [] if args.grid or args.at_once else tasks:
+            started = start_execution(task, args, agent, waiting)
+            if started:
+                follow(started, waiting, args)
+    return EXIT_OK
+
+
+def check_execute(args: argparse.Namespace) -> None:
+    """Raise Failure (2) where the options do not go together."""
+    names = [name for name, _ in args.grid]
+    given = names + [name for name, _ in args.parameters]
     wrong = ""
     if bool(args.notebooks) == bool(args.run_id):
         wrong = "execute takes notebooks, or --attach ID"
@@ -8394,27 +8823,66 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
         wrong = "-o goes with one notebook, and not with --inplace"
     elif args.inplace and args.run_id:
         wrong = "--attach brings a result; where to is said with -o"
+    elif names and (args.inplace or args.output):
+        wrong = "--grid has many results, each named by its values; neither -o nor --inplace goes with it"
+    elif any(given.count(name) > 1 for name in names):
+        wrong = "a name of --grid has its values there alone, and once"
+    elif args.run_id and (names or args.at_once):
+        wrong = "--attach follows what was started with --grid and -j; it takes neither"
     if wrong:
         raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
-    request = request_of(args, "start_run")
-    sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
-    check_results(sources)
-    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_files])
-    alongs = [along_with(source, args.along) for source in sources]
-    hint = hint_of(args)
-    waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
-    with ssh:
-        if args.run_id:
-            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
-            follow(execution, waiting, args)
-        for source, along in zip(sources, alongs):
-            if along:
-                along.send(agent, not args.no_reconnect)
-                request = request.but(files=along.digest)
-            started = start_execution(source, args, request, agent, waiting)
-            if started:
-                follow(started, waiting, args)
-    return EXIT_OK
+
+
+def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List[Task]:
+    """Return what is executed of a notebook: once, or once for each combination of the grid's values."""
+    request = request.but(
+        notebook=source.text and without_old_outputs(source.text),
+        file=source.name[1:] if source.is_on_host else "",
+        key=source.key,
+        is_in_place=source.is_on_host and args.inplace,
+        overlaps=args.overlap,
+        brings=args.bring,
+        kernel=args.kernel,
+        timeout_s=args.time_limit,
+        cell_timeout_s=args.cell_timeout,
+        allows_errors=args.allow_errors,
+    )
+    original = source.text if args.inplace else ""
+    tasks = []
+    for combination in itertools.product(*(values for _, values in args.grid)):
+        values = {name: value for (name, _), value in zip(args.grid, combination)}
+        name = label_of(os.path.basename(source.name.lstrip(":")), values)
+        output = os.path.join(os.path.dirname(source.output), executed_name(name)) if values else source.output
+        parameters = [list(pair) for pair in (*args.parameters, *values.items())]
+        result = "%s:%s" % (socket.gethostname(), os.path.realpath(output))
+        facts = {"parameters": parameters, "result": result, "errand": os.urandom(8).hex()}
+        tasks.append(Task(name, request.but(name=name, **facts), output, original))
+    return tasks
+
+
+def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> str:
+    """Write down several executions on the host, and return their common id."""
+    name = " ".join(dict.fromkeys(os.path.basename(name.lstrip(":")) for name in args.notebooks))
+    facts = {"tasks": [task.request for task in tasks], "width": args.at_once or 1}
+    request = Request(action="start_grid", name=name, errand=os.urandom(8).hex(), **facts)
+    identity = agent.ask_on(lambda: request, StartReply, redials=not args.no_reconnect).id
+    text = "Executing %s on %s, %d at once (%s)."
+    what = "%s %s" % (len(tasks), "notebook" if len(tasks) == 1 else "times a notebook" if args.grid else "notebooks")
+    words = text % (what, agent.ssh.destination, args.at_once or 1, identity)
+    agent.messages.step(words, "started", id=identity)
+    return identity
+
+
+def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
+    """Follow several executions to their ends; when we leave before, a line says how to go on."""
+    try:
+        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force)
+    except (KeyboardInterrupt, Terminated):
+        agent.messages.end_line()
+        text = "What runs goes on without us. To follow it again, and begin the rest: %s   To end it: %s"
+        again = back_again(args, "execute", "--attach", identity)
+        agent.messages.note(text % (again, back_again(args, "stop", identity)))
+        raise
 
 
 def along_with(source: Source, paths: List[str]) -> Optional[Along]:
@@ -8444,38 +8912,19 @@ def read_parameter_file(path: str) -> List[str]:
     return [path, text]
 
 
-def start_execution(
-    source: Source, args: argparse.Namespace, request: Request, agent: Agent, waiting: Queue
-) -> Optional[Execution]:
+def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting: Queue) -> Optional[Execution]:
     """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
     messages = agent.messages
-    request = request.but(
-        notebook=source.text and without_old_outputs(source.text),
-        file=source.name[1:] if source.is_on_host else "",
-        name=os.path.basename(source.name.lstrip(":")),
-        key=source.key,
-        result="%s:%s" % (socket.gethostname(), os.path.realpath(source.output)),
-        is_in_place=source.is_on_host and args.inplace,
-        overlaps=args.overlap,
-        parameters=[list(parameter) for parameter in args.parameters],
-        brings=args.bring,
-        kernel=args.kernel,
-        timeout_s=args.time_limit,
-        cell_timeout_s=args.cell_timeout,
-        allows_errors=args.allow_errors,
-        errand=os.urandom(8).hex(),
-    )
-    with waiting.asking(), agent.leaving("The execution of " + source.name, waiting.hint):
-        doing = "Launching the execution of " + source.name
-        reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
+    with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
+        doing = "Launching the execution of " + task.name
+        reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
-        messages.warn(text % (source.name, reply.id, duration(reply.age_s)))
+        messages.warn(text % (task.name, reply.id, duration(reply.age_s)))
         messages.event("overlap", id=reply.id)
         return None
-    messages.step("Executing %s on %s (%s)." % (source.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    original = source.text if args.inplace else ""
-    return Execution(reply.id, source.name, source.output, agent, messages, waiting.handlers, original)
+    messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)
+    return Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
 
 
 def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
@@ -8693,6 +9142,8 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--with", WITH_HELP, "PATH", _text, [], how={"dest": "along"}),
             Option("--bring", BRING_HELP, "GLOB", _pattern, []),
             Option("--force", "what is brought replaces what is here"),
+            Option("--grid", GRID_HELP, "NAME=[...]", _grid, []),
+            Option("-j", "execute so many at once, each to its end", "N", _count, 0, how={"dest": "at_once"}),
             Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
             Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
