@@ -5375,6 +5375,81 @@ STOP_TIMEOUT_S = 10  # for a cell that was interrupted
 GRID_PREFIX = "g"  # of the ids of grids
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
 GOING_ON = ("starting", "running")
+TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
+
+
+# -- a notebook's own form --------------------------------------------------------------------------------------------
+#
+# What we look at in it. Of what is malformed there nbformat tells; here it is as if it were not there.
+
+
+class Named(Record):
+    """A kernelspec, or language_info."""
+
+    name: str = ""
+    language: str = ""
+
+
+class NotebookMetadata(Record):
+    """The metadata of a notebook."""
+
+    kernelspec: "Named" = Named()
+    language_info: "Named" = Named()
+
+
+class Notebook(Record):
+    """A notebook."""
+
+    cells: "List[Json]" = []
+    metadata: "Json" = {}
+
+
+class CellMetadata(Record):
+    """The metadata of a cell."""
+
+    tags: "List[Any]" = []
+
+
+class Cell(Record):
+    """A cell; a text is one, or a list of lines."""
+
+    cell_type: str = ""
+    source: "Any" = ""
+    metadata: "CellMetadata" = CellMetadata()
+    outputs: "List[Json]" = []
+
+    def is_executed(self) -> bool:
+        """Return what nbclient makes of it."""
+        is_code = self.cell_type == "code" and bool(joined_text(self.source).strip())
+        return is_code and "skip-execution" not in self.metadata.tags
+
+
+class Output(Record):
+    """An output of a cell, or the content of the message that it came in."""
+
+    output_type: str = ""
+    text: "Any" = ""
+    traceback: "List[str]" = []
+
+
+class KernelMessage(Record):
+    """What a kernel sends to all (jupyter-client.readthedocs.io, "Messaging")."""
+
+    msg_type: str = ""
+    content: "Output" = Output()
+
+
+def seen(kind: "Type[R]", facts: "Any") -> "R":
+    """Return what is to be looked at in a notebook's own form."""
+    try:
+        return kind.read(facts)
+    except Wrong:
+        return kind()
+
+
+def joined_text(value: "Any") -> str:
+    """Return a text of a notebook's, which may stand there as a list of lines."""
+    return "".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------
@@ -5398,8 +5473,11 @@ class BeginEntry(Entry):
 
     def odd(self) -> "List[str]":
         """Return what is no notebook."""
-        cells = self.notebook.get("cells")
-        return [] if isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells) else ["notebook"]
+        try:
+            Notebook.read(self.notebook)
+        except Wrong:
+            return ["notebook"]
+        return [] if "cells" in self.notebook else ["notebook"]
 
 
 class StartEntry(Entry):
@@ -5570,31 +5648,16 @@ def variant_of(request: Request) -> str:
     return digest_of(json.dumps([getattr(request, name) for name in names]))
 
 
-def joined_text(value: "Any") -> str:
-    """Return a text of a notebook's, which may stand there as a list of lines."""
-    return "".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def is_executed(cell: "Any") -> bool:
-    """Return what nbclient makes of a cell."""
-    if not isinstance(cell, dict) or cell.get("cell_type") != "code":
-        return False
-    metadata = cell.get("metadata")
-    tags = metadata.get("tags") if isinstance(metadata, dict) else None
-    return bool(joined_text(cell.get("source", "")).strip()) and "skip-execution" not in (tags or [])
-
-
 def without_old_outputs(text: str) -> str:
     """Return a notebook without the outputs that its execution replaces: nobody needs them to travel, or to be kept."""
     try:
         notebook = json.loads(text)
     except (ValueError, RecursionError):
         return text  # what is wrong with it, nbformat says
-    cells = notebook.get("cells") if isinstance(notebook, dict) else None
-    for cell in cells if isinstance(cells, list) else []:
-        if is_executed(cell):
-            cell.update(outputs=[], execution_count=None)
-    return json.dumps(notebook)
+    cells = seen(Notebook, notebook).cells
+    for cell in [cell for cell in cells if seen(Cell, cell).is_executed()]:
+        cell.update(outputs=[], execution_count=None)
+    return json.dumps(dict(notebook, cells=cells) if cells else notebook)
 
 
 def digest_of(text: str) -> str:
@@ -5997,16 +6060,23 @@ def check_within(base: str, path: str) -> None:
 
 
 def unpack(stream: "Any", base: str, overwrites: bool) -> "Tuple[List[str], List[str]]":
-    """Lay down what a tar holds below `base`; return the files, and what was not laid down, each with the reason."""
+    """Lay down what a tar holds below `base`; return the files, and what was not laid down, each with the reason.
+
+    Raises Wrong where it is no tar.
+    """
     import tarfile
 
     written, refused = [], []
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in sorted(tar.getmembers(), key=lambda member: member.issym()):  # nothing goes through a link of it
-            try:
-                written += lay_down(tar, member, base, overwrites)
-            except OSError as error:
-                refused.append("%s: %s" % (portable(member.name), error.strerror or error))
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            # Links come last: nothing goes through a link of it.
+            for member in sorted(tar.getmembers(), key=lambda member: member.issym()):
+                try:
+                    written += lay_down(tar, member, base, overwrites)
+                except OSError as error:
+                    refused.append("%s: %s" % (portable(member.name), error.strerror or error))
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise Wrong(error) from None
     return written, refused
 
 
@@ -6071,7 +6141,7 @@ class Run:
         self.parameters = all_parameters(self.request)
         if self.parameters:
             self._inject_parameters()
-        code = [index for index, cell in enumerate(self.notebook.cells) if is_executed(cell)]
+        code = [index for index, cell in enumerate(self.notebook.cells) if seen(Cell, cell).is_executed()]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
         for index in code:  # what an earlier execution left is no result of this one
             self.notebook.cells[index].update(outputs=[], execution_count=None)
@@ -6091,9 +6161,9 @@ class Run:
 
         specs = KernelSpecManager()
         there = specs.find_kernel_specs()
-        spec = self.notebook.metadata.get("kernelspec", {})
-        language = self.notebook.metadata.get("language_info", {}).get("name") or spec.get("language") or "python"
-        wanted = self.request.kernel or spec.get("name") or "python3"
+        metadata = seen(NotebookMetadata, self.notebook.metadata)
+        language = metadata.language_info.name or metadata.kernelspec.language or "python"
+        wanted = self.request.kernel or metadata.kernelspec.name or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, specs.get_kernel_spec(name).language or language
@@ -6114,21 +6184,22 @@ class Run:
             known = ", ".join(LANGUAGES)
             raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
         source = language.source(self.parameters)
-        cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+        cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-" + TAG]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
         cells = self.notebook.cells
         tagged = {}  # type: Dict[str, int]
         for index, other in enumerate(cells):
-            for tag in other.metadata.get("tags", []):
+            for tag in seen(Cell, other).metadata.tags:
                 tagged.setdefault(tag, index)
-        self.lacks_tag = not {"parameters", "injected-parameters"} & set(tagged)
-        if "parameters" in tagged:
-            self.unset = language.unset(list(self.parameters), cells[tagged["parameters"]].source)
-        if "injected-parameters" in tagged:
-            cells[tagged["injected-parameters"]] = cell
+        given, injected = (tagged.get(tag, -1) for tag in (TAG, "injected-" + TAG))
+        self.lacks_tag = max(given, injected) < 0
+        if given >= 0:
+            self.unset = language.unset(list(self.parameters), cells[given].source)
+        if injected >= 0:
+            cells[injected] = cell
         else:
-            cells.insert(tagged.get("parameters", -1) + 1, cell)
+            cells.insert(given + 1, cell)
 
     # -- the journal --
 
@@ -6188,36 +6259,39 @@ class Run:
             self._write_cell(index, cell=self.numbers[index], count=self.state.count, seconds=seconds, is_done=is_done)
 
     def _write_cell(self, index: int, **facts: "Any") -> None:
-        content = self.as_in_file([self.notebook.cells[index]])["cells"][0]
-        outputs = [json.dumps(output, sort_keys=True) for output in content["outputs"]]
-        if outputs == self._told.get(index, []):
-            del content["outputs"]
-        self._told[index] = outputs
+        whole = seen(Notebook, self.as_in_file([self.notebook.cells[index]])).cells[0]
+        outputs = [json.dumps(output, sort_keys=True) for output in seen(Cell, whole).outputs]
+        content = {name: value for name, value in whole.items() if name != "outputs"}
         written = json.dumps(content, sort_keys=True)
-        if self._written.get(index) != written:
-            self.tell(CellEntry(index=index, content=content, **facts))
-        content.pop("outputs", None)
-        self._written[index] = json.dumps(content, sort_keys=True)
+        is_told = outputs == self._told.get(index, [])
+        if facts or not is_told or self._written.get(index) != written:
+            self.tell(CellEntry(index=index, content=content if is_told else whole, **facts))
+        self._told[index] = outputs
+        self._written[index] = written
 
     def take_output(self, index: int, message: "Json") -> None:
-        """Called for each message that may have given a cell an output: write down the new one."""
-        content = message["content"]
-        said = {"stream": content.get("text", ""), "error": "\n".join([*content.get("traceback", []), ""])}
+        """Called for each message: where it gave a cell an output, write that down; or that all are gone."""
+        said_by = seen(KernelMessage, message)
+        content = said_by.content
+        if said_by.msg_type not in ("stream", "error", "display_data", "execute_result", "clear_output"):
+            return
+        said = joined_text(content.text) + "".join(line + "\n" for line in content.traceback)
         with contextlib.suppress(OSError):  # for `logs`; the journal has it all
-            write_all(self._output, said.get(message["msg_type"], "").encode("utf-8", "replace"))
+            write_all(self._output, said.encode("utf-8", "replace"))
         outputs = self.notebook.cells[index].outputs
         told = self._told.setdefault(index, [])
         at = len(outputs) - 1
-        if at < 0 or len(told) > len(outputs):
-            del told[max(at, 0) :]
-        if at != len(told):
+        if at < 0:
+            if told:
+                self._write_cell(index)
             return
-        cell = self.nbformat.v4.new_code_cell(outputs=[outputs[at]])
-        if self.notebook.nbformat_minor < 5:
-            cell.pop("id", None)
-        content = self.as_in_file([cell])["cells"][0]["outputs"][0]
-        self.tell(OutputEntry(index=index, at=at, content=content))
-        told.append(json.dumps(content, sort_keys=True))
+        cell = {"cell_type": "code", "metadata": {}, "source": "", "outputs": outputs[at:]}
+        last = seen(Cell, seen(Notebook, self.as_in_file([cell])).cells[0]).outputs[0]
+        words = json.dumps(last, sort_keys=True)
+        if at > len(told) or told[at:] == [words]:
+            return
+        self.tell(OutputEntry(index=index, at=at, content=last))
+        told[at:] = [words]
 
     def end(self, outcome: str, error: str) -> None:
         """Write down how it ended; cells whose displays a later one changed are written again."""
@@ -6226,7 +6300,7 @@ class Run:
                 self._write_cell(index)
         error = error[:1000]
         unwritten = self._write_in_place() if self.request.is_in_place else ""
-        self.tell(EndEntry(metadata=self.as_in_file([], self.notebook.metadata)["metadata"]))
+        self.tell(EndEntry(metadata=seen(Notebook, self.as_in_file([], self.notebook.metadata)).metadata))
         self.keep_state(outcome=outcome, error=error, unwritten=unwritten)
 
     def _write_in_place(self) -> str:
@@ -6506,7 +6580,7 @@ def run_main(directory: str) -> None:
         write_whole(os.path.join(directory, "journal"), "")
         return
     run.begin()
-    tell_kernel = guard_kernel()
+    tell_kernel = guard_kernel(directory)
     outcome = outcome_of(run, nbclient, tell_kernel, is_private=True)
     if outcome[0] == "unstarted" and KERNEL_DIED in outcome[1] and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
@@ -6516,8 +6590,10 @@ def run_main(directory: str) -> None:
 KERNEL_DIED = "Kernel died"  # nbclient's and jupyter_client's words
 
 
-def guard_kernel() -> "Callable[[int], None]":
+def guard_kernel(directory: str) -> "Callable[[int], None]":
     """Start a process that ends the kernel when we end, even by SIGKILL; return what tells it which one that is.
+
+    It removes the kernel's sockets, too.
 
     ipykernel looks for its parent, R's and others do not; and what a cell started looks for nobody.
     """
@@ -6541,6 +6617,11 @@ def guard_kernel() -> "Callable[[int], None]":
         if identity and identity == process_identity(pid):
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
+    for place in (directory, own_tmp_dir()):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(place):
+                if name.startswith(os.path.basename(directory) + "-k-"):
+                    os.unlink(os.path.join(place, name))
     os._exit(0)
 
 
@@ -6632,8 +6713,9 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         new_engine(run, nbclient, tell_kernel, is_private).execute()
     except (Exception, asyncio.CancelledError) as error:
         return outcome_after(run, error)
-    errors = sum(output.output_type == "error" for cell in run.notebook.cells for output in cell.get("outputs", []))
-    allowed = "%d error%s allowed" % (errors, " was" if errors == 1 else "s were")
+    outputs = [output for cell in run.notebook.cells for output in seen(Cell, cell).outputs]
+    errors = [output for output in outputs if seen(Output, output).output_type == "error"]
+    allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
     return "done", allowed if errors and run.request.allows_errors else ""
 
 
@@ -6927,6 +7009,7 @@ class Execution:
         self.agent = agent
         self.messages = messages
         self.notebook: Json = {}
+        self.cells: List[Json] = []
         self.seconds = 0.0
         self.overwrites = False  # what is brought may replace what is here
         self.redials = True
@@ -6984,7 +7067,7 @@ class Execution:
             self._bad_lines += 1
 
     def _begin(self, entry: BeginEntry, show: Show) -> None:
-        self.notebook = entry.notebook
+        self.notebook, self.cells = entry.notebook, seen(Notebook, entry.notebook).cells
         if entry.missing:
             text = "There is no kernel %s on %s; taking %s." % (entry.missing, self.host, entry.kernel)
             self.messages.note(text)
@@ -6995,23 +7078,20 @@ class Execution:
             text = "The cell of %s that is tagged `parameters` does not set: %s"
             self.messages.note(text % (self.name, ", ".join(entry.unset)))
 
-    def _cell(self, index: int) -> Json:
-        cells = self.notebook.get("cells", [])
-        if not 0 <= index < len(cells):
+    def _outputs(self, index: int) -> List[Json]:
+        if not 0 <= index < len(self.cells):
             raise Wrong("wrong in it: index")
-        return dict(cells[index])
+        return seen(Cell, self.cells[index]).outputs
 
     def _take_output(self, entry: OutputEntry, show: Show) -> None:
-        cell = self._cell(entry.index)
-        outputs = cell.get("outputs")
-        cell["outputs"] = [*(outputs[: entry.at] if isinstance(outputs, list) else []), entry.content]
-        self.notebook["cells"][entry.index] = cell
-        if entry.content.get("output_type") == "stream":
-            self._screen.write(joined_text(entry.content.get("text", "")))
+        outputs = [*self._outputs(entry.index)[: entry.at], entry.content]
+        self.cells[entry.index] = dict(self.cells[entry.index], outputs=outputs)
+        output = seen(Output, entry.content)
+        if output.output_type == "stream":
+            self._screen.write(joined_text(output.text))
 
     def _take_cell(self, entry: CellEntry, show: Show) -> None:
-        outputs = self._cell(entry.index).get("outputs", [])
-        self.notebook["cells"][entry.index] = dict({"outputs": outputs}, **entry.content)
+        self.cells[entry.index] = dict({"outputs": self._outputs(entry.index)}, **entry.content)
         if entry.cell is None:
             return
         self._screen.end_line()
@@ -7028,7 +7108,7 @@ class Execution:
         self.messages.detail(line)
 
     def _end(self, entry: EndEntry, show: Show) -> None:
-        self.notebook["metadata"] = entry.metadata
+        self.notebook = dict(self.notebook, metadata=entry.metadata)
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -7048,10 +7128,11 @@ class Execution:
                 "%d lines of the journal of %s are damaged; the result lacks them." % (self._bad_lines, self.id)
             )
         self.path = path
+        notebook = dict(self.notebook, cells=self.cells)
         if self.notebook and leads_to_stdout(path):
-            self.messages.line(notebook_text(self.notebook).rstrip("\n"))
+            self.messages.line(notebook_text(notebook).rstrip("\n"))
         elif self.notebook and path:
-            write_result(path, self.notebook)
+            write_result(path, notebook)
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         if view.state == "done":
             text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
@@ -7100,7 +7181,7 @@ class Execution:
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
             if not is_silent:
-                self.messages.line(brought)
+                self.messages.line(in_one_line(brought))
         return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
     def failure(self, view: RunView) -> Failure:
@@ -7201,6 +7282,8 @@ class Sweep:
     def _take_task(self, task: TaskState, show: Show) -> None:
         if task.index in self._ends:  # told again, after the connection was lost
             return
+        if self._tasks and task.index not in self._tasks:
+            raise Wrong("wrong in it: index")
         if task.index not in self.executions:
             known = self._tasks.get(task.index, Task(task.name, Request(), None))
             self.executions[task.index] = OneOfMany(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -64,7 +65,11 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "describe_end": {"is_running": False, "reason": "it was stopped", "log": "bye"},
     "examine": EXAMINED,
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
-    "follow_run": RUN,
+    "follow_run": {**RUN, "brings": ["*.pt"]},
+    "put_files": {"size": 10240, "is_whole": True},
+    "bring_files": {"refused": ["out/odd: it is no file"], "unmatched": ["*.pt"]},
+    "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
+    "follow_grid": {"count": 1},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
 JOURNAL: List[Dict[str, Any]] = [
@@ -75,6 +80,7 @@ JOURNAL: List[Dict[str, Any]] = [
         "missing": "x",
     },
     {"kind": "start", "cell": 1, "count": 1},
+    {"kind": "output", "index": 0, "at": 0, "content": {"output_type": "stream", "name": "stdout", "text": ["1"]}},
     {"kind": "cell", "index": 0, "content": CELL, "cell": 1, "count": 1, "seconds": 0.5, "is_done": True},
     {"kind": "end", "metadata": {}, "outcome": "done", "error": ""},
 ]
@@ -87,6 +93,8 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "installed", "path": "/a", "elapsed_s": 3},
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
     {"kind": "line", "text": "[I] listening"},
+    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "ended", "id": "r07af", "end": {**RUN, "brings": []}},
+    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "failed", "trouble": TROUBLE},
 ]
 # What a person types, and what it asks the host for.
 COMMANDS: Dict[str, List[str]] = {
@@ -98,6 +106,10 @@ COMMANDS: Dict[str, List[str]] = {
     "examine": ["host", "doctor"],
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
+    "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
+    "bring_files": ["host", "execute", "--attach", "r07af"],
+    "start_grid": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
+    "follow_grid": ["host", "execute", "--attach", "g07af"],
 }
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
@@ -187,6 +199,27 @@ def parts(entries: List[Any]) -> List[Any]:
     return [{"kind": "part", "file": "journal", "data": base64.b64encode(zlib.compress(journal)).decode()}]
 
 
+def tar_of(name: str) -> List[Any]:
+    """Return a tar with one file as the messages that bring it."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    data = base64.b64encode(zlib.compress(stream.getvalue())).decode()
+    return [{"kind": "part", "file": "files", "data": data}]
+
+
+def told_by(action: str) -> List[Any]:
+    """Return what is told before the reply to an action, where that is no good without it."""
+    return {"follow_run": parts(JOURNAL), "bring_files": tar_of("model.pt")}.get(action, [])
+
+
+def write_files(directory: Path) -> None:
+    """Write what the commands name."""
+    notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (directory / "a.ipynb").write_text(json.dumps(notebook))
+    (directory / "a.csv").write_text("1,2")
+
+
 def outcome(
     command: List[str], answer: Callable[[Dict[str, Any]], List[Any]], directory: Path
 ) -> Tuple[int, str, str, List[str]]:
@@ -201,6 +234,7 @@ def outcome(
 
     out, err = io.StringIO(), io.StringIO()
     before = os.getcwd()
+    write_files(directory)
     os.chdir(directory)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -245,7 +279,7 @@ def test_the_truth_is_taken(tmp_path: Path) -> None:
     for action, command in COMMANDS.items():
 
         def answer(request: Dict[str, Any]) -> List[Any]:
-            told = parts(JOURNAL) if request["action"] == "follow_run" else TOLD
+            told = told_by(request["action"]) or TOLD
             return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
 
         status, out, err, asked = outcome(command, answer, tmp_path)
@@ -261,7 +295,7 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
     @given(lies_about(REPLIES[action]))
     def lie(reply: Any) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
-            told = parts(JOURNAL) if request["action"] == "follow_run" else []
+            told = told_by(request["action"])
             truth = reply if request["action"] == action else REPLIES[request["action"]]
             return [*told, {"kind": "reply", "reply": truth}]
 
@@ -271,18 +305,45 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
     lie()
 
 
-@pytest.mark.parametrize("action", ["open", "list", "stop", "start_run"])
+@pytest.mark.parametrize("action", ["open", "list", "stop", "start_run", "follow_grid", "start_grid"])
 def test_message_that_lies(action: str, tmp_path: Path) -> None:
     @many
     @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(["-v", "--json"]))
     def lie(message: Any, form: str) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
-            told = parts(JOURNAL) if request["action"] == "follow_run" else []
+            told = told_by(request["action"])
             return [message, *told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
 
         check(*outcome([form, *COMMANDS[action]], answer, tmp_path)[:3])
 
     lie()
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "a.ipynb", "", ".", "\x1b[2J", "a\nb"])
+def test_tar_that_lies(name: str, tmp_path: Path) -> None:
+    """What is brought comes to where the result is and nowhere else, over nothing, and drives no terminal."""
+
+    def answer(request: Dict[str, Any]) -> List[Any]:
+        told = tar_of(name) if request["action"] == "bring_files" else told_by(request["action"])
+        return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+
+    home = tmp_path / "home"
+    home.mkdir()
+    check(*outcome(COMMANDS["bring_files"], answer, home)[:3])
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert not os.path.exists("/tmp/out")
+    assert (home / "a.ipynb").read_text().startswith("{")
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 5000, b"\0" * 10240, b"a" * 600 + b"\0" * 10000])
+def test_tar_that_is_none(data: bytes, tmp_path: Path) -> None:
+    part = {"kind": "part", "file": "files", "data": base64.b64encode(zlib.compress(data)).decode()}
+
+    def answer(request: Dict[str, Any]) -> List[Any]:
+        told = [part] if request["action"] == "bring_files" else told_by(request["action"])
+        return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+
+    check(*outcome(COMMANDS["bring_files"], answer, tmp_path)[:3])
 
 
 def test_failure_that_lies(tmp_path: Path) -> None:
@@ -364,6 +425,7 @@ LIES = [
 def test_stub_of_ssh_whose_host_lies(laptop: Laptop, action: str, way: str) -> None:
     """Each action is told two of the lies by one way of being connected, and two more by the other."""
     stub = laptop.home / "bin/ssh"
+    write_files(laptop.home)
     stub.parent.mkdir()
     stub.write_text(STUB % sys.executable)
     stub.chmod(0o755)
