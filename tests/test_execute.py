@@ -495,6 +495,70 @@ def test_value_is_typed_as_yaml_reads_it(text: str, value: Any) -> None:
     assert (name, type(parsed), parsed) == ("x", type(value), value)
 
 
+FLOWS: List[Tuple[str, Any]] = [
+    ("[]", []), ("[[], {}]", [[], {}]), ("{a: {b: [c]}}", {"a": {"b": ["c"]}}), ('{"a":1,"b":[2]}', {"a": 1, "b": [2]}),
+    ("[a b, 'c, d', \"e]\"]", ["a b", "c, d", "e]"]), ("[x:y, a::b]", ["x:y", "a::b"]),
+    ("{a, b: }", {"a": None, "b": None}),
+    ("[1,]", [1]), ("[None, ~, .inf]", [None, None, float("inf")]), ("['it''s', - x]", ["it's", "- x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), FLOWS)
+def test_list_or_map_is_read_as_yaml_reads_it(text: str, value: Any) -> None:
+    assert rjupyter.parse_value(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[,]", "[a b", "{a: 1", "{1: a}", "{[a]: 1}", "['a]", '["a]', "[a] b", "[a: b]", "[" * 5000]
+)
+def test_list_or_map_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is not the JSON that it begins as"):
+        rjupyter.parse_parameter("x=" + text)
+
+
+@pytest.mark.parametrize("language", list(rjupyter.LANGUAGES))
+def test_each_language_has_a_form_for_each_value(language: str) -> None:
+    """A value within a list is written as it is alone; a line for each, and no newline within one."""
+    forms = rjupyter.LANGUAGES[language]
+    for value in (None, True, False, 0, -1, 2**40, 1.5, float("nan"), float("inf"), float("-inf"), "", "a\nb", "$x"):
+        alone = forms.literal(value)
+        assert forms.literal([value, value]) == forms.sequence % forms.comma.join([alone, alone])
+        assert "\n" not in alone or language == "bash"
+    assert len(forms.source({"a": 1, "b": "x"}).splitlines()) == 3
+
+
+def test_python_form_is_read_again() -> None:
+    value = {"a": [None, True, float("inf"), 'it\'s "é"\n'], "b": {"c": -1.5e300}}
+    assert eval(rjupyter.LANGUAGES["python"].literal(value)) == value
+
+
+def test_name_of_a_grid_has_its_values() -> None:
+    names = [
+        rjupyter.label_of("a.ipynb", {"x": value}) for value in (0.1, "a/b", "a_b", None, "null", "", 1, "1", True)
+    ]
+    assert names[0] == "a.x=0.1.ipynb"
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"a\.x=[\w.-]*\.ipynb", name) for name in names)
+
+
+def test_pattern_matches_as_in_a_shell(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", "d/c.png", "d/e/f.png", "g[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "out").symlink_to("/etc")
+    found = {
+        pattern: sorted(
+            os.path.relpath(path, tmp_path) for path in rjupyter.matching(str(tmp_path), pattern.split("/"))
+        )
+        for pattern in ("*.png", ".*.png", "d/*", "**/*.png", "d/**", "out/**", "nothing", "g[[]1].txt", "d/e/f.png")
+    }
+    assert found["*.png"] == ["a.png"] and found[".*.png"] == [".b.png"]
+    assert found["d/*"] == ["d/c.png", "d/e"] and found["d/**"] == ["d"]
+    assert found["**/*.png"] == ["a.png", "d/c.png", "d/e/f.png"]
+    assert found["out/**"] == ["out"] and found["nothing"] == []
+    assert found["g[[]1].txt"] == ["g[1].txt"] and found["d/e/f.png"] == ["d/e/f.png"]
+
+
 def test_host_does_not_choose_where_a_result_is_written(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "1")
     assert laptop.run("host", "execute", "a.ipynb").status == 0

@@ -153,6 +153,7 @@ SAYS = {
     "display": (DISPLAYS + "display(HTML('<b>shown</b>'))\n", "<b>shown</b>"),
     "no newline": ("print('half a line', end='', flush=True)\n", "half a line"),
     "stderr": ("import sys; print('to stderr', file=sys.stderr, flush=True)\n", "to stderr"),
+    "cleared": ("from IPython.display import clear_output\nprint('gone')\nclear_output()\nprint('new')\n", "new"),
 }
 
 
@@ -168,7 +169,8 @@ def test_run_that_is_killed_within_a_cell_keeps_what_the_cell_said(laptop: Lapto
     os.killpg(runner_pid(host), signal.SIGKILL)
     assert run.wait() == 1, run.text
     assert printed(laptop.home / RESULT)[0] == "one\n"
-    assert words.strip() in json.dumps(cells_of(laptop.home / RESULT)[1]["outputs"])
+    said = json.dumps(cells_of(laptop.home / RESULT)[1]["outputs"])
+    assert words.strip() in said and "gone" not in said
     assert cells_of(laptop.home / RESULT)[2]["outputs"] == []
     logs = laptop.run("host", "logs", identity)
     assert logs.status == 0, logs.text
@@ -276,6 +278,7 @@ def test_no_kernel_outlives_a_run_that_was_killed(
     if is_watched:
         assert run.wait() == 1, run.text
     wait_until(lambda: not processes_with(mark), "no kernel is left: %s" % processes_with(mark), 20)
+    assert not [path for path in host.sshd.directory.rglob("*") if path.is_socket() and "-k-" in path.name]
 
 
 def test_what_a_cell_started_ends_with_the_kernel_of_a_run_that_was_killed(

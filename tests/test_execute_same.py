@@ -67,7 +67,11 @@ def displays(path: Path, host: Host) -> None:
     data = "display({'application/json': {'a': [1, None]}, 'application/vnd.x+json': {'b': 'c'}}, raw=True)"
     svg = "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')"
     empty = "clear_output(wait=True)\nprint(end='')"
-    write_notebook(path, first, loop, mixed, picture, gone, "h.update(HTML('<b>1</b>'))", late, data, svg, empty)
+    cleared = "print('one'); display(HTML('two')); clear_output()"
+    twice = "print('one')\nclear_output()\nprint('two')\nclear_output()\nprint('one')"
+    write_notebook(
+        path, first, loop, mixed, picture, gone, "h.update(HTML('<b>1</b>'))", late, data, svg, empty, cleared, twice
+    )
 
 
 def widgets(path: Path, host: Host) -> None:
