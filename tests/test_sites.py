@@ -3,6 +3,7 @@
 Real Slurm and Grid Engine with the wrappers and mounts of private_sites.py; shims of what does not install here.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -258,24 +259,43 @@ def listener() -> Iterator[Listener]:
     listener.stop()
 
 
-@pytest.mark.parametrize("options", [["--ip", "0.0.0.0"], ["--server-arg=--ip=0.0.0.0"], ["--ip", "::"]])
+def keys(login: Host) -> List[str]:
+    """Return the tokens of the servers that we launched."""
+    return [file.read_text() for file in login.home.glob(".local/state/rjupyter/servers/*/token")]
+
+
 def test_token_is_not_sent_to_the_login_nodes_port(
-    laptop: Laptop, slurm: PrivateSlurm, login: Host, listener: Listener, options: List[str]
+    laptop: Laptop, slurm: PrivateSlurm, login: Host, listener: Listener
 ) -> None:
-    """A job that binds all addresses of its node; list and stop ask as well."""
-    options = [*options, "--port", str(listener.port)]
-    run = laptop.start("--slurm", "-t 1:00:00", *options, "--start-timeout", "40", "host", has_terminal=False)
-    wait_until(lambda: any(s.get("has_answered") for s in login.servers()) or listener.heard, "Jupyter", 60)
+    """A job that binds all addresses of its node: 0.0.0.0 of another machine is not ours; list and stop ask as well."""
+    options = ["--ip", "0.0.0.0", "--port", str(listener.port)]
+    run = laptop.start("--slurm", "-t 1:00:00", *options, "host", has_terminal=False)
+    wait_until(lambda: listener.heard or any(server.get("has_answered") for server in login.servers()), "Jupyter", 60)
     laptop.run("host", "list")
-    text = "".join(file.read_text() for file in login.home.glob(".local/state/rjupyter/servers/*/token"))
-    assert text
-    assert [words for words in listener.heard if text in words] == []
+    assert not [words for words in listener.heard for token in keys(login) if token in words], listener.heard
     assert compute(run.url(), NODE).startswith("node")
-    assert token_of(run.url()) == text
+    assert [token_of(run.url())] == keys(login)
     leave(run)
     laptop.run("host", "stop")
     assert listener.heard == []
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 20)
+
+
+def test_token_of_a_server_on_a_nodes_loopback_is_not_sent_to_the_login_nodes(
+    directory: Path, laptop: Laptop, slurm: PrivateSlurm, login: Host, listener: Listener
+) -> None:
+    """Opened with --via-node, and come back to without it."""
+    nodes = [slurm.start_sshd(node, login.sshd) for node in slurm.nodes]
+    config = directory / "both"
+    config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
+    laptop.config = str(config)
+    run = opened(laptop, "--via-node", "--port", str(listener.port))
+    leave(run)
+    again = laptop.start("host", has_terminal=False)
+    with contextlib.suppress(AssertionError):
+        again.wait(15)
+    assert not [words for words in listener.heard for token in keys(login) if token in words], listener.heard
+    assert again.status is None and compute(again.url(), NODE).startswith("node")
 
 
 # -- E2: greetings ----------------------------------------------------------------------------------------------------
@@ -305,7 +325,7 @@ def test_sbatch_that_greets(laptop: Laptop, slurm: PrivateSlurm, site: Site, log
 
 @pytest.mark.parametrize(
     ("options", "environment"),
-    [("-M gpu", {}), ("--clusters=gpu", {}), ("", {"SLURM_CLUSTERS": "gpu"}), ("-M gpu --parsable", {})],
+    [("-M gpu", {}), ("--clusters=gpu", {}), ("", {"SBATCH_CLUSTERS": "gpu"}), ("-M gpu --parsable", {})],
 )
 def test_job_of_another_cluster(
     laptop: Laptop,
@@ -416,8 +436,9 @@ def test_home_that_lags_and_a_notebook(laptop: Laptop, slurm: PrivateSlurm, make
     make_lag(4)
     write_notebook(laptop.home / "a.ipynb", source)
     run = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
-    assert run.status == (5 if "0" in source.split("/") or source == "1 / 0" else 0), run.text
-    assert ("42" if run.status == 0 else "ZeroDivisionError") in (laptop.home / "a.executed.ipynb").read_text()
+    status, words = (5, "ZeroDivisionError") if source == "1 / 0" else (0, "42")
+    assert run.status == status, run.text
+    assert words in (laptop.home / "a.executed.ipynb").read_text()
 
 
 # -- E6: nodes without a home -----------------------------------------------------------------------------------------
@@ -461,15 +482,12 @@ def test_nodes_without_a_home_are_told_of(laptop: Laptop, slurm: PrivateSlurm, l
 
 
 def test_words_of_a_job_that_ends_early_are_shown(laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host) -> None:
-    """What its script said before our own program could write: the interpreter is not there on the nodes."""
-    empty = login.home / "empty"
-    empty.mkdir()
+    """What is said before our own program can write: the script cannot be run on the nodes at all."""
     for node in slurm.nodes:
-        slurm.machines[node].run("mount", "--bind", str(empty), "/usr/lib/python3")
         slurm.machines[node].run("mount", "--bind", "/dev/null", os.path.realpath("/bin/sh"))
     run = laptop.run("--slurm", "-t 1:00:00", "host")
     assert run.status == 4
-    assert re.search("denied|cannot execute|not found|exec", run.stderr), run.stderr
+    assert re.search("denied|cannot execute|not found", run.stderr), run.stderr
 
 
 # -- E7: no Jupyter, and nodes without a network ----------------------------------------------------------------------
@@ -566,6 +584,8 @@ def shims(directory: Path, make_host: Callable[..., Host]) -> Iterator[Shims]:
     shims = Shims(directory, make_host)
     yield shims
     shims.cluster.stop()
+    for job in shims.directory.glob("*.job"):
+        (job / "ended").touch()  # for what waits to run it
 
 
 MORE_SCHEDULERS = {
