@@ -668,6 +668,7 @@ def test_socket_on_a_node_is_reached_again(
     login = make_host(
         user=user, prefix=slurm.login_prefix, HOME=str(home), PATH="%s:/usr/bin:/bin" % jupyter, **slurm.environment()
     )
+    login.home = home  # what is left there is ended
     nodes = [slurm.start_sshd(node, login.sshd) for node in slurm.nodes]
     config = directory / "both"
     config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
