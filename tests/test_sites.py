@@ -604,7 +604,7 @@ MORE_SCHEDULERS = {
 def test_flux_and_oar(laptop: Laptop, shims: Shims, kind: str) -> None:
     login = shims.start(kind.partition(" ")[0])
     run = laptop.start("--submit", MORE_SCHEDULERS[kind], "host", has_terminal=False)
-    run.expect(r"^Job \S+ pending")
+    run.expect(r"^Job \S+ pending", 30)
     (shims.directory / "go").touch()
     assert compute(run.url(), NODE) == "node1\n"
     (job,) = things(laptop, "job")
@@ -620,7 +620,7 @@ def test_flux_and_oar_cancel_a_job_that_waits(laptop: Laptop, shims: Shims, kind
     """By the scheduler itself, from outside: its end is seen."""
     shims.start(kind.partition(" ")[0])
     run = laptop.start("--submit", MORE_SCHEDULERS[kind], "host", has_terminal=False)
-    run.expect(r"^Job \S+ (pending|submitted)")
+    run.expect(r"^Job \S+ pending", 30)
     shim_scheduler.cancel(shims.directory, "41")
     assert run.wait(60) == 4
     assert "ended before it had begun" in run.stderr
