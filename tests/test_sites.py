@@ -849,14 +849,15 @@ def test_node_whose_own_name_is_127_0_1_1(laptop: Laptop, shims: Shims) -> None:
     assert login
 
 
-@pytest.mark.parametrize("how", ["silence", "refused"])
+@pytest.mark.parametrize("when", ["when it is launched", "when one comes back to it"])
 def test_via_node_is_named_where_the_login_node_reaches_no_port(
-    laptop: Laptop, slurm: PrivateSlurm, login: Host, how: str
+    laptop: Laptop, slurm: PrivateSlurm, login: Host, when: str
 ) -> None:
-    """A firewall between the login node and the nodes."""
-    kind = {"silence": "blackhole", "refused": "prohibit"}[how]
+    """A firewall between the login node and the nodes, which drops what comes."""
+    if when != "when it is launched":
+        leave(opened(laptop))
     for node in slurm.nodes:
-        slurm.machines[node].run("ip", "route", "add", kind, slurm.login_address + "/32")
+        slurm.machines[node].run("ip", "route", "add", "blackhole", slurm.login_address + "/32")
     run = laptop.start("--slurm", "-t 1:00:00", "host", has_terminal=False)
     assert run.wait(120) != 0
     assert "--via-node" in run.stderr, run.stderr
