@@ -150,7 +150,8 @@ class Site:
 
     def forget_ended(self) -> None:
         """Let squeue know live jobs alone, as Slurm's does when MinJobAge has passed; sacct knows them all."""
-        self.wrap("squeue", "{real} \"$@\" | grep -E 'PENDING|CONFIGURING|RUNNING|COMPLETING|SUSPENDED|STATE'\n")
+        live = "PENDING|CONFIGURING|RUNNING|COMPLETING|SUSPENDED|STATE"
+        self.wrap("squeue", 'said=$({real} "$@") || exit\necho "$said" | grep -E "%s" || :\n' % live)
         self.wrap(
             "scontrol",
             'said=$({real} "$@") || exit\ncase $said in *JobState=C*|*JobState=[FTNO]*) echo '
