@@ -17,8 +17,9 @@
 What runs on the host outlives this program; `stop` ends it.
 """
 
-# The rooms of this file, in reading order. A room uses those above it, and none below it but through three tables:
-# ACTIONS (what a person can ask for), REQUESTS (what the host can be asked) and KINDS (what is kept there).
+# The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
+# to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there) and PLACES
+# (where it runs).
 #
 #   names          numbers, exit statuses, the one Failure
 #   records        every fact that crosses a boundary, typed and checked once
@@ -40,6 +41,14 @@ What runs on the host outlives this program; `stop` ends it.
 # runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
 # file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
 
+import sys
+
+if __name__ == "__main__":
+    # Python puts the directory of this file first, and PYTHONPATH next, where an empty entry is the current directory:
+    # a queue.py of someone's project would be imported, and executed. The standard library begins with its archive.
+    archive = "python%d%d.zip" % sys.version_info[:2]
+    sys.path[: next((place for place, path in enumerate(sys.path) if path.endswith(archive)), 0)] = []
+
 import signal
 
 if __name__ == "__main__":
@@ -58,7 +67,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 from typing import (
@@ -121,6 +129,7 @@ FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
 COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
 START_TIMEOUT_S = 120
+ASK_TIMEOUT_S = 5  # for a server's answer on the host itself
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
 DEFAULT_PORT = 8888  # the first one tried on the host: Jupyter's own
 SUN_PATH_MAX = 104  # bytes; the smallest sun_path in use (macOS, BSD), its final NUL included
@@ -354,9 +363,18 @@ class RuntimeInfo(Record):
     is_secure: bool = False
     has_password: bool = False
 
+    def unusable(self) -> "List[str]":
+        """Return the settings of Jupyter's that cannot be put into a header or an address."""
+        import re
+
+        forms = {"token": r"[!-~]*\Z", "base_url": r"/([A-Za-z0-9_.~%@+-]+/)*\Z"}
+        return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
+
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
         """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
+        if "is_secure" in facts:  # as we keep it
+            return facts
         host = facts.get("hostname")
         return {
             "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
@@ -387,6 +405,7 @@ class Request(Record):
 
     action: str = "open"
     nonce: str = ""
+    errand: str = ""  # tells it from all others, also when it is sent again because a connection was lost
     # Which server, and where it is.
     path: "Optional[str]" = None
     app: str = ""
@@ -417,6 +436,7 @@ class Request(Record):
     is_all: bool = False
     asks: bool = False
     is_followed: bool = False
+    line: int = 0
     # Of an execution.
     notebook: str = ""
     file: str = ""
@@ -438,22 +458,22 @@ class Request(Record):
 
     def facts(self) -> "Json":
         """Return what is asked for, without what is as usual."""
-        usual = type(self).usual()
-        return {name: value for name, value in super().facts().items() if value != usual[name]}
+        return {name: value for name, value in super().facts().items() if value != getattr(type(self), name)}
 
-    @classmethod
-    def usual(cls) -> "Json":
-        """Return every field as it is where nothing is asked."""
-        return {name: getattr(cls, name) for name in cls.fields}
-
-    # What leads back to one thing and not to another, as far as it is named: `allows`. What makes two requests the same
-    # from the start: `same_as`.
+    # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
+    # `allows`. What makes two requests the same from the start: `same_as`.
+    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
         return all(getattr(self, name) in (getattr(other, name), None, "", [], False) for name in self.CHOOSING)
+
+    def too_late(self, launched: "Request") -> "List[str]":
+        """Return what is asked for here and was not at the launch of what is found, as far as it acts there alone."""
+        asked = [name for name in self.LAUNCHING if getattr(self, name) != getattr(type(self), name)]
+        return [name for name in asked if getattr(self, name) != getattr(launched, name)]
 
     def same_as(self, other: "Request") -> bool:
         """True when both ask for the same."""
@@ -496,6 +516,8 @@ class ServerRecord(Kept):
     local_port: int
     no_socket: str = ""
     has_answered: bool = True
+    info: "Optional[RuntimeInfo]" = None  # what Jupyter's file said when it answered first
+    manager: str = ""  # what else it belongs to: JupyterHub
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
@@ -610,6 +632,14 @@ class Found(Message):
     tried: "List[str]" = []
 
 
+class Lacking(Message):
+    """An environment of the project has no Jupyter: another is taken."""
+
+    kind = "lacking"
+    path: str
+    try_: str
+
+
 class Installing(Message):
     """Jupyter is being installed."""
 
@@ -624,6 +654,13 @@ class Installed(Message):
     kind = "installed"
     path: str
     elapsed_s: float
+
+
+class Launching(Message):
+    """A server or a run has been started, and is waited for."""
+
+    kind = "launching"
+    id: str
 
 
 class Stopped(Message):
@@ -644,6 +681,7 @@ class Line(Message):
 
     kind = "line"
     text: str
+    id: str = ""  # of the server whose log it is
 
 
 class Part(Message):
@@ -670,6 +708,8 @@ class OpenReply(RuntimeInfo):
     is_launched: bool  # by this request
     is_only: bool = True  # no other one of ours runs there
     seconds: float = 0.0  # the launch took; or, when it ran already, since it was launched
+    request: "Request" = Request()  # what launched it
+    foreign: "List[str]" = []  # files of Jupyter's that another user owns
     scheduler: str = ""  # a scheduler's command that is there and was not used
 
     @classmethod
@@ -690,6 +730,7 @@ class ServerView(Record):
     app: str
     root_dir: str
     is_ours: bool
+    manager: str = ""
     state: str = "live"
     port: int = 0
     sock: str = ""
@@ -790,6 +831,22 @@ class Trouble(Record):
         return [] if 0 < self.status < 256 else ["status"]
 
 
+class Said(Record):
+    """A line of an agent's: its kind, and in the last one the reply, or the failure in its place."""
+
+    kind: str
+    reply: "Optional[Json]" = None
+    failure: "Optional[Trouble]" = None
+
+    def result(self) -> "Json":
+        """Return the reply; raises the Failure that is there instead."""
+        if self.failure:
+            raise self.failure.failure()
+        if self.reply is None:
+            raise Wrong("there is none")
+        return self.reply
+
+
 class Jupyter(Record):
     """The Jupyter that an open would run."""
 
@@ -814,10 +871,22 @@ class ExamineReply(Record):
     port: int
     sshd_port: int = 22
     other_users: int = 0
+    foreign: "List[str]" = []
     scheduler: str = ""
 
 
 # agent ends
+
+
+class SshConfig(Record):
+    """What `ssh -G` says of a destination, under ssh's own names, as far as it matters to us."""
+
+    channeltimeout: str = "none"
+    connecttimeout: str = "none"
+    controlpath: str = "none"
+    loglevel: str = "INFO"
+    proxyjump: str = "none"
+    serveraliveinterval: str = "0"
 
 
 class TunnelRecord(Record):
@@ -848,7 +917,7 @@ EVENTS = {
     "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
-    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir", "ignored")),
     "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
     "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
     "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
@@ -1005,8 +1074,10 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
 # -- commands and processes -------------------------------------------------------------------------------------------
 
 
-def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command to its end; return its status, and what it printed on stdout and on stderr.
+def run_command(
+    argv: "List[str]", timeout_s: float, environment: "Optional[Dict[str, str]]" = None
+) -> "Tuple[int, str, str]":
+    """Run a command to its end, in our environment or another; return its status, its stdout and its stderr.
 
     The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
     """
@@ -1014,7 +1085,9 @@ def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
 
     pipe = subprocess.PIPE
     try:
-        answer = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s)
+        answer = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s, env=environment
+        )
     except OSError as error:
         return 127, "", str(error)
     except subprocess.TimeoutExpired:
@@ -1022,20 +1095,62 @@ def run_command(argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
 
 
-def process_identity(pid: int) -> str:
-    """Return what tells this process from a later one with the same pid; empty when there is no such process."""
+def boot_identity() -> str:
+    """Return what tells this boot of this machine from others, and a container from its neighbours; empty for nothing.
+
+    Some containers, Android and early WSL let nobody read the first (random(4)); the second is pid_namespaces(7).
+    """
     try:
-        with open("/proc/%d/stat" % pid, "rb") as process, open("/proc/sys/kernel/random/boot_id") as boot:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            namespace = os.readlink("/proc/self/ns/pid")
+            return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
+    except OSError:
+        return ""
+
+
+def process_identity(pid: int) -> str:
+    """Return what tells this process from a later one with the same pid: the boot, and when it was started.
+
+    Empty when there is no such process, ":" when nothing more can be told of it.
+    """
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as process:
             fields = process.read().rpartition(b")")[2].split()
             # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
-            return "" if fields[0] == b"Z" else "%s:%s" % (boot.read().strip(), fields[19].decode())
+            return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     except OSError:
         pass
     if os.path.exists("/proc/self/stat"):
         return ""
-    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]  # macOS and the BSDs have no such /proc
-    answer = run_command(argv, COMMAND_TIMEOUT_S)[1]
-    return "" if answer.startswith("Z") else " ".join(answer.split()[1:])
+    # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
+    argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    words = run_command(argv, COMMAND_TIMEOUT_S)[1].split()
+    if words:
+        return "" if words[0].startswith("Z") else ":" + " ".join(words[1:])
+    return ":" if session_of(pid) else ""
+
+
+def is_same_process(pid: int, identity: str) -> bool:
+    """True when the process with this pid is the one that had this identity.
+
+    What could not be read, then or now, does not tell two apart. Where nothing can be, one that leads a session may be
+    ours: so were those that we started.
+    """
+    now = process_identity(pid)
+    if not now or not identity:
+        return False
+    (boot, _, start), (old_boot, _, old_start) = now.partition(":"), identity.partition(":")
+    if now == ":":
+        return identity == ":" and session_of(pid) == pid
+    return start == old_start and (not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0])
+
+
+def session_of(pid: int) -> int:
+    """Return the session that process `pid` is in; 0 when there is no such process."""
+    try:
+        return os.getsid(pid)
+    except (OSError, AttributeError):  # Windows has no sessions
+        return 0
 
 
 def own_uid() -> int:
@@ -1410,7 +1525,7 @@ COLUMNS = {
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
         Column("AGE", lambda server: duration(server.age_s)),
-        Column("", lambda server: "" if server.is_ours else "not started by rjupyter"),
+        Column("", lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter")),
     ],
     "run": [
         Column("ID", lambda run: run.id),
@@ -1457,61 +1572,229 @@ def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> N
 # second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# On every call: no agent and no X11 on the way to a shared host, and nothing of the user's config that would replace
-# or break a command of ours (RemoteCommand ends in "Cannot execute command-line and remote command").
-ALWAYS = ["-o", "RemoteCommand=none", "-a", "-x", "-T", "-o", "ControlPersist=no"]
+# On every call: no agent and no X11 on the way to a shared host, and no terminal there.
+ALWAYS = ["-a", "-x", "-T"]
 
-# What ssh says just before it gives up, each pattern with a line that it is for. Such lines are kept for our own error;
-# all others pass at once, because a banner or the text of a second factor must be read before the prompt that follows.
-FATAL_SAMPLES = [
-    ("ssh: ", "ssh: connect to host gpu1 port 22: Connection refused"),
-    ("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
-    ("kex_", "kex_exchange_identification: Connection closed by remote host"),
-    ("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
-    ("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
-    ("bind ", "bind [127.0.0.1]:8889: Address already in use"),
-    ("channel", "channel 2: open failed: administratively prohibited: open failed"),
-    ("Could not request", "Could not request local forwarding."),
-    ("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@"),
-    (r".*Permission denied \(", "ana@gpu1: Permission denied (publickey,password)."),
-    ("Host key", "Host key verification failed."),
-    ("Timeout,", "Timeout, server gpu1 not responding."),
-    ("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22"),
-    ("Received disconnect", "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures"),
-    ("Disconnected from", "Disconnected from 192.0.2.1 port 22"),
-    ("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
-    ("It is also possible", "It is also possible that a host key has just been changed."),
-    ("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
-    ("Please contact your", "Please contact your system administrator."),
-    ("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
-    ("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
-    ("remove with", "remove with:"),
-    ("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
-    ("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
-    ("command-line", "command-line: line 0: Bad configuration option: nosuch"),
-    ("Unsupported option", 'Unsupported option "gssapiauthentication"'),
-    (".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
-    ("client_loop", "client_loop: send disconnect: Broken pipe"),
-    ("Too many auth", "Too many authentication failures for ana"),
-    ("Unable to negotiate", "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found."),
-    ("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
-    ("Their offer", "Their offer: ssh-rsa,ssh-dss"),
-    ("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
-    ("Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."),
-    (".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
-    ("You have requested strict", "You have requested strict checking."),
-    ("stdio forwarding", "stdio forwarding failed"),
-    ("Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."),
+ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
+
+
+class Keyword(NamedTuple):
+    """A row of KEYWORDS: one of ssh_config(5) which makes another call of ours, its value there, and the calls."""
+
+    name: str
+    value: str
+    calls: Tuple[str, ...] = (MASTER, SESSION, TUNNEL)
+
+
+# All keywords of the manual whose value in the user's config would change what a call *is*, apart from those that a
+# flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is given none of it.
+KEYWORDS = [
+    Keyword("RemoteCommand", "none"),  # 7.6; ends in "Cannot execute command-line and remote command"
+    Keyword("ControlPersist", "no"),
+    Keyword("ForkAfterAuthentication", "no"),  # 8.7; leaves us, logged in
+    Keyword("StdinNull", "no", (SESSION,)),  # 8.7; the agent never arrives
+    # 8.7; none waits for ever, and subsystem takes our command for the name of one. Not beside -N: "Cannot specify -N".
+    Keyword("SessionType", "default", (SESSION,)),
+    Keyword("ControlMaster", "no", (SESSION, TUNNEL)),
+    Keyword("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
+    Keyword("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
+    Keyword("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
+    Keyword("Tunnel", "no", (TUNNEL,)),
 ]
-FATAL_WORDS = re.compile("|".join(pattern for pattern, _ in FATAL_SAMPLES))
 
 
-class LoginRefused(Failure):
+class NotConnected(Failure):
+    """There is no connection, or it is lost: another attempt may have it."""
+
+
+class LoginRefused(NotConnected):
     """The host wants a login that it did not get: a person may mend that."""
 
 
-class HostRefused(Failure):
-    """The host's key is not the one that we know: there is nothing to try again."""
+class HostRefused(NotConnected):
+    """The host and ssh do not agree on who or what it is: another attempt ends alike."""
+
+
+class Ending(NamedTuple):
+    """A row of ENDINGS: a line that ssh says as it gives up, as a pattern with a sample, and what that means.
+
+    `why` and `try_` are for where the line itself does not say it: {host}, {ssh} (the plain ssh to it), {login} (the
+    same, for a shell) and {removal} (of its key) stand in them; `unattended` is tried where nobody can be asked. An
+    echo only repeats that the connection has ended: the cause is the line before.
+    """
+
+    pattern: str
+    sample: str
+    kind: Type[NotConnected] = NotConnected
+    why: str = ""
+    try_: str = ""
+    unattended: str = ""
+    is_echo: bool = False
+
+    @property
+    def is_telling(self) -> bool:
+        """True when there is more to say than the line."""
+        return bool(self.why or self.try_ or self.kind is not NotConnected)
+
+
+OTHER_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
+REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
+UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
+ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
+ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
+CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
+SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
+
+# What ssh says just before it gives up (the sources of OpenSSH 10.5; measured with 9.2). Such lines are kept for our
+# own error; all others pass at once, because a banner or the text of a second factor must be read before the prompt
+# that follows. The first row that something said matches explains the end, so what tells more comes first.
+ENDINGS = [
+    Ending(
+        ".*(HOST IDENTIFICATION HAS CHANGED|has changed and you have requested)",
+        "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @",
+        HostRefused,
+        OTHER_KEY,
+        REMOVE_KEY,
+    ),
+    Ending(
+        ".*REVOKED HOST KEY",
+        "@       WARNING: REVOKED HOST KEY DETECTED!               @",
+        HostRefused,
+        "the host key of {host} is revoked here (RevokedHostKeys)",
+        "ask the host's administrator for its new key",
+    ),
+    Ending(
+        "Host key verification failed",
+        "Host key verification failed.",
+        HostRefused,
+        UNKNOWN_KEY,
+        "{ssh}   (once, in a terminal: it shows the key and asks)",
+    ),
+    Ending(
+        "(Received disconnect .*)?Too many auth",
+        "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures",
+        LoginRefused,
+        try_=ONE_KEY,
+    ),
+    Ending(
+        "Received disconnect .*:1[34]: ",
+        "Received disconnect from 192.0.2.1 port 22:14: No supported authentication methods available",
+        LoginRefused,
+        try_="{ssh}",
+    ),
+    Ending(
+        "Unable to negotiate",
+        "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found. Their offer: ssh-rsa",
+        HostRefused,
+        try_=ALGORITHMS,
+    ),
+    Ending(
+        "Protocol major versions differ",
+        "Protocol major versions differ: 2 vs. 1",
+        HostRefused,
+        try_="{ssh}   (is this the port of its sshd?)",
+    ),
+    Ending(
+        "(sign_and_send_pubkey: )?signing failed for",
+        'sign_and_send_pubkey: signing failed for ED25519-SK "/home/ana/.ssh/id_sk": device not found',
+        LoginRefused,
+        try_=SIGN,
+    ),
+    Ending(
+        'Load key ".*": bad permissions',
+        'Load key "/home/ana/.ssh/id_ed25519": bad permissions',
+        LoginRefused,
+        try_="chmod 600, for the file of the key",
+    ),
+    Ending(
+        r".*Permission denied \(",
+        "ana@gpu1: Permission denied (publickey,password).",
+        LoginRefused,
+        try_="{verbose}   (shows the keys offered)",
+        unattended="a key without a question: ssh-keygen, ssh-copy-id, ssh-agent",
+    ),
+    Ending(
+        "Authentication failed", "Authentication failed.", LoginRefused, try_="{verbose}   (shows the keys offered)"
+    ),
+    Ending(
+        ".*account has expired",
+        "Your account has expired; please contact your system administrator.",
+        LoginRefused,
+        try_="ask the host's administrator",
+    ),
+    Ending(
+        "ssh: connect to .*refused",
+        "ssh: connect to host gpu1 port 22: Connection refused",
+        try_="{ssh}   (is sshd running there, and is this its port?)",
+    ),
+    Ending(
+        "Connection timed out during banner",
+        "Connection timed out during banner exchange",
+        try_="{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)",
+    ),
+    Ending("ssh: ", "ssh: Could not resolve hostname gpu1: Name or service not known"),
+    Ending("Too many logins", "Too many logins for 'ana'.", try_="end other sessions of yours there, or wait"),
+    Ending(
+        "kex_exchange_identification: (Connection closed|read: )",
+        "kex_exchange_identification: Connection closed by remote host",
+        try_=CROWDED,
+        is_echo=True,
+    ),
+    Ending("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
+    Ending("kex_", "kex_exchange_identification: banner line contains invalid characters"),
+    Ending("banner exchange", "banner exchange: Connection to 192.0.2.1 port 22: could not read protocol version"),
+    Ending("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
+    Ending("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
+    Ending("bind ", "bind [127.0.0.1]:8889: Address already in use"),
+    Ending("channel", "channel 2: open failed: administratively prohibited: open failed"),
+    Ending("Could not request", "Could not request local forwarding."),
+    Ending("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@", is_echo=True),
+    Ending("Host key", "Host key fingerprint is SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I"),
+    Ending("Timeout,", "Timeout, server gpu1 not responding."),
+    Ending("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22", is_echo=True),
+    Ending("Connection to .* (closed|timed out)", "Connection to gpu1 closed by remote host.", is_echo=True),
+    Ending("Received disconnect", "Received disconnect from 192.0.2.1 port 22:11: disconnected by user"),
+    Ending("Disconnected from", "Disconnected from 192.0.2.1 port 22", is_echo=True),
+    Ending("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
+    Ending("It is also possible", "It is also possible that a host key has just been changed."),
+    Ending("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
+    Ending("Please contact your", "Please contact your system administrator."),
+    Ending("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
+    Ending("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
+    Ending("remove with", "remove with:"),
+    Ending("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
+    Ending("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
+    Ending("command-line", "command-line: line 0: Bad configuration option: nosuch"),
+    Ending("Unsupported option", 'Unsupported option "gssapiauthentication"'),
+    Ending(".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
+    Ending("client_loop", "client_loop: send disconnect: Broken pipe"),
+    Ending("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
+    Ending("Their offer", "Their offer: ssh-rsa,ssh-dss"),
+    Ending("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
+    Ending(
+        "Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."
+    ),
+    Ending(".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
+    Ending("You have requested strict", "You have requested strict checking."),
+    Ending("stdio forwarding", "stdio forwarding failed", is_echo=True),
+    Ending(
+        "Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."
+    ),
+]
+FATAL_WORDS = re.compile("|".join(ending.pattern for ending in ENDINGS))
+ECHOES = re.compile("|".join(ending.pattern for ending in ENDINGS if ending.is_echo))
+# What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
+WANTS_PERSON = re.compile("https?://|Confirm user presence")
+ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
+
+
+def cause_of(words: List[str]) -> str:
+    """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
+    lines = [line.strip() for line in words if line.strip()] or ["ssh ended and said nothing"]
+    echoes = list(itertools.takewhile(ECHOES.match, reversed(lines)))
+    before = lines[: len(lines) - len(echoes)]
+    is_told = before and FATAL_WORDS.match(before[-1]) and not before[-1].startswith("channel")
+    return before[-1] if is_told or not echoes else echoes[-1]
 
 
 class NotThisWay(Exception):
@@ -1546,33 +1829,60 @@ class Child:
     """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text).
 
     When it `is_merged`, both streams are one, in the order in which the child wrote. Without `can_ask` it has neither
-    a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does.
+    a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does. With `is_shown` its
+    stderr is a terminal of ours, for ssh says nowhere else that it waits for a touch (OpenSSH readpass.c).
     """
 
     def __init__(
-        self, argv: List[str], stdin: Any = subprocess.DEVNULL, is_merged: bool = False, can_ask: bool = True
+        self,
+        argv: List[str],
+        stdin: Any = subprocess.DEVNULL,
+        is_merged: bool = False,
+        can_ask: bool = True,
+        is_shown: bool = False,
     ) -> None:
-        with signals_left_to_us():
-            self.process = subprocess.Popen(
-                argv,
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if is_merged else subprocess.PIPE,
-                start_new_session=not can_ask,
-                env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
-            )
+        ours, theirs = new_terminal() if is_shown else (-1, -1)
+        shown = theirs if theirs >= 0 else None
+        try:
+            with signals_left_to_us():
+                self.process = subprocess.Popen(
+                    argv,
+                    stdin=stdin,
+                    stdout=shown if shown and is_merged else subprocess.PIPE,
+                    stderr=shown or (subprocess.STDOUT if is_merged else subprocess.PIPE),
+                    start_new_session=not can_ask,
+                    env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
+                )
+        finally:
+            if shown:
+                os.close(theirs)
         self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
         self._open_streams = 0
-        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr)):
+        terminal = os.fdopen(ours, "rb", 0) if shown else None
+        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
             if stream is not None:
                 self._open_streams += 1
-                threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
+                threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
 
-    def _read(self, name: str, stream: Any) -> None:
-        with stream:
-            for line in stream:
-                self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r\n")))
+    def _read(self, name: str, stream: Any, is_merged: bool) -> None:
+        rest = b""
+        with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
+            while True:
+                if rest and (is_merged or name == "stderr") and is_quiet(stream):
+                    self._put(name, rest)  # a banner may end without a newline, and what it asks for is awaited
+                    rest = b""
+                data = os.read(stream.fileno(), 65536)
+                if not data:
+                    break
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._put(name, line)
+        if rest:
+            self._put(name, rest)
         self._lines.put(None)
+
+    def _put(self, name: str, line: bytes) -> None:
+        self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r")))
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
         """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
@@ -1626,6 +1936,21 @@ class Child:
             self.process.wait()
 
 
+def new_terminal() -> Tuple[int, int]:
+    """Return both ends of a new terminal, ours first, or -1 twice where there is none; it controls nobody."""
+    try:
+        return os.openpty()
+    except (AttributeError, OSError):  # Windows; none left
+        return -1, -1
+
+
+def is_quiet(stream: Any) -> bool:
+    """True when a stream has no more to read for a moment; False where that cannot be told."""
+    import select
+
+    return os.name == "posix" and not select.select([stream], [], [], ASKING_S / 4)[0]
+
+
 class Ssh:
     """The connection to one destination: logs in, once; lets commands and forwards through; tells why it ended.
 
@@ -1647,35 +1972,54 @@ class Ssh:
         self.messages = messages
         self.ways = ways or WAYS
         self.way: Direct = Direct(self)
-        self.always = ALWAYS
-        self.config: Dict[str, str] = {}  # what `ssh -G` says of the destination
+        self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
+        self.config = SshConfig()  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
+        self.asked: List[str] = []  # what a login showed that waits for a person
+        self._unseen: List[str] = []  # of that, what is not shown yet
+        self._shown: List[str] = []
+        self._heard_at = 0.0
         self._is_woken = threading.Event()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
-    def argv(self, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
+    def argv(self, call: str, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
         """Return an argv of ssh to this destination: what is specific to the call first, because the first value holds.
 
+        `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then.
         `options` takes the place of the user's own.
         """
-        argv = ["ssh", *specific, *self.always, *(self.options if options is None else options)]
+        ours = [row for row in KEYWORDS if call in (*row.calls, ASKING) and row.name.lower() not in self.unknown]
+        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % (row.name, row.value) for row in ours))]
+        argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def config_argv(self) -> List[str]:
         """Return the argv that asks ssh what its configuration says of this destination."""
-        return self.argv("-G")
+        return self.argv(ASKING, "-G")
+
+    def lasting(self) -> List[str]:
+        """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
+        return set_options("ChannelTimeout=none") if self.config.channeltimeout != "none" else []
 
     def patience(self) -> List[str]:
-        """Return the options that let ssh notice a dead link, unless the user's config has its own; and BatchMode."""
-        argv = []
-        if self.config.get("serveraliveinterval", "0") == "0":
-            argv += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
-        if self.config.get("connecttimeout", "none") in ("none", "0"):
-            argv += ["-o", "ConnectTimeout=%d" % CONNECT_TIMEOUT_S]
-        return argv if self.can_ask else argv + ["-o", "BatchMode=yes"]
+        """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
+
+        Below INFO, ssh keeps to itself what a host asks for as it lets one in (a banner), and why a link ended. In
+        BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
+        """
+        argv = self.lasting()
+        if self.config.loglevel.upper() in ("QUIET", "FATAL", "ERROR"):
+            argv += set_options("LogLevel=INFO")
+        if self.config.serveraliveinterval == "0":
+            argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
+        if self.config.connecttimeout in ("none", "0"):
+            argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
+        if self.can_ask:
+            return argv
+        return argv + set_options("NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes")
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -1706,6 +2050,16 @@ class Ssh:
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
         could_ask = self.can_ask
+        try:
+            self._redial(resume)
+        finally:
+            self.can_ask = could_ask
+        seconds = time.monotonic() - began
+        text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
+        self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
+
+    def _redial(self, resume: Callable[[], bool]) -> None:
+        self._shown.clear()
         self.can_ask = False
         denials = 0
         delay_s = 0.0
@@ -1718,7 +2072,7 @@ class Ssh:
                     delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
                     self.connect(is_again=True)
                     if resume():
-                        break
+                        return
             except LoginRefused as failure:
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
                 denials += 1
@@ -1726,16 +2080,20 @@ class Ssh:
                     raise
                 if has_terminal():  # the next attempt may ask, once
                     ask_person("%s wants a login. Press Enter to log in again: " % self.destination)
+                    self._shown.clear()
                     self.can_ask = True
                     delay_s = 0.0
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
-        self.can_ask = could_ask
-        seconds = time.monotonic() - began
-        text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
-        self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
+                self.can_ask = False
+
+    def leave_way(self) -> None:
+        """Log in by another way than this one, from now on."""
+        self.ways = [kind for kind in self.ways if not isinstance(self.way, kind)] or [Direct]
+        self.close()
+        self.connect()
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -1744,17 +2102,19 @@ class Ssh:
             raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
         return words.strip()
 
-    def _read_config(self) -> Dict[str, str]:
+    def _read_config(self) -> SshConfig:
         argv = self.config_argv()
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
-        if "bad configuration option: remotecommand" in words.lower() and self.always == ALWAYS:
-            self.always = ALWAYS[2:]  # OpenSSH before 7.6: no such option, and nothing to turn off
+        refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
+        ours = [row.name.lower() for row in KEYWORDS]
+        if refused and refused.group(1) in ours and refused.group(1) not in self.unknown:
+            self.unknown.append(refused.group(1))  # an older ssh: no such keyword, and nothing to turn off
             return self._read_config()
         if status:
-            raise Failure("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
-        return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
+            raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
+        return SshConfig.read(dict(line.split(" ", 1) for line in said.splitlines() if " " in line))
 
     def __enter__(self) -> "Ssh":
         try:
@@ -1774,50 +2134,73 @@ class Ssh:
 
     # -- what ssh says ------------------------------------------------------------------------------------------------
 
-    def take_words(self, line: Optional[Tuple[str, str]], is_connected: bool) -> None:
-        """Keep what the connection's ssh says for our own errors; the rest is for the user, before the login."""
-        if not line or not line[1]:
-            return
-        if is_connected or FATAL_WORDS.match(line[1]):
+    def take_words(self, line: Optional[Tuple[str, str]]) -> None:
+        """Keep what the connection's ssh says, for our own errors."""
+        if line and line[1]:
             self.words = (self.words + [line[1]])[-30:]
             self.messages.detail("ssh: " + line[1])
-        else:
-            self.messages.note(line[1])
 
-    def connect_failure(self, words: List[str]) -> Failure:
-        """Turn the last words of an ssh that did not log in into a Failure (255) with a cause and a remedy."""
-        text = "\n".join(words)
-        lines = [line for line in words if line.strip() and not line.startswith("@@@")]
-        what = "cannot connect to " + self.destination
-        why = lines[-1].strip() if lines else "ssh ended and said nothing"
-        try_ = self.plain_command
+    def hear_login(self, line: Optional[Tuple[str, str]], is_first: bool = True) -> None:
+        """Keep what ssh says while it logs in, and show what is for a person: all but its last words.
+
+        While nobody is to be asked, that is what the login wants of a person, once, when nothing more comes: it waits.
+        """
+        text = line[1] if line else ""
+        if not text:
+            if self._unseen and time.monotonic() - self._heard_at > ASKING_S:
+                for wanted in [wanted for wanted in self._unseen if wanted not in self._shown]:
+                    self.messages.note(wanted)
+                self._shown += self._unseen
+                self.asked, self._unseen = self._unseen, []
+            return
+        self._heard_at = time.monotonic()
+        self.words = (self.words + [text])[-30:]
+        if FATAL_WORDS.match(text):
+            self.messages.detail("ssh: " + text)
+        elif is_first or self.can_ask:
+            self.messages.note(text)
+        elif WANTS_PERSON.search(text):
+            self._unseen.append(text)
+
+    def end_login(self) -> None:
+        """Forget what the login said: it is over."""
+        self.words, self.asked, self._unseen = [], [], []
+
+    def connect_failure(self, words: List[str]) -> NotConnected:
+        """Turn the last words of an ssh that did not log in into a failure (255) with a cause and a remedy."""
         host = self.destination.rsplit("@", 1)[-1]
-        if self.config.get("proxyjump", "none") != "none":
-            host += ", or of a jump host before it,"
-        if "HOST IDENTIFICATION HAS CHANGED" in text or "has changed and you have requested" in text:
-            why = "the host key of %s is not the one known here: a new installation, or someone in between" % host
-            removal = [line.strip() for line in words if "ssh-keygen" in line] or [
-                shlex.join(["ssh-keygen", "-R", self.destination.rsplit("@", 1)[-1]])
-            ]
-            try_ = "ask the host's administrator whether the key is new; if so:\n" + removal[0]
-            return HostRefused(what, why, try_, EXIT_SSH)
-        if "Host key verification failed" in text:
-            why = "the host key of %s is not known here, and it was not accepted" % host
-            return HostRefused(what, why, try_ + "   (once, in a terminal: it shows the key and asks)", EXIT_SSH)
-        if "Permission denied" in text:
-            why = [line.strip() for line in words if "Permission denied" in line][-1]
-            try_ = shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]) + "   (shows the keys offered)"
-            if not self.can_ask:
-                why += "\nthere is no terminal here to ask for a password or a second factor"
-                try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
-            return LoginRefused(what, why, try_, EXIT_SSH)
-        if "Connection refused" in text:
-            try_ += "   (is sshd running there, and is this its port?)"
-        return Failure(what, why, try_, EXIT_SSH)
+        removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
+        facts = {
+            "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
+            "ssh": self.plain_command,
+            "login": self.login_command,
+            "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
+            "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
+        }
+        cause = cause_of(words)
+        what = "cannot connect to " + self.destination
+        if self.asked:
+            try_ = "{login}   (in a terminal, where someone can do that)".format(**facts)
+            return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
+        telling = ((ending, line) for ending in ENDINGS for line in words if re.match(ending.pattern, line))
+        ending, line = next(((e, line) for e, line in telling if e.is_telling), (Ending("", ""), cause))
+        why = ending.why.format(**facts) or (cause if ending.is_echo else line.strip())
+        try_ = (ending.try_ or "{ssh}").format(**facts)
+        if ending.unattended and not self.can_ask:
+            why += "\nthere is no terminal here to ask for a password or a second factor"
+            try_ = ending.unattended
+        return ending.kind(what, why, try_, EXIT_SSH)
 
-    def lost(self) -> Failure:
+    def no_login(self, timeout_s: float) -> NotConnected:
+        """Return the failure of a login that took too long: for want of a person, when it asked for one."""
+        why = "no login within %d s" % timeout_s
+        if self.asked:
+            return self.connect_failure([why])
+        return NotConnected("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
+
+    def lost(self) -> NotConnected:
         """Return the failure of a connection that ended under us."""
-        return Failure("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
+        return NotConnected("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
 
     @property
     def plain_command(self) -> str:
@@ -1825,9 +2208,14 @@ class Ssh:
         return shlex.join(["ssh"] + self.options + [self.destination, "true"])
 
     @property
+    def login_command(self) -> str:
+        """The command that logs a person in."""
+        return shlex.join(["ssh"] + self.options + [self.destination])
+
+    @property
     def last_words(self) -> str:
-        """What the connection's ssh said last, in one line."""
-        return self.words[-1] if self.words else "ssh ended and said nothing"
+        """What the connection's ssh said of its end, in one line."""
+        return cause_of(self.words)
 
     # -- what goes through it -----------------------------------------------------------------------------------------
 
@@ -1835,7 +2223,8 @@ class Ssh:
         """Run `command` on the host."""
         argv = self.way.session_argv(command=command)
         self.log_argv(argv)
-        return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask)
+        is_shown = not self.way.has_login and has_terminal()
+        return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask, is_shown=is_shown)
 
     def run(self, command: str) -> Tuple[bool, str]:
         """Run a short command on the host; return whether it succeeded, and what it printed."""
@@ -1871,14 +2260,14 @@ class Ssh:
         process = self.way.process
         while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
             if process is not None:
-                self.take_words(process.next_line(deadline - time.monotonic()), is_connected=True)
+                self.take_words(process.next_line(deadline - time.monotonic()))
             else:
                 self._is_woken.wait(min(0.2, deadline - time.monotonic()))
         self._is_woken.clear()
         stands = self.way.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
-                self.take_words(line, is_connected=True)
+                self.take_words(line)
         return stands
 
     def wake(self) -> None:
@@ -1923,24 +2312,20 @@ class Direct:
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session, which logs in."""
-        alone = ["-S", "none", "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*alone, *self.ssh.patience(), *specific, command=command)
+        return self.ssh.argv(SESSION, "-S", "none", *specific, *self.ssh.patience(), command=command)
 
     def forward_argv(self, spec: str, ready: str = "ready") -> List[str]:
         """Return the argv of the tunnel; ssh prints `ready` when it has logged in and listens.
 
-        LocalCommand runs when the forwards are set up (OpenSSH ssh.c). ExitOnForwardFailure=no: with yes, a forward of
-        the user's own config that fails would end us as well.
+        LocalCommand runs when the forwards are set up (OpenSSH ssh.c).
         """
-        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", "-o", "ControlMaster=no"]
-        argv += self.ssh.patience()
-        argv += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo " + ready, "-o", "ExitOnForwardFailure=no"]
-        return self.ssh.argv(*argv)
+        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", *self.ssh.patience()]
+        return self.ssh.argv(TUNNEL, *argv, *set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready))
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Start the tunnel; raises Failure (255) when it cannot log in."""
+        """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
         ready = "rjupyter-" + os.urandom(8).hex()
-        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line == ready)
+        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
@@ -1956,8 +2341,15 @@ class Direct:
 
     def explain(self, status: int, words: List[str]) -> Optional[Failure]:
         """Return why a session did not come to its command, as far as its own ssh tells: its login failed."""
-        is_ours = status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
-        return self.ssh.connect_failure(words) if is_ours else None
+        return self.ssh.connect_failure(words) if self.is_lost(status, words) else None
+
+    def is_lost(self, status: int, words: List[str]) -> bool:
+        """True when a session that had begun ended with the connection, and not for a reason of its own."""
+        return status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
+
+    def can_be_left(self) -> bool:
+        """True when another way may have room for a session where this one has none."""
+        return False
 
     def tell(self, seconds: float) -> str:
         """Say how we are connected."""
@@ -1991,17 +2383,18 @@ class Direct:
         """
         ssh = self.ssh
         ssh.log_argv(argv)
-        ssh.words = []
+        ssh.end_login()
         with signals_left_to_us():
             # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
             # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
             # CONT, because a stopped ssh does not take TERM.
             self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
             if self._guard is None:
-                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask)
+                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
             else:
                 argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
-                self.process = Child(argv, stdin=self._guard.stdin, is_merged=True, can_ask=ssh.can_ask)
+                stdin = self._guard.stdin
+                self.process = Child(argv, stdin, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
         ssh.meanwhile()
         deadline = None if ssh.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
         with ssh.messages.working("" if self._is_again else doing, is_animated=not ssh.can_ask):
@@ -2009,13 +2402,12 @@ class Direct:
                 line = self.process.next_line(0.01)
                 if is_ready(line[1] if line else ""):
                     return
-                ssh.take_words(line, is_connected=self._is_again)
+                ssh.hear_login(line, is_first=not self._is_again)
                 if self.process.has_ended:
                     ssh.words += [text for _, text in self.process.remaining_lines()]
                     raise ssh.connect_failure(ssh.words)
                 if deadline and time.monotonic() > deadline:
-                    why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
-                    raise Failure("cannot connect to " + ssh.destination, why, ssh.plain_command, EXIT_TIMEOUT)
+                    raise ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
 
 
 class Multiplexed(Direct):
@@ -2030,10 +2422,9 @@ class Multiplexed(Direct):
         When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
         -J of the user's would be the other one.
         """
-        through = ["-S", self.control_path, "-o", "ControlMaster=no", "-o", "ClearAllForwardings=yes"]
-        through += ["-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+        through = ["-S", self.control_path, *specific, *set_options("ProxyCommand=false", "BatchMode=yes")]
         options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
-        return self.ssh.argv(*through, *specific, options=options, command=command)
+        return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), options=options, command=command)
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
         """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
@@ -2062,6 +2453,10 @@ class Multiplexed(Direct):
         """Return nothing: what a session says here is not about a login."""
         return None
 
+    def is_lost(self, status: int, words: List[str]) -> bool:
+        """True when a session ended with the connection, which may end a moment later."""
+        return not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0)
+
     def quicken(self) -> None:
         """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
 
@@ -2074,13 +2469,8 @@ class Master(Multiplexed):
     """A master of ours, in the foreground: `ssh -M -N`, the process that Ctrl-C ends."""
 
     def master_argv(self) -> List[str]:
-        """Return the argv of the master.
-
-        ClearAllForwardings: the user's own LocalForward must not stop us. Only here: on a call that carries -L it drops
-        that -L in silence.
-        """
-        argv = ["-M", "-N", "-S", self.control_path, "-o", "ClearAllForwardings=yes"]
-        return self.ssh.argv(*argv, *self.ssh.patience())
+        """Return the argv of the master."""
+        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
 
     def choose_path(self) -> None:
         """Choose the place of the control socket; raises NotThisWay where there is none."""
@@ -2127,8 +2517,8 @@ class Borrowed(Multiplexed):
 
     def connect(self) -> None:
         """Look whether there is one that lives."""
-        path = self.ssh.config.get("controlpath", "none")
-        if path == "none" or not self.ssh.call(self.ssh.argv("-O", "check"))[0]:
+        path = self.ssh.config.controlpath
+        if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
         self.ssh.messages.detail("Using the master of your own at %s." % path)
@@ -2155,6 +2545,10 @@ class Borrowed(Multiplexed):
             self.cancel(spec)
         super().close()
 
+    def can_be_left(self) -> bool:
+        """True while it carries no forward of ours: a login of our own has room for a session."""
+        return not self._forwards
+
     @property
     def stands(self) -> bool:
         """True while its control socket is there."""
@@ -2176,6 +2570,11 @@ def cannot_forward(spec: str, words: str) -> Failure:
 def local_forwards(specs: List[str]) -> List[str]:
     """Return the options of ssh for these local forwards."""
     return [word for spec in specs for word in ("-L", spec)]
+
+
+def set_options(*settings: str) -> List[str]:
+    """Return the options of ssh for these settings, each as KEYWORD=VALUE."""
+    return [word for setting in settings for word in ("-o", setting)]
 
 
 def pairs_of(options: List[str]) -> List[List[str]]:
@@ -2381,6 +2780,10 @@ class Kind:
         """Return what `stop ID` may name: ours, and the user's as far as there is more."""
         return self.running()
 
+    def begun(self) -> "List[Any]":
+        """Return what a request that is sent again may have begun."""
+        return self.records()
+
     def listed(self) -> "List[Any]":
         """Return what `list` shows."""
         return self.records()
@@ -2465,19 +2868,19 @@ class Here(Elsewhere):
 
     @classmethod
     def holds(cls, record: Kept) -> bool:
-        """True when this is the node that the record names: a home is shared between nodes."""
-        return record.node == os.uname().nodename
+        """True on the machine that the record names, whatever it is called now: a home is shared by several."""
+        boot = record.identity.partition(":")[0]
+        is_same_boot = bool(boot) and boot == boot_identity()
+        return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
 
     def is_running(self) -> bool:
         """True when the process of the record runs."""
-        identity = self.record.identity
-        return bool(identity) and process_identity(self.record.pid) == identity
+        return is_same_process(self.record.pid, self.record.identity)
 
     def why_ended(self, log: str) -> str:
         """Return whether the host was started anew."""
-        boot = process_identity(os.getpid()).partition(":")[0]
-        is_same = self.record.identity.partition(":")[0] == boot or not os.path.exists("/proc/self/stat")
-        return "" if is_same else "the host was started anew"
+        boots = (self.record.identity.partition(":")[0], boot_identity())
+        return "the host was started anew" if all(boots) and boots[0] != boots[1] else ""
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
         """Wait, then TERM, then KILL; and KILL for what is left of its children."""
@@ -2486,14 +2889,12 @@ class Here(Elsewhere):
         record = self.record
         until(lambda: not self.is_running(), polite_s)
         for signum in (signal.SIGTERM, signal.SIGKILL):
-            if self.is_running():
-                send = (
-                    os.killpg if record.is_ours else os.kill
-                )  # we made the group of ours; another may hold a terminal
-                send(record.pid, signum)
+            if self.is_running() and record.identity != ":":  # what may be another's is not killed
+                # We made the group of ours; another's may hold a terminal.
+                (os.killpg if record.is_ours else os.kill)(record.pid, signum)
                 until(lambda: not self.is_running(), 3)
         for pid, identity in children:
-            if identity and process_identity(pid) == identity:
+            if identity != ":" and is_same_process(pid, identity):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -2585,12 +2986,12 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
-        node = read_json(os.path.join(path, kind.name + ".json")).get("node")
+        record = read_record(kind.record, os.path.join(path, kind.name + ".json"))
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
             continue
-        if path not in stays and node in (None, os.uname().nodename) and age_s > KEEP_ENDED_S:
+        if path not in stays and age_s > KEEP_ENDED_S and (record is None or Here.holds(record)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -2633,6 +3034,30 @@ def start_detached(
             start_new_session=True,
             preexec_fn=end_with_parent() if in_job else None,  # noqa: PLW1509 # the agent has one thread
         )
+
+
+def facts_of(process: "Any", root_dir: str, job: str) -> "Json":
+    """Return what is kept of each process that we started."""
+    return {
+        "created": time.time(),
+        "node": os.uname().nodename,
+        "pid": process.pid,
+        "identity": process_identity(process.pid),
+        "root_dir": portable(root_dir),
+        "job": job,
+    }
+
+
+def end_session(pid: int) -> None:
+    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+    import signal
+
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, signum)
+        except OSError:
+            return
+        until(lambda: not process_identity(pid), 3)
 
 
 def end_with_parent() -> "Optional[Callable[[], object]]":
@@ -2683,8 +3108,9 @@ def resolve_path(path: str) -> "Tuple[str, str]":
 def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
-    --python and --env name one and no other. Else: PATH as a command of ssh has it; the PATH of the login shell, where
-    conda and the like are set up; the places where environments usually are; at last our own, which is installed then.
+    --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
+    command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
+    environments usually are; at last our own, which is installed then.
     """
     import glob
 
@@ -2700,6 +3126,7 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
     elif request.env:
         yield launcher_of_python(environment_python(native(request.env), root_dir), app, "--env " + request.env)
     else:
+        yield from launchers_of_project(root_dir, app, channel, tried)
         where = "PATH after --init" if request.init else "PATH"
         yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), app, where, environment, tried)
         if not request.init:
@@ -2707,8 +3134,7 @@ def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[st
             places = of_terminal.get("PATH", "").split(os.pathsep)
             yield from launchers_in(places, app, "the login shell's PATH", of_terminal, tried)
         home = os.path.expanduser("~")
-        places = [os.path.join(root_dir or home, ".venv", "bin")]
-        places += [os.path.join(tree, "bin") for tree in conda_trees()]
+        places = [os.path.join(tree, "bin") for tree in conda_trees()]
         places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
             places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
@@ -2767,6 +3193,13 @@ def problem_of(script: str) -> str:
 # -- the environment of the user's shell ------------------------------------------------------------------------------
 
 
+def take_out(environment: "Any") -> "Any":
+    """Take out what a start-up file sets for one Python and what breaks all others, and return the environment."""
+    for name in ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONEXECUTABLE"):
+        environment.pop(name, None)
+    return environment
+
+
 def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "Tuple[Dict[str, str], str]":
     """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
@@ -2778,8 +3211,7 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     import tempfile
 
     nonce = os.urandom(8).hex()
-    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
-    script = " && ".join(init + ["exec '%s' -IS -c '%s'" % (sys.executable, dump)])
+    script = " && ".join(init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
     # commands from stdin.
     argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
@@ -2808,10 +3240,21 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
         out.seek(0)
         err.seek(0)
         said = err.read().decode("utf-8", "replace").strip()
-        for line in out.read().decode("utf-8", "replace").splitlines():
-            if line.startswith(nonce):
-                return {native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}, said
-    return {}, said
+        return environment_in(out.read().decode("utf-8", "replace"), nonce), said
+
+
+def dump_command(nonce: str) -> str:
+    """Return a command, valid in every shell, that prints the environment behind a nonce."""
+    dump = 'import json, os; print(); print("%s" + json.dumps(dict(os.environ)))' % nonce
+    return "exec '%s' -IS -c '%s'" % (sys.executable, dump)
+
+
+def environment_in(text: str, nonce: str) -> "Dict[str, str]":
+    """Return the environment that dump_command printed among other things; empty when it did not come to that."""
+    for line in text.splitlines():
+        if line.startswith(nonce):
+            return dict(take_out({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
+    return {}
 
 
 def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
@@ -2873,17 +3316,89 @@ def environment_python(name: str, root_dir: str) -> str:
     )
 
 
+def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
+    """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
+
+    As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
+    """
+    import glob
+    import shutil
+
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")):
+        is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
+        return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
+    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
+    own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
+    for path in sorted(glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))):
+        own_environ.update({name: str(value) for name, value in read_json(path).items()})
+    variables = read_record(CondaState, os.path.join(prefix, "conda-meta/state"))
+    own_environ.update(variables.env_vars if variables else {})
+    nonce = os.urandom(8).hex()
+    script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
+    argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
+    said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
+    return environment_in(said, nonce) or own_environ
+
+
+class CondaState(Record):
+    """What `conda env config vars set` keeps in an environment: conda-meta/state."""
+
+    env_vars: "Dict[str, str]" = {}
+
+
+# -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
+# name makes a namespace, which has no location.
+HAS_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; "
+    "spec = find_spec(sys.argv[1]); sys.exit(not (spec and spec.has_location))"
+)
+RUN_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
+)
+
+
 def launcher_of_python(python: str, app: str, where: str) -> Launcher:
-    """Return how to run Jupyter under one interpreter; raises Failure (3) when it has none."""
+    """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
+
+    It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
+    """
     problem = problem_of(python)
-    check = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     for candidate in [app] if app else APPS:
         module = APPS[candidate].module
-        if not problem and run_command([python, "-c", check, module], COMMAND_TIMEOUT_S)[0] == 0:
-            return new_launcher(candidate, [python, "-m", module], where, os.environ)
+        if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
+            script = os.path.join(os.path.dirname(python), APPS[candidate].command)
+            how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
+            prefix = os.path.dirname(os.path.dirname(python))
+            return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % APPS[app or "notebook"].module)
     try_ = "%s -m pip install notebook jupyterlab" % portable(python)
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
+
+
+def project_environments(root_dir: str) -> "List[str]":
+    """Return the virtual environments (PEP 405) of the opened directory, then of those above it, up to home."""
+    home = os.path.realpath(os.path.expanduser("~"))
+    place = os.path.realpath(root_dir or home)
+    above = [place]
+    while (place + os.sep).startswith(home + os.sep) and place != home:
+        place = os.path.dirname(place)
+        above.append(place)
+    found = [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]
+    return [prefix for prefix in found if os.path.isfile(os.path.join(prefix, "pyvenv.cfg"))]
+
+
+def launchers_of_project(root_dir: str, app: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
+    """Yield the launchers of the project's own environments; name one that has no Jupyter, with what adds it.
+
+    Its modules cannot be imported in the Jupyter of another environment, which is taken then.
+    """
+    for prefix in project_environments(root_dir):
+        try:
+            yield launcher_of_python(os.path.join(prefix, "bin", "python"), app, "the project's environment")
+        except Failure as failure:
+            tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
+            channel.send(Lacking(path=portable(prefix), try_=failure.try_))
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -2914,26 +3429,36 @@ def launchers_in(
     tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
 
 
+def python_named_by(script: str) -> str:
+    """Return the Python that a script names in its first lines: a path, or a name for PATH; empty where it names none.
+
+    Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    """
+    import re
+
+    try:
+        with open(script, "rb") as stream:
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        return ""
+    forms = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
+    named = next(filter(None, (re.match(form, head) for form in forms)), None)
+    named = named or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
+    return named.group(1) if named else ""
+
+
 def interpreter_of(found: Launcher) -> str:
     """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
 
-    Empty where there is none. Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    Empty where there is none.
     """
-    import re
     import shutil
 
     command, *others = found.argv
     if others:
-        return command  # PYTHON -m notebook
-    try:
-        with open(command, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        head = ""
-    named = re.match(r"#!\s*(/\S*/python[\d.]*)\s", head) or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    by_env = re.match(r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s", head)
-    places = [named.group(1)] if named else []
-    places += [shutil.which(by_env.group(1), path=found.environment["PATH"]) or ""] if by_env else []
+        return command  # PYTHON SCRIPT
+    named = python_named_by(command)
+    places = [named if os.path.isabs(named) else shutil.which(named, path=found.environment["PATH"]) or ""]
     places += [os.path.join(os.path.dirname(command), name) for name in ("python3", "python")]
     return next((place for place in places if not problem_of(place)), "")
 
@@ -2982,8 +3507,8 @@ def install_commands() -> "List[List[str]]":
     if uv:
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
-    make = [sys.executable, "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
+    make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
+    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
     return [make, install]
 
 
@@ -3012,17 +3537,28 @@ def install_jupyter(app: str, channel: Channel) -> Launcher:
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
-    """Run a command, each line of its output sent as progress; return its status and the end of its output."""
-    import subprocess
+    """Run a command, its last line sent as progress; return its status and the end of its output.
 
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = [""]
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").strip()
-        lines = (lines + [line])[-LOG_LINES:]
-        channel.progress(line[:60])
-    return process.wait(), "\n".join(lines)
+    It is ended when nobody waits for it any more: the next one who does begins it again.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        growing = Growing(output.name)
+        lines = []  # type: List[str]
+
+        def look() -> bool:
+            has_ended = process.poll() is not None
+            lines.extend(line.strip() for line in growing.lines(has_ended))
+            channel.progress(lines[-1][:60] if lines else "")
+            return has_ended or channel.is_closed
+
+        until(look, float("inf"), channel.keep_alive, slowest_s=0.2)
+        if process.poll() is None:
+            end_session(process.pid)
+        return process.wait(), "\n".join(lines[-LOG_LINES:])
 
 
 def how_to_install() -> str:
@@ -3076,6 +3612,14 @@ def runtime_dir(has_sockets: bool) -> str:
     return first_private(others)
 
 
+def foreign_files() -> "List[str]":
+    """Return the files that Jupyter writes for each notebook and that we may not write: `sudo jupyter` leaves such."""
+    data = os.path.dirname(runtime_dirs()[0])
+    paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
+    paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
+    return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
+
+
 def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
     import re
@@ -3108,7 +3652,16 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
 
 def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
-    """Return what Jupyter's own runtime file says of a server; None before it listens.
+    """Return what leads to a server; None before it listens.
+
+    Where Jupyter's own file is gone, what we wrote down leads there: on another node of a shared home, `jupyter server
+    list` removes that file.
+    """
+    return runtime_info(record) or record.info or info_of_0_1_0(record)
+
+
+def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what Jupyter's own runtime file says of a server; None where there is none.
 
     The file is named for the pid; a wrapper that does not exec makes it a child's, in the session that we launched.
     """
@@ -3119,21 +3672,26 @@ def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     return None
 
 
-def session_of(pid: int) -> int:
-    """Return the session that process `pid` is in; 0 when there is no such process."""
+def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
+    """Return what leads to a server that 0.1.0 wrote down: its port stands there, and its token lies beside."""
     try:
-        return os.getsid(pid)
+        with open(os.path.join(record.directory, "token")) as stream:
+            token = stream.read().strip()
     except OSError:
-        return 0
+        return None
+    if not record.has_answered or not record.port:
+        return None
+    facts = {"host": record.request.ip, "port": record.port, "root_dir": record.root_dir}
+    return RuntimeInfo(token=token, base_url="/", **facts)
 
 
 def configured_port() -> bool:
-    """True when the user's own configuration names a port: then theirs holds, and none goes on the command line."""
+    """True when the user's own configuration names a port, or a socket: then theirs holds, and we name none."""
     import re
 
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.port\s*="), (".json", r'"port"\s*:')):
+        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(port|sock)\s*="), (".json", r'"(port|sock)"\s*:')):
             try:
                 with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
                     if re.search(pattern, stream.read(RUNTIME_FILE_MAX)):
@@ -3157,7 +3715,7 @@ def ask_server(info: RuntimeInfo, path: str, method: str = "GET") -> "Tuple[int,
     address = native(info.sock) or (info.host, info.port)
     try:
         status, body = http_request(
-            address, info.base_url + path, info.token, 5, method=method, is_secure=info.is_secure
+            address, info.base_url + path, info.token, ASK_TIMEOUT_S, method=method, is_secure=info.is_secure
         )
     except OSError:
         return 0, None
@@ -3181,6 +3739,22 @@ def answers(info: RuntimeInfo) -> bool:
     return status in ((401, 403) if info.has_password else (200,))
 
 
+def listens(info: RuntimeInfo) -> bool:
+    """True when something takes connections where a server should; it need not answer."""
+    try:
+        if info.sock:
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+                connection.settimeout(ASK_TIMEOUT_S)
+                connection.connect(native(info.sock))
+        else:
+            socket.create_connection((info.host, info.port), timeout=ASK_TIMEOUT_S).close()
+    except socket.timeout:
+        return True  # it is so busy that even its queue is full
+    except OSError:
+        return False
+    return True
+
+
 def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
     try:
@@ -3189,18 +3763,33 @@ def is_our_port(info: RuntimeInfo) -> bool:
         return True  # a host name in place of an address
 
 
-def has_answered(record: ServerRecord) -> "Optional[RuntimeInfo]":
-    """Return what leads to a server that answers, or that cannot be asked from here; None when it does not."""
+def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
+    """True when a server answers, or cannot be asked from here."""
+    return not can_ask_server(record, info) or answers(info)
+
+
+def can_be_opened(record: ServerRecord) -> bool:
+    """True when a server seems well, and what leads to it fits into an address."""
     info = server_info(record)
-    return info if info and (not can_ask_server(record, info) or answers(info)) else None
+    return info is not None and not info.unusable() and seems_well(record, info)
 
 
 def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
-    """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`."""
+    """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`.
+
+    Raises Failure when that is nothing which fits into an address.
+    """
     place = place_of(record)
 
     def look() -> "Any":
-        return has_answered(record) if place.is_running() else "it ended"
+        if not place.is_running():
+            return "it ended"
+        info = server_info(record)
+        if info and info.unusable():
+            name = info.unusable()[0]
+            why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
+            raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
+        return info if info and seems_well(record, info) else None
 
     found = until(look, timeout_s, channel.keep_alive)
     return found if isinstance(found, RuntimeInfo) else None
@@ -3217,7 +3806,10 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info or not place_of(record).is_running():
         return info
     info = server_info(record)
-    if info and ask_server(info, STATUS_PATH)[0]:
+    status = ask_server(info, STATUS_PATH)[0] if info else 0
+    if info and not runtime_info(record) and (status or not listens(info)):
+        return None  # it is about to end, and its port is another's already, or nobody's
+    if info and status:
         why = "what listens there is not the server %s: it takes any token, or another, or is not yours" % record.id
         what = "a stranger answers on port %d of the host" % info.port
         raise Failure(what, why, "stop it; or --new, which starts another")
@@ -3225,6 +3817,9 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
 
 
 # -- launch -----------------------------------------------------------------------------------------------------------
+
+
+REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, and its words that do not name them
 
 
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
@@ -3235,23 +3830,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     """
     directory = new_dir(KINDS["server"])
     log = os.path.join(directory, "log")
-    token_file = os.path.join(directory, "token")
-    write_whole(token_file, os.urandom(24).hex())
-    environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
-    if request.job and not request.socket:
-        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
+    environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
     no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, bool(request.job))
         record = ServerRecord(
-            created=time.time(),
-            node=os.uname().nodename,
-            pid=process.pid,
-            identity=process_identity(process.pid),
-            root_dir=portable(root_dir),
-            job=request.job,
             request=request.but(nonce="", app=found.app),
             app=found.app,
             port=port,
@@ -3259,33 +3844,63 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             local_port=request.local_port,
             no_socket=no_socket,
             has_answered=False,
+            **facts_of(process, root_dir, request.job),
         )
         write_down(record, directory)
-        info = wait_for_server(record, deadline - time.monotonic(), channel)
-        if info:
-            record.root_dir, record.port, record.has_answered = info.root_dir, info.port, True
-            record.app_version = version_of(found)
-            if request.socket and not info.sock:
-                record.no_socket = no_socket or "this Jupyter knows none"
-            return write_down(record, directory)
-        tail = end_of_log(log)
-        if process.poll() is None:
+        channel.send(Launching(id=record.id))
+        try:
+            info = wait_for_server(record, deadline - time.monotonic(), channel)
+            if not info and process.poll() is None:
+                raise too_slow(request.start_timeout_s, log)
+        except Failure:
             end_session(process.pid)
             process.wait()
             set_aside(directory)
-            why = "it did not listen within %d s; the end of its log:\n%s" % (request.start_timeout_s, tail)
-            raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
+            raise
+        if info:
+            return write_down_answer(record, info, found)
+        tail = end_of_log(log)
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
-        if "are mutually exclusive" in tail:
+        if not port and "are mutually exclusive" in tail:
             no_socket = "its configuration names a port"
         elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
-    kept = set_aside(directory)
-    why = "it ended with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    try_ = "the whole log is on the host in " + portable(kept)
-    raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
+    raise not_started(process.returncode, tail, set_aside(directory))
+
+
+def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
+    """Return the environment of a server, whose token is made in a file of its directory: an argv can be read."""
+    token_file = os.path.join(directory, "token")
+    write_whole(token_file, os.urandom(24).hex())
+    environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
+    if request.job and not request.socket:
+        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
+    return environment
+
+
+def write_down_answer(record: ServerRecord, info: RuntimeInfo, found: Launcher) -> ServerRecord:
+    """Write down of a server that it answered, and what Jupyter says of it; return its record."""
+    record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
+    record.app_version = version_of(found)
+    if record.request.socket and not info.sock:
+        record.no_socket = record.no_socket or "this Jupyter knows none"
+    return write_down(record, record.directory)
+
+
+def too_slow(timeout_s: float, log: str) -> Failure:
+    """Return the failure of a server that does not listen in time."""
+    why = "it did not listen within %d s; the end of its log:\n%s" % (timeout_s, end_of_log(log))
+    return Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
+
+
+def not_started(status: int, tail: str, kept: str) -> Failure:
+    """Return the failure of a server that ended before it listened; `kept` is where its whole log is."""
+    why = "it ended with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
+    settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
+    try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
+    return Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
 def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
@@ -3300,13 +3915,15 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
     if request.socket and not request.no_socket:
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
+    if configured_port() and not request.port:
+        yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
+        return
     starting = [server.port for server in KINDS["server"].running()]
     port = request.port or DEFAULT_PORT
     for _ in range(100):
         port = find_free_port(port, request.ip)
         if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            named = ["--port=%d" % port] if request.port or not configured_port() else []
-            yield port, ["--ip=" + request.ip] + named
+            yield port, ["--ip=" + request.ip, "--port=%d" % port]
         port += 1
 
 
@@ -3341,18 +3958,6 @@ def set_aside(directory: str) -> str:
     return kept
 
 
-def end_session(pid: int) -> None:
-    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
-    import signal
-
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, signum)
-        except OSError:
-            return
-        until(lambda: not process_identity(pid), 3)
-
-
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -3362,13 +3967,17 @@ class ServerKind(Kind):
     name = "server"
     record = ServerRecord
 
+    def begun(self) -> "List[ServerRecord]":
+        """Return those that have not ended: in place of one that has, another is launched."""
+        return self.running()
+
     def all_running(self) -> "List[ServerRecord]":
         """Return the records of the user's servers that run."""
         return self.running() + [record for record in other_servers() if place_of(record).is_running()]
 
     def describe(self, record: ServerRecord) -> ServerView:
         """Ask one how it does."""
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours")
+        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager")
         view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         if not place.is_known:
@@ -3416,7 +4025,9 @@ class ServerKind(Kind):
         for leftover in [] if place.is_here and place.is_running() else leftovers:
             with contextlib.suppress(OSError):
                 os.unlink(leftover)
-        if record.is_ours:
+        if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(record.directory, self.name + ".json"))
             shutil.rmtree(record.directory, ignore_errors=True)
 
 
@@ -3439,13 +4050,15 @@ def other_servers() -> "List[ServerRecord]":
                 created = os.stat(path).st_mtime
             except OSError:
                 continue
+            words = command_of_process(pid)
             record = ServerRecord(
                 created=created,
                 node=os.uname().nodename,
                 pid=pid,
                 identity=process_identity(pid),
                 root_dir=info.root_dir,
-                app=app_of_process(pid, kind),
+                app=app_of_process(words, kind),
+                manager=next((name for name in MANAGERS if any(sign in words for sign in MANAGERS[name])), ""),
                 runtime_dir=portable(directory),
                 local_port=0,
             )
@@ -3454,13 +4067,21 @@ def other_servers() -> "List[ServerRecord]":
     return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
 
 
-def app_of_process(pid: int, kind: str) -> str:
-    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
+# Words in the command line of a server that belongs to something else: it may end it, and its page leads elsewhere.
+MANAGERS = {"JupyterHub": ["jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub"]}
+
+
+def command_of_process(pid: int) -> str:
+    """Return the command line of a process; empty where it cannot be had."""
     try:
         with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            words = stream.read(4096).decode("utf-8", "replace")
+            return stream.read(4096).decode("utf-8", "replace")
     except OSError:
-        words = ""
+        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+
+
+def app_of_process(words: str, kind: str) -> str:
+    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
     signs = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}
     return next((name for name in signs if any(sign in words for sign in signs[name])), "notebook")
 
@@ -3496,16 +4117,18 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
         if not request.is_new:  # two at the same moment would launch two
             waiting = "another run of ours opens a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
-        found = find_server(request, root_dir, channel)
-        job = None if found else start_elsewhere(request, channel)
+        begun = begun_by(request)
+        job = begun if begun and begun.kind == "job" else None
+        same = request.but(is_new=False, attach=begun.id) if begun else request
+        found = None if job else find_server(same, root_dir, channel)
+        if request.attach and not found:
+            raise Failure("the server %s is about to end" % request.attach, "it takes no more connections", "list")
+        job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             forget_ended(KINDS["server"], KINDS["server"].running())
             record, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(record)
-            if info is None:
-                raise Failure(
-                    "Jupyter ended as soon as it had answered", end_of_log(log_of(record)), status=EXIT_SERVER_ENDED
-                )
+            assert info is not None  # it has answered, and that is written down
             hint = "" if request.job else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
             found = open_reply(record, info, is_launched=True, seconds=seconds, scheduler=hint)
     if job:  # outside of the lock, for a queue may be long
@@ -3514,6 +4137,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
+    found.foreign = foreign_files()
     return found
 
 
@@ -3522,8 +4146,17 @@ def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[
     for record in [] if request.is_new else servers_to_attach(request, root_dir):
         info = come_back(record, request.start_timeout_s, channel)
         if info:
-            return open_reply(record, info, is_launched=False, seconds=record.age_s())
+            is_launched = bool(request.errand) and record.request.errand == request.errand  # and the reply was lost
+            return open_reply(record, info, is_launched=is_launched, seconds=record.age_s())
     return None
+
+
+def begun_by(request: Request) -> "Optional[Kept]":
+    """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
+    if not request.errand:
+        return None
+    kept = [record for kind in KINDS.values() for record in kind.begun()]  # type: List[Kept]
+    return next((record for record in kept if record.request.errand == request.errand), None)
 
 
 def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
@@ -3573,14 +4206,17 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
         found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
         if not found:
             raise Failure("no server of yours has this id: " + request.attach, "", "list shows the ids")
+        if found[0].manager:
+            why = "its page is reached through the %s that started it" % found[0].manager
+            raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
         others = found if not found[0].is_ours else []
     else:
         found = matching_servers(request, root_dir)
         others = []
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
-            others = [record for record in KINDS["server"].all_running() if not record.is_ours]
+            others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
             others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
-            others = [record for record in others if has_answered(record)]
+            others = [record for record in others if can_be_opened(record)]
         found = found + others
     for other in others:
         other.local_port = request.local_port
@@ -3618,7 +4254,10 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 
 
 def follow_log(request: Request, channel: Channel) -> LogsReply:
-    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone."""
+    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
+
+    `line` is the number of those that are known already.
+    """
     records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
@@ -3626,11 +4265,15 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
     record = records[0]
     place = place_of(record)
     log = Growing(log_of(record))
+    known = request.line
 
     def send_lines() -> bool:
+        nonlocal known
         is_last = not (request.is_followed and place.is_running())  # before the look: what it wrote last is seen
-        for line in log.lines(has_ended=is_last):
-            channel.send(Line(text=without_tokens(line)))
+        lines = log.lines(has_ended=is_last)
+        for line in lines[known:]:
+            channel.send(Line(text=without_tokens(line), id=record.id))
+        known = max(0, known - len(lines))
         return is_last or channel.is_closed
 
     until(send_lines, float("inf"), channel.keep_alive, slowest_s=0.2)
@@ -3677,7 +4320,11 @@ def what_to_stop(request: Request) -> "List[Any]":
     if len(found) > 1:
         names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
         raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-    return found or [record for kind in others for record in kind.waiting(request.but(action="open"))]
+    waiting = [] if found else [record for kind in others for record in kind.waiting(request)]
+    if len(waiting) > 1:
+        names = ["%s   for %s" % (job.id, job.request.path or "~") for job in waiting]
+        raise Failure("%d jobs wait there" % len(waiting), "\n".join(names), "stop ID, or stop --all")
+    return found or waiting
 
 
 # -- the end of a thing -----------------------------------------------------------------------------------------------
@@ -3709,7 +4356,10 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
         if words in log:
             return reason
-    return place_of(record).why_in_doubt()
+    # Jupyter removes this file when it ends by itself; what it logs, its configuration may hide.
+    pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
+    was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
+    return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -3740,6 +4390,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         with contextlib.suppress(OSError):
             uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts.foreign = foreign_files()
     facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
     return facts
 
@@ -3782,6 +4433,7 @@ class Left:
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
+    take_out(os.environ)
     Left.source = source.decode("utf-8")
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
@@ -3912,13 +4564,30 @@ def agent_input(command: str, source: bytes, request: Request) -> bytes:
 Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
-    kind.kind: kind for kind in (Hello, Progress, QueueState, Found, Installing, Installed, Stopped, Line, Part)
+    kind.kind: kind
+    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part)
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
 }
+
+
+ANOTHER_ACCOUNT = "an account there that may run commands; {ssh} says the same"
+# What an account says that runs no command of ours, and no other: the words of login(1) and shells for that.
+ACCOUNTS = [
+    Ending(
+        ".*(password has expired|Password change required)",
+        "Password change required but no TTY available.",
+        try_="{login}   (once, in a terminal: it asks for a new password)",
+    ),
+    Ending("This account is", "This account is currently not available.", try_=ANOTHER_ACCOUNT),
+    Ending("fatal: .*(unrecognized command|git shell)", "fatal: unrecognized command 'true'", try_=ANOTHER_ACCOUNT),
+    Ending("This service allows", "This service allows sftp connections only.", try_=ANOTHER_ACCOUNT),
+    Ending("Please login as", 'Please login as the user "ubuntu" rather than the user "root".', try_=ANOTHER_ACCOUNT),
+    Ending(".*does not provide shell", "GitHub does not provide shell access.", try_=ANOTHER_ACCOUNT),
+]
 
 
 class Agent:
@@ -3930,14 +4599,16 @@ class Agent:
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
+        self.launching = ""  # the id of what was started there, until the reply
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
-            "line": lambda message, show: messages.result(message.text, "line", line=message.text),
             "found": self._say_found,
+            "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
+            "launching": self._keep_launching,
             "stopped": self._say_stopped,
         }
         ssh.meanwhile = self.prepare
@@ -3963,9 +4634,9 @@ class Agent:
         command = agent_command(request.python)
         packed = agent_input(command, self._source, request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
-        may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
-        with self.messages.working(doing, is_animated=not may_be_asked) as show:
-            while True:
+        while True:
+            may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
+            with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = self.ssh.session(command)
                 try:
                     child.send(packed)
@@ -3973,32 +4644,57 @@ class Agent:
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
                 except SessionRefused:
-                    if time.monotonic() > until_s:
+                    if time.monotonic() > until_s and not self.ssh.way.can_be_left():
                         raise
-                    time.sleep(POLL_S)
                 finally:
                     child.end()
+            if time.monotonic() > until_s:
+                self.ssh.leave_way()
+            time.sleep(POLL_S)
+
+    def ask_on(
+        self,
+        request: Callable[[], Request],
+        reply: Type[R],
+        doing: str = "",
+        handlers: Optional[Dict[str, Handler]] = None,
+        redials: bool = True,
+    ) -> R:
+        """Ask as `ask` does; when the connection is lost meanwhile and it `redials`, connect and ask again.
+
+        `request` is made anew each time. What the first one began, the host finds by its errand.
+        """
+        while True:
+            try:
+                return self.ask(request(), reply, doing, handlers=handlers)
+            except NotConnected as failure:
+                if not redials or not self.hello.user or isinstance(failure, HostRefused):
+                    raise  # we were not connected before
+                self.ssh.reconnect(failure.last_line(), self._is_there)
+
+    def _is_there(self) -> bool:
+        self.ask(Request(action="describe_end"), EndReply, silence_s=CHECK_TIMEOUT_S)
+        return True
 
     def _hear(
         self, child: Child, nonce: str, reply: Type[R], show: Show, silence_s: float, handlers: Dict[str, Handler]
     ) -> R:
         noise = self.noise = []
+        complaints: List[str] = []  # of that, what came on stderr
+        is_login = not self.ssh.way.has_login  # until the first message
         has_begun = False
-        deadline = time.monotonic() + silence_s
+        heard_at = time.monotonic()
+        self.ssh.end_login()
         while True:
-            line = child.next_line(deadline - time.monotonic())
+            silent_s = time.monotonic() - heard_at
+            line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
             if line is None and child.has_ended:
-                raise self._no_reply(noise, child.process.wait(), has_begun)
-            if line is None:
-                raise Failure(
-                    "no answer from " + self.ssh.destination,
-                    "the agent said nothing for %d s" % silence_s,
-                    self.ssh.plain_command + "   (does it answer?)",
-                    EXIT_TIMEOUT,
-                )
-            if line[0] == "stdout" and line[1].startswith(nonce + " "):
-                deadline = time.monotonic() + silence_s
-                has_begun = True
+                raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
+            if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):
+                raise self._silence(silence_s)
+            if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
+                heard_at = time.monotonic()
+                has_begun, is_login = True, False
                 try:
                     message = json.loads(line[1][len(nonce) + 1 :])
                     found = self._take(message, reply, show, handlers)
@@ -4006,22 +4702,35 @@ class Agent:
                     raise Wrong(error) from None
                 if found is not None:
                     return found
-            else:
+                continue
+            if is_login:
+                self.ssh.hear_login(line if line and line[0] == "stderr" else None, is_first=False)
+            if line:
                 noise.append(line[1])
                 del noise[:-12]
+                complaints += [line[1]] if line[0] == "stderr" else []
                 self.messages.detail("host: " + line[1])
+
+    def _patience_s(self, silence_s: float, is_login: bool) -> float:
+        """Return how long silence is borne: a login may wait for a person, who is here, or may see what it shows."""
+        if not is_login:
+            return silence_s
+        return float("inf") if self.ssh.can_ask else BATCH_LOGIN_TIMEOUT_S if self.ssh.asked else silence_s
+
+    def _silence(self, silence_s: float) -> NotConnected:
+        if self.ssh.asked:
+            return self.ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
+        why = "the agent said nothing for %d s" % silence_s
+        try_ = self.ssh.plain_command + "   (does it answer?)"
+        return NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
-        if not isinstance(message, dict):
-            raise Wrong("it is no object")
-        kind = message.get("kind")
-        if kind == "reply" and "failure" in message:
-            raise Trouble.read(message["failure"]).failure()
-        if kind == "reply":
-            return reply.read(message.get("reply"))
-        if isinstance(kind, str) and kind in handlers:
-            handlers[kind](MESSAGES[kind].read(message), show)
+        said = Said.read(message)
+        if said.kind == "reply":
+            return reply.read(said.result())
+        if said.kind in handlers:
+            handlers[said.kind](MESSAGES[said.kind].read(message), show)
         return None
 
     def _say_hello(self, hello: Hello, show: Show) -> None:
@@ -4038,6 +4747,10 @@ class Agent:
         say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
         say("Using %s (%s)." % (found.command, found.where))
 
+    def _say_lacking(self, message: Lacking, show: Show) -> None:
+        text = "%s has no Jupyter, and another environment is taken. To add it: %s"
+        self.messages.note(text % (message.path, message.try_))
+
     def _say_installing(self, message: Installing, show: Show) -> None:
         text = "No Jupyter on the host; installing it in %s (%s)." % (message.path, message.tool)
         self.messages.step(text, "installing", path=message.path, tool=message.tool)
@@ -4046,6 +4759,22 @@ class Agent:
         text = "Installed Jupyter (%.0f s)." % message.elapsed_s
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
 
+    def _keep_launching(self, message: Launching, show: Show) -> None:
+        self.launching = message.id
+
+    @contextlib.contextmanager
+    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+        self.launching = ""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            if self.launching:
+                self.messages.end_line()
+                stop = hint("stop", self.launching)
+                self.messages.note("%s goes on starting on %s. To end it: %s" % (what, self.ssh.destination, stop))
+            raise
+
     def _say_stopped(self, message: Stopped, show: Show) -> None:
         if message.what not in STOPPED_TEXTS:
             raise Wrong("wrong in it: what")
@@ -4053,26 +4782,43 @@ class Agent:
         title = APPS[message.app].title if message.app in APPS else "Jupyter"
         self.messages.step(STOPPED_TEXTS[message.what] % dict(facts, app=title), "stopped", **facts)
 
-    def _no_reply(self, noise: List[str], status: int, has_begun: bool) -> Failure:
+    def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
         host = self.ssh.destination
+        way = self.ssh.way
+        why = "\n".join(line[:200] for line in noise) or "the remote command ended with status %d" % status
+        if has_begun and way.is_lost(status, noise):
+            lost = self.ssh.lost()
+            lost.why = lost.why if way.has_login else cause_of(noise)
+            return lost
+        if has_begun:
+            return Failure("the agent on %s ended early" % host, why, "the same again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
-        explained = self.ssh.way.explain(status, noise)
+        explained = way.explain(status, noise)
         if explained:
             return explained
-        why = "\n".join(noise) or "the remote command ended with status %d and said nothing" % status
-        if has_begun or not self.ssh.wait(0.2):
-            lost = self.ssh.lost()
-            lost.why = noise[-1] if has_begun and noise else lost.why
-            return lost
+        if not self.ssh.wait(0.2):
+            return self.ssh.lost()
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
-        why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+        return self._no_shell(noise, complaints, why)
+
+    def _no_shell(self, noise: List[str], complaints: List[str], why: str) -> Failure:
+        """Return why the account did not come to our command: in the host's words where it has said any."""
+        what = "the agent did not run on " + self.ssh.destination
         try_ = self.ssh.plain_command + "   (must succeed)"
-        return Failure("the agent did not run on " + host, why, try_)
+        for ending in ACCOUNTS:
+            if any(re.match(ending.pattern, line) for line in noise):
+                facts = {"login": self.ssh.login_command, "ssh": self.ssh.plain_command}
+                return Failure(what, why, ending.try_.format(**facts))
+        if not noise:
+            why += " and said nothing: its shell may run no commands, or ~/.bashrc may leave early"
+        elif not complaints:
+            why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+        return Failure(what, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4094,10 +4840,8 @@ class Server(OpenReply):
             "port": 0 < self.port < 65536 or self.sock,
             "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
             "local_port": 0 < self.local_port < 65536,
-            "token": re.fullmatch(r"[^\s\x00-\x1f\x7f]*", self.token),
-            "base_url": re.fullmatch(r"/([\w.~%@+-]+/)*", self.base_url),
         }
-        return [name for name, is_right in forms.items() if not is_right]
+        return [name for name, is_right in forms.items() if not is_right] + self.unusable()
 
     @property
     def title(self) -> str:
@@ -4225,8 +4969,7 @@ class Tunnel:
             while True:
                 why = self._watch()
                 if not redials:
-                    try_ = command_line(*sys.argv[1:])
-                    raise Failure("the connection to %s was lost" % self.ssh.destination, why, try_, EXIT_SSH)
+                    raise Failure("the connection to %s was lost" % self.ssh.destination, why, self.hint(), EXIT_SSH)
                 self._redial(why)
         finally:
             self.ssh.can_ask = could_ask
@@ -4271,7 +5014,7 @@ class Tunnel:
         if not end.is_running:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
-            raise Failure(what, why, self.hint() + "   (starts another)", EXIT_SERVER_ENDED)
+            raise Failure(what, why, self.hint("--new") + "   (starts another)", EXIT_SERVER_ENDED)
         return end
 
     def _warn_of_limit(self) -> None:
@@ -4365,7 +5108,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
-        [sys.executable, "-c", script, address, command or ""],
+        [sys.executable, "-I", "-c", script, address, command or ""],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -4425,8 +5168,8 @@ def tunnels() -> List[TunnelRecord]:
         if not match:
             continue
         record = read_record(TunnelRecord, path)
-        identity = process_identity(int(match.group(1)))
-        if not identity or (record and record.identity != identity):
+        pid = int(match.group(1))
+        if not process_identity(pid) or (record and not is_same_process(pid, record.identity)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         elif record and not match.group(2):
@@ -4451,7 +5194,7 @@ def end_tunnel(record: TunnelRecord) -> None:
     """End the process of a tunnel; raises Failure when it does not go."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
-    if not until(lambda: process_identity(record.pid) != record.identity, CONTROL_TIMEOUT_S):
+    if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
         why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
         raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
 
@@ -4635,7 +5378,10 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         request = request.but(file=portable(place), key="host:" + portable(os.path.realpath(place)), notebook=text)
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
     with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
-        if not request.overlaps:
+        begun = begun_by(request)
+        if begun and begun.kind == "run":
+            return StartReply(id=begun.id, pid=begun.pid, is_started=True)
+        if not request.overlaps and not begun:
             same = [record for record in KINDS["run"].running() if record.key == request.key]  # type: List[Kept]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
             if same:
@@ -4644,7 +5390,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         if not jobs:
             record, _ = launch(request, root_dir, channel, launch_run)
             return StartReply(id=record.id, pid=record.pid, is_started=True)
-        job = jobs[0].start(request, channel)
+        job = begun or jobs[0].start(request, channel)
     reply = StartReply.read(jobs[0].reply(job, channel))
     reply.is_started = True
     return reply
@@ -4672,17 +5418,13 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     log = os.path.join(directory, "log")
     process = start_detached([python, program], environment, root_dir, log, bool(request.job))
     record = RunRecord(
-        created=time.time(),
-        node=os.uname().nodename,
-        pid=process.pid,
-        identity=process_identity(process.pid),
-        root_dir=portable(root_dir),
-        job=request.job,
         request=request.but(nonce="", notebook="", parameters=[], app=found.app),
         name=request.name,
         key=request.key,
+        **facts_of(process, root_dir, request.job),
     )
     write_down(record, directory)
+    channel.send(Launching(id=record.id))
     journal = os.path.join(directory, "journal")
     until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
     if process.poll() == CANNOT_RUN:
@@ -5079,20 +5821,11 @@ class Execution:
         Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
         """
         doing = "Executing " + self.name if self.messages.has_spinner else ""
-        while True:
-            try:
-                request = Request(action="follow_run", id=self.id, offsets=self._offsets)
-                view = self.agent.ask(request, RunView, doing, handlers=self._handlers)
-                break
-            except Failure as failure:
-                if failure.status not in (EXIT_SSH, EXIT_TIMEOUT) or not redials:
-                    raise
-                self.agent.ssh.reconnect(failure.last_line(), self._is_there)
-        self._finish(view)
 
-    def _is_there(self) -> bool:
-        self.agent.ask(Request(action="describe_end", id=self.id), EndReply, silence_s=CHECK_TIMEOUT_S)
-        return True
+        def request() -> Request:
+            return Request(action="follow_run", id=self.id, offsets=self._offsets)
+
+        self._finish(self.agent.ask_on(request, RunView, doing, self._handlers, redials))
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
@@ -5221,6 +5954,7 @@ class Scheduler(Record):
     cancel: "List[str]"
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
+    variables: str = "$"  # of the user's, which would change what these commands do or print
 
 
 SCHEDULERS = {
@@ -5231,6 +5965,7 @@ SCHEDULERS = {
         waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
         runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         cancel=["scancel", "{id}"],
+        variables=r"SQUEUE_|SCANCEL_|SLURM_TIME_FORMAT|SBATCH_(WAIT|ARRAY_INX|REQUEUE|TEST_ONLY|OUTPUT|ERROR)$",
     ),
     # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
     # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
@@ -5319,7 +6054,8 @@ class JobKind(Kind):
         """
         known = record.command in SCHEDULERS
         argv = SCHEDULERS[record.command].cancel if known else ["false"]
-        status, said, why = run_command([word.replace("{id}", record.number) for word in argv], QUERY_TIMEOUT_S)
+        argv = [word.replace("{id}", record.number) for word in argv]
+        status, said, why = run_scheduler(record.command, argv, QUERY_TIMEOUT_S)
         until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
         if status and job_state(record).is_live:
             why = (said + why).strip() or "%s is not known here" % record.command
@@ -5333,14 +6069,18 @@ class JobKind(Kind):
     def start(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
         forget_ended(self, self.running())
-        return submit(request, new_dir(self))
+        job = submit(request, new_dir(self))
+        channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
+        return job
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
         found = []  # type: List[Kept]
         for job in self.running():
             asked = job.request
-            exact = (asked.action, asked.path, asked.key) == (request.action, request.path, request.key)
+            path = asked.path if request.action == "stop" and request.path is None else request.path
+            action = "open" if request.action == "stop" else request.action
+            exact = (asked.action, asked.path, asked.key) == (action, path, request.key)
             if exact and request.allows(asked) and asked.via_node >= request.via_node and not reply_of(job):
                 found.append(job)
         return found
@@ -5426,15 +6166,16 @@ def submit(request: Request, directory: str) -> JobRecord:
     import re
     import shlex
 
-    inner = request.but(job=os.path.basename(directory), shell=os.environ.get("SHELL", ""), is_new=True, overlaps=True)
+    facts = {"job": os.path.basename(directory), "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, **facts)
     program, script = leave_agent(directory, "job_main", inner), os.path.join(directory, "job.sh")
     words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
     redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
     write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
     argv = [native(word).replace("{script}", script) for word in request.submit]
-    status, said, why = run_command(argv, SUBMIT_TIMEOUT_S)
     command = os.path.basename(argv[0])
+    status, said, why = run_scheduler(command, argv, SUBMIT_TIMEOUT_S)
     number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
     if status or not number:
         why = why.strip() or said.strip() or "status %d" % status
@@ -5531,6 +6272,15 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
+def run_scheduler(command: str, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command of a scheduler, without the variables that would change what it does or prints."""
+    import re
+
+    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
+    environment = {name: value for name, value in os.environ.items() if not re.match(pattern, name)}
+    return run_command(argv, timeout_s, environment)
+
+
 def ask_scheduler(command: str) -> str:
     """Return what a scheduler says of the user's jobs; empty when it does not answer."""
     import pwd
@@ -5538,7 +6288,7 @@ def ask_scheduler(command: str) -> str:
 
     user = pwd.getpwuid(os.getuid()).pw_name
     argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
-    status, answer, said = run_command(argv, QUERY_TIMEOUT_S)
+    status, answer, said = run_scheduler(command, argv, QUERY_TIMEOUT_S)
     none = SCHEDULERS[command].none
     return "" if status and not (none and re.search(none, said)) else answer + "\n"
 
@@ -5568,8 +6318,8 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
         nonlocal told, max_age_s
         state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
-        for message in said_by(said):
-            if message.get("kind") == "reply":
+        for message in messages_in(said):
+            if Said.read(message).kind == "reply":
                 channel.send(QueueState(id=job.id, job=job.number))
                 return message
             pass_on(message, channel)
@@ -5585,41 +6335,31 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
             channel.send(news)
         return None
 
-    return reply_in(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S))
+    return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
 
 
-def said_by(said: Growing) -> "List[Json]":
-    """Return the messages that the agent in a job has written since the last look."""
+def messages_in(said: Growing) -> "List[Json]":
+    """Return the messages that the agent in a job has written since the last look; a damaged line is passed over."""
     messages = []
     for line in said.lines():
-        try:
+        with contextlib.suppress(ValueError, Wrong):
             message = json.loads(line)
-        except ValueError:
-            continue
-        messages += [message] if isinstance(message, dict) else []
+            Said.read(message)
+            messages.append(message)
     return messages
 
 
 def pass_on(message: "Json", channel: Channel) -> None:
     """Pass on what the agent in a job tells while it works; that it is there is no news."""
-    for kind in (Progress, Found, Installing, Installed):
-        if message.get("kind") == kind.kind:
-            with contextlib.suppress(Wrong):
-                channel.send(kind.read(message))
+    kinds = {kind.kind: kind for kind in (Progress, Found, Installing, Installed)}
+    with contextlib.suppress(KeyError, Wrong):
+        channel.send(kinds[Said.read(message).kind].read(message))
 
 
 def reply_of(job: JobRecord) -> "Optional[Json]":
     """Return the message in which the agent in a job replied; None when it has not yet."""
-    messages = said_by(Growing(os.path.join(job.directory, "said")))
-    return next((message for message in messages if message.get("kind") == "reply"), None)
-
-
-def reply_in(message: "Json") -> "Json":
-    """Return the reply in a message; raises the Failure that is there instead."""
-    if "failure" in message:
-        raise Trouble.read(message["failure"]).failure()
-    reply = message.get("reply")
-    return reply if isinstance(reply, dict) else {}
+    messages = messages_in(Growing(os.path.join(job.directory, "said")))
+    return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
 def why_job_ended(state: JobState) -> str:
@@ -5699,10 +6439,11 @@ def node_address() -> str:
 class Queue:
     """A job that we wait for: how it stands is shown, and Ctrl-C meanwhile asks whether it is to stay."""
 
-    def __init__(self, agent: Agent, messages: Messages, hint: Callable[..., str]) -> None:
+    def __init__(self, agent: Agent, messages: Messages, hint: Callable[..., str], again: Callable[[str], str]) -> None:
         self.agent = agent
         self.messages = messages
         self.hint = hint
+        self.again = again  # makes the command that waits for the job of an id again
         self.handlers: Dict[str, Handler] = {"queue": self._take}
         self.state = QueueState(id="", job="")
         self._said = ""
@@ -5736,8 +6477,8 @@ class Queue:
                     is_kept = not says_yes("Cancel job %s? [y/N] " % self.state.job)
             if is_kept:
                 text = "Job %s stays. Back to it with: %s   To cancel it: %s"
-                again = command_line(*sys.argv[1:])
-                self.messages.note(text % (self.state.job, again, self.hint("stop", self.state.id)))
+                stop = self.hint("stop", self.state.id)
+                self.messages.note(text % (self.state.job, self.again(self.state.id), stop))
             else:
                 self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
             raise
@@ -5786,6 +6527,15 @@ class Destination(NamedTuple):
 
     host: str
     path: Optional[str]
+
+    def text(self) -> str:
+        """Return it as it is typed; parse_destination reads it."""
+        if self.path is None:
+            return self.host
+        if self.host.startswith("ssh://"):
+            return "%s/%s" % (self.host, quote(self.path))
+        user, at, address = self.host.rpartition("@")
+        return "%s%s%s:%s" % (user, at, "[%s]" % address if ":" in address else address, self.path)
 
 
 def parse_destination(text: str) -> Destination:
@@ -5912,6 +6662,7 @@ def config_path() -> str:
     return os.path.join(home, "rjupyter", "config")
 
 
+ATTACH_HELP = "come back to this server; `list` shows the ids"
 PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
 IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
 IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
@@ -5934,7 +6685,8 @@ class Option(NamedTuple):
     """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
 
     `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. `how` is
-    what else argparse is told.
+    what else argparse is told. An option that `chooses` goes with the commands that we tell people to type: "host" with
+    each of them, "server" with those that open.
     """
 
     flags: str
@@ -5945,6 +6697,7 @@ class Option(NamedTuple):
     field: str = ""
     apart: str = ""
     how: Dict[str, Any] = {}
+    chooses: str = ""
 
     @property
     def name(self) -> str:
@@ -5955,6 +6708,19 @@ class Option(NamedTuple):
     def dest(self) -> str:
         """The name under which argparse keeps its value."""
         return str(self.how.get("dest") or self.name.replace("-", "_") or self.flags)
+
+    def words(self, value: Any) -> List[str]:
+        """Return it as it is typed for a value."""
+        if self.dest == "ssh":
+            return list(value)
+        flag = self.flags.split()[-1]
+        if not self.metavar:
+            return [flag] if value == self.how.get("const", True) else []
+        if value is None or value == self.default:
+            return []
+        values = [str(one) for one in (value if isinstance(value, list) else [value])]
+        is_one = flag.startswith("--") and flag not in JOINED
+        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_one and v.startswith("-") else [flag, v])]
 
     def add_to(self, group: Any) -> None:
         """Add it to a parser, or to a group of one."""
@@ -5968,44 +6734,76 @@ class Option(NamedTuple):
 def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
     """Return the row of an option that ssh has under the same letter."""
     how: Dict[str, Any] = {"dest": "ssh", "action": _SshOption, "default": []}
-    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0))
+    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0), chooses="host")
 
 
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
-        Option("--app", "what to open (notebook)", "APP", default="", field="app", how={"choices": list(APPS)}),
-        Option("--lab", "the same as --app lab", how={"dest": "app", "action": "store_const", "const": "lab"}),
-        Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
         Option(
-            "--attach", "come back to this server; `list` shows the ids", "ID", _text, field="attach", apart="which"
+            "--app",
+            "what to open (notebook)",
+            "APP",
+            default="",
+            field="app",
+            how={"choices": list(APPS)},
+            chooses="server",
         ),
+        Option(
+            "--lab",
+            "the same as --app lab",
+            how={"dest": "app", "action": "store_const", "const": "lab"},
+            chooses="server",
+        ),
+        Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
+        Option("--attach", ATTACH_HELP, "ID", _text, field="attach", apart="which", chooses="server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
-        Option("--port", PORT_HELP, "N", _port, 0, "port"),
-        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip"),
-        Option("--socket", "let Jupyter listen on a Unix socket that is yours alone, not on a port", field="socket"),
-        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s"),
-        Option("--server-arg", "an argument for Jupyter itself; repeatable", "ARG", str, [], "server_args"),
+        Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
+        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
+        Option(
+            "--socket",
+            "let Jupyter listen on a Unix socket that is yours alone, not on a port",
+            field="socket",
+            chooses="server",
+        ),
+        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
+        Option(
+            "--server-arg",
+            "an argument for Jupyter itself; repeatable",
+            "ARG",
+            str,
+            [],
+            "server_args",
+            chooses="server",
+        ),
         Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
     ],
     "environment on the host": [
-        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python"),
-        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env"),
-        Option("--init", INIT_HELP, "COMMAND", _text, [], "init"),
+        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python", chooses="server"),
+        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env", chooses="server"),
+        Option("--init", INIT_HELP, "COMMAND", _text, [], "init", chooses="server"),
         Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
-        Option("--no-install", NO_INSTALL_HELP, apart="install", how=dict(MAY_INSTALL, action="store_false")),
+        Option(
+            "--no-install",
+            NO_INSTALL_HELP,
+            apart="install",
+            how=dict(MAY_INSTALL, action="store_false"),
+        ),
     ],
     "scheduler, on a host that is a login node": [
-        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how"),
-        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how"),
+        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how", chooses="server"),
+        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how", chooses="server"),
         Option(
-            "--via-node", "end the tunnel on the job's node itself, by a jump over the login node", field="via_node"
+            "--via-node",
+            "end the tunnel on the job's node itself, by a jump over the login node",
+            field="via_node",
+            chooses="server",
         ),
     ],
     "tunnel and browser": [
-        Option("--local-port", LOCAL_HELP, "N", _port),
+        Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
         Option("--no-browser", "print the address only"),
         Option("--browser", "browser to open (the system's)", "COMMAND"),
-        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}),
+        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}, chooses="server"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
     ],
@@ -6019,14 +6817,14 @@ OPTIONS: Dict[str, List[Option]] = {
         ssh_option("4", "IPv4 only"),
         ssh_option("6", "IPv6 only"),
         ssh_option("C", "compress"),
-        Option("--no-mux", "each step a connection of its own (as on Windows)"),
+        Option("--no-mux", "each step a connection of its own (as on Windows)", chooses="host"),
     ],
     "output": [
         Option("-q --quiet", "the address and errors only"),
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
         Option("--dry-run", "print the ssh commands and run none"),
-        Option("--no-config", "do not read " + config_path()),
+        Option("--no-config", "do not read " + config_path(), chooses="host"),
         Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
         Option("-h --help", "print this help", how={"action": "help"}),
     ],
@@ -6114,12 +6912,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
+JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
+
+
 def joined_arguments(argv: List[str]) -> List[str]:
     """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
     joined: List[str] = []
     words = iter(argv)
     for word in words:
-        value = next(words, None) if word in ("--slurm", "--submit", "--server-arg") else None
+        value = next(words, None) if word in JOINED else None
         joined.append(word if value is None else "%s=%s" % (word, value))
     return joined
 
@@ -6207,13 +7008,20 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
     return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
 
 
+# Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
+SBATCH = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+
+
 def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         if args.slurm is not None:
-            # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-            fixed = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
-            return [*fixed, *shlex.split(args.slurm), "{script}"]
+            words = shlex.split(args.slurm)
+            if any(re.match("-a|--array", word) for word in words):
+                raise Failure(
+                    "wrong usage", "--array: a job array would start several", "--slurm without it", EXIT_USAGE
+                )
+            return [*SBATCH, *words, "{script}"]
         words = shlex.split(args.submit or "")
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
@@ -6221,14 +7029,17 @@ def submit_words(args: argparse.Namespace) -> List[str]:
 
 
 def back_again(args: argparse.Namespace, *action: str) -> str:
-    """Return the command that reaches the same server again, with the options that choose the host."""
-    destination, path = args.destination
-    if action[:1] == ("--new",):
-        return command_line(*action, *args.ssh, destination)
-    words = list(args.ssh) + (["--lab"] if args.app == "lab" and not action else [])
-    if path is None or action[:1] == ("stop",):
-        return command_line(*words, destination, *action)
-    return command_line(*words, "%s:%s" % (destination, path), *action)
+    """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
+    opens = not action or action[0].startswith("-")
+    words: Dict[str, List[str]] = {}
+    for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
+        is_typed = not args.sources or args.sources.get(option.dest) == "command line"
+        is_dropped = option.dest == "attach" and "--new" in action
+        if is_typed and not is_dropped and (opens or option.chooses == "host"):
+            words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
+    chosen = [word for group in words.values() for word in group]
+    destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
+    return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
 
 
 def hint_of(args: argparse.Namespace) -> Callable[..., str]:
@@ -6366,15 +7177,46 @@ def open_tunnel(
 
 def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
-    warn_of_address(args, agent.ssh.destination, messages)
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    waiting = Queue(agent, messages, hint_of(args))
-    with contextlib.closing(Reserved(local_port)), waiting.asking():
-        request = request.but(local_port=local_port)
-        server = agent.ask(request, Server, "Launching Jupyter", handlers=waiting.handlers)
-    say_server(server, args, agent, messages)
+    hint = hint_of(args)
+    waiting = Queue(agent, messages, hint, lambda identity: hint())
+    with contextlib.closing(Reserved(local_port)), waiting.asking(), agent.leaving("Jupyter", hint):
+        request = request.but(local_port=local_port, errand=os.urandom(8).hex())
+        redials = not args.no_reconnect
+        server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
+    take_over(args, server)
+    say_server(server, request, args, agent, messages)
     return server
+
+
+def take_over(args: argparse.Namespace, server: Server) -> None:
+    """Let what we print from now on choose what the server was launched with, also where that was not asked for.
+
+    Else the line that starts such another one would start it in another environment, or outside of a job.
+    """
+    facts = args_of_request(server.request)
+    for option in options():
+        is_free = getattr(args, option.dest, None) in (None, False, []) and option.chooses == "server"
+        if is_free and option.dest in facts:
+            setattr(args, option.dest, facts[option.dest])
+            args.sources[option.dest] = "command line"
+
+
+def args_of_request(request: Request) -> Dict[str, Any]:
+    """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
+    found = {name: getattr(request, name) for name in ("python", "env", "init", "socket", "via_node")}
+    words = [word for word in request.submit if word != "{script}"]
+    if words[: len(SBATCH)] == SBATCH:
+        found["slurm"] = shlex.join(words[len(SBATCH) :])
+    elif words:
+        found["submit"] = shlex.join(request.submit)
+    return {name: value for name, value in found.items() if value}
+
+
+def how_to_own(paths: List[str], user: str) -> str:
+    """Return the command that gives files back to their user."""
+    return "sudo chown -R %s" % shlex.join([user, *paths])
 
 
 def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
@@ -6389,7 +7231,7 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
         )
 
 
-def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
+def say_server(server: Server, request: Request, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what one should know of it."""
     destination = agent.ssh.destination
     verb, seconds = (
@@ -6399,7 +7241,16 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
-    messages.step(text, "launched" if server.is_launched else "found", **facts)
+    if server.is_launched:
+        messages.step(text, "launched", **facts)
+        warn_of_address(args, destination, messages)
+    else:
+        fields = request.too_late(server.request)
+        ignored = ["--" + option.name for option in options() if option.field in fields]
+        messages.step(text, "found", ignored=ignored, **facts)
+        if ignored:
+            text = "%s acts at a launch alone, and this one ran already. For another one: %s"
+            messages.note(text % (", ".join(ignored), back_again(args, "--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     if server.job and not args.via_node:
@@ -6408,6 +7259,9 @@ def say_server(server: Server, args: argparse.Namespace, agent: Agent, messages:
     if server.scheduler:
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
         messages.note(text % (server.scheduler, destination))
+    if server.foreign:
+        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To mend it, there: %s"
+        messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
     if server.is_launched and agent.hello.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
@@ -6442,9 +7296,20 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print a server's log, and with -f what comes, until Ctrl-C."""
+    identity, lines = args.id, 0
+
+    def request() -> Request:
+        return Request(action="logs", id=identity, is_followed=args.is_followed, line=lines)
+
+    def take(line: Line, show: Show) -> None:
+        nonlocal identity, lines
+        identity, lines = line.id or identity, lines + 1
+        messages.result(line.text, "line", line=line.text)
+
     try:
         with ssh:
-            agent.ask(Request(action="logs", id=args.id, is_followed=args.is_followed), LogsReply)
+            redials = args.is_followed and not args.no_reconnect
+            agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
     except KeyboardInterrupt:
         if not args.is_followed:
             raise
@@ -6458,7 +7323,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     with ssh:
         asks = has_terminal() and not args.yes
         reply = agent.ask(request.but(asks=asks), StopReply, "Stopping")
-        if reply.busy or reply.runs:
+        if asks and (reply.busy or reply.runs):
             for server in reply.busy:
                 facts = (server.busy, server.kernels, server.root_dir, server.id)
                 words = "%d of %d kernels compute in %s (%s)." % facts
@@ -6493,10 +7358,11 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     elif args.inplace and args.run_id:
         wrong = "--attach brings a result; where to is said with -o"
     if wrong:
-        raise Failure("wrong usage", wrong, command_line(args.destination.host, "execute", "--help"), EXIT_USAGE)
+        raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
-    waiting = Queue(agent, messages, hint_of(args))
+    hint = hint_of(args)
+    waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
     with ssh:
         if args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
@@ -6523,10 +7389,11 @@ def start_execution(
         parameters=[list(parameter) for parameter in args.parameters],
         kernel=args.kernel,
         timeout_s=args.time_limit,
+        errand=os.urandom(8).hex(),
     )
-    with waiting.asking():
+    with waiting.asking(), agent.leaving("The execution of " + source.name, waiting.hint):
         doing = "Launching the execution of " + source.name
-        reply = agent.ask(request, StartReply, doing, handlers=waiting.handlers)
+        reply = agent.ask_on(lambda: request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same."
         messages.step(text % (source.name, reply.id, duration(reply.age_s)), "overlap", id=reply.id)
@@ -6616,6 +7483,8 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     yield check_sessions(ssh)
     yield check_jupyter(facts)
     yield check_disk(facts)
+    if facts.foreign:
+        yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
     yield Check("port", "%d is free on the host" % facts.port)
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
@@ -6745,7 +7614,14 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
             Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
-            Option("--attach", "follow this run, and bring its result", "ID", _text, how={"dest": "run_id"}),
+            Option(
+                "--attach",
+                "follow this run, and bring its result",
+                "ID",
+                _text,
+                how={"dest": "run_id"},
+                chooses="server",
+            ),
             Option("--overlap", "also when the notebook is being executed already"),
         ],
     ),

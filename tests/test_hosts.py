@@ -6,6 +6,7 @@ import os
 import re
 import ssl
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict
@@ -14,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from client import api, check_failure, compute
 from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of
-from sides import SYSTEM_PATH, Host, Laptop, User, bare_python, processes_with, quiet_port, wait_until
+from sides import SCRIPT, SYSTEM_PATH, Host, Laptop, User, bare_python, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -62,7 +63,8 @@ def test_usual_place(laptop: Laptop, bare_host: Host, place: str) -> None:
     run = laptop.start("--no-install", "host:work", has_terminal=False)
     run.url()
     where = "our own environment" if "rjupyter" in place else "the usual places"
-    assert "Using %s/%s/bin/jupyter-notebook (%s)." % (bare_host.home, place, where) in run.stderr
+    how = "jupyter-notebook (%s)" % where if place != "work/.venv" else "python (the project's environment)"
+    assert "Using %s/%s/bin/%s." % (bare_host.home, place, how) in run.stderr
 
 
 def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
@@ -493,3 +495,42 @@ def test_stub_of_an_ssh_without_remote_command(laptop: Laptop, host: Host) -> No
     wrapper.chmod(0o755)
     run = laptop.start("host", has_terminal=False, PATH="%s:%s" % (laptop.home, SYSTEM_PATH))
     assert compute(run.url(), "print(1)") == "1\n"
+
+
+# -- what is not as expected ------------------------------------------------------------------------------------------
+
+
+def test_bug_in_the_agent_is_told_with_its_true_line(laptop: Laptop, host: Host) -> None:
+    source = SCRIPT.read_text()
+    words = "def list_all("
+    line = source[: source.index(words)].count("\n") + 3
+    copy = laptop.home / "rjupyter.py"
+    copy.write_text(re.sub(r"(def list_all\(.*\n    \"\"\".*\n)", r"\1    request.nothing_of_this_name\n", source))
+    argv = [sys.executable, str(copy), "-F", laptop.config, "host", "list"]
+    done = subprocess.run(argv, env=laptop.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "this is a bug of rjupyter" in done.stderr
+    assert 'File "rjupyter.py", line %d, in list_all' % line in done.stderr
+
+
+OF_0_1_0 = ("app", "created", "node", "pid", "identity", "local_port", "root_dir", "runtime_dir", "job", "port")
+
+
+@pytest.mark.parametrize("age", ["0.1.0", "newer"])
+def test_server_that_another_version_wrote_down(laptop: Laptop, host: Host, age: str) -> None:
+    """Its file has the form of 0.1.0, or what a later version may add; it is ours all the same."""
+    with laptop.opened("host") as run:
+        url = run.url()
+    (file,) = host.home.glob(".local/state/rjupyter/servers/*/server.json")
+    facts = json.loads(file.read_text())
+    if age == "newer":
+        facts.update(version=2, colour={"is": "red"}, request={"flavour": ["x"], "app": "notebook"})
+    else:
+        facts = {name: facts[name] for name in OF_0_1_0}
+        facts.update(version="7.0", has_answered=True, no_socket="", python=None, env=None, init=[])
+    file.write_text(json.dumps(facts))
+    with laptop.opened("host") as run:
+        assert run.url() == url
+        assert "Found Jupyter Notebook" in run.text
+    assert "not started by rjupyter" not in laptop.run("host", "list").stdout
+    assert "Stopped Jupyter Notebook" in laptop.run("host", "stop").stderr

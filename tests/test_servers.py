@@ -1,5 +1,6 @@
 """Several servers on a shared host: list, logs, attach, stop; and what is written there by others, or damaged."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,9 +25,16 @@ def runtime_directory(host: Host) -> Path:
 @pytest.fixture
 def by_hand(laptop: Laptop, host: Host, mark: str) -> Iterator["subprocess.Popen[bytes]"]:
     """A server that the user started on the host without us, in ~/hand."""
+    with started_by_hand(host, mark) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def started_by_hand(host: Host, mark: str, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
     directory = host.home / "hand"
     directory.mkdir()
-    environment = {"HOME": str(host.home), "PATH": "/usr/bin:/bin", "RJUPYTER_TEST": mark, "RJUPYTER_SIDE": "host"}
+    environment.update({"HOME": str(host.home), "PATH": "/usr/bin:/bin", "RJUPYTER_TEST": mark})
+    environment["RJUPYTER_SIDE"] = "host"
     argv = [str(VENV_BIN / "jupyter-lab"), "--no-browser", "--allow-root", "--port-retries=1000", "--port=18888"]
     null = subprocess.DEVNULL
     process = subprocess.Popen(argv, cwd=directory, env=environment, stdin=null, stdout=null, stderr=null)
@@ -36,10 +44,12 @@ def by_hand(laptop: Laptop, host: Host, mark: str) -> Iterator["subprocess.Popen
         facts = rjupyter.read_record(rjupyter.RuntimeInfo, str(info))
         return facts is not None and rjupyter.answers(facts)
 
-    wait_until(is_up, "the server started by hand answers")
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        wait_until(is_up, "the server started by hand answers")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_list_of_nothing(laptop: Laptop, host: Host) -> None:
@@ -72,7 +82,8 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
         laptop.start("--new", "host", has_terminal=False).url()
     elsewhere, ended = host.servers()
     file = host.home / ".local/state/rjupyter/servers" / elsewhere["id"] / "server.json"
-    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), node="node7")))
+    moved = {"node": "node7", "identity": "another-boot:%s" % elsewhere["identity"].partition(":")[2]}
+    file.write_text(json.dumps(dict(rjupyter.read_json(str(file)), **moved)))
     os.killpg(ended["pid"], signal.SIGKILL)
     states = {server["id"]: server["state"] for server in listed(laptop) if server["is_ours"]}
     assert states == {elsewhere["id"]: "on node7", ended["id"]: "ended"}
@@ -124,6 +135,14 @@ def test_attach_to_one_started_by_hand(laptop: Laptop, host: Host, by_hand: "sub
             assert "Found JupyterLab" in run.stderr
     assert not host.servers()
     laptop.start("host", has_terminal=False).expect("Launched Jupyter Notebook")  # without a PATH: the newest of ours
+
+
+def test_one_started_by_hand_whose_token_no_address_can_hold(laptop: Laptop, host: Host, mark: str) -> None:
+    """It is not in the way of another one in its directory; who asks for it is told."""
+    with started_by_hand(host, mark, JUPYTER_TOKEN="two words") as process:
+        with laptop.opened("host:hand") as run:
+            assert "Launched Jupyter" in run.stderr
+        check_failure(laptop.run("--attach", "p%d" % process.pid, "host"), 1, "with this token", "another token there")
 
 
 def test_attach_to_what_is_not_there(laptop: Laptop, host: Host) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from client import api, check_failure, compute, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of
-from sides import VENV_BIN, Host, Laptop, User, quiet_port
+from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until
 
 import rjupyter
 
@@ -181,17 +181,49 @@ def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., 
     assert not path.exists()
 
 
-def test_no_socket_where_sshd_forwards_none(make_host: Callable[..., Host], laptop: Laptop) -> None:
+@contextlib.contextmanager
+def way_of(name: str, laptop: Laptop, directory: Path) -> Iterator[List[str]]:
+    """Be connected in one of the three ways meanwhile; gives the options for it."""
+    if name != "Borrowed":
+        yield ["--no-mux"] if name == "Direct" else []
+        return
+    config = Path(laptop.config)
+    config.write_text("%s  ControlPath %s\n" % (config.read_text(), directory / "mine"))
+    argv = ["ssh", "-F", laptop.config, "-M", "-N", "host"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=laptop.environment) as mine:
+        try:
+            wait_until((directory / "mine").exists, "the master is up")
+            yield []
+        finally:
+            mine.kill()
+
+
+@pytest.mark.parametrize("way", [way.__name__ for way in rjupyter.WAYS])
+def test_no_socket_where_sshd_forwards_none(
+    make_host: Callable[..., Host], laptop: Laptop, directory: Path, way: str
+) -> None:
     host = make_host(settings="AllowStreamLocalForwarding no")
     said = r"No socket: sshd on host forwards none \(AllowStreamLocalForwarding\)\. It listens on port \d+ instead"
-    with laptop.opened("--socket", "--local-port", str(quiet_port()), "host") as run:
-        url = run.url()
-        run.expect(said)
-        assert compute(url, "print(1)") == "1\n"
-        assert len(host.servers()) == 1
-    again = laptop.start("--socket", "host", has_terminal=False)
-    again.expect("Found Jupyter")
-    assert again.url() == url
+    with way_of(way, laptop, directory) as options:
+        with laptop.opened(*options, "--socket", "--local-port", str(quiet_port()), "host") as run:
+            url = run.url()
+            run.expect(said)
+            assert compute(url, "print(1)") == "1\n"
+            assert len(host.servers()) == 1
+        again = laptop.start(*options, "--socket", "host", has_terminal=False)
+        again.expect("Found Jupyter")
+        assert again.url() == url
+        again.interrupt()
+        assert again.wait() == 0
+
+
+@pytest.mark.parametrize("way", [way.__name__ for way in rjupyter.WAYS])
+def test_further_forward_whose_port_is_taken(host: Host, laptop: Laptop, directory: Path, way: str) -> None:
+    with way_of(way, laptop, directory) as options, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = laptop.run(*options, "-L", "%d:localhost:22" % port, "host")
+        check_failure(run, 1, "cannot forward 127.0.0.1:%d" % port, "another port in -L")
+    assert len(host.servers()) == 1  # it stays, as ever
 
 
 def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Host) -> None:

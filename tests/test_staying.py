@@ -1,5 +1,6 @@
 """Staying connected: faults on a real connection, and what is left on the laptop however we end."""
 
+import contextlib
 import json
 import os
 import random
@@ -73,7 +74,34 @@ def freeze_sshd_session(host: Host, mark: str, proxy: Proxy) -> None:
     host.sshd.end_connections(signal.SIGSTOP)
 
 
-FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session]
+def unlink_runtime_file(host: Host, mark: str, proxy: Proxy) -> None:
+    """What `jupyter server list` does on another node of a shared home; then the way back is asked for."""
+    for path in (host.home / ".local/share/jupyter/runtime").glob("jpserver-*.json"):
+        path.unlink()
+    host.sshd.end_connections()
+
+
+def rename_host(host: Host, mark: str, proxy: Proxy) -> None:
+    assert host.sshd.process is not None
+    argv = ["nsenter", "--uts=/proc/%d/ns/uts" % host.sshd.process.pid, "hostname", "name-%d" % random.randrange(10**6)]
+    subprocess.run(argv, check=True)
+    host.sshd.end_connections()
+
+
+def refuse_login_once(host: Host, mark: str, proxy: Proxy) -> None:
+    key = host.sshd.directory / "user_key.pub"
+    aside = key.with_name("aside")
+    key.rename(aside)
+    try:
+        refused = host.sshd.log_text().count("[preauth]")
+        host.sshd.end_connections()
+        wait_until(lambda: host.sshd.log_text().count("[preauth]") > refused, "a login is refused")
+    finally:
+        aside.rename(key)
+
+
+FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session, unlink_runtime_file, refuse_login_once]
+FAULTS_OF_ROOT = [*FAULTS, rename_host]
 
 
 @BOTH_MODES
@@ -327,26 +355,45 @@ def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Ho
 
 
 def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: int, seed: int) -> None:
+    """Lose the connection while Jupyter starts, and then in so many ways."""
     print("seed %d" % seed)
     chance = random.Random(seed)
-    with laptop.opened(*arguments_of_open(*proxy.ssh_options())) as run:
+    faults = FAULTS_OF_ROOT if os.getuid() == 0 else FAULTS
+    with starting(laptop, host, *proxy.ssh_options()) as run:
         url, kernel = remember(run)
         (record,) = host.servers()
+        before = len(re.findall(r"again \(after", run.text))
         for number in range(count):
-            fault = chance.choice(FAULTS)
+            fault = chance.choice(faults)
             print(number, fault.__name__, flush=True)
             fault(host, mark, proxy)
-            run.expect(r"again \(after", 120, times=number + 1)
+            run.expect(r"again \(after", 120, times=before + number + 1)
             host.sshd.end_connections(signal.SIGCONT)
             check_same(run, url, kernel)
     assert [r["pid"] for r in host.servers()] == [record["pid"]]
+    assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
     wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
 
 
-def test_random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy) -> None:
+@contextlib.contextmanager
+def starting(laptop: Laptop, host: Host, *arguments: str) -> Iterator[Run]:
+    """Open, and lose the connection while Jupyter starts; at the end, Ctrl-C."""
+    run = laptop.start(*arguments_of_open(*arguments), has_terminal=False)
+    wait_until(host.servers, "it is launched")
+    host.sshd.end_connections()
+    run.url()
+    yield run
+    run.interrupt()
+    assert run.wait() == 0, run.text
+
+
+def test_random_faults(laptop: Laptop, make_host: Callable[..., Host], mark: str) -> None:
     """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""
     seed = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**6))
-    random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname first-name && exec "$@"', "sh"] if os.getuid() == 0 else []
+    host = make_host(prefix=renamed)
+    with contextlib.closing(Proxy(host.sshd.port)) as proxy:
+        random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
 
 
 @BOTH_MODES

@@ -98,7 +98,7 @@ def test_server_argument_and_directory_reach_a_recorder_in_place_of_jupyter(
     if not recorder.exists():
         recorder.parent.mkdir(parents=True)
         recorder.write_text(
-            "#!/usr/bin/python3\nimport json, os, sys\nif sys.argv[1] == '-c': sys.exit(0)\n"
+            "#!/usr/bin/python3\nimport json, os, sys\nif 'find_spec' in sys.argv[2]: sys.exit(0)\n"
             "with open(os.path.expanduser('~/argv'), 'w') as f: json.dump([sys.argv, os.getcwd()], f)\nsys.exit(3)\n"
         )
         recorder.chmod(0o755)

@@ -1,0 +1,199 @@
+"""The first minutes on a host: whose environment it is, which options came too late, what goes on after Ctrl-C."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, List
+
+import pytest
+from client import compute
+from jupyters import jupyter_for_everyone
+from sides import Host, Laptop, Run, processes_with, wait_until
+
+
+def venv_without_jupyter(prefix: Path) -> None:
+    """Make a project's environment as uv and poetry leave it: its own module, no Jupyter and no pip."""
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(prefix)], check=True)
+    (packages,) = prefix.glob("lib/python3*/site-packages")
+    (packages / "mymodel.py").write_text("answer = 42\n")
+
+
+def closed(run: Run) -> None:
+    run.interrupt()
+    assert run.wait(30) == 0
+
+
+# -- the project's environment ----------------------------------------------------------------------------------------
+
+PLACES = ["proj/.venv", "proj/venv", "proj/env", ".venv", "proj/deep/.venv"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(
+    laptop: Laptop, host: Host, place: str
+) -> None:
+    (host.home / "proj/deep/er").mkdir(parents=True)
+    venv_without_jupyter(host.home / place)
+    run = laptop.start("host:proj/deep/er" if "deep" in place else "host:proj", has_terminal=False)
+    url = run.url()
+    run.expect("To end it")
+    if compute(url, "import sys; print(sys.prefix)").strip() == str(host.home / place):
+        assert compute(url, "import mymodel; print(mymodel.answer)") == "42\n"
+        return
+    lines = [line for line in run.stderr.splitlines() if place in line]
+    assert lines and re.search("pip install|uv (pip|add)|ipykernel", run.stderr), run.stderr
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host, place: str) -> None:
+    (host.home / "proj/deep/er").mkdir(parents=True)
+    (host.home / place).symlink_to(jupyter_for_everyone().parent)
+    run = laptop.start("host:proj/deep/er" if "deep" in place else "host:proj", has_terminal=False)
+    assert compute(run.url(), "import sys; print(sys.prefix)").strip() == str(host.home / place)
+
+
+def test_environment_above_home_or_of_no_python_is_not_the_projects(laptop: Laptop, host: Host) -> None:
+    """A directory that is merely called env, and an environment that is not below home."""
+    (host.home / "proj/env").mkdir(parents=True)
+    (host.home / "proj/env/settings").write_text("")
+    venv_without_jupyter(host.home.parent / "venv")
+    run = laptop.start("host:proj", has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    assert "proj/env" not in run.stderr and "%s/venv" % host.home.parent not in run.stderr
+
+
+def test_no_second_jupyter_is_installed_beside_an_environment_that_lacks_it_in_silence(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    (directory / "bin").mkdir()
+    (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    host = make_host(path=str(directory / "bin"))
+    (host.home / "proj").mkdir()
+    venv_without_jupyter(host.home / "proj/.venv")
+    run = laptop.run("--no-install", "host:proj")
+    assert run.status == 3
+    assert "%s/proj/.venv" % host.home in run.stderr and "install" in run.stderr.partition("try:")[2], run.stderr
+
+
+# -- options that came too late ---------------------------------------------------------------------------------------
+
+LATE = [
+    ["--idle-timeout", "1h"],
+    ["--server-arg=--ServerApp.allow_origin=*"],
+    ["--port", "18765"],
+    ["--ip", "0.0.0.0"],
+    ["--idle-timeout", "1h", "--port", "18765"],
+]
+
+
+@pytest.mark.parametrize("options", LATE, ids=" ".join)
+def test_option_that_acts_at_a_launch_alone_is_said_not_to_apply(
+    laptop: Laptop, host: Host, options: List[str]
+) -> None:
+    first = laptop.start("host", has_terminal=False)
+    first.url()
+    first.expect("To end it")
+    closed(first)
+    run = laptop.start(*options, "host", has_terminal=False)
+    run.expect("^Found")
+    run.url()
+    run.expect("To end it")
+    (line,) = [line for line in run.stderr.splitlines() if "--new" in line]
+    for option in options:
+        if option.startswith("--"):
+            assert option.split("=")[0] in line
+    assert "whoever reaches" not in run.stderr
+    assert len(host.servers()) == 1
+
+
+def test_option_that_the_server_was_launched_with_needs_no_word(laptop: Laptop, host: Host) -> None:
+    for words in ("Launched", "Found"):
+        run = laptop.start("--idle-timeout", "1h", "--port", "18765", "host", has_terminal=False)
+        run.expect("^" + words)
+        run.url()
+        run.expect("To end it")
+        assert "--new" not in run.stderr
+        closed(run)
+
+
+def test_option_that_came_too_late_is_said_in_json_as_well(laptop: Laptop, host: Host) -> None:
+    first = laptop.start("host", has_terminal=False)
+    first.url()
+    first.expect("To end it")
+    closed(first)
+    run = laptop.start("--json", "--idle-timeout", "1h", "host", has_terminal=False)
+    run.expect('"event": "open"')
+    run.interrupt()
+    run.wait()
+    assert re.search(r"idle.timeout", run.stdout), run.stdout
+
+
+# -- Ctrl-C before there is a result ----------------------------------------------------------------------------------
+
+
+def check_what_goes_on(laptop: Laptop, run: Run, goes_on: Callable[[], Any]) -> None:
+    """Either nothing goes on over there, or it is said, with a command that ends it; which is typed as it stands."""
+    assert run.wait(20) == 130, run.text
+    said = re.search(r"(?:To end it: |try: )(rjupyter\.py .+?)(?:   \(.*)?$", run.text, re.MULTILINE)
+    if said:
+        laptop.config = ""
+        assert laptop.run(*shlex.split(said.group(1))[1:]).status == 0
+    wait_until(lambda: not goes_on(), "nothing goes on that was not said: " + run.text, 20)
+
+
+@pytest.mark.parametrize("has_terminal", [True, False], ids=["terminal", "none"])
+@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+def test_ctrl_c_while_jupyter_is_launched(
+    laptop: Laptop, host: Host, mark: str, has_terminal: bool, mode: List[str]
+) -> None:
+    go = host.home / "go"
+    (host.home / ".jupyter").mkdir()
+    text = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\n" % str(go)
+    (host.home / ".jupyter/jupyter_server_config.py").write_text(text)
+    run = laptop.start(*mode, "host", has_terminal=has_terminal)
+    wait_until(host.servers, "it is launched")
+    run.interrupt()
+    check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
+    go.touch()
+
+
+def test_ctrl_c_while_jupyter_is_installed(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
+) -> None:
+    """pip waits for an index that does not answer."""
+    (directory / "bin").mkdir()
+    (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        address = "http://127.0.0.1:%d/simple" % index.getsockname()[1]
+        make_host(path=str(directory / "bin"), PIP_INDEX_URL=address, UV_INDEX_URL=address)
+        run = laptop.start("host")
+        run.expect("installing it")
+
+        def pips() -> List[str]:
+            return [words for words in processes_with(mark).values() if "pip install" in words or "uv pip" in words]
+
+        wait_until(pips, "pip runs")
+        run.interrupt()
+        check_what_goes_on(laptop, run, pips)
+
+
+def test_ctrl_c_while_a_notebook_is_sent_or_started(laptop: Laptop, host: Host, mark: str) -> None:
+    """The run's kernel takes its time to start; what goes on is said."""
+    startup = host.home / ".ipython/profile_default/startup"
+    startup.mkdir(parents=True)
+    go = host.home / "go"
+    (startup / "00.py").write_text("import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\n" % str(go))
+    (laptop.home / "n.ipynb").write_text(
+        '{"cells": [{"cell_type": "code", "id": "a", "metadata": {}, "execution_count": null, "outputs": [],'
+        ' "source": "1"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+    )
+    run = laptop.start("host", "execute", "n.ipynb", has_terminal=False)
+    wait_until(lambda: [w for w in processes_with(mark).values() if "ipykernel" in w], "its kernel starts")
+    run.interrupt()
+    check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "ipykernel" in w])
+    go.touch()

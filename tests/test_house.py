@@ -1,0 +1,194 @@
+"""The house: the source of rjupyter.py keeps the rules that stand at its head."""
+
+import ast
+import builtins
+import re
+from pathlib import Path
+from typing import Dict, Iterator, List, Set
+
+import pytest
+from readme import README, readme_events
+
+import rjupyter
+
+SOURCE = Path(rjupyter.__file__).read_text()
+TREE = ast.parse(SOURCE)
+KEYS_MAX = 59
+
+
+def has_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def keys_of_others() -> Iterator[str]:
+    """Yield where a text is the key to something: not in our tables, and not in the environment."""
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Subscript) and has_text(node.slice):
+            owner: ast.AST = node.value
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("get", "pop", "setdefault")
+            and node.args
+            and has_text(node.args[0])
+        ):
+            owner = node.func.value
+        else:
+            continue
+        name = ast.unparse(owner)
+        if not name.isupper() and "environ" not in name:
+            yield "%d: %s" % (node.lineno, ast.unparse(node))
+
+
+def test_few_keys_of_what_comes_from_outside() -> None:
+    found = list(keys_of_others())
+    assert 0 < len(found) <= KEYS_MAX, "\n".join(found)
+
+
+def rooms() -> Dict[str, int]:
+    """Return the rooms, each with the line of its banner."""
+    found = re.finditer(r"^# -{117}\n# (\w[\w ]*?)(?: \(an annex.*\))?\n#\n# [\w`]", SOURCE, re.MULTILINE)
+    return {match.group(1): SOURCE[: match.start()].count("\n") + 1 for match in found}
+
+
+def test_the_list_of_rooms_is_the_one_of_the_banners() -> None:
+    head = SOURCE[: SOURCE.index("\nimport signal")]
+    assert re.findall(r"^#   (\w[\w ]*?) {2,}\w", head, re.MULTILINE) == list(rooms())
+
+
+def definitions() -> Dict[str, int]:
+    """Return what is defined at the top of the file, with its first line."""
+    found: Dict[str, int] = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.setdefault(node.name, node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, node.lineno)
+    return found
+
+
+def names_in(node: ast.AST) -> Iterator[ast.Name]:
+    """Yield the names that a definition uses, without those in its annotations."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.Name):
+                yield child
+            if isinstance(child, ast.AST):
+                yield from names_in(child)
+
+
+def own_names(block: ast.AST) -> Set[str]:
+    """Return what a definition binds itself: parameters, local names, what it imports and defines."""
+    own: Set[str] = set()
+    for node in ast.walk(block):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            own.add(node.id)
+        elif isinstance(node, ast.arg):
+            own.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.ExceptHandler):
+            own.add(node.name or "")
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return own
+
+
+def test_no_room_uses_a_later_one() -> None:
+    places = sorted((line, name) for name, line in rooms().items())
+
+    def room_of(line: int) -> int:
+        return sum(start <= line for start, _ in places)
+
+    where = definitions()
+    wrong = []
+    for node in TREE.body:
+        for name in names_in(node):
+            later = name.id in where and room_of(where[name.id]) > room_of(node.lineno)
+            if later and name.id not in own_names(node):
+                wrong.append("%d: %s" % (name.lineno, name.id))
+    assert not wrong, "\n".join(wrong)
+
+
+def calls(name: str) -> Iterator[ast.Call]:
+    """Yield the calls of a method of this name."""
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
+            yield node
+
+
+@pytest.mark.parametrize(("method", "position"), [("step", 1), ("result", 1), ("event", 0)])
+def test_every_event_is_one_of_the_table(method: str, position: int) -> None:
+    seen: Set[str] = set()
+    for call in calls(method):
+        arguments = [argument for argument in call.args if not isinstance(argument, ast.Starred)]
+        if len(arguments) <= position or not has_text(arguments[position]):
+            continue
+        event = ast.literal_eval(arguments[position])
+        keys = {keyword.arg for keyword in call.keywords if keyword.arg}
+        assert keys <= set(rjupyter.EVENTS[event].keys), (call.lineno, event)
+        seen.add(event)
+    assert len(seen) > 1
+
+
+def test_events_of_the_readme_are_the_rows() -> None:
+    rows = [
+        "| `%s` | %s | %s |" % (n, e.when, ", ".join(map("`{}`".format, e.keys))) for n, e in rjupyter.EVENTS.items()
+    ]
+    assert "\n".join(rows) in README
+    assert readme_events() == {name: list(event.keys) for name, event in rjupyter.EVENTS.items()}
+
+
+def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        rjupyter.Messages().event("open", colour="red")
+
+
+def test_actions_of_the_help_are_the_rows() -> None:
+    text = rjupyter.build_parser().format_help()
+    for name, action in rjupyter.ACTIONS.items():
+        assert name is None or action.usage in text
+        assert name is None or action.help
+
+
+@pytest.mark.parametrize("ending", rjupyter.ENDINGS + rjupyter.ACCOUNTS, ids=lambda ending: str(ending.pattern))
+def test_pattern_of_what_ssh_says_takes_its_sample(ending: rjupyter.Ending) -> None:
+    assert re.match(ending.pattern, ending.sample)
+
+
+def test_what_ssh_says_as_it_ends_is_explained_by_its_own_row() -> None:
+    """No row that comes before has a pattern that takes its sample and tells more."""
+    for ending in rjupyter.ENDINGS:
+        first = next(
+            row
+            for row in rjupyter.ENDINGS
+            if (row.is_telling and re.match(row.pattern, ending.sample)) or row is ending
+        )
+        assert first is ending or not ending.is_telling, ending.sample
+
+
+def agent_blocks() -> List[ast.stmt]:
+    """Return the definitions between "agent begins" and "agent ends"."""
+    inside: Set[int] = set()
+    is_agent = False
+    for number, line in enumerate(SOURCE.split("\n"), 1):
+        is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
+        if is_agent:
+            inside.add(number)
+    return [node for node in TREE.body if node.lineno in inside]
+
+
+def test_agent_uses_nothing_that_is_not_sent() -> None:
+    """What the agent's functions name is a builtin, imported for the agent, or stands in its own parts."""
+    blocks = agent_blocks()
+    sent = {
+        name for name, line in definitions().items() if any(b.lineno <= line <= (b.end_lineno or 0) for b in blocks)
+    }
+    known = sent | set(dir(builtins)) | set(re.findall(r"\w+", rjupyter.AGENT_IMPORTS)) | {"__name__"}
+    for block in blocks:
+        unknown = {name.id for name in names_in(block)} - own_names(block) - known
+        assert not unknown, (getattr(block, "name", block.lineno), unknown)

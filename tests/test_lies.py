@@ -1,0 +1,378 @@
+"""A host that lies: whatever it answers, to whatever action, there is one error, and nothing unchecked is shown."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sides import Laptop
+
+import rjupyter
+
+Lines = List[Tuple[str, str]]
+
+JUPYTER: Dict[str, Any] = {"hostname": "127.0.0.1", "port": 8888, "token": "abc", "base_url": "/", "root_dir": "/a"}
+OPEN: Dict[str, Any] = {
+    "id": "07af",
+    "pid": 12,
+    "app": "notebook",
+    "app_version": "7.0",
+    "host": "127.0.0.1",
+    "port": 8888,
+    "sock": "",
+    "token": "abc",
+    "base_url": "/",
+    "root_dir": "/home/ana",
+    "file": "",
+    "is_secure": False,
+    "seconds": 1.5,
+    "has_password": False,
+    "local_port": 8889,
+    "node": "gpu1",
+    "is_launched": True,
+    "is_only": True,
+}
+SERVER = {"id": "07af", "pid": 12, "node": "gpu1", "app": "lab", "root_dir": "/a", "is_ours": True, "age_s": 3.0}
+RUN = {"id": "r07af", "pid": 12, "node": "gpu1", "name": "a.ipynb", "root_dir": "/a", "age_s": 3.0, "state": "done"}
+JOB = {"id": "j07af", "job": "12", "command": "sbatch", "action": "open", "path": "a", "age_s": 3.0, "left_s": 60}
+TROUBLE = {"what": "no room", "why": "the disk is full", "try": "remove something", "status": 1}
+EXAMINED: Dict[str, Any] = {
+    "clock": 1e9,
+    "port": 8888,
+    "shell": "/bin/sh",
+    "state": "/a",
+    "free_bytes": 10**9,
+    "other_users": 1,
+    "jupyter": {"app": "lab", "version": "4", "command": "/a/jupyter-lab", "where": "PATH"},
+    "tried": ["/a"],
+    "state_trouble": TROUBLE,
+}
+REPLIES: Dict[str, Dict[str, Any]] = {
+    "open": OPEN,
+    "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB]},
+    "logs": {"id": "07af"},
+    "stop": {"count": 1, "busy": [SERVER], "runs": [RUN]},
+    "describe_end": {"is_running": False, "reason": "it was stopped", "log": "bye"},
+    "examine": EXAMINED,
+    "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
+    "follow_run": RUN,
+}
+CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
+JOURNAL: List[Dict[str, Any]] = [
+    {
+        "kind": "begin",
+        "notebook": {"cells": [CELL], "metadata": {}, "nbformat": 4},
+        "kernel": "python3",
+        "missing": "x",
+    },
+    {"kind": "start", "cell": 1, "count": 1},
+    {"kind": "cell", "index": 0, "content": CELL, "cell": 1, "count": 1, "seconds": 0.5, "is_done": True},
+    {"kind": "end", "metadata": {}, "outcome": "done", "error": ""},
+]
+TOLD: List[Dict[str, Any]] = [
+    {"kind": "hello", "user": "ana", "node": "gpu1", "python": "3.11.7", "is_root": True},
+    {"kind": "progress", "text": "waiting"},
+    {"kind": "queue", "id": "j07af", "job": "12", "is_waiting": True, "word": "PENDING", "reason": "Priority"},
+    {"kind": "found", "where": "the usual places", "command": "/a/jupyter-lab", "tried": ["/a"]},
+    {"kind": "installing", "path": "/a", "tool": "pip"},
+    {"kind": "installed", "path": "/a", "elapsed_s": 3},
+    {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
+    {"kind": "line", "text": "[I] listening"},
+]
+# What a person types, and what it asks the host for.
+COMMANDS: Dict[str, List[str]] = {
+    "open": ["--no-browser", "host"],
+    "list": ["host", "list"],
+    "logs": ["host", "logs"],
+    "stop": ["host", "stop", "--yes"],
+    "describe_end": ["host", "execute", "--attach", "r07af"],
+    "examine": ["host", "doctor"],
+    "start_run": ["host", "execute", ":a.ipynb"],
+    "follow_run": ["host", "execute", "--attach", "r07af"],
+}
+NASTY = st.sampled_from(
+    ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
+)
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([2**63, -1, 10**30, 1e308]))
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, NASTY, st.text(max_size=8))
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+)
+
+
+def places_in(value: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
+    """Yield where something stands in a JSON value: each a path of keys and indices."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places_in(item, (*path, key))
+
+
+def changed(value: Any, path: Tuple[Any, ...], new: Any) -> Any:
+    """Return a JSON value that has something else at one place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+def lies_about(value: Any) -> "st.SearchStrategy[Any]":
+    """Return what may come in place of a good value: something else in one place of it, or in all."""
+    return st.tuples(st.sampled_from(list(places_in(value))), ANYTHING).map(lambda lie: changed(value, *lie))
+
+
+class LyingChild:
+    """In place of the ssh of a session: says what was made up, behind the nonce of the request that it is given."""
+
+    def __init__(self, answer: Callable[[Dict[str, Any]], List[Any]]) -> None:
+        self.answer = answer
+        self.lines: Lines = []
+        self.process = self
+
+    def send(self, data: bytes, is_last: bool = True) -> None:
+        request = json.loads(zlib.decompress(base64.b64decode(data.split()[-1])))
+        for message in self.answer(request):
+            text = message if isinstance(message, str) else json.dumps(message)
+            self.lines.append(("stdout", "%s %s" % (request["nonce"], text)))
+
+    def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
+        return self.lines.pop(0) if self.lines else None
+
+    @property
+    def has_ended(self) -> bool:
+        return True
+
+    def wait(self) -> int:
+        return 0
+
+    def end(self) -> None:
+        pass
+
+
+class LyingSsh(rjupyter.Ssh):
+    """A connection that needs no ssh; its sessions lie."""
+
+    answer: Callable[[Dict[str, Any]], List[Any]]
+
+    def _read_config(self) -> rjupyter.SshConfig:
+        return rjupyter.SshConfig()
+
+    def session(self, command: str) -> Any:
+        return LyingChild(self.answer)
+
+    def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
+        return True, ""
+
+    def can_reach(self, target: str) -> Tuple[bool, str]:
+        return False, "nothing there"
+
+    def run(self, command: str) -> Tuple[bool, str]:
+        return True, ""
+
+
+def parts(entries: List[Any]) -> List[Any]:
+    """Return journal lines as the messages that bring them."""
+    journal = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    return [{"kind": "part", "file": "journal", "data": base64.b64encode(zlib.compress(journal)).decode()}]
+
+
+def outcome(
+    command: List[str], answer: Callable[[Dict[str, Any]], List[Any]], directory: Path
+) -> Tuple[int, str, str, List[str]]:
+    """Do what a command asks for on a host that answers so; return the status, both outputs, and what was asked."""
+    asked: List[str] = []
+
+    def answer_to(request: Dict[str, Any]) -> List[Any]:
+        request.setdefault("action", "open")  # as usual
+        asked.append(request["action"])
+        assert len(asked) < 20, "it never ends"
+        return answer(request)
+
+    out, err = io.StringIO(), io.StringIO()
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            args = rjupyter.parse_arguments(["--no-config", "--no-reconnect", *command])
+            messages = rjupyter.Messages(args.quiet, args.verbose, args.json)
+            ssh = LyingSsh("host", [], False, messages, [rjupyter.Direct])
+            ssh.answer = answer_to
+            try:
+                status = rjupyter.ACTIONS[args.action].run(args, ssh, rjupyter.Agent(ssh, messages), messages)
+            except rjupyter.Failure as failure:
+                messages.failure(failure)
+                status = failure.status
+    finally:
+        os.chdir(before)
+    return status, out.getvalue(), err.getvalue(), asked
+
+
+def check(status: int, out: str, err: str) -> None:
+    """One error or none, and nothing that drives a terminal."""
+    assert 0 <= status < 256
+    assert err.count("rjupyter: ") <= 1, err
+    assert "Traceback" not in err
+    assert not re.search(r"[^\n\t -\x7e\xa0-\ud7ff\ue000-\U0010ffff]|\u202e", out + err), (out, err)
+
+
+@pytest.fixture(autouse=True)
+def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rjupyter, "CLOSING_TIMEOUT_S", 0)
+    monkeypatch.setattr(rjupyter, "agent_source", lambda: b"agent")  # nobody reads it
+    monkeypatch.setattr(rjupyter, "can_ask", lambda: False)
+    monkeypatch.setattr(rjupyter, "has_terminal", lambda: False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["rjupyter.py"])
+
+
+many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def test_the_truth_is_taken(tmp_path: Path) -> None:
+    """The replies that the lies below are made from are good ones, and each action asks what it is said to ask."""
+    assert set(REPLIES) == set(rjupyter.REQUESTS)
+    for action, command in COMMANDS.items():
+
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            told = parts(JOURNAL) if request["action"] == "follow_run" else TOLD
+            return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+
+        status, out, err, asked = outcome(command, answer, tmp_path)
+        check(status, out, err)
+        assert "makes no sense" not in err + out, (action, err)
+        assert action in asked or action == "describe_end"
+
+
+@pytest.mark.parametrize("form", ["", "--json"])
+@pytest.mark.parametrize("action", sorted(set(REPLIES) - {"describe_end"}))
+def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
+    @many
+    @given(lies_about(REPLIES[action]))
+    def lie(reply: Any) -> None:
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            told = parts(JOURNAL) if request["action"] == "follow_run" else []
+            truth = reply if request["action"] == action else REPLIES[request["action"]]
+            return [*told, {"kind": "reply", "reply": truth}]
+
+        command = ([form] if form else []) + COMMANDS[action]
+        check(*outcome(command, answer, tmp_path)[:3])
+
+    lie()
+
+
+@pytest.mark.parametrize("action", ["open", "list", "stop", "start_run"])
+def test_message_that_lies(action: str, tmp_path: Path) -> None:
+    @many
+    @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(["-v", "--json"]))
+    def lie(message: Any, form: str) -> None:
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            told = parts(JOURNAL) if request["action"] == "follow_run" else []
+            return [message, *told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+
+        check(*outcome([form, *COMMANDS[action]], answer, tmp_path)[:3])
+
+    lie()
+
+
+def test_failure_that_lies(tmp_path: Path) -> None:
+    @many
+    @given(lies_about({"kind": "reply", "failure": TROUBLE}))
+    def lie(message: Any) -> None:
+        status, out, err, _ = outcome(["host", "list"], lambda request: [message], tmp_path)
+        check(status, out, err)
+        assert status > 0
+
+    lie()
+
+
+@pytest.mark.parametrize("number", range(len(JOURNAL)))
+def test_journal_that_lies(number: int, tmp_path: Path) -> None:
+    @many
+    @given(lies_about(JOURNAL[number]))
+    def lie(entry: Any) -> None:
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            journal = [*JOURNAL[:number], entry, *JOURNAL[number + 1 :]]
+            return [*parts(journal), {"kind": "reply", "reply": REPLIES["follow_run"]}]
+
+        check(*outcome(["-v", *COMMANDS["follow_run"]], answer, tmp_path)[:3])
+
+    lie()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"kind": 1}',
+        '{"kind": "reply"}',
+        "9" * 5000,
+        "[" * 100000,
+        '{"kind": "reply", "reply": 1}',
+    ]
+    + [json.dumps({"kind": "part", "file": "journal", "data": data}) for data in ("", "=", "AAAA", "eJw=", "ü")],
+)
+def test_line_that_is_no_message(line: str, tmp_path: Path) -> None:
+    for command in (["host", "list"], ["host", "execute", "--attach", "r07af"]):
+        status, out, err, _ = outcome(command, lambda request: [line], tmp_path)
+        check(status, out, err)
+        assert status > 0
+
+
+# -- the whole program, with a stub of ssh on PATH --------------------------------------------------------------------
+
+STUB = """#!%s -IS
+import base64, json, os, re, signal, sys, zlib
+if "-G" in sys.argv or "-O" in sys.argv:
+    sys.exit()
+if "-M" in sys.argv:
+    open(sys.argv[sys.argv.index("-S") + 1], "w").close()
+    signal.pause()
+words = sys.stdin.buffer.read().split()
+request = json.loads(zlib.decompress(base64.b64decode(words[-1]))) if words else sys.exit()
+with open(os.environ["LIES"]) as stream:
+    for line in stream:
+        print(request["nonce"] + " " + line.strip("\\n"), flush=True)
+"""
+
+
+LIES = [
+    {"kind": "reply", "reply": {"id": "07af"}},
+    {"kind": "reply", "reply": {**OPEN, "token": "a b"}},
+    {"kind": "reply", "failure": {"what": "\x1b[2J", "status": "0"}},
+    {"kind": "hello", "user": ["ana"]},
+    {"kind": "installed", "elapsed_s": "soon"},
+    [1],
+]
+
+
+@pytest.mark.parametrize("way", ["--no-mux", ""], ids=["Direct", "Master"])
+@pytest.mark.parametrize("action", sorted(COMMANDS))
+def test_stub_of_ssh_whose_host_lies(laptop: Laptop, action: str, way: str) -> None:
+    """Each action is told two of the lies by one way of being connected, and two more by the other."""
+    stub = laptop.home / "bin/ssh"
+    stub.parent.mkdir()
+    stub.write_text(STUB % sys.executable)
+    stub.chmod(0o755)
+    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
+    number = sorted(COMMANDS).index(action) + 3 * bool(way)
+    for lie in (LIES[number % len(LIES)], LIES[(number + 2) % len(LIES)]):
+        (laptop.home / "lies").write_text(json.dumps(lie) + "\n")
+        run = laptop.run(*([way] if way else []), *COMMANDS[action])
+        assert run.status in (0, 1, 255), run.text  # 0: a reply of another kind may be an empty list
+        assert "Traceback" not in run.text and "\x1b" not in run.text
+        assert len(re.findall("^(?:rjupyter:|FAIL)", run.text, re.MULTILINE)) == (run.status != 0), run.text
+        assert "http://" not in run.text
