@@ -126,6 +126,7 @@ VENV_DIR = "~/.local/share/rjupyter/venv"
 KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
 POLL_S = 0.005
 FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
+LATE_S = 12.0  # in which a shared home comes to show what another machine wrote
 COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
 START_TIMEOUT_S = 120
@@ -377,7 +378,7 @@ class RuntimeInfo(Record):
             return facts
         host = facts.get("hostname")
         return {
-            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
+            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host,
             "port": facts.get("port"),
             "sock": facts.get("sock") or "",
             "token": facts.get("token"),
@@ -406,6 +407,7 @@ class Request(Record):
     action: str = "open"
     nonce: str = ""
     errand: str = ""  # tells it from all others, also when it is sent again because a connection was lost
+    state_dir: str = ""  # where our state is on the host, in place of the usual directory
     # Which server, and where it is.
     path: "Optional[str]" = None
     app: str = ""
@@ -428,6 +430,7 @@ class Request(Record):
     # Through which scheduler.
     submit: "List[str]" = []
     via_node: bool = False
+    node_address: str = ""  # an interface or a name of the job's node; in the job, the address itself
     job: str = ""  # the id of the job of ours that does this
     shell: str = ""
     # Of stop, logs and the like.
@@ -464,7 +467,7 @@ class Request(Record):
     # `allows`. What makes two requests the same from the start: `same_as`.
     LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
-    TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
+    TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key", "state_dir")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
@@ -548,8 +551,9 @@ class JobRecord(Kept):
     """A job of a scheduler: jobs/ID/job.json. `number` is the scheduler's own name for it."""
 
     kind = "job"
-    number: str
+    number: str  # empty as long as its submission has not told it
     command: str
+    cluster: str = ""  # the one that took it, where its scheduler has several
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
@@ -573,6 +577,7 @@ class JobBegun(Record):
     """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
 
     node: str
+    created: float = 0.0  # by the clock of that node
     ends_at: float = 0.0
 
 
@@ -630,6 +635,13 @@ class Found(Message):
     where: str
     command: str
     tried: "List[str]" = []
+
+
+class Note(Message):
+    """A word of another program's, for the user."""
+
+    kind = "note"
+    text: str
 
 
 class Lacking(Message):
@@ -732,6 +744,7 @@ class ServerView(Record):
     is_ours: bool
     manager: str = ""
     state: str = "live"
+    job: str = ""
     port: int = 0
     sock: str = ""
     kernels: int = 0
@@ -752,6 +765,7 @@ class RunView(Record):
     count: int = 0
     error: str = ""
     age_s: float
+    job: str = ""
     state: str = ""
     size: int = 0
 
@@ -1220,6 +1234,21 @@ def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> No
         raise
 
 
+def look_anew(directory: str) -> None:
+    """List a directory: that lets NFS show what other machines have made in it since (nfs(5), "ac")."""
+    with contextlib.suppress(OSError):
+        os.listdir(directory)
+
+
+def read_text(path: str) -> str:
+    """Return what is in a small file; empty when there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(RUNTIME_FILE_MAX)
+    except OSError:
+        return ""
+
+
 def read_json(path: str) -> "Json":
     """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
     try:
@@ -1521,6 +1550,8 @@ COLUMNS = {
         Column("STATE", lambda server: server.state),
         Column("APP", lambda server: APPS[server.app].title if server.app in APPS else "?"),
         Column("DIRECTORY", lambda server: server.root_dir),
+        Column("NODE", lambda server: server.node if server.job else ""),
+        Column("JOB", lambda server: server.job),
         Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
@@ -1533,6 +1564,8 @@ COLUMNS = {
         Column("CELL", lambda run: "%d/%d" % (run.cell, run.count)),
         Column("NOTEBOOK", lambda run: run.name),
         Column("DIRECTORY", lambda run: run.root_dir),
+        Column("NODE", lambda run: run.node if run.job else ""),
+        Column("JOB", lambda run: run.job),
         Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
         Column("AGE", lambda run: duration(run.age_s)),
     ],
@@ -1555,7 +1588,11 @@ COLUMNS = {
 
 
 def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> None:
-    """Print records as a table with their columns aligned; the host's words are data, whatever they hold."""
+    """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
+
+    A column that says nothing of any is left out.
+    """
+    columns = [column for column in columns if any(str(column.cell(row)) for row in rows)]
     cells = [[column.title for column in columns]]
     cells += [[str(column.cell(row)).replace("\n", "?") for column in columns] for row in rows]
     widths = [max(len(printable(line[i])) for line in cells) for i in range(len(columns))]
@@ -2922,9 +2959,19 @@ def children_of(record: Kept) -> "List[Tuple[int, str]]":
 # -- its directories --------------------------------------------------------------------------------------------------
 
 
+class State:
+    """Where our state is on this host, when it was said where."""
+
+    directory = ""
+
+
 def state_dirs(kind: str) -> "List[str]":
-    """Return our directories for one kind of state, the best first: at home, or in /tmp where home is not writable."""
-    return [os.path.join(top, kind) for top in (os.path.expanduser(STATE_DIR), own_tmp_dir())]
+    """Return our directories for one kind of state, the best first: at home, or in /tmp where home is not writable.
+
+    The one that was named, and no other, where one was.
+    """
+    tops = [State.directory] if State.directory else [os.path.expanduser(STATE_DIR), own_tmp_dir()]
+    return [os.path.join(top, kind) for top in tops]
 
 
 def first_private(candidates: "List[str]") -> str:
@@ -3657,7 +3704,18 @@ def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     Where Jupyter's own file is gone, what we wrote down leads there: on another node of a shared home, `jupyter server
     list` removes that file.
     """
-    return runtime_info(record) or record.info or info_of_0_1_0(record)
+    info = runtime_info(record) or record.info or info_of_0_1_0(record)
+    return info and (info if place_of(record).is_here else from_elsewhere(record, info))
+
+
+def from_elsewhere(record: ServerRecord, info: RuntimeInfo) -> RuntimeInfo:
+    """Return what leads to a server from other nodes: one that listens on all addresses is reached by its node's.
+
+    Its 127.0.0.1 is ours only on its own node.
+    """
+    address = record.request.node_address
+    has_other = record.job and address and not info.sock and info.host in ("127.0.0.1", "::1")
+    return info.but(host=address) if has_other else info
 
 
 def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
@@ -3977,7 +4035,7 @@ class ServerKind(Kind):
 
     def describe(self, record: ServerRecord) -> ServerView:
         """Ask one how it does."""
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager")
+        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager", "job")
         view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         if not place.is_known:
@@ -4134,11 +4192,25 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     if job:  # outside of the lock, for a queue may be long
         found = OpenReply.read(KINDS[job.kind].reply(job, channel))
     assert found is not None
+    check_reach(found, request)
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
     found.foreign = foreign_files()
     return found
+
+
+def check_reach(found: OpenReply, request: Request) -> None:
+    """Raise Failure where this login node does not reach the port of a server in a job."""
+    is_outside = found.job and not request.job and not found.sock
+    if not is_outside or request.via_node or found.request.via_node or found.node == os.uname().nodename:
+        return
+    try:
+        socket.create_connection((found.host, found.port), timeout=ASK_TIMEOUT_S).close()
+    except OSError as error:
+        what = "%s does not reach port %d of %s" % (os.uname().nodename, found.port, found.node)
+        why = "%s: %s\nthe server %s runs there" % (found.host, error, found.id)
+        raise Failure(what, why, "--via-node, which logs in to the node itself; or --node-address, for a new one")
 
 
 def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[OpenReply]":
@@ -4172,6 +4244,7 @@ def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
 
 def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenReply:
     """Return what our record and Jupyter's runtime file say together."""
+    info = from_elsewhere(record, info)
     of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
     return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
@@ -4301,12 +4374,22 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
         return StopReply(busy=busy, runs=runs)
+    failures = []
     for record in found:
-        KINDS[record.kind].end(record)
+        try:
+            KINDS[record.kind].end(record)
+        except (Failure, OSError) as error:
+            failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
+            continue
         facts = {name: getattr(record, name, None) or None for name in Stopped.fields}
         if isinstance(record, JobRecord):
             facts["job"] = record.number
         channel.send(Stopped(**dict(facts, what=record.kind, id=record.id)))
+    if len(failures) > 1:
+        why = "\n".join("%s: %s" % (failure.what, failure.why) for failure in failures)
+        raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
+    if failures:
+        raise failures[0]
     return StopReply(count=len(found))
 
 
@@ -4452,6 +4535,7 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
+    State.directory = native(os.path.expanduser(request.state_dir))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
@@ -4565,7 +4649,20 @@ Show = Callable[[str], None]  # shows a word on where a step stands
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
     kind.kind: kind
-    for kind in (Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part)
+    for kind in (
+        Hello,
+        Progress,
+        QueueState,
+        Found,
+        Note,
+        Lacking,
+        Installing,
+        Installed,
+        Launching,
+        Stopped,
+        Line,
+        Part,
+    )
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
@@ -4593,9 +4690,10 @@ ACCOUNTS = [
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
-    def __init__(self, ssh: Ssh, messages: Messages) -> None:
+    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "") -> None:
         self.ssh = ssh
         self.messages = messages
+        self.state_dir = state_dir  # where our state is on the host; empty for the usual place
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
@@ -4605,6 +4703,7 @@ class Agent:
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
             "found": self._say_found,
+            "note": lambda message, show: self.messages.note(message.text),
             "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
@@ -4630,7 +4729,7 @@ class Agent:
         `handlers` take further kinds of messages.
         """
         self.prepare()
-        request = request.but(nonce="rjupyter-" + os.urandom(8).hex())
+        request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
         packed = agent_input(command, self._source, request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
@@ -5323,7 +5422,7 @@ class RunKind(Kind):
 
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
-        names = ("id", "pid", "node", "name", "root_dir")
+        names = ("id", "pid", "node", "name", "root_dir", "job")
         view = RunView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
@@ -5943,60 +6042,141 @@ def own_umask() -> int:
 # agent begins
 
 
-class Scheduler(Record):
-    """A scheduler, by the command that submits; all but `query` and `cancel` are regular expressions."""
+class Row(Record):
+    """What an answer of a scheduler says of one job; `mark` is what a job has beside its number: its script, a date."""
 
-    id: str  # how the output of the submission names the job
+    id: str
+    state: str
+    reason: str = ""
+    start: str = ""
+    node: str = ""
+    left: str = ""
+    mark: str = ""
+
+
+class Scheduler(Record):
+    """A scheduler, by the command that submits; all but its commands are regular expressions.
+
+    In the commands, {id} is the scheduler's number of a job, {user} the user, {cluster} the one that took the job: a
+    word with that is left out where there is none.
+    """
+
+    id: str  # the line by which a submission names the job, and its cluster; the last such one, for sites print more
     query: "List[str]"  # asks for the user's jobs
-    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left
+    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left, mark
     waits: str  # the states of a job that waits
     runs: str  # of one that runs; any other, and no row at all: it has ended
     cancel: "List[str]"
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
     variables: str = "$"  # of the user's, which would change what these commands do or print
+    past: "List[str]" = []  # asks how a job ended that the query tells no more; rows of words and `|`, the state second
+    refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
+SEVERAL = "it would start several"
+RETURNS = "it would not return before the job has ended"
 SCHEDULERS = {
+    # squeue(1), sacct(1). %o is the script's full path; %V, when it was submitted, may change when it is queued again.
     "sbatch": Scheduler(
-        id=r"(\d+)",
-        query=["squeue", "--noheader", "--user={user}", "--states=all", "--format=%i|%T|%r|%S|%N|%L"],
-        row=r"(?m)^(?P<id>\d+)\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)\|(?P<left>.*)$",
+        id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
+        query=[
+            "squeue",
+            "--clusters={cluster}",
+            "--noheader",
+            "--user={user}",
+            "--states=all",
+            "--format=%i|%T|%r|%S|%N|%L|%o",
+        ],
+        row=r"(?m)^(?P<id>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
+        r"\|(?P<left>[^|]*)(?:\|(?P<mark>.*))?$",
         waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
         runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
-        cancel=["scancel", "{id}"],
-        variables=r"SQUEUE_|SCANCEL_|SLURM_TIME_FORMAT|SBATCH_(WAIT|ARRAY_INX|REQUEUE|TEST_ONLY|OUTPUT|ERROR)$",
+        cancel=["scancel", "--clusters={cluster}", "{id}"],
+        variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
+        r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
+        past=[
+            "sacct",
+            "--clusters={cluster}",
+            "--allocations",
+            "--noheader",
+            "--parsable2",
+            "--jobs={id}",
+            "--format=JobIDRaw,State",
+        ],
+        refused={
+            "-a|--array": "a job array: " + SEVERAL,
+            ":$": "a heterogeneous job: " + SEVERAL,
+            "-W|--wait$": RETURNS,
+            "-Q|--quiet$": "it would not say which job it is",
+            "--test-only$": "nothing would be started",
+        },
     ),
-    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
-    # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
+    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted). A name may hold blanks in PBS; what
+    # follows the state is a queue, or a date. In Grid Engine the state has several letters: hqw, Eqw, Rr, dr. In PBS, M
+    # is a job that another server has, B an array that has begun; T is one that PBS moves, or a suspended one.
     "qsub": Scheduler(
-        id=r"(?m)^(?:Your job )?(\d+)\b",
+        id=r'(?m)^(?:Your job )?(?P<id>\d+)(?:\[\d*\])?(?:\.[\w.-]+| \(".*"\) has been submitted)?\s*$',
         query=["qstat"],
-        row=r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
+        row=r"(?m)^\s*(?P<id>\d+)\S*\s+(?:\d+\.\d+\s+)?(?P<mark>\S.*?)\s+\S+\s+(?:[\d:]+\s+)?(?P<state>[A-Za-z]+)"
+        r"\s+(?:\d+/.*|\S+\s*)$",
         plain=r"Q|qw",
         waits=r"[QHWT]|\w*[qw]\w*",
-        runs=r"[ERSU]|[dhR]*[rstST]+",
+        runs=r"[BEMRSU]|[dhR]*[rstST]+",
         cancel=["qdel", "{id}"],
+        refused={"-[tJ]$": "a job array: " + SEVERAL, "-sync$|block=": RETURNS},
     ),
     "bsub": Scheduler(
-        id=r"Job <(\d+)>",
+        id=r"(?m)^Job <(?P<id>\d+)> is submitted\b",
         query=["bjobs", "-w"],
         none=r"No unfinished job found",
-        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
+        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)\s.*?(?P<mark>\w+\s+\d+\s+\d+:\d+)?\s*$",
         plain=r"PEND",
         waits=r"PEND|PSUSP|WAIT",
         runs=r"RUN|PROV|USUSP|SSUSP|UNKWN",
         cancel=["bkill", "{id}"],
+        refused={r".*\[\d": "a job array: " + SEVERAL, "-K$": RETURNS},
     ),
     # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
     "condor_submit": Scheduler(
-        id=r"cluster (\d+)",
-        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
-        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*\S))",
+        id=r"(?m)^(?:\d+ job\(s\) submitted to cluster )?(?P<id>\d+)\.(?:\d+ - \d+\.\d+)?\s*$",
+        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason", "QDate"],
+        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*?\S))(?:[ \t]+(?P<mark>\d{9,}))?$",
         plain=r"1",
         waits=r"[15]",
         runs=r"[267]",
         cancel=["condor_rm", "{id}"],
+    ),
+    # flux-jobs(1): states in words; an id has two spellings, of which one is plain ASCII.
+    "flux": Scheduler(
+        id=r"(?m)^(?P<id>[f\u0192][1-9A-HJ-NP-Za-km-z]+)\s*$",
+        query=[
+            "flux",
+            "jobs",
+            "-a",
+            "--no-header",
+            "--since=-1d",
+            "-o",
+            "{id.f58plain}|{status}|{nodelist}|{t_remaining}|{t_submit}",
+        ],
+        row=r"(?m)^(?P<id>f\w+)\|(?P<state>\w+)\|(?P<node>[^|]*)\|(?P<left>[^|]*)\|(?P<mark>.*)$",
+        plain=r"SCHED|S",
+        waits=r"DEPEND|PRIORITY|SCHED|[DPS]",
+        runs=r"RUN|CLEANUP|[RC]",
+        cancel=["flux", "cancel", "{id}"],
+        variables=r"FLUX_JOBS_FORMAT_DEFAULT",
+    ),
+    # oarstat(1): letters in its table, words elsewhere; a row ends with the date of the submission, letter and queue.
+    "oarsub": Scheduler(
+        id=r"(?m)^\[?OAR_JOB_ID=(?P<id>\d+)\s*$",
+        query=["oarstat", "-u"],
+        row=r"(?m)^(?P<id>\d+)\s.*?(?P<mark>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\s+(?P<state>\w)\s+\S+\s*$",
+        plain=r"W",
+        waits=r"[WHL]|Waiting|Hold|toLaunch|toAckReservation|Launching",
+        runs=r"[RSF]|Running|Suspended|Resuming|Finishing",
+        cancel=["oardel", "{id}"],
+        variables=r"OAR_OARSTAT_OUTPUT_FORMAT",
+        refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it would wait for a terminal"},
     ),
 }
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
@@ -6004,6 +6184,7 @@ JOB_ENDS = {
     "TIMEOUT": "its time was up",
     "DEADLINE": "its deadline passed",
     "CANCELLED": "it was cancelled",
+    "CANCELED": "it was cancelled",
     "NODE_FAIL": "its node failed",
     "BOOT_FAIL": "its node did not start",
     "OUT_OF_MEMORY": "it ran out of memory",
@@ -6013,8 +6194,10 @@ JOB_ENDS = {
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
 QUERY_TIMEOUT_S = 20
-SUBMIT_TIMEOUT_S = 40  # longer, because a job that was taken after all would be nobody's
+SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries again and again
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
+UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
+LIFE_S = 5 * HEARTBEAT_S  # after which a job that gives no sign of life has ended, where nothing else tells
 
 
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
@@ -6031,12 +6214,17 @@ class JobKind(Kind):
         """Return the records of the jobs that wait or run."""
         return [record for record in self.records() if job_state(record).is_live]
 
+    def begun(self) -> "List[JobRecord]":
+        """Return the jobs that were submitted, and those of which that is not known yet."""
+        return [record for record in self.records() if not is_marked(record, "unwanted")]
+
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
         return self.running()
 
     def describe(self, record: JobRecord) -> JobView:
         """Say how a job does."""
+        state = job_state(record)  # which may find out the number
         return JobView(
             id=record.id,
             job=record.number,
@@ -6044,22 +6232,23 @@ class JobKind(Kind):
             action=record.request.action,
             path=record.request.path,
             age_s=record.age_s(),
-            **job_state(record).facts(),
+            **state.facts(),
         )
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
 
-        Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
+        One that has begun looks for the word "unwanted", and ends itself where its scheduler does not do it.
         """
-        known = record.command in SCHEDULERS
-        argv = SCHEDULERS[record.command].cancel if known else ["false"]
-        argv = [word.replace("{id}", record.number) for word in argv]
-        status, said, why = run_scheduler(record.command, argv, QUERY_TIMEOUT_S)
-        until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
-        if status and job_state(record).is_live:
-            why = (said + why).strip() or "%s is not known here" % record.command
-            raise Failure("job %s was not cancelled" % record.number, why)
+        mark(record, "unwanted")
+        if record.command in SCHEDULERS and record.number:
+            status, said, why = run_scheduler(record, SCHEDULERS[record.command].cancel, QUERY_TIMEOUT_S)
+        else:
+            status, said, why = int(bool(record.number)), "", "%s is not known here" % record.command
+        patience_s = SETTLE_S if status and begun_of(record) else 0
+        if not until(lambda: not job_state(record).is_live, patience_s) and status:
+            why = (said + why).strip()
+            raise Failure("job %s was not cancelled" % record.number, why, "it ends by itself as soon as it begins")
         mark(record, "cancelled")
 
     def takes(self, request: Request) -> bool:
@@ -6067,9 +6256,15 @@ class JobKind(Kind):
         return bool(request.submit) and not request.job
 
     def start(self, request: Request, channel: Channel) -> JobRecord:
-        """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
+        """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken.
+
+        Jupyter is installed before, where there is none: nodes often have no network.
+        """
         forget_ended(self, self.running())
-        job = submit(request, new_dir(self))
+        if request.may_install and not request.python and not request.env:
+            root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+            next(launchers(request, root_dir, channel, []))
+        job = submit(request, new_dir(self), channel)
         channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
         return job
 
@@ -6115,18 +6310,24 @@ class InJob(Elsewhere):
         return bool(record.job) and job_of(record) is not None
 
     def is_running(self) -> bool:
-        """True when its process runs on this node, or its job does elsewhere."""
-        return Here(self.record).is_running() if self.is_here else self._state().is_live
+        """True when its process runs on this node, or elsewhere its job does, and was not queued again since."""
+        if self.is_here:
+            return Here(self.record).is_running()
+        state = self._state()
+        begun = begun_of(self.job) if self.job else None
+        return state.is_live and not state.is_waiting and self.record.created >= (begun.created if begun else 0)
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        if self._state().word in JOB_ENDS or "received signal" in log:
+        state = self._state()
+        if state.word in JOB_ENDS or state.is_waiting or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
     def why_in_doubt(self) -> str:
         """Return why the job ended, as far as the scheduler says."""
-        return why_job_ended(self._state())
+        assert self.job is not None
+        return why_job_ended(self.job)
 
     def left_s(self) -> float:
         """Return how much time the job has left."""
@@ -6160,57 +6361,147 @@ def job_of(record: Kept) -> "Optional[JobRecord]":
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
 
+# What the script of a job does, in sh: the shared home may show its files some seconds late, and listing a directory
+# lets NFS look anew. No `!` and no quote in it: a scheduler may give the script to csh.
+JOB_SCRIPT = (
+    'for n in 1 2 3 4 5 6 7 8 9 10; do test -s "$1" && break; ls "${1%/*}/" >/dev/null 2>&1; sleep 1; done; '
+    'exec "$0" -IS "$1" >>"$2" 2>&1 </dev/null'
+)
 
-def submit(request: Request, directory: str) -> JobRecord:
-    """Submit a job in a directory of its own; return its record."""
+
+def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
+    """Submit a job in a directory of its own; return its record, which is there before the job is.
+
+    A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
+    later): the word "unwanted" ends such a job when it begins.
+    """
     import re
-    import shlex
 
-    facts = {"job": os.path.basename(directory), "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, **facts)
-    program, script = leave_agent(directory, "job_main", inner), os.path.join(directory, "job.sh")
-    words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
-    argv = [native(word).replace("{script}", script) for word in request.submit]
+    argv = [native(word) for word in request.submit]
     command = os.path.basename(argv[0])
-    status, said, why = run_scheduler(command, argv, SUBMIT_TIMEOUT_S)
-    number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
-    if status or not number:
+    asked = request.but(nonce="", notebook="", parameters=[])
+    record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
+    write_down(record, directory)
+    script = write_script(record, request)
+    log = log_of(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
+    argv = [word.replace("{script}", script).replace("{log}", log) for word in argv]
+    status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
+    matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
+    if status or not matches:
+        mark(record, "unwanted")
         why = why.strip() or said.strip() or "status %d" % status
         raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
-    record = JobRecord(
-        created=time.time(),
-        node=os.uname().nodename,
-        number=number.group(1),
-        command=command,
-        request=request.but(nonce="", notebook="", parameters=[]),
-    )
+    number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
+    record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+    for line in why.splitlines():
+        channel.send(Note(text=portable(line)))
     return write_down(record, directory)
+
+
+def refuse_options(command: str, words: "List[str]") -> None:
+    """Raise Failure (2) for an option of a submission that a job of ours cannot have."""
+    import re
+
+    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+        for word in words:
+            if re.match(pattern, word):
+                raise Failure("wrong usage", "%s: %s" % (word, why), "%s without it" % command, EXIT_USAGE)
+
+
+def write_script(record: JobRecord, request: Request) -> str:
+    """Write what a job runs, and return its path: its name is our id, by which a scheduler's answer tells it again."""
+    import shlex
+
+    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
+    program = leave_agent(record.directory, "job_main", inner)
+    script = os.path.join(record.directory, record.id + ".sh")
+    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
+    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
+    return script
 
 
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
-    Four know something, each better than those before it: the scheduler's answer, which may be some seconds old; for a
-    scheduler that we do not know, the file that the job writes at its end; our own word that we cancelled it; and the
-    job itself, which wrote down when it began.
+    Five know something: what was written down of its end, which is final; our own word that we cancelled it; the
+    scheduler's answer, which may be some seconds old, or a minute; and the job itself, which writes down when it began
+    and when it ended. A job that waits after it has ended was queued again.
     """
+    end = read_record(JobState, os.path.join(record.directory, "end.json"))
+    if end:
+        return end
+    looked = time.time()
     if record.command in SCHEDULERS:
-        state = state_in(record, *query(record.command, max_age_s))
-    elif is_marked(record, "ended"):
-        state = JobState(is_live=False, is_waiting=False, word="ended")
+        looked, output = query(record, max_age_s)
+        state = state_in(record, looked, output)
     else:
-        state = JobState()
+        state = JobState(is_waiting=not begun_of(record), is_live=gives_signs(record))
+    begun = begun_of(record)
+    has_ended = is_marked(record, "ended")
     if state.is_live and is_marked(record, "cancelled"):
-        return state.but(is_live=False, is_waiting=False, word="CANCELLED")
-    has_gap = state.is_live and (state.is_waiting or not state.node)
-    begun = read_record(JobBegun, os.path.join(record.directory, "begun.json")) if has_gap else None
-    if begun:
-        left_s = begun.ends_at - time.time() if begun.ends_at else None
-        return state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+        state = JobState(is_live=False, is_waiting=False, word="CANCELLED")
+    elif state.is_live and has_ended and not (state.is_waiting and looked):
+        state = JobState(is_live=False, is_waiting=False, word="ended")
+    elif state.is_live and begun and not has_ended:
+        is_late = state.is_waiting and looked < begun.created + UNSEEN_S
+        if is_late or not (state.is_waiting or state.node):
+            left_s = begun.ends_at - time.time() if begun.ends_at else None
+            state = state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+    if not state.is_live:
+        note_end(record, state)
     return state
+
+
+def begun_of(record: JobRecord) -> "Optional[JobBegun]":
+    """Return what a job wrote down when it began; None when it has not, as far as this machine sees."""
+    return read_record(JobBegun, os.path.join(record.directory, "begun.json")) if record.directory else None
+
+
+def gives_signs(record: JobRecord) -> bool:
+    """False when a job has said that it ended, or has said nothing for a while since it began to give signs of life.
+
+    Their age is that of a file beside them: the clock of a shared home may not be ours.
+    """
+    sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
+    if is_marked(record, "ended") or not record.directory:
+        return not record.directory
+    try:
+        write_whole(now, "")
+        return os.stat(now).st_mtime - os.stat(sign).st_mtime < LIFE_S
+    except OSError:
+        return True  # it gave none yet
+
+
+def note_end(record: JobRecord, state: JobState) -> None:
+    """Write down how a job ended where that is final; not where it may be queued again, or is only missed so far."""
+    is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
+    is_final = is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)
+    if record.directory and is_final and "--requeue" not in record.request.submit:
+        with contextlib.suppress(OSError):
+            write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
+
+
+def row_of(record: JobRecord, output: str) -> "Optional[Row]":
+    """Return what an answer of a scheduler says of our job; None where it does not know it.
+
+    A number may be another's: two clusters behind one login node, a new one on an old home. The name of our script has
+    our id in it; where the answer does not show it, what was first seen beside the number must be there again.
+    """
+    import re
+
+    seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
+    rows = [Row.read(match.groupdict("")) for match in re.finditer(SCHEDULERS[record.command].row, output)]
+    for row in reversed(rows):
+        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh\b" % record.id, row.mark))
+        if is_named or (row.id == record.number and seen in ("", row.mark)):
+            record.number = row.id  # where the submission did not tell it
+            if record.directory and not seen:
+                with contextlib.suppress(OSError):
+                    write_whole(os.path.join(record.directory, "seen"), row.mark)
+            return row
+    return None
 
 
 def state_in(record: JobRecord, looked: float, output: str) -> JobState:
@@ -6220,14 +6511,13 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     if not looked:
         return JobState(word="unknown", reason="the scheduler does not answer")
     scheduler = SCHEDULERS[record.command]
-    rows = [match.groupdict("") for match in re.finditer(scheduler.row, output)]
-    found = [row for row in rows if row["id"] == record.number]
-    if not found and looked < record.created + 1:
-        return JobState()  # the job is younger than the answer
-    if not found:
+    row = row_of(record, output)
+    is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
+    if not row and is_unseen and (record.number or not is_marked(record, "unwanted")):
+        return JobState()
+    if not row:
         return JobState(is_live=False, is_waiting=False, word="ended")
-    row = dict({"reason": "", "start": "", "node": "", "left": ""}, **found[-1])
-    word, reason = row["state"], row["reason"]
+    word, reason = row.state, row.reason
     waits, runs = (bool(re.match("(%s)\\Z" % states, word)) for states in (scheduler.waits, scheduler.runs))
     if scheduler.plain and (waits or runs):
         if waits and not reason and not re.match("(%s)\\Z" % scheduler.plain, word):
@@ -6238,18 +6528,21 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         is_waiting=waits,
         word=word,
         reason=reason,
-        start=row["start"],
-        node=row["node"],
-        left_s=seconds_of(row["left"]) if runs else None,
+        start=row.start,
+        node=row.node,
+        left_s=seconds_of(row.left) if runs else None,
     )
 
 
-def query(command: str, max_age_s: float) -> "Tuple[float, str]":
-    """Return when a scheduler was asked of the user's jobs, and what it said; one answer serves all of ours meanwhile.
+def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
+    """Return when the scheduler of a job was asked of the user's, and what it said; one answer serves all meanwhile.
 
     (0, "") when it does not answer.
     """
-    path = os.path.join(private_dir(own_tmp_dir()), command + ".answer")
+    import zlib
+
+    which = zlib.crc32(repr((record.cluster, record.request.init)).encode("utf-8"))
+    path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
 
         def look() -> "Any":  # another one of ours may be asking
@@ -6258,7 +6551,7 @@ def query(command: str, max_age_s: float) -> "Tuple[float, str]":
         found = until(look, float("inf"))
         if isinstance(found, tuple):
             return found
-        write_whole(path, ask_scheduler(command))
+        write_whole(path, ask_scheduler(record))
     return kept_answer(path, QUERY_MAX_S) or (0.0, "")
 
 
@@ -6272,34 +6565,56 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
-def run_scheduler(command: str, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command of a scheduler, without the variables that would change what it does or prints."""
-    import re
-
-    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
-    environment = {name: value for name, value in os.environ.items() if not re.match(pattern, name)}
-    return run_command(argv, timeout_s, environment)
-
-
-def ask_scheduler(command: str) -> str:
-    """Return what a scheduler says of the user's jobs; empty when it does not answer."""
+def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command of the scheduler of a job, its words filled in; return status, stdout and stderr."""
     import pwd
+
+    facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
+    argv = [word for word in argv if record.cluster or "{cluster}" not in word]
+    for name, value in facts.items():
+        argv = [word.replace("{%s}" % name, value) for word in argv]
+    return run_command(argv, timeout_s, scheduler_environment(record.command, argv[0], record.request.init))
+
+
+ENVIRONMENTS = {}  # type: Dict[Any, Dict[str, str]] # what --init set up, by its commands: an agent asks again and again
+
+
+def scheduler_environment(command: str, program: str, init: "List[str]") -> "Dict[str, str]":
+    """Return the environment for the commands of a scheduler, without what would change what they do or print.
+
+    It is ours; after --init, or where our PATH does not have the program, that of the user's terminal.
+    """
+    import re
+    import shutil
+
+    environment = dict(os.environ)
+    if init or not shutil.which(program):
+        if tuple(init) not in ENVIRONMENTS:
+            ENVIRONMENTS[tuple(init)] = user_environment([native(line) for line in init], [])
+        environment = ENVIRONMENTS[tuple(init)] or environment
+    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
+    return {name: value for name, value in environment.items() if not re.match(pattern, name)}
+
+
+def ask_scheduler(record: JobRecord) -> str:
+    """Return what the scheduler of a job says of the user's jobs; empty when it does not answer."""
     import re
 
-    user = pwd.getpwuid(os.getuid()).pw_name
-    argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
-    status, answer, said = run_scheduler(command, argv, QUERY_TIMEOUT_S)
-    none = SCHEDULERS[command].none
-    return "" if status and not (none and re.search(none, said)) else answer + "\n"
+    scheduler = SCHEDULERS[record.command]
+    status, answer, said = run_scheduler(record, scheduler.query, QUERY_TIMEOUT_S)
+    return "" if status and not (scheduler.none and re.search(scheduler.none, said)) else answer + "\n"
 
 
 def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds) in seconds; None for UNLIMITED and the like."""
+    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds), or Flux (seconds), in seconds.
+
+    None for UNLIMITED and the like.
+    """
     import re
 
     match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
     if not match:
-        return None
+        return (float(text) or None) if re.match(r"\d+\.\d+\Z", text) else None
     days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
@@ -6308,24 +6623,30 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     """Wait until the agent in a job replies, as long as that takes, and return its reply; tell how the job stands.
 
     What the agent in the job says is passed on. The state is looked at before what was said: of a job that has ended,
-    what was said then is all. Raises Failure: what the agent there says, or that the job ended before it said anything.
+    what was said then is all, but for what a shared home shows late. Raises Failure: what the agent there says, or that
+    the job ended before it said anything.
     """
     said = Growing(os.path.join(job.directory, "said"))
     told = None  # type: Optional[QueueState]
     max_age_s = QUERY_MIN_S
+    ended_at = 0.0  # by our monotonic clock
 
     def look() -> "Optional[Json]":
-        nonlocal told, max_age_s
+        nonlocal told, max_age_s, ended_at
         state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
+        look_anew(job.directory)
         for message in messages_in(said):
             if Said.read(message).kind == "reply":
                 channel.send(QueueState(id=job.id, job=job.number))
                 return message
             pass_on(message, channel)
         if not state.is_live:
-            why = "%s\n%s" % (why_job_ended(state), end_of_log(log_of(job)))
-            raise Failure("job %s ended before it had begun" % job.number, why.strip(), status=EXIT_SERVER_ENDED)
+            ended_at = ended_at or time.monotonic()
+            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
+            if was_cut or is_marked(job, "ended") or time.monotonic() - ended_at > LATE_S:
+                raise no_begin(job)
+            return None
         if channel.is_closed:
             raise Failure("nobody waits for this any more")
         facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
@@ -6336,6 +6657,17 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
         return None
 
     return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+
+
+def no_begin(job: JobRecord) -> Failure:
+    """Return the failure of a job that ended before it said anything, with its own words, where it left any."""
+    words = end_of_log(log_of(job))
+    try_ = ""
+    if not words and not begun_of(job):
+        words = "nothing of it is in %s" % portable(job.directory)
+        try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
+    what = "job %s ended before it had begun" % job.number
+    return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
 def messages_in(said: Growing) -> "List[Json]":
@@ -6357,68 +6689,119 @@ def pass_on(message: "Json", channel: Channel) -> None:
 
 
 def reply_of(job: JobRecord) -> "Optional[Json]":
-    """Return the message in which the agent in a job replied; None when it has not yet."""
-    messages = messages_in(Growing(os.path.join(job.directory, "said")))
+    """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
+    messages = messages_in(Growing(os.path.join(job.directory, "said"))) if not job_state(job).is_waiting else []
     return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
-def why_job_ended(state: JobState) -> str:
-    """Return why a job ended, in words."""
-    if state.word == "ended":
+def why_job_ended(job: JobRecord) -> str:
+    """Return why a job ended, in words; a job that its scheduler lists no more is looked up in its history."""
+    state = job_state(job)
+    word = state.word
+    if state.is_waiting:
+        return "job: it was queued again"
+    if word not in JOB_ENDS and job.command in SCHEDULERS and SCHEDULERS[job.command].past:
+        word = until(lambda: past_word(job), SETTLE_S) or word
+        note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(state.word, "it has ended")
+    return "job: " + JOB_ENDS.get(word, "it has ended")
+
+
+def past_word(job: JobRecord) -> str:
+    """Return the word of a scheduler's history for the end of a job; "ended" where it keeps none, empty for not yet."""
+    status, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
+    words = [row.split("|")[1].split() for row in rows.splitlines() if row.startswith(job.number + "|")]
+    found = words[-1][0] if words and words[-1] else ""
+    return "ended" if status else found if found in JOB_ENDS or found == "COMPLETED" else ""
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
 
 
 def job_main(directory: str) -> None:
-    """In a job, on its node: do what the request asks for, and stay until what was launched has ended."""
+    """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
+
+    That it ends is written down, also when its scheduler ends it; a job that was queued again begins anew.
+    """
+    import signal
+
     request = left_request(directory)
     with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
         Left.source = stream.read().rpartition("\njob_main(")[0]
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
+    for name in ("ended", "begun.json", "alive", "said"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, name))
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        if not os.path.exists(os.path.join(directory, "unwanted")):
+            work(directory, request)
+    finally:
+        write_whole(os.path.join(directory, "ended"), "")
+
+
+def work(directory: str, request: Request) -> None:
+    """Do what a job is for, and stay with what that launched."""
     said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-    note_begin(directory)
+    note_begin(directory, request)
     reply = perform(request, Channel("", said), on_this_node)
     if not isinstance(reply, (OpenReply, StartReply)):
         sys.exit(1)
     kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
     record = next(record for record in kind.records() if record.id == reply.id)
+    unwanted = os.path.join(directory, "unwanted")
+    beat_at = 0.0
+    is_asked = False
 
     def has_ended() -> bool:
-        if kind.name == "run" and is_marked(record, "stop"):
+        nonlocal beat_at, is_asked
+        if time.monotonic() - beat_at > HEARTBEAT_S:
+            beat_at = time.monotonic()
+            write_whole(os.path.join(directory, "alive"), "")
+            look_anew(directory)
+        if not is_asked and (os.path.exists(unwanted) or (kind.name == "run" and is_marked(record, "stop"))):
+            is_asked = True
             kind.end(record)
         return os.waitpid(record.pid, os.WNOHANG) != (0, 0)
 
     until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
-    write_whole(os.path.join(directory, "ended"), "")  # a scheduler that we know nothing of tells nothing
 
 
-def note_begin(directory: str) -> None:
+def note_begin(directory: str, request: Request) -> None:
     """Write down that the job has begun, where, and when its time will be up."""
-    job = read_record(JobRecord, os.path.join(directory, "job.json"))  # none yet when the submission has not returned
+    job = read_record(JobRecord, os.path.join(directory, "job.json"))
     left_s = None
     if job and job.command in SCHEDULERS:
-        left_s = state_in(job, time.time(), ask_scheduler(job.command)).left_s
-    begun = JobBegun(node=os.uname().nodename, ends_at=time.time() + left_s if left_s else 0.0)
+        job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
+        left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
+    begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)
     write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
 
 
 def on_this_node(request: Request) -> Request:
-    """Return a request as the node of a job does it: on its own address, which the login node reaches."""
-    is_reached = request.action == "open" and not request.via_node and request.ip == "127.0.0.1"
-    return request.but(ip=node_address()) if is_reached else request
+    """Return a request as the node of a job does it: on its own address, which the login node reaches.
+
+    What listens on all addresses is reached by that one, too.
+    """
+    if request.action != "open" or request.via_node:
+        return request.but(node_address="")
+    address = node_address(request.node_address)
+    return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
 
 
-def node_address() -> str:
-    """Return the address of this node that the login node reaches: the one that Slurm has, else that of its name."""
+def node_address(asked: str = "") -> str:
+    """Return the address of this node that the login node reaches.
+
+    The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
+    """
     import re
 
-    names = [os.uname().nodename]
+    interfaces = interface_addresses()
+    names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
     slurm_name = os.environ.get("SLURMD_NODENAME")
-    if slurm_name:
+    if slurm_name and not asked:
         _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], QUERY_TIMEOUT_S)
         names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
     for name in names:
@@ -6428,7 +6811,21 @@ def node_address() -> str:
             continue
         if not address.startswith("127."):
             return address
-    raise Failure("this node has no address of its own", "tried " + ", ".join(names), "--via-node")
+    why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
+    raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
+
+
+def interface_addresses() -> "Dict[str, str]":
+    """Return the IPv4 address of each interface of this machine, by its name (Linux: netdevice(7))."""
+    import fcntl
+
+    found = {}
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 # agent ends
@@ -6673,6 +7070,8 @@ INSTALL_HELP = "install Jupyter for you alone where there is none (the default)"
 NO_INSTALL_HELP = "do not install Jupyter where there is none; say how"
 SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
 SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
+NODE_HELP = "the interface, name or address by which the login node reaches the job's node"
+STATE_HELP = "where we keep our state there (%s); for a cluster whose nodes have no home" % STATE_DIR
 LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
 FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
 PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
@@ -6775,6 +7174,7 @@ OPTIONS: Dict[str, List[Option]] = {
             "server_args",
             chooses="server",
         ),
+        Option("--state-dir", STATE_HELP, "PATH", _text, field="state_dir", chooses="host"),
         Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
     ],
     "environment on the host": [
@@ -6798,6 +7198,7 @@ OPTIONS: Dict[str, List[Option]] = {
             field="via_node",
             chooses="server",
         ),
+        Option("--node-address", NODE_HELP, "NAME", _text, field="node_address", chooses="server"),
     ],
     "tunnel and browser": [
         Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
@@ -7009,22 +7410,18 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-SBATCH = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+SBATCH = ["sbatch", "--job-name=rjupyter", "--output={log}", "--no-requeue"]
 
 
 def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
-        if args.slurm is not None:
-            words = shlex.split(args.slurm)
-            if any(re.match("-a|--array", word) for word in words):
-                raise Failure(
-                    "wrong usage", "--array: a job array would start several", "--slurm without it", EXIT_USAGE
-                )
-            return [*SBATCH, *words, "{script}"]
         words = shlex.split(args.submit or "")
+        words = words if args.slurm is None else [*SBATCH, *shlex.split(args.slurm)]
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
+    if words:
+        refuse_options(os.path.basename(words[0]), words)
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
@@ -7068,7 +7465,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
-            agent = Agent(ssh, messages)
+            agent = Agent(ssh, messages, args.state_dir or "")
             agent.greets = False
         tunnel = open_tunnel(server, args, request, ssh, agent, messages)
         server = tunnel.server
@@ -7205,7 +7602,8 @@ def take_over(args: argparse.Namespace, server: Server) -> None:
 
 def args_of_request(request: Request) -> Dict[str, Any]:
     """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
-    found = {name: getattr(request, name) for name in ("python", "env", "init", "socket", "via_node")}
+    names = ("python", "env", "init", "socket", "via_node")
+    found = {name: getattr(request, name) for name in names}
     words = [word for word in request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
         found["slurm"] = shlex.join(words[len(SBATCH) :])
@@ -7671,7 +8069,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
-        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages), messages)
+        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
     except Failure as failure:
         messages.failure(failure)
         return failure.status

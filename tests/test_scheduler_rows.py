@@ -1,7 +1,7 @@
 """What schedulers print, and what the table SCHEDULERS makes of it: ids and states, from samples of real forms."""
 
 import re
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 
@@ -33,7 +33,7 @@ IDS = [
 @pytest.mark.parametrize(("command", "said", "number"), IDS)
 def test_id_that_is_named(command: str, said: str, number: str) -> None:
     """The last line that is one: what a site says before it may look like it."""
-    found = list(re.finditer(rjupyter.SCHEDULERS[command]["id"], said))
+    found = list(re.finditer(rjupyter.SCHEDULERS[command].id, said))
     assert found
     assert next(group for group in found[-1].groups() if group) == number
 
@@ -63,9 +63,9 @@ LIVE = ("PENDING", "RUNNING", "REQUEUED")
 @pytest.mark.parametrize(("command", "row", "word"), ROWS)
 def test_row_that_is_read(command: str, row: str, word: str) -> None:
     """A job of our number beside one whose number begins with ours."""
-    record: Dict[str, Any] = {"job": "123", "command": command, "created": 0.0}
+    record = rjupyter.JobRecord(number="123", command=command, created=0.0, node="login")
     state = rjupyter.state_in(record, 2000.0, "%s\n%s\n" % (row, row.replace("123", "1234", 1)))
-    assert (state["word"], state["is_live"]) == (word, word in LIVE)
+    assert (state.word, state.is_live) == (word, word in LIVE)
 
 
 # Which states wait and which run; any other has ended.
@@ -87,10 +87,11 @@ def test_state_of_a_scheduler(command: str, kind: str, words: Any) -> None:
     for word in words:
         forms = [word, letters.get(command, {}).get(word, word)]
         for name in ("waits", "runs"):
-            matches = [bool(re.fullmatch(table[name], form)) for form in forms]
+            matches = [bool(re.fullmatch(getattr(table, name), form)) for form in forms]
             assert any(matches) if name == kind else not matches[0], (word, name)
 
 
 @pytest.mark.parametrize("command", ["flux", "oarsub"])
 def test_scheduler_that_has_a_row(command: str) -> None:
-    assert {"id", "query", "row", "waits", "runs", "cancel"} <= set(rjupyter.SCHEDULERS[command])
+    scheduler = rjupyter.SCHEDULERS[command]
+    assert all([scheduler.id, scheduler.query, scheduler.row, scheduler.waits, scheduler.runs, scheduler.cancel])

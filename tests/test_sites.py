@@ -16,12 +16,12 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 import shim_scheduler
 from client import compute, token_of
-from conftest import VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
 from jupyters import jupyter_for_everyone
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
 from private_machines import Cluster, find_obstacle
 from private_sites import LaggingDirectory, Site, cover_home, join_names
 from private_slurm import PrivateSlurm, find_slurm_obstacle
+from sides import VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
 
 NODE = "import os; print(os.uname().nodename)"
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED")
