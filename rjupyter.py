@@ -669,10 +669,11 @@ class Installed(Message):
 
 
 class Launching(Message):
-    """A server or a run has been started, and is waited for."""
+    """A server, a run or a job has been started, and is waited for."""
 
     kind = "launching"
     id: str
+    doing: str = "goes on starting"
 
 
 class Stopped(Message):
@@ -1238,6 +1239,14 @@ def look_anew(directory: str) -> None:
     """List a directory: that lets NFS show what other machines have made in it since (nfs(5), "ac")."""
     with contextlib.suppress(OSError):
         os.listdir(directory)
+
+
+def time_of(path: str) -> float:
+    """Return when a file was written, by the clock of its file system; 0 for one that is not there."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 def read_text(path: str) -> str:
@@ -4698,6 +4707,7 @@ class Agent:
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
+        self.doing = ""  # what it does
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
@@ -4859,7 +4869,7 @@ class Agent:
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
 
     def _keep_launching(self, message: Launching, show: Show) -> None:
-        self.launching = message.id
+        self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
     def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
@@ -4871,7 +4881,8 @@ class Agent:
             if self.launching:
                 self.messages.end_line()
                 stop = hint("stop", self.launching)
-                self.messages.note("%s goes on starting on %s. To end it: %s" % (what, self.ssh.destination, stop))
+                text = "%s %s on %s. To end it: %s"
+                self.messages.note(text % (what, self.doing, self.ssh.destination, stop))
             raise
 
     def _say_stopped(self, message: Stopped, show: Show) -> None:
@@ -6382,9 +6393,10 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     asked = request.but(nonce="", notebook="", parameters=[])
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
     write_down(record, directory)
+    channel.send(Launching(id=record.id, doing="is being submitted in a job"))
     script = write_script(record, request)
-    log = log_of(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
-    argv = [word.replace("{script}", script).replace("{log}", log) for word in argv]
+    output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
+    argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
     status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
     matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
     if status or not matches:
@@ -6396,6 +6408,14 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     for line in why.splitlines():
         channel.send(Note(text=portable(line)))
     return write_down(record, directory)
+
+
+def early_words(record: JobRecord) -> str:
+    """Return where a job's words are that come before our program runs in it.
+
+    Not in the job's own directory: a node may not see that yet, and Slurm ends a job whose output it cannot open.
+    """
+    return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
 
 
 def refuse_options(command: str, words: "List[str]") -> None:
@@ -6439,12 +6459,12 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     else:
         state = JobState(is_waiting=not begun_of(record), is_live=gives_signs(record))
     begun = begun_of(record)
-    has_ended = is_marked(record, "ended")
+    ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
     if state.is_live and is_marked(record, "cancelled"):
         state = JobState(is_live=False, is_waiting=False, word="CANCELLED")
-    elif state.is_live and has_ended and not (state.is_waiting and looked):
+    elif state.is_live and ended_at and not (state.is_waiting and looked > ended_at + 1):
         state = JobState(is_live=False, is_waiting=False, word="ended")
-    elif state.is_live and begun and not has_ended:
+    elif state.is_live and begun and not ended_at:
         is_late = state.is_waiting and looked < begun.created + UNSEEN_S
         if is_late or not (state.is_waiting or state.node):
             left_s = begun.ends_at - time.time() if begun.ends_at else None
@@ -6467,11 +6487,9 @@ def gives_signs(record: JobRecord) -> bool:
     sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
     if is_marked(record, "ended") or not record.directory:
         return not record.directory
-    try:
+    with contextlib.suppress(OSError):
         write_whole(now, "")
-        return os.stat(now).st_mtime - os.stat(sign).st_mtime < LIFE_S
-    except OSError:
-        return True  # it gave none yet
+    return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
@@ -6661,6 +6679,9 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
 
 def no_begin(job: JobRecord) -> Failure:
     """Return the failure of a job that ended before it said anything, with its own words, where it left any."""
+    with contextlib.suppress(OSError):
+        if not time_of(log_of(job)):
+            os.replace(early_words(job), log_of(job))
     words = end_of_log(log_of(job))
     try_ = ""
     if not words and not begun_of(job):
@@ -6696,24 +6717,28 @@ def reply_of(job: JobRecord) -> "Optional[Json]":
 
 def why_job_ended(job: JobRecord) -> str:
     """Return why a job ended, in words; a job that its scheduler lists no more is looked up in its history."""
-    state = job_state(job)
-    word = state.word
-    if state.is_waiting:
-        return "job: it was queued again"
-    if word not in JOB_ENDS and job.command in SCHEDULERS and SCHEDULERS[job.command].past:
-        word = until(lambda: past_word(job), SETTLE_S) or word
-        note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    has_past = job.command in SCHEDULERS and bool(SCHEDULERS[job.command].past)
+
+    def look() -> str:
+        state = job_state(job)
+        if state.is_waiting:
+            return "queued again"
+        is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
+        return state.word if is_told else past_word(job) if has_past else ""
+
+    word = until(look, SETTLE_S if has_past else 0, slowest_s=1.0) or "ended"
+    note_end(job, JobState(is_live=False, is_waiting=False, word=word))
     if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(word, "it has ended")
+    return "job: " + JOB_ENDS.get(word, "it was queued again" if word == "queued again" else "it has ended")
 
 
 def past_word(job: JobRecord) -> str:
-    """Return the word of a scheduler's history for the end of a job; "ended" where it keeps none, empty for not yet."""
-    status, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
+    """Return the word of a scheduler's history for the end of a job; empty where it tells none, or not yet."""
+    _, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
     words = [row.split("|")[1].split() for row in rows.splitlines() if row.startswith(job.number + "|")]
     found = words[-1][0] if words and words[-1] else ""
-    return "ended" if status else found if found in JOB_ENDS or found == "COMPLETED" else ""
+    return found if found in JOB_ENDS or found == "COMPLETED" else ""
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
@@ -6731,7 +6756,8 @@ def job_main(directory: str) -> None:
         Left.source = stream.read().rpartition("\njob_main(")[0]
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
-    for name in ("ended", "begun.json", "alive", "said"):
+    early = "../../%s.out" % os.path.basename(directory)  # nothing more comes there
+    for name in ("ended", "begun.json", "alive", "said", early):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(directory, name))
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
@@ -7410,7 +7436,7 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-SBATCH = ["sbatch", "--job-name=rjupyter", "--output={log}", "--no-requeue"]
+SBATCH = ["sbatch", "--job-name=rjupyter", "--output={output}", "--no-requeue"]
 
 
 def submit_words(args: argparse.Namespace) -> List[str]:
