@@ -2820,7 +2820,11 @@ class Kind:
 
     def running(self) -> "List[Any]":
         """Return the records of what has not ended, newest first."""
-        return [record for record in self.records() if place_of(record).is_running()]
+        return [record for record in self.records() if self.goes_on(record)]
+
+    def goes_on(self, record: "Any") -> bool:
+        """True while one has not ended."""
+        return place_of(record).is_running()
 
     def all_running(self) -> "List[Any]":
         """Return what `stop ID` may name: ours, and the user's as far as there is more."""
@@ -2897,6 +2901,10 @@ class Elsewhere:
     def why_in_doubt(self) -> str:
         """Return why it ended where nothing tells."""
         return "it was killed, by hand or for want of memory"
+
+    def why_cut(self) -> str:
+        """Return by what the place itself was ended, with all that ran there; empty where it was not."""
+        return ""
 
     def left_s(self) -> float:
         """Return how long it may run on, in seconds; 0 for no limit that we know of."""
@@ -4336,22 +4344,24 @@ def list_all(request: Request, channel: Channel) -> ListReply:
 
 
 def follow_log(request: Request, channel: Channel) -> LogsReply:
-    """Send a server's log, tokens taken out; with `is_followed` until the client or the server has gone.
+    """Send the log of a server, or of what `id` names, tokens taken out.
 
-    `line` is the number of those that are known already.
+    With `is_followed` until the client or the thing has gone. `line` is the number of those that are known already.
     """
-    records = [record for record in KINDS["server"].records() if request.id in ("", record.id)]
+    kinds = KINDS.values() if request.id else [KINDS["server"]]
+    records = [record for kind in kinds for record in kind.records() if request.id in ("", record.id)]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
         raise Failure(what, "logs are kept of what rjupyter launched", "list shows the ids")
     record = records[0]
-    place = place_of(record)
     log = Growing(log_of(record))
     known = request.line
 
     def send_lines() -> bool:
         nonlocal known
-        is_last = not (request.is_followed and place.is_running())  # before the look: what it wrote last is seen
+        is_last = not (
+            request.is_followed and KINDS[record.kind].goes_on(record)
+        )  # before the look: what it wrote last is seen
         lines = log.lines(has_ended=is_last)
         for line in lines[known:]:
             channel.send(Line(text=without_tokens(line), id=record.id))
@@ -4440,7 +4450,8 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
 
 def why_it_ended(record: ServerRecord, log: str) -> str:
     """Return why a server ended: what we did, then what its place tells, then what its log does."""
-    if is_marked(record, "stop"):
+    is_gone = record.is_ours and not os.path.exists(os.path.join(record.directory, record.kind + ".json"))
+    if is_marked(record, "stop") or is_gone:  # a stop removes its record at last
         return "it was stopped"
     reason = place_of(record).why_ended(log)
     if reason:
@@ -5446,6 +5457,9 @@ class RunKind(Kind):
         elif has_ended:
             view.state = "killed"
             view.error = place.why_ended("received signal") or why_nothing(record)
+        why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
+        if why:
+            view.state, view.error = "cut", why
         with contextlib.suppress(OSError):
             view.size = os.stat(os.path.join(record.directory, "journal")).st_size
         return view
@@ -5549,22 +5563,39 @@ def follow_run(request: Request, channel: Channel) -> RunView:
     for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
         if record.kind == "job":
             identity = StartReply.read(KINDS["job"].reply(record, channel)).id
-    known = [record for record in KINDS["run"].records() if record.id == identity]
+
+    def look_for() -> "List[Any]":
+        return [record for record in KINDS["run"].records() if record.id == identity]
+
+    known = until(look_for, LATE_S if identity != request.id else 0, channel.keep_alive, FOLLOW_MAX_S)
     if not known:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
     files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
 
+    late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
+
     def look() -> "Any":
+        nonlocal late_until
+        look_anew(known[0].directory)
         view = KINDS["run"].describe(known[0])  # before the look at its files: what it wrote last is seen
         if sum(send_part(name, file, channel) for name, file in files.items()):
             return "more"
-        return view if view.state not in GOING_ON or channel.is_closed else None  # type: ignore[attr-defined]
+        if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
+            return None
+        late_until = late_until or time.monotonic() + LATE_S
+        is_whole = not known[0].job or is_in_journal(known[0], EndEntry.kind) or time.monotonic() > late_until
+        return view if is_whole or channel.is_closed else None
 
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
         found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
     return found  # type: ignore[no-any-return]
+
+
+def is_in_journal(record: RunRecord, kind: str) -> bool:
+    """True when the journal of a run ends in an entry of this kind."""
+    return '"kind": "%s"' % kind in end_of_log(os.path.join(record.directory, "journal"), 1)
 
 
 def send_part(name: str, file: Growing, channel: Channel) -> int:
@@ -5795,6 +5826,8 @@ def outcome_of(run: Run, nbclient: "Any") -> "Tuple[str, str]":
             return "died", "it was killed, by hand or for want of memory"
         if isinstance(error, CellExecutionError):
             return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
+        if isinstance(error, AssertionError):  # what nbclient comes to when SIGTERM let it end the kernel
+            return "ended", "it was ended by a signal " + place
         import traceback
 
         traceback.print_exc()  # the kernel did not start, the disk is full
@@ -6019,6 +6052,7 @@ class Execution:
             "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
             "died": ("the kernel of %s died in %s" % (self.name, cell), EXIT_CELL_FAILED),
             "timeout": ("%s took too long" % self.name, EXIT_TIMEOUT),
+            "cut": ("the job of %s ended" % self.name, EXIT_SERVER_ENDED),
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
             "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
         }
@@ -6221,9 +6255,9 @@ class JobKind(Kind):
     prefix = "j"
     record = JobRecord
 
-    def running(self) -> "List[JobRecord]":
-        """Return the records of the jobs that wait or run."""
-        return [record for record in self.records() if job_state(record).is_live]
+    def goes_on(self, record: JobRecord) -> bool:
+        """True for a job that waits or runs."""
+        return job_state(record).is_live
 
     def begun(self) -> "List[JobRecord]":
         """Return the jobs that were submitted, and those of which that is not known yet."""
@@ -6339,6 +6373,12 @@ class InJob(Elsewhere):
         """Return why the job ended, as far as the scheduler says."""
         assert self.job is not None
         return why_job_ended(self.job)
+
+    def why_cut(self) -> str:
+        """Return why the job ended, where that was not by itself."""
+        assert self.job is not None
+        is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
+        return self.why_in_doubt() if is_cut else ""
 
     def left_s(self) -> float:
         """Return how much time the job has left."""
@@ -6715,8 +6755,8 @@ def reply_of(job: JobRecord) -> "Optional[Json]":
     return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
-def why_job_ended(job: JobRecord) -> str:
-    """Return why a job ended, in words; a job that its scheduler lists no more is looked up in its history."""
+def end_of_job(job: JobRecord) -> str:
+    """Return the word for how a job ended; one that its scheduler lists no more is looked up in its history."""
     has_past = job.command in SCHEDULERS and bool(SCHEDULERS[job.command].past)
 
     def look() -> str:
@@ -6728,6 +6768,12 @@ def why_job_ended(job: JobRecord) -> str:
 
     word = until(look, SETTLE_S if has_past else 0, slowest_s=1.0) or "ended"
     note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    return word
+
+
+def why_job_ended(job: JobRecord) -> str:
+    """Return why a job ended, in words."""
+    word = end_of_job(job)
     if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
     return "job: " + JOB_ENDS.get(word, "it was queued again" if word == "queued again" else "it has ended")
@@ -8052,7 +8098,7 @@ ACTIONS: Dict[Optional[str], Action] = {
     "list": Action(run_list, "the servers on the host", "list"),
     "logs": Action(
         run_logs,
-        "a server's log",
+        "the log of a server, or of a job",
         "logs [ID] [-f]",
         [
             Option("id", "which one (the newest)", "ID", default="", how={"nargs": "?"}),
