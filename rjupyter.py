@@ -561,6 +561,18 @@ class JobRecord(Kept):
         return facts if "number" in facts else dict(facts, number=facts.get("job"), job="", request=facts.get("asked"))
 
 
+class JobTrial(Record):
+    """What a job did that was submitted to see whether one can be used (`doctor`)."""
+
+    forecast: str = ""  # what the scheduler said of it without taking it
+    limits: str = ""
+    number: str = ""
+    has_ended: bool = False  # before it began, as far as the login node sees
+    state: str = ""  # where it stood at last, when it did not begin in time
+    node: str = ""
+    trouble: str = ""  # why the login node does not reach the node; empty where it does
+
+
 class JobState(Record):
     """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all."""
 
@@ -577,6 +589,7 @@ class JobBegun(Record):
     """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
 
     node: str
+    address: str = ""  # by which the login node reaches it
     created: float = 0.0  # by the clock of that node
     ends_at: float = 0.0
 
@@ -6115,6 +6128,8 @@ class Scheduler(Record):
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
     variables: str = "$"  # of the user's, which would change what these commands do or print
+    forecast: "List[str]" = []  # options that let a submission say when a job would start, and take none
+    limits: "List[str]" = []  # asks what the site allows
     past: "List[str]" = []  # asks how a job ended that the query tells no more; rows of words and `|`, the state second
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
@@ -6140,6 +6155,8 @@ SCHEDULERS = {
         cancel=["scancel", "--clusters={cluster}", "{id}"],
         variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
         r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
+        forecast=["--test-only", "--wrap=true"],
+        limits=["sinfo", "--clusters={cluster}", "--noheader", "--format=%P up to %l, %D nodes"],
         past=[
             "sacct",
             "--clusters={cluster}",
@@ -6242,6 +6259,7 @@ QUERY_TIMEOUT_S = 20
 SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries again and again
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
+TRIAL_S = 60  # for a job of `doctor` to begin
 LIFE_S = 5 * HEARTBEAT_S  # after which a job that gives no sign of life has ended, where nothing else tells
 
 
@@ -6787,6 +6805,39 @@ def past_word(job: JobRecord) -> str:
     return found if found in JOB_ENDS or found == "COMPLETED" else ""
 
 
+def try_job(request: Request, channel: Channel) -> JobTrial:
+    """Submit a job that only looks around on its node, and say what came of it within TRIAL_S; it is cancelled then."""
+    trial = JobTrial()
+    command = os.path.basename(request.submit[0])
+    scheduler = SCHEDULERS.get(command)
+    asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
+    if scheduler and scheduler.forecast:
+        words = [native(word) for word in request.submit if word != "{script}"]
+        trial.forecast = portable(run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)[2].strip())
+        trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
+    job = JobKind().start(request.but(action="examine", may_install=False), channel)
+    trial.number = job.number
+    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, channel.keep_alive, FOLLOW_MAX_S)
+    begun, state = begun_of(job), job_state(job)
+    trial.has_ended = not state.is_live
+    trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
+    if begun:
+        trial.node = begun.node
+        try:
+            socket.create_connection((begun.address, DEFAULT_PORT), timeout=ASK_TIMEOUT_S).close()
+        except ConnectionRefusedError:
+            pass  # its node said so itself
+        except OSError as error:
+            trial.trouble = "%s: %s" % (begun.address or begun.node, error)
+    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, channel.keep_alive, FOLLOW_MAX_S)
+    if job_state(job).is_live:
+        KINDS["job"].end(job)
+    return trial
+
+
+REQUESTS["try_job"] = HostAction(try_job, JobTrial)
+
+
 # -- on the node ------------------------------------------------------------------------------------------------------
 
 
@@ -6820,7 +6871,7 @@ def work(directory: str, request: Request) -> None:
     note_begin(directory, request)
     reply = perform(request, Channel("", said), on_this_node)
     if not isinstance(reply, (OpenReply, StartReply)):
-        sys.exit(1)
+        sys.exit(reply is None)
     kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
     record = next(record for record in kind.records() if record.id == reply.id)
     unwanted = os.path.join(directory, "unwanted")
@@ -6849,6 +6900,8 @@ def note_begin(directory: str, request: Request) -> None:
         job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
         left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
     begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)
+    with contextlib.suppress(Failure):
+        begun.address = node_address(request.node_address)
     write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
 
 
@@ -7967,8 +8020,32 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     shared = "%s something there; --socket keeps them off the port"
     who = "1 other user runs" if others == 1 else "%d other users run" % others
     yield Check("other users", shared % who if others else "nobody else runs anything there")
-    if facts.scheduler:
+    if args.slurm is not None or args.submit:
+        yield from check_job(args, agent)
+    elif facts.scheduler:
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
+
+
+def check_job(args: argparse.Namespace, agent: Agent) -> Iterator[Check]:
+    """Check by a job of its own, a short one, what a job of ours needs."""
+    try:
+        trial = agent.ask(request_of(args, "try_job"), JobTrial, "Submitting a short job")
+    except Failure as failure:
+        yield Check("job", in_one_line("%s: %s" % (failure.what, failure.why)), "other options in --slurm or --submit")
+        return
+    if trial.limits:
+        yield Check("limits", in_one_line(trial.limits))
+    if trial.forecast:
+        yield Check("forecast", in_one_line(trial.forecast))
+    if not trial.node:
+        lost = "--state-dir PATH: a directory that the nodes see and can write"
+        what = "left no word" if trial.has_ended else "was cancelled again"
+        text = "job %s %s, and %s" % (trial.number, trial.state, what)
+        yield Check("job", text, lost if trial.has_ended else "a shorter time limit, or another partition")
+        return
+    yield Check("job", "%s began on %s, which sees our state" % (trial.number, trial.node))
+    other = "--via-node, or --node-address NAME" if trial.trouble else ""
+    yield Check("node", trial.trouble or "the login node reaches it", other)
 
 
 def check_sessions(ssh: Ssh) -> Check:

@@ -65,6 +65,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "examine": EXAMINED,
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "follow_run": RUN,
+    "try_job": {"forecast": "soon", "limits": "main", "number": "7", "state": "running", "node": "n1", "trouble": ""},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
 JOURNAL: List[Dict[str, Any]] = [
@@ -86,6 +87,7 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "installing", "path": "/a", "tool": "pip"},
     {"kind": "installed", "path": "/a", "elapsed_s": 3},
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
+    {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
 ]
 # What a person types, and what it asks the host for.
@@ -96,6 +98,7 @@ COMMANDS: Dict[str, List[str]] = {
     "stop": ["host", "stop", "--yes"],
     "describe_end": ["host", "execute", "--attach", "r07af"],
     "examine": ["host", "doctor"],
+    "try_job": ["--slurm", "-t 5", "host", "doctor"],
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
 }

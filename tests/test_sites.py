@@ -907,3 +907,35 @@ def test_end_of_a_job_that_left_squeue(
     words = end(slurm)
     assert run.wait() == 4, run.text
     assert words in run.stderr, run.stderr
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_tries_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+    doctor = laptop.run("--slurm", "-t 5", "host", "doctor")
+    assert doctor.status == 0, doctor.text
+    assert re.search(r"limits +main\S* up to ", doctor.text), doctor.text
+    assert re.search(r"job +\d+ began on node\d, which sees our state", doctor.text), doctor.text
+    assert "the login node reaches it" in doctor.text
+    assert [state for state in slurm.squeue().values() if state in LIVE] == []
+
+
+@pytest.mark.parametrize("what", ["partition", "home", "port", "queue"])
+def test_doctor_names_what_a_job_lacks(laptop: Laptop, slurm: PrivateSlurm, login: Host, what: str) -> None:
+    options, words = "-t 5", ["invalid partition", "other options in --slurm"]
+    options = "-p nosuch" if what == "partition" else options
+    for node in slurm.nodes:
+        if what == "home":
+            cover_home(slurm.machines[node], login.home, "local")
+            words = ["left no word", "--state-dir PATH"]
+        if what == "port":
+            slurm.machines[node].run("ip", "route", "add", "blackhole", slurm.login_address + "/32")
+            words = ["timed out", "--via-node"]
+        if what == "queue":
+            slurm.drain(node)
+            words = ["pending", "a shorter time limit, or another partition"]
+    doctor = laptop.run("--slurm", options, "host", "doctor")
+    assert doctor.status == 1
+    assert all(word in doctor.text for word in words), doctor.text
+    wait_until(lambda: [s for s in slurm.squeue().values() if s in LIVE] == [], "no job is left", 20)
