@@ -221,6 +221,40 @@ def test_job_whose_submission_failed_and_that_was_taken(
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job that was taken", 20)
 
 
+@pytest.mark.parametrize("when", ["the wait", "the hold", "the stop"])
+def test_slurmctld_does_not_answer_for_a_while(laptop: Laptop, slurm: PrivateSlurm, login: Host, when: str) -> None:
+    if when == "the wait":
+        for node in slurm.nodes:
+            slurm.drain(node)
+        run = laptop.start("--slurm", "-t 1:00:00", "host", has_terminal=False)
+        run.expect(r"^Job \d+ pending")
+        slurm.freeze_controller()
+        run.expect("unknown", 40)
+        slurm.thaw_controller()
+        for node in slurm.nodes:
+            slurm.resume(node)
+    else:
+        run = opened(laptop)
+        slurm.freeze_controller()
+    assert compute(run.url(), NODE).startswith("node")
+    if when == "the hold":
+        assert numbers(laptop) == ["1"]
+        slurm.thaw_controller()
+    leave(run)
+    assert laptop.run("host", "stop").status == 0
+    if when == "the stop":
+        assert numbers(laptop) == []
+        slurm.thaw_controller()
+    wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 30)
+
+
+def test_options_that_would_start_several_jobs_or_none_are_refused(laptop: Laptop) -> None:
+    for options in ("-a 1-3", "--array=1-3", "-n1 : -n1", "--wait", "-Q", "--test-only"):
+        run = laptop.run("--slurm", options, "nowhere")
+        assert run.status == 2 and "sbatch without it" in run.stderr, (options, run.text)
+    assert laptop.run("--submit", "qsub -t 1-3", "nowhere").status == 2
+
+
 # -- E1: whose port is asked ------------------------------------------------------------------------------------------
 
 
@@ -861,6 +895,18 @@ def test_via_node_is_named_where_the_login_node_reaches_no_port(
     run = laptop.start("--slurm", "-t 1:00:00", "host", has_terminal=False)
     assert run.wait(120) != 0
     assert "--via-node" in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("asked", ["interface", "address", "nothing of that name"])
+def test_node_address_is_chosen(laptop: Laptop, slurm: PrivateSlurm, login: Host, asked: str) -> None:
+    said = slurm.machines["node1"].run("ip", "-o", "-4", "address", "show", "scope", "global").stdout.split()
+    name = {"interface": said[1], "address": said[3].partition("/")[0]}.get(asked, "ib7")
+    run = laptop.start("--slurm", "-t 1:00:00 -w node1", "--node-address", name, "host", has_terminal=False)
+    if asked.startswith("nothing"):
+        assert run.wait() == 1
+        assert "this node has no address" in run.stderr and "ib7" in run.stderr and said[1] in run.stderr
+    else:
+        assert compute(run.url(), NODE) == "node1\n"
 
 
 # -- E13: list --------------------------------------------------------------------------------------------------------
