@@ -123,9 +123,10 @@ def bjobs(found: Dict[int, str]) -> int:
 
 
 def condor_q(found: Dict[int, str]) -> int:
-    """HTCondor, with -autoformat ClusterId JobStatus HoldReason."""
+    """HTCondor, with -autoformat ClusterId JobStatus HoldReason QDate."""
     for number, state in found.items():
-        print(number, {"waits": "1 undefined", "held": "5 No credits are left", "runs": "2 undefined"}[state])
+        word = {"waits": "1 undefined", "held": "5 No credits are left", "runs": "2 undefined"}[state]
+        print(number, word, 1795636725)
     return 0
 
 
