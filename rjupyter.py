@@ -127,6 +127,7 @@ VENV_DIR = "~/.local/share/rjupyter/venv"
 KEEP_ENDED_S = 7 * 86400  # how long the log of a server that ended is kept
 POLL_S = 0.005
 FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
+LATE_S = 12.0  # in which a shared home comes to show what another machine wrote
 COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
 START_TIMEOUT_S = 120
@@ -387,7 +388,7 @@ class RuntimeInfo(Record):
             return facts
         host = facts.get("hostname")
         return {
-            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "::", "localhost") else host,
+            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host,
             "port": facts.get("port"),
             "sock": facts.get("sock") or "",
             "token": facts.get("token"),
@@ -416,6 +417,7 @@ class Request(Record):
     action: str = "open"
     nonce: str = ""
     errand: str = ""  # tells it from all others, also when it is sent again because a connection was lost
+    state_dir: str = ""  # where our state is on the host, in place of the usual directory
     # Which server, and where it is.
     path: "Optional[str]" = None
     app: str = ""
@@ -438,6 +440,7 @@ class Request(Record):
     # Through which scheduler.
     submit: "List[str]" = []
     via_node: bool = False
+    node_address: str = ""  # an interface or a name of the job's node; in the job, the address itself
     job: str = ""  # the id of the job of ours that does this
     shell: str = ""
     # Of stop, logs and the like.
@@ -491,7 +494,7 @@ class Request(Record):
     # `allows`. What makes two requests the same from the start: `same_as`.
     LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
-    TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key")
+    TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key", "state_dir")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
@@ -585,13 +588,26 @@ class JobRecord(Kept):
     """A job of a scheduler: jobs/ID/job.json. `number` is the scheduler's own name for it."""
 
     kind = "job"
-    number: str
+    number: str  # empty as long as its submission has not told it
     command: str
+    cluster: str = ""  # the one that took it, where its scheduler has several
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
         """Take the form of 0.1.0."""
         return facts if "number" in facts else dict(facts, number=facts.get("job"), job="", request=facts.get("asked"))
+
+
+class JobTrial(Record):
+    """What a job did that was submitted to see whether one can be used (`doctor`)."""
+
+    forecast: str = ""  # what the scheduler said of it without taking it
+    limits: str = ""
+    number: str = ""
+    has_ended: bool = False  # before it began, as far as the login node sees
+    state: str = ""  # where it stood at last, when it did not begin in time
+    node: str = ""
+    trouble: str = ""  # why the login node does not reach the node; empty where it does
 
 
 class JobState(Record):
@@ -610,6 +626,8 @@ class JobBegun(Record):
     """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
 
     node: str
+    address: str = ""  # by which the login node reaches it
+    created: float = 0.0  # by the clock of that node
     ends_at: float = 0.0
 
 
@@ -670,6 +688,13 @@ class Found(Message):
     tried: "List[str]" = []
 
 
+class Note(Message):
+    """A word of another program's, for the user."""
+
+    kind = "note"
+    text: str
+
+
 class Lacking(Message):
     """An environment of the project has no Jupyter: another is taken."""
 
@@ -695,10 +720,11 @@ class Installed(Message):
 
 
 class Launching(Message):
-    """A server or a run has been started, and is waited for."""
+    """A server, a run or a job has been started, and is waited for."""
 
     kind = "launching"
     id: str
+    doing: str = "goes on starting"
 
 
 class Stopped(Message):
@@ -785,6 +811,7 @@ class ServerView(Record):
     is_ours: bool
     manager: str = ""
     state: str = "live"
+    job: str = ""
     port: int = 0
     sock: str = ""
     kernels: int = 0
@@ -806,6 +833,7 @@ class RunView(Record):
     error: str = ""
     unwritten: str = ""  # why the notebook there could not be replaced by its result
     age_s: float
+    job: str = ""
     state: str = ""
     size: int = 0
 
@@ -1316,6 +1344,29 @@ def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> No
         raise
 
 
+def look_anew(directory: str) -> None:
+    """List a directory: that lets NFS show what other machines have made in it since (nfs(5), "ac")."""
+    with contextlib.suppress(OSError):
+        os.listdir(directory)
+
+
+def time_of(path: str) -> float:
+    """Return when a file was written, by the clock of its file system; 0 for one that is not there."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def read_text(path: str) -> str:
+    """Return what is in a small file; empty when there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(RUNTIME_FILE_MAX)
+    except OSError:
+        return ""
+
+
 def read_json(path: str) -> "Json":
     """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
     try:
@@ -1623,6 +1674,8 @@ COLUMNS = {
         Column("STATE", lambda server: server.state),
         Column("APP", lambda server: APPS[server.app].title if server.app in APPS else "?"),
         Column("DIRECTORY", lambda server: server.root_dir),
+        Column("NODE", lambda server: server.node if server.job else ""),
+        Column("JOB", lambda server: server.job),
         Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
@@ -1635,6 +1688,8 @@ COLUMNS = {
         Column("CELL", lambda run: "%d/%d" % (run.cell, run.count)),
         Column("NOTEBOOK", lambda run: run.name),
         Column("DIRECTORY", lambda run: run.root_dir),
+        Column("NODE", lambda run: run.node if run.job else ""),
+        Column("JOB", lambda run: run.job),
         Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
         Column("AGE", lambda run: duration(run.age_s)),
     ],
@@ -1663,7 +1718,11 @@ COLUMNS = {
 
 
 def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> None:
-    """Print records as a table with their columns aligned; the host's words are data, whatever they hold."""
+    """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
+
+    A column that says nothing of any is left out.
+    """
+    columns = [column for column in columns if any(str(column.cell(row)) for row in rows)]
     cells = [[column.title for column in columns]]
     cells += [[str(column.cell(row)).replace("\n", "?") for column in columns] for row in rows]
     widths = [max(len(printable(line[i])) for line in cells) for i in range(len(columns))]
@@ -2883,7 +2942,11 @@ class Kind:
 
     def running(self) -> "List[Any]":
         """Return the records of what has not ended, newest first."""
-        return [record for record in self.records() if place_of(record).is_running()]
+        return [record for record in self.records() if self.goes_on(record)]
+
+    def goes_on(self, record: "Any") -> bool:
+        """True while one has not ended."""
+        return place_of(record).is_running()
 
     def all_running(self) -> "List[Any]":
         """Return what `stop ID` may name: ours, and the user's as far as there is more."""
@@ -2965,6 +3028,10 @@ class Elsewhere:
         """Return why it ended where nothing tells."""
         return "it was killed, by hand or for want of memory"
 
+    def why_cut(self) -> str:
+        """Return by what the place itself was ended, with all that ran there; empty where it was not."""
+        return ""
+
     def left_s(self) -> float:
         """Return how long it may run on, in seconds; 0 for no limit that we know of."""
         return 0.0
@@ -3035,9 +3102,19 @@ def children_of(record: Kept) -> "List[Tuple[int, str]]":
 # -- its directories --------------------------------------------------------------------------------------------------
 
 
+class State:
+    """Where our state is on this host, when it was said where."""
+
+    directory = ""
+
+
 def state_dirs(kind: str) -> "List[str]":
-    """Return our directories for one kind of state, the best first: at home, or in /tmp where home is not writable."""
-    return [os.path.join(top, kind) for top in (os.path.expanduser(STATE_DIR), own_tmp_dir())]
+    """Return our directories for one kind of state, the best first: at home, or in /tmp where home is not writable.
+
+    The one that was named, and no other, where one was.
+    """
+    tops = [State.directory] if State.directory else [os.path.expanduser(STATE_DIR), own_tmp_dir()]
+    return [os.path.join(top, kind) for top in tops]
 
 
 def first_private(candidates: "List[str]") -> str:
@@ -3777,7 +3854,18 @@ def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     Where Jupyter's own file is gone, what we wrote down leads there: on another node of a shared home, `jupyter server
     list` removes that file.
     """
-    return runtime_info(record) or record.info or info_of_0_1_0(record)
+    info = runtime_info(record) or record.info or info_of_0_1_0(record)
+    return info and (info if place_of(record).is_here else from_elsewhere(record, info))
+
+
+def from_elsewhere(record: ServerRecord, info: RuntimeInfo) -> RuntimeInfo:
+    """Return what leads to a server from other nodes: one that listens on all addresses is reached by its node's.
+
+    Its 127.0.0.1 is ours only on its own node.
+    """
+    address = record.request.node_address
+    has_other = record.job and address and not info.sock and info.host in ("127.0.0.1", "::1")
+    return info.but(host=address) if has_other else info
 
 
 def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
@@ -4097,7 +4185,7 @@ class ServerKind(Kind):
 
     def describe(self, record: ServerRecord) -> ServerView:
         """Ask one how it does."""
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager")
+        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager", "job")
         view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         if not place.is_known:
@@ -4254,11 +4342,25 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     if job:  # outside of the lock, for a queue may be long
         found = OpenReply.read(KINDS[job.kind].reply(job, channel))
     assert found is not None
+    check_reach(found, request)
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
     found.foreign = foreign_files()
     return found
+
+
+def check_reach(found: OpenReply, request: Request) -> None:
+    """Raise Failure where this login node does not reach the port of a server in a job."""
+    is_outside = found.job and not request.job and not found.sock
+    if not is_outside or request.via_node or found.request.via_node or found.node == os.uname().nodename:
+        return
+    try:
+        socket.create_connection((found.host, found.port), timeout=ASK_TIMEOUT_S).close()
+    except OSError as error:
+        what = "%s does not reach port %d of %s" % (os.uname().nodename, found.port, found.node)
+        why = "%s: %s\nthe server %s runs there" % (found.host, error, found.id)
+        raise Failure(what, why, "--via-node, which logs in to the node itself; or --node-address, for a new one")
 
 
 def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[OpenReply]":
@@ -4292,6 +4394,7 @@ def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
 
 def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenReply:
     """Return what our record and Jupyter's runtime file say together."""
+    info = from_elsewhere(record, info)
     of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
     return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
@@ -4386,13 +4489,14 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
         raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "list shows the ids")
     record = records[0]
-    place = place_of(record)
     log = Growing(os.path.join(record.directory, KINDS[record.kind].log))
     known = request.line
 
     def send_lines() -> bool:
         nonlocal known
-        is_last = not (request.is_followed and place.is_running())  # before the look: what it wrote last is seen
+        is_last = not (
+            request.is_followed and KINDS[record.kind].goes_on(record)
+        )  # before the look: what it wrote last is seen
         lines = log.lines(has_ended=is_last)
         for line in lines[known:]:
             channel.send(Line(text=without_tokens(line), id=record.id))
@@ -4424,12 +4528,22 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
         return StopReply(busy=busy, runs=runs)
+    failures = []
     for record in found:
-        KINDS[record.kind].end(record)
+        try:
+            KINDS[record.kind].end(record)
+        except (Failure, OSError) as error:
+            failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
+            continue
         facts = {name: getattr(record, name, None) or None for name in Stopped.fields}
         if isinstance(record, JobRecord):
             facts["job"] = record.number
         channel.send(Stopped(**dict(facts, what=record.kind, id=record.id)))
+    if len(failures) > 1:
+        why = "\n".join("%s: %s" % (failure.what, failure.why) for failure in failures)
+        raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
+    if failures:
+        raise failures[0]
     return StopReply(count=len(found))
 
 
@@ -4471,7 +4585,8 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
 
 def why_it_ended(record: ServerRecord, log: str) -> str:
     """Return why a server ended: what we did, then what its place tells, then what its log does."""
-    if is_marked(record, "stop"):
+    is_gone = record.is_ours and not os.path.exists(os.path.join(record.directory, record.kind + ".json"))
+    if is_marked(record, "stop") or is_gone:  # a stop removes its record at last
         return "it was stopped"
     reason = place_of(record).why_ended(log)
     if reason:
@@ -4575,6 +4690,7 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
+    State.directory = native(os.path.expanduser(request.state_dir))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
@@ -4689,7 +4805,7 @@ Handler = Callable[[Any, Show], None]
 MESSAGES = {
     kind.kind: kind
     for kind in (
-        *(Hello, Progress, QueueState, Found, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
+        *(Hello, Progress, QueueState, Found, Note, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
         TaskState,
     )
 }
@@ -4720,18 +4836,21 @@ ACCOUNTS = [
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
-    def __init__(self, ssh: Ssh, messages: Messages) -> None:
+    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "") -> None:
         self.ssh = ssh
         self.messages = messages
+        self.state_dir = state_dir  # where our state is on the host; empty for the usual place
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
+        self.doing = ""  # what it does
         self._source = b""
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
             "found": self.say_found,
+            "note": lambda message, show: self.messages.note(message.text),
             "lacking": self._say_lacking,
             "installing": self._say_installing,
             "installed": self._say_installed,
@@ -4757,7 +4876,7 @@ class Agent:
         `handlers` take further kinds of messages.
         """
         self.prepare()
-        request = request.but(nonce="rjupyter-" + os.urandom(8).hex())
+        request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
         packed = agent_input(command, self._source, request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
@@ -4888,7 +5007,7 @@ class Agent:
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
 
     def _keep_launching(self, message: Launching, show: Show) -> None:
-        self.launching = message.id
+        self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
     def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
@@ -4900,7 +5019,8 @@ class Agent:
             if self.launching:
                 self.messages.end_line()
                 stop = hint("stop", self.launching)
-                self.messages.note("%s goes on starting on %s. To end it: %s" % (what, self.ssh.destination, stop))
+                text = "%s %s on %s. To end it: %s"
+                self.messages.note(text % (what, self.doing, self.ssh.destination, stop))
             raise
 
     def _say_stopped(self, message: Stopped, show: Show) -> None:
@@ -5543,7 +5663,7 @@ class RunKind(Kind):
 
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
-        names = ("id", "pid", "node", "name", "root_dir")
+        names = ("id", "pid", "node", "name", "root_dir", "job")
         view = RunView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
         place = place_of(record)
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
@@ -5556,6 +5676,9 @@ class RunKind(Kind):
         elif has_ended:
             view.state = "killed"
             view.error = place.why_ended("received signal") or why_nothing(record)
+        why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
+        if why:
+            view.state, view.error = "cut", why
         with contextlib.suppress(OSError):
             view.size = os.stat(os.path.join(record.directory, "journal")).st_size
         return view
@@ -5714,22 +5837,39 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
         if record.kind == "job":
             identity = StartReply.read(KINDS["job"].reply(record, channel)).id
-    known = [record for record in KINDS["run"].records() if record.id == identity]
+
+    def look_for() -> "List[Any]":
+        return [record for record in KINDS["run"].records() if record.id == identity]
+
+    known = until(look_for, LATE_S if identity != request.id else 0, channel.keep_alive, FOLLOW_MAX_S)
     if not known:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
     files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
 
+    late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
+
     def look() -> "Any":
+        nonlocal late_until
+        look_anew(known[0].directory)
         view = KINDS["run"].describe(known[0])  # before the look at its files: what it wrote last is seen
         if sum(send_part(name, file, channel) for name, file in files.items()):
             return "more"
-        return view if view.state not in GOING_ON or channel.is_closed else None  # type: ignore[attr-defined]
+        if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
+            return None
+        late_until = late_until or time.monotonic() + LATE_S
+        is_whole = not known[0].job or is_in_journal(known[0], EndEntry.kind) or time.monotonic() > late_until
+        return view if is_whole or channel.is_closed else None
 
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
         found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
     return FollowReply(brings=known[0].request.brings, **found.facts())
+
+
+def is_in_journal(record: RunRecord, kind: str) -> bool:
+    """True when the journal of a run ends in an entry of this kind."""
+    return '"kind": "%s"' % kind in end_of_log(os.path.join(record.directory, "journal"), 1)
 
 
 def send_part(name: str, file: Growing, channel: Channel) -> int:
@@ -7119,7 +7259,7 @@ class Execution:
             if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
-        if self.original and read_text(path) != self.original:
+        if self.original and read_text_here(path) != self.original:
             text = "%s was changed here while it was executed, and stays; the result is beside it."
             self.messages.warn(text % path)
             path = executed_name(path)
@@ -7196,6 +7336,7 @@ class Execution:
             "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
             "died": ("the kernel of %s died in %s" % (self.name, cell), EXIT_CELL_FAILED),
             "timeout": ("%s took too long" % self.name, EXIT_TIMEOUT),
+            "cut": ("the job of %s ended" % self.name, EXIT_SERVER_ENDED),
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
             "unstarted": ("the kernel of %s did not start" % self.name, EXIT_SERVER_ENDED),
             "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
@@ -7385,7 +7526,7 @@ def as_shown(line: str) -> str:
     return shown[-1]
 
 
-def read_text(path: str) -> str:
+def read_text_here(path: str) -> str:
     """Return the text of a file here; empty when it cannot be read."""
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
         return stream.read()
@@ -7420,60 +7561,145 @@ def write_result(path: str, notebook: Json) -> None:
 # agent begins
 
 
-class Scheduler(Record):
-    """A scheduler, by the command that submits; all but `query` and `cancel` are regular expressions."""
+class Row(Record):
+    """What an answer of a scheduler says of one job; `mark` is what a job has beside its number: its script, a date."""
 
-    id: str  # how the output of the submission names the job
+    id: str
+    state: str
+    reason: str = ""
+    start: str = ""
+    node: str = ""
+    left: str = ""
+    mark: str = ""
+
+
+class Scheduler(Record):
+    """A scheduler, by the command that submits; all but its commands are regular expressions.
+
+    In the commands, {id} is the scheduler's number of a job, {user} the user, {cluster} the one that took the job: a
+    word with that is left out where there is none.
+    """
+
+    id: str  # the line by which a submission names the job, and its cluster; the last such one, for sites print more
     query: "List[str]"  # asks for the user's jobs
-    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left
+    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left, mark
     waits: str  # the states of a job that waits
     runs: str  # of one that runs; any other, and no row at all: it has ended
     cancel: "List[str]"
     plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
     variables: str = "$"  # of the user's, which would change what these commands do or print
+    forecast: "List[str]" = []  # options that let a submission say when a job would start, and take none
+    limits: "List[str]" = []  # asks what the site allows
+    past: "List[str]" = []  # asks how a job ended that the query tells no more; rows of words and `|`, the state second
+    refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
+SEVERAL = "it would start several"
+RETURNS = "it would not return before the job has ended"
 SCHEDULERS = {
+    # squeue(1), sacct(1). %o is the script's full path; %V, when it was submitted, may change when it is queued again.
     "sbatch": Scheduler(
-        id=r"(\d+)",
-        query=["squeue", "--noheader", "--user={user}", "--states=all", "--format=%i|%T|%r|%S|%N|%L"],
-        row=r"(?m)^(?P<id>\d+)\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)\|(?P<left>.*)$",
+        id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
+        query=[
+            "squeue",
+            "--clusters={cluster}",
+            "--noheader",
+            "--user={user}",
+            "--states=all",
+            "--format=%i|%T|%r|%S|%N|%L|%o",
+        ],
+        row=r"(?m)^(?P<id>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
+        r"\|(?P<left>[^|]*)(?:\|(?P<mark>.*))?$",
         waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
         runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
-        cancel=["scancel", "{id}"],
-        variables=r"SQUEUE_|SCANCEL_|SLURM_TIME_FORMAT|SBATCH_(WAIT|ARRAY_INX|REQUEUE|TEST_ONLY|OUTPUT|ERROR)$",
+        cancel=["scancel", "--clusters={cluster}", "{id}"],
+        variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
+        r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
+        forecast=["--test-only", "--wrap=true"],
+        limits=["sinfo", "--clusters={cluster}", "--noheader", "--format=%P up to %l, %D nodes"],
+        past=[
+            "sacct",
+            "--clusters={cluster}",
+            "--allocations",
+            "--noheader",
+            "--parsable2",
+            "--jobs={id}",
+            "--format=JobIDRaw,State",
+        ],
+        refused={
+            "-a|--array": "a job array: " + SEVERAL,
+            ":$": "a heterogeneous job: " + SEVERAL,
+            "-W|--wait$": RETURNS,
+            "-Q|--quiet$": "it would not say which job it is",
+            "--test-only$": "nothing would be started",
+        },
     ),
-    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted): the state is the fifth word of a row
-    # in both, in Grid Engine with several letters: hqw, Eqw, Rr, dr. T is a job that PBS moves, or a suspended one.
+    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted). A name may hold blanks in PBS; what
+    # follows the state is a queue, or a date. In Grid Engine the state has several letters: hqw, Eqw, Rr, dr. In PBS, M
+    # is a job that another server has, B an array that has begun; T is one that PBS moves, or a suspended one.
     "qsub": Scheduler(
-        id=r"(?m)^(?:Your job )?(\d+)\b",
+        id=r'(?m)^(?:Your job )?(?P<id>\d+)(?:\[\d*\])?(?:\.[\w.-]+| \(".*"\) has been submitted)?\s*$',
         query=["qstat"],
-        row=r"(?m)^\s*(?P<id>\d+)\S*\s+\S+\s+\S+\s+\S+\s+(?P<state>\w+)",
+        row=r"(?m)^\s*(?P<id>\d+)\S*\s+(?:\d+\.\d+\s+)?(?P<mark>\S.*?)\s+\S+\s+(?:[\d:]+\s+)?(?P<state>[A-Za-z]+)"
+        r"\s+(?:\d+/.*|\S+\s*)$",
         plain=r"Q|qw",
         waits=r"[QHWT]|\w*[qw]\w*",
-        runs=r"[ERSU]|[dhR]*[rstST]+",
+        runs=r"[BEMRSU]|[dhR]*[rstST]+",
         cancel=["qdel", "{id}"],
+        refused={"-[tJ]$": "a job array: " + SEVERAL, "-sync$|block=": RETURNS},
     ),
     "bsub": Scheduler(
-        id=r"Job <(\d+)>",
+        id=r"(?m)^Job <(?P<id>\d+)> is submitted\b",
         query=["bjobs", "-w"],
         none=r"No unfinished job found",
-        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)",
+        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)\s.*?(?P<mark>\w+\s+\d+\s+\d+:\d+)?\s*$",
         plain=r"PEND",
         waits=r"PEND|PSUSP|WAIT",
         runs=r"RUN|PROV|USUSP|SSUSP|UNKWN",
         cancel=["bkill", "{id}"],
+        refused={r".*\[\d": "a job array: " + SEVERAL, "-K$": RETURNS},
     ),
     # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
     "condor_submit": Scheduler(
-        id=r"cluster (\d+)",
-        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
-        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*\S))",
+        id=r"(?m)^(?:\d+ job\(s\) submitted to cluster )?(?P<id>\d+)\.(?:\d+ - \d+\.\d+)?\s*$",
+        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason", "QDate"],
+        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*?\S))(?:[ \t]+(?P<mark>\d{9,}))?$",
         plain=r"1",
         waits=r"[15]",
         runs=r"[267]",
         cancel=["condor_rm", "{id}"],
+    ),
+    # flux-jobs(1): states in words; an id has two spellings, of which one is plain ASCII.
+    "flux": Scheduler(
+        id=r"(?m)^(?P<id>[f\u0192][1-9A-HJ-NP-Za-km-z]+)\s*$",
+        query=[
+            "flux",
+            "jobs",
+            "-a",
+            "--no-header",
+            "--since=-1d",
+            "-o",
+            "{id.f58plain}|{status}|{nodelist}|{t_remaining}|{t_submit}",
+        ],
+        row=r"(?m)^(?P<id>f\w+)\|(?P<state>\w+)\|(?P<node>[^|]*)\|(?P<left>[^|]*)\|(?P<mark>.*)$",
+        plain=r"SCHED|S",
+        waits=r"DEPEND|PRIORITY|SCHED|[DPS]",
+        runs=r"RUN|CLEANUP|[RC]",
+        cancel=["flux", "cancel", "{id}"],
+        variables=r"FLUX_JOBS_FORMAT_DEFAULT",
+    ),
+    # oarstat(1): letters in its table, words elsewhere; a row ends with the date of the submission, letter and queue.
+    "oarsub": Scheduler(
+        id=r"(?m)^\[?OAR_JOB_ID=(?P<id>\d+)\s*$",
+        query=["oarstat", "-u"],
+        row=r"(?m)^(?P<id>\d+)\s.*?(?P<mark>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\s+(?P<state>\w)\s+\S+\s*$",
+        plain=r"W",
+        waits=r"[WHL]|Waiting|Hold|toLaunch|toAckReservation|Launching",
+        runs=r"[RSF]|Running|Suspended|Resuming|Finishing",
+        cancel=["oardel", "{id}"],
+        variables=r"OAR_OARSTAT_OUTPUT_FORMAT",
+        refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it would wait for a terminal"},
     ),
 }
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
@@ -7481,6 +7707,7 @@ JOB_ENDS = {
     "TIMEOUT": "its time was up",
     "DEADLINE": "its deadline passed",
     "CANCELLED": "it was cancelled",
+    "CANCELED": "it was cancelled",
     "NODE_FAIL": "its node failed",
     "BOOT_FAIL": "its node did not start",
     "OUT_OF_MEMORY": "it ran out of memory",
@@ -7490,8 +7717,11 @@ JOB_ENDS = {
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
 QUERY_TIMEOUT_S = 20
-SUBMIT_TIMEOUT_S = 40  # longer, because a job that was taken after all would be nobody's
+SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries again and again
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
+UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
+TRIAL_S = 60  # for a job of `doctor` to begin
+LIFE_S = 5 * HEARTBEAT_S  # after which a job that gives no sign of life has ended, where nothing else tells
 
 
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
@@ -7504,9 +7734,13 @@ class JobKind(Kind):
     prefix = "j"
     record = JobRecord
 
-    def running(self) -> "List[JobRecord]":
-        """Return the records of the jobs that wait or run."""
-        return [record for record in self.records() if job_state(record).is_live]
+    def goes_on(self, record: JobRecord) -> bool:
+        """True for a job that waits or runs."""
+        return job_state(record).is_live
+
+    def begun(self) -> "List[JobRecord]":
+        """Return the jobs that were submitted, and those of which that is not known yet."""
+        return [record for record in self.records() if not is_marked(record, "unwanted")]
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
@@ -7514,6 +7748,7 @@ class JobKind(Kind):
 
     def describe(self, record: JobRecord) -> JobView:
         """Say how a job does."""
+        state = job_state(record)  # which may find out the number
         return JobView(
             id=record.id,
             job=record.number,
@@ -7521,22 +7756,23 @@ class JobKind(Kind):
             action=record.request.action,
             path=record.request.path,
             age_s=record.age_s(),
-            **job_state(record).facts(),
+            **state.facts(),
         )
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
 
-        Of a scheduler that we know nothing of we can only await the end: a server in the job was told to shut down.
+        One that has begun looks for the word "unwanted", and ends itself where its scheduler does not do it.
         """
-        known = record.command in SCHEDULERS
-        argv = SCHEDULERS[record.command].cancel if known else ["false"]
-        argv = [word.replace("{id}", record.number) for word in argv]
-        status, said, why = run_scheduler(record.command, argv, QUERY_TIMEOUT_S)
-        until(lambda: not job_state(record).is_live, 0 if known else SETTLE_S)
-        if status and job_state(record).is_live:
-            why = (said + why).strip() or "%s is not known here" % record.command
-            raise Failure("job %s was not cancelled" % record.number, why)
+        mark(record, "unwanted")
+        if record.command in SCHEDULERS and record.number:
+            status, said, why = run_scheduler(record, SCHEDULERS[record.command].cancel, QUERY_TIMEOUT_S)
+        else:
+            status, said, why = int(bool(record.number)), "", "%s is not known here" % record.command
+        patience_s = SETTLE_S if status and begun_of(record) else 0
+        if not until(lambda: not job_state(record).is_live, patience_s) and status:
+            why = (said + why).strip()
+            raise Failure("job %s was not cancelled" % record.number, why, "it ends by itself as soon as it begins")
         mark(record, "cancelled")
 
     def takes(self, request: Request) -> bool:
@@ -7544,9 +7780,15 @@ class JobKind(Kind):
         return bool(request.submit) and not request.job
 
     def start(self, request: Request, channel: Channel) -> JobRecord:
-        """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken."""
+        """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken.
+
+        Jupyter is installed before, where there is none: nodes often have no network.
+        """
         forget_ended(self, self.running())
-        job = submit(request, new_dir(self))
+        if request.may_install and not request.python and not request.env:
+            root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+            next(launchers(request, root_dir, channel, []))
+        job = submit(request, new_dir(self), channel)
         channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
         return job
 
@@ -7572,7 +7814,7 @@ class JobKind(Kind):
         state = job_state(record)
         message = reply_of(record)
         if not message and not state.is_live:
-            raise ended_early(record, state)
+            raise no_begin(record)
         return Said.read(message).result() if message else None
 
     def hint(self) -> str:
@@ -7601,18 +7843,30 @@ class InJob(Elsewhere):
         return bool(record.job) and job_of(record) is not None
 
     def is_running(self) -> bool:
-        """True when its process runs on this node, or its job does elsewhere."""
-        return Here(self.record).is_running() if self.is_here else self._state().is_live
+        """True when its process runs on this node, or elsewhere its job does, and was not queued again since."""
+        if self.is_here:
+            return Here(self.record).is_running()
+        state = self._state()
+        begun = begun_of(self.job) if self.job else None
+        return state.is_live and not state.is_waiting and self.record.created >= (begun.created if begun else 0)
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        if self._state().word in JOB_ENDS or "received signal" in log:
+        state = self._state()
+        if state.word in JOB_ENDS or state.is_waiting or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
     def why_in_doubt(self) -> str:
         """Return why the job ended, as far as the scheduler says."""
-        return why_job_ended(self._state())
+        assert self.job is not None
+        return why_job_ended(self.job)
+
+    def why_cut(self) -> str:
+        """Return why the job ended, where that was not by itself."""
+        assert self.job is not None
+        is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
+        return self.why_in_doubt() if is_cut else ""
 
     def left_s(self) -> float:
         """Return how much time the job has left."""
@@ -7646,57 +7900,154 @@ def job_of(record: Kept) -> "Optional[JobRecord]":
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
 
+# What the script of a job does, in sh: the shared home may show its files some seconds late, and listing a directory
+# lets NFS look anew. No `!` and no quote in it: a scheduler may give the script to csh.
+JOB_SCRIPT = (
+    'for n in 1 2 3 4 5 6 7 8 9 10; do test -s "$1" && break; ls "${1%/*}/" >/dev/null 2>&1; sleep 1; done; '
+    'exec "$0" -IS "$1" >>"$2" 2>&1 </dev/null'
+)
 
-def submit(request: Request, directory: str) -> JobRecord:
-    """Submit a job in a directory of its own; return its record."""
+
+def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
+    """Submit a job in a directory of its own; return its record, which is there before the job is.
+
+    A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
+    later): the word "unwanted" ends such a job when it begins.
+    """
     import re
-    import shlex
 
-    facts = {"job": os.path.basename(directory), "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, **facts)
-    program, script = leave_agent(directory, "job_main", inner), os.path.join(directory, "job.sh")
-    words = [shlex.quote(word) for word in (sys.executable, program, os.path.join(directory, "log"))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    redirected = """exec "$0" -IS "$1" >"$2" 2>&1 </dev/null"""
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (redirected, *words), 0o700)
-    argv = [native(word).replace("{script}", script) for word in request.submit]
+    argv = [native(word) for word in request.submit]
     command = os.path.basename(argv[0])
-    status, said, why = run_scheduler(command, argv, SUBMIT_TIMEOUT_S)
-    number = re.search(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said)
-    if status or not number:
+    asked = request.to_keep()
+    record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
+    write_down(record, directory)
+    channel.send(Launching(id=record.id, doing="is being submitted in a job"))
+    script = write_script(record, request)
+    output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
+    argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
+    status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
+    matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
+    if status or not matches:
+        mark(record, "unwanted")
         why = why.strip() or said.strip() or "status %d" % status
         raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
-    record = JobRecord(
-        created=time.time(),
-        node=os.uname().nodename,
-        number=number.group(1),
-        command=command,
-        request=request.to_keep(),
-    )
+    number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
+    record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+    for line in why.splitlines():
+        channel.send(Note(text=portable(line)))
     return write_down(record, directory)
+
+
+def early_words(record: JobRecord) -> str:
+    """Return where a job's words are that come before our program runs in it.
+
+    Not in the job's own directory: a node may not see that yet, and Slurm ends a job whose output it cannot open.
+    """
+    return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
+
+
+def refuse_options(command: str, words: "List[str]") -> None:
+    """Raise Failure (2) for an option of a submission that a job of ours cannot have."""
+    import re
+
+    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+        for word in words:
+            if re.match(pattern, word):
+                raise Failure("wrong usage", "%s: %s" % (word, why), "%s without it" % command, EXIT_USAGE)
+
+
+def write_script(record: JobRecord, request: Request) -> str:
+    """Write what a job runs, and return its path: its name is our id, by which a scheduler's answer tells it again."""
+    import shlex
+
+    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
+    program = leave_agent(record.directory, "job_main", inner)
+    script = os.path.join(record.directory, record.id + ".sh")
+    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
+    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
+    return script
 
 
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
-    Four know something, each better than those before it: the scheduler's answer, which may be some seconds old; for a
-    scheduler that we do not know, the file that the job writes at its end; our own word that we cancelled it; and the
-    job itself, which wrote down when it began.
+    Five know something: what was written down of its end, which is final; our own word that we cancelled it; the
+    scheduler's answer, which may be some seconds old, or a minute; and the job itself, which writes down when it began
+    and when it ended. A job that waits after it has ended was queued again.
     """
+    end = read_record(JobState, os.path.join(record.directory, "end.json"))
+    if end:
+        return end
+    looked = time.time()
     if record.command in SCHEDULERS:
-        state = state_in(record, *query(record.command, max_age_s))
-    elif is_marked(record, "ended"):
-        state = JobState(is_live=False, is_waiting=False, word="ended")
+        looked, output = query(record, max_age_s)
+        state = state_in(record, looked, output)
     else:
-        state = JobState()
+        state = JobState(is_waiting=not begun_of(record), is_live=gives_signs(record))
+    begun = begun_of(record)
+    ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
     if state.is_live and is_marked(record, "cancelled"):
-        return state.but(is_live=False, is_waiting=False, word="CANCELLED")
-    has_gap = state.is_live and (state.is_waiting or not state.node)
-    begun = read_record(JobBegun, os.path.join(record.directory, "begun.json")) if has_gap else None
-    if begun:
-        left_s = begun.ends_at - time.time() if begun.ends_at else None
-        return state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+        state = JobState(is_live=False, is_waiting=False, word="CANCELLED")
+    elif state.is_live and ended_at and not (state.is_waiting and looked > ended_at + 1):
+        state = JobState(is_live=False, is_waiting=False, word="ended")
+    elif state.is_live and begun and not ended_at:
+        is_late = state.is_waiting and looked < begun.created + UNSEEN_S
+        if is_late or not (state.is_waiting or state.node):
+            left_s = begun.ends_at - time.time() if begun.ends_at else None
+            state = state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+    if not state.is_live:
+        note_end(record, state)
     return state
+
+
+def begun_of(record: JobRecord) -> "Optional[JobBegun]":
+    """Return what a job wrote down when it began; None when it has not, as far as this machine sees."""
+    return read_record(JobBegun, os.path.join(record.directory, "begun.json")) if record.directory else None
+
+
+def gives_signs(record: JobRecord) -> bool:
+    """False when a job has said that it ended, or has said nothing for a while since it began to give signs of life.
+
+    Their age is that of a file beside them: the clock of a shared home may not be ours.
+    """
+    sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
+    if is_marked(record, "ended") or not record.directory:
+        return not record.directory
+    with contextlib.suppress(OSError):
+        write_whole(now, "")
+    return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
+
+
+def note_end(record: JobRecord, state: JobState) -> None:
+    """Write down how a job ended where that is final; not where it may be queued again, or is only missed so far."""
+    is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
+    is_final = is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)
+    if record.directory and is_final and "--requeue" not in record.request.submit:
+        with contextlib.suppress(OSError):
+            write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
+
+
+def row_of(record: JobRecord, output: str) -> "Optional[Row]":
+    """Return what an answer of a scheduler says of our job; None where it does not know it.
+
+    A number may be another's: two clusters behind one login node, a new one on an old home. The name of our script has
+    our id in it; where the answer does not show it, what was first seen beside the number must be there again.
+    """
+    import re
+
+    seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
+    rows = [Row.read(match.groupdict("")) for match in re.finditer(SCHEDULERS[record.command].row, output)]
+    for row in reversed(rows):
+        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh\b" % record.id, row.mark))
+        if is_named or (row.id == record.number and seen in ("", row.mark)):
+            record.number = row.id  # where the submission did not tell it
+            if record.directory and not seen:
+                with contextlib.suppress(OSError):
+                    write_whole(os.path.join(record.directory, "seen"), row.mark)
+            return row
+    return None
 
 
 def state_in(record: JobRecord, looked: float, output: str) -> JobState:
@@ -7706,14 +8057,13 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     if not looked:
         return JobState(word="unknown", reason="the scheduler does not answer")
     scheduler = SCHEDULERS[record.command]
-    rows = [match.groupdict("") for match in re.finditer(scheduler.row, output)]
-    found = [row for row in rows if row["id"] == record.number]
-    if not found and looked < record.created + 1:
-        return JobState()  # the job is younger than the answer
-    if not found:
+    row = row_of(record, output)
+    is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
+    if not row and is_unseen and (record.number or not is_marked(record, "unwanted")):
+        return JobState()
+    if not row:
         return JobState(is_live=False, is_waiting=False, word="ended")
-    row = dict({"reason": "", "start": "", "node": "", "left": ""}, **found[-1])
-    word, reason = row["state"], row["reason"]
+    word, reason = row.state, row.reason
     waits, runs = (bool(re.match("(%s)\\Z" % states, word)) for states in (scheduler.waits, scheduler.runs))
     if scheduler.plain and (waits or runs):
         if waits and not reason and not re.match("(%s)\\Z" % scheduler.plain, word):
@@ -7724,18 +8074,21 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         is_waiting=waits,
         word=word,
         reason=reason,
-        start=row["start"],
-        node=row["node"],
-        left_s=seconds_of(row["left"]) if runs else None,
+        start=row.start,
+        node=row.node,
+        left_s=seconds_of(row.left) if runs else None,
     )
 
 
-def query(command: str, max_age_s: float) -> "Tuple[float, str]":
-    """Return when a scheduler was asked of the user's jobs, and what it said; one answer serves all of ours meanwhile.
+def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
+    """Return when the scheduler of a job was asked of the user's, and what it said; one answer serves all meanwhile.
 
     (0, "") when it does not answer.
     """
-    path = os.path.join(private_dir(own_tmp_dir()), command + ".answer")
+    import zlib
+
+    which = zlib.crc32(repr((record.cluster, record.request.init)).encode("utf-8"))
+    path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
 
         def look() -> "Any":  # another one of ours may be asking
@@ -7744,7 +8097,7 @@ def query(command: str, max_age_s: float) -> "Tuple[float, str]":
         found = until(look, float("inf"))
         if isinstance(found, tuple):
             return found
-        write_whole(path, ask_scheduler(command))
+        write_whole(path, ask_scheduler(record))
     return kept_answer(path, QUERY_MAX_S) or (0.0, "")
 
 
@@ -7758,34 +8111,56 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
-def run_scheduler(command: str, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command of a scheduler, without the variables that would change what it does or prints."""
-    import re
-
-    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
-    environment = {name: value for name, value in os.environ.items() if not re.match(pattern, name)}
-    return run_command(argv, timeout_s, environment)
-
-
-def ask_scheduler(command: str) -> str:
-    """Return what a scheduler says of the user's jobs; empty when it does not answer."""
+def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
+    """Run a command of the scheduler of a job, its words filled in; return status, stdout and stderr."""
     import pwd
+
+    facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
+    argv = [word for word in argv if record.cluster or "{cluster}" not in word]
+    for name, value in facts.items():
+        argv = [word.replace("{%s}" % name, value) for word in argv]
+    return run_command(argv, timeout_s, scheduler_environment(record.command, argv[0], record.request.init))
+
+
+ENVIRONMENTS = {}  # type: Dict[Any, Dict[str, str]] # what --init set up, by its commands: an agent asks again and again
+
+
+def scheduler_environment(command: str, program: str, init: "List[str]") -> "Dict[str, str]":
+    """Return the environment for the commands of a scheduler, without what would change what they do or print.
+
+    It is ours; after --init, or where our PATH does not have the program, that of the user's terminal.
+    """
+    import re
+    import shutil
+
+    environment = dict(os.environ)
+    if init or not shutil.which(program):
+        if tuple(init) not in ENVIRONMENTS:
+            ENVIRONMENTS[tuple(init)] = user_environment([native(line) for line in init], [])
+        environment = ENVIRONMENTS[tuple(init)] or environment
+    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
+    return {name: value for name, value in environment.items() if not re.match(pattern, name)}
+
+
+def ask_scheduler(record: JobRecord) -> str:
+    """Return what the scheduler of a job says of the user's jobs; empty when it does not answer."""
     import re
 
-    user = pwd.getpwuid(os.getuid()).pw_name
-    argv = [word.replace("{user}", user) for word in SCHEDULERS[command].query]
-    status, answer, said = run_scheduler(command, argv, QUERY_TIMEOUT_S)
-    none = SCHEDULERS[command].none
-    return "" if status and not (none and re.search(none, said)) else answer + "\n"
+    scheduler = SCHEDULERS[record.command]
+    status, answer, said = run_scheduler(record, scheduler.query, QUERY_TIMEOUT_S)
+    return "" if status and not (scheduler.none and re.search(scheduler.none, said)) else answer + "\n"
 
 
 def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds) in seconds; None for UNLIMITED and the like."""
+    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds), or Flux (seconds), in seconds.
+
+    None for UNLIMITED and the like.
+    """
     import re
 
     match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
     if not match:
-        return None
+        return (float(text) or None) if re.match(r"\d+\.\d+\Z", text) else None
     days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
@@ -7794,23 +8169,30 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     """Wait until the agent in a job replies, as long as that takes, and return its reply; tell how the job stands.
 
     What the agent in the job says is passed on. The state is looked at before what was said: of a job that has ended,
-    what was said then is all. Raises Failure: what the agent there says, or that the job ended before it said anything.
+    what was said then is all, but for what a shared home shows late. Raises Failure: what the agent there says, or that
+    the job ended before it said anything.
     """
     said = Growing(os.path.join(job.directory, "said"))
     told = None  # type: Optional[QueueState]
     max_age_s = QUERY_MIN_S
+    ended_at = 0.0  # by our monotonic clock
 
     def look() -> "Optional[Json]":
-        nonlocal told, max_age_s
+        nonlocal told, max_age_s, ended_at
         state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
+        look_anew(job.directory)
         for message in messages_in(said):
             if Said.read(message).kind == "reply":
                 channel.send(QueueState(id=job.id, job=job.number))
                 return message
             pass_on(message, channel)
         if not state.is_live:
-            raise ended_early(job, state)
+            ended_at = ended_at or time.monotonic()
+            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
+            if was_cut or is_marked(job, "ended") or time.monotonic() - ended_at > LATE_S:
+                raise no_begin(job)
+            return None
         if channel.is_closed:
             raise Failure("nobody waits for this any more")
         facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
@@ -7823,10 +8205,18 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
 
 
-def ended_early(job: JobRecord, state: JobState) -> Failure:
-    """Return the failure of a job that ended before it said anything."""
-    why = "%s\n%s" % (why_job_ended(state), end_of_log(log_of(job)))
-    return Failure("job %s ended before it had begun" % job.number, why.strip(), status=EXIT_SERVER_ENDED)
+def no_begin(job: JobRecord) -> Failure:
+    """Return the failure of a job that ended before it said anything, with its own words, where it left any."""
+    with contextlib.suppress(OSError):
+        if not time_of(log_of(job)):
+            os.replace(early_words(job), log_of(job))
+    words = end_of_log(log_of(job))
+    try_ = ""
+    if not words and not begun_of(job):
+        words = "nothing of it is in %s" % portable(job.directory)
+        try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
+    what = "job %s ended before it had begun" % job.number
+    return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
 def messages_in(said: Growing) -> "List[Json]":
@@ -7848,68 +8238,165 @@ def pass_on(message: "Json", channel: Channel) -> None:
 
 
 def reply_of(job: JobRecord) -> "Optional[Json]":
-    """Return the message in which the agent in a job replied; None when it has not yet."""
-    messages = messages_in(Growing(os.path.join(job.directory, "said")))
+    """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
+    messages = messages_in(Growing(os.path.join(job.directory, "said"))) if not job_state(job).is_waiting else []
     return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
-def why_job_ended(state: JobState) -> str:
+def end_of_job(job: JobRecord) -> str:
+    """Return the word for how a job ended; one that its scheduler lists no more is looked up in its history."""
+    has_past = job.command in SCHEDULERS and bool(SCHEDULERS[job.command].past)
+
+    def look() -> str:
+        state = job_state(job)
+        if state.is_waiting:
+            return "queued again"
+        is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
+        return state.word if is_told else past_word(job) if has_past else ""
+
+    word = until(look, SETTLE_S if has_past else 0, slowest_s=1.0) or "ended"
+    note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    return word
+
+
+def why_job_ended(job: JobRecord) -> str:
     """Return why a job ended, in words."""
-    if state.word == "ended":
+    word = end_of_job(job)
+    if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(state.word, "it has ended")
+    return "job: " + JOB_ENDS.get(word, "it was queued again" if word == "queued again" else "it has ended")
+
+
+def past_word(job: JobRecord) -> str:
+    """Return the word of a scheduler's history for the end of a job; empty where it tells none, or not yet."""
+    _, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
+    words = [row.split("|")[1].split() for row in rows.splitlines() if row.startswith(job.number + "|")]
+    found = words[-1][0] if words and words[-1] else ""
+    return found if found in JOB_ENDS or found == "COMPLETED" else ""
+
+
+def try_job(request: Request, channel: Channel) -> JobTrial:
+    """Submit a job that only looks around on its node, and say what came of it within TRIAL_S; it is cancelled then."""
+    trial = JobTrial()
+    command = os.path.basename(request.submit[0])
+    scheduler = SCHEDULERS.get(command)
+    asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
+    if scheduler and scheduler.forecast:
+        words = [native(word) for word in request.submit if word != "{script}"]
+        trial.forecast = portable(run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)[2].strip())
+        trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
+    job = JobKind().start(request.but(action="examine", may_install=False), channel)
+    trial.number = job.number
+    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, channel.keep_alive, FOLLOW_MAX_S)
+    begun, state = begun_of(job), job_state(job)
+    trial.has_ended = not state.is_live
+    trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
+    if begun:
+        trial.node = begun.node
+        try:
+            socket.create_connection((begun.address, DEFAULT_PORT), timeout=ASK_TIMEOUT_S).close()
+        except ConnectionRefusedError:
+            pass  # its node said so itself
+        except OSError as error:
+            trial.trouble = "%s: %s" % (begun.address or begun.node, error)
+    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, channel.keep_alive, FOLLOW_MAX_S)
+    if job_state(job).is_live:
+        KINDS["job"].end(job)
+    return trial
+
+
+REQUESTS["try_job"] = HostAction(try_job, JobTrial)
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
 
 
 def job_main(directory: str) -> None:
-    """In a job, on its node: do what the request asks for, and stay until what was launched has ended."""
+    """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
+
+    That it ends is written down, also when its scheduler ends it; a job that was queued again begins anew.
+    """
+    import signal
+
     request = left_request(directory)
     with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
         Left.source = stream.read().rpartition("\njob_main(")[0]
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
+    early = "../../%s.out" % os.path.basename(directory)  # nothing more comes there
+    for name in ("ended", "begun.json", "alive", "said", early):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, name))
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        if not os.path.exists(os.path.join(directory, "unwanted")):
+            work(directory, request)
+    finally:
+        write_whole(os.path.join(directory, "ended"), "")
+
+
+def work(directory: str, request: Request) -> None:
+    """Do what a job is for, and stay with what that launched."""
     said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-    note_begin(directory)
+    note_begin(directory, request)
     reply = perform(request, Channel("", said), on_this_node)
     if not isinstance(reply, (OpenReply, StartReply)):
-        sys.exit(1)
+        sys.exit(reply is None)
     kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
     record = next(record for record in kind.records() if record.id == reply.id)
+    unwanted = os.path.join(directory, "unwanted")
+    beat_at = 0.0
+    is_asked = False
 
     def has_ended() -> bool:
-        if kind.name == "run" and is_marked(record, "stop"):
+        nonlocal beat_at, is_asked
+        if time.monotonic() - beat_at > HEARTBEAT_S:
+            beat_at = time.monotonic()
+            write_whole(os.path.join(directory, "alive"), "")
+            look_anew(directory)
+        if not is_asked and (os.path.exists(unwanted) or (kind.name == "run" and is_marked(record, "stop"))):
+            is_asked = True
             kind.end(record)
         return os.waitpid(record.pid, os.WNOHANG) != (0, 0)
 
     until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
-    write_whole(os.path.join(directory, "ended"), "")  # a scheduler that we know nothing of tells nothing
 
 
-def note_begin(directory: str) -> None:
+def note_begin(directory: str, request: Request) -> None:
     """Write down that the job has begun, where, and when its time will be up."""
-    job = read_record(JobRecord, os.path.join(directory, "job.json"))  # none yet when the submission has not returned
+    job = read_record(JobRecord, os.path.join(directory, "job.json"))
     left_s = None
     if job and job.command in SCHEDULERS:
-        left_s = state_in(job, time.time(), ask_scheduler(job.command)).left_s
-    begun = JobBegun(node=os.uname().nodename, ends_at=time.time() + left_s if left_s else 0.0)
+        job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
+        left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
+    begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)
+    with contextlib.suppress(Failure):
+        begun.address = node_address(request.node_address)
     write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
 
 
 def on_this_node(request: Request) -> Request:
-    """Return a request as the node of a job does it: on its own address, which the login node reaches."""
-    is_reached = request.action == "open" and not request.via_node and request.ip == "127.0.0.1"
-    return request.but(ip=node_address()) if is_reached else request
+    """Return a request as the node of a job does it: on its own address, which the login node reaches.
+
+    What listens on all addresses is reached by that one, too.
+    """
+    if request.action != "open" or request.via_node:
+        return request.but(node_address="")
+    address = node_address(request.node_address)
+    return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
 
 
-def node_address() -> str:
-    """Return the address of this node that the login node reaches: the one that Slurm has, else that of its name."""
+def node_address(asked: str = "") -> str:
+    """Return the address of this node that the login node reaches.
+
+    The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
+    """
     import re
 
-    names = [os.uname().nodename]
+    interfaces = interface_addresses()
+    names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
     slurm_name = os.environ.get("SLURMD_NODENAME")
-    if slurm_name:
+    if slurm_name and not asked:
         _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], QUERY_TIMEOUT_S)
         names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
     for name in names:
@@ -7919,7 +8406,21 @@ def node_address() -> str:
             continue
         if not address.startswith("127."):
             return address
-    raise Failure("this node has no address of its own", "tried " + ", ".join(names), "--via-node")
+    why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
+    raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
+
+
+def interface_addresses() -> "Dict[str, str]":
+    """Return the IPv4 address of each interface of this machine, by its name (Linux: netdevice(7))."""
+    import fcntl
+
+    found = {}
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 # agent ends
@@ -8185,6 +8686,8 @@ INSTALL_HELP = "install Jupyter for you alone where there is none (the default)"
 NO_INSTALL_HELP = "do not install Jupyter where there is none; say how"
 SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
 SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
+NODE_HELP = "the interface, name or address by which the login node reaches the job's node"
+STATE_HELP = "where we keep our state there (%s); for a cluster whose nodes have no home" % STATE_DIR
 LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
 FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
 GRID_HELP = "execute the notebook once for each of these values of a variable; repeatable, for each combination"
@@ -8291,6 +8794,7 @@ OPTIONS: Dict[str, List[Option]] = {
             "server_args",
             chooses="server",
         ),
+        Option("--state-dir", STATE_HELP, "PATH", _text, field="state_dir", chooses="host"),
         Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
     ],
     "environment on the host": [
@@ -8314,6 +8818,7 @@ OPTIONS: Dict[str, List[Option]] = {
             field="via_node",
             chooses="server",
         ),
+        Option("--node-address", NODE_HELP, "NAME", _text, field="node_address", chooses="server"),
     ],
     "tunnel and browser": [
         Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
@@ -8525,22 +9030,18 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
-SBATCH = ["sbatch", "--job-name=rjupyter", "--output=/dev/null", "--no-requeue"]
+SBATCH = ["sbatch", "--job-name=rjupyter", "--output={output}", "--no-requeue"]
 
 
 def submit_words(args: argparse.Namespace) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
-        if args.slurm is not None:
-            words = shlex.split(args.slurm)
-            if any(re.match("-a|--array", word) for word in words):
-                raise Failure(
-                    "wrong usage", "--array: a job array would start several", "--slurm without it", EXIT_USAGE
-                )
-            return [*SBATCH, *words, "{script}"]
         words = shlex.split(args.submit or "")
+        words = words if args.slurm is None else [*SBATCH, *shlex.split(args.slurm)]
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
+    if words:
+        refuse_options(os.path.basename(words[0]), words)
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
@@ -8584,7 +9085,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
-            agent = Agent(ssh, messages)
+            agent = Agent(ssh, messages, args.state_dir or "")
             agent.greets = False
         tunnel = open_tunnel(server, args, request, ssh, agent, messages)
         server = tunnel.server
@@ -8721,7 +9222,8 @@ def take_over(args: argparse.Namespace, server: Server) -> None:
 
 def args_of_request(request: Request) -> Dict[str, Any]:
     """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
-    found = {name: getattr(request, name) for name in ("python", "env", "init", "socket", "via_node")}
+    names = ("python", "env", "init", "socket", "via_node")
+    found = {name: getattr(request, name) for name in names}
     words = [word for word in request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
         found["slurm"] = shlex.join(words[len(SBATCH) :])
@@ -9106,8 +9608,32 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     shared = "%s something there; --socket keeps them off the port"
     who = "1 other user runs" if others == 1 else "%d other users run" % others
     yield Check("other users", shared % who if others else "nobody else runs anything there")
-    if facts.scheduler:
+    if args.slurm is not None or args.submit:
+        yield from check_job(args, agent)
+    elif facts.scheduler:
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
+
+
+def check_job(args: argparse.Namespace, agent: Agent) -> Iterator[Check]:
+    """Check by a job of its own, a short one, what a job of ours needs."""
+    try:
+        trial = agent.ask(request_of(args, "try_job"), JobTrial, "Submitting a short job")
+    except Failure as failure:
+        yield Check("job", in_one_line("%s: %s" % (failure.what, failure.why)), "other options in --slurm or --submit")
+        return
+    if trial.limits:
+        yield Check("limits", in_one_line(trial.limits))
+    if trial.forecast:
+        yield Check("forecast", in_one_line(trial.forecast))
+    if not trial.node:
+        lost = "--state-dir PATH: a directory that the nodes see and can write"
+        what = "left no word" if trial.has_ended else "was cancelled again"
+        text = "job %s %s, and %s" % (trial.number, trial.state, what)
+        yield Check("job", text, lost if trial.has_ended else "a shorter time limit, or another partition")
+        return
+    yield Check("job", "%s began on %s, which sees our state" % (trial.number, trial.node))
+    other = "--via-node, or --node-address NAME" if trial.trouble else ""
+    yield Check("node", trial.trouble or "the login node reaches it", other)
 
 
 def check_sessions(ssh: Ssh) -> Check:
@@ -9245,7 +9771,7 @@ ACTIONS: Dict[Optional[str], Action] = {
     "list": Action(run_list, "the servers on the host", "list"),
     "logs": Action(
         run_logs,
-        "a server's log, or what the cells of a run printed",
+        "the log of a server or a job, or what the cells of a run printed",
         "logs [ID] [-f]",
         [
             Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
@@ -9288,7 +9814,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
-        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages), messages)
+        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
     except Failure as failure:
         messages.failure(failure)
         return failure.status

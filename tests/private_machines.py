@@ -104,6 +104,19 @@ class Machine:
             self.process.wait(10)
 
 
+def give_own_tmp(machine: Machine, shared: Path) -> None:
+    """Give a machine a /tmp of its own, beside `shared` as tmp.NAME; what is shared of the old one is seen in it."""
+    own = shared / ("tmp." + machine.name)
+    own.mkdir()
+    own.chmod(0o1777)
+    parts = shared.relative_to("/tmp").parts if shared.is_relative_to("/tmp") else ()
+    if parts:
+        inside = own / parts[0]
+        inside.mkdir()
+        machine.run("mount", "--bind", "/tmp/" + parts[0], str(inside))
+    machine.run("mount", "--rbind", str(own), "/tmp")
+
+
 class Cluster:
     """Machines with these names, below `directory`; `environment()` is what their daemons and a login node have."""
 

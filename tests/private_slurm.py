@@ -1,5 +1,7 @@
 """A private Slurm: munged, slurmctld and two slurmd, on three machines of private_machines.py. Root alone can.
 
+Each node has a /tmp of its own, as the nodes of clusters have.
+
 Nothing of the system's is read or written: not /etc/munge, /etc/slurm, /var/spool or /etc/hosts.
 
 Measured with Debian's Slurm 22.05: start() takes 0.1 s, stop() 0.15 s; a job runs within a second of sbatch.
@@ -11,9 +13,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
-from private_machines import DEADLINE_S, PATH, Cluster, find_obstacle, wait_for
+from private_machines import DEADLINE_S, PATH, Cluster, find_obstacle, give_own_tmp, wait_for
 from private_sshd import PrivateSshd, children
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
@@ -21,7 +23,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sc
 # The quick half is for the tests: a pending job is looked at each second, a killed one has a second to end.
 # The rest is what clusters have, such as a job that is queued again when its node fails.
 CONFIG = """
-ClusterName=rig
+ClusterName={name}
 SlurmctldHost=head({head})
 SlurmUser=root
 AuthType=auth/munge
@@ -47,8 +49,7 @@ ReturnToService=2
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 KillWait=1
 {settings}
-NodeName=node1 NodeAddr={node1} CPUs=2 RealMemory=4000
-NodeName=node2 NodeAddr={node2} CPUs=2 RealMemory=4000
+{nodes}
 PartitionName=main Nodes=ALL Default=YES DefaultTime=1:00:00 MaxTime=1-0
 """
 
@@ -68,9 +69,12 @@ class PrivateSlurm(Cluster):
     whose time is up: a limit of a minute ends a job after 60 to 90 s. A test uses limit(): 30 s at most.
     """
 
-    def __init__(self, directory: Path, settings: str = "") -> None:
-        super().__init__(directory, ("head", "node1", "node2"))
+    def __init__(
+        self, directory: Path, settings: str = "", name: str = "rig", nodes: Sequence[str] = ("node1", "node2")
+    ) -> None:
+        super().__init__(directory, ("head", *nodes))
         self.settings = settings
+        self.name = name
         self.config = directory / "slurm.conf"
         self.sshds: List[PrivateSshd] = []
         self._controller: Optional[subprocess.Popen[bytes]] = None
@@ -85,6 +89,8 @@ class PrivateSlurm(Cluster):
         """Start everything, and wait until both nodes are idle."""
         try:
             self.start_machines()
+            for name in self.nodes:
+                give_own_tmp(self.machines[name], self.directory)
             self._write_files()
             self._start_munged()
             self.start_controller()
@@ -97,12 +103,16 @@ class PrivateSlurm(Cluster):
 
     def stop(self) -> None:
         """End everything, and return when it is gone."""
+        self.thaw_controller()
         for sshd in self.sshds:
             sshd.stop()
         super().stop()
 
     def _write_files(self) -> None:
-        self.config.write_text(CONFIG.format(directory=self.directory, settings=self.settings, **self.addresses))
+        line = "NodeName=%s NodeAddr=%s CPUs=2 RealMemory=4000"
+        nodes = "\n".join(line % pair for pair in self.nodes.items())
+        words = {"directory": self.directory, "settings": self.settings, "name": self.name, "nodes": nodes}
+        self.config.write_text(CONFIG.format(head=self.addresses["head"], **words))
         (self.directory / "state").mkdir(exist_ok=True)
         for name in self.nodes:
             (self.directory / ("spool." + name)).mkdir(exist_ok=True)
@@ -138,6 +148,26 @@ class PrivateSlurm(Cluster):
                 os.kill(pid, signal.SIGTERM)
             self._controller.wait(DEADLINE_S)
             self._controller = None
+
+    def freeze_controller(self) -> None:
+        """Let slurmctld take connections and answer nothing, until thaw_controller: what it was sent is done then."""
+        assert self._controller is not None
+        for pid in children(self._controller.pid):
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw_controller(self) -> None:
+        """Let slurmctld go on; nsenter has stopped with it, and must go on first or the machine could never end."""
+        if self._controller is not None and self._controller.poll() is None:
+            for pid in [self._controller.pid, *children(self._controller.pid)]:
+                os.kill(pid, signal.SIGCONT)
+
+    def forget_jobs(self) -> None:
+        """Let slurmctld begin anew, with job 1: what an administrator does when its state is lost."""
+        self.stop_controller()
+        for path in (self.directory / "state").iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        self.start_controller()
+        wait_for(lambda: set(self.node_states().values()) == {"IDLE"}, "both nodes idle")
 
     def start_sshd(self, node: str, login: PrivateSshd) -> PrivateSshd:
         """Start an sshd on a node, on port 22, for the user, the key and the environment of the login node's."""

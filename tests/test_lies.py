@@ -70,6 +70,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "bring_files": {"refused": ["out/odd: it is no file"], "unmatched": ["*.pt"]},
     "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
     "follow_grid": {"count": 1},
+    "try_job": {"forecast": "soon", "limits": "main", "number": "7", "state": "running", "node": "n1", "trouble": ""},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
 JOURNAL: List[Dict[str, Any]] = [
@@ -92,6 +93,7 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "installing", "path": "/a", "tool": "pip"},
     {"kind": "installed", "path": "/a", "elapsed_s": 3},
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
+    {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
     {"kind": "task", "index": 0, "name": "a.ipynb", "state": "ended", "id": "r07af", "end": {**RUN, "brings": []}},
     {"kind": "task", "index": 0, "name": "a.ipynb", "state": "failed", "trouble": TROUBLE},
@@ -104,6 +106,7 @@ COMMANDS: Dict[str, List[str]] = {
     "stop": ["host", "stop", "--yes"],
     "describe_end": ["host", "execute", "--attach", "r07af"],
     "examine": ["host", "doctor"],
+    "try_job": ["--slurm", "-t 5", "host", "doctor"],
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],

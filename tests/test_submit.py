@@ -192,7 +192,7 @@ SHIMS = {
     "condor": (
         "condor_submit executable={script} request_cpus=2 -queue 1",
         "No credits are left",
-        ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
+        ["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason", "QDate"],
         ["condor_rm", "41"],
     ),
 }
