@@ -1974,7 +1974,13 @@ class Child:
         return self._open_streams == 0 or self.process.poll() is not None
 
     def send(self, data: bytes, is_last: bool = True) -> None:
-        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here."""
+        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
+
+        A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
+        """
+        threading.Thread(target=self._write, args=(data, is_last), daemon=True).start()
+
+    def _write(self, data: bytes, is_last: bool) -> None:
         stdin = self.process.stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
