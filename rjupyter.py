@@ -2082,7 +2082,13 @@ class Child:
         return self._open_streams == 0 or self.process.poll() is not None
 
     def send(self, data: bytes, is_last: bool = True) -> None:
-        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here."""
+        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
+
+        A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
+        """
+        threading.Thread(target=self._write, args=(data, is_last), daemon=True).start()
+
+    def _write(self, data: bytes, is_last: bool) -> None:
         stdin = self.process.stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -5229,14 +5235,14 @@ class Tunnel:
         of its own asks the host: the server may have ended; it may hang, with a connection that is well, and then we
         wait for it; or it answers there and not here, and then the tunnel is stuck.
         """
-        is_silent = False
+        is_silent, pause_s = False, float(PROBE_EVERY_S)
         self._wake_at_end()
-        while self.ssh.wait(PROBE_EVERY_S):
+        while self.ssh.wait(pause_s):
             self._warn_of_limit()
             if self._is_answering():
                 if is_silent:
                     self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
-                is_silent = False
+                is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if not self.ssh.wait(0.2):
                 break
@@ -5250,6 +5256,7 @@ class Tunnel:
                 if not is_silent:
                     text = "%s does not answer; its connection is well. Waiting." % self.server.title
                     self.messages.step(text, "silent", id=self.server.id)
+                pause_s = min(2 * pause_s, PROBE_EVERY_S) if is_silent else 1  # it may be about to end
                 is_silent = True
             elif not self._is_answering():
                 return "nothing comes through the tunnel"

@@ -163,7 +163,8 @@ def flux_jobs(directory: Path, words: List[str]) -> int:
         facts = {"id": "\u0192" + plain[1:], "id.f58": "\u0192" + plain[1:], "id.f58plain": plain, "status": status}
         facts.update({"id.dec": "21264%d" % number, "state": status if state != "ended" else "INACTIVE"})
         facts.update({"status_abbrev": {"SCHED": "S", "RUN": "R", "CANCELED": "CA"}[status], "username": "ana"})
-        facts.update(name="job.sh", nodelist="node1" if state == "runs" else "", t_submit=str(job.stat().st_mtime))
+        facts.update(name="job.sh", nodelist="node1" if state == "runs" else "")
+        facts.update(t_submit=str((job / "script").stat().st_mtime))
         facts.update(result="CANCELED" if state == "ended" else "", t_remaining="3540.2" if state == "runs" else "0.0")
         line = template
         for match in re.finditer(r"\{([\w.]+)[^}]*\}", template):

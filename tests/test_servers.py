@@ -112,7 +112,8 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
         directory = host.home / ".local/state/rjupyter/servers" / name
         directory.mkdir()
         (directory / "server.json").write_text(text)
-    assert [server["id"] for server in listed(laptop)] == [record["id"]]
+    servers = listed(laptop)
+    assert [server["id"] for server in servers] == [record["id"]], servers
     again = laptop.start("host", has_terminal=False)
     again.expect("Found Jupyter")
     assert laptop.run("host", "stop", "--all").status == 0

@@ -500,7 +500,7 @@ def test_state_directory_where_nodes_have_no_home(
     assert compute(run.url(), NODE).startswith("node")
     leave(run)
     again = laptop.start(*options, work, has_terminal=False)
-    assert again.url() == run.url()
+    assert again.url().partition("?")[2] == run.url().partition("?")[2]  # its port may be another's meanwhile
     leave(again)
     assert laptop.run(*options, work, "stop").status == 0
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 20)
