@@ -667,6 +667,15 @@ def test_json_events_are_the_ones_of_the_readme(
     (host.home / "go").write_text("")
     assert first.wait() == 0
     seen += events_of(first) + events_of(laptop.run("--json", "-q", "host", "list"))
+    waiting = "import os, time\nopen('out.txt', 'w').close()\nwhile not os.path.exists('on'): time.sleep(0.05)"
+    write_notebook(laptop.home / "b.ipynb", waiting)
+    words = ["execute", "b.ipynb", "--grid", "a=[1]", "--bring", "out.txt"]
+    grid = laptop.start("--json", "-q", "host", *words, has_terminal=False)
+    grid.expect('"started"')
+    seen += events_of(laptop.run("--json", "-q", "host", "list"))
+    (host.home / "on").write_text("")
+    assert grid.wait() == 0, grid.text
+    seen += events_of(grid)
     keys = {event["event"]: [key for key in event if key != "event"] for event in seen}
     of_clusters = {"job", "queue", "ending"}  # see test_slurm.py
     assert keys == {name: keys for name, keys in readme_events().items() if name not in of_clusters}
