@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
 from private_sshd import children
+from sides import TOP
 
 DEADLINE_S = 30.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -105,15 +106,16 @@ class Machine:
 
 
 def give_own_tmp(machine: Machine, shared: Path) -> None:
-    """Give a machine a /tmp of its own, beside `shared` as tmp.NAME; what is shared of the old one is seen in it."""
+    """Give a machine a /tmp of its own, beside `shared` as tmp.NAME; what is shared of the old one is seen in it.
+
+    So is this checkout with its environment, should it lie there.
+    """
     own = shared / ("tmp." + machine.name)
     own.mkdir()
     own.chmod(0o1777)
-    parts = shared.relative_to("/tmp").parts if shared.is_relative_to("/tmp") else ()
-    if parts:
-        inside = own / parts[0]
-        inside.mkdir()
-        machine.run("mount", "--bind", "/tmp/" + parts[0], str(inside))
+    for part in {path.relative_to("/tmp").parts[0] for path in (shared, TOP) if path.is_relative_to("/tmp")}:
+        (own / part).mkdir()
+        machine.run("mount", "--bind", "/tmp/" + part, str(own / part))
     machine.run("mount", "--rbind", str(own), "/tmp")
 
 
