@@ -69,6 +69,11 @@ def quiet_port() -> int:
             return port
 
 
+def without_port(url: str) -> str:
+    """Return an address without its local port, which another test may have taken meanwhile."""
+    return re.sub(r":\d+/", "/", url, count=1)
+
+
 class Run:
     """A running rjupyter.py: `text` is what it printed so far, both streams as they came when it has a terminal."""
 
