@@ -720,7 +720,7 @@ class Installed(Message):
 
 
 class Launching(Message):
-    """A server, a run or a job has been started, and is waited for."""
+    """A server, a run or a job is about to be started, and waited for."""
 
     kind = "launching"
     id: str
@@ -1952,6 +1952,7 @@ FATAL_WORDS = re.compile("|".join(ending.pattern for ending in ENDINGS))
 ECHOES = re.compile("|".join(ending.pattern for ending in ENDINGS if ending.is_echo))
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
 WANTS_PERSON = re.compile("https?://|Confirm user presence")
+LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it is interrupted as we are
 ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
 
@@ -2836,6 +2837,7 @@ class Channel:
         self._last_sent = 0.0
         self._lasting = Progress(text="")  # type: Message
         self._has_failed = False
+        self._has_announced = False
         self._stream = stream or os.fdopen(os.dup(1), "w")
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
@@ -2845,6 +2847,17 @@ class Channel:
         self._send(message.kind, message.facts())
         if isinstance(message, (Progress, QueueState)):
             self._lasting = message
+
+    def announce(self, directory: str, doing: str = Launching.doing) -> None:
+        """Say the id of what is about to be started; raises Failure when nobody is left to hear it.
+
+        So nothing goes on that nobody knows of. What was announced once goes on, whoever leaves.
+        """
+        if self.is_closed and not self._has_announced:
+            os.rmdir(directory)
+            raise Failure("nothing was started", "the client has gone")
+        self._has_announced = True
+        self.send(Launching(id=os.path.basename(directory), doing=doing))
 
     def reply(self, reply: Record) -> None:
         """Send what was asked for; nothing comes after it."""
@@ -4043,6 +4056,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     Failure: 4 when it ended for another reason, 6 when it did not listen in time.
     """
     directory = new_dir(KINDS["server"])
+    channel.announce(directory)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
@@ -4061,7 +4075,6 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             **facts_of(process, root_dir, request.job),
         )
         write_down(record, directory)
-        channel.send(Launching(id=record.id))
         try:
             info = wait_for_server(record, deadline - time.monotonic(), channel)
             if not info and process.poll() is None:
@@ -4898,6 +4911,9 @@ class Agent:
                 except SessionRefused:
                     if time.monotonic() > until_s and not self.ssh.way.can_be_left():
                         raise
+                except (KeyboardInterrupt, Terminated):
+                    self._hear_what_begins(child, request.nonce, show)
+                    raise
                 finally:
                     child.end()
             if time.monotonic() > until_s:
@@ -4962,6 +4978,13 @@ class Agent:
                 del noise[:-12]
                 complaints += [line[1]] if line[0] == "stderr" else []
                 self.messages.detail("host: " + line[1])
+
+    def _hear_what_begins(self, child: Child, nonce: str, show: Show) -> None:
+        """Take what the host had announced before we leave: it is on its way to us, perhaps."""
+        for _, line in child.remaining_lines(LAST_WORDS_S):
+            with contextlib.suppress(ValueError, RecursionError, Failure):
+                message = json.loads(line[len(nonce) + 1 :]) if line.startswith(nonce + " ") else {}
+                self._take(message, Record, show, {"launching": self._handlers["launching"]})
 
     def _patience_s(self, silence_s: float, is_login: bool) -> float:
         """Return how long silence is borne: a login may wait for a person, who is here, or may see what it shows."""
@@ -5814,6 +5837,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     if not python:
         return None
     directory = new_dir(KINDS["run"])
+    channel.announce(directory)
     if request.files:
         request = request.but(path=portable(own_directory(request, directory)))
     program = leave_agent(directory, "run_main", request)
@@ -5829,7 +5853,6 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         **facts_of(process, root_dir, request.job),
     )
     write_down(record, directory)
-    channel.send(Launching(id=record.id))
     journal = os.path.join(directory, "journal")
     until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
     if process.poll() == CANNOT_RUN:
@@ -7927,8 +7950,8 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     command = os.path.basename(argv[0])
     asked = request.to_keep()
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
+    channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
-    channel.send(Launching(id=record.id, doing="is being submitted in a job"))
     script = write_script(record, request)
     output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
     argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]

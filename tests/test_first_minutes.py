@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -160,6 +161,19 @@ def test_ctrl_c_while_jupyter_is_launched(
     run.interrupt()
     check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
     go.touch()
+
+
+@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+def test_ctrl_c_before_we_read_that_something_was_launched(
+    laptop: Laptop, host: Host, mark: str, mode: List[str]
+) -> None:
+    run = laptop.start(*mode, "host", has_terminal=False)
+    run.expect("Connected to host")
+    os.kill(run.pid, signal.SIGSTOP)
+    wait_until(host.servers, "it is launched")
+    os.kill(run.pid, signal.SIGINT)
+    os.kill(run.pid, signal.SIGCONT)
+    check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
 
 
 def test_ctrl_c_while_jupyter_is_installed(

@@ -212,3 +212,27 @@ def test_signal_while_a_child_starts_is_not_lost_and_does_not_reach_the_child() 
     blocked = int(re.findall(r"SigBlk:\s+(\w+)", status)[0], 16)
     assert [bool(blocked & 1 << signum - 1) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)] == [1, 1, 0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+# -- what the host begins ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_begun_when_nobody_listens_any_more(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        (tmp_path / "s1234").mkdir()
+        with pytest.raises(rjupyter.Failure, match="nothing was started"):
+            rjupyter.Channel("", stream).announce(str(tmp_path / "s1234"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_announced_once_goes_on_whoever_leaves(tmp_path: Path) -> None:
+    """The first environment lacks what is needed, and the user has left: the next one is tried all the same."""
+    reading, writing = os.pipe()
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as stream:  # of its last flush
+        channel = rjupyter.Channel("", stream)
+        channel.announce("s1111")
+        assert b'"s1111"' in os.read(reading, 1000)
+        os.close(reading)
+        channel.announce("s2222")
