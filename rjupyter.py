@@ -7141,11 +7141,15 @@ class Along(NamedTuple):
         """Send what the host has not yet, in parts, each of which may be sent again."""
         request = Request(action="put_files", files=self.digest)
         doing = "Sending %.1f MB" % (self.size / 1e6)
+        at = -1
         while True:
             reply = agent.ask_on(lambda: request, PutReply, doing, redials=redials)  # noqa: B023 # it asks at once
             if reply.is_whole:
                 return
-            request = self._part(min(reply.size, self.size - 1))
+            if request.is_last or not at < reply.size <= self.size:
+                raise Wrong("it has %d of %d bytes, after the part at %d" % (reply.size, self.size, at))
+            at = min(reply.size, self.size - 1)
+            request = self._part(at)
 
     def _part(self, at: int) -> Request:
         import binascii

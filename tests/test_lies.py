@@ -308,6 +308,19 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
     lie()
 
 
+@pytest.mark.parametrize("size", [-1, 0, 1, 10240, 10**12])
+def test_host_that_never_has_what_goes_along(size: int, tmp_path: Path) -> None:
+    """It says so after each part: 10240 is all there is of it."""
+
+    def answer(request: Dict[str, Any]) -> List[Any]:
+        lie = {"size": size, "is_whole": False}
+        return [{"kind": "reply", "reply": lie if request["action"] == "put_files" else REPLIES[request["action"]]}]
+
+    status, out, err, _ = outcome(COMMANDS["put_files"], answer, tmp_path)
+    check(status, out, err)
+    assert status == 1 and "makes no sense" in err
+
+
 @pytest.mark.parametrize("action", ["open", "list", "stop", "start_run", "follow_grid", "start_grid"])
 def test_message_that_lies(action: str, tmp_path: Path) -> None:
     @many
