@@ -80,6 +80,7 @@ from typing import (
     NoReturn,
     Optional,
     Sequence,
+    Set,
     TextIO,
     Tuple,
     Type,
@@ -2149,7 +2150,7 @@ class Ssh:
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config = SshConfig()  # what `ssh -G` says of the destination
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
-        self.meanwhile: Callable[[], None] = lambda: None  # what there is to do while ssh logs in
+        self.meanwhile: Callable[[], object] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
         self.asked: List[str] = []  # what a login showed that waits for a person
         self._unseen: List[str] = []  # of that, what is not shown yet
@@ -2993,7 +2994,7 @@ class Kind:
         """True when what is asked for is to be started by a thing of this kind."""
         return False
 
-    def start(self, request: Request, channel: Channel) -> Kept:
+    def begin(self, request: Request, channel: Channel) -> Kept:
         """Start a thing that does what is asked for, and return its record."""
         raise NotImplementedError
 
@@ -3001,7 +3002,7 @@ class Kind:
         """Return the things of this kind that have not begun and do what is asked for."""
         return []
 
-    def reply(self, record: "Any", channel: Channel) -> "Json":
+    def await_reply(self, record: "Any", channel: Channel) -> "Json":
         """Wait for the reply of what one started, and return it."""
         raise NotImplementedError
 
@@ -4359,7 +4360,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
             hint = "" if request.job else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
             found = open_reply(record, info, is_launched=True, seconds=seconds, scheduler=hint)
     if job:  # outside of the lock, for a queue may be long
-        found = OpenReply.read(KINDS[job.kind].reply(job, channel))
+        found = OpenReply.read(KINDS[job.kind].await_reply(job, channel))
     assert found is not None
     check_reach(found, request)
     found.file = portable(file)
@@ -4407,7 +4408,7 @@ def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
         if waiting:
             return waiting[0]
         if kind.takes(request):
-            return kind.start(request, channel)
+            return kind.begin(request, channel)
     return None
 
 
@@ -4660,14 +4661,13 @@ class HostAction:
         self.reply = reply
 
 
-REQUESTS = {
-    "open": HostAction(open_server, OpenReply),
-    "list": HostAction(list_all, ListReply),
-    "logs": HostAction(follow_log, LogsReply),
-    "stop": HostAction(stop_all, StopReply),
-    "describe_end": HostAction(describe_end, EndReply),
-    "examine": HostAction(examine_host, ExamineReply),
-}  # type: Dict[str, HostAction]
+REQUESTS = {}  # type: Dict[str, HostAction]
+REQUESTS["open"] = HostAction(open_server, OpenReply)
+REQUESTS["list"] = HostAction(list_all, ListReply)
+REQUESTS["logs"] = HostAction(follow_log, LogsReply)
+REQUESTS["stop"] = HostAction(stop_all, StopReply)
+REQUESTS["describe_end"] = HostAction(describe_end, EndReply)
+REQUESTS["examine"] = HostAction(examine_host, ExamineReply)
 
 
 # agent ends
@@ -4727,13 +4727,13 @@ def perform(
     return None
 
 
-def leave_agent(directory: str, main: str, request: Request) -> str:
+def leave_agent(directory: str, main: "Callable[[str], None]", request: Request) -> str:
     """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
 
-    It calls `main`, run_main or job_main, with the directory.
+    It calls `main` with the directory.
     """
     program = os.path.join(directory, "agent.py")
-    write_whole(program, "%s\n%s(%r)\n" % (Left.source, main, directory))
+    write_whole(program, "%s\n%s(%r)\n" % (Left.source, main.__name__, directory))
     write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
     return program
 
@@ -4785,22 +4785,123 @@ def agent_command(python: str = "") -> str:
     return "exec /bin/sh -c '%s' sh" % (loop % (" ".join(pythons), BOOTSTRAP, NO_PYTHON))
 
 
-def agent_source() -> bytes:
-    """Return the agent's parts of this file, compressed, as one word.
+class Piece:
+    """A definition of the agent's, or a method: the numbers of its lines, and the words that all must call for it."""
 
-    The lines between them are blank, so that a line has the number that it has here.
+    def __init__(self, words: Set[str]) -> None:
+        self.words = words
+        self.numbers: List[int] = []
+
+
+class AgentSource:
+    """The agent's parts of this file, read once: this file may be replaced while we run.
+
+    An action is sent what it comes to. A definition is needed when a needed line has its name, and a method when its
+    class is needed as well. What is added to a table belongs to the table; but a row of REQUESTS is for one action.
     """
-    import binascii
-    import zlib
 
-    is_agent = False
-    lines = []
-    with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-        for line in stream.read().split("\n"):
-            is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
-            lines.append(line if is_agent else "")
-    lines[:2] = [SOURCE_NAME, AGENT_IMPORTS]
-    return binascii.b2a_base64(zlib.compress("\n".join(lines).encode("utf-8"), 9), newline=False)
+    def __init__(self) -> None:
+        with open(os.path.abspath(__file__), encoding="utf-8") as stream:
+            self.lines = agent_lines(stream.read().split("\n"))
+        self.pieces = agent_pieces(self.lines)
+
+    def of(self, action: str) -> bytes:
+        """Return the agent for an action as one word, compressed. A line has the number there that it has here."""
+        import binascii
+        import zlib
+
+        waiting = self.pieces
+        sent = [SOURCE_NAME, AGENT_IMPORTS] + [""] * (len(self.lines) - 2)
+        words = {"agent_main", 'action="%s' % action}
+        found = waiting[:1]
+        while found:
+            found = [piece for piece in waiting if piece.words <= words]
+            waiting = [piece for piece in waiting if not piece.words <= words]
+            numbers = [number for piece in found for number in piece.numbers]
+            for number in numbers:
+                sent[number] = self.lines[number]
+            words |= words_in("\n".join(sent[number] for number in numbers))
+        return binascii.b2a_base64(zlib.compress("\n".join(sent).encode("utf-8"), 9), newline=False)
+
+
+def agent_lines(lines: List[str]) -> List[str]:
+    """Return the lines of this file, blank but for what runs on the host, and without what only people read.
+
+    That is comments, docstrings, most of the indentation, and what the types of arguments and results are.
+    """
+    code = [""] * len(lines)
+    is_agent = is_quoted = False
+    last, quoted = "", 0  # the last line of code; and of a docstring after it, the number of its first line
+    for number, line in enumerate(lines):
+        is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
+        word = line.lstrip()
+        if not is_agent or not word or word.startswith("#"):
+            continue
+        if is_quoted or (word.startswith('"""') and last.endswith(":")):
+            quoted = quoted if is_quoted else number
+            is_quoted = not word.endswith('"""')
+            continue
+        if quoted and indent_of(line) <= indent_of(last):  # there was nothing else in that body
+            code[quoted] = " " * (indent_of(last) // 4 + 1) + "pass"
+        quoted, last = 0, line
+        if word.count('"', 0, word.find("  # ")) % 2 == 0:
+            word = word.partition("  # ")[0]
+        if word.startswith(("def ", ")")):
+            word = re.sub(r" -> [^:]+:$", ":", word)
+        if word.startswith("def "):
+            word = re.sub(r'(\w): ("[^"]*"|\w+)', r"\1", word)
+        code[number] = " " * (indent_of(line) // 4) + word
+    return code
+
+
+def indent_of(line: str) -> int:
+    """Return how many blanks a line begins with."""
+    return len(line) - len(line.lstrip())
+
+
+def agent_pieces(lines: List[str]) -> List[Piece]:
+    """Return the definitions of the agent, and the methods of its classes, each with its decorators."""
+    current = parent = Piece(set())
+    pieces = [current]
+    owner = ""  # the class that we are in; its `parent` has what is no method
+    is_decorated = False
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        if line[0].isalpha() or line[0] in "@_":
+            names = re.findall(r"\w+", line[:100])
+            if not is_decorated:
+                current = parent = Piece(set())
+                pieces.append(current)
+            is_definition = names[0] in ("class", "def")
+            owner = names[1] if names[0] == "class" else ""
+            current.words = {'action="' + names[1]} if names[0] == "REQUESTS" and "[" in line else set()
+            current.words.add(names[is_definition])
+            is_decorated = line[0] == "@"
+        elif owner and line.startswith((" @", " def ")):
+            if not is_decorated:
+                current = Piece({owner})
+                pieces.append(current)
+            is_decorated = line[1] == "@"
+            if line.startswith(" def ") and not line.startswith(" def __"):
+                current.words.add("." + line[5:].partition("(")[0])
+        elif owner and line[1] not in " )]}":
+            current = parent
+        current.numbers.append(number)
+    return pieces
+
+
+WORDS = r"""(?m)^ \w+: |action="\w+|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\.?\b[^\W\d]\w*\b(?!=| = )"""
+
+
+def words_in(text: str) -> Set[str]:
+    """Return what lines of the agent call for: names, `.attributes`, `action="..."`, and in quotes, records.
+
+    What is assigned to, and the name of a field or of an argument, calls for nothing.
+    """
+    words = set(re.findall(WORDS, text))
+    types = [word for word in words if word[0] == '"' and re.fullmatch(r'"[A-Z]\w*(\[.*\])?"', word)]
+    return words.union(*(re.findall(r"\w+", word) for word in types))
 
 
 def agent_input(command: str, source: bytes, request: Request) -> bytes:
@@ -4855,16 +4956,18 @@ ACCOUNTS = [
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
-    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "") -> None:
+    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "", action: str = "open") -> None:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
+        self.action = action  # of REQUESTS, the one that is asked for first
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
-        self._source = b""
+        self._source: Optional[AgentSource] = None
+        self._packed: Dict[str, bytes] = {}  # for each action that was asked for
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text),
@@ -4876,11 +4979,14 @@ class Agent:
             "launching": self._keep_launching,
             "stopped": self._say_stopped,
         }
-        ssh.meanwhile = self.prepare
+        ssh.meanwhile = lambda: self.packed(action)
 
-    def prepare(self) -> None:
-        """Get ready what can be before there is a connection."""
-        self._source = self._source or agent_source()
+    def packed(self, action: str) -> bytes:
+        """Return the source for an action; it can be made before there is a connection."""
+        self._source = self._source or AgentSource()
+        if action not in self._packed:
+            self._packed[action] = self._source.of(action)
+        return self._packed[action]
 
     def ask(
         self,
@@ -4894,10 +5000,9 @@ class Agent:
 
         `handlers` take further kinds of messages.
         """
-        self.prepare()
         request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
-        packed = agent_input(command, self._source, request)
+        packed = agent_input(command, self.packed(request.action), request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
             may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
@@ -5745,7 +5850,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
     begun, is_started = begin_run(request, channel)
     if is_started and begun.kind != "run":  # a job, outside of the lock, for a queue may be long
-        return StartReply.read(KINDS[begun.kind].reply(begun, channel)).but(is_started=True)
+        return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     return StartReply(id=begun.id, pid=begun.pid, is_started=is_started, age_s=begun.age_s())
 
 
@@ -5768,7 +5873,7 @@ def begin_run(request: Request, channel: Channel) -> "Tuple[Kept, bool]":
                 return same[0], False
         forget_ended(KINDS["run"], KINDS["run"].running())
         if jobs:
-            return jobs[0].start(request, channel), True
+            return jobs[0].begin(request, channel), True
         return launch(request, root_dir, channel, launch_run, PROGRAMS)[0], True
 
 
@@ -5840,7 +5945,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     channel.announce(directory)
     if request.files:
         request = request.but(path=portable(own_directory(request, directory)))
-    program = leave_agent(directory, "run_main", request)
+    program = leave_agent(directory, run_main, request)
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
@@ -5866,7 +5971,7 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     identity = request.id
     for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
         if record.kind == "job":
-            identity = StartReply.read(KINDS["job"].reply(record, channel)).id
+            identity = StartReply.read(KINDS["job"].await_reply(record, channel)).id
 
     def look_for() -> "List[Any]":
         return [record for record in KINDS["run"].records() if record.id == identity]
@@ -6041,7 +6146,8 @@ class Grid:
 
     def _begin(self, index: int) -> None:
         try:
-            begun, is_started = begin_run(self.tasks[index], self.channel)
+            task = self.tasks[index].but(action="start_run")  # in a job, it is asked for by that name
+            begun, is_started = begin_run(task, self.channel)
             if not is_started:
                 self._tell(index, "overlap", id=begun.id)
         except Failure as failure:
@@ -7813,7 +7919,7 @@ class JobKind(Kind):
         """True when a job is asked for."""
         return bool(request.submit) and not request.job
 
-    def start(self, request: Request, channel: Channel) -> JobRecord:
+    def begin(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken.
 
         Jupyter is installed before, where there is none: nodes often have no network.
@@ -7839,7 +7945,7 @@ class JobKind(Kind):
                 found.append(job)
         return found
 
-    def reply(self, record: JobRecord, channel: Channel) -> "Json":
+    def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in a job, as long as its queue takes."""
         return wait_for_job(record, channel)
 
@@ -7996,7 +8102,7 @@ def write_script(record: JobRecord, request: Request) -> str:
 
     facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
     inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(record.directory, "job_main", inner)
+    program = leave_agent(record.directory, job_main, inner)
     script = os.path.join(record.directory, record.id + ".sh")
     words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
@@ -8319,7 +8425,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
         words = [native(word) for word in request.submit if word != "{script}"]
         trial.forecast = portable(run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)[2].strip())
         trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
-    job = JobKind().start(request.but(action="examine", may_install=False), channel)
+    job = JobKind().begin(request.but(action="examine", may_install=False), channel)
     trial.number = job.number
     until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, channel.keep_alive, FOLLOW_MAX_S)
     begun, state = begun_of(job), job_state(job)

@@ -443,7 +443,7 @@ def test_prologue_in_busybox_sh(directory: Path) -> None:
     request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     answer = subprocess.run(
         ["/bin/busybox", "sh", "-c", command],
-        input=rjupyter.agent_input(command, rjupyter.agent_source(), request),
+        input=rjupyter.agent_input(command, rjupyter.AgentSource().of(request.action), request),
         capture_output=True,
         env={"HOME": str(directory), "PATH": bare_python(directory / "bin")},
     )
@@ -458,7 +458,7 @@ def test_no_python_at_all(monkeypatch: pytest.MonkeyPatch, directory: Path) -> N
     request = rjupyter.Request(nonce="n", action="open", path="nowhere")
     for python, words in (("", b"rjupyter: no python3\n"), (named, b"no such directory")):
         command = rjupyter.agent_command(python)
-        data = rjupyter.agent_input(command, rjupyter.agent_source(), request)
+        data = rjupyter.agent_input(command, rjupyter.AgentSource().of(request.action), request)
         answer = subprocess.run(["sh", "-c", command], input=data, capture_output=True, env={"HOME": str(directory)})
         assert words in answer.stdout
 

@@ -1,10 +1,13 @@
 """The house: the source of rjupyter.py keeps the rules that stand at its head."""
 
 import ast
+import binascii
 import builtins
+import copy
 import re
+import zlib
 from pathlib import Path
-from typing import Dict, Iterator, List, Set
+from typing import Dict, Iterable, Iterator, List, Set, Tuple
 
 import pytest
 from readme import README, readme_events
@@ -56,10 +59,10 @@ def test_the_list_of_rooms_is_the_one_of_the_banners() -> None:
     assert re.findall(r"^#   (\w[\w ]*?) {2,}\w", head, re.MULTILINE) == list(rooms())
 
 
-def definitions() -> Dict[str, int]:
+def definitions(body: Iterable[ast.stmt] = tuple(TREE.body)) -> Dict[str, int]:
     """Return what is defined at the top of the file, with its first line."""
     found: Dict[str, int] = {}
-    for node in TREE.body:
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.setdefault(node.name, node.lineno)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -192,3 +195,76 @@ def test_agent_uses_nothing_that_is_not_sent() -> None:
     for block in blocks:
         unknown = {name.id for name in names_in(block)} - own_names(block) - known
         assert not unknown, (getattr(block, "name", block.lineno), unknown)
+
+
+SENT_MAX = 22_000  # bytes to the host for `list`, the command and the request included; 42,000 as a whole
+
+
+def sent(action: str) -> str:
+    """Return what the host gets for an action."""
+    return zlib.decompress(binascii.a2b_base64(rjupyter.AgentSource().of(action))).decode()
+
+
+def without_words(node: ast.AST) -> str:
+    """Return what a definition does, without docstrings and without the types of arguments and results."""
+    node = copy.deepcopy(node)
+    for part in ast.walk(node):
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+            is_documented = ast.get_docstring(part) is not None
+            part.body = part.body[is_documented:] or [ast.Pass()]
+        if isinstance(part, ast.FunctionDef):
+            part.returns = None
+        if isinstance(part, ast.arg):
+            part.annotation = None
+    return ast.dump(node)
+
+
+def members(node: ast.ClassDef) -> Dict[int, ast.stmt]:
+    """Return what stands in a class, by line."""
+    return {part.lineno: part for part in node.body[ast.get_docstring(node) is not None :]}
+
+
+@pytest.mark.parametrize("action", rjupyter.REQUESTS)
+def test_what_is_sent_is_what_stands_here_line_for_line(action: str) -> None:
+    ours = {node.lineno: node for node in agent_blocks()}
+    for node in ast.parse(sent(action)).body[1:]:  # after the imports
+        original = ours[node.lineno]
+        if isinstance(node, ast.ClassDef) and isinstance(original, ast.ClassDef):
+            methods = members(original)
+            for line, part in members(node).items():
+                assert isinstance(part, ast.Pass) or without_words(part) == without_words(methods[line]), node.name
+            left = {part for line, part in methods.items() if line not in members(node)}
+            assert all(isinstance(part, ast.FunctionDef) for part in left), node.name
+        else:
+            assert without_words(node) == without_words(original), ast.dump(node)[:100]
+
+
+@pytest.mark.parametrize("action", rjupyter.REQUESTS)
+def test_an_action_is_sent_all_that_it_comes_to(action: str) -> None:
+    """No name in what is sent, and no method that it calls, is one of those that stayed here."""
+    there = ast.parse(sent(action))
+    absent = set(definitions(agent_blocks())) - set(definitions(there.body))
+    for node in there.body:
+        assert not absent & ({name.id for name in names_in(node)} - own_names(node)), ast.dump(node)[:80]
+    attributes = {node.attr for node in ast.walk(there) if isinstance(node, ast.Attribute)}
+    absent_methods = methods_in(agent_blocks()) - methods_in(there.body)
+    assert not {pair for pair in absent_methods if pair[0] not in absent and pair[1] in attributes}
+
+
+def methods_in(body: Iterable[ast.stmt]) -> Set[Tuple[str, str]]:
+    """Return the class and the name of each method."""
+    classes = [node for node in body if isinstance(node, ast.ClassDef)]
+    return {(node.name, part.name) for node in classes for part in node.body if isinstance(part, ast.FunctionDef)}
+
+
+def test_list_sends_little() -> None:
+    request = rjupyter.Request(action="list", nonce="rjupyter-" + 16 * "0")
+    packed = rjupyter.agent_input(rjupyter.agent_command(), rjupyter.AgentSource().of("list"), request)
+    assert len(packed) < SENT_MAX
+    assert "SCHEDULERS = {" in sent("list")  # it tells of jobs
+    assert "def open_server" not in sent("list")
+    assert "def open_server" in sent("open")
+
+
+def test_what_a_grid_begins_in_a_job_can_be_asked_for_there() -> None:
+    assert 'REQUESTS["start_run"]' in sent("follow_grid")

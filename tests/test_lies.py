@@ -266,7 +266,7 @@ def check(status: int, out: str, err: str) -> None:
 @pytest.fixture(autouse=True)
 def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rjupyter, "CLOSING_TIMEOUT_S", 0)
-    monkeypatch.setattr(rjupyter, "agent_source", lambda: b"agent")  # nobody reads it
+    monkeypatch.setattr(rjupyter.AgentSource, "of", lambda source, action: b"agent")  # nobody reads it
     monkeypatch.setattr(rjupyter, "can_ask", lambda: False)
     monkeypatch.setattr(rjupyter, "has_terminal", lambda: False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
