@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = []
+# ///
 """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
     laptop                                              HOST
@@ -58,18 +62,13 @@ import argparse
 import contextlib
 import errno
 import itertools
-import json
 import os
-import queue
 import re
-import shlex
-import socket
 import stat
-import struct
-import subprocess
 import threading
 import time
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -86,12 +85,34 @@ from typing import (
     Type,
     TypeVar,
 )
-from urllib.parse import quote, unquote
 
 if sys.version_info < (3, 8):
     sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
 
 __version__ = "0.1.0"
+
+
+class Later:
+    """A module that is imported when something of it is used first: to start ssh nothing else is waited for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        module = globals()[self._name] = __import__(self._name)
+        return getattr(module, name)
+
+
+if TYPE_CHECKING:
+    import json
+    import queue
+    import shlex
+    import socket
+    import struct
+    import subprocess
+else:
+    for later in ("json", "queue", "shlex", "socket", "struct", "subprocess"):
+        globals()[later] = Later(later)
 
 Json = Dict[str, Any]
 R = TypeVar("R", bound="Record")
@@ -108,6 +129,7 @@ LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter m
 CONNECT_TIMEOUT_S = 15
 BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
 SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
+JOIN_TIMEOUT_S = 3  # for an answer through a tunnel of ours that is up, before we log in ourselves
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, where it allows one (MaxSessions)
 ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
@@ -1026,6 +1048,8 @@ class TunnelRecord(Record):
     url: str
     local_port: int
     id: str
+    control: str = ""  # the control socket of its ssh, where that is a master of ours
+    config: str = ""  # what `ssh -G` said when it connected
 
 
 class Event(NamedTuple):
@@ -1101,7 +1125,7 @@ def until(
 # -- ports and HTTP ---------------------------------------------------------------------------------------------------
 
 
-def listen_on(port: int, host: str = "127.0.0.1") -> socket.socket:
+def listen_on(port: int, host: str = "127.0.0.1") -> "socket.socket":
     """Return a socket that listens on `host`:`port`; raise OSError when that is taken or not ours to take.
 
     SO_REUSEADDR, because ssh and Jupyter set it too: a port in TIME_WAIT is free for them.
@@ -1949,10 +1973,10 @@ ENDINGS = [
         "Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."
     ),
 ]
-FATAL_WORDS = re.compile("|".join(ending.pattern for ending in ENDINGS))
-ECHOES = re.compile("|".join(ending.pattern for ending in ENDINGS if ending.is_echo))
+FATAL_WORDS = "|".join(ending.pattern for ending in ENDINGS)
+ECHOES = "|".join(ending.pattern for ending in ENDINGS if ending.is_echo)
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
-WANTS_PERSON = re.compile("https?://|Confirm user presence")
+WANTS_PERSON = "https?://|Confirm user presence"
 LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it is interrupted as we are
 ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
@@ -1960,9 +1984,9 @@ ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 def cause_of(words: List[str]) -> str:
     """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
     lines = [line.strip() for line in words if line.strip()] or ["ssh ended and said nothing"]
-    echoes = list(itertools.takewhile(ECHOES.match, reversed(lines)))
+    echoes = list(itertools.takewhile(lambda line: re.match(ECHOES, line), reversed(lines)))
     before = lines[: len(lines) - len(echoes)]
-    is_told = before and FATAL_WORDS.match(before[-1]) and not before[-1].startswith("channel")
+    is_told = before and re.match(FATAL_WORDS, before[-1]) and not before[-1].startswith("channel")
     return before[-1] if is_told or not echoes else echoes[-1]
 
 
@@ -2005,7 +2029,7 @@ class Child:
     def __init__(
         self,
         argv: List[str],
-        stdin: Any = subprocess.DEVNULL,
+        stdin: Any = None,
         is_merged: bool = False,
         can_ask: bool = True,
         is_shown: bool = False,
@@ -2016,7 +2040,7 @@ class Child:
             with signals_left_to_us():
                 self.process = subprocess.Popen(
                     argv,
-                    stdin=stdin,
+                    stdin=stdin or subprocess.DEVNULL,
                     stdout=shown if shown and is_merged else subprocess.PIPE,
                     stderr=shown or (subprocess.STDOUT if is_merged else subprocess.PIPE),
                     start_new_session=not can_ask,
@@ -2149,6 +2173,7 @@ class Ssh:
         self.way: Direct = Direct(self)
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config = SshConfig()  # what `ssh -G` says of the destination
+        self.config_text = ""  # all of it
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], object] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
@@ -2289,6 +2314,7 @@ class Ssh:
             return self._read_config()
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
+        self.config_text = said
         return SshConfig.read(dict(line.split(" ", 1) for line in said.splitlines() if " " in line))
 
     def __enter__(self) -> "Ssh":
@@ -2330,11 +2356,11 @@ class Ssh:
             return
         self._heard_at = time.monotonic()
         self.words = (self.words + [text])[-30:]
-        if FATAL_WORDS.match(text):
+        if re.match(FATAL_WORDS, text):
             self.messages.detail("ssh: " + text)
         elif is_first or self.can_ask:
             self.messages.note(text)
-        elif WANTS_PERSON.search(text):
+        elif re.search(WANTS_PERSON, text):
             self._unseen.append(text)
 
     def end_login(self) -> None:
@@ -2465,7 +2491,8 @@ class Ssh:
 
     def log_argv(self, argv: List[str]) -> None:
         """Show a command where -v asks for it."""
-        self.messages.detail("+ " + shlex.join(argv))
+        if self.messages.verbose:
+            self.messages.detail("+ " + shlex.join(argv))
 
 
 class Direct:
@@ -2520,7 +2547,7 @@ class Direct:
 
     def is_lost(self, status: int, words: List[str]) -> bool:
         """True when a session that had begun ended with the connection, and not for a reason of its own."""
-        return status == EXIT_SSH and any(map(FATAL_WORDS.match, words))
+        return status == EXIT_SSH and any(re.match(FATAL_WORDS, line) for line in words)
 
     def can_be_left(self) -> bool:
         """True when another way may have room for a session where this one has none."""
@@ -5242,6 +5269,8 @@ class Server(OpenReply):
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
+        from urllib.parse import quote
+
         app = APPS[self.app]
         page = app.page
         if self.file:
@@ -5253,6 +5282,8 @@ class Server(OpenReply):
 
 def quote_name(name: str) -> str:
     """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
+    from urllib.parse import quote
+
     return quote(name.encode("utf-8", "surrogateescape"), safe="")
 
 
@@ -5507,7 +5538,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     return redirect
 
 
-def _redirect_once(listener: socket.socket, secret: str, url: str) -> None:
+def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
     """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
     with contextlib.suppress(OSError), listener:
         while True:
@@ -5580,6 +5611,41 @@ def end_tunnel(record: TunnelRecord) -> None:
     if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
         why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
         raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
+
+
+class Joined(Borrowed):
+    """The connection of a tunnel of ours that is up: no login either.
+
+    It has the same destination and the same options, and `ssh -G` says of them, word for word, what it said then: so it
+    leads where a login of our own would. That it lives, only an answer through it proves.
+    """
+
+    def connect(self) -> None:
+        """Look whether there is one that lives."""
+        ssh = self.ssh
+        for record in tunnels():
+            is_same = (record.destination, record.ssh, record.config) == (ssh.destination, ssh.options, ssh.config_text)
+            if is_same and record.pid != os.getpid() and os.path.exists(record.control) and does_answer(record):
+                self.control_path = record.control
+                ssh.messages.detail("Using the connection of the tunnel that is up (pid %d)." % record.pid)
+                return
+        raise NotThisWay()
+
+    def tell(self, seconds: float) -> str:
+        """Say how we are connected."""
+        return "through a tunnel that is up"
+
+
+WAYS.insert(WAYS.index(Master), Joined)
+
+
+def does_answer(record: TunnelRecord) -> bool:
+    """True when an answer comes through a tunnel; any, for the server's own matters are not asked about."""
+    is_secure = record.url.startswith("https:")
+    try:
+        return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
+    except OSError:
+        return False
 
 
 class Background:
@@ -8662,6 +8728,8 @@ class Destination(NamedTuple):
 
     def text(self) -> str:
         """Return it as it is typed; parse_destination reads it."""
+        from urllib.parse import quote
+
         if self.path is None:
             return self.host
         if self.host.startswith("ssh://"):
@@ -8677,6 +8745,8 @@ def parse_destination(text: str) -> Destination:
     """
     path: Optional[str] = None
     if text.startswith("ssh://"):
+        from urllib.parse import unquote
+
         host, slash, rest = text[len("ssh://") :].partition("/")
         host, path = "ssh://" + host, unquote(rest) if slash and rest else None
         name = host[len("ssh://") :]
@@ -9278,6 +9348,8 @@ def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, ur
         url=url,
         local_port=tunnel.local_port,
         id=tunnel.server.id,
+        control=tunnel.ssh.way.control_path if isinstance(tunnel.ssh.way, Master) else "",
+        config=tunnel.ssh.config_text,
     )
 
 
@@ -9681,6 +9753,7 @@ class Check(NamedTuple):
 
 def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
+    ssh.ways = [kind for kind in ssh.ways if kind is not Joined]  # the login is one of the steps
     failures = 0
     try:
         for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
@@ -9874,6 +9947,7 @@ class Action(NamedTuple):
     usage: str = ""
     arguments: Sequence[Option] = ()
     runs_ssh: bool = True
+    asks: str = "open"  # what it asks the host for first: a row of REQUESTS
 
 
 ACTIONS: Dict[Optional[str], Action] = {
@@ -9907,8 +9981,9 @@ ACTIONS: Dict[Optional[str], Action] = {
             ),
             Option("--overlap", "also when the notebook is being executed already"),
         ],
+        asks="start_run",
     ),
-    "list": Action(run_list, "the servers on the host", "list"),
+    "list": Action(run_list, "the servers on the host", "list", asks="list"),
     "logs": Action(
         run_logs,
         "the log of a server or a job, or what the cells of a run printed",
@@ -9917,6 +9992,7 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
             Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
         ],
+        asks="logs",
     ),
     "stop": Action(
         run_stop,
@@ -9927,9 +10003,10 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--all", "all of yours there"),
             Option("--yes", "without a question, also when a kernel computes"),
         ],
+        asks="stop",
     ),
     "close": Action(run_close, "end the tunnels that went to the background with -f", "close", runs_ssh=False),
-    "doctor": Action(run_doctor, "walk every step, and say what is wrong and how to mend it", "doctor"),
+    "doctor": Action(run_doctor, "walk every step, and say what is wrong and how to mend it", "doctor", asks="examine"),
     "config": Action(run_config, CONFIG_HELP, "config", runs_ssh=False),
 }
 
@@ -9954,7 +10031,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)
-        return ACTIONS[args.action].run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
+        action = ACTIONS[args.action]
+        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
     except Failure as failure:
         messages.failure(failure)
         return failure.status
@@ -9964,5 +10042,17 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 128 + terminated.signum
 
 
+def command() -> NoReturn:
+    """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    try:
+        status = main()
+    except SystemExit as wanted:  # argparse, after --help and --version
+        status = int(wanted.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # a closed pipe; no stream at all
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,0 +1,105 @@
+"""A tunnel of ours that is up is a connection: what comes after it logs in no more, and never takes another's."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Callable, List
+
+import pytest
+from client import is_up
+from notebooks import write_notebook
+from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
+
+
+@pytest.fixture
+def tunnel(laptop: Laptop, host: Host) -> Run:
+    """A tunnel that is up."""
+    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    return run
+
+
+def logins_of(host: Host, action: Callable[[], object]) -> int:
+    before = host.sshd.logins()
+    action()
+    return host.sshd.logins() - before
+
+
+def test_what_comes_after_an_open_logs_in_no_more(laptop: Laptop, host: Host, tunnel: Run, tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "a.ipynb", "print('executed')")
+    for arguments in (["list"], ["logs"], ["execute", str(notebook), "-o", str(tmp_path / "b.ipynb")]):
+        assert logins_of(host, lambda words=arguments: laptop.run("host", *words)) == 0, arguments  # type: ignore[misc]
+    assert "executed" in (tmp_path / "b.ipynb").read_text()
+    assert logins_of(host, lambda: laptop.run("host", "stop")) == 0
+    tunnel.wait(20)
+
+
+def test_a_second_open_goes_through_the_first_and_outlives_it(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    (host.sshd.home / "other").mkdir()
+    port = str(quiet_port())
+    before = host.sshd.logins()
+    second = laptop.start("--local-port", port, "--new", "host:other", has_terminal=False)
+    url = second.url()
+    second.expect("To end it")
+    assert host.sshd.logins() == before
+    tunnel.interrupt()
+    tunnel.wait(20)
+    second.expect("Connected to host again")
+    assert ":%s/" % port in url
+    wait_until(lambda: is_up(url), "the same address answers", 30)
+    assert host.sshd.logins() == before + 1
+
+
+def test_the_forward_of_a_second_open_goes_with_it(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    (host.sshd.home / "other").mkdir()
+    second = laptop.start("--local-port", str(quiet_port()), "--new", "host:other", has_terminal=False)
+    url = second.url()
+    second.expect("To end it")
+    os.kill(second.pid, signal.SIGKILL)
+    wait_until(lambda: not is_up(url), "its forward is taken away", 20)
+    assert is_up(tunnel.url())
+    laptop.run("host", "list")  # which takes away the record that a kill -9 left
+
+
+def other_options(host: Host, ssh: int) -> List[str]:
+    return ["-o", "Compression=yes"]
+
+
+def config_that_was_edited(host: Host, ssh: int) -> List[str]:
+    """The name leads elsewhere since: here only its user's environment differs, and that is enough."""
+    host.sshd.config.write_text(host.sshd.config.read_text() + "\n    SetEnv RJ_WHERE=elsewhere\n")
+    return []
+
+
+def frozen(host: Host, ssh: int) -> List[str]:
+    os.kill(ssh, signal.SIGSTOP)
+    return []
+
+
+def no_multiplexing(host: Host, ssh: int) -> List[str]:
+    return ["--no-mux"]
+
+
+@pytest.mark.parametrize("change", [other_options, config_that_was_edited, frozen, no_multiplexing])
+def test_what_may_be_another_connection_is_not_taken(
+    laptop: Laptop, host: Host, mark: str, tunnel: Run, change: Callable[[Host, int], List[str]]
+) -> None:
+    ssh = ssh_of(mark)
+    options = change(host, ssh)
+    try:
+        assert logins_of(host, lambda: laptop.run(*options, "host", "list")) == 1
+    finally:
+        os.kill(ssh, signal.SIGCONT)
+
+
+def test_a_record_that_names_a_socket_which_is_gone_is_no_connection(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    (record,) = Path(laptop.environment["XDG_RUNTIME_DIR"], "rjupyter").glob("*.json")
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps(dict(facts, control=facts["control"] + "x")))
+    assert logins_of(host, lambda: laptop.run("host", "list")) == 1
+
+
+def test_doctor_logs_in_for_the_login_is_what_it_looks_at(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    assert logins_of(host, lambda: laptop.run("host", "doctor")) == 1
