@@ -5006,10 +5006,16 @@ class Agent:
             "launching": self._keep_launching,
             "stopped": self._say_stopped,
         }
-        ssh.meanwhile = lambda: self.packed(action)
+        ssh.meanwhile = self.get_ready
+
+    def get_ready(self) -> None:
+        """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
+        self.packed(self.action)
+        for name in ("json", "socket"):
+            __import__(name)
 
     def packed(self, action: str) -> bytes:
-        """Return the source for an action; it can be made before there is a connection."""
+        """Return the source for an action."""
         self._source = self._source or AgentSource()
         if action not in self._packed:
             self._packed[action] = self._source.of(action)

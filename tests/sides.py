@@ -179,6 +179,7 @@ class Laptop:
         self.runs: List[Run] = []
         self.config = ""
         self.python = sys.executable
+        self.installed = ""  # the launcher that `make install` made, where that is to be used
         self.environment = {
             "HOME": str(self.home),
             "PATH": SYSTEM_PATH,
@@ -191,7 +192,8 @@ class Laptop:
 
     def start(self, *arguments: str, has_terminal: bool = True, **environment: str) -> Run:
         """Start rjupyter.py with the ssh_config of the host at hand."""
-        argv = [self.python, str(SCRIPT)] + (["-F", self.config] if self.config else []) + list(arguments)
+        program = [self.installed] if self.installed else [self.python, str(SCRIPT)]
+        argv = program + (["-F", self.config] if self.config else []) + list(arguments)
         run = Run(argv, dict(self.environment, **environment), has_terminal, str(self.home))
         self.runs.append(run)
         return run

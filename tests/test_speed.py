@@ -76,6 +76,11 @@ def test_processes(directory: Path, laptop: Laptop, make_host: Callable[..., Hos
         assert len(called) == count
         assert all(words.startswith(step + " ") for words, step in zip(called, steps)), called
         assert len(calls(of_python)) == 1
+    with laptop.opened("--local-port", str(quiet_port()), "host"):  # whose connection serves the others
+        calls(of_ssh)
+        run_list(laptop)
+        assert [words.split(" ")[0] for words in calls(of_ssh)] == ["-G", "-S"]
+        assert len(calls(of_python)) == 2
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------
@@ -155,3 +160,23 @@ def test_nothing_heavy_is_imported() -> None:
     imported = {line.rpartition("|")[2].strip() for line in lines}
     assert "argparse" in imported
     assert not imported & HEAVY, imported & HEAVY
+
+
+DIALLING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import rjupyter
+def dial(*_):
+    print(*sys.modules, flush=True)
+    os._exit(0)
+rjupyter.Direct._start = dial
+rjupyter.main(sys.argv[2:])
+"""
+
+
+def test_before_the_dial_nothing_is_imported_that_starting_ssh_does_not_need(laptop: Laptop, host: Host) -> None:
+    argv = [sys.executable, "-IS", "-c", DIALLING, str(SCRIPT.parent), "-F", laptop.config, "host", "list"]
+    run = subprocess.run(argv, env=laptop.environment, capture_output=True, text=True, check=True)
+    imported = set(run.stdout.split())
+    assert "subprocess" in imported
+    assert not imported & {*HEAVY, "binascii", "json", "shlex", "socket", "struct", "urllib", "zlib"}
