@@ -4793,7 +4793,8 @@ PYTHONS = [
 # user's site gets in, and half of the interpreter's start is saved. There is no quote in it, for it is quoted twice on
 # its way: "exec" is the name of exec, and the name of the source stands in its first line, for tracebacks.
 BOOTSTRAP = (
-    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; decode = binascii.a2b_base64; "
+    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, contextlib, json, socket, zlib; "
+    "decode = binascii.a2b_base64; "
     "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
     "source, request = [zlib.decompress(decode(word)) for word in words]; "
     "exec(compile(source, source[2:13], exec.__name__)); agent_main(source, request)"
@@ -5035,14 +5036,13 @@ class Agent:
         """
         request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
-        packed = agent_input(command, self.packed(request.action), request)
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
             may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = self.ssh.session(command)
                 try:
-                    child.send(packed)
+                    child.send(agent_input(command, self.packed(request.action), request))  # Python starts meanwhile
                     return self._hear(
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
