@@ -22,8 +22,8 @@ What runs on the host outlives this program; `stop` ends it.
 """
 
 # The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
-# to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there) and PLACES
-# (where it runs).
+# to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there), PLACES
+# (where it runs) and BESIDE (what is started beside a server).
 #
 #   names          numbers, exit statuses, the one Failure
 #   records        every fact that crosses a boundary, typed and checked once
@@ -38,10 +38,11 @@ What runs on the host outlives this program; `stop` ends it.
 #   agent          what is sent to the host, and the conversation with it
 #   tunnel         forward, check, hold; the browser; the background
 #   execute        an annex: notebooks that are run to their end
+#   recorder       an annex: what cells print is kept
 #   schedulers     an annex: Jupyter in a job of a cluster
 #   command line   options, actions, main
 #
-# The core is whole without the two annexes. What stands between "agent begins" and "agent ends" is sent to the host. It
+# The core is whole without its annexes. What stands between "agent begins" and "agent ends" is sent to the host, and
 # runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
 # file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
 
@@ -458,6 +459,7 @@ class Request(Record):
     no_socket: str = ""  # why there is none although it was asked for
     server_args: "List[str]" = []
     idle_timeout_s: int = 0
+    no_record: bool = False
     start_timeout_s: float = float(START_TIMEOUT_S)
     local_port: int = 0  # the one it is to be reached by; the next open of it looks for the same
     # Through which scheduler.
@@ -515,7 +517,7 @@ class Request(Record):
 
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
-    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s")
+    LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s", "no_record")
     CHOOSING = ("app", "python", "env", "init", "socket", "submit")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key", "state_dir")
 
@@ -786,12 +788,29 @@ class Line(Message):
     id: str = ""  # of the server whose log it is
 
 
+class Recorded(Message):
+    """A line of a kernel's journal."""
+
+    kind = "recorded"
+    entry: "Json"
+
+
 class Part(Message):
     """The next bytes of a file that is followed, compressed and in base64."""
 
     kind = "part"
     file: str
     data: str
+
+
+class Away(Record):
+    """A notebook whose cell ended while no page was connected to its kernel: the last one that did."""
+
+    notebook: str
+    count: "Optional[int]" = None
+    seconds: float
+    lines: int
+    is_done: bool
 
 
 class OpenReply(RuntimeInfo):
@@ -813,6 +832,7 @@ class OpenReply(RuntimeInfo):
     request: "Request" = Request()  # what launched it
     foreign: "List[str]" = []  # files of Jupyter's that another user owns
     scheduler: str = ""  # a scheduler's command that is there and was not used
+    away: "List[Away]" = []
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
@@ -924,6 +944,14 @@ class LogsReply(Record):
     """Whose log it was."""
 
     id: str
+
+
+class OutputReply(Record):
+    """Whose journal it was: which kernel's of which server, and the notebook that it had last."""
+
+    id: str
+    kernel: str
+    notebook: str = ""
 
 
 class EndReply(Record):
@@ -1086,6 +1114,10 @@ EVENTS = {
     "brought": Event("a file that a run wrote is here", ("path", "id")),
     "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
     "line": Event("one line of `logs`", ("line",)),
+    "input": Event("a cell that began, in `output`", ("kernel", "notebook", "cell", "count", "code", "time")),
+    "output": Event("what a cell printed", ("kernel", "cell", "type", "content")),
+    "finished": Event("a cell that ended", ("kernel", "cell", "is_done", "time", "seconds", "connections")),
+    "gap": Event("something is missing in `output`", ("kernel", "why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
     "option": Event("one line of `config`", ("option", "value", "source")),
     "command": Event("one line of `--dry-run`", ("argv",)),
@@ -4077,6 +4109,9 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
 REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, and its words that do not name them
 
 
+BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
+
+
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
     """Launch Jupyter by one launcher, where it can first listen; None when its command cannot be run at all.
 
@@ -4113,7 +4148,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             set_aside(directory)
             raise
         if info:
-            return write_down_answer(record, info, found)
+            record = write_down_answer(record, info, found)
+            for start in BESIDE:
+                start(record, found)
+            return record
         tail = end_of_log(log)
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
@@ -4393,6 +4431,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
+    found.away = [] if request.job else away_from(found.id)
     found.foreign = foreign_files()
     return found
 
@@ -4954,7 +4993,7 @@ MESSAGES = {
     kind.kind: kind
     for kind in (
         *(Hello, Progress, QueueState, Found, Note, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
-        TaskState,
+        *(TaskState, Recorded),
     )
 }
 STOPPED_TEXTS = {
@@ -7764,6 +7803,651 @@ def write_result(path: str, notebook: Json) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# recorder (an annex: the core is whole without it)
+#
+# What the cells of a server print is kept, whoever looks. The first half lives on the host: a process of its own beside
+# each server, under the Python of its environment, hears what the kernels tell everyone (their iopub socket) and writes
+# it down, a journal for each kernel. The second half reads that here: `output`.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
+RECORD_EVERY_S = 0.25  # between two looks for new kernels, and for the end of the server
+UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
+CELL_FRESH_S = 1.0  # for which the server's word on its notebooks and pages holds
+IDS_MAX = 1000  # cells whose threads may still print
+IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
+
+
+class BegunCell(Entry):
+    """A line of a kernel's journal: it began to execute a cell. The `id` numbers them, from 1."""
+
+    kind = "begun"
+    id: str
+    time: float
+    count: "Optional[int]" = None
+    code: str = ""
+    notebook: str = ""
+
+
+class PrintedOutput(Entry):
+    """What came of a cell, as the kernel sent it (jupyter-client.readthedocs.io, "Messaging")."""
+
+    kind = "printed"
+    id: str
+    type: str
+    content: "Json"
+
+
+class FinishedCell(Entry):
+    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell."""
+
+    kind = "finished"
+    id: str
+    time: float
+    is_done: bool
+    connections: int = -1
+
+
+class Gap(Entry):
+    """Something is missing here."""
+
+    kind = "gap"
+    time: float
+    why: str
+
+
+RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap)}  # type: Dict[str, Type[Entry]]
+OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
+
+
+class KernelView(Record):
+    """A kernel, as a server's API tells of it."""
+
+    id: str = ""
+    connections: int = -1
+
+
+class SessionView(Record):
+    """A notebook and its kernel, as a server's API tells of them; `path` is relative to the server's directory."""
+
+    path: str = ""
+    kernel: "KernelView" = KernelView()
+
+
+class KernelMark(Record):
+    """What is found quickly of a kernel whose journal lies beside: KERNEL.json."""
+
+    notebook: str = ""
+
+
+class Connection(Record):
+    """A kernel's connection file, as far as it matters to who listens (jupyter-client, "Connection files")."""
+
+    transport: str = "tcp"
+    ip: str = "127.0.0.1"
+    iopub_port: int
+    key: str = ""
+    signature_scheme: str = "hmac-sha256"
+
+    def address(self) -> str:
+        """Return where its iopub socket listens, as ZeroMQ writes it."""
+        return "%s://%s%s%d" % (self.transport, self.ip, "-" if self.transport == "ipc" else ":", self.iopub_port)
+
+
+def cells_dir(directory: str) -> str:
+    """Return where the journals of a server lie."""
+    return os.path.join(directory, "cells")
+
+
+def start_recorder(record: ServerRecord, found: Launcher) -> None:
+    """Start what writes down what the cells of a new server print."""
+    python = interpreter_of(found)
+    if record.request.no_record or not python:
+        return
+    private_dir(cells_dir(record.directory))
+    program = leave_agent(record.directory, recorder_main, record.request)
+    log = os.path.join(record.directory, "recorder.log")
+    start_detached([python, program], found.environment, "/", log, bool(record.job))
+
+
+BESIDE.append(start_recorder)
+
+
+def recorder_main(directory: str) -> None:
+    """Record beside the server of a directory, until it has ended. Ends with CANNOT_RUN where there is no pyzmq."""
+    try:
+        import zmq
+    except ImportError as error:
+        print(error)
+        sys.exit(CANNOT_RUN)
+    Recorder(directory, zmq).run()
+
+
+class Recorder:
+    """Hears the kernels of one server, and writes down what they say."""
+
+    def __init__(self, directory: str, zmq: "Any") -> None:
+        self.directory = directory
+        self.zmq = zmq
+        self.poller = zmq.Poller()
+        self.context = zmq.Context()
+        record = read_record(ServerRecord, os.path.join(directory, "server.json"))
+        assert record is not None  # it was written before we were started
+        self.record = record
+        self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
+        self._asked = {}  # type: Dict[str, Tuple[float, Any]] # by the path of the API
+        self._looked_at = 0.0
+
+    def run(self) -> None:
+        """Record until the server has ended, or `stop` took its directory away."""
+        while os.path.isdir(self.directory) and is_same_process(self.record.pid, self.record.identity):
+            self.look_for_kernels()
+            until = time.monotonic() + RECORD_EVERY_S
+            while time.monotonic() < until:
+                heard = self.poller.poll(max(1, int(1000 * (until - time.monotonic()))))
+                for kernel in [kernel for kernel in self._known.values() if kernel.socket in dict(heard)]:
+                    kernel.hear()
+
+    def look_for_kernels(self) -> None:
+        """Listen to new kernels at once: they have much to say before Jupyter itself knows them. Forget those gone."""
+        runtime = native(self.record.runtime_dir)
+        with contextlib.suppress(OSError):
+            names = [name for name in os.listdir(runtime) if re_kernel(name)]
+            for name in set(names) - set(self._known):
+                self._known[name] = RecordedKernel(self, os.path.join(runtime, name), re_kernel(name))
+            for name in set(self._known) - set(names):
+                self._known.pop(name).close()
+        unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
+        if unsure:
+            ids = [view.id for view in self.views("api/kernels", KernelView, 0.0)]
+            for kernel in unsure:
+                kernel.decide(kernel.id in ids)
+
+    def views(self, path: str, kind: "Type[R]", fresh_s: float = CELL_FRESH_S) -> "List[R]":
+        """Ask the server for a list; an answer holds for a moment."""
+        asked_at, views = self._asked.get(path, (0.0, []))
+        if time.monotonic() - asked_at >= fresh_s or not asked_at:
+            info = server_info(self.record)
+            said = ask_server(info, path + "?no_track_activity=1")[1] if info else None
+            views = [seen(kind, view) for view in said] if isinstance(said, list) else []
+            self._asked[path] = time.monotonic(), views
+        return list(views)
+
+    def notebook_of(self, kernel: str) -> str:
+        """Return the path of the notebook that a kernel belongs to; empty for none."""
+        sessions = self.views("api/sessions", SessionView)
+        return next((session.path for session in sessions if session.kernel.id == kernel), "")
+
+    def connections_of(self, kernel: str) -> int:
+        """Return how many pages a kernel has; -1 where the server does not say."""
+        views = self.views("api/kernels", KernelView)
+        return next((view.connections for view in views if view.id == kernel), -1)
+
+
+def re_kernel(name: str) -> str:
+    """Return the id of the kernel whose connection file has this name; empty for another file."""
+    is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
+    return name[len("kernel-") : -len(".json")] if is_kernel else ""
+
+
+class RecordedKernel:
+    """One kernel that is heard. What it says waits in ZeroMQ, without a bound, until Jupyter tells that it is its own.
+
+    A PUB socket drops what a slow subscriber does not take (DESIGN 2): ours takes all at once.
+    """
+
+    def __init__(self, recorder: Recorder, path: str, identity: str) -> None:
+        zmq = recorder.zmq
+        self.recorder = recorder
+        self.id = identity
+        self.is_unsure = True
+        self.socket = recorder.context.socket(zmq.SUB)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._path = path
+        self._since = time.monotonic()
+        self._connection = None  # type: Optional[Connection]
+        self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
+        self._begun = 0  # how many
+        self._running = {}  # type: Dict[str, BegunCell]
+        self._failed = set()  # type: Set[str]
+        self._lines = {}  # type: Dict[str, int]
+        self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
+        self.connect()
+
+    def connect(self) -> None:
+        """Listen to it, as soon as its connection file is whole."""
+        if not self._connection:
+            self._connection = read_record(Connection, self._path)
+            if self._connection:
+                self.socket.connect(self._connection.address())
+
+    def decide(self, is_ours: bool) -> None:
+        """Take it for one of this server's, or after a while, as nobody says so, leave it alone."""
+        self.connect()
+        if is_ours and self._connection:
+            self.is_unsure = False
+            self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
+        elif time.monotonic() - self._since > UNKNOWN_KERNEL_S:
+            self.is_unsure = False
+            self.socket.close()
+
+    def close(self) -> None:
+        """It is gone, or was restarted under another name: what ran has ended, nobody knows how."""
+        if not self.socket.closed:
+            self.hear()
+            self._end_all()
+            with contextlib.suppress(KeyError):
+                self.recorder.poller.unregister(self.socket)
+            self.socket.close()
+
+    def hear(self) -> None:
+        """Write down what it has said, so far."""
+        for _ in range(1000):  # then others are heard
+            try:
+                self.take(self.socket.recv_multipart(self.recorder.zmq.NOBLOCK))
+            except self.recorder.zmq.Again:
+                return
+
+    def take(self, frames: "List[bytes]") -> None:
+        """Take one message (jupyter-client, "The wire protocol"); what is not signed by its key is not its own."""
+        import hashlib
+        import hmac
+
+        at = frames.index(b"<IDS|MSG>") + 1 if b"<IDS|MSG>" in frames else len(frames)
+        parts = frames[at + 1 : at + 5]
+        connection = self._connection
+        if len(parts) < 4 or not connection:
+            return
+        digest = getattr(hashlib, connection.signature_scheme.rpartition("-")[2], hashlib.sha256)
+        signature = hmac.new(connection.key.encode(), b"".join(parts), digest).hexdigest().encode()
+        if connection.key and not hmac.compare_digest(signature, frames[at]):
+            return
+        try:
+            header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
+            if (
+                parent.get("msg_type") == "execute_request"
+            ):  # else it is for an extension, or of the kernel's start: no cell shows it
+                self.understand(str(header["msg_type"]), str(parent.get("msg_id")), content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Wrong):
+            return  # no message of the protocol's
+
+    def understand(self, kind: str, asked_by: str, content: "Json") -> None:
+        """Write down what a message tells, which a message of this id asked for."""
+        if kind == "execute_input":
+            self._begun += 1
+            self._ids[asked_by] = str(self._begun)
+            for old in list(self._ids)[:-IDS_MAX]:
+                del self._ids[old]
+        identity = self._ids.get(asked_by, "")
+        if kind == "execute_input":
+            self._end_all()  # of what runs no more, without a word: the kernel was started anew
+            notebook = self.recorder.notebook_of(self.id)
+            facts = {"count": content.get("execution_count"), "code": content.get("code", ""), "notebook": notebook}
+            begun = BegunCell(id=identity, time=time.time(), **facts)
+            self._running[identity], self._lines[identity] = begun, 0
+            self._journal.head = begun
+            self._journal.mark(KernelMark(notebook=notebook))
+            self._journal.tell(begun)
+        elif kind in OUTPUT_TYPES:
+            if kind == "error":
+                self._failed.add(identity)
+            self._lines[identity] = self._lines.get(identity, 0) + str(content.get("text", "")).count("\n")
+            self._lines[identity] += "data" in content
+            self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
+        elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
+            self._end(identity)
+
+    def _end_all(self) -> None:
+        for identity in list(self._running):
+            self._failed.add(identity)
+            self._end(identity)
+
+    def _end(self, identity: str) -> None:
+        begun = self._running.pop(identity)
+        is_done = identity not in self._failed
+        connections = self.recorder.connections_of(self.id)
+        self._journal.tell(FinishedCell(id=identity, time=time.time(), is_done=is_done, connections=connections))
+        lines = self._lines.pop(identity, 0)
+        self._failed.discard(identity)
+        away = Away(
+            notebook=begun.notebook, count=begun.count, seconds=time.time() - begun.time, lines=lines, is_done=is_done
+        )
+        self._journal.tell_away(away if connections == 0 and begun.notebook else None)
+
+
+class Journal:
+    """What one kernel said: two files, of which the older one goes when the newer one is full. 0600, as all of ours."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.head = None  # type: Optional[BegunCell] # the cell that runs, or ran last
+        self._file = -1
+        self._size = 0
+        self._lost = ""
+        self._mark = KernelMark()
+
+    def tell(self, entry: Entry) -> None:
+        """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
+        line = line_of(entry)
+        try:
+            if self._size + len(line) > JOURNAL_BYTES // 2 and self._size:
+                self._turn()
+            if self._lost:
+                self._write(line_of(Gap(time=time.time(), why=self._lost)))
+                self._lost = ""
+            self._write(line)
+        except OSError as error:
+            self._lost = self._lost or error.strerror or str(error)
+
+    def _write(self, line: bytes) -> None:
+        if self._file < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._file = os.open(self.path + ".journal", flags, 0o600)
+            self._size = os.fstat(self._file).st_size
+        try:
+            write_all(self._file, line)
+            self._size += len(line)
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+
+    def _turn(self) -> None:
+        is_cut = os.path.exists(self.path + ".journal.old")
+        os.replace(self.path + ".journal", self.path + ".journal.old")
+        os.close(self._file)
+        self._file, self._size = -1, 0
+        if is_cut:
+            self._write(line_of(Gap(time=time.time(), why=IS_CUT)))
+        if self.head:
+            self._write(line_of(self.head))
+
+    def mark(self, mark: KernelMark) -> None:
+        """Write down what is to be found quickly."""
+        if mark != self._mark:
+            with contextlib.suppress(OSError):
+                write_whole(self.path + ".json", json.dumps(mark.facts()))
+                self._mark = mark
+
+    def tell_away(self, away: "Optional[Away]") -> None:
+        """Leave word of a cell that ended with no page there, for whoever comes back; or take it away."""
+        with contextlib.suppress(OSError):
+            if away:
+                write_whole(self.path + ".away", json.dumps(away.facts()))
+            else:
+                os.unlink(self.path + ".away")
+
+
+def line_of(entry: Entry) -> bytes:
+    """Return a line of a journal."""
+    return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
+
+
+def away_from(identity: str) -> "List[Away]":
+    """Return what is to be told of a server's notebooks to who comes back, once."""
+    found = []
+    for record in [record for record in KINDS["server"].records() if record.id == identity]:
+        directory = cells_dir(record.directory)
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+        for path in sorted(os.path.join(directory, name) for name in names if name.endswith(".away")):
+            away = read_record(Away, path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            found += [away] if away else []
+    return found
+
+
+# -- what the host sends of it ----------------------------------------------------------------------------------------
+
+
+def send_output(request: Request, channel: Channel) -> OutputReply:
+    """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
+    record, path, mark = journal_asked_for(request)
+    old, new = Growing(path + ".old"), Growing(path)
+    inode = inode_of(path)
+    known = request.line
+    reply = OutputReply(id=record.id, kernel=os.path.basename(path).partition(".")[0], notebook=mark.notebook)
+
+    def send_entries() -> bool:
+        nonlocal new, inode, known
+        is_last = not (request.is_followed and place_of(record).is_running())  # before the look
+        lines = old.lines()
+        if inode_of(path) != inode:  # it became the older half
+            lines += Growing(path + ".old", new.offset).lines()
+            new, inode = Growing(path), inode_of(path)
+        lines += new.lines()
+        for line in lines[known:]:
+            channel.send(Recorded(entry=json.loads(line)))
+        known = max(0, known - len(lines))
+        return is_last or channel.is_closed
+
+    is_whole = send_entries()
+    channel.send(Recorded(entry={}))  # from here on it is news
+    if not is_whole:
+        until(send_entries, float("inf"), channel.keep_alive, slowest_s=0.2)
+    return reply
+
+
+def inode_of(path: str) -> int:
+    """Return what tells a file from another that takes its name; 0 for none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
+def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
+    """Return the newest journal of the notebook or the kernel that is named, in the server of PATH where that is given.
+
+    Raises Failure, with those that there are.
+    """
+    root_dir = resolve_path(request.path)[0] if request.path else ""
+    found = []
+    for record in KINDS["server"].records():
+        directory = cells_dir(record.directory)
+        if (root_dir and record.root_dir != root_dir) or not os.path.isdir(directory):
+            continue
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if name.endswith(".journal"):
+                mark = read_record(KernelMark, path[: -len(".journal")] + ".json") or KernelMark()
+                found.append((os.stat(path).st_mtime, record, path, mark))
+    found.sort(key=lambda row: row[0], reverse=True)
+    named = [row[1:] for row in found if is_named(request.name, row[3].notebook, os.path.basename(row[2]))]
+    if named:
+        return named[0]
+    there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
+    what = "nothing is recorded" + (" of " + request.name if request.name else "")
+    why = (
+        "there is: " + there if there else "no cell was executed yet in a server that rjupyter launched, or --no-record"
+    )
+    raise Failure(what, why, "output, with one of these names" if there else "")
+
+
+def is_named(name: str, notebook: str, kernel: str) -> bool:
+    """True when a name means this notebook, or the kernel whose id begins so."""
+    paths = (notebook, notebook[: -len(".ipynb")] if notebook.endswith(".ipynb") else notebook)
+    is_notebook = bool(notebook) and any(("/" + path).endswith("/" + name.lstrip("/")) for path in paths)
+    return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
+
+
+REQUESTS["send_output"] = HostAction(send_output, OutputReply)
+
+
+# agent ends
+
+# -- what is shown of it ----------------------------------------------------------------------------------------------
+
+
+class CellOutput:
+    """One execution of a cell, and what came of it so far."""
+
+    def __init__(self, begun: Optional[BegunCell] = None, gap: Optional[Gap] = None) -> None:
+        self.begun = begun
+        self.gap = gap  # in place of a cell: nobody knows what was here
+        self.outputs: List[PrintedOutput] = []
+        self.finished: Optional[FinishedCell] = None
+        self._clears = False
+
+    def take(self, printed: PrintedOutput) -> None:
+        """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
+        if printed.type == "clear_output":
+            self._clears = bool(printed.content.get("wait"))
+            self.outputs = self.outputs if self._clears else []
+        elif printed.type != "update_display_data":
+            self.outputs = [*([] if self._clears else self.outputs), printed]
+            self._clears = False
+
+    def update(self, printed: PrintedOutput) -> None:
+        """Take another content for the displays of the same id."""
+        identity = display_of(printed)
+        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
+            output.content = dict(output.content, data=printed.content.get("data"))
+
+    def title(self) -> str:
+        """Return its head: its number, when it began, and how long it took."""
+        if self.gap:
+            return "[%s]" % self.gap.why
+        if not self.begun:
+            return head_of(None)
+        seconds = (self.finished.time if self.finished else time.time()) - self.begun.time
+        state = "" if self.finished and self.finished.is_done else ", failed" if self.finished else ", runs"
+        return "%s  %s, %s%s" % (head_of(self.begun.count), moment(self.begun.time), duration(seconds), state)
+
+    def lines(self) -> List[str]:
+        """Return what it printed, as a terminal would show it in the end."""
+        found: List[str] = []
+        screen = Screen(found.append)
+        for output in self.outputs:
+            screen.write(text_of(output))
+        screen.end_line()
+        return found[:-1] if found and not found[-1] else found
+
+
+def head_of(count: Optional[int]) -> str:
+    """Return the number of a cell as a notebook shows it."""
+    return "In [%s]" % (" " if count is None else count)
+
+
+def moment(seconds: float) -> str:
+    """Return a time of day, with its date when that is not today."""
+    then = time.localtime(seconds)
+    form = "%H:%M" if time.strftime("%F", then) == time.strftime("%F") else "%b %d %H:%M"
+    return time.strftime(form, then)
+
+
+def display_of(output: PrintedOutput) -> str:
+    """Return the id by which a display is updated; empty for none."""
+    transient = output.content.get("transient")
+    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
+
+
+def text_of(output: PrintedOutput) -> str:
+    """Return the text of an output; of what is no text, what it is and how large."""
+    content = output.content
+    if output.type == "stream":
+        return joined_text(content.get("text", ""))
+    if output.type == "error":
+        return "\n".join(map(str, content.get("traceback") or [])) + "\n"
+    data = content.get("data")
+    data = data if isinstance(data, dict) else {}
+    images = [name for name in data if name.startswith("image/")]
+    if images:
+        size = len(joined_text(data[images[0]])) * (1 if "svg" in images[0] else 0.75)
+        return "[%s, %s]\n" % (images[0], "%d kB" % (size / 1e3) if size >= 1000 else "%d bytes" % size)
+    text = joined_text(data.get("text/plain", ""))
+    return text + "\n" if text or not data else "[%s]\n" % ", ".join(data)
+
+
+class ShownCells:
+    """What `output` shows of a journal: each cell when it has ended, the one that runs at last, and then what comes."""
+
+    def __init__(self, messages: Messages, since: float) -> None:
+        self.messages = messages
+        self.since = since  # seconds since 1970: what ended before is not shown
+        self.lines = 0  # of the journal, that were taken
+        self._cells: Dict[str, CellOutput] = {}
+        self._is_live = False
+        self._screen = Screen(messages.line)
+
+    def take(self, message: Recorded, show: Show) -> None:
+        """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
+        if not message.entry:
+            if not self._is_live:
+                self.show_so_far()
+            return
+        self.lines += 1
+        kind = RECORDED.get(str(message.entry.get("kind")))
+        try:
+            entry = kind.read(message.entry) if kind else None
+        except Wrong:
+            return
+        if isinstance(entry, BegunCell):
+            self._cells.setdefault(entry.id, CellOutput(entry)).begun = entry
+        elif isinstance(entry, PrintedOutput):
+            self._cells.setdefault(entry.id, CellOutput()).take(entry)
+            for cell in self._cells.values() if entry.type == "update_display_data" else []:
+                cell.update(entry)
+        elif isinstance(entry, FinishedCell) and entry.id in self._cells:
+            self._cells[entry.id].finished = entry
+        elif isinstance(entry, Gap):
+            self._cells["gap %d" % self.lines] = CellOutput(gap=entry)
+        if self._is_live and entry:
+            self._show_live(entry)
+
+    def show_so_far(self) -> None:
+        """Show what came; from now on, what comes is shown as it comes."""
+        cells = list(self._cells.values())
+        for cell in cells:
+            if not cell.finished or cell.finished.time >= self.since:
+                self._show(cell, is_last=cell is cells[-1])
+        self._is_live = True
+
+    def _show(self, cell: CellOutput, is_last: bool) -> None:
+        if self.messages.as_json:
+            for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
+                self._tell(entry, cell)
+            return
+        self.messages.line(cell.title())
+        for line in cell.lines():
+            self.messages.line(line)
+        if not is_last:
+            self.messages.line("")
+
+    def _show_live(self, entry: Entry) -> None:
+        cell = self._cells.get(getattr(entry, "id", ""), CellOutput())
+        if self.messages.as_json:
+            self._tell(entry, cell)
+        elif isinstance(entry, BegunCell):
+            self._screen.end_line()
+            self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
+        elif isinstance(entry, PrintedOutput) and entry.type != "clear_output":
+            self._screen.write(text_of(entry))
+        elif isinstance(entry, FinishedCell) and cell.begun:
+            self._screen.end_line()
+            became = "done" if entry.is_done else "failed"
+            took = duration(entry.time - cell.begun.time)
+            self.messages.note("%s %s after %s." % (head_of(cell.begun.count), became, took))
+        elif isinstance(entry, Gap):
+            self.messages.line("[%s]" % entry.why)
+
+    def _tell(self, entry: Optional[Entry], cell: CellOutput) -> None:
+        if isinstance(entry, BegunCell):
+            facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
+            self.messages.event("input", time=entry.time, **facts)
+        elif isinstance(entry, PrintedOutput):
+            self.messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
+        elif isinstance(entry, FinishedCell):
+            seconds = entry.time - cell.begun.time if cell.begun else None
+            facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
+            self.messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
+        elif isinstance(entry, Gap):
+            self.messages.event("gap", why=entry.why, time=entry.time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # schedulers (an annex: the core is whole without it)
 #
 # A host that is a login node: Jupyter, or a notebook, runs in a job that the cluster's own scheduler starts on another
@@ -8860,6 +9544,19 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _moment(text: str) -> float:
+    """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
+    import datetime
+
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return time.time() - _duration_s(text)
+    today = datetime.date.today().isoformat()
+    for words in (text, "%s %s" % (today, text)):
+        with contextlib.suppress(ValueError):
+            return datetime.datetime.fromisoformat(words).timestamp()
+    raise argparse.ArgumentTypeError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
         raise argparse.ArgumentTypeError("a number from 1 to 999, not %r" % text)
@@ -8894,6 +9591,7 @@ def config_path() -> str:
 ATTACH_HELP = "come back to this server; `list` shows the ids"
 PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
 IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
+SINCE_HELP = "of what ended since then: 14:02, 2026-11-26, or 2h for so long ago"
 IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
 START_HELP = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
 ENV_HELP = "conda, mamba or pixi environment by name, any environment by path"
@@ -9000,6 +9698,7 @@ OPTIONS: Dict[str, List[Option]] = {
             field="socket",
             chooses="server",
         ),
+        Option("--no-record", "do not keep what cells print; `output` has nothing to show then", field="no_record"),
         Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
         Option(
             "--server-arg",
@@ -9498,8 +10197,18 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
     if server.foreign:
         text = "Notebooks may fail on %s: another user owns files of Jupyter's. To mend it, there: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
+    for away in server.away:
+        say_away(away, args, messages)
     if server.is_launched and agent.hello.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
+
+
+def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
+    """Say of a notebook what became of its last cell while no page was there."""
+    became = "done" if away.is_done else "failed"
+    facts = (away.notebook, head_of(away.count), became, duration(away.seconds), count_of(away.lines, "line"))
+    text = "While you were away: %s %s %s after %s (%s). To see it: %s"
+    messages.note(text % (*facts, back_again(args, "output", away.notebook)))
 
 
 def wants_browser(args: argparse.Namespace) -> bool:
@@ -9547,6 +10256,26 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         with ssh:
             redials = args.is_followed and not args.no_reconnect
             agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
+    except KeyboardInterrupt:
+        if not args.is_followed:
+            raise
+        messages.end_line()
+    return EXIT_OK
+
+
+def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
+    shown = ShownCells(messages, args.since)
+    request = Request(action="send_output", name=args.name, path=args.destination.path, is_followed=args.is_followed)
+
+    def ask() -> Request:
+        return request.but(line=shown.lines)
+
+    try:
+        with ssh:
+            redials = args.is_followed and not args.no_reconnect
+            handlers: Dict[str, Handler] = {"recorded": shown.take}
+            agent.ask_on(ask, OutputReply, handlers=handlers, redials=redials)
     except KeyboardInterrupt:
         if not args.is_followed:
             raise
@@ -9999,6 +10728,17 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
         ],
         asks="logs",
+    ),
+    "output": Action(
+        run_output,
+        "what the cells of a notebook printed, also while nobody looked",
+        "output [NOTEBOOK] [-f] [--since TIME]",
+        [
+            Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
+            Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
+            Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
+        ],
+        asks="send_output",
     ),
     "stop": Action(
         run_stop,

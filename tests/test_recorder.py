@@ -1,0 +1,209 @@
+"""What cells print is kept, whoever looks: by a process beside each server, and shown by `output`."""
+
+import json
+import os
+import re
+import signal
+from typing import Any, Dict, List
+
+import pytest
+from client import api, check_failure, compute, events_of, send
+from notebooks import write_notebook
+from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
+
+
+def opened(laptop: Laptop, *arguments: str) -> Run:
+    run = laptop.start("--local-port", str(quiet_port()), *arguments, has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    return run
+
+
+def new_session(url: str, path: str) -> str:
+    """Start a kernel as a page does for a notebook, and return its id."""
+    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
+    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
+
+
+def journal(host: Host, kernel: str) -> List[Dict[str, Any]]:
+    """Return what is written of a kernel."""
+    files = host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel)
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def wait_for_end(host: Host, kernel: str, count: int = 1) -> None:
+    """Wait until that many cells have ended, by the journal."""
+    wait_until(lambda: [e["kind"] for e in journal(host, kernel)].count("finished") >= count, "the cell has ended", 60)
+
+
+def recorders(mark: str) -> List[int]:
+    return [pid for pid, words in processes_with(mark).items() if "/agent.py" in words]
+
+
+@pytest.fixture
+def run(laptop: Laptop, host: Host) -> Run:
+    for name in ("train.ipynb", "it's here.ipynb"):
+        write_notebook(host.home / name)
+    return opened(laptop, "host")
+
+
+def test_output_shows_what_a_cell_printed_with_no_page(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "for i in range(3): print('line', i)\n6 * 7", kernel)
+    wait_for_end(host, kernel)
+    shown = laptop.run("host", "output", "train.ipynb")
+    assert re.fullmatch(r"In \[\d+\]  \d\d:\d\d, 0 s\nline 0\nline 1\nline 2\n42\n", shown.stdout), shown.text
+    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+CELLS = {
+    "progress": ("for i in range(5): print('\\r%d %%' % (25 * i), end='')\nprint()", "100 %\n"),
+    "error": (
+        "%xmode Minimal\nprint('before')\n1 / 0",  # the word that begins the usual form no test of ours may print
+        "Exception reporting mode: Minimal\nbefore\nZeroDivisionError: division by zero\n",
+    ),
+    "stderr": ("import sys; print('w', file=sys.stderr)", "w\n"),
+    "cleared": (
+        "from IPython.display import clear_output\nprint('old'); clear_output(wait=True); print('new')",
+        "new\n",
+    ),
+    "updated": (
+        "from IPython.display import display\nh = display('one', display_id=True); h.update('two')",
+        "'two'\n",
+    ),
+    "image": (
+        "from IPython.display import Image, display\ndisplay(Image(data=b'x' * 24000, format='png'))",
+        r"\[image/png, 24 kB\]\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_output_is_as_the_page_would_show_it(laptop: Laptop, host: Host, run: Run, name: str) -> None:
+    code, wanted = CELLS[name]
+    kernel = new_session(run.url(), "it's here.ipynb")
+    compute(run.url(), code, kernel)
+    wait_for_end(host, kernel)
+    shown = laptop.run("host", "output", "it's here").stdout
+    assert re.fullmatch("In [^\n]*\n" + wanted, shown, re.DOTALL), shown
+    assert ("failed" in shown.split("\n")[0]) == (name == "error")
+
+
+def test_output_as_json(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "print('hello')", kernel)
+    wait_for_end(host, kernel)
+    first, printed, last = [e for e in events_of(laptop.run("--json", "host", "output", kernel[:8])) if "cell" in e]
+    assert (first["event"], first["code"], first["notebook"]) == ("input", "print('hello')", "train.ipynb")
+    assert printed["content"] == {"name": "stdout", "text": "hello\n"}
+    assert (last["event"], last["is_done"], last["cell"]) == ("finished", True, first["cell"])
+
+
+def test_output_is_followed_while_the_cell_runs(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    gate = host.home / "gate"
+    code = "import os, time\nprint('first', flush=True)\nwhile not os.path.exists(%r): time.sleep(.05)\nprint('last')"
+    connection = send(run.url(), code % str(gate), kernel)
+    connection.close()
+    following = laptop.start("host", "output", "-f", has_terminal=False)
+    following.expect("first\n")
+    gate.write_text("")
+    following.expect(r"last\n(.|\n)*In \[\d+\] done after")
+    following.interrupt()
+    assert following.wait() == 0
+
+
+def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    gate = host.home / "gate"
+    code = "import os, time\nprint(1)\nwhile not os.path.exists(%r): time.sleep(.05)\nprint(2)"
+    send(run.url(), code % str(gate), kernel).close()
+    wait_until(lambda: journal(host, kernel), "it has begun")
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["connections"] == 0, "the page is gone")
+    run.interrupt()
+    run.wait(20)
+    gate.write_text("")
+    wait_for_end(host, kernel)
+    told = re.compile(r"While you were away: train\.ipynb In \[\d+\] done after \d+ s \(2 lines\)\. To see it: (.*)\n")
+    again = opened(laptop, "host")
+    match = told.search(again.text)
+    assert match and match.group(1).endswith("host output train.ipynb"), again.text
+    assert not told.search(opened(laptop, "--local-port", str(quiet_port()), "host").text)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill -9"])
+def test_the_recorder_ends_with_its_server(laptop: Laptop, host: Host, run: Run, mark: str, how: str) -> None:
+    wait_until(lambda: len(recorders(mark)) == 1, "it runs")
+    compute(run.url(), "print('kept')")
+    if how == "stop":
+        assert laptop.run("host", "stop").status == 0
+    else:
+        os.kill(host.servers()[0]["pid"], signal.SIGKILL)
+    wait_until(lambda: not recorders(mark), "it has ended", 20)
+    assert bool(list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal"))) == (how == "kill -9")
+    if how == "kill -9":
+        assert "kept" in laptop.run("host", "output").stdout
+
+
+def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> None:
+    run = opened(laptop, "--no-record", "host")
+    compute(run.url(), "print(1)")
+    assert not recorders(mark)
+    check_failure(laptop.run("host", "output"), 1, "nothing is recorded", "--no-record")
+
+
+def test_a_name_that_is_nowhere_is_told_with_those_that_are(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    compute(run.url(), "print(1)", kernel)
+    wait_for_end(host, kernel)
+    check_failure(
+        laptop.run("host", "output", "other.ipynb"), 1, "nothing is recorded of other.ipynb", "it's here.ipynb"
+    )
+
+
+def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    code = "for i in range(1000000): print('%08d' % i + 'x' * 91)"
+    compute(run.url(), code, kernel)
+    wait_for_end(host, kernel, 0)
+    wait_until(lambda: "finished" in tail(host, kernel), "it has ended", 120)
+    shown = laptop.run("host", "output", "train.ipynb").stdout
+    numbers = [int(line[:8]) for line in shown.splitlines() if re.match(r"\d{8}x", line)]
+    assert numbers[-1] == 999999
+    assert numbers == list(range(numbers[0], 1000000))
+    assert "older output was dropped" in shown
+    sizes = [path.stat().st_size for path in host.home.glob(".local/state/rjupyter/servers/*/cells/*")]
+    assert 32e6 < sum(sizes) < 70e6
+
+
+def tail(host: Host, kernel: str) -> str:
+    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel)
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 1000))
+        return stream.read().decode()
+
+
+def test_a_kernel_that_is_restarted_goes_on_in_the_same_journal(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "print('before')", kernel)
+    api(run.url(), "kernels/%s/restart" % kernel, "POST", {})
+    compute(run.url(), "print('after')", kernel)
+    wait_for_end(host, kernel, 2)
+    shown = laptop.run("host", "output", "train.ipynb").stdout
+    assert re.search(r"before\n\nIn .*\nafter\n", shown), shown
+
+
+def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -> None:
+    (host.home / "other").mkdir()
+    write_notebook(host.home / "other/train.ipynb")
+    second = opened(laptop, "--new", "host:other")
+    kernels = [new_session(each.url(), "train.ipynb") for each in (run, second)]
+    for each, kernel, word in zip((run, second), kernels, ("one", "two")):
+        compute(each.url(), "print(%r)" % word, kernel)
+        wait_for_end(host, kernel)
+    assert "two" in laptop.run("host:other", "output").stdout
+    for kernel, word in zip(kernels, ("one", "two")):
+        assert len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel))) == 1
+        assert word in laptop.run("host", "output", kernel).stdout
