@@ -23,7 +23,7 @@ What runs on the host outlives this program; `stop` ends it.
 
 # The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
 # to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there), PLACES
-# (where it runs) and BESIDE (what is started beside a server).
+# (where it runs), BESIDE (what is started with a server) and TELLING (what is told to who comes back to one).
 #
 #   names          numbers, exit statuses, the one Failure
 #   records        every fact that crosses a boundary, typed and checked once
@@ -1114,10 +1114,10 @@ EVENTS = {
     "brought": Event("a file that a run wrote is here", ("path", "id")),
     "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
     "line": Event("one line of `logs`", ("line",)),
-    "input": Event("a cell that began, in `output`", ("kernel", "notebook", "cell", "count", "code", "time")),
-    "output": Event("what a cell printed", ("kernel", "cell", "type", "content")),
-    "finished": Event("a cell that ended", ("kernel", "cell", "is_done", "time", "seconds", "connections")),
-    "gap": Event("something is missing in `output`", ("kernel", "why", "time")),
+    "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
+    "output": Event("what a cell printed", ("cell", "type", "content")),
+    "finished": Event("a cell that ended", ("cell", "is_done", "time", "seconds", "connections")),
+    "gap": Event("something is missing in `output`", ("why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
     "option": Event("one line of `config`", ("option", "value", "source")),
     "command": Event("one line of `--dry-run`", ("argv",)),
@@ -1530,6 +1530,15 @@ def duration(seconds: Optional[float]) -> str:
         if seconds >= size:
             return "%d %s" % (seconds // size, unit)
     return "%d s" % seconds
+
+
+def long_duration(seconds: float) -> str:
+    """Return a duration in its two largest units: 2 h 3 min."""
+    for size, unit in ((86400, 3600), (3600, 60), (60, 1)):
+        if seconds >= size:
+            rest = duration(seconds % size) if seconds % size >= unit else ""
+            return ("%s %s" % (duration(seconds), rest)).strip()
+    return duration(max(0.0, seconds))
 
 
 def count_of(number: int, thing: str) -> str:
@@ -3972,16 +3981,16 @@ def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
     return RuntimeInfo(token=token, base_url="/", **facts)
 
 
-def configured_port() -> bool:
-    """True when the user's own configuration names a port, or a socket: then theirs holds, and we name none."""
+def is_configured(names: str) -> bool:
+    """True when the user's own configuration sets one of these, "port|sock": then theirs holds, and we set none."""
     import re
 
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(port|sock)\s*="), (".json", r'"(port|sock)"\s*:')):
+        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)\b.*="), (".json", r'"(%s)"\s*:')):
             try:
                 with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
-                    if re.search(pattern, stream.read(RUNTIME_FILE_MAX)):
+                    if re.search(pattern % names, stream.read(RUNTIME_FILE_MAX)):
                         return True
             except OSError:
                 continue
@@ -4110,6 +4119,7 @@ REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, 
 
 
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
+TELLING = []  # type: List[Callable[[str], List[Away]]] # each has something to tell to who comes back to a server
 
 
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
@@ -4208,7 +4218,7 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
     if request.socket and not request.no_socket:
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
-    if configured_port() and not request.port:
+    if is_configured("port|sock") and not request.port:
         yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
         return
     starting = [server.port for server in KINDS["server"].running()]
@@ -4238,7 +4248,16 @@ def server_arguments(request: Request, root_dir: str) -> "List[str]":
             arguments.append("--%s.shutdown_no_activity_timeout=%d" % (app, idle_s))
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
-    return arguments + [native(argument) for argument in request.server_args]
+    theirs = [native(argument) for argument in request.server_args]
+    if not is_configured(TORNADO_SETTINGS) and not any("tornado_settings" in argument for argument in theirs):
+        arguments += ["--%s.tornado_settings=%s" % (app, PINGS) for app in ("ServerApp", "NotebookApp")]
+    return arguments + theirs
+
+
+TORNADO_SETTINGS = "tornado_settings|webapp_settings"
+# Milliseconds. A page whose link died is taken for gone after 12 s, not 90, and from then on Jupyter keeps for it what
+# its kernels print (Jupyter Server's base/websocket.py).
+PINGS = {"ws_ping_interval": 3000, "ws_ping_timeout": 9000}
 
 
 def set_aside(directory: str) -> str:
@@ -4431,7 +4450,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
-    found.away = [] if request.job else away_from(found.id)
+    found.away = [away for tell in TELLING for away in ([] if request.job else tell(found.id))]
     found.foreign = foreign_files()
     return found
 
@@ -7812,19 +7831,32 @@ def write_result(path: str, notebook: Json) -> None:
 # agent begins
 
 JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
-RECORD_EVERY_S = 0.25  # between two looks for new kernels, and for the end of the server
+RECORD_EVERY_S = 0.25  # between two looks for new kernels
+DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
+SERVER_EVERY_S = 2.0  # between two looks whether the server is there
+PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
-CELL_FRESH_S = 1.0  # for which the server's word on its notebooks and pages holds
+CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
+PAGES_FRESH_S = 0.2  # and on their pages
 IDS_MAX = 1000  # cells whose threads may still print
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
 
-class BegunCell(Entry):
-    """A line of a kernel's journal: it began to execute a cell. The `id` numbers them, from 1."""
+class TimedEntry(Entry):
+    """A line of a kernel's journal; its time in seconds since 1970."""
+
+    time: float
+
+    def odd(self) -> "List[str]":
+        """Return a time that no calendar has."""
+        return [] if 0 <= self.time < 2**33 else ["time"]
+
+
+class BegunCell(TimedEntry):
+    """A kernel began to execute a cell. The `id` numbers them, from 1."""
 
     kind = "begun"
     id: str
-    time: float
     count: "Optional[int]" = None
     code: str = ""
     notebook: str = ""
@@ -7839,21 +7871,19 @@ class PrintedOutput(Entry):
     content: "Json"
 
 
-class FinishedCell(Entry):
+class FinishedCell(TimedEntry):
     """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell."""
 
     kind = "finished"
     id: str
-    time: float
     is_done: bool
     connections: int = -1
 
 
-class Gap(Entry):
+class Gap(TimedEntry):
     """Something is missing here."""
 
     kind = "gap"
-    time: float
     why: str
 
 
@@ -7937,32 +7967,42 @@ class Recorder:
         self.record = record
         self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
         self._asked = {}  # type: Dict[str, Tuple[float, Any]] # by the path of the API
-        self._looked_at = 0.0
+        self._names = set()  # type: Set[str] # of the connection files
+        self._changed_at = 0.0  # their directory
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
-        while os.path.isdir(self.directory) and is_same_process(self.record.pid, self.record.identity):
+        looked_at = 0.0
+        while True:
+            if time.monotonic() - looked_at > SERVER_EVERY_S:
+                looked_at = time.monotonic()
+                if not os.path.isdir(self.directory) or not is_same_process(self.record.pid, self.record.identity):
+                    return
+                for kernel in self._known.values():
+                    kernel.look_again()
             self.look_for_kernels()
-            until = time.monotonic() + RECORD_EVERY_S
-            while time.monotonic() < until:
-                heard = self.poller.poll(max(1, int(1000 * (until - time.monotonic()))))
-                for kernel in [kernel for kernel in self._known.values() if kernel.socket in dict(heard)]:
-                    kernel.hear()
+            heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
+            for kernel in [kernel for kernel in self._known.values() if kernel.socket in heard]:
+                kernel.hear()
 
     def look_for_kernels(self) -> None:
         """Listen to new kernels at once: they have much to say before Jupyter itself knows them. Forget those gone."""
         runtime = native(self.record.runtime_dir)
         with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(runtime) if re_kernel(name)]
-            for name in set(names) - set(self._known):
-                self._known[name] = RecordedKernel(self, os.path.join(runtime, name), re_kernel(name))
-            for name in set(self._known) - set(names):
+            changed_at = os.stat(runtime).st_mtime
+            if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
+                self._changed_at = changed_at
+                self._names = {name for name in os.listdir(runtime) if kernel_id_of(name)}
+            for name in self._names - set(self._known):
+                self._known[name] = RecordedKernel(self, os.path.join(runtime, name), kernel_id_of(name))
+            for name in set(self._known) - self._names:
                 self._known.pop(name).close()
         unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
         if unsure:
             ids = [view.id for view in self.views("api/kernels", KernelView, 0.0)]
             for kernel in unsure:
                 kernel.decide(kernel.id in ids)
+            self._asked.clear()  # its page comes at once
 
     def views(self, path: str, kind: "Type[R]", fresh_s: float = CELL_FRESH_S) -> "List[R]":
         """Ask the server for a list; an answer holds for a moment."""
@@ -7981,11 +8021,11 @@ class Recorder:
 
     def connections_of(self, kernel: str) -> int:
         """Return how many pages a kernel has; -1 where the server does not say."""
-        views = self.views("api/kernels", KernelView)
+        views = self.views("api/kernels", KernelView, PAGES_FRESH_S)
         return next((view.connections for view in views if view.id == kernel), -1)
 
 
-def re_kernel(name: str) -> str:
+def kernel_id_of(name: str) -> str:
     """Return the id of the kernel whose connection file has this name; empty for another file."""
     is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
     return name[len("kernel-") : -len(".json")] if is_kernel else ""
@@ -8014,6 +8054,8 @@ class RecordedKernel:
         self._running = {}  # type: Dict[str, BegunCell]
         self._failed = set()  # type: Set[str]
         self._lines = {}  # type: Dict[str, int]
+        self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
+        self._ended_at = 0.0
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         self.connect()
 
@@ -8115,7 +8157,17 @@ class RecordedKernel:
         away = Away(
             notebook=begun.notebook, count=begun.count, seconds=time.time() - begun.time, lines=lines, is_done=is_done
         )
-        self._journal.tell_away(away if connections == 0 and begun.notebook else None)
+        self._unseen, self._ended_at = away if begun.notebook else None, time.monotonic()
+        self._tell_unseen(connections)
+
+    def _tell_unseen(self, connections: int) -> None:
+        self._journal.tell_away(self._unseen if connections == 0 else None)
+        self._unseen = None if connections == 0 else self._unseen
+
+    def look_again(self) -> None:
+        """A page whose link had died counts for a while: look whether the one that was there is there still."""
+        if self._unseen and time.monotonic() - self._ended_at < PAGE_GONE_S:
+            self._tell_unseen(self.recorder.connections_of(self.id))
 
 
 class Journal:
@@ -8197,6 +8249,9 @@ def away_from(identity: str) -> "List[Away]":
                 os.unlink(path)
             found += [away] if away else []
     return found
+
+
+TELLING.append(away_from)
 
 
 # -- what the host sends of it ----------------------------------------------------------------------------------------
@@ -8314,7 +8369,7 @@ class CellOutput:
             return head_of(None)
         seconds = (self.finished.time if self.finished else time.time()) - self.begun.time
         state = "" if self.finished and self.finished.is_done else ", failed" if self.finished else ", runs"
-        return "%s  %s, %s%s" % (head_of(self.begun.count), moment(self.begun.time), duration(seconds), state)
+        return "%s  %s, %s%s" % (head_of(self.begun.count), moment(self.begun.time), long_duration(seconds), state)
 
     def lines(self) -> List[str]:
         """Return what it printed, as a terminal would show it in the end."""
@@ -8350,7 +8405,7 @@ def text_of(output: PrintedOutput) -> str:
     if output.type == "stream":
         return joined_text(content.get("text", ""))
     if output.type == "error":
-        return "\n".join(map(str, content.get("traceback") or [])) + "\n"
+        return "".join(line + "\n" for line in seen(Output, {"traceback": content.get("traceback")}).traceback)
     data = content.get("data")
     data = data if isinstance(data, dict) else {}
     images = [name for name in data if name.startswith("image/")]
@@ -8428,7 +8483,7 @@ class ShownCells:
         elif isinstance(entry, FinishedCell) and cell.begun:
             self._screen.end_line()
             became = "done" if entry.is_done else "failed"
-            took = duration(entry.time - cell.begun.time)
+            took = long_duration(entry.time - cell.begun.time)
             self.messages.note("%s %s after %s." % (head_of(cell.begun.count), became, took))
         elif isinstance(entry, Gap):
             self.messages.line("[%s]" % entry.why)
@@ -10206,7 +10261,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
 def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
     """Say of a notebook what became of its last cell while no page was there."""
     became = "done" if away.is_done else "failed"
-    facts = (away.notebook, head_of(away.count), became, duration(away.seconds), count_of(away.lines, "line"))
+    facts = (away.notebook, head_of(away.count), became, long_duration(away.seconds), count_of(away.lines, "line"))
     text = "While you were away: %s %s %s after %s (%s). To see it: %s"
     messages.note(text % (*facts, back_again(args, "output", away.notebook)))
 

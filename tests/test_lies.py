@@ -61,6 +61,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "open": OPEN,
     "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB]},
     "logs": {"id": "07af"},
+    "send_output": {"id": "07af", "kernel": "1f", "notebook": "a.ipynb"},
     "stop": {"count": 1, "busy": [SERVER], "runs": [RUN]},
     "describe_end": {"is_running": False, "reason": "it was stopped", "log": "bye"},
     "examine": EXAMINED,
@@ -85,6 +86,18 @@ JOURNAL: List[Dict[str, Any]] = [
     {"kind": "cell", "index": 0, "content": CELL, "cell": 1, "count": 1, "seconds": 0.5, "is_done": True},
     {"kind": "end", "metadata": {}, "outcome": "done", "error": ""},
 ]
+DATA = {"image/png": "aGVsbG8=", "text/plain": ["<Figure>"]}
+RECORDED: List[Dict[str, Any]] = [
+    {"kind": "begun", "id": "1", "time": 1700000000.5, "count": 1, "code": "1", "notebook": "a.ipynb"},
+    {"kind": "printed", "id": "1", "type": "stream", "content": {"name": "stdout", "text": "1\n"}},
+    {"kind": "printed", "id": "1", "type": "display_data", "content": {"data": DATA, "transient": {"display_id": "x"}}},
+    {"kind": "printed", "id": "1", "type": "update_display_data", "content": {"data": DATA, "transient": {}}},
+    {"kind": "printed", "id": "1", "type": "clear_output", "content": {"wait": True}},
+    {"kind": "printed", "id": "1", "type": "error", "content": {"traceback": ["it failed"]}},
+    {"kind": "finished", "id": "1", "time": 1700000003.5, "is_done": False, "connections": 0},
+    {"kind": "gap", "time": 1700000004.5, "why": "No space left on device"},
+    {},
+]
 TOLD: List[Dict[str, Any]] = [
     {"kind": "hello", "user": "ana", "node": "gpu1", "python": "3.11.7", "is_root": True},
     {"kind": "progress", "text": "waiting"},
@@ -95,6 +108,7 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
     {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
+    *({"kind": "recorded", "entry": entry} for entry in RECORDED),
     {"kind": "task", "index": 0, "name": "a.ipynb", "state": "ended", "id": "r07af", "end": {**RUN, "brings": []}},
     {"kind": "task", "index": 0, "name": "a.ipynb", "state": "failed", "trouble": TROUBLE},
 ]
@@ -103,6 +117,7 @@ COMMANDS: Dict[str, List[str]] = {
     "open": ["--no-browser", "host"],
     "list": ["host", "list"],
     "logs": ["host", "logs"],
+    "send_output": ["host", "output", "a.ipynb"],
     "stop": ["host", "stop", "--yes"],
     "describe_end": ["host", "execute", "--attach", "r07af"],
     "examine": ["host", "doctor"],

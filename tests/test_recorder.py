@@ -1,9 +1,11 @@
 """What cells print is kept, whoever looks: by a process beside each server, and shown by `output`."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
@@ -167,7 +169,6 @@ def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Lap
     kernel = new_session(run.url(), "train.ipynb")
     code = "for i in range(1000000): print('%08d' % i + 'x' * 91)"
     compute(run.url(), code, kernel)
-    wait_for_end(host, kernel, 0)
     wait_until(lambda: "finished" in tail(host, kernel), "it has ended", 120)
     shown = laptop.run("host", "output", "train.ipynb").stdout
     numbers = [int(line[:8]) for line in shown.splitlines() if re.match(r"\d{8}x", line)]
@@ -179,10 +180,12 @@ def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Lap
 
 
 def tail(host: Host, kernel: str) -> str:
-    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel)
-    with open(path, "rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 1000))
-        return stream.read().decode()
+    """Return the end of a journal; empty for the moment in which it becomes the older half."""
+    for path in host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 1000))
+            return stream.read().decode()
+    return ""
 
 
 def test_a_kernel_that_is_restarted_goes_on_in_the_same_journal(laptop: Laptop, host: Host, run: Run) -> None:
@@ -207,3 +210,42 @@ def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -
     for kernel, word in zip(kernels, ("one", "two")):
         assert len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel))) == 1
         assert word in laptop.run("host", "output", kernel).stdout
+
+
+def test_a_page_whose_link_died_is_soon_taken_for_gone(laptop: Laptop, host: Host, run: Run) -> None:
+    """It answers no ping; Jupyter's own patience is 90 s, and it would send into the void until then."""
+    kernel = new_session(run.url(), "train.ipynb")
+    connection = send(run.url(), "print(1)", kernel)
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["connections"] == 0, "the page is gone", 25)
+    connection.close()
+
+
+@pytest.mark.parametrize("where", ["configuration", "argument"])
+def test_pings_of_the_user_s_own_stay(laptop: Laptop, host: Host, where: str) -> None:
+    (host.home / ".jupyter").mkdir(exist_ok=True)
+    if where == "configuration":
+        path = host.home / ".jupyter/jupyter_server_config.py"
+        path.write_text("c.ServerApp.tornado_settings = {'ws_ping_interval': 7000}\n")
+    arguments = [] if where == "configuration" else ["--server-arg=--ServerApp.tornado_settings={'x': 1}"]
+    opened(laptop, *arguments, "host")
+    words = Path("/proc/%d/cmdline" % host.servers()[0]["pid"]).read_text()
+    assert "ws_ping" not in words
+
+
+def test_a_cell_that_ended_into_a_dead_link_is_told_of(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    connection = send(run.url(), "print(1)", kernel)  # which hears nothing from now on
+    wait_for_end(host, kernel)
+    assert journal(host, kernel)[-1]["connections"] == 1
+    wait_until(lambda: list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.away")), "it is known", 30)
+    connection.close()
+    assert "While you were away: train.ipynb In [" in opened(laptop, "host", "--local-port", str(quiet_port())).text
+
+
+def test_a_server_on_a_socket_is_recorded(laptop: Laptop, host: Host) -> None:
+    """Its kernels have sockets as well, not ports."""
+    run = opened(laptop, "--socket", "host")
+    kernel = str(api(run.url(), "kernels", "POST", {})["id"])
+    compute(run.url(), "print('through')", kernel)
+    wait_for_end(host, kernel)
+    assert "through" in laptop.run("host", "output").stdout
