@@ -954,6 +954,13 @@ class OutputReply(Record):
     notebook: str = ""
 
 
+class SaveReply(Record):
+    """Into which notebook outputs were saved, and of how many cells."""
+
+    notebook: str
+    cells: int
+
+
 class EndReply(Record):
     """Whether a thing still runs and answers, on this node or elsewhere; or why it ended, and the end of its log."""
 
@@ -1117,6 +1124,7 @@ EVENTS = {
     "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
     "output": Event("what a cell printed", ("cell", "type", "content")),
     "finished": Event("a cell that ended", ("cell", "is_done", "time", "seconds", "connections")),
+    "saved": Event("`output --save` has put outputs into a notebook", ("notebook", "cells")),
     "gap": Event("something is missing in `output`", ("why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
     "option": Event("one line of `config`", ("option", "value", "source")),
@@ -1187,9 +1195,16 @@ def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
 
 
 def http_request(
-    address: "Any", path: str, token: str, timeout_s: float, method: str = "GET", is_secure: bool = False
+    address: "Any",
+    path: str,
+    token: str,
+    timeout_s: float,
+    method: str = "GET",
+    is_secure: bool = False,
+    sent: bytes = b"",
+    most: int = 1000000,
 ) -> "Tuple[int, bytes]":
-    """Ask the server at `address`, (host, port) or a Unix socket; return the HTTP status and the body (1 MB at most).
+    """Ask the server at `address`, (host, port) or a Unix socket; return the HTTP status and the body, `most` bytes.
 
     Straight to the socket, past any http_proxy. The certificate is not checked: the way there is a loopback, or ours.
     Raises OSError when there is no answer within `timeout_s`.
@@ -1212,18 +1227,18 @@ def http_request(
             context.verify_mode = ssl.CERT_NONE
             connection = context.wrap_socket(connection)
         host = "127.0.0.1" if is_unix else "127.0.0.1:%d" % address[1]
-        head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: 0\r\n" % (method, path, host)
+        head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n" % (method, path, host, len(sent))
         if token:
             head += "Authorization: token %s\r\n" % token
-        connection.sendall((head + "\r\n").encode("utf-8"))
-        answer = b""
-        while len(answer) < 1000000:
+        connection.sendall((head + "\r\n").encode("utf-8") + sent)
+        answer = bytearray()
+        while len(answer) < most:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             chunk = connection.recv(65536)
             if not chunk:
                 break
             answer += chunk
-    head_bytes, _, body = answer.partition(b"\r\n\r\n")
+    head_bytes, _, body = bytes(answer).partition(b"\r\n\r\n")
     words = head_bytes.split(None, 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise ConnectionError("closed without an answer")
@@ -4006,12 +4021,14 @@ def can_ask_server(record: ServerRecord, info: RuntimeInfo) -> bool:
     return place_of(record).is_here or not is_inner
 
 
-def ask_server(info: RuntimeInfo, path: str, method: str = "GET") -> "Tuple[int, Any]":
+def ask_server(
+    info: RuntimeInfo, path: str, method: str = "GET", timeout_s: float = ASK_TIMEOUT_S, **more: "Any"
+) -> "Tuple[int, Any]":
     """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
     address = native(info.sock) or (info.host, info.port)
     try:
         status, body = http_request(
-            address, info.base_url + path, info.token, ASK_TIMEOUT_S, method=method, is_secure=info.is_secure
+            address, info.base_url + path, info.token, timeout_s, method=method, is_secure=info.is_secure, **more
         )
     except OSError:
         return 0, None
@@ -7837,7 +7854,10 @@ SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
+SAVE_TIMEOUT_S = 60.0
+NOTEBOOK_MAX = 1 << 30  # bytes
 PAGES_FRESH_S = 0.2  # and on their pages
+RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
@@ -8045,6 +8065,7 @@ class RecordedKernel:
         self.socket = recorder.context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._path = path
         self._since = time.monotonic()
@@ -8254,6 +8275,72 @@ def away_from(identity: str) -> "List[Away]":
 TELLING.append(away_from)
 
 
+# -- what it was ----------------------------------------------------------------------------------------------------
+
+
+def display_of(output: PrintedOutput) -> str:
+    """Return the id by which a display is updated; empty for none."""
+    transient = output.content.get("transient")
+    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
+
+
+class CellOutput:
+    """One execution of a cell, and what came of it so far."""
+
+    def __init__(self, begun: "Optional[BegunCell]" = None, gap: "Optional[Gap]" = None) -> None:
+        self.begun = begun
+        self.gap = gap  # in place of a cell: nobody knows what was here
+        self.outputs = []  # type: List[PrintedOutput]
+        self.finished = None  # type: Optional[FinishedCell]
+        self._clears = False
+
+    def take(self, printed: PrintedOutput) -> None:
+        """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
+        if printed.type == "clear_output":
+            self._clears = bool(printed.content.get("wait"))
+            self.outputs = self.outputs if self._clears else []
+        elif printed.type != "update_display_data":
+            self.outputs = [*([] if self._clears else self.outputs), printed]
+            self._clears = False
+
+    def update(self, printed: PrintedOutput) -> None:
+        """Take another content for the displays of the same id."""
+        identity = display_of(printed)
+        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
+            output.content = dict(output.content, data=printed.content.get("data"))
+
+
+class Executions:
+    """The executions of a journal, in their order."""
+
+    def __init__(self) -> None:
+        self.cells = {}  # type: Dict[str, CellOutput]
+
+    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
+        """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
+        kind = RECORDED.get(str(facts.get("kind")))
+        try:
+            entry = kind.read(facts) if kind else None
+        except Wrong:
+            return None, None
+        if isinstance(entry, Gap):
+            cell = self.cells["gap %d" % len(self.cells)] = CellOutput(gap=entry)
+            return cell, entry
+        identity = str(getattr(entry, "id", ""))
+        if not entry or (isinstance(entry, FinishedCell) and identity not in self.cells):
+            return None, None
+        cell = self.cells.setdefault(identity, CellOutput())
+        if isinstance(entry, BegunCell):
+            cell.begun = entry
+        elif isinstance(entry, FinishedCell):
+            cell.finished = entry
+        elif isinstance(entry, PrintedOutput):
+            cell.take(entry)
+            for other in self.cells.values() if entry.type == "update_display_data" else []:
+                other.update(entry)
+        return cell, entry
+
+
 # -- what the host sends of it ----------------------------------------------------------------------------------------
 
 
@@ -8274,7 +8361,7 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
             new, inode = Growing(path), inode_of(path)
         lines += new.lines()
         for line in lines[known:]:
-            channel.send(Recorded(entry=json.loads(line)))
+            channel.send(Recorded(entry=facts_in(line)))
         known = max(0, known - len(lines))
         return is_last or channel.is_closed
 
@@ -8283,6 +8370,15 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
     if not is_whole:
         until(send_entries, float("inf"), channel.keep_alive, slowest_s=0.2)
     return reply
+
+
+def facts_in(line: str) -> "Json":
+    """Return what a line of a journal holds; of a damaged one, that it is none."""
+    try:
+        facts = json.loads(line)
+    except (ValueError, RecursionError):
+        facts = None
+    return facts if isinstance(facts, dict) and facts else {"kind": "damaged"}
 
 
 def inode_of(path: str) -> int:
@@ -8331,54 +8427,133 @@ def is_named(name: str, notebook: str, kernel: str) -> bool:
 REQUESTS["send_output"] = HostAction(send_output, OutputReply)
 
 
+# -- what it puts into the notebook -----------------------------------------------------------------------------------
+
+
+class Contents(Record):
+    """A notebook as the contents API has it (Jupyter Server, "Contents API")."""
+
+    content: "Any" = None
+    last_modified: str = ""
+    message: "Any" = ""  # of an error
+
+
+def save_output(request: Request, channel: Channel) -> SaveReply:
+    """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
+
+    Raises Failure, and changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
+    """
+    from urllib.parse import quote
+
+    record, path, mark = journal_asked_for(request)
+    info = server_info(record) if place_of(record).is_running() else None
+    if not info or not mark.notebook:
+        why = "its server has ended" if mark.notebook else "its kernel belongs to no notebook"
+        raise Failure("cannot save into a notebook", why, "output, without --save")
+    kernel = os.path.basename(path).partition(".")[0]
+    api = "api/contents/" + quote(mark.notebook)
+    check_alone(info, kernel, mark.notebook)
+    before = contents_of(info, api, "?type=notebook&content=1")
+    executions = Executions()
+    for line in Growing(path + ".old").lines() + Growing(path).lines():
+        executions.take(facts_in(line))
+    cells = seen(Notebook, before.content).cells
+    changed = fill_in(cells, list(executions.cells.values()))
+    if changed:
+        check_alone(info, kernel, mark.notebook)
+        if contents_of(info, api, "?content=0").last_modified != before.last_modified:
+            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
+        sent = json.dumps({"type": "notebook", "format": "json", "content": dict(before.content, cells=cells)}).encode()
+        status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
+        if status not in (200, 201):
+            why = str(seen(Contents, said).message or "HTTP status %d" % status)
+            raise Failure("cannot save into " + mark.notebook, why)
+    return SaveReply(notebook=mark.notebook, cells=changed)
+
+
+def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
+    """Return a notebook, or what is to be known of it; raises Failure."""
+    status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
+    contents = seen(Contents, said)
+    if status != 200 or not contents.last_modified:
+        why = "it is not there any more" if status == 404 else str(contents.message or "HTTP status %d" % status)
+        raise Failure("cannot read the notebook", why)
+    return contents
+
+
+def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
+    """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
+    said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
+    if seen(KernelView, said).connections > 0:
+        why = "a page is connected to its kernel, and shows or saves these outputs itself"
+        raise Failure("%s is open" % notebook, why, "close its page, then the same again")
+
+
+def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
+    """Give cells the outputs of the executions of their code, equal ones by their order; return how many changed.
+
+    Where equal cells were executed more often than there are, the last executions count.
+    """
+    by_code = {}  # type: Dict[str, List[Json]]
+    for cell in cells:
+        if seen(Cell, cell).cell_type == "code":
+            by_code.setdefault(joined_text(seen(Cell, cell).source), []).append(cell)
+    changed = 0
+    for code, same in by_code.items():
+        ran = [execution for execution in executions if execution.begun and execution.begun.code == code]
+        for cell, execution in zip(same, ran[-len(same) :]):
+            count = execution.begun.count if execution.begun else None
+            outputs = outputs_in_file(execution, count)
+            if (cell.get("outputs"), cell.get("execution_count")) != (outputs, count):
+                cell["outputs"], cell["execution_count"] = outputs, count
+                changed += 1
+    return changed
+
+
+def outputs_in_file(execution: CellOutput, count: "Optional[int]") -> "List[Json]":
+    """Return the outputs of an execution in a notebook's own form (nbformat 4)."""
+    found = []  # type: List[Json]
+    for output in execution.outputs:
+        content = output.content
+        names = {"stream": ("name", "text"), "error": ("ename", "evalue", "traceback")}.get(output.type)
+        facts = {name: content.get(name) for name in names or ("data", "metadata")}
+        if output.type == "execute_result":
+            facts["execution_count"] = count
+        last = found[-1] if found else {}
+        if output.type == "stream" and (last.get("output_type"), last.get("name")) == ("stream", facts["name"]):
+            last["text"] += str(facts["text"])
+        else:
+            found.append(dict(facts, output_type=output.type))
+    return found
+
+
+REQUESTS["save_output"] = HostAction(save_output, SaveReply)
+
+
 # agent ends
 
 # -- what is shown of it ----------------------------------------------------------------------------------------------
 
 
-class CellOutput:
-    """One execution of a cell, and what came of it so far."""
+def title_of(cell: CellOutput) -> str:
+    """Return the head of an execution: its number, when it began, and how long it took."""
+    if cell.gap:
+        return "[%s]" % cell.gap.why
+    if not cell.begun:
+        return head_of(None)
+    seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
+    state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
+    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), long_duration(seconds), state)
 
-    def __init__(self, begun: Optional[BegunCell] = None, gap: Optional[Gap] = None) -> None:
-        self.begun = begun
-        self.gap = gap  # in place of a cell: nobody knows what was here
-        self.outputs: List[PrintedOutput] = []
-        self.finished: Optional[FinishedCell] = None
-        self._clears = False
 
-    def take(self, printed: PrintedOutput) -> None:
-        """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
-        if printed.type == "clear_output":
-            self._clears = bool(printed.content.get("wait"))
-            self.outputs = self.outputs if self._clears else []
-        elif printed.type != "update_display_data":
-            self.outputs = [*([] if self._clears else self.outputs), printed]
-            self._clears = False
-
-    def update(self, printed: PrintedOutput) -> None:
-        """Take another content for the displays of the same id."""
-        identity = display_of(printed)
-        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
-            output.content = dict(output.content, data=printed.content.get("data"))
-
-    def title(self) -> str:
-        """Return its head: its number, when it began, and how long it took."""
-        if self.gap:
-            return "[%s]" % self.gap.why
-        if not self.begun:
-            return head_of(None)
-        seconds = (self.finished.time if self.finished else time.time()) - self.begun.time
-        state = "" if self.finished and self.finished.is_done else ", failed" if self.finished else ", runs"
-        return "%s  %s, %s%s" % (head_of(self.begun.count), moment(self.begun.time), long_duration(seconds), state)
-
-    def lines(self) -> List[str]:
-        """Return what it printed, as a terminal would show it in the end."""
-        found: List[str] = []
-        screen = Screen(found.append)
-        for output in self.outputs:
-            screen.write(text_of(output))
-        screen.end_line()
-        return found[:-1] if found and not found[-1] else found
+def lines_of(cell: CellOutput) -> List[str]:
+    """Return what an execution printed, as a terminal would show it in the end."""
+    found: List[str] = []
+    screen = Screen(found.append)
+    for output in cell.outputs:
+        screen.write(text_of(output))
+    screen.end_line()
+    return found[:-1] if found and not found[-1] else found
 
 
 def head_of(count: Optional[int]) -> str:
@@ -8391,12 +8566,6 @@ def moment(seconds: float) -> str:
     then = time.localtime(seconds)
     form = "%H:%M" if time.strftime("%F", then) == time.strftime("%F") else "%b %d %H:%M"
     return time.strftime(form, then)
-
-
-def display_of(output: PrintedOutput) -> str:
-    """Return the id by which a display is updated; empty for none."""
-    transient = output.content.get("transient")
-    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
 
 
 def text_of(output: PrintedOutput) -> str:
@@ -8423,7 +8592,7 @@ class ShownCells:
         self.messages = messages
         self.since = since  # seconds since 1970: what ended before is not shown
         self.lines = 0  # of the journal, that were taken
-        self._cells: Dict[str, CellOutput] = {}
+        self._executions = Executions()
         self._is_live = False
         self._screen = Screen(messages.line)
 
@@ -8434,27 +8603,13 @@ class ShownCells:
                 self.show_so_far()
             return
         self.lines += 1
-        kind = RECORDED.get(str(message.entry.get("kind")))
-        try:
-            entry = kind.read(message.entry) if kind else None
-        except Wrong:
-            return
-        if isinstance(entry, BegunCell):
-            self._cells.setdefault(entry.id, CellOutput(entry)).begun = entry
-        elif isinstance(entry, PrintedOutput):
-            self._cells.setdefault(entry.id, CellOutput()).take(entry)
-            for cell in self._cells.values() if entry.type == "update_display_data" else []:
-                cell.update(entry)
-        elif isinstance(entry, FinishedCell) and entry.id in self._cells:
-            self._cells[entry.id].finished = entry
-        elif isinstance(entry, Gap):
-            self._cells["gap %d" % self.lines] = CellOutput(gap=entry)
-        if self._is_live and entry:
-            self._show_live(entry)
+        cell, entry = self._executions.take(message.entry)
+        if self._is_live and cell and entry:
+            self._show_live(cell, entry)
 
     def show_so_far(self) -> None:
         """Show what came; from now on, what comes is shown as it comes."""
-        cells = list(self._cells.values())
+        cells = list(self._executions.cells.values())
         for cell in cells:
             if not cell.finished or cell.finished.time >= self.since:
                 self._show(cell, is_last=cell is cells[-1])
@@ -8465,14 +8620,13 @@ class ShownCells:
             for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
                 self._tell(entry, cell)
             return
-        self.messages.line(cell.title())
-        for line in cell.lines():
+        self.messages.line(title_of(cell))
+        for line in lines_of(cell):
             self.messages.line(line)
         if not is_last:
             self.messages.line("")
 
-    def _show_live(self, entry: Entry) -> None:
-        cell = self._cells.get(getattr(entry, "id", ""), CellOutput())
+    def _show_live(self, cell: CellOutput, entry: Entry) -> None:
         if self.messages.as_json:
             self._tell(entry, cell)
         elif isinstance(entry, BegunCell):
@@ -10320,6 +10474,8 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
+    if args.saves:
+        return save_outputs(args, ssh, agent, messages)
     shown = ShownCells(messages, args.since)
     request = Request(action="send_output", name=args.name, path=args.destination.path, is_followed=args.is_followed)
 
@@ -10335,6 +10491,16 @@ def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
         if not args.is_followed:
             raise
         messages.end_line()
+    return EXIT_OK
+
+
+def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Put what the cells of a notebook printed into it, there."""
+    with ssh:
+        request = Request(action="save_output", name=args.name, path=args.destination.path)
+        reply = agent.ask(request, SaveReply, "Saving")
+    text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
+    messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
     return EXIT_OK
 
 
@@ -10787,10 +10953,11 @@ ACTIONS: Dict[Optional[str], Action] = {
     "output": Action(
         run_output,
         "what the cells of a notebook printed, also while nobody looked",
-        "output [NOTEBOOK] [-f] [--since TIME]",
+        "output [NOTEBOOK] [-f] [--since TIME] [--save]",
         [
             Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
             Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
+            Option("--save", "put it into the notebook, there", how={"dest": "saves"}),
             Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
         ],
         asks="send_output",

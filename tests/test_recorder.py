@@ -249,3 +249,64 @@ def test_a_server_on_a_socket_is_recorded(laptop: Laptop, host: Host) -> None:
     compute(run.url(), "print('through')", kernel)
     wait_for_end(host, kernel)
     assert "through" in laptop.run("host", "output").stdout
+
+
+# -- --save -----------------------------------------------------------------------------------------------------------
+
+
+def cells_of(host: Host, name: str) -> List[Dict[str, Any]]:
+    """Return the cells of a notebook there; a source is one text, as a file need not have it."""
+    cells = json.loads((host.home / name).read_text())["cells"]
+    return [dict(cell, source="".join(cell["source"])) for cell in cells]
+
+
+def texts(cell: Dict[str, Any]) -> List[str]:
+    return ["".join(output.get("text", "")) or output["output_type"] for output in cell["outputs"]]
+
+
+def test_outputs_are_saved_into_the_cells_that_still_have_the_code(laptop: Laptop, host: Host, run: Run) -> None:
+    equal = "n = globals().get('n', 0) + 1; print('run', n)"
+    sources = [equal, "1 + 1", "%xmode Minimal\n1 / 0", equal, "'never run'", "'edited since'"]
+    write_notebook(host.home / "train.ipynb", *sources)
+    kernel = new_session(run.url(), "train.ipynb")
+    for count, source in enumerate([*sources[:4], "'edited'"], 1):
+        compute(run.url(), source, kernel)
+        wait_for_end(host, kernel, count)
+    before = cells_of(host, "train.ipynb")
+    saved = laptop.run("host", "output", "train.ipynb", "--save")
+    assert "Saved the outputs of 4 cells into train.ipynb." in saved.stderr, saved.text
+    after = cells_of(host, "train.ipynb")
+    assert [texts(cell) for cell in after[:2]] == [["run 1\n"], ["execute_result"]]
+    assert texts(after[2])[-1] == "error"
+    assert texts(after[3]) == ["run 2\n"]
+    assert after[4:] == before[4:]
+    assert "Saved the outputs of 0 cells" in laptop.run("host", "output", "train.ipynb", "--save").stderr
+
+
+def test_nothing_is_saved_under_an_open_page(laptop: Laptop, host: Host, run: Run) -> None:
+    write_notebook(host.home / "train.ipynb", "print(1)")
+    kernel = new_session(run.url(), "train.ipynb")
+    before = (host.home / "train.ipynb").read_text()
+    connection = send(run.url(), "print(1)", kernel)
+    wait_for_end(host, kernel)
+    check_failure(laptop.run("host", "output", "--save"), 1, "train.ipynb is open", "close its page")
+    assert (host.home / "train.ipynb").read_text() == before
+    connection.close()
+
+
+def test_nothing_is_saved_into_a_notebook_that_is_gone(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "print(1)", kernel)
+    wait_for_end(host, kernel)
+    (host.home / "train.ipynb").unlink()
+    check_failure(laptop.run("host", "output", "--save"), 1, "cannot read the notebook", "not there any more")
+
+
+def test_a_damaged_line_of_a_journal_is_passed_over(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "print('kept')", kernel)
+    wait_for_end(host, kernel)
+    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
+    path.write_text('{"kind": "beg\n[]\n{}\n{"kind": "begun"}\n' + path.read_text())
+    shown = laptop.run("host", "output")
+    assert shown.status == 0 and "kept" in shown.stdout
