@@ -39,6 +39,7 @@ What runs on the host outlives this program; `stop` ends it.
 #   tunnel         forward, check, hold; the browser; the background
 #   execute        an annex: notebooks that are run to their end
 #   recorder       an annex: what cells print is kept
+#   kernels        an annex: one kernel at a time: list, wait for, end
 #   schedulers     an annex: Jupyter in a job of a cluster
 #   command line   options, actions, main
 #
@@ -940,6 +941,42 @@ class ListReply(Record):
     grids: "List[GridView]" = []
 
 
+class KernelState(Record):
+    """A kernel that lives, as `list --kernels` shows it; memory in bytes, that of all its processes."""
+
+    id: str
+    server: str
+    notebook: str = ""
+    name: str = ""
+    state: str = ""
+    idle_s: "Optional[float]" = None  # since it did something
+    connections: int = 0
+    memory: "Optional[int]" = None
+    gpu_memory: "Optional[int]" = None
+
+
+class KernelsReply(Record):
+    """The kernels of the user's servers."""
+
+    kernels: "List[KernelState]" = []
+
+
+class EndKernelReply(Record):
+    """The kernel that was ended."""
+
+    kernel: "KernelState"
+
+
+class WaitReply(Record):
+    """How a kernel stands that was waited for: idle, dead, or busy when the time is up; its last cell, where known."""
+
+    kernel: "KernelState"
+    state: str
+    count: "Optional[int]" = None
+    seconds: "Optional[float]" = None
+    is_done: "Optional[bool]" = None
+
+
 class LogsReply(Record):
     """Whose log it was."""
 
@@ -1120,6 +1157,9 @@ EVENTS = {
     "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
     "brought": Event("a file that a run wrote is here", ("path", "id")),
     "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
+    "kernel": Event("one line of `list --kernels`", tuple(KernelState.fields)),
+    "ended": Event("`stop` ended a kernel", ("kernel", "notebook", "server")),
+    "waited": Event("a kernel is idle, or dead", ("kernel", "notebook", "state", "count", "seconds", "is_done")),
     "line": Event("one line of `logs`", ("line",)),
     "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
     "output": Event("what a cell printed", ("cell", "type", "content")),
@@ -1783,6 +1823,16 @@ COLUMNS = {
         Column("FOR", lambda job: {"open": "a server", "start_run": "a notebook"}.get(job.action, "?")),
         Column("PATH", lambda job: job.path or "~"),
         Column("AGE", lambda job: duration(job.age_s)),
+    ],
+    "kernel": [
+        Column("KERNEL", lambda kernel: kernel.id[:8]),
+        Column("STATE", lambda kernel: kernel.state),
+        Column("SINCE", lambda kernel: duration(kernel.idle_s) + " ago" if duration(kernel.idle_s) else "-"),
+        Column("NOTEBOOK", lambda kernel: kernel.notebook or "-"),
+        Column("PAGES", lambda kernel: kernel.connections),
+        Column("MEMORY", lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6)),
+        Column("GPU", lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6)),
+        Column("SERVER", lambda kernel: kernel.server),
     ],
     "grid": [
         Column("ID", lambda grid: grid.id),
@@ -4905,16 +4955,16 @@ class AgentSource:
 
     def __init__(self) -> None:
         with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-            self.lines = agent_lines(stream.read().split("\n"))
-        self.pieces = agent_pieces(self.lines)
+            self._text = stream.read()
 
     def of(self, action: str) -> bytes:
         """Return the agent for an action as one word, compressed. A line has the number there that it has here."""
         import binascii
         import zlib
 
-        waiting = self.pieces
-        sent = [SOURCE_NAME, AGENT_IMPORTS] + [""] * (len(self.lines) - 2)
+        lines = agent_lines(self._text.split("\n"))
+        waiting = agent_pieces(lines)
+        sent = [SOURCE_NAME, AGENT_IMPORTS] + [""] * (len(lines) - 2)
         words = {"agent_main", 'action="%s' % action}
         found = waiting[:1]
         while found:
@@ -4922,7 +4972,7 @@ class AgentSource:
             waiting = [piece for piece in waiting if not piece.words <= words]
             numbers = [number for piece in found for number in piece.numbers]
             for number in numbers:
-                sent[number] = self.lines[number]
+                sent[number] = lines[number]
             words |= words_in("\n".join(sent[number] for number in numbers))
         return binascii.b2a_base64(zlib.compress("\n".join(sent).encode("utf-8"), 9), newline=False)
 
@@ -8657,6 +8707,164 @@ class ShownCells:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# kernels (an annex: the core is whole without it)
+#
+# One kernel at a time: `list --kernels`, `wait`, `stop KERNEL`. A kernel is named by its notebook or by how its id
+# begins.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+WAIT_EVERY_S = 0.5
+LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
+
+
+class KernelFacts(KernelView):
+    """A kernel, as a server's API tells of it (Jupyter Server, "Kernels API")."""
+
+    name: str = ""
+    execution_state: str = ""
+    last_activity: str = ""
+
+
+def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
+    """Return the kernels of the user's servers that answer; of the server of PATH alone, where that is given."""
+    root_dir = resolve_path(request.path)[0] if request.path else ""
+    found = []
+    for record in KINDS["server"].all_running():
+        info = server_info(record)
+        if not info or (root_dir and record.root_dir != root_dir) or not can_ask_server(record, info):
+            continue
+        _, said = ask_server(info, "api/kernels?no_track_activity=1")
+        kernels = [seen(KernelFacts, kernel) for kernel in said] if isinstance(said, list) else []
+        _, said = ask_server(info, "api/sessions?no_track_activity=1") if kernels else (0, [])
+        sessions = [seen(SessionView, session) for session in said] if isinstance(said, list) else []
+        notebooks = {session.kernel.id: session.path for session in sessions}
+        for kernel in kernels:
+            facts = {"server": record.id, "notebook": notebooks.get(kernel.id, ""), "name": kernel.name}
+            idle_s = seconds_since(kernel.last_activity or None)
+            state = KernelState(
+                id=kernel.id,
+                state=kernel.execution_state,
+                idle_s=idle_s,
+                connections=max(0, kernel.connections),
+                **facts,
+            )
+            found.append((record, state))
+    return found
+
+
+def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
+    """Return the kernel that is named, or the only one; raises Failure, with those that there are."""
+    kernels = live_kernels(request)
+    named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
+    if len(named) == 1:
+        return named[0]
+    there = ", ".join("%s (%s)" % (kernel.notebook or "no notebook", kernel.id[:8]) for _, kernel in kernels)
+    what = "no kernel of yours runs" if not kernels else "there is no such kernel: %s" % request.name
+    if named:
+        what = "several kernels could be meant"
+    raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
+
+
+def list_kernels(request: Request, channel: Channel) -> KernelsReply:
+    """Describe each kernel, with what it holds of the memory."""
+    kernels = [kernel for _, kernel in live_kernels(request)]
+    processes = all_processes()
+    on_gpu = gpu_memory()
+    for kernel in kernels:
+        pids = processes_of_kernel(kernel.id, processes)
+        kernel.memory = sum(processes[pid][1] for pid in pids) if pids else None
+        kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
+    return KernelsReply(kernels=kernels)
+
+
+def all_processes() -> "Dict[int, Tuple[int, int, str]]":
+    """Return of each process its parent, its resident bytes and its command line (ps(1), POSIX and rss)."""
+    _, said, _ = run_command(["ps", "-axww", "-o", "pid=,ppid=,rss=,args="], COMMAND_TIMEOUT_S)
+    rows = [line.split(None, 3) for line in said.splitlines()]
+    rows = [row for row in rows if len(row) == 4 and all(word.isdigit() for word in row[:3])]
+    return {int(pid): (int(parent), int(rss) * 1024, words) for pid, parent, rss, words in rows}
+
+
+def processes_of_kernel(identity: str, processes: "Dict[int, Tuple[int, int, str]]") -> "List[int]":
+    """Return the process of a kernel, by its connection file, and those below it."""
+    found = [pid for pid, (_, _, words) in processes.items() if "kernel-%s.json" % identity in words]
+    for parent in found:  # it grows meanwhile
+        found += [pid for pid, (above, _, _) in processes.items() if above == parent and pid not in found]
+    return found
+
+
+def gpu_memory() -> "Dict[int, int]":
+    """Return how many bytes of a GPU each process holds, as nvidia-smi tells in MiB; empty where there is none."""
+    import shutil
+
+    if not shutil.which("nvidia-smi"):
+        return {}
+    argv = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    found = {}  # type: Dict[int, int]
+    for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines():
+        pid, _, size = line.partition(",")
+        if pid.strip().isdigit() and size.strip().isdigit():
+            found[int(pid)] = found.get(int(pid), 0) + (int(size) << 20)
+    return found
+
+
+def end_kernel(request: Request, channel: Channel) -> EndKernelReply:
+    """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
+    record, kernel = kernel_named(request)
+    info = server_info(record)
+    status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
+    if status not in (204, 404):
+        raise Failure("the kernel was not ended", "HTTP status %d" % status, "stop %s   (its whole server)" % record.id)
+    return EndKernelReply(kernel=kernel)
+
+
+def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
+    """Wait until a kernel is idle, or has died, or the time is up; tell what became of its last cell."""
+    record, kernel = kernel_named(request)
+    pids = processes_of_kernel(kernel.id, all_processes())[:1]
+    identities = [(pid, process_identity(pid)) for pid in pids]
+
+    def look() -> str:
+        kernel.state = state_of_kernel(record, kernel.id)
+        is_there = all(is_same_process(pid, identity) for pid, identity in identities)
+        return kernel.state if kernel.state in ("idle", "dead") and is_there else "" if is_there else "dead"
+
+    state = until(look, request.timeout_s or float("inf"), channel.keep_alive, WAIT_EVERY_S) or "busy"
+    reply = WaitReply(kernel=kernel, state=state)
+    last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
+    if last and last.begun and last.finished:
+        reply.count, reply.is_done = last.begun.count, last.finished.is_done
+        reply.seconds = last.finished.time - last.begun.time
+    return reply
+
+
+def state_of_kernel(record: ServerRecord, identity: str) -> str:
+    """Return what a kernel does: busy, idle, starting; dead for one that is gone; empty when nobody says."""
+    info = server_info(record)
+    status, said = ask_server(info, "api/kernels/%s?no_track_activity=1" % identity) if info else (404, None)
+    return "dead" if status == 404 or not place_of(record).is_running() else seen(KernelFacts, said).execution_state
+
+
+def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
+    """Return the last execution of a kernel, where it is recorded and has ended."""
+    executions = Executions()
+    path = os.path.join(cells_dir(record.directory), identity + ".journal")
+    for line in Growing(path).lines() if record.directory else []:
+        if not line.endswith('"kind": "printed"}'):
+            executions.take(facts_in(line))
+    cells = [cell for cell in executions.cells.values() if cell.begun]
+    return cells[-1] if cells and cells[-1].finished else None
+
+
+REQUESTS["list_kernels"] = HostAction(list_kernels, KernelsReply)
+REQUESTS["end_kernel"] = HostAction(end_kernel, EndKernelReply)
+REQUESTS["wait_for_kernel"] = HostAction(wait_for_kernel, WaitReply)
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
 # schedulers (an annex: the core is whole without it)
 #
 # A host that is a login node: Jupyter, or a notebook, runs in a job that the cluster's own scheduler starts on another
@@ -9800,6 +10008,7 @@ def config_path() -> str:
 ATTACH_HELP = "come back to this server; `list` shows the ids"
 PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
 IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
+STOP_HELP = "which ones (the one of PATH, or the only one); a notebook or a kernel for that kernel alone"
 SINCE_HELP = "of what ended since then: 14:02, 2026-11-26, or 2h for so long ago"
 IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
 START_HELP = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
@@ -10433,6 +10642,9 @@ def wants_browser(args: argparse.Namespace) -> bool:
 def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     with ssh:
+        if args.kernels:
+            request = Request(action="list_kernels", path=args.destination.path)
+            return show_kernels(agent.ask(request, KernelsReply, "Asking the servers").kernels, messages)
         reply = agent.ask(Request(action="list"), ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
     views += [("grid", reply.grids), ("run", reply.runs)]
@@ -10447,6 +10659,41 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         elif event == "server":
             messages.note("No server of yours runs there.")
     return EXIT_OK
+
+
+def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
+    """Show the kernels of the user's servers."""
+    for kernel in kernels:
+        messages.event("kernel", **kernel.facts())
+    if not kernels:
+        messages.note("No kernel of yours runs there.")
+    elif not messages.as_json:
+        print_table(COLUMNS["kernel"], kernels, messages)
+    return EXIT_OK
+
+
+def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Wait until a kernel is idle; say in one line what became of its last cell, and in the status as well."""
+    began = time.monotonic()
+    request = Request(action="wait_for_kernel", name=args.name, path=args.destination.path)
+
+    def ask() -> Request:
+        left_s = max(1, args.time_limit - int(time.monotonic() - began)) if args.time_limit else 0
+        return request.but(timeout_s=left_s)
+
+    with ssh:
+        reply = agent.ask_on(ask, WaitReply, "Waiting for the kernel", redials=not args.no_reconnect)
+    name = reply.kernel.notebook or reply.kernel.id[:8]
+    if reply.state == "busy":
+        raise Failure("%s still computes" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
+    text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
+    if reply.is_done is not None:
+        became = "done" if reply.is_done else "failed"
+        took = long_duration(reply.seconds or 0.0)
+        text = "%s is idle: " + "%s %s after %s." % (head_of(reply.count), became, took)
+    facts = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
+    messages.result(text % name, "waited", kernel=reply.kernel.id, notebook=reply.kernel.notebook, **facts)
+    return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -10505,7 +10752,14 @@ def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mes
 
 
 def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Stop servers on the host; where someone can answer, ask before one whose kernels compute."""
+    """Stop servers on the host; where someone can answer, ask before one whose kernels compute. Or one kernel."""
+    if len(args.ids) == 1 and not re.fullmatch(r"[rjg]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
+        request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
+        with ssh:
+            kernel = agent.ask(request, EndKernelReply, "Ending the kernel").kernel
+        text = "Ended the kernel of %s (%s)." % (kernel.notebook or "no notebook", kernel.id[:8])
+        messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
+        return EXIT_OK
     request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
         asks = has_terminal() and not args.yes
@@ -10939,7 +11193,23 @@ ACTIONS: Dict[Optional[str], Action] = {
         ],
         asks="start_run",
     ),
-    "list": Action(run_list, "the servers on the host", "list", asks="list"),
+    "list": Action(
+        run_list,
+        "the servers on the host, or their kernels",
+        "list [--kernels]",
+        [Option("--kernels", "each kernel: its notebook, what it does, the memory that it holds")],
+        asks="list",
+    ),
+    "wait": Action(
+        run_wait,
+        "return when a kernel is idle; 5 when its last cell failed, 4 when it died",
+        "wait [NOTEBOOK] [--timeout S]",
+        [
+            Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", how={"nargs": "?"}),
+            Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, how={"dest": "time_limit"}),
+        ],
+        asks="wait_for_kernel",
+    ),
     "logs": Action(
         run_logs,
         "the log of a server or a job, or what the cells of a run printed",
@@ -10967,7 +11237,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "end servers on the host",
         "stop [ID ...] [--all] [--yes]",
         [
-            Option("ids", "which ones (the one of PATH, or the only one)", "ID", how={"nargs": "*"}),
+            Option("ids", STOP_HELP, "ID", how={"nargs": "*"}),
             Option("--all", "all of yours there"),
             Option("--yes", "without a question, also when a kernel computes"),
         ],

@@ -1,0 +1,135 @@
+"""One kernel at a time: `list --kernels`, `wait`, `stop KERNEL`."""
+
+import os
+import re
+import signal
+from typing import List
+
+import pytest
+from client import api, check_failure, compute, events_of, send
+from notebooks import write_notebook
+from sides import Host, Laptop, Run, quiet_port, wait_until
+
+
+@pytest.fixture
+def run(laptop: Laptop, host: Host) -> Run:
+    write_notebook(host.home / "it's here.ipynb")
+    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    return run
+
+
+def new_session(url: str, path: str) -> str:
+    """Start a kernel as a page does for a notebook, and return its id."""
+    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
+    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
+
+
+def compute_until(run: Run, host: Host, kernel: str, then: str = "") -> str:
+    """Let a kernel compute until a file is there, and then do something; return the file."""
+    gate = str(host.home / "gate")
+    send(run.url(), "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n%s" % (gate, then), kernel).close()
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "busy", "it computes")
+    return gate
+
+
+def process_of(kernel: str) -> int:
+    def found() -> List[int]:
+        pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+        return [pid for pid in pids if "kernel-%s.json" % kernel in command_of(pid)]
+
+    return int(wait_until(found, "the kernel's process")[0])
+
+
+def command_of(pid: int) -> str:
+    try:
+        with open("/proc/%d/cmdline" % pid) as stream:
+            return stream.read()
+    except OSError:
+        return ""
+
+
+def test_list_of_kernels(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    alone = str(api(run.url(), "kernels", "POST", {})["id"])
+    compute(run.url(), "x = bytes(200 * 1000 * 1000).replace(b'\\0', b'x')", kernel)
+    shown = laptop.run("host", "list", "--kernels").stdout
+    assert re.search(r"^%s +idle .* it's here\.ipynb +0 +(2|3)\d\d\.\d MB +- " % kernel[:8], shown, re.MULTILINE), shown
+    kernels = {event["id"]: event for event in events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]}
+    assert set(kernels) == {kernel, alone}
+    assert (kernels[alone]["notebook"], kernels[alone]["gpu_memory"]) == ("", None)
+    assert kernels[kernel]["memory"] > 200e6 > kernels[alone]["memory"] > 20e6
+
+
+def test_gpu_memory_is_what_a_stand_in_for_nvidia_smi_says(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    (host.home / "bin").mkdir()
+    tool = host.home / "bin/nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '%d, 1024'; echo '1, 77'; echo '[N/A], [N/A]'\n" % process_of(kernel))
+    tool.chmod(0o755)
+    (host.home / ".bashrc").write_text("export PATH=%s:$PATH\n" % (host.home / "bin"))
+    kernels = {event["id"]: event for event in events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]}
+    assert kernels[kernel]["gpu_memory"] == 1 << 30
+
+
+def test_wait_returns_when_the_kernel_is_idle(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    gate = compute_until(run, host, kernel)
+    waiting = laptop.start("host", "wait", "it's here", has_terminal=False)
+    waiting.expect("Connected to host")
+    open(gate, "w").close()
+    assert waiting.wait() == 0
+    assert re.fullmatch(r"it's here\.ipynb is idle: In \[\d+\] done after \d+ s\.\n", waiting.stdout), waiting.text
+
+
+def test_wait_tells_that_the_last_cell_failed(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    open(compute_until(run, host, kernel, "1 / 0"), "w").close()
+    waited = laptop.run("host", "wait")
+    assert waited.status == 5
+    assert "failed after" in waited.stdout
+
+
+def test_wait_tells_that_the_kernel_died(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    compute_until(run, host, kernel)
+    waiting = laptop.start("host", "wait", kernel[:8], has_terminal=False)
+    waiting.expect("Waiting for the kernel")
+    os.kill(process_of(kernel), signal.SIGKILL)
+    assert waiting.wait() == 4
+    assert waiting.stdout == "it's here.ipynb: its kernel died, or was restarted.\n"
+
+
+def test_wait_no_longer_than_it_may(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    gate = compute_until(run, host, kernel)
+    check_failure(laptop.run("host", "wait", "--timeout", "1"), 6, "it's here.ipynb still computes")
+    open(gate, "w").close()
+
+
+def test_wait_outlives_the_connection(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "it's here.ipynb")
+    gate = compute_until(run, host, kernel)
+    waiting = laptop.start("host", "wait", has_terminal=False)
+    waiting.expect("Connected to host")
+    host.sshd.end_connections(signal.SIGKILL)
+    waiting.expect("Connected to host again")
+    open(gate, "w").close()
+    assert waiting.wait() == 0, waiting.text
+    assert "done after" in waiting.stdout
+
+
+def test_a_kernel_is_ended_by_its_notebook(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel, other = new_session(run.url(), "it's here.ipynb"), new_session(run.url(), "other.ipynb")
+    stopped = laptop.run("host", "stop", "it's here.ipynb")
+    assert "Ended the kernel of it's here.ipynb (%s)." % kernel[:8] in stopped.stderr
+    assert [kernel["id"] for kernel in api(run.url(), "kernels")] == [other]
+
+
+def test_names_of_kernels_that_are_none_or_several(laptop: Laptop, host: Host, run: Run) -> None:
+    check_failure(laptop.run("host", "wait"), 1, "no kernel of yours runs")
+    for path in ("it's here.ipynb", "other.ipynb"):
+        new_session(run.url(), path)
+    check_failure(laptop.run("host", "wait"), 1, "several kernels could be meant", "it's here.ipynb (", "other.ipynb (")
+    check_failure(laptop.run("host", "stop", "third.ipynb"), 1, "there is no such kernel: third.ipynb")
