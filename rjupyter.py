@@ -967,6 +967,13 @@ class EndKernelReply(Record):
     kernel: "KernelState"
 
 
+class EvalReply(Record):
+    """What became of code that a kernel was asked to execute: done, failed, dead, closed; or interrupted."""
+
+    kernel: "KernelState"
+    state: str
+
+
 class WaitReply(Record):
     """How a kernel stands that was waited for: idle, dead, or busy when the time is up; its last cell, where known."""
 
@@ -7818,6 +7825,9 @@ def unpacked(message: Part) -> bytes:
         raise Wrong(str(error)) from None
 
 
+COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
+
+
 class Screen:
     """What cells print, line by line as a terminal would show it."""
 
@@ -7829,7 +7839,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Take what was printed; its colours (ECMA-48, control sequences) are not shown."""
-        for character in re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text):
+        for character in re.sub(COLOURS, "", text):
             if character == "\n":
                 self.end_line()
             elif character == "\r":
@@ -7907,6 +7917,7 @@ CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
 SAVE_TIMEOUT_S = 60.0
 NOTEBOOK_MAX = 1 << 30  # bytes
 PAGES_FRESH_S = 0.2  # and on their pages
+SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
@@ -7930,6 +7941,7 @@ class BegunCell(TimedEntry):
     count: "Optional[int]" = None
     code: str = ""
     notebook: str = ""
+    asked_by: str = ""  # the id of the message that asked for it
 
 
 class PrintedOutput(Entry):
@@ -7961,6 +7973,19 @@ RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell,
 OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
 
 
+class Content(Record):
+    """The content of a message, as far as it is looked at (jupyter-client.readthedocs.io, "Messaging")."""
+
+    text: "Any" = ""
+    name: str = ""
+    data: "Any" = None
+    transient: "Any" = None
+    wait: bool = False
+    execution_count: "Optional[int]" = None
+    code: str = ""
+    execution_state: str = ""
+
+
 class KernelView(Record):
     """A kernel, as a server's API tells of it."""
 
@@ -7979,6 +8004,7 @@ class KernelMark(Record):
     """What is found quickly of a kernel whose journal lies beside: KERNEL.json."""
 
     notebook: str = ""
+    is_heard: bool = False
 
 
 class Connection(Record):
@@ -7987,12 +8013,21 @@ class Connection(Record):
     transport: str = "tcp"
     ip: str = "127.0.0.1"
     iopub_port: int
+    shell_port: int = 0
     key: str = ""
     signature_scheme: str = "hmac-sha256"
 
-    def address(self) -> str:
-        """Return where its iopub socket listens, as ZeroMQ writes it."""
-        return "%s://%s%s%d" % (self.transport, self.ip, "-" if self.transport == "ipc" else ":", self.iopub_port)
+    def address(self, port: int) -> str:
+        """Return where one of its sockets listens, as ZeroMQ writes it."""
+        return "%s://%s%s%d" % (self.transport, self.ip, "-" if self.transport == "ipc" else ":", port)
+
+    def signature(self, parts: "List[bytes]") -> bytes:
+        """Return what signs these parts of a message (jupyter-client, "The wire protocol")."""
+        import hashlib
+        import hmac
+
+        digest = getattr(hashlib, self.signature_scheme.rpartition("-")[2], hashlib.sha256)
+        return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
 
 
 def cells_dir(directory: str) -> str:
@@ -8039,6 +8074,7 @@ class Recorder:
         self._asked = {}  # type: Dict[str, Tuple[float, Any]] # by the path of the API
         self._names = set()  # type: Set[str] # of the connection files
         self._changed_at = 0.0  # their directory
+        self._asked_at = 0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
@@ -8051,6 +8087,7 @@ class Recorder:
                 for kernel in self._known.values():
                     kernel.look_again()
             self.look_for_kernels()
+            self.pass_on()
             heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
             for kernel in [kernel for kernel in self._known.values() if kernel.socket in heard]:
                 kernel.hear()
@@ -8073,6 +8110,22 @@ class Recorder:
             for kernel in unsure:
                 kernel.decide(kernel.id in ids)
             self._asked.clear()  # its page comes at once
+
+    def pass_on(self) -> None:
+        """Ask kernels for what `eval` left to be asked, each once: KERNEL.ID.ask has the code."""
+        directory = cells_dir(self.directory)
+        with contextlib.suppress(OSError):
+            changed_at = os.stat(directory).st_mtime_ns
+            if changed_at == self._asked_at:
+                return
+            self._asked_at = changed_at
+            kernels = {kernel.id: kernel for kernel in self._known.values() if not kernel.is_unsure}
+            for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
+                kernel, identity, _ = name.split(".")
+                path = os.path.join(directory, name)
+                if kernel in kernels:
+                    os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
+                    kernels[kernel].ask(identity, read_text(path + "ed"))
 
     def views(self, path: str, kind: "Type[R]", fresh_s: float = CELL_FRESH_S) -> "List[R]":
         """Ask the server for a list; an answer holds for a moment."""
@@ -8127,6 +8180,7 @@ class RecordedKernel:
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
+        self._shell = None  # type: Any # what it is asked through
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         self.connect()
 
@@ -8135,7 +8189,7 @@ class RecordedKernel:
         if not self._connection:
             self._connection = read_record(Connection, self._path)
             if self._connection:
-                self.socket.connect(self._connection.address())
+                self.socket.connect(self._connection.address(self._connection.iopub_port))
 
     def decide(self, is_ours: bool) -> None:
         """Take it for one of this server's, or after a while, as nobody says so, leave it alone."""
@@ -8143,6 +8197,7 @@ class RecordedKernel:
         if is_ours and self._connection:
             self.is_unsure = False
             self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
+            self._journal.mark(KernelMark(notebook=self.recorder.notebook_of(self.id), is_heard=True))
         elif time.monotonic() - self._since > UNKNOWN_KERNEL_S:
             self.is_unsure = False
             self.socket.close()
@@ -8152,6 +8207,8 @@ class RecordedKernel:
         if not self.socket.closed:
             self.hear()
             self._end_all()
+            if self._shell:
+                self._shell.close()
             with contextlib.suppress(KeyError):
                 self.recorder.poller.unregister(self.socket)
             self.socket.close()
@@ -8165,18 +8222,13 @@ class RecordedKernel:
                 return
 
     def take(self, frames: "List[bytes]") -> None:
-        """Take one message (jupyter-client, "The wire protocol"); what is not signed by its key is not its own."""
-        import hashlib
+        """Take one message; what is not signed by its key is not its own."""
         import hmac
 
-        at = frames.index(b"<IDS|MSG>") + 1 if b"<IDS|MSG>" in frames else len(frames)
+        at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
         parts = frames[at + 1 : at + 5]
         connection = self._connection
-        if len(parts) < 4 or not connection:
-            return
-        digest = getattr(hashlib, connection.signature_scheme.rpartition("-")[2], hashlib.sha256)
-        signature = hmac.new(connection.key.encode(), b"".join(parts), digest).hexdigest().encode()
-        if connection.key and not hmac.compare_digest(signature, frames[at]):
+        if len(parts) < 4 or not connection or not hmac.compare_digest(connection.signature(parts), frames[at]):
             return
         try:
             header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
@@ -8189,6 +8241,7 @@ class RecordedKernel:
 
     def understand(self, kind: str, asked_by: str, content: "Json") -> None:
         """Write down what a message tells, which a message of this id asked for."""
+        said = seen(Content, content)
         if kind == "execute_input":
             self._begun += 1
             self._ids[asked_by] = str(self._begun)
@@ -8198,20 +8251,35 @@ class RecordedKernel:
         if kind == "execute_input":
             self._end_all()  # of what runs no more, without a word: the kernel was started anew
             notebook = self.recorder.notebook_of(self.id)
-            facts = {"count": content.get("execution_count"), "code": content.get("code", ""), "notebook": notebook}
-            begun = BegunCell(id=identity, time=time.time(), **facts)
+            facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
+            begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
             self._running[identity], self._lines[identity] = begun, 0
             self._journal.head = begun
-            self._journal.mark(KernelMark(notebook=notebook))
+            self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
             self._journal.tell(begun)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
-            self._lines[identity] = self._lines.get(identity, 0) + str(content.get("text", "")).count("\n")
-            self._lines[identity] += "data" in content
+            self._lines[identity] = self._lines.get(identity, 0) + joined_text(said.text).count("\n")
+            self._lines[identity] += said.data is not None
             self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
-        elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
+        elif kind == "status" and said.execution_state == "idle" and identity in self._running:
             self._end(identity)
+
+    def ask(self, identity: str, code: str) -> None:
+        """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
+        connection, zmq = self._connection, self.recorder.zmq
+        assert connection is not None  # it is heard
+        if not self._shell:
+            self._shell = self.recorder.context.socket(zmq.DEALER)
+            self._shell.setsockopt(zmq.LINGER, 0)
+            self._shell.connect(connection.address(connection.shell_port))
+        header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
+        header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
+        content.update(allow_stdin=False, stop_on_error=True)
+        parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
+        self._shell.send_multipart([SIGNED, connection.signature(parts), *parts])
 
     def _end_all(self) -> None:
         for identity in list(self._running):
@@ -8330,7 +8398,7 @@ TELLING.append(away_from)
 
 def display_of(output: PrintedOutput) -> str:
     """Return the id by which a display is updated; empty for none."""
-    transient = output.content.get("transient")
+    transient = seen(Content, output.content).transient
     return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
 
 
@@ -8347,7 +8415,7 @@ class CellOutput:
     def take(self, printed: PrintedOutput) -> None:
         """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
         if printed.type == "clear_output":
-            self._clears = bool(printed.content.get("wait"))
+            self._clears = seen(Content, printed.content).wait
             self.outputs = self.outputs if self._clears else []
         elif printed.type != "update_display_data":
             self.outputs = [*([] if self._clears else self.outputs), printed]
@@ -8357,7 +8425,7 @@ class CellOutput:
         """Take another content for the displays of the same id."""
         identity = display_of(printed)
         for output in [output for output in self.outputs if identity and display_of(output) == identity]:
-            output.content = dict(output.content, data=printed.content.get("data"))
+            output.content = dict(output.content, data=seen(Content, printed.content).data)
 
 
 class Executions:
@@ -8397,19 +8465,14 @@ class Executions:
 def send_output(request: Request, channel: Channel) -> OutputReply:
     """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
     record, path, mark = journal_asked_for(request)
-    old, new = Growing(path + ".old"), Growing(path)
-    inode = inode_of(path)
+    journal = JournalReader(path)
     known = request.line
     reply = OutputReply(id=record.id, kernel=os.path.basename(path).partition(".")[0], notebook=mark.notebook)
 
     def send_entries() -> bool:
-        nonlocal new, inode, known
+        nonlocal known
         is_last = not (request.is_followed and place_of(record).is_running())  # before the look
-        lines = old.lines()
-        if inode_of(path) != inode:  # it became the older half
-            lines += Growing(path + ".old", new.offset).lines()
-            new, inode = Growing(path), inode_of(path)
-        lines += new.lines()
+        lines = journal.lines()
         for line in lines[known:]:
             channel.send(Recorded(entry=facts_in(line)))
         known = max(0, known - len(lines))
@@ -8431,12 +8494,28 @@ def facts_in(line: str) -> "Json":
     return facts if isinstance(facts, dict) and facts else {"kind": "damaged"}
 
 
-def inode_of(path: str) -> int:
-    """Return what tells a file from another that takes its name; 0 for none."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
+class JournalReader:
+    """Reads both halves of a journal as it grows; of one that is known up to an offset, what comes after that."""
+
+    def __init__(self, path: str, offset: int = 0) -> None:
+        self.path = path
+        self._new = Growing(path, offset)
+        self._inode = self._inode_now()
+        self._is_begun = offset > 0
+
+    def _inode_now(self) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(self.path).st_ino
         return 0
+
+    def lines(self) -> "List[str]":
+        """Return the lines that came since we looked last."""
+        lines = [] if self._is_begun else Growing(self.path + ".old").lines()
+        if self._is_begun and self._inode_now() != self._inode:  # it became the older half
+            lines = Growing(self.path + ".old", self._new.offset).lines() if self._inode else []
+            self._new = Growing(self.path)
+        self._inode, self._is_begun = self._inode_now(), True
+        return lines + self._new.lines()
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
@@ -8622,10 +8701,10 @@ def text_of(output: PrintedOutput) -> str:
     """Return the text of an output; of what is no text, what it is and how large."""
     content = output.content
     if output.type == "stream":
-        return joined_text(content.get("text", ""))
+        return joined_text(seen(Content, content).text)
     if output.type == "error":
         return "".join(line + "\n" for line in seen(Output, {"traceback": content.get("traceback")}).traceback)
-    data = content.get("data")
+    data = seen(Content, content).data
     data = data if isinstance(data, dict) else {}
     images = [name for name in data if name.startswith("image/")]
     if images:
@@ -8668,7 +8747,7 @@ class ShownCells:
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
             for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
-                self._tell(entry, cell)
+                self.tell(entry, cell)
             return
         self.messages.line(title_of(cell))
         for line in lines_of(cell):
@@ -8678,7 +8757,7 @@ class ShownCells:
 
     def _show_live(self, cell: CellOutput, entry: Entry) -> None:
         if self.messages.as_json:
-            self._tell(entry, cell)
+            self.tell(entry, cell)
         elif isinstance(entry, BegunCell):
             self._screen.end_line()
             self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
@@ -8692,7 +8771,8 @@ class ShownCells:
         elif isinstance(entry, Gap):
             self.messages.line("[%s]" % entry.why)
 
-    def _tell(self, entry: Optional[Entry], cell: CellOutput) -> None:
+    def tell(self, entry: Optional[Entry], cell: CellOutput) -> None:
+        """Print a line of the journal where a program reads us."""
         if isinstance(entry, BegunCell):
             facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
             self.messages.event("input", time=entry.time, **facts)
@@ -8822,13 +8902,11 @@ def end_kernel(request: Request, channel: Channel) -> EndKernelReply:
 def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
     """Wait until a kernel is idle, or has died, or the time is up; tell what became of its last cell."""
     record, kernel = kernel_named(request)
-    pids = processes_of_kernel(kernel.id, all_processes())[:1]
-    identities = [(pid, process_identity(pid)) for pid in pids]
+    processes = identities_of(kernel.id)
 
     def look() -> str:
-        kernel.state = state_of_kernel(record, kernel.id)
-        is_there = all(is_same_process(pid, identity) for pid, identity in identities)
-        return kernel.state if kernel.state in ("idle", "dead") and is_there else "" if is_there else "dead"
+        kernel.state = state_of_kernel(record, kernel.id, processes)
+        return kernel.state if kernel.state in ("idle", "dead") else ""
 
     state = until(look, request.timeout_s or float("inf"), channel.keep_alive, WAIT_EVERY_S) or "busy"
     reply = WaitReply(kernel=kernel, state=state)
@@ -8839,8 +8917,18 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
     return reply
 
 
-def state_of_kernel(record: ServerRecord, identity: str) -> str:
-    """Return what a kernel does: busy, idle, starting; dead for one that is gone; empty when nobody says."""
+def identities_of(kernel: str) -> "List[Tuple[int, str]]":
+    """Return the process of a kernel, and what tells it from a later one; none where that cannot be seen."""
+    return [(pid, process_identity(pid)) for pid in processes_of_kernel(kernel, all_processes())[:1]]
+
+
+def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[int, str]]") -> str:
+    """Return what a kernel does: busy, idle, starting; empty when nobody says; dead for one whose process is gone.
+
+    Jupyter starts such a kernel anew, and goes on to call it busy (measured, Jupyter Server 2.21).
+    """
+    if not all(is_same_process(*process) for process in processes):
+        return "dead"
     info = server_info(record)
     status, said = ask_server(info, "api/kernels/%s?no_track_activity=1" % identity) if info else (404, None)
     return "dead" if status == 404 or not place_of(record).is_running() else seen(KernelFacts, said).execution_state
@@ -8857,6 +8945,88 @@ def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]
     return cells[-1] if cells and cells[-1].finished else None
 
 
+# -- eval -------------------------------------------------------------------------------------------------------------
+
+
+def eval_code(request: Request, channel: Channel) -> EvalReply:
+    """Let a kernel execute code, once, however often we are asked, and send what came of it beyond a line; to its end.
+
+    The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
+    """
+    record, kernel = kernel_for_eval(request, channel)
+    path = os.path.join(cells_dir(record.directory), kernel.id)
+    channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
+    offset = 0
+    asked = "%s.%s.ask" % (path, request.errand)
+    if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
+        offset = os.stat(path + ".journal").st_size if os.path.exists(path + ".journal") else 0
+        write_whole(asked, request.data)
+    journal = JournalReader(path + ".journal", offset)
+    known = request.line
+    executions = Executions()
+    cell = None  # type: Optional[CellOutput]
+    processes = identities_of(kernel.id)
+
+    def look() -> str:
+        nonlocal known, cell
+        state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
+        for line in journal.lines():
+            facts = facts_in(line)
+            found, entry = executions.take(facts)
+            if isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+                cell = found
+            if found and found is cell:
+                known -= 1
+                if known < 0:
+                    channel.send(Recorded(entry=facts))
+        if cell and cell.finished:
+            return "done" if cell.finished.is_done else "failed"
+        return "dead" if state == "dead" else "closed" if channel.is_closed else ""
+
+    state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+    return EvalReply(kernel=kernel, state=state)
+
+
+def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
+    """Return the kernel that is named, or the only one, or a new one where there is none; heard by a recorder."""
+    if not request.name and not live_kernels(request):
+        servers = [record for record in KINDS["server"].running() if not request.path or is_in_path(record, request)]
+        if not servers:
+            raise Failure("no server of yours runs there", "", "open one first, or `execute` a notebook")
+        info = server_info(servers[0])
+        status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
+        if status != 201:
+            raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
+        request = request.but(name=seen(KernelFacts, said).id)
+    record, kernel = kernel_named(request)
+    path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
+
+    def is_heard() -> bool:
+        return (read_record(KernelMark, path) or KernelMark()).is_heard
+
+    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2, channel.keep_alive):
+        why = "what its kernels print is not recorded (--no-record, or another program's server)"
+        raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
+    return record, kernel
+
+
+def is_in_path(record: ServerRecord, request: Request) -> bool:
+    """True for a server of the PATH that is asked for."""
+    return record.root_dir == resolve_path(request.path or "")[0]
+
+
+def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
+    """Interrupt what a kernel computes."""
+    record, kernel = kernel_named(request)
+    info = server_info(record)
+    status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
+    if status != 204:
+        raise Failure("the kernel was not interrupted", "HTTP status %d" % status, "stop, for the kernel itself")
+    return EvalReply(kernel=kernel, state="interrupted")
+
+
+REQUESTS["eval_code"] = HostAction(eval_code, EvalReply)
+REQUESTS["interrupt_kernel"] = HostAction(interrupt_kernel, EvalReply)
 REQUESTS["list_kernels"] = HostAction(list_kernels, KernelsReply)
 REQUESTS["end_kernel"] = HostAction(end_kernel, EndKernelReply)
 REQUESTS["wait_for_kernel"] = HostAction(wait_for_kernel, WaitReply)
@@ -10696,6 +10866,62 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
 
+def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Let a kernel that lives execute code: what it prints comes as it is printed, errors on stderr (5)."""
+    request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
+    hint = hint_of(args)
+    if args.interrupts:
+        with ssh:
+            kernel = agent.ask(request.but(action="interrupt_kernel"), EvalReply).kernel
+        messages.note("Interrupted the kernel of %s (%s)." % (kernel.notebook or "no notebook", kernel.id[:8]))
+        return EXIT_OK
+    if args.code is None:
+        raise Failure("wrong usage", "eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"), EXIT_USAGE)
+    code = sys.stdin.read() if args.code == "-" else args.code
+    printed = PrintedCell(messages)
+    agent.launching = ""
+    try:
+        with ssh:
+            reply = agent.ask_on(
+                lambda: request.but(data=code, line=printed.lines),
+                EvalReply,
+                handlers={"recorded": printed.take},
+                redials=not args.no_reconnect,
+            )
+    except (KeyboardInterrupt, Terminated):
+        if agent.launching:
+            messages.end_line()
+            follow, stop = hint("output", agent.launching, "-f"), hint("eval", "--interrupt", "-k", agent.launching)
+            messages.note("It goes on without us. To follow it: %s   To interrupt it: %s" % (follow, stop))
+        raise
+    if reply.state == "dead":
+        raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+    return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED
+
+
+class PrintedCell:
+    """What a cell prints, as it comes: results on stdout, the rest on stderr; with --json, each output."""
+
+    def __init__(self, messages: Messages) -> None:
+        self.messages = messages
+        self.lines = 0  # of its journal, that were taken
+        self._shown = ShownCells(messages, 0.0)
+        self._executions = Executions()
+
+    def take(self, message: Recorded, show: Show) -> None:
+        """Take a line of the journal."""
+        self.lines += 1
+        cell, entry = self._executions.take(message.entry)
+        if self.messages.as_json and cell and entry:
+            self._shown.tell(entry, cell)
+        elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
+            is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
+            stream = sys.stderr if is_aside else sys.stdout
+            with contextlib.suppress(OSError):
+                stream.write(printable(re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))))
+                stream.flush()
+
+
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
@@ -11231,6 +11457,17 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
         ],
         asks="send_output",
+    ),
+    "eval": Action(
+        run_eval,
+        "code in a kernel that lives, and what it prints",
+        "eval [-k NOTEBOOK] CODE",
+        [
+            Option("code", "what it executes; - reads it from stdin", "CODE", default=None, how={"nargs": "?"}),
+            Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", how={"dest": "name"}),
+            Option("--interrupt", "interrupt what it computes", how={"dest": "interrupts"}),
+        ],
+        asks="eval_code",
     ),
     "stop": Action(
         run_stop,
