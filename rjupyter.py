@@ -794,6 +794,7 @@ class Recorded(Message):
 
     kind = "recorded"
     entry: "Json"
+    at: int = 0  # how many lines came before, also those that were dropped since
 
 
 class Part(Message):
@@ -7920,6 +7921,8 @@ PAGES_FRESH_S = 0.2  # and on their pages
 SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
+WAS_KILLED = "what was printed here is lost: the recorder was killed"
+TOO_LARGE = "an output of %d MB was not kept"
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
 
@@ -7934,7 +7937,7 @@ class TimedEntry(Entry):
 
 
 class BegunCell(TimedEntry):
-    """A kernel began to execute a cell. The `id` numbers them, from 1."""
+    """A kernel began to execute a cell; the `id` tells it from its others."""
 
     kind = "begun"
     id: str
@@ -7963,14 +7966,21 @@ class FinishedCell(TimedEntry):
 
 
 class Gap(TimedEntry):
-    """Something is missing here."""
+    """Something is missing here; `dropped` lines of the journal so far, where it is those."""
 
     kind = "gap"
+    dropped: int = 0
     why: str
 
 
 RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap)}  # type: Dict[str, Type[Entry]]
 OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
+
+
+class Dropped(Record):
+    """What stood before the first line of a journal."""
+
+    dropped: int = 0
 
 
 class Content(Record):
@@ -7998,6 +8008,14 @@ class SessionView(Record):
 
     path: str = ""
     kernel: "KernelView" = KernelView()
+
+
+class RecorderMark(Record):
+    """The process that records beside a server, and its Python: recorder.json."""
+
+    pid: int
+    identity: str
+    python: str
 
 
 class KernelMark(Record):
@@ -8041,9 +8059,25 @@ def start_recorder(record: ServerRecord, found: Launcher) -> None:
     if record.request.no_record or not python:
         return
     private_dir(cells_dir(record.directory))
-    program = leave_agent(record.directory, recorder_main, record.request)
+    leave_agent(record.directory, recorder_main, record.request)
+    run_recorder(record, python, found.environment)
+
+
+def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
+    """Run the program that was left for it, and write down which process that is."""
     log = os.path.join(record.directory, "recorder.log")
-    start_detached([python, program], found.environment, "/", log, bool(record.job))
+    process = start_detached(
+        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, bool(record.job)
+    )
+    mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
+    write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
+
+
+def revive_recorder(record: ServerRecord) -> None:
+    """Run it again where it was killed; what was printed meanwhile is a gap."""
+    mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
+    if mark and not record.job and place_of(record).is_here and not is_same_process(mark.pid, mark.identity):
+        run_recorder(record, mark.python, dict(os.environ))
 
 
 BESIDE.append(start_recorder)
@@ -8074,6 +8108,7 @@ class Recorder:
         self._asked = {}  # type: Dict[str, Tuple[float, Any]] # by the path of the API
         self._names = set()  # type: Set[str] # of the connection files
         self._changed_at = 0.0  # their directory
+        self._has_answered = False  # the server, when it was asked last
         self._asked_at = 0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
@@ -8083,14 +8118,19 @@ class Recorder:
             if time.monotonic() - looked_at > SERVER_EVERY_S:
                 looked_at = time.monotonic()
                 if not os.path.isdir(self.directory) or not is_same_process(self.record.pid, self.record.identity):
-                    return
+                    break
                 for kernel in self._known.values():
                     kernel.look_again()
             self.look_for_kernels()
             self.pass_on()
             heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
-            for kernel in [kernel for kernel in self._known.values() if kernel.socket in heard]:
-                kernel.hear()
+            for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
+                if kernel.socket in heard:
+                    kernel.hear()
+                if kernel.monitor in heard:
+                    kernel.notice_end()
+        for kernel in self._known.values():
+            kernel.close()
 
     def look_for_kernels(self) -> None:
         """Listen to new kernels at once: they have much to say before Jupyter itself knows them. Forget those gone."""
@@ -8107,7 +8147,7 @@ class Recorder:
         unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
         if unsure:
             ids = [view.id for view in self.views("api/kernels", KernelView, 0.0)]
-            for kernel in unsure:
+            for kernel in unsure if self._has_answered else []:
                 kernel.decide(kernel.id in ids)
             self._asked.clear()  # its page comes at once
 
@@ -8134,6 +8174,7 @@ class Recorder:
             info = server_info(self.record)
             said = ask_server(info, path + "?no_track_activity=1")[1] if info else None
             views = [seen(kind, view) for view in said] if isinstance(said, list) else []
+            self._has_answered = isinstance(said, list)
             self._asked[path] = time.monotonic(), views
         return list(views)
 
@@ -8169,6 +8210,7 @@ class RecordedKernel:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._path = path
         self._since = time.monotonic()
@@ -8182,6 +8224,8 @@ class RecordedKernel:
         self._ended_at = 0.0
         self._shell = None  # type: Any # what it is asked through
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
+        if os.path.exists(self._journal.path + ".journal"):
+            self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
         self.connect()
 
     def connect(self) -> None:
@@ -8197,9 +8241,11 @@ class RecordedKernel:
         if is_ours and self._connection:
             self.is_unsure = False
             self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
+            self.recorder.poller.register(self.monitor, self.recorder.zmq.POLLIN)
             self._journal.mark(KernelMark(notebook=self.recorder.notebook_of(self.id), is_heard=True))
         elif time.monotonic() - self._since > UNKNOWN_KERNEL_S:
             self.is_unsure = False
+            self.socket.disable_monitor()
             self.socket.close()
 
     def close(self) -> None:
@@ -8209,9 +8255,17 @@ class RecordedKernel:
             self._end_all()
             if self._shell:
                 self._shell.close()
-            with contextlib.suppress(KeyError):
-                self.recorder.poller.unregister(self.socket)
+            for socket in (self.socket, self.monitor):
+                with contextlib.suppress(KeyError):
+                    self.recorder.poller.unregister(socket)
+            self.socket.disable_monitor()
             self.socket.close()
+
+    def notice_end(self) -> None:
+        """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
+        self.monitor.recv_multipart()
+        self.hear()
+        self._end_all()
 
     def hear(self) -> None:
         """Write down what it has said, so far."""
@@ -8244,7 +8298,7 @@ class RecordedKernel:
         said = seen(Content, content)
         if kind == "execute_input":
             self._begun += 1
-            self._ids[asked_by] = str(self._begun)
+            self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
             for old in list(self._ids)[:-IDS_MAX]:
                 del self._ids[old]
         identity = self._ids.get(asked_by, "")
@@ -8318,11 +8372,14 @@ class Journal:
         self._file = -1
         self._size = 0
         self._lost = ""
+        self._lines = [0, 0, 0]  # that were dropped, in the older half, in the newer one
         self._mark = KernelMark()
 
     def tell(self, entry: Entry) -> None:
         """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
         line = line_of(entry)
+        if len(line) > JOURNAL_BYTES // 2:
+            line = line_of(Gap(time=time.time(), why=TOO_LARGE % (len(line) >> 20)))
         try:
             if self._size + len(line) > JOURNAL_BYTES // 2 and self._size:
                 self._turn()
@@ -8341,17 +8398,19 @@ class Journal:
         try:
             write_all(self._file, line)
             self._size += len(line)
+            self._lines[2] += 1
         except OSError:
             os.ftruncate(self._file, self._size)
             raise
 
     def _turn(self) -> None:
-        is_cut = os.path.exists(self.path + ".journal.old")
+        dropped, older, newer = self._lines
+        self._lines = [dropped + older, newer, 0]
         os.replace(self.path + ".journal", self.path + ".journal.old")
         os.close(self._file)
         self._file, self._size = -1, 0
-        if is_cut:
-            self._write(line_of(Gap(time=time.time(), why=IS_CUT)))
+        if dropped + older:
+            self._write(line_of(Gap(time=time.time(), why=IS_CUT, dropped=dropped + older)))
         if self.head:
             self._write(line_of(self.head))
 
@@ -8380,6 +8439,8 @@ def away_from(identity: str) -> "List[Away]":
     """Return what is to be told of a server's notebooks to who comes back, once."""
     found = []
     for record in [record for record in KINDS["server"].records() if record.id == identity]:
+        with contextlib.suppress(OSError):
+            revive_recorder(record)
         directory = cells_dir(record.directory)
         names = os.listdir(directory) if os.path.isdir(directory) else []
         for path in sorted(os.path.join(directory, name) for name in names if name.endswith(".away")):
@@ -8418,8 +8479,9 @@ class CellOutput:
             self._clears = seen(Content, printed.content).wait
             self.outputs = self.outputs if self._clears else []
         elif printed.type != "update_display_data":
-            self.outputs = [*([] if self._clears else self.outputs), printed]
-            self._clears = False
+            if self._clears:
+                self.outputs, self._clears = [], False
+            self.outputs.append(printed)
 
     def update(self, printed: PrintedOutput) -> None:
         """Take another content for the displays of the same id."""
@@ -8466,16 +8528,17 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
     """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
     record, path, mark = journal_asked_for(request)
     journal = JournalReader(path)
-    known = request.line
+    position = -1
     reply = OutputReply(id=record.id, kernel=os.path.basename(path).partition(".")[0], notebook=mark.notebook)
 
     def send_entries() -> bool:
-        nonlocal known
+        nonlocal position
         is_last = not (request.is_followed and place_of(record).is_running())  # before the look
-        lines = journal.lines()
-        for line in lines[known:]:
-            channel.send(Recorded(entry=facts_in(line)))
-        known = max(0, known - len(lines))
+        for line in journal.lines():
+            facts = facts_in(line)
+            position = position + 1 if position >= 0 else seen(Dropped, facts).dropped
+            if position >= request.line:
+                channel.send(Recorded(entry=facts, at=position))
         return is_last or channel.is_closed
 
     is_whole = send_entries()
@@ -8543,6 +8606,8 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     why = (
         "there is: " + there if there else "no cell was executed yet in a server that rjupyter launched, or --no-record"
     )
+    for record in [] if found else KINDS["server"].running():
+        why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
     raise Failure(what, why, "output, with one of these names" if there else "")
 
 
@@ -8645,7 +8710,9 @@ def outputs_in_file(execution: CellOutput, count: "Optional[int]") -> "List[Json
     for output in execution.outputs:
         content = output.content
         names = {"stream": ("name", "text"), "error": ("ename", "evalue", "traceback")}.get(output.type)
-        facts = {name: content.get(name) for name in names or ("data", "metadata")}
+        facts = {name: content.get(name) for name in names} if names else {}
+        if not names:
+            facts = {name: content.get(name) or {} for name in ("data", "metadata")}
         if output.type == "execute_result":
             facts["execution_count"] = count
         last = found[-1] if found else {}
@@ -8731,7 +8798,7 @@ class ShownCells:
             if not self._is_live:
                 self.show_so_far()
             return
-        self.lines += 1
+        self.lines = message.at + 1
         cell, entry = self._executions.take(message.entry)
         if self._is_live and cell and entry:
             self._show_live(cell, entry)
