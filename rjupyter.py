@@ -8907,7 +8907,7 @@ def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
     if len(named) == 1:
         return named[0]
     there = ", ".join("%s (%s)" % (kernel.notebook or "no notebook", kernel.id[:8]) for _, kernel in kernels)
-    what = "no kernel of yours runs" if not kernels else "there is no such kernel: %s" % request.name
+    what = "there is no such kernel: %s" % request.name if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")

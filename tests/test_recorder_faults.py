@@ -150,7 +150,7 @@ def test_a_full_disk_is_a_gap_and_the_kernel_goes_on(laptop: Laptop, host: Host)
         assert compute(run.url(), "print('before')", kernel) == "before\n"
         wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
         fill(state / "filler")
-        assert compute(run.url(), "print('x' * 3000)\nprint('lost')", kernel).endswith("lost\n")
+        assert compute(run.url(), "print('x' * 30000)\nprint('lost')", kernel).endswith("lost\n")
         (state / "filler").unlink()
         assert compute(run.url(), "print('after')", kernel) == "after\n"
         wait_until(lambda: "after" in laptop.run("host", "output").stdout, "it goes on")
@@ -186,7 +186,7 @@ def test_a_kernel_in_another_language(laptop: Laptop, host: Host) -> None:
 def test_a_kernel_that_dies_in_its_cell_is_told_of(laptop: Laptop, host: Host) -> None:
     run = opened(laptop, "host")
     kernel = begin(run.url())
-    send(run.url(), "import os\nprint('last words', flush=True)\nos._exit(1)", kernel).close()
+    send(run.url(), "import os, time\nprint('last words', flush=True)\ntime.sleep(.5)\nos._exit(1)", kernel).close()
     wait_until(lambda: "finished" in kinds(host), "it is known", 30)
     shown = laptop.run("host", "output").stdout
     assert re.match(r"In \[\d+\]  \d\d:\d\d, \d+ s, failed\nlast words\n", shown), shown
