@@ -400,7 +400,7 @@ def test_twenty_servers_listed_in_one_call(laptop: Laptop, host: Host) -> None:
     logins = host.sshd.logins()
     servers = listed(laptop)
     assert len(servers) == 20
-    assert host.sshd.logins() == logins + 1
+    assert host.sshd.logins() <= logins + 1  # none, where the tunnel is taken
     states = [server["state"] for server in servers]
     assert {state.split()[0] for state in states} == {"live", "ended", "on"}
     for directory in host.home.glob(".local/state/rjupyter/servers/ab*"):
