@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from browser import run_cell
-from client import api, check_failure, compute, is_up, new_kernel
+from client import api, check_failure, compute, is_up, new_kernel, send
 from notebooks import write_notebook
 from proxy import Proxy
 from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
@@ -362,6 +362,8 @@ def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: in
     with starting(laptop, host, *proxy.ssh_options()) as run:
         url, kernel = remember(run)
         (record,) = host.servers()
+        talker = new_kernel(url)
+        send(url, TALKING, talker).close()
         before = len(re.findall(r"again \(after", run.text))
         for number in range(count):
             fault = chance.choice(faults)
@@ -371,8 +373,27 @@ def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: in
             host.sshd.end_connections(signal.SIGCONT)
             check_same(run, url, kernel)
     assert [r["pid"] for r in host.servers()] == [record["pid"]]
+    (host.home / "gate").write_text("")
+    check_every_line(laptop, talker)
     assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
     wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
+
+
+TALKING = """import itertools, os, time
+for i in itertools.count():
+    print(i, flush=True)
+    time.sleep(.05)
+    if os.path.exists("gate"):
+        break
+print("the end")"""
+
+
+def check_every_line(laptop: Laptop, kernel: str) -> None:
+    """Nothing that the kernel printed meanwhile is lost."""
+    laptop.run("host", "wait", kernel)
+    *numbers, last = laptop.run("host", "output", kernel).stdout.splitlines()[1:]
+    assert numbers == [str(i) for i in range(len(numbers))] and len(numbers) > 100
+    assert last == "the end"
 
 
 @contextlib.contextmanager
