@@ -5778,6 +5778,11 @@ class Joined(Borrowed):
 WAYS.insert(WAYS.index(Master), Joined)
 
 
+def log_in_ourselves(ssh: Ssh) -> None:
+    """Take no connection of another copy of us."""
+    ssh.ways = [kind for kind in ssh.ways if kind is not Joined]
+
+
 def does_answer(record: TunnelRecord) -> bool:
     """True when an answer comes through a tunnel; any, for the server's own matters are not asked about."""
     is_secure = record.url.startswith("https:")
@@ -11053,6 +11058,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         text = "Ended the kernel of %s (%s)." % (kernel.notebook or "no notebook", kernel.id[:8])
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
+    log_in_ourselves(ssh)  # a tunnel to what is ended ends as well, and with it would our own connection
     request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
         asks = has_terminal() and not args.yes
@@ -11256,7 +11262,7 @@ class Check(NamedTuple):
 
 def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
-    ssh.ways = [kind for kind in ssh.ways if kind is not Joined]  # the login is one of the steps
+    log_in_ourselves(ssh)  # the login is one of the steps
     failures = 0
     try:
         for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):

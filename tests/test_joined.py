@@ -32,8 +32,13 @@ def test_what_comes_after_an_open_logs_in_no_more(laptop: Laptop, host: Host, tu
     for arguments in (["list"], ["logs"], ["execute", str(notebook), "-o", str(tmp_path / "b.ipynb")]):
         assert logins_of(host, lambda words=arguments: laptop.run("host", *words)) == 0, arguments  # type: ignore[misc]
     assert "executed" in (tmp_path / "b.ipynb").read_text()
-    assert logins_of(host, lambda: laptop.run("host", "stop")) == 0
-    tunnel.wait(20)
+
+
+def test_stop_logs_in_for_it_ends_that_tunnel(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    """Through the tunnel, it would cut itself off."""
+    assert logins_of(host, lambda: laptop.run("host", "stop")) == 1
+    assert not host.servers()
+    assert tunnel.wait(20) == 4
 
 
 def test_a_second_open_goes_through_the_first_and_outlives_it(laptop: Laptop, host: Host, tunnel: Run) -> None:
