@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import check_failure, compute, events_of, is_up
+from client import api, check_failure, compute, events_of, is_up
 from jupyters import jupyter_for_everyone
 from notebooks import write_notebook
 from private_sshd import find_sshd
@@ -624,6 +624,20 @@ def test_readme_knows_every_event_of_the_program() -> None:
     assert set(named) - {"row", "result"} <= set(readme_events())  # these two are never printed with --json
 
 
+def events_of_kernels(laptop: Laptop, host: Host, url: str) -> List[Dict[str, Any]]:
+    """Return what is printed of a notebook's kernel; in its journal, a gap."""
+    write_notebook(host.home / "n.ipynb", "print(1)")
+    body = {"path": "n.ipynb", "type": "notebook", "name": "", "kernel": {"name": "python3"}}
+    api(url, "sessions", "POST", body)
+    seen = events_of(laptop.run("--json", "-q", "host", "eval", "-k", "n.ipynb", "print(1)"))
+    (journal,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
+    with open(journal, "a") as stream:
+        stream.write('{"kind": "gap", "time": 1, "why": "a test"}\n')
+    for words in (["output"], ["output", "--save"], ["list", "--kernels"], ["wait"], ["stop", "n.ipynb"]):
+        seen += events_of(laptop.run("--json", "-q", "host", *words))
+    return seen
+
+
 def test_json_events_are_the_ones_of_the_readme(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
 ) -> None:
@@ -660,6 +674,8 @@ def test_json_events_are_the_ones_of_the_readme(
     found = laptop.start("--json", "-q", "host", has_terminal=False)
     found.expect('"open"')
     seen += events_of(found)
+    url = next(event["url"] for event in events_of(found) if event["event"] == "open")
+    seen += events_of_kernels(laptop, host, url)
     write_notebook(laptop.home / "a.ipynb", "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)")
     first = laptop.start("--json", "-q", "host", "execute", "a.ipynb", has_terminal=False)
     first.expect('"started"')
