@@ -8867,6 +8867,7 @@ class ShownCells:
 # agent begins
 
 WAIT_EVERY_S = 0.5
+STARTING_S = 10.0  # after which one that no page has ever asked has started: Jupyter Server 2.21 does not say so
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
 
@@ -8975,9 +8976,13 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
     """Wait until a kernel is idle, or has died, or the time is up; tell what became of its last cell."""
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
+    began = time.monotonic()
 
     def look() -> str:
         kernel.state = state_of_kernel(record, kernel.id, processes)
+        is_late = time.monotonic() - began > STARTING_S
+        if kernel.state == "starting" and (is_late or last_execution(record, kernel.id)):
+            return "idle"
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
     state = until(look, request.timeout_s or float("inf"), channel.keep_alive, WAIT_EVERY_S) or "busy"

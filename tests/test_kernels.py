@@ -83,6 +83,13 @@ def test_wait_returns_when_the_kernel_is_idle(laptop: Laptop, host: Host, run: R
     assert re.fullmatch(r"it's here\.ipynb is idle: In \[\d+\] done after \d+ s\.\n", waiting.stdout), waiting.text
 
 
+def test_wait_for_a_kernel_that_no_page_has_ever_asked(laptop: Laptop, host: Host, run: Run) -> None:
+    """Jupyter goes on to call it "starting"."""
+    assert laptop.run("host", "eval", "print(1)").status == 0
+    waited = laptop.run("host", "wait")
+    assert waited.status == 0 and "done after" in waited.stdout, waited.text
+
+
 def test_wait_tells_that_the_last_cell_failed(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     open(compute_until(run, host, kernel, "1 / 0"), "w").close()
