@@ -5,12 +5,12 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from browser import chromium
 from client import api, compute, send
-from execution import add_bash, mounted
+from execution import add_bash, add_r, mounted
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
 
@@ -171,13 +171,16 @@ def fill(path: Path) -> None:
                 continue
 
 
-def test_a_kernel_in_another_language(laptop: Laptop, host: Host) -> None:
-    add_bash(host.home)
+@pytest.mark.parametrize(("add", "code"), [(add_bash, "echo from afar"), (add_r, "cat('from afar\\n')")])
+def test_a_kernel_in_another_language(
+    laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]], code: str
+) -> None:
+    name = add(host.home)["name"]
     run = opened(laptop, "host")
-    kernel = begin(run.url(), name="bash")
-    compute(run.url(), "echo from bash", kernel)
+    kernel = begin(run.url(), name=name)
+    compute(run.url(), code, kernel)
     wait_until(lambda: "finished" in kinds(host), "the cell has ended")
-    assert "from bash\n" in laptop.run("host", "output").stdout
+    assert "from afar\n" in laptop.run("host", "output").stdout
 
 
 # -- what ends before its cell does -----------------------------------------------------------------------------------
