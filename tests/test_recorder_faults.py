@@ -181,6 +181,8 @@ def test_a_kernel_in_another_language(
     compute(run.url(), code, kernel)
     wait_until(lambda: "finished" in kinds(host), "the cell has ended")
     assert "from afar\n" in laptop.run("host", "output").stdout
+    laptop.run("host", "stop", "--yes")  # R's kernel does not look whether its server is there
+    run.wait(20)
 
 
 # -- what ends before its cell does -----------------------------------------------------------------------------------
