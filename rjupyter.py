@@ -955,6 +955,11 @@ class KernelState(Record):
     memory: "Optional[int]" = None
     gpu_memory: "Optional[int]" = None
 
+    @property
+    def title(self) -> str:
+        """Its notebook, and how its id begins."""
+        return "%s (%s)" % (self.notebook or "no notebook", self.id[:8])
+
 
 class KernelsReply(Record):
     """The kernels of the user's servers."""
@@ -4060,7 +4065,7 @@ def is_configured(names: str) -> bool:
 
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)\b.*="), (".json", r'"(%s)"\s*:')):
+        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
             try:
                 with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
                     if re.search(pattern % names, stream.read(RUNTIME_FILE_MAX)):
@@ -8053,6 +8058,17 @@ class Connection(Record):
         return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
 
 
+def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[List[R]]":
+    """Ask a server's API for a list of its kernels, or the like; None when it does not answer."""
+    said = ask_server(info, path + "?no_track_activity=1")[1]
+    return [seen(kind, view) for view in said] if isinstance(said, list) else None
+
+
+def is_in_path(record: ServerRecord, request: Request) -> bool:
+    """True for a server of the PATH that is asked for; for any, where none is."""
+    return not request.path or record.root_dir == resolve_path(request.path)[0]
+
+
 def cells_dir(directory: str) -> str:
     """Return where the journals of a server lie."""
     return os.path.join(directory, "cells")
@@ -8177,9 +8193,9 @@ class Recorder:
         asked_at, views = self._asked.get(path, (0.0, []))
         if time.monotonic() - asked_at >= fresh_s or not asked_at:
             info = server_info(self.record)
-            said = ask_server(info, path + "?no_track_activity=1")[1] if info else None
-            views = [seen(kind, view) for view in said] if isinstance(said, list) else []
-            self._has_answered = isinstance(said, list)
+            answer = ask_for_list(info, path, kind) if info else None
+            self._has_answered = answer is not None
+            views = answer or []
             self._asked[path] = time.monotonic(), views
         return list(views)
 
@@ -8291,9 +8307,8 @@ class RecordedKernel:
             return
         try:
             header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
-            if (
-                parent.get("msg_type") == "execute_request"
-            ):  # else it is for an extension, or of the kernel's start: no cell shows it
+            # What no cell asked for is an extension's, or of the kernel's start: no cell shows it.
+            if parent.get("msg_type") == "execute_request":
                 self.understand(str(header["msg_type"]), str(parent.get("msg_id")), content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Wrong):
             return  # no message of the protocol's
@@ -8301,21 +8316,9 @@ class RecordedKernel:
     def understand(self, kind: str, asked_by: str, content: "Json") -> None:
         """Write down what a message tells, which a message of this id asked for."""
         said = seen(Content, content)
-        if kind == "execute_input":
-            self._begun += 1
-            self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
-            for old in list(self._ids)[:-IDS_MAX]:
-                del self._ids[old]
         identity = self._ids.get(asked_by, "")
         if kind == "execute_input":
-            self._end_all()  # of what runs no more, without a word: the kernel was started anew
-            notebook = self.recorder.notebook_of(self.id)
-            facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
-            begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
-            self._running[identity], self._lines[identity] = begun, 0
-            self._journal.head = begun
-            self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
-            self._journal.tell(begun)
+            self._begin(asked_by, said)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
@@ -8324,6 +8327,20 @@ class RecordedKernel:
             self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
         elif kind == "status" and said.execution_state == "idle" and identity in self._running:
             self._end(identity)
+
+    def _begin(self, asked_by: str, said: Content) -> None:
+        self._begun += 1
+        identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
+        for old in list(self._ids)[:-IDS_MAX]:
+            del self._ids[old]
+        self._end_all()  # of what runs no more, without a word: the kernel was started anew
+        notebook = self.recorder.notebook_of(self.id)
+        facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
+        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
+        self._running[identity], self._lines[identity] = begun, 0
+        self._journal.head = begun
+        self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
+        self._journal.tell(begun)
 
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
@@ -8591,11 +8608,10 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
 
     Raises Failure, with those that there are.
     """
-    root_dir = resolve_path(request.path)[0] if request.path else ""
     found = []
     for record in KINDS["server"].records():
         directory = cells_dir(record.directory)
-        if (root_dir and record.root_dir != root_dir) or not os.path.isdir(directory):
+        if not is_in_path(record, request) or not os.path.isdir(directory):
             continue
         for name in os.listdir(directory):
             path = os.path.join(directory, name)
@@ -8654,7 +8670,7 @@ def save_output(request: Request, channel: Channel) -> SaveReply:
     check_alone(info, kernel, mark.notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
     executions = Executions()
-    for line in Growing(path + ".old").lines() + Growing(path).lines():
+    for line in JournalReader(path).lines():
         executions.take(facts_in(line))
     cells = seen(Notebook, before.content).cells
     changed = fill_in(cells, list(executions.cells.values()))
@@ -8762,6 +8778,11 @@ def head_of(count: Optional[int]) -> str:
     return "In [%s]" % (" " if count is None else count)
 
 
+def ending_of(count: Optional[int], is_done: bool, seconds: float) -> str:
+    """Return what became of a cell: In [12] done after 2 h 3 min."""
+    return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", long_duration(seconds))
+
+
 def moment(seconds: float) -> str:
     """Return a time of day, with its date when that is not today."""
     then = time.localtime(seconds)
@@ -8784,6 +8805,21 @@ def text_of(output: PrintedOutput) -> str:
         return "[%s, %s]\n" % (images[0], "%d kB" % (size / 1e3) if size >= 1000 else "%d bytes" % size)
     text = joined_text(data.get("text/plain", ""))
     return text + "\n" if text or not data else "[%s]\n" % ", ".join(data)
+
+
+def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
+    """Print a line of the journal where a program reads us."""
+    if isinstance(entry, BegunCell):
+        facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
+        messages.event("input", time=entry.time, **facts)
+    elif isinstance(entry, PrintedOutput):
+        messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
+    elif isinstance(entry, FinishedCell):
+        seconds = entry.time - cell.begun.time if cell.begun else None
+        facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
+        messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
+    elif isinstance(entry, Gap):
+        messages.event("gap", why=entry.why, time=entry.time)
 
 
 class ShownCells:
@@ -8819,7 +8855,7 @@ class ShownCells:
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
             for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
-                self.tell(entry, cell)
+                tell_entry(entry, cell, self.messages)
             return
         self.messages.line(title_of(cell))
         for line in lines_of(cell):
@@ -8829,7 +8865,7 @@ class ShownCells:
 
     def _show_live(self, cell: CellOutput, entry: Entry) -> None:
         if self.messages.as_json:
-            self.tell(entry, cell)
+            tell_entry(entry, cell, self.messages)
         elif isinstance(entry, BegunCell):
             self._screen.end_line()
             self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
@@ -8837,25 +8873,9 @@ class ShownCells:
             self._screen.write(text_of(entry))
         elif isinstance(entry, FinishedCell) and cell.begun:
             self._screen.end_line()
-            became = "done" if entry.is_done else "failed"
-            took = long_duration(entry.time - cell.begun.time)
-            self.messages.note("%s %s after %s." % (head_of(cell.begun.count), became, took))
+            self.messages.note(ending_of(cell.begun.count, entry.is_done, entry.time - cell.begun.time) + ".")
         elif isinstance(entry, Gap):
             self.messages.line("[%s]" % entry.why)
-
-    def tell(self, entry: Optional[Entry], cell: CellOutput) -> None:
-        """Print a line of the journal where a program reads us."""
-        if isinstance(entry, BegunCell):
-            facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
-            self.messages.event("input", time=entry.time, **facts)
-        elif isinstance(entry, PrintedOutput):
-            self.messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
-        elif isinstance(entry, FinishedCell):
-            seconds = entry.time - cell.begun.time if cell.begun else None
-            facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
-            self.messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
-        elif isinstance(entry, Gap):
-            self.messages.event("gap", why=entry.why, time=entry.time)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8881,16 +8901,13 @@ class KernelFacts(KernelView):
 
 def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
     """Return the kernels of the user's servers that answer; of the server of PATH alone, where that is given."""
-    root_dir = resolve_path(request.path)[0] if request.path else ""
     found = []
     for record in KINDS["server"].all_running():
         info = server_info(record)
-        if not info or (root_dir and record.root_dir != root_dir) or not can_ask_server(record, info):
+        if not info or not is_in_path(record, request) or not can_ask_server(record, info):
             continue
-        _, said = ask_server(info, "api/kernels?no_track_activity=1")
-        kernels = [seen(KernelFacts, kernel) for kernel in said] if isinstance(said, list) else []
-        _, said = ask_server(info, "api/sessions?no_track_activity=1") if kernels else (0, [])
-        sessions = [seen(SessionView, session) for session in said] if isinstance(said, list) else []
+        kernels = ask_for_list(info, "api/kernels", KernelFacts) or []
+        sessions = ask_for_list(info, "api/sessions", SessionView) or [] if kernels else []
         notebooks = {session.kernel.id: session.path for session in sessions}
         for kernel in kernels:
             facts = {"server": record.id, "notebook": notebooks.get(kernel.id, ""), "name": kernel.name}
@@ -8912,7 +8929,7 @@ def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
     named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
     if len(named) == 1:
         return named[0]
-    there = ", ".join("%s (%s)" % (kernel.notebook or "no notebook", kernel.id[:8]) for _, kernel in kernels)
+    there = ", ".join(kernel.title for _, kernel in kernels)
     what = "there is no such kernel: %s" % request.name if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
@@ -9067,7 +9084,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
 def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
     """Return the kernel that is named, or the only one, or a new one where there is none; heard by a recorder."""
     if not request.name and not live_kernels(request):
-        servers = [record for record in KINDS["server"].running() if not request.path or is_in_path(record, request)]
+        servers = [record for record in KINDS["server"].running() if is_in_path(record, request)]
         if not servers:
             raise Failure("no server of yours runs there", "", "open one first, or `execute` a notebook")
         info = server_info(servers[0])
@@ -9085,11 +9102,6 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
         raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
     return record, kernel
-
-
-def is_in_path(record: ServerRecord, request: Request) -> bool:
-    """True for a server of the PATH that is asked for."""
-    return record.root_dir == resolve_path(request.path or "")[0]
 
 
 def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
@@ -10870,10 +10882,10 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
 
 def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
     """Say of a notebook what became of its last cell while no page was there."""
-    became = "done" if away.is_done else "failed"
-    facts = (away.notebook, head_of(away.count), became, long_duration(away.seconds), count_of(away.lines, "line"))
-    text = "While you were away: %s %s %s after %s (%s). To see it: %s"
-    messages.note(text % (*facts, back_again(args, "output", away.notebook)))
+    ending = ending_of(away.count, away.is_done, away.seconds)
+    see = back_again(args, "output", away.notebook)
+    text = "While you were away: %s %s (%s). To see it: %s"
+    messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
 
 
 def wants_browser(args: argparse.Namespace) -> bool:
@@ -10935,9 +10947,7 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         raise Failure("%s still computes" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
     text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
     if reply.is_done is not None:
-        became = "done" if reply.is_done else "failed"
-        took = long_duration(reply.seconds or 0.0)
-        text = "%s is idle: " + "%s %s after %s." % (head_of(reply.count), became, took)
+        text = "%s is idle: " + ending_of(reply.count, reply.is_done, reply.seconds or 0.0) + "."
     facts = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
     messages.result(text % name, "waited", kernel=reply.kernel.id, notebook=reply.kernel.notebook, **facts)
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
@@ -10950,7 +10960,7 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     if args.interrupts:
         with ssh:
             kernel = agent.ask(request.but(action="interrupt_kernel"), EvalReply).kernel
-        messages.note("Interrupted the kernel of %s (%s)." % (kernel.notebook or "no notebook", kernel.id[:8]))
+        messages.note("Interrupted the kernel of %s." % kernel.title)
         return EXIT_OK
     if args.code is None:
         raise Failure("wrong usage", "eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"), EXIT_USAGE)
@@ -10982,7 +10992,6 @@ class PrintedCell:
     def __init__(self, messages: Messages) -> None:
         self.messages = messages
         self.lines = 0  # of its journal, that were taken
-        self._shown = ShownCells(messages, 0.0)
         self._executions = Executions()
 
     def take(self, message: Recorded, show: Show) -> None:
@@ -10990,13 +10999,24 @@ class PrintedCell:
         self.lines += 1
         cell, entry = self._executions.take(message.entry)
         if self.messages.as_json and cell and entry:
-            self._shown.tell(entry, cell)
+            tell_entry(entry, cell, self.messages)
         elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
             is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
             stream = sys.stderr if is_aside else sys.stdout
             with contextlib.suppress(OSError):
                 stream.write(printable(re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))))
                 stream.flush()
+
+
+@contextlib.contextmanager
+def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
+    """Under this, Ctrl-C is a good end of what goes on with -f."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not args.is_followed:
+            raise
+        messages.end_line()
 
 
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -11011,14 +11031,9 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         identity, lines = line.id or identity, lines + 1
         messages.result(as_shown(line.text), "line", line=line.text)
 
-    try:
-        with ssh:
-            redials = args.is_followed and not args.no_reconnect
-            agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
-    except KeyboardInterrupt:
-        if not args.is_followed:
-            raise
-        messages.end_line()
+    with following(args, messages), ssh:
+        redials = args.is_followed and not args.no_reconnect
+        agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
     return EXIT_OK
 
 
@@ -11032,15 +11047,9 @@ def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     def ask() -> Request:
         return request.but(line=shown.lines)
 
-    try:
-        with ssh:
-            redials = args.is_followed and not args.no_reconnect
-            handlers: Dict[str, Handler] = {"recorded": shown.take}
-            agent.ask_on(ask, OutputReply, handlers=handlers, redials=redials)
-    except KeyboardInterrupt:
-        if not args.is_followed:
-            raise
-        messages.end_line()
+    with following(args, messages), ssh:
+        redials = args.is_followed and not args.no_reconnect
+        agent.ask_on(ask, OutputReply, handlers={"recorded": shown.take}, redials=redials)
     return EXIT_OK
 
 
@@ -11060,7 +11069,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
         with ssh:
             kernel = agent.ask(request, EndKernelReply, "Ending the kernel").kernel
-        text = "Ended the kernel of %s (%s)." % (kernel.notebook or "no notebook", kernel.id[:8])
+        text = "Ended the kernel of %s." % kernel.title
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
     log_in_ourselves(ssh)  # a tunnel to what is ended ends as well, and with it would our own connection
@@ -11464,6 +11473,7 @@ class Action(NamedTuple):
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
 
 
+FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"})
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
     "execute": Action(
@@ -11520,7 +11530,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "logs [ID] [-f]",
         [
             Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
-            Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
+            FOLLOW,
         ],
         asks="logs",
     ),
@@ -11530,7 +11540,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "output [NOTEBOOK] [-f] [--since TIME] [--save]",
         [
             Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
-            Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"}),
+            FOLLOW,
             Option("--save", "put it into the notebook, there", how={"dest": "saves"}),
             Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
         ],

@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 from urllib.parse import parse_qs, urlsplit
 
 import websocket
-from sides import Laptop, Run, wait_until
+from sides import Laptop, Run, quiet_port, wait_until
 
 
 def base_url(url: str) -> str:
@@ -54,6 +54,20 @@ def send(url: str, code: str, kernel: str) -> websocket.WebSocket:
 def new_kernel(url: str) -> str:
     """Start a kernel, and return its id."""
     return str(api(url, "kernels", "POST", {})["id"])
+
+
+def new_session(url: str, path: str = "train.ipynb", name: str = "python3") -> str:
+    """Start a kernel as a page does for a notebook, and return its id."""
+    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": name}}
+    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
+
+
+def held(laptop: Laptop, *arguments: str) -> Run:
+    """Open, on a port that no other test takes, until the tunnel is up."""
+    run = laptop.start("--local-port", str(quiet_port()), *arguments, has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    return run
 
 
 def compute(url: str, code: str, kernel: str = "") -> str:

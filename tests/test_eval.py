@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from client import api, check_failure, compute, events_of
+from client import api, check_failure, compute, events_of, held, new_session
 from notebooks import write_notebook
 from readme import readme_block
 from sides import SCRIPT, Host, Laptop, Run, quiet_port, wait_until
@@ -14,17 +14,13 @@ from sides import SCRIPT, Host, Laptop, Run, quiet_port, wait_until
 @pytest.fixture
 def run(laptop: Laptop, host: Host) -> Run:
     write_notebook(host.home / "it's here.ipynb")
-    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    run.url()
-    run.expect("To end it")
-    return run
+    return held(laptop, "host")
 
 
 @pytest.fixture
 def kernel(run: Run) -> str:
     """The kernel of a notebook, in which x is 42."""
-    body = {"path": "it's here.ipynb", "type": "notebook", "name": "", "kernel": {"name": "python3"}}
-    kernel = str(api(run.url(), "sessions", "POST", body)["kernel"]["id"])
+    kernel = new_session(run.url(), "it's here.ipynb")
     compute(run.url(), "x = 42; n = 0", kernel)
     return kernel
 

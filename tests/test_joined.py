@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Callable, List
 
 import pytest
-from client import is_up
+from client import held, is_up
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
 
@@ -15,10 +15,7 @@ from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
 @pytest.fixture
 def tunnel(laptop: Laptop, host: Host) -> Run:
     """A tunnel that is up."""
-    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    run.url()
-    run.expect("To end it")
-    return run
+    return held(laptop, "host")
 
 
 def logins_of(host: Host, action: Callable[[], object]) -> int:

@@ -6,24 +6,15 @@ import signal
 from typing import List
 
 import pytest
-from client import api, check_failure, compute, events_of, send
+from client import api, check_failure, compute, events_of, held, new_session, send
 from notebooks import write_notebook
-from sides import Host, Laptop, Run, quiet_port, wait_until
+from sides import Host, Laptop, Run, wait_until
 
 
 @pytest.fixture
 def run(laptop: Laptop, host: Host) -> Run:
     write_notebook(host.home / "it's here.ipynb")
-    run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
-    run.url()
-    run.expect("To end it")
-    return run
-
-
-def new_session(url: str, path: str) -> str:
-    """Start a kernel as a page does for a notebook, and return its id."""
-    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
-    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
+    return held(laptop, "host")
 
 
 def compute_until(run: Run, host: Host, kernel: str, then: str = "") -> str:

@@ -9,22 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from client import api, check_failure, compute, events_of, send
+from client import api, check_failure, compute, events_of, held, new_session, send
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
-
-
-def opened(laptop: Laptop, *arguments: str) -> Run:
-    run = laptop.start("--local-port", str(quiet_port()), *arguments, has_terminal=False)
-    run.url()
-    run.expect("To end it")
-    return run
-
-
-def new_session(url: str, path: str) -> str:
-    """Start a kernel as a page does for a notebook, and return its id."""
-    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
-    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
 
 
 def journal(host: Host, kernel: str) -> List[Dict[str, Any]]:
@@ -46,7 +33,7 @@ def recorders(mark: str) -> List[int]:
 def run(laptop: Laptop, host: Host) -> Run:
     for name in ("train.ipynb", "it's here.ipynb"):
         write_notebook(host.home / name)
-    return opened(laptop, "host")
+    return held(laptop, "host")
 
 
 def test_output_shows_what_a_cell_printed_with_no_page(laptop: Laptop, host: Host, run: Run) -> None:
@@ -129,10 +116,10 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     gate.write_text("")
     wait_for_end(host, kernel)
     told = re.compile(r"While you were away: train\.ipynb In \[\d+\] done after \d+ s \(2 lines\)\. To see it: (.*)\n")
-    again = opened(laptop, "host")
+    again = held(laptop, "host")
     match = told.search(again.text)
     assert match and match.group(1).endswith("host output train.ipynb"), again.text
-    assert not told.search(opened(laptop, "--local-port", str(quiet_port()), "host").text)
+    assert not told.search(held(laptop, "--local-port", str(quiet_port()), "host").text)
 
 
 @pytest.mark.parametrize("how", ["stop", "kill -9"])
@@ -150,7 +137,7 @@ def test_the_recorder_ends_with_its_server(laptop: Laptop, host: Host, run: Run,
 
 
 def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> None:
-    run = opened(laptop, "--no-record", "host")
+    run = held(laptop, "--no-record", "host")
     compute(run.url(), "print(1)")
     assert not recorders(mark)
     check_failure(laptop.run("host", "output"), 1, "nothing is recorded", "--no-record")
@@ -201,7 +188,7 @@ def test_a_kernel_that_is_restarted_goes_on_in_the_same_journal(laptop: Laptop, 
 def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -> None:
     (host.home / "other").mkdir()
     write_notebook(host.home / "other/train.ipynb")
-    second = opened(laptop, "--new", "host:other")
+    second = held(laptop, "--new", "host:other")
     kernels = [new_session(each.url(), "train.ipynb") for each in (run, second)]
     for each, kernel, word in zip((run, second), kernels, ("one", "two")):
         compute(each.url(), "print(%r)" % word, kernel)
@@ -227,7 +214,7 @@ def test_pings_of_the_user_s_own_stay(laptop: Laptop, host: Host, where: str) ->
         path = host.home / ".jupyter/jupyter_server_config.py"
         path.write_text("c.ServerApp.tornado_settings = {'ws_ping_interval': 7000}\n")
     arguments = [] if where == "configuration" else ["--server-arg=--ServerApp.tornado_settings={'x': 1}"]
-    opened(laptop, *arguments, "host")
+    held(laptop, *arguments, "host")
     words = Path("/proc/%d/cmdline" % host.servers()[0]["pid"]).read_text()
     assert "ws_ping" not in words
 
@@ -239,12 +226,12 @@ def test_a_cell_that_ended_into_a_dead_link_is_told_of(laptop: Laptop, host: Hos
     assert journal(host, kernel)[-1]["connections"] == 1
     wait_until(lambda: list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.away")), "it is known", 30)
     connection.close()
-    assert "While you were away: train.ipynb In [" in opened(laptop, "host", "--local-port", str(quiet_port())).text
+    assert "While you were away: train.ipynb In [" in held(laptop, "host", "--local-port", str(quiet_port())).text
 
 
 def test_a_server_on_a_socket_is_recorded(laptop: Laptop, host: Host) -> None:
     """Its kernels have sockets as well, not ports."""
-    run = opened(laptop, "--socket", "host")
+    run = held(laptop, "--socket", "host")
     kernel = str(api(run.url(), "kernels", "POST", {})["id"])
     compute(run.url(), "print('through')", kernel)
     wait_for_end(host, kernel)

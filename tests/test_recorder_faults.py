@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from browser import chromium
-from client import api, compute, send
+from client import api, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
@@ -23,22 +23,9 @@ for i in range(%d):
 print("the end")""" % LINES  # fmt: skip
 
 
-def opened(laptop: Laptop, *arguments: str) -> Run:
-    run = laptop.start("--local-port", str(quiet_port()), *arguments, has_terminal=False)
-    run.url()
-    run.expect("To end it")
-    return run
-
-
 def kinds(host: Host) -> List[str]:
     files = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
     return [json.loads(line)["kind"] for file in files for line in file.read_text().splitlines()]
-
-
-def begin(url: str, path: str = "train.ipynb", name: str = "python3") -> str:
-    """Start a kernel as a page does for a notebook, and return its id."""
-    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": name}}
-    return str(api(url, "sessions", "POST", body)["kernel"]["id"])
 
 
 def has_all(text: str) -> bool:
@@ -80,7 +67,7 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how:
     from selenium.webdriver.support.wait import WebDriverWait
 
     write_notebook(host.home / "train.ipynb", CODE)
-    run = opened(laptop, "host:train.ipynb")
+    run = held(laptop, "host:train.ipynb")
     with chromium(laptop) as driver:
         run_first_cell(driver, run.url())
         if how == "reloaded":
@@ -89,7 +76,7 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how:
     (host.home / "gate").write_text("")
     wait_until(lambda: "finished" in kinds(host), "the cell has ended", 60)
     assert has_all(laptop.run("host", "output", "train.ipynb").stdout)
-    assert "While you were away: train.ipynb In [" in opened(laptop, "host", "--local-port", str(quiet_port())).text
+    assert "While you were away: train.ipynb In [" in held(laptop, "host", "--local-port", str(quiet_port())).text
     saved = laptop.run("host", "output", "train.ipynb", "--save")
     assert "Saved the outputs of 1 cell into train.ipynb." in saved.stderr, saved.text
     with chromium(laptop) as driver:
@@ -117,8 +104,8 @@ def kill_us(run: Run, mark: str) -> Callable[[], None]:
 def test_link_that_died_in_the_middle_of_a_cell(
     laptop: Laptop, host: Host, mark: str, fault: Callable[[Run, str], Callable[[], None]]
 ) -> None:
-    run = opened(laptop, "host")
-    kernel = begin(run.url())
+    run = held(laptop, "host")
+    kernel = new_session(run.url())
     page = send(run.url(), CODE, kernel)
     wait_until(lambda: kinds(host).count("printed") > 0, "it prints")
     mend = fault(run, mark)
@@ -133,7 +120,7 @@ def test_link_that_died_in_the_middle_of_a_cell(
     shown = laptop.run("host", "output")
     assert has_all(shown.stdout), shown.text
     assert (
-        "While you were away: train.ipynb" in opened(laptop, "host", "--local-port", str(quiet_port()), "--no-mux").text
+        "While you were away: train.ipynb" in held(laptop, "host", "--local-port", str(quiet_port()), "--no-mux").text
     )
 
 
@@ -145,8 +132,8 @@ def test_a_full_disk_is_a_gap_and_the_kernel_goes_on(laptop: Laptop, host: Host)
     state.mkdir(parents=True)
     state.chmod(0o700)
     with mounted(state, "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs"):
-        run = opened(laptop, "host")
-        kernel = begin(run.url())
+        run = held(laptop, "host")
+        kernel = new_session(run.url())
         assert compute(run.url(), "print('before')", kernel) == "before\n"
         wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
         fill(state / "filler")
@@ -176,8 +163,8 @@ def test_a_kernel_in_another_language(
     laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]], code: str
 ) -> None:
     name = add(host.home)["name"]
-    run = opened(laptop, "host")
-    kernel = begin(run.url(), name=name)
+    run = held(laptop, "host")
+    kernel = new_session(run.url(), name=name)
     compute(run.url(), code, kernel)
     wait_until(lambda: "finished" in kinds(host), "the cell has ended")
     assert "from afar\n" in laptop.run("host", "output").stdout
@@ -189,8 +176,8 @@ def test_a_kernel_in_another_language(
 
 
 def test_a_kernel_that_dies_in_its_cell_is_told_of(laptop: Laptop, host: Host) -> None:
-    run = opened(laptop, "host")
-    kernel = begin(run.url())
+    run = held(laptop, "host")
+    kernel = new_session(run.url())
     send(run.url(), "import os, time\nprint('last words', flush=True)\ntime.sleep(.5)\nos._exit(1)", kernel).close()
     wait_until(lambda: "finished" in kinds(host), "it is known", 30)
     shown = laptop.run("host", "output").stdout
@@ -198,8 +185,8 @@ def test_a_kernel_that_dies_in_its_cell_is_told_of(laptop: Laptop, host: Host) -
 
 
 def test_a_server_that_is_killed_in_a_cell(laptop: Laptop, host: Host) -> None:
-    run = opened(laptop, "host")
-    kernel = begin(run.url())
+    run = held(laptop, "host")
+    kernel = new_session(run.url())
     send(run.url(), "import time\nprint('last words', flush=True)\ntime.sleep(600)", kernel).close()
     wait_until(lambda: "printed" in kinds(host), "it prints")
     os.kill(host.servers()[0]["pid"], signal.SIGKILL)
@@ -208,14 +195,14 @@ def test_a_server_that_is_killed_in_a_cell(laptop: Laptop, host: Host) -> None:
 
 
 def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: Laptop, host: Host) -> None:
-    run = opened(laptop, "host")
-    kernel = begin(run.url())
+    run = held(laptop, "host")
+    kernel = new_session(run.url())
     compute(run.url(), "print('before')", kernel)
     wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
     (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
     os.kill(json.loads(mark.read_text())["pid"], signal.SIGKILL)
     compute(run.url(), "print('lost')", kernel)
-    opened(laptop, "host", "--local-port", str(quiet_port()))
+    held(laptop, "host", "--local-port", str(quiet_port()))
     wait_until(lambda: "gap" in kinds(host), "there is another")
     compute(run.url(), "print('after')", kernel)
     wait_until(lambda: kinds(host).count("finished") == 2, "it is written down")
