@@ -9050,6 +9050,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     record, kernel = kernel_for_eval(request, channel)
     path = os.path.join(cells_dir(record.directory), kernel.id)
     channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
+    processes = identities_of(kernel.id)  # before it is asked: it may die of that
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
@@ -9059,7 +9060,6 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     known = request.line
     executions = Executions()
     cell = None  # type: Optional[CellOutput]
-    processes = identities_of(kernel.id)
 
     def look() -> str:
         nonlocal known, cell
@@ -9073,8 +9073,10 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
                 known -= 1
                 if known < 0:
                     channel.send(Recorded(entry=facts))
-        if cell and cell.finished:
-            return "done" if cell.finished.is_done else "failed"
+        if cell and cell.finished and cell.finished.is_done:
+            return "done"
+        if cell and cell.finished:  # in its journal, a cell of a kernel that died has failed
+            return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
         return "dead" if state == "dead" else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
