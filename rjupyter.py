@@ -7923,11 +7923,11 @@ RECORD_EVERY_S = 0.25  # between two looks for new kernels
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
+SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
 SAVE_TIMEOUT_S = 60.0
 NOTEBOOK_MAX = 1 << 30  # bytes
-PAGES_FRESH_S = 0.2  # and on their pages
 SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
@@ -8126,10 +8126,10 @@ class Recorder:
         assert record is not None  # it was written before we were started
         self.record = record
         self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
-        self._asked = {}  # type: Dict[str, Tuple[float, Any]] # by the path of the API
+        self._notebooks = {}  # type: Dict[str, str] # by the kernel
+        self._told_at = float("-inf")
         self._names = set()  # type: Set[str] # of the connection files
         self._changed_at = 0.0  # their directory
-        self._has_answered = False  # the server, when it was asked last
         self._asked_at = 0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
@@ -8166,11 +8166,11 @@ class Recorder:
             for name in set(self._known) - self._names:
                 self._known.pop(name).close()
         unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
-        if unsure:
-            ids = [view.id for view in self.views("api/kernels", KernelView, 0.0)]
-            for kernel in unsure if self._has_answered else []:
-                kernel.decide(kernel.id in ids)
-            self._asked.clear()  # its page comes at once
+        info = server_info(self.record) if unsure else None
+        if info and time.monotonic() - max(kernel.since for kernel in unsure) > SETTLES_S:
+            views = ask_for_list(info, "api/kernels", KernelView)
+            for kernel in unsure if views is not None else []:
+                kernel.decide(kernel.id in [view.id for view in views or []])
 
     def pass_on(self) -> None:
         """Ask kernels for what `eval` left to be asked, each once: KERNEL.ID.ask has the code."""
@@ -8188,26 +8188,23 @@ class Recorder:
                     os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
                     kernels[kernel].ask(identity, read_text(path + "ed"))
 
-    def views(self, path: str, kind: "Type[R]", fresh_s: float = CELL_FRESH_S) -> "List[R]":
-        """Ask the server for a list; an answer holds for a moment."""
-        asked_at, views = self._asked.get(path, (0.0, []))
-        if time.monotonic() - asked_at >= fresh_s or not asked_at:
-            info = server_info(self.record)
-            answer = ask_for_list(info, path, kind) if info else None
-            self._has_answered = answer is not None
-            views = answer or []
-            self._asked[path] = time.monotonic(), views
-        return list(views)
-
     def notebook_of(self, kernel: str) -> str:
-        """Return the path of the notebook that a kernel belongs to; empty for none."""
-        sessions = self.views("api/sessions", SessionView)
-        return next((session.path for session in sessions if session.kernel.id == kernel), "")
+        """Return the path of the notebook that a kernel belongs to; empty for none. An answer holds for a moment."""
+        if kernel not in self._notebooks or time.monotonic() - self._told_at > CELL_FRESH_S:
+            info = server_info(self.record)
+            sessions = (info and ask_for_list(info, "api/sessions", SessionView)) or []
+            self._notebooks = {session.kernel.id: session.path for session in sessions}
+            self._told_at = time.monotonic()
+        return self._notebooks.get(kernel, "")
 
     def connections_of(self, kernel: str) -> int:
         """Return how many pages a kernel has; -1 where the server does not say."""
-        views = self.views("api/kernels", KernelView, PAGES_FRESH_S)
-        return next((view.connections for view in views if view.id == kernel), -1)
+        info = server_info(self.record)
+        return (
+            seen(KernelView, ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]).connections
+            if info
+            else -1
+        )
 
 
 def kernel_id_of(name: str) -> str:
@@ -8234,7 +8231,7 @@ class RecordedKernel:
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._path = path
-        self._since = time.monotonic()
+        self.since = time.monotonic()
         self._connection = None  # type: Optional[Connection]
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
@@ -8264,7 +8261,7 @@ class RecordedKernel:
             self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
             self.recorder.poller.register(self.monitor, self.recorder.zmq.POLLIN)
             self._journal.mark(KernelMark(notebook=self.recorder.notebook_of(self.id), is_heard=True))
-        elif time.monotonic() - self._since > UNKNOWN_KERNEL_S:
+        elif time.monotonic() - self.since > UNKNOWN_KERNEL_S:
             self.is_unsure = False
             self.socket.disable_monitor()
             self.socket.close()

@@ -122,6 +122,16 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     assert not told.search(held(laptop, "--local-port", str(quiet_port()), "host").text)
 
 
+def test_the_log_of_jupyter_has_no_trouble_of_ours(laptop: Laptop, host: Host, run: Run) -> None:
+    """Asked for its kernels while it starts one, Jupyter Server 2.21 fails with a traceback in its log."""
+    kernels = [new_session(run.url(), "%d.ipynb" % number) for number in range(12)]  # the moment is short: 20 ms
+    for kernel in kernels[-2:]:
+        compute(run.url(), "print(1)", kernel)
+        wait_for_end(host, kernel)
+    (log,) = host.home.glob(".local/state/rjupyter/servers/*/log")
+    assert "Uncaught exception" not in log.read_text()
+
+
 @pytest.mark.parametrize("how", ["stop", "kill -9"])
 def test_the_recorder_ends_with_its_server(laptop: Laptop, host: Host, run: Run, mark: str, how: str) -> None:
     wait_until(lambda: len(recorders(mark)) == 1, "it runs")
