@@ -8166,6 +8166,8 @@ class Recorder:
             for name in set(self._known) - self._names:
                 self._known.pop(name).close()
         unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
+        for kernel in unsure:
+            kernel.connect()
         info = server_info(self.record) if unsure else None
         if info and time.monotonic() - max(kernel.since for kernel in unsure) > SETTLES_S:
             views = ask_for_list(info, "api/kernels", KernelView)
@@ -8244,7 +8246,6 @@ class RecordedKernel:
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
-        self.connect()
 
     def connect(self) -> None:
         """Listen to it, as soon as its connection file is whole."""
@@ -8255,7 +8256,6 @@ class RecordedKernel:
 
     def decide(self, is_ours: bool) -> None:
         """Take it for one of this server's, or after a while, as nobody says so, leave it alone."""
-        self.connect()
         if is_ours and self._connection:
             self.is_unsure = False
             self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
