@@ -4,6 +4,7 @@ Nothing of the user's is read or written: not ~/.ssh, not ~/.jupyter, not ~/.loc
 user (sshd then serves that user alone).
 """
 
+import contextlib
 import getpass
 import os
 import re
@@ -149,8 +150,9 @@ class PrivateSshd:
         """Kill what serves the connections, or send it another signal."""
         connections = self.connection_pids()
         for pid in [child for connection in connections for child in children(connection)] + connections:
-            if Path("/proc/%d/cmdline" % pid).exists() and b"sshd" in Path("/proc/%d/cmdline" % pid).read_bytes():
-                os.kill(pid, signum)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                if b"sshd" in Path("/proc/%d/cmdline" % pid).read_bytes():
+                    os.kill(pid, signum)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

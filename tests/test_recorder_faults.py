@@ -37,13 +37,11 @@ def has_all(text: str) -> bool:
 
 def run_first_cell(driver: Any, url: str) -> None:
     """Open a notebook's page and run its first cell, until its line 9 is there."""
-    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
 
     driver.get(url)
-    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+    wait = patience(driver)
 
     def run(_: Any) -> bool:
         cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
@@ -56,6 +54,14 @@ def run_first_cell(driver: Any, url: str) -> None:
     wait.until(lambda _: "line 9" in shown_in(driver))
 
 
+def patience(driver: Any) -> Any:
+    """Return what waits for the page, also while it takes its elements away and makes them anew."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+
+
 def shown_in(driver: Any) -> str:
     from selenium.webdriver.common.by import By
 
@@ -64,8 +70,6 @@ def shown_in(driver: Any) -> str:
 
 @pytest.mark.parametrize("how", ["closed", "reloaded"])
 def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how: str, tmp_path: Path) -> None:
-    from selenium.webdriver.support.wait import WebDriverWait
-
     write_notebook(host.home / "train.ipynb", CODE)
     run = held(laptop, "host:train.ipynb")
     with chromium(laptop) as driver:
@@ -81,8 +85,7 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how:
     assert "Saved the outputs of 1 cell into train.ipynb." in saved.stderr, saved.text
     with chromium(laptop) as driver:
         driver.get(run.url())
-        WebDriverWait(driver, 60).until(lambda _: "the end" in shown_in(driver))
-        assert has_all(shown_in(driver))
+        patience(driver).until(lambda _: has_all(shown_in(driver)))
         driver.save_screenshot(str(tmp_path / "reopened.png"))
 
 
