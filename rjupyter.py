@@ -1320,6 +1320,43 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     return None
 
 
+def node_address(asked: str = "") -> str:
+    """Return the address of this node that the login node reaches.
+
+    The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
+    """
+    import re
+
+    interfaces = interface_addresses()
+    names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
+    slurm_name = os.environ.get("SLURMD_NODENAME")
+    if slurm_name and not asked:
+        _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], COMMAND_TIMEOUT_S)
+        names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
+    for name in names:
+        try:
+            address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
+        except OSError:
+            continue
+        if not address.startswith("127."):
+            return address
+    why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
+    raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
+
+
+def interface_addresses() -> "Dict[str, str]":
+    """Return the IPv4 address of each interface of this machine, by its name (Linux: netdevice(7))."""
+    import fcntl
+
+    found = {}
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
+
+
 # -- commands and processes -------------------------------------------------------------------------------------------
 
 
@@ -1392,6 +1429,17 @@ def is_same_process(pid: int, identity: str) -> bool:
     if now == ":":
         return identity == ":" and session_of(pid) == pid
     return start == old_start and (not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0])
+
+
+def has_exited(pid: int) -> bool:
+    """True when a child of ours has. All others that did are taken leave of: we may be a container's first process."""
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return True
+        if ended in (0, pid):
+            return ended == pid
 
 
 def session_of(pid: int) -> int:
@@ -3176,6 +3224,7 @@ class Elsewhere:
 
     def __init__(self, record: Kept) -> None:
         self.record = record
+        self.held = record  # that of the process which we started for it
 
     @classmethod
     def holds(cls, record: Kept) -> bool:
@@ -3201,6 +3250,13 @@ class Elsewhere:
     def left_s(self) -> float:
         """Return how long it may run on, in seconds; 0 for no limit that we know of."""
         return 0.0
+
+    def children(self) -> "List[Tuple[int, str]]":
+        """Return what its process started and that runs, each with its identity, as far as that can be told.
+
+        For Jupyter these are its kernels and terminals.
+        """
+        return []
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
         """End it, when it has not done so by itself within `polite_s`; and what is left of its children."""
@@ -3228,6 +3284,13 @@ class Here(Elsewhere):
         boots = (self.record.identity.partition(":")[0], boot_identity())
         return "the host was started anew" if all(boots) and boots[0] != boots[1] else ""
 
+    def children(self) -> "List[Tuple[int, str]]":
+        """Return those of which it is the parent."""
+        argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
+        pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
+        pids = [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(self.record.pid)]
+        return [(pid, process_identity(pid)) for pid in pids]
+
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
         """Wait, then TERM, then KILL; and KILL for what is left of its children."""
         import signal
@@ -3250,19 +3313,6 @@ PLACES = [Here, Elsewhere]  # type: List[Type[Elsewhere]]
 def place_of(record: Kept) -> Elsewhere:
     """Return where the thing of a record runs."""
     return next(place for place in PLACES if place.holds(record))(record)
-
-
-def children_of(record: Kept) -> "List[Tuple[int, str]]":
-    """Return what the process of a record started and that runs, each with its identity; none of another node's.
-
-    For Jupyter these are its kernels and terminals.
-    """
-    if not place_of(record).is_here:
-        return []
-    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
-    pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
-    pids = [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(record.pid)]
-    return [(pid, process_identity(pid)) for pid in pids]
 
 
 # -- its directories --------------------------------------------------------------------------------------------------
@@ -3305,6 +3355,17 @@ def kept_dirs(kind: str) -> "List[str]":
         except OSError:
             continue
     return found
+
+
+def kept_record(kind: Kind, identity: str) -> "Any":
+    """Return the record of one thing; None where there is none."""
+    for directory in kept_dirs(kind.directory) if identity else []:
+        if os.path.basename(directory) == identity:
+            record = read_record(kind.record, os.path.join(directory, kind.name + ".json"))
+            if record:
+                record.id, record.directory = identity, directory
+            return record
+    return None
 
 
 def new_dir(kind: Kind) -> str:
@@ -4407,7 +4468,7 @@ class ServerKind(Kind):
             mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
         files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
-        children = children_of(record)
+        children = place_of(record).children()
         if info and can_ask_server(record, info):
             ask_server(info, "api/shutdown", "POST")
         place = place_of(record)
@@ -4907,6 +4968,44 @@ def left_request(directory: str) -> Request:
     """Return the request that was left there."""
     with open(os.path.join(directory, "request.json"), encoding="utf-8") as stream:
         return Request.read(json.load(stream))
+
+
+def messages_in(said: Growing) -> "List[Json]":
+    """Return the messages that an agent left since the last look; a damaged line is passed over."""
+    messages = []
+    for line in said.lines():
+        with contextlib.suppress(ValueError, Wrong):
+            message = json.loads(line)
+            Said.read(message)
+            messages.append(message)
+    return messages
+
+
+def pass_on(message: "Json", channel: Channel) -> None:
+    """Pass on what an agent that was left tells while it works; that it is there is no news."""
+    kinds = {kind.kind: kind for kind in (Progress, Found, Installing, Installed)}
+    with contextlib.suppress(KeyError, Wrong):
+        channel.send(kinds[Said.read(message).kind].read(message))
+
+
+def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", beat: "Callable[[], None]") -> None:
+    """Stay until what a reply tells of has ended, which we started; end it once, when it is unwanted."""
+    if not isinstance(reply, (OpenReply, StartReply)):
+        sys.exit(reply is None)
+    kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
+    record = kept_record(kind, reply.id)
+    pid = place_of(record).held.pid
+    is_asked = False
+
+    def has_ended() -> bool:
+        nonlocal is_asked
+        beat()
+        if not is_asked and is_unwanted(record):
+            is_asked = True
+            kind.end(record)
+        return has_exited(pid)
+
+    until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
 
 
 # agent ends
@@ -6038,7 +6137,7 @@ class RunKind(Kind):
         import signal
 
         mark(record, "stop")  # on another node, the agent in its job sees that
-        children = children_of(record)
+        children = place_of(record).children()
         for pid, _ in children:
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGINT)
@@ -9403,7 +9502,7 @@ class InJob(Elsewhere):
 
     def __init__(self, record: Kept) -> None:
         super().__init__(record)
-        self.job = job_of(record)
+        self.job = kept_record(KINDS["job"], record.job)  # type: Optional[JobRecord]
         self.is_here = Here.holds(record)
         self.is_known = True
         self.settle_s = 0.0 if self.is_here else SETTLE_S
@@ -9411,7 +9510,7 @@ class InJob(Elsewhere):
     @classmethod
     def holds(cls, record: Kept) -> bool:
         """True when we know the job that the record names."""
-        return bool(record.job) and job_of(record) is not None
+        return kept_record(KINDS["job"], record.job) is not None
 
     def is_running(self) -> bool:
         """True when its process runs on this node, or elsewhere its job does, and was not queued again since."""
@@ -9443,6 +9542,10 @@ class InJob(Elsewhere):
         """Return how much time the job has left."""
         return self._state().left_s or 0.0
 
+    def children(self) -> "List[Tuple[int, str]]":
+        """Return those on this node."""
+        return Here(self.record).children() if self.is_here else []
+
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
         """End the process on this node; the job elsewhere."""
         if self.is_here:
@@ -9456,17 +9559,6 @@ class InJob(Elsewhere):
 
 
 PLACES.insert(0, InJob)
-
-
-def job_of(record: Kept) -> "Optional[JobRecord]":
-    """Return the record of the job in which a server or a run is; None when it is in none that we know."""
-    for directory in kept_dirs(KINDS["job"].directory) if record.job else []:
-        if os.path.basename(directory) == record.job:
-            job = read_record(JobRecord, os.path.join(directory, "job.json"))
-            if job:
-                job.id, job.directory = record.job, directory
-            return job
-    return None
 
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
@@ -9790,24 +9882,6 @@ def no_begin(job: JobRecord) -> Failure:
     return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
-def messages_in(said: Growing) -> "List[Json]":
-    """Return the messages that the agent in a job has written since the last look; a damaged line is passed over."""
-    messages = []
-    for line in said.lines():
-        with contextlib.suppress(ValueError, Wrong):
-            message = json.loads(line)
-            Said.read(message)
-            messages.append(message)
-    return messages
-
-
-def pass_on(message: "Json", channel: Channel) -> None:
-    """Pass on what the agent in a job tells while it works; that it is there is no news."""
-    kinds = {kind.kind: kind for kind in (Progress, Found, Installing, Installed)}
-    with contextlib.suppress(KeyError, Wrong):
-        channel.send(kinds[Said.read(message).kind].read(message))
-
-
 def reply_of(job: JobRecord) -> "Optional[Json]":
     """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
     messages = messages_in(Growing(os.path.join(job.directory, "said"))) if not job_state(job).is_waiting else []
@@ -9910,27 +9984,20 @@ def work(directory: str, request: Request) -> None:
     """Do what a job is for, and stay with what that launched."""
     said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
     note_begin(directory, request)
-    reply = perform(request, Channel("", said), on_this_node)
-    if not isinstance(reply, (OpenReply, StartReply)):
-        sys.exit(reply is None)
-    kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
-    record = next(record for record in kind.records() if record.id == reply.id)
     unwanted = os.path.join(directory, "unwanted")
     beat_at = 0.0
-    is_asked = False
 
-    def has_ended() -> bool:
-        nonlocal beat_at, is_asked
+    def beat() -> None:
+        nonlocal beat_at
         if time.monotonic() - beat_at > HEARTBEAT_S:
             beat_at = time.monotonic()
             write_whole(os.path.join(directory, "alive"), "")
             look_anew(directory)
-        if not is_asked and (os.path.exists(unwanted) or (kind.name == "run" and is_marked(record, "stop"))):
-            is_asked = True
-            kind.end(record)
-        return os.waitpid(record.pid, os.WNOHANG) != (0, 0)
 
-    until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    def is_unwanted(record: Kept) -> bool:
+        return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
+
+    stay_with(perform(request, Channel("", said), on_this_node), is_unwanted, beat)
 
 
 def note_begin(directory: str, request: Request) -> None:
@@ -9955,43 +10022,6 @@ def on_this_node(request: Request) -> Request:
         return request.but(node_address="")
     address = node_address(request.node_address)
     return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
-
-
-def node_address(asked: str = "") -> str:
-    """Return the address of this node that the login node reaches.
-
-    The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
-    """
-    import re
-
-    interfaces = interface_addresses()
-    names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
-    slurm_name = os.environ.get("SLURMD_NODENAME")
-    if slurm_name and not asked:
-        _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], QUERY_TIMEOUT_S)
-        names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
-    for name in names:
-        try:
-            address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
-        except OSError:
-            continue
-        if not address.startswith("127."):
-            return address
-    why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
-    raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
-
-
-def interface_addresses() -> "Dict[str, str]":
-    """Return the IPv4 address of each interface of this machine, by its name (Linux: netdevice(7))."""
-    import fcntl
-
-    found = {}
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return found
 
 
 # agent ends
