@@ -8243,6 +8243,8 @@ class Recorder:
                     kernel.look_again()
             self.look_for_kernels()
             self.pass_on()
+            if not self.poller.sockets:
+                time.sleep(RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
             for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
                 if kernel.socket in heard:
