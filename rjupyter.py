@@ -41,6 +41,7 @@ What runs on the host outlives this program; `stop` ends it.
 #   recorder       an annex: what cells print is kept
 #   kernels        an annex: one kernel at a time: list, wait for, end
 #   schedulers     an annex: Jupyter in a job of a cluster
+#   wrappers       an annex: Jupyter inside of a container, a limit, a tool of the site's
 #   command line   options, actions, main
 #
 # The core is whole without its annexes. What stands between "agent begins" and "agent ends" is sent to the host, and
@@ -155,6 +156,7 @@ FOLLOW_MAX_S = 0.5  # the longest pause between two looks at a file that grows
 LATE_S = 12.0  # in which a shared home comes to show what another machine wrote
 COMMAND_TIMEOUT_S = 30  # for a command of the host's that takes no time, on a home that may be slow
 HEARTBEAT_S = 5.0
+LIFE_S = 5 * HEARTBEAT_S  # after which what gives no sign of life has ended, where nothing else tells
 START_TIMEOUT_S = 120
 ASK_TIMEOUT_S = 5  # for a server's answer on the host itself
 SHELL_TIMEOUT_S = 10  # for the user's start-up files
@@ -453,6 +455,10 @@ class Request(Record):
     env: str = ""
     init: "List[str]" = []
     may_install: bool = True
+    # What it runs inside of.
+    wrap: "List[str]" = []  # commands, the outermost first
+    container: str = ""  # an image, inside of those
+    wrapper: str = ""  # the id of what we are inside of, for who is
     # How it is launched.
     port: int = 0
     ip: str = "127.0.0.1"
@@ -512,6 +518,16 @@ class Request(Record):
         """Return what is asked for, without what is as usual."""
         return {name: value for name, value in super().facts().items() if value != getattr(type(self), name)}
 
+    @property
+    def is_held(self) -> bool:
+        """True where what is started ends with the agent that started it: in a job, in a wrapper."""
+        return bool(self.job or self.wrapper)
+
+    @property
+    def outside(self) -> str:
+        """What it is to run inside of, in the words that were typed; empty for nothing."""
+        return " ".join([*self.wrap, *filter(None, [self.container])])
+
     def to_keep(self) -> "Request":
         """Return what may be kept of it: no secrets, and nothing that is long."""
         return self.but(nonce="", notebook="", parameters=[], parameter_files=[], tasks=[])
@@ -519,12 +535,19 @@ class Request(Record):
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
     LAUNCHING = ("port", "ip", "server_args", "idle_timeout_s", "no_record")
-    CHOOSING = ("app", "python", "env", "init", "socket", "submit")
+    CHOOSING = ("app", "python", "env", "init", "socket", "submit", "wrap", "container")
     TELLING = CHOOSING + ("action", "path", "attach", "ip", "port", "server_args", "via_node", "key", "state_dir")
 
     def allows(self, other: "Request") -> bool:
         """True when what `other` asked for is what this one means: each thing as far as it is named here."""
         return all(getattr(self, name) in (getattr(other, name), None, "", [], False) for name in self.CHOOSING)
+
+    def is_done_by(self, asked: "Request") -> bool:
+        """True when what `asked` is about to start is meant here; a stop means a server, without a PATH any."""
+        path = asked.path if self.action == "stop" and self.path is None else self.path
+        action = "open" if self.action == "stop" else self.action
+        same = (action, path, self.key, self.variant)
+        return (asked.action, asked.path, asked.key, asked.variant) == same and self.allows(asked)
 
     def too_late(self, launched: "Request") -> "List[str]":
         """Return what is asked for here and was not at the launch of what is found, as far as it acts there alone."""
@@ -554,6 +577,7 @@ class Kept(Record):
     identity: str = ""
     root_dir: str = ""
     job: str = ""  # the id of the job of ours that it is in; empty for none
+    wrapper: str = ""  # the id of what it runs inside of; empty for nothing
     request: "Request" = Request()
 
     def age_s(self) -> float:
@@ -622,6 +646,16 @@ class JobRecord(Kept):
     def modern(cls, facts: "Json") -> "Json":
         """Take the form of 0.1.0."""
         return facts if "number" in facts else dict(facts, number=facts.get("job"), job="", request=facts.get("asked"))
+
+
+class WrapperRecord(Kept):
+    """A command that something of ours runs inside of: wrappers/ID/wrapper.json."""
+
+    kind = "wrapper"
+    home: str  # outside
+    network: str = ""  # which one that is, outside
+    entries: "List[str]" = []  # some of what is in root_dir, outside
+    remove: "List[str]" = []  # the command that removes its container; empty for none
 
 
 class JobTrial(Record):
@@ -764,6 +798,7 @@ class Stopped(Message):
     root_dir: "Optional[str]" = None
     name: "Optional[str]" = None
     job: "Optional[str]" = None
+    wrap: "Optional[str]" = None
 
 
 class TaskState(Message):
@@ -827,6 +862,7 @@ class OpenReply(RuntimeInfo):
     local_port: int  # the one it was reached by before, or is to be reached by
     node: str  # the host's own name, or that of the node that its job runs on
     job: str = ""  # the id of the job that it runs in; empty for none
+    wrapper: str = ""  # the id of what it runs inside of; empty for nothing
     left_s: float = 0.0  # until the job's time is up; 0 for no limit that we know of
     is_launched: bool  # by this request
     is_only: bool = True  # no other one of ours runs there
@@ -857,6 +893,7 @@ class ServerView(Record):
     manager: str = ""
     state: str = "live"
     job: str = ""
+    wrap: str = ""  # what it runs inside of
     port: int = 0
     sock: str = ""
     kernels: int = 0
@@ -879,6 +916,7 @@ class RunView(Record):
     unwritten: str = ""  # why the notebook there could not be replaced by its result
     age_s: float
     job: str = ""
+    wrap: str = ""  # what it runs inside of
     state: str = ""
     size: int = 0
 
@@ -933,8 +971,20 @@ class JobView(JobState):
     age_s: float
 
 
+class WrapperView(Record):
+    """What starts in a wrapper, as `list` shows it as long as nothing runs in there yet."""
+
+    id: str
+    wrap: str
+    action: str
+    path: "Optional[str]" = None
+    age_s: float
+
+
 class ListReply(Record):
     """Everything of the user's on the host."""
+
+    wrappers: "List[WrapperView]" = []
 
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
@@ -1163,6 +1213,7 @@ EVENTS = {
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
     "grid": Event("several executions in `list`", tuple(GridView.fields)),
+    "wrapper": Event("what starts in a wrapper, in `list`", tuple(WrapperView.fields)),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
     "started": Event("an execution was started", ("id",)),
@@ -1397,8 +1448,10 @@ def boot_identity() -> str:
 def process_identity(pid: int) -> str:
     """Return what tells this process from a later one with the same pid: the boot, and when it was started.
 
-    Empty when there is no such process, ":" when nothing more can be told of it.
+    Empty when there is no such process; nothing behind the colon when nothing more can be told of it.
     """
+    if not is_own_proc():
+        return boot_identity() + ":" if session_of(pid) and not is_zombie(pid) else ""
     try:
         with open("/proc/%d/stat" % pid, "rb") as process:
             fields = process.read().rpartition(b")")[2].split()
@@ -1416,6 +1469,38 @@ def process_identity(pid: int) -> str:
     return ":" if session_of(pid) else ""
 
 
+def parents() -> "Dict[int, int]":
+    """Return the parent of each process: from /proc (proc(5)), for a container may have no ps; else from ps."""
+    found = {}
+    if is_own_proc() and os.path.exists("/proc/self/stat"):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open("/proc/%s/stat" % pid, "rb") as process:
+                found[int(pid)] = int(process.read().rpartition(b")")[2].split()[1])
+        return found
+    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
+    for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines():
+        pair = line.split()
+        if len(pair) == 2 and all(word.isdigit() for word in pair):
+            found[int(pair[0])] = int(pair[1])
+    return found
+
+
+def is_own_proc() -> bool:
+    """False where /proc tells of the processes outside of our pid namespace: bwrap --unshare-pid without --proc."""
+    try:
+        return os.readlink("/proc/self") in (str(os.getpid()), "curproc")  # the latter is FreeBSD's
+    except OSError:
+        return True  # there is none
+
+
+def is_zombie(pid: int) -> bool:
+    """True for a child of ours that has ended and was not waited for yet."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
 def is_same_process(pid: int, identity: str) -> bool:
     """True when the process with this pid is the one that had this identity.
 
@@ -1426,8 +1511,8 @@ def is_same_process(pid: int, identity: str) -> bool:
     if not now or not identity:
         return False
     (boot, _, start), (old_boot, _, old_start) = now.partition(":"), identity.partition(":")
-    if now == ":":
-        return identity == ":" and session_of(pid) == pid
+    if not start:
+        return identity == now and session_of(pid) == pid
     return start == old_start and (not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0])
 
 
@@ -1843,6 +1928,15 @@ def state_of_job(job: JobView) -> str:
     return job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else "")
 
 
+def shortened(text: str) -> str:
+    """Return a text as it fits into a column."""
+    return text if len(text) <= COLUMN_WIDTH else text[: COLUMN_WIDTH - 3] + "..."
+
+
+STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
+COLUMN_WIDTH = 40
+
+
 class Column(NamedTuple):
     """A column of a table for people: its title, and what it says of a record."""
 
@@ -1858,6 +1952,7 @@ COLUMNS = {
         Column("DIRECTORY", lambda server: server.root_dir),
         Column("NODE", lambda server: server.node if server.job else ""),
         Column("JOB", lambda server: server.job),
+        Column("INSIDE", lambda server: shortened(server.wrap)),
         Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
@@ -1872,6 +1967,7 @@ COLUMNS = {
         Column("DIRECTORY", lambda run: run.root_dir),
         Column("NODE", lambda run: run.node if run.job else ""),
         Column("JOB", lambda run: run.job),
+        Column("INSIDE", lambda run: shortened(run.wrap)),
         Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
         Column("AGE", lambda run: duration(run.age_s)),
     ],
@@ -1881,9 +1977,16 @@ COLUMNS = {
         Column("STATE", state_of_job),
         Column("NODE", lambda job: job.node or "-"),
         Column("LEFT", lambda job: duration(job.left_s) or "-"),
-        Column("FOR", lambda job: {"open": "a server", "start_run": "a notebook"}.get(job.action, "?")),
+        Column("FOR", lambda job: STARTED.get(job.action, "?")),
         Column("PATH", lambda job: job.path or "~"),
         Column("AGE", lambda job: duration(job.age_s)),
+    ],
+    "wrapper": [
+        Column("ID", lambda wrapper: wrapper.id),
+        Column("STARTS INSIDE", lambda wrapper: shortened(wrapper.wrap)),
+        Column("FOR", lambda wrapper: STARTED.get(wrapper.action, "?")),
+        Column("PATH", lambda wrapper: wrapper.path or "~"),
+        Column("AGE", lambda wrapper: duration(wrapper.age_s)),
     ],
     "kernel": [
         Column("KERNEL", lambda kernel: kernel.id[:8]),
@@ -3174,6 +3277,10 @@ class Kind:
         """Return what `list` shows."""
         return self.records()
 
+    def stopped_with_all(self) -> "List[Any]":
+        """Return what `stop --all` ends."""
+        return self.running()
+
     def describe(self, record: "Any") -> Record:
         """Say how one does, for people."""
         raise NotImplementedError
@@ -3286,9 +3393,7 @@ class Here(Elsewhere):
 
     def children(self) -> "List[Tuple[int, str]]":
         """Return those of which it is the parent."""
-        argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
-        pairs = [line.split() for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines()]
-        pids = [int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == str(self.record.pid)]
+        pids = [pid for pid, parent in parents().items() if parent == self.record.pid]
         return [(pid, process_identity(pid)) for pid in pids]
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -3397,6 +3502,19 @@ def is_marked(record: Kept, name: str) -> bool:
     return bool(record.directory) and os.path.exists(os.path.join(record.directory, name))
 
 
+def gives_signs(record: Kept) -> bool:
+    """False when an agent that was left has said that it ended, or has given no more signs of life for a while.
+
+    Their age is that of a file beside them: the clock of a shared home may not be ours.
+    """
+    sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
+    if is_marked(record, "ended") or not record.directory:
+        return not record.directory
+    with contextlib.suppress(OSError):
+        write_whole(now, "")
+    return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
+
+
 def forget_ended(kind: Kind, running: "List[Any]") -> None:
     """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
     import shutil
@@ -3435,9 +3553,9 @@ def without_tokens(text: str) -> str:
 
 
 def start_detached(
-    argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, in_job: bool = False
+    argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
 ) -> "Any":
-    """Start a process in a session of its own that has nothing of ours open; in a job, it ends when we end."""
+    """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
     import subprocess
 
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
@@ -3449,11 +3567,11 @@ def start_detached(
             cwd=directory,
             env=environment,
             start_new_session=True,
-            preexec_fn=end_with_parent() if in_job else None,  # noqa: PLW1509 # the agent has one thread
+            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # the agent has one thread
         )
 
 
-def facts_of(process: "Any", root_dir: str, job: str) -> "Json":
+def facts_of(process: "Any", root_dir: str, request: Request) -> "Json":
     """Return what is kept of each process that we started."""
     return {
         "created": time.time(),
@@ -3461,7 +3579,8 @@ def facts_of(process: "Any", root_dir: str, job: str) -> "Json":
         "pid": process.pid,
         "identity": process_identity(process.pid),
         "root_dir": portable(root_dir),
-        "job": job,
+        "job": request.job,
+        "wrapper": request.wrapper,
     }
 
 
@@ -3527,6 +3646,20 @@ def launchers(
 ) -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
+    In a wrapper, those whose modules are there: a home that is seen in there has scripts of a Python outside.
+    """
+    for found in all_launchers(request, root_dir, channel, tried, programs):
+        if request.wrapper and not has_its_module(found):
+            tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
+        else:
+            yield found
+
+
+def all_launchers(
+    request: Request, root_dir: str, channel: Channel, tried: "List[str]", programs: "Iterable[str]"
+) -> "Iterator[Launcher]":
+    """Yield what may be a way to run Jupyter on this host, best first; raises Failure (3) when there is none left.
+
     The app that is asked for; where none is, one of the `programs` will do, the first of them in each place.
 
     --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
@@ -3537,8 +3670,9 @@ def launchers(
 
     apps = [request.app] if request.app else list(programs)
     environment = os.environ  # type: Any
-    if request.init:
-        environment = user_environment([native(command) for command in request.init], tried)
+    init = [] if request.wrapper else request.init  # the wrapper has what they set
+    if init:
+        environment = user_environment([native(command) for command in init], tried)
         os.environ.clear()
         os.environ.update(environment)
     if request.python:
@@ -3548,9 +3682,9 @@ def launchers(
         yield launcher_of_python(environment_python(native(request.env), root_dir), apps, "--env " + request.env)
     else:
         yield from launchers_of_project(root_dir, apps, channel, tried)
-        where = "PATH after --init" if request.init else "PATH"
+        where = "PATH after --init" if init else "PATH"
         yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), apps, where, environment, tried)
-        if not request.init:
+        if not init:
             of_terminal = user_environment([], tried)
             places = of_terminal.get("PATH", "").split(os.pathsep)
             yield from launchers_in(places, apps, "the login shell's PATH", of_terminal, tried)
@@ -3595,6 +3729,13 @@ def launch(
             return record, time.monotonic() - began
         tried.append("%s: it cannot be run" % portable(found.argv[0]))
     raise AssertionError("launchers ends with a failure")
+
+
+def has_its_module(found: Launcher) -> bool:
+    """True when the Python of a launcher can import the app."""
+    python = interpreter_of(found)
+    argv = [python, "-c", HAS_MODULE, PROGRAMS[found.app].module]
+    return bool(python) and run_command(argv, COMMAND_TIMEOUT_S, found.environment)[0] == 0
 
 
 def problem_of(script: str) -> str:
@@ -3686,7 +3827,10 @@ def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
     """
     import pwd
 
-    shell = os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
+    shell = os.environ.get("SHELL", "")
+    with contextlib.suppress(KeyError):  # in a container, an uid without a name
+        shell = shell or pwd.getpwuid(os.getuid()).pw_shell
+    shell = shell or "/bin/sh"
     said = ""
     for is_interactive in (True, False):
         environment, said = shell_environment(shell, init, is_interactive)
@@ -4029,7 +4173,7 @@ def runtime_dir(has_sockets: bool) -> str:
     first, *others = runtime_dirs()
     try:
         private_dir(first)
-        if not has_sockets or can_hold_socket(os.path.join(first, "kernel-%s-ipc-5" % ("0" * 36))):
+        if not has_sockets or can_hold_kernels(first):
             return first
     except OSError:
         pass
@@ -4042,6 +4186,11 @@ def foreign_files() -> "List[str]":
     paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
     paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
     return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
+
+
+def can_hold_kernels(directory: str) -> bool:
+    """True when a directory can hold the sockets of kernels."""
+    return can_hold_socket(os.path.join(directory, "kernel-%s-ipc-5" % ("0" * 36)))
 
 
 def can_hold_socket(path: str) -> bool:
@@ -4277,7 +4426,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
-        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, bool(request.job))
+        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
         record = ServerRecord(
             request=request.but(nonce="", app=found.app),
             app=found.app,
@@ -4286,7 +4435,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             local_port=request.local_port,
             no_socket=no_socket,
             has_answered=False,
-            **facts_of(process, root_dir, request.job),
+            **facts_of(process, root_dir, request),
         )
         write_down(record, directory)
         try:
@@ -4319,8 +4468,9 @@ def environment_of_server(found: Launcher, request: Request, directory: str) -> 
     token_file = os.path.join(directory, "token")
     write_whole(token_file, os.urandom(24).hex())
     environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
-    if request.job and not request.socket:
-        environment["JUPYTER_RUNTIME_DIR"] = private_dir(os.path.join(directory, "runtime"))  # two nodes, one pid
+    own = os.path.join(directory, "runtime")  # two nodes, or two containers, may have one pid
+    if request.is_held and (not request.socket or can_hold_kernels(private_dir(own))):
+        environment["JUPYTER_RUNTIME_DIR"] = private_dir(own)
     return environment
 
 
@@ -4431,8 +4581,9 @@ class ServerKind(Kind):
     def describe(self, record: ServerRecord) -> ServerView:
         """Ask one how it does."""
         names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager", "job")
-        view = ServerView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
+        facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
+        view = ServerView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         if not place.is_known:
             view.state = "on " + record.node
             return view
@@ -4571,19 +4722,20 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
             waiting = "another run of ours opens a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
         begun = begun_by(request)
-        job = begun if begun and begun.kind == "job" else None
+        job = begun if begun and begun.kind != "server" else None
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir, channel)
         if request.attach and not found:
             raise Failure("the server %s is about to end" % request.attach, "it takes no more connections", "list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
-            forget_ended(KINDS["server"], KINDS["server"].running())
-            record, seconds = launch(request, root_dir, channel, launch_server)
-            info = server_info(record)
+            if not request.wrapper:  # what runs outside cannot be seen from in there
+                forget_ended(KINDS["server"], KINDS["server"].running())
+            launched, seconds = launch(request, root_dir, channel, launch_server)
+            info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.job else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
-            found = open_reply(record, info, is_launched=True, seconds=seconds, scheduler=hint)
+            hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+            found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if job:  # outside of the lock, for a queue may be long
         found = OpenReply.read(KINDS[job.kind].await_reply(job, channel))
     assert found is not None
@@ -4591,14 +4743,16 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     found.left_s = time_left_s(found.id)
-    found.away = [away for tell in TELLING for away in ([] if request.job else tell(found.id))]
+    record = kept_record(KINDS["server"], found.id)
+    found.pid = place_of(record).held.pid if record else found.pid
+    found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
     found.foreign = foreign_files()
     return found
 
 
 def check_reach(found: OpenReply, request: Request) -> None:
-    """Raise Failure where this login node does not reach the port of a server in a job."""
-    is_outside = found.job and not request.job and not found.sock
+    """Raise Failure where this host does not reach the port of a server in a job, or in a network of its own."""
+    is_outside = (found.job or found.wrapper) and not request.is_held and not found.sock
     if not is_outside or request.via_node or found.request.via_node or found.node == os.uname().nodename:
         return
     try:
@@ -4606,7 +4760,8 @@ def check_reach(found: OpenReply, request: Request) -> None:
     except OSError as error:
         what = "%s does not reach port %d of %s" % (os.uname().nodename, found.port, found.node)
         why = "%s: %s\nthe server %s runs there" % (found.host, error, found.id)
-        raise Failure(what, why, "--via-node, which logs in to the node itself; or --node-address, for a new one")
+        try_ = "--via-node, which logs in to the node itself; or --node-address, for a new one"
+        raise Failure(what, why, try_ if found.job else "--socket; or a wrapper that leaves the host's network")
 
 
 def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[OpenReply]":
@@ -4642,6 +4797,7 @@ def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenR
     """Return what our record and Jupyter's runtime file say together."""
     info = from_elsewhere(record, info)
     of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
+    of_record["pid"] = place_of(record).held.pid
     return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
 
@@ -4776,6 +4932,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         return StopReply(busy=busy, runs=runs)
     failures = []
     for record in found:
+        held = place_of(record).held
         try:
             KINDS[record.kind].end(record)
         except (Failure, OSError) as error:
@@ -4784,6 +4941,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         facts = {name: getattr(record, name, None) or None for name in Stopped.fields}
         if isinstance(record, JobRecord):
             facts["job"] = record.number
+        facts.update(wrap=record.request.outside or None, pid=held.pid or None)
         channel.send(Stopped(**dict(facts, what=record.kind, id=record.id)))
     if len(failures) > 1:
         why = "\n".join("%s: %s" % (failure.what, failure.why) for failure in failures)
@@ -4799,7 +4957,7 @@ def what_to_stop(request: Request) -> "List[Any]":
     found = matching_servers(request, root_dir)  # type: List[Any]
     others = [kind for kind in KINDS.values() if kind.name != "server"]
     if request.is_all:
-        return found + [record for kind in others for record in kind.running()]
+        return found + [record for kind in others for record in kind.stopped_with_all()]
     if len(found) > 1:
         names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
         raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
@@ -4988,18 +5146,25 @@ def pass_on(message: "Json", channel: Channel) -> None:
         channel.send(kinds[Said.read(message).kind].read(message))
 
 
-def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", beat: "Callable[[], None]") -> None:
-    """Stay until what a reply tells of has ended, which we started; end it once, when it is unwanted."""
+def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", directory: str) -> None:
+    """Stay until what a reply tells of has ended, which we started; end it once, when it is unwanted.
+
+    Signs of life are given in a directory meanwhile.
+    """
     if not isinstance(reply, (OpenReply, StartReply)):
         sys.exit(reply is None)
     kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
     record = kept_record(kind, reply.id)
     pid = place_of(record).held.pid
+    beat_at = 0.0
     is_asked = False
 
     def has_ended() -> bool:
-        nonlocal is_asked
-        beat()
+        nonlocal beat_at, is_asked
+        if time.monotonic() - beat_at > HEARTBEAT_S:
+            beat_at = time.monotonic()
+            write_whole(os.path.join(directory, "alive"), "")
+            look_anew(directory)
         if not is_asked and is_unwanted(record):
             is_asked = True
             kind.end(record)
@@ -5199,6 +5364,7 @@ STOPPED_TEXTS = {
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
     "grid": "Stopped the executions of %(name)s (%(id)s); no more of them begin.",
+    "wrapper": "Ended what started inside of %(wrap)s (%(id)s).",
 }
 
 
@@ -6113,8 +6279,9 @@ class RunKind(Kind):
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
         names = ("id", "pid", "node", "name", "root_dir", "job")
-        view = RunView(age_s=record.age_s(), **{name: getattr(record, name) for name in names})
+        facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
+        view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
         state = read_record(RunState, os.path.join(record.directory, "state.json"))
         view.state = "running" if state else "starting"
@@ -6137,12 +6304,16 @@ class RunKind(Kind):
         import signal
 
         mark(record, "stop")  # on another node, the agent in its job sees that
-        children = place_of(record).children()
+        place = place_of(record)
+        children = place.children()
         for pid, _ in children:
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGINT)
-        until(lambda: self.describe(record).state not in GOING_ON, STOP_TIMEOUT_S)
-        place_of(record).end(children, polite_s=STOP_TIMEOUT_S)
+        # Where nobody sees its kernel, the run itself is told, by a signal: bwrap --unshare-pid without --proc.
+        is_told = bool(children) or not place.is_here or place.held is not record
+        polite_s = STOP_TIMEOUT_S if is_told else 0.0
+        until(lambda: self.describe(record).state not in GOING_ON, polite_s)
+        place.end(children, polite_s)
 
 
 KINDS["run"] = RunKind()
@@ -6185,7 +6356,8 @@ def begin_run(request: Request, channel: Channel) -> "Tuple[Kept, bool]":
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
             if same:
                 return same[0], False
-        forget_ended(KINDS["run"], KINDS["run"].running())
+        if not request.wrapper:
+            forget_ended(KINDS["run"], KINDS["run"].running())
         if jobs:
             return jobs[0].begin(request, channel), True
         return launch(request, root_dir, channel, launch_run, PROGRAMS)[0], True
@@ -6263,13 +6435,13 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
-    process = start_detached([python, program], environment, root_dir, log, bool(request.job))
+    process = start_detached([python, program], environment, root_dir, log, request.is_held)
     record = RunRecord(
         request=request.to_keep().but(app=found.app),
         name=request.name,
         key=request.key,
         variant=request.variant,
-        **facts_of(process, root_dir, request.job),
+        **facts_of(process, root_dir, request),
     )
     write_down(record, directory)
     journal = os.path.join(directory, "journal")
@@ -6284,8 +6456,8 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
     identity = request.id
     for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
-        if record.kind == "job":
-            identity = StartReply.read(KINDS["job"].await_reply(record, channel)).id
+        if record.kind in ("job", "wrapper"):
+            identity = StartReply.read(KINDS[record.kind].await_reply(record, channel)).id
 
     def look_for() -> "List[Any]":
         return [record for record in KINDS["run"].records() if record.id == identity]
@@ -8187,7 +8359,7 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
     """Run the program that was left for it, and write down which process that is."""
     log = os.path.join(record.directory, "recorder.log")
     process = start_detached(
-        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, bool(record.job)
+        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
     )
     mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
     write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
@@ -8196,7 +8368,12 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
 def revive_recorder(record: ServerRecord) -> None:
     """Run it again where it was killed; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
-    if mark and not record.job and place_of(record).is_here and not is_same_process(mark.pid, mark.identity):
+    if (
+        mark
+        and not record.request.is_held
+        and place_of(record).is_here
+        and not is_same_process(mark.pid, mark.identity)
+    ):
         run_recorder(record, mark.python, dict(os.environ))
 
 
@@ -9393,7 +9570,6 @@ SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
 TRIAL_S = 60  # for a job of `doctor` to begin
-LIFE_S = 5 * HEARTBEAT_S  # after which a job that gives no sign of life has ended, where nothing else tells
 
 
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
@@ -9457,7 +9633,7 @@ class JobKind(Kind):
         Jupyter is installed before, where there is none: nodes often have no network.
         """
         forget_ended(self, self.running())
-        if request.may_install and not request.python and not request.env:
+        if request.may_install and not request.python and not request.env and not request.outside:
             root_dir = resolve_path(request.path)[0] if request.path is not None else ""
             next(launchers(request, root_dir, channel, []))
         job = submit(request, new_dir(self), channel)
@@ -9466,16 +9642,11 @@ class JobKind(Kind):
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
-        found = []  # type: List[Kept]
-        for job in self.running():
-            asked = job.request
-            path = asked.path if request.action == "stop" and request.path is None else request.path
-            action = "open" if request.action == "stop" else request.action
-            same = (action, path, request.key, request.variant)
-            exact = (asked.action, asked.path, asked.key, asked.variant) == same
-            if exact and request.allows(asked) and asked.via_node >= request.via_node and not reply_of(job):
-                found.append(job)
-        return found
+        return [
+            job
+            for job in self.running()
+            if request.is_done_by(job.request) and job.request.via_node >= request.via_node and not reply_of(job)
+        ]
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in a job, as long as its queue takes."""
@@ -9670,19 +9841,6 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
 def begun_of(record: JobRecord) -> "Optional[JobBegun]":
     """Return what a job wrote down when it began; None when it has not, as far as this machine sees."""
     return read_record(JobBegun, os.path.join(record.directory, "begun.json")) if record.directory else None
-
-
-def gives_signs(record: JobRecord) -> bool:
-    """False when a job has said that it ended, or has said nothing for a while since it began to give signs of life.
-
-    Their age is that of a file beside them: the clock of a shared home may not be ours.
-    """
-    sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
-    if is_marked(record, "ended") or not record.directory:
-        return not record.directory
-    with contextlib.suppress(OSError):
-        write_whole(now, "")
-    return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
@@ -9987,19 +10145,11 @@ def work(directory: str, request: Request) -> None:
     said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
     note_begin(directory, request)
     unwanted = os.path.join(directory, "unwanted")
-    beat_at = 0.0
-
-    def beat() -> None:
-        nonlocal beat_at
-        if time.monotonic() - beat_at > HEARTBEAT_S:
-            beat_at = time.monotonic()
-            write_whole(os.path.join(directory, "alive"), "")
-            look_anew(directory)
 
     def is_unwanted(record: Kept) -> bool:
         return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
 
-    stay_with(perform(request, Channel("", said), on_this_node), is_unwanted, beat)
+    stay_with(perform(request, Channel("", said), on_this_node), is_unwanted, directory)
 
 
 def note_begin(directory: str, request: Request) -> None:
@@ -10110,6 +10260,415 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# wrappers (an annex: the core is whole without it)
+#
+# What Jupyter and executions run inside of: a container, a limit, a tool of the site's. The host starts that command
+# with our agent behind it, which does what was asked for in there: it looks for Jupyter, launches it, and stays with
+# it. So a process is ended only where its number means something; from outside, the command's own process tells.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+WRAPPER_ENDS_S = 30.0  # in which a wrapper ends whose agent was told so: a cell is interrupted, then come signals
+
+# What the command runs: our program, in sh, under the first Python in there that can.
+IN_WRAPPER = (
+    'program=$1; shift; test -r "$program" || { echo "rjupyter: cannot read $program"; exit 1; }; '
+    'for p in "$@"; do command -v "$p" >/dev/null 2>&1 || continue; '
+    '"$p" -IS -c "import sys; sys.exit(sys.version_info < (3, 6))" 2>/dev/null && exec "$p" -IS "$program"; done; '
+    'echo "rjupyter: no python3"; exit 1'
+)
+PYTHONS_IN_WRAPPER = ["python3", "python", "/usr/bin/python3", "/usr/local/bin/python3", "/opt/conda/bin/python3"]
+
+
+class Container(Record):
+    """A row of CONTAINERS: how a program runs a command in a container, and removes that.
+
+    Its words have `{name}`, `{image}`, `{home}`, `{uid}`, `{gid}` and `{user}` in them. `mount` is for each directory
+    that is to be seen inside, `gpus` for where there are some, `as_user` for all but root.
+    """
+
+    run: "List[str]"
+    mount: "List[str]"
+    gpus: "List[str]"
+    as_user: "List[str]" = []
+    remove: "List[str]" = []
+
+
+OF_DOCKER = ["run", "--rm", "--name={name}", "--network=host", "--security-opt=label=disable", "--workdir={home}"]
+OF_DOCKER += ["--user={uid}:{gid}", "--env=HOME={home}", "--env=USER={user}"]
+MOUNT = ["--mount=type=bind,{field}source={path}{field},{field}target={path}{field}"]
+# podman-run(1), docs.docker.com ("docker container run"), apptainer.org/docs ("exec"). An image's USER may be another
+# one, and SELinux keeps a container from a home; whoever wants that writes --wrap.
+CONTAINERS = {
+    "podman": Container(
+        run=["podman", *OF_DOCKER],
+        mount=MOUNT,
+        gpus=["--device=nvidia.com/gpu=all"],
+        as_user=["--userns=keep-id"],
+        remove=["podman", "rm", "--force", "--ignore", "{name}"],
+    ),
+    "docker": Container(
+        run=["docker", *OF_DOCKER], mount=MOUNT, gpus=["--gpus=all"], remove=["docker", "rm", "--force", "{name}"]
+    ),
+    "apptainer": Container(run=["apptainer", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
+    "singularity": Container(run=["singularity", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
+}  # type: Dict[str, Container]
+
+
+class WrapperKind(Kind):
+    """Commands in which something of ours runs, or is about to."""
+
+    name = "wrapper"
+    prefix = "w"
+    record = WrapperRecord
+
+    def begun(self) -> "List[WrapperRecord]":
+        """Return those in which something was begun, and nobody wanted it to end."""
+        return [record for record in self.records() if not is_marked(record, "unwanted")]
+
+    def goes_on(self, record: WrapperRecord) -> bool:
+        """True while the command runs, or the agent in it gives signs of life: a container may outlive its client."""
+        has_begun = bool(time_of(os.path.join(record.directory, "alive")))
+        return place_of(record).is_running() or (has_begun and gives_signs(record))
+
+    def listed(self) -> "List[WrapperRecord]":
+        """Return those in which nothing runs yet: what does is listed itself."""
+        return [record for record in self.running() if not reply_in(record)]
+
+    def stopped_with_all(self) -> "List[WrapperRecord]":
+        """Return the same: a wrapper ends with what runs in it."""
+        return self.listed()
+
+    def describe(self, record: WrapperRecord) -> WrapperView:
+        """Say what it is for."""
+        asked = record.request
+        facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
+        return WrapperView(id=record.id, age_s=record.age_s(), **facts)
+
+    def end(self, record: WrapperRecord) -> None:
+        """End a wrapper: by its agent, which ends what it began; then by its place, and its container is removed."""
+        import shutil
+
+        mark(record, "unwanted")
+        place = place_of(record)
+        is_alone = not place.is_running()  # its client was killed, perhaps, which would have removed it
+        until(lambda: not self.goes_on(record), WRAPPER_ENDS_S if os.path.exists(said_in(record)) else 0)
+        if record.remove and (is_alone or self.goes_on(record)):
+            run_command([native(word) for word in record.remove], SHELL_TIMEOUT_S)
+        place.end([], polite_s=0)
+        if not place.is_running() and record.request.action != "start_run":  # the record of a run leads to it
+            shutil.rmtree(record.directory, ignore_errors=True)
+
+    def takes(self, request: Request) -> bool:
+        """True when a wrapper is asked for, and we are not in it. A job, which takes it before, has it inside."""
+        return bool(request.outside) and not request.wrapper
+
+    def begin(self, request: Request, channel: Channel) -> WrapperRecord:
+        """Start a wrapper in which our agent does what is asked for; raises Failure (3) where nothing can run it."""
+        forget_ended(self, self.running())
+        path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
+        environment = environment_of_wrapper(request)
+        directory = new_dir(self)
+        channel.announce(directory, "starts inside of " + request.outside)
+        record = write_down(wrapper_record(request, path), directory)
+        within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
+        within = within.but(
+            path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
+        )
+        program = leave_agent(directory, wrapper_main, within)
+        command = " ".join(["exec", *[native(words) for words in request.wrap], *container_words(record, environment)])
+        argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
+        argv += [sys.executable, *PYTHONS_IN_WRAPPER]
+        process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
+        record.pid, record.identity = process.pid, process_identity(process.pid)
+        return write_down(record, directory)
+
+    def waiting(self, request: Request) -> "List[Kept]":
+        """Return those in which what is asked for is about to run."""
+        return [record for record in self.listed() if request.is_done_by(record.request)]
+
+    def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
+        """Wait for the reply of the agent in there, as long as its command takes; raises the Failure that it is."""
+        said = Growing(said_in(record))
+        log = Growing(log_of(record))
+        last = ""
+
+        def look() -> "Optional[Json]":
+            nonlocal last
+            has_ended = not place_of(record).is_running()  # before the look: what it said last is heard
+            for message in messages_in(said):
+                if Said.read(message).kind == "reply":
+                    return message
+                pass_on(message, channel)
+            if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
+                raise Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
+            if has_ended:
+                raise not_begun(record)
+            if channel.is_closed:
+                raise Failure("nobody waits for this any more")
+            if not os.path.exists(said.path):
+                last = ([last] + [line for line in log.lines() if line.strip()])[-1]
+                channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), last.strip()[:60]))
+            return None
+
+        try:
+            return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+        except Failure as failure:
+            if not channel.is_closed and os.path.isdir(record.directory):
+                self.end(record)
+            raise told_of_wrapper(failure, record)
+
+    def replied(self, record: WrapperRecord) -> "Optional[Json]":
+        """Return what the agent in there replied, if it has; raises Failure where it failed, or did not begin."""
+        message = reply_in(record)
+        if not message and not self.goes_on(record):
+            raise told_of_wrapper(not_begun(record), record)
+        return Said.read(message).result() if message else None
+
+
+KINDS["wrapper"] = WrapperKind()
+
+
+class InWrapper(Elsewhere):
+    """Inside of a command that we started, perhaps among processes and under a name of its own: that command tells."""
+
+    within = ""  # the id of the one that we are in ourselves
+    settle_s = 1.0
+
+    def __init__(self, record: Kept) -> None:
+        super().__init__(record)
+        self.held = kept_record(KINDS["wrapper"], record.wrapper)
+        self.outer = place_of(self.held)
+        self.is_here, self.is_known = self.outer.is_here, self.outer.is_known
+
+    @classmethod
+    def holds(cls, record: Kept) -> bool:
+        """True for what is in a wrapper that we are not in."""
+        return record.wrapper not in ("", cls.within) and kept_record(KINDS["wrapper"], record.wrapper) is not None
+
+    def is_running(self) -> bool:
+        """True while the command runs: its agent stays as long as what it began. Elsewhere, nobody can tell."""
+        return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
+
+    def why_ended(self, log: str) -> str:
+        """Return what is known of the command's end."""
+        return self.outer.why_ended(log)
+
+    def why_in_doubt(self) -> str:
+        """Return what is known of the command's end, and its last words."""
+        words = end_of_log(log_of(self.held), 1)
+        return self.outer.why_in_doubt() + (" (%s)" % words if words else "")
+
+    def why_cut(self) -> str:
+        """Return by what the command's own place was ended."""
+        return self.outer.why_cut()
+
+    def left_s(self) -> float:
+        """Return how long the command may run on."""
+        return self.outer.left_s()
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """End the command, and with it all that is in there."""
+        KINDS["wrapper"].end(self.held)
+
+
+PLACES.insert(0, InWrapper)
+
+
+def said_in(record: WrapperRecord) -> str:
+    """Return where the agent in a wrapper writes what it has to say."""
+    return os.path.join(record.directory, "said")
+
+
+def reply_in(record: WrapperRecord) -> "Optional[Json]":
+    """Return the message in which the agent in a wrapper replied; None when it has not yet."""
+    messages = messages_in(Growing(said_in(record)))
+    return next((message for message in messages if Said.read(message).kind == "reply"), None)
+
+
+def wrapper_record(request: Request, path: str) -> WrapperRecord:
+    """Return what is written down of a wrapper before it is started: what is to be seen in it, among others."""
+    root_dir = path if os.path.isdir(path) else os.path.dirname(path)
+    return WrapperRecord(
+        request=request.to_keep(),
+        created=time.time(),
+        node=os.uname().nodename,
+        job=request.job,
+        home=portable(os.path.expanduser("~")),
+        network=network_identity(),
+        root_dir=portable(root_dir),
+        entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
+    )
+
+
+def environment_of_wrapper(request: Request) -> "Dict[str, str]":
+    """Return the environment of a wrapper: ours; after --init, or where PATH lacks its command, that of a terminal.
+
+    Raises Failure (3) where no program for a container is there.
+    """
+    import shlex
+    import shutil
+
+    environment = dict(os.environ)
+    command = shlex.split(native(request.wrap[0]))[0] if request.wrap else container_program(request, environment)
+    if request.init or not shutil.which(command):
+        environment = user_environment([native(line) for line in request.init], []) or environment
+    if request.container and not container_program(request, environment):
+        why = "looked on PATH for " + ", ".join(CONTAINERS)
+        try_ = "--init COMMAND, where `module load` or the like brings it"
+        raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
+    return environment
+
+
+def container_program(request: Request, environment: "Dict[str, str]") -> str:
+    """Return the program that is to run a container: the one that is named, or the first that is there; else nothing.
+
+    Of an image in a file, apptainer.
+    """
+    import shutil
+
+    named = request.container.partition("://")[0]
+    names = list(CONTAINERS) if named not in CONTAINERS else [named]
+    if request.container.endswith(".sif"):
+        names = [name for name in names if not CONTAINERS[name].remove]
+    return next((name for name in names if shutil.which(name, path=environment.get("PATH", os.defpath))), "")
+
+
+def container_words(record: WrapperRecord, environment: "Dict[str, str]") -> "List[str]":
+    """Return the words of a shell that run the container that is asked for, if one is; note how it is removed."""
+    import glob
+    import shlex
+    import shutil
+
+    request = record.request
+    if not request.container:
+        return []
+    program = container_program(request, environment)
+    row = CONTAINERS[program]
+    home = native(record.home)
+    image = request.container[len(program + "://") :] if request.container.startswith(program + "://") else ""
+    facts = {"name": "rjupyter-%d-%s" % (os.getuid(), record.id), "image": image or request.container, "home": home}
+    facts.update(uid=str(os.getuid()), gid=str(os.getgid()), user=environment.get("USER", "user"))
+    words = row.run + (row.as_user if os.getuid() else [])
+    seen_inside = [home, os.path.dirname(os.path.dirname(record.directory)), native(record.root_dir)]
+    outer = [path for path in dict.fromkeys(seen_inside) if path not in ("", "/")]
+    for path in [path for path in outer if not any(path.startswith(other + "/") for other in outer)]:
+        field = '"' if set(path) & set(',"') else ""
+        escaped = path.replace('"', '""') if field else path
+        words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row.mount]
+    has_gpus = shutil.which("nvidia-smi", path=environment.get("PATH")) or glob.glob("/dev/nvidia[0-9]*")
+    words = words + (row.gpus if has_gpus else []) + ["{image}"]
+    record.remove = [portable(filled(word, facts)) for word in row.remove]
+    return [shlex.quote(filled(native(word), facts)) for word in words]
+
+
+def filled(word: str, facts: "Dict[str, str]") -> str:
+    """Return a word of a table with facts in it."""
+    for name, value in facts.items():
+        word = word.replace("{%s}" % name, value)
+    return word
+
+
+def network_identity() -> str:
+    """Return what tells the network that we are in from others (network_namespaces(7)); empty where nothing does."""
+    try:
+        return "%s %s" % (boot_identity().partition("/")[0], os.readlink("/proc/self/ns/net"))
+    except OSError:
+        return ""
+
+
+def not_begun(record: WrapperRecord) -> Failure:
+    """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
+    words = end_of_log(log_of(record))
+    place = portable(os.path.dirname(os.path.dirname(record.directory)))
+    told = {
+        "rjupyter: cannot": "let it see and write that directory (docker -v, apptainer --bind); or --state-dir PATH",
+        "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
+    }
+    try_ = next((try_ for start, try_ in told.items() if start in words), "")
+    if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
+        words, try_ = "what it writes to %s is not yours" % place, "an option of it that runs it as yourself"
+    if not words and not record.request.container:
+        words = "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
+    alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
+    alone = "" if record.request.container else alone
+    return Failure("nothing ran", words, try_ or alone, EXIT_NO_JUPYTER)
+
+
+def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
+    """Return a failure with where it happened in its words."""
+    if failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
+        failure.try_ = "one in which there is; nothing is installed into it"
+    failure.what = "%s inside of %s" % (failure.what.replace(" on the host", ""), record.request.outside)
+    return failure
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def wrapper_main(directory: str) -> None:
+    """Inside of a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
+    import signal
+
+    request = left_request(directory)
+    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
+        Left.source = stream.read().rpartition("\nwrapper_main(")[0]
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
+    assert record is not None  # it was written before we were started
+    record.directory = directory
+    InWrapper.within = request.wrapper
+    take_out(os.environ)
+    if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
+        os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
+    try:
+        said = os.fdopen(os.open(said_in(record), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+    except OSError as error:
+        sys.exit("rjupyter: cannot write: %s" % error)
+    try:
+        reply = perform(request, Channel("", said), lambda asked: as_inside(asked, record))
+        stay_with(reply, lambda thing: is_marked(record, "unwanted") or is_marked(thing, "stop"), directory)
+    finally:
+        with contextlib.suppress(OSError):
+            mark(record, "ended")
+
+
+def as_inside(request: Request, record: WrapperRecord) -> Request:
+    """Return a request as it is done in a wrapper. Raises Failure where that does not see what it should.
+
+    In a network of its own, Jupyter takes an address that is seen from outside.
+    """
+    root_dir = native(record.root_dir)
+    entries = [os.path.join(root_dir, native(name)) for name in record.entries]
+    is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
+    if root_dir and (is_other or not os.path.isdir(root_dir)):
+        why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
+        raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
+    network = network_identity()
+    if not record.network or not network or record.network == network or request.socket or request.action != "open":
+        return request
+    try:
+        return request.but(ip=node_address(request.node_address))
+    except Failure as failure:
+        try_ = "--socket; or the host's network (docker --network=host)"
+        raise Failure("no network leads to what runs", failure.why, try_)
+
+
+def examine_inside(request: Request, channel: Channel) -> ExamineReply:
+    """Say what `doctor` asks, as it is inside of a wrapper."""
+    kind = KINDS["wrapper"]
+    record = kind.begin(request.but(action="examine"), channel)
+    reply = ExamineReply.read(kind.await_reply(record, channel))
+    kind.end(record)
+    return reply
+
+
+REQUESTS["examine_inside"] = HostAction(examine_inside, ExamineReply)
+
+
+# agent ends
+
+# ---------------------------------------------------------------------------------------------------------------------
 # command line
 #
 # An option is a row of OPTIONS, what a person can ask for a row of ACTIONS. Help, the configuration file, `config` and
@@ -10200,6 +10759,19 @@ def _destination(text: str) -> Destination:
 def _text(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("needs a value")
+    return text
+
+
+def _wrap(text: str) -> str:
+    """Check a command that a shell is to run with more words behind it."""
+    try:
+        lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|")
+        lexer.commenters = ""
+        words = list(lexer)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("%s: %s" % (str(error).lower(), text)) from None
+    if not words or "\0" in text or any(word.strip(";&|") == "" and word for word in words):
+        raise argparse.ArgumentTypeError("a wrapper is one command, not %r" % text)
     return text
 
 
@@ -10304,6 +10876,8 @@ IDLE_HELP = "end the server and its kernels after this long without use (90m, 12
 START_HELP = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
 ENV_HELP = "conda, mamba or pixi environment by name, any environment by path"
 INIT_HELP = "run this in your shell there first (`module load ...`); repeatable"
+WRAP_HELP = "run Jupyter, its kernels and executions inside of this command; repeatable, the first is outermost"
+CONTAINER_HELP = "the same in a container: IMAGE, or podman://, docker://, apptainer://IMAGE"
 INSTALL_HELP = "install Jupyter for you alone where there is none (the default)"
 NO_INSTALL_HELP = "do not install Jupyter where there is none; say how"
 SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
@@ -10424,6 +10998,8 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python", chooses="server"),
         Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env", chooses="server"),
         Option("--init", INIT_HELP, "COMMAND", _text, [], "init", chooses="server"),
+        Option("--wrap", WRAP_HELP, "COMMAND", _wrap, [], "wrap", chooses="server"),
+        Option("--container", CONTAINER_HELP, "IMAGE", _text, field="container", chooses="server"),
         Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
         Option(
             "--no-install",
@@ -10847,7 +11423,7 @@ def take_over(args: argparse.Namespace, server: Server) -> None:
 
 def args_of_request(request: Request) -> Dict[str, Any]:
     """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
-    names = ("python", "env", "init", "socket", "via_node")
+    names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
     found = {name: getattr(request, name) for name in names}
     words = [word for word in request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
@@ -10882,6 +11458,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
     )
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
+    title += " inside of %s" % server.request.outside if server.request.outside else ""
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
@@ -10896,7 +11473,8 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
             messages.note(text % (", ".join(ignored), back_again(args, "--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
-    if server.job and not args.via_node:
+    is_near = server.host.startswith("127.") or server.host == "::1"
+    if (server.job and not args.via_node) or (server.wrapper and not is_near and not server.sock):
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
         messages.note(text % (server.host, server.node))
     if server.scheduler:
@@ -10937,12 +11515,12 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             return show_kernels(agent.ask(request, KernelsReply, "Asking the servers").kernels, messages)
         reply = agent.ask(Request(action="list"), ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
-    views += [("grid", reply.grids), ("run", reply.runs)]
+    views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
     for event, found in [] if args.json else views:
-        if (event in ("run", "grid") and found) or (event == "server" and reply.jobs):
+        if (event in ("wrapper", "run", "grid") and found) or (event == "server" and reply.jobs):
             messages.line("")
         if found:
             print_table(COLUMNS[event], found, messages)
@@ -11096,7 +11674,7 @@ def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mes
 
 def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Stop servers on the host; where someone can answer, ask before one whose kernels compute. Or one kernel."""
-    if len(args.ids) == 1 and not re.fullmatch(r"[rjg]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
+    if len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
         request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
         with ssh:
             kernel = agent.ask(request, EndKernelReply, "Ending the kernel").kernel
@@ -11347,7 +11925,10 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
         if ssh.way.has_login:
             yield Check("connection", ssh.way.tell(time.monotonic() - began))
             step = "command"
-        facts = agent.ask(request_of(args, "examine"), ExamineReply, "Looking around on the host")
+        is_inside = bool(args.wrap or args.container) and not submit_words(args)
+        asked = request_of(args, "examine")
+        asked = asked.but(python="", env="", init=[]) if is_inside else asked  # they are for in there
+        facts = agent.ask(asked, ExamineReply, "Looking around on the host")
     except Failure as failure:
         why = in_one_line("%s: %s" % (failure.what, failure.why))
         yield Check(step, why, failure.try_ or "-v, which shows more")
@@ -11359,7 +11940,7 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     yield Check("noise", noise + " (no harm to us; scp may stumble)" if agent.noise else "none from the start-up files")
     yield Check("python", agent.hello.python)
     yield check_sessions(ssh)
-    yield check_jupyter(facts)
+    yield check_inside(args, agent) if is_inside else check_jupyter(facts)
     yield check_disk(facts)
     if facts.foreign:
         yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
@@ -11430,6 +12011,15 @@ def check_jupyter(facts: ExamineReply) -> Check:
         why = "none, and Python has no ensurepip to install it"
         return Check("jupyter", why, "sudo apt install python3-venv, there")
     return Check("jupyter", "none; an open installs it for you alone")
+
+
+def check_inside(args: argparse.Namespace, agent: Agent) -> Check:
+    """Say which Jupyter an open would run inside of a wrapper."""
+    try:
+        facts = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+    except Failure as failure:
+        return Check("jupyter", in_one_line("%s: %s" % (failure.what, failure.why)), failure.try_ or "another one")
+    return check_jupyter(facts) if facts.jupyter else Check("jupyter", "none in there", "one that has Jupyter")
 
 
 def check_disk(facts: ExamineReply) -> Check:

@@ -31,6 +31,9 @@ if [ "$purpose" = test ]; then
             for name in munged slurmctld slurmd sbatch ip; do
                 command -v $name >/dev/null || missing="$missing $name"
             done
+            for name in bwrap podman runc newuidmap debootstrap; do # elsewhere the tests of containers skip
+                command -v $name >/dev/null || missing="$missing $name"
+            done
             # R's kernel, where Debian has it; the tests of it skip where it is not there.
             if ! Rscript -e 'library(IRkernel)' >/dev/null 2>&1 && apt-cache show r-cran-irkernel >/dev/null 2>&1; then
                 missing="$missing R"
@@ -53,6 +56,8 @@ packages() {
             apt-get:munged) echo munge ;;
             apt-get:sbatch) echo slurm-client ;;
             apt-get:ip) echo iproute2 ;;
+            apt-get:bwrap) echo bubblewrap ;;
+            apt-get:newuidmap) echo uidmap ;;
             apt-get:R) echo r-base-core r-cran-irkernel ;;
             dnf:ssh | zypper:ssh) echo openssh-clients ;;
             dnf:sshd | zypper:sshd) echo openssh-server ;;
@@ -141,4 +146,10 @@ if ! cmp -s tests/requirements.txt .venv/requirements.installed; then
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
     cp tests/requirements.txt .venv/requirements.installed
+fi
+
+image=/var/tmp/rjupyter-tests-0/image.tar
+if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null && [ ! -e $image ]; then
+    echo "setup: making an image for the tests of containers (a minute or two)"
+    sh tests/image.sh $image .venv/bin/python || echo "setup: no image; the tests that need it will skip" >&2
 fi

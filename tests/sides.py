@@ -244,10 +244,12 @@ class Host:
     def end_servers(self) -> None:
         """Kill what was meant to outlive the client: the sessions that the servers and the runs lead.
 
-        Not those on the nodes of a cluster, which end with it: a pid of theirs is another process here.
+        Not those on the nodes of a cluster, which end with it, nor those in a wrapper, which do with that: a pid of
+        theirs is another process here.
         """
-        for record in self.servers() + self.runs():
-            if record.get("node") not in (None, os.uname().nodename):
+        wrappers = [json.loads(file.read_text()) for file in self.home.glob(".local/state/rjupyter/wrappers/*/*r.json")]
+        for record in wrappers + [record for record in self.servers() + self.runs() if not record.get("wrapper")]:
+            if record.get("node") not in (None, os.uname().nodename) or record["pid"] < 2:
                 continue
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(record["pid"], signal.SIGKILL)

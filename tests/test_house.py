@@ -197,7 +197,7 @@ def test_agent_uses_nothing_that_is_not_sent() -> None:
         assert not unknown, (getattr(block, "name", block.lineno), unknown)
 
 
-SENT_MAX = 22_000  # bytes to the host for `list`, the command and the request included; 42,000 as a whole
+SENT_MAX = 23_000  # bytes to the host for `list`, the command and the request included; 42,000 as a whole
 
 
 def sent(action: str) -> str:

@@ -36,6 +36,19 @@ def run(laptop: Laptop, host: Host) -> Run:
     return held(laptop, "host")
 
 
+def test_recorder_sleeps_where_there_is_no_kernel(laptop: Laptop, host: Host, mark: str) -> None:
+    """pyzmq's poll returns at once where it has nothing to look at."""
+    held(laptop, "host")
+    (pid,) = recorders(mark)
+
+    def pauses() -> int:
+        text = Path("/proc/%d/status" % pid).read_text()
+        return int(re.search(r"\nvoluntary_ctxt_switches:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
+
+    before = pauses()
+    wait_until(lambda: pauses() >= before + 8, "it sleeps between two looks", 20)
+
+
 def test_output_shows_what_a_cell_printed_with_no_page(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "train.ipynb")
     compute(run.url(), "for i in range(3): print('line', i)\n6 * 7", kernel)

@@ -691,6 +691,11 @@ def test_json_events_are_the_ones_of_the_readme(
     (host.home / "on").write_text("")
     assert grid.wait() == 0, grid.text
     seen += events_of(grid)
+    starting = laptop.start("--wrap", "sh -c 'sleep 1000' --", "host:.local", has_terminal=False)
+    wait_until(lambda: list(host.home.glob(".local/state/rjupyter/wrappers/*/log")), "it starts")
+    seen += events_of(laptop.run("--json", "-q", "host", "list"))
+    laptop.run("host", "stop", "--all", "--yes")
+    starting.wait()
     keys = {event["event"]: [key for key in event if key != "event"] for event in seen}
     of_clusters = {"job", "queue", "ending"}  # see test_slurm.py
     assert keys == {name: keys for name, keys in readme_events().items() if name not in of_clusters}

@@ -1,0 +1,65 @@
+"""podman with images and containers of its own, as root: what is installed on the machine keeps its own."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Dict, List
+
+TOP = Path("/var/tmp/rjupyter-tests-0")
+TAR = TOP / "image.tar"  # which setup.sh makes
+IMAGE = "localhost/rjupyter-test"
+# A machine that is a container itself may let nobody raise a limit. crun 1.8 refuses cgroups of both versions.
+CONTAINERS = """[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=2048:2048"]
+[engine]
+runtime = "runc"
+"""
+STORAGE = """[storage]
+driver = "overlay"
+graphroot = "%s/images"
+runroot = "%s/podman"
+"""
+
+
+class PrivatePodman:
+    """podman, with the image of the tests. All tests share its images; a container belongs to the home that it sees."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._containers = directory / "containers.conf"
+        self._storage = directory / "storage.conf"
+        self._containers.write_text(CONTAINERS)
+        self._storage.write_text(STORAGE % (TOP, TOP))
+
+    def environment(self) -> Dict[str, str]:
+        """Return what lets podman find its files."""
+        return {"CONTAINERS_CONF": str(self._containers), "CONTAINERS_STORAGE_CONF": str(self._storage)}
+
+    def command(self, *argv: str) -> "subprocess.CompletedProcess[str]":
+        """Run podman."""
+        environment = {**os.environ, **self.environment()}
+        return subprocess.run(
+            ["podman", *argv], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300
+        )
+
+    def find_obstacle(self) -> str:
+        """Return why there are no containers here; empty when there are. Imports the image, once for all tests."""
+        if os.getuid() != 0:
+            return "podman is tested as root: an ordinary user needs subordinate uids"
+        missing = [name for name in ("podman", "runc") if not shutil.which(name)]
+        if missing or not TAR.exists():
+            return "needs %s" % ", ".join(missing or [str(TAR)])
+        with open(TOP / "image.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.command("image", "exists", IMAGE).returncode:
+                imported = self.command("import", "--quiet", str(TAR), IMAGE)
+                assert imported.returncode == 0, imported.stderr
+        tried = self.command("run", "--rm", "--network=host", IMAGE, "true")
+        return "podman runs nothing here: %s" % tried.stderr.strip() if tried.returncode else ""
+
+    def containers(self, home: Path) -> List[str]:
+        """Return the names of the containers that see a home."""
+        argv = ["ps", "--all", "--filter", "volume=%s" % home, "--format", "{{.Names}}"]
+        return self.command(*argv).stdout.split()

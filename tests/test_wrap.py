@@ -1,0 +1,573 @@
+"""Jupyter inside of something: --wrap and --container, on commands that are real where the machine has them."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from client import api, check_failure, compute, events_of, held, listed, new_session
+from notebooks import printed, write_notebook
+from private_podman import IMAGE, TAR, PrivatePodman
+from private_slurm import PrivateSlurm, find_slurm_obstacle
+from readme import README
+from sides import VENV_BIN, Host, Laptop, User, processes_with, quiet_port, wait_until, without_port
+
+import rjupyter
+
+OWN_PIDS = ["--wrap", "bwrap --dev-bind / / --unshare-pid --proc /proc"]
+PIDS_OF_OTHERS = ["--wrap", "bwrap --dev-bind / / --unshare-pid"]  # and /proc is the host's
+PID = "import os; print(os.getpid())"
+
+
+@pytest.fixture
+def bwrap(host: Host) -> Host:
+    if not shutil.which("bwrap"):
+        pytest.skip("needs bwrap")
+    tried = subprocess.run(shlex.split(OWN_PIDS[1]) + ["true"], stderr=subprocess.PIPE, text=True, check=False)
+    if tried.returncode:
+        pytest.skip("bwrap runs nothing here: %s" % tried.stderr)
+    return host
+
+
+@pytest.fixture
+def podman(directory: Path) -> PrivatePodman:
+    podman = PrivatePodman(directory / "podman")
+    obstacle = podman.find_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    return podman
+
+
+@pytest.fixture
+def boxed(podman: PrivatePodman, make_host: Callable[..., Host]) -> Iterator[Host]:
+    """A host with podman and the image; no container outlives the test."""
+    host = make_host(**podman.environment())
+    yield host
+    left = podman.containers(host.home)
+    for name in left:
+        podman.command("rm", "--force", name)
+    assert not left
+
+
+def wrappers(host: Host) -> List[Path]:
+    """Return the directories of what is wrapped."""
+    return sorted(host.home.glob(".local/state/rjupyter/wrappers/*"))
+
+
+def words_of(pid: int) -> str:
+    return Path("/proc/%d/cmdline" % pid).read_bytes().replace(b"\0", b" ").decode()
+
+
+def jupyters(mark: str) -> List[int]:
+    """Return the processes of Jupyter, as the host numbers them."""
+    return [pid for pid, words in processes_with(mark).items() if "--no-browser" in words and "jupyter-" in words]
+
+
+def is_clean(host: Host, mark: str) -> None:
+    """Nothing runs on the host, and nothing is kept of what ran."""
+    wait_until(lambda: not jupyters(mark), "Jupyter is gone", 10)
+    wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "our agents are gone", 10)
+    assert not wrappers(host) and not host.servers()
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: Host, mark: str) -> None:
+    (host.home / "it's here").mkdir()
+    wraps = ["--wrap", """env 'A=it'"'"'s $HOME' B=$HOME""", "--wrap", "env B=inner nice -n 7"]
+    destination = "host:it's here"
+    url = held(laptop, *wraps, destination).url()
+    code = "import os; print(os.environ['A'], os.environ['B'], os.nice(0), os.getcwd())"
+    assert compute(url, code).split("\n")[0] == "it's $HOME inner 7 %s/it's here" % host.home
+    (server,) = listed(laptop)
+    assert server["wrap"] == " ".join([wraps[1], wraps[3]]) and server["state"] == "live"
+    table = laptop.run("host", "list").stdout
+    assert "INSIDE" in table and wraps[1] in table
+    again = held(laptop, destination, "--local-port", str(quiet_port()))
+    assert without_port(again.url()) == without_port(url)
+    hint = again.expect("Ctrl-C closes the tunnel.*\n").group()
+    assert " stop" in hint
+    again.interrupt()
+    assert again.wait() == 0
+    back = shlex.split(re.search("Back again with: (.*)", again.text).group(1))  # type: ignore[union-attr]
+    assert [word for before, word in zip(back, back[1:]) if before == "--wrap"] == [wraps[1], wraps[3]]
+    assert "Launched" in held(laptop, "--wrap", "env A=2", destination, "--local-port", str(quiet_port())).text
+    assert "Stopped Jupyter Notebook" in laptop.run("host", "stop", "--all", "--yes").stderr
+    is_clean(host, mark)
+
+
+@pytest.mark.parametrize("text", ["env 'A", "", "true; false", "true | cat", "a && b", "sleep 1 &"])
+def test_what_is_no_command(laptop: Laptop, text: str) -> None:
+    check_failure(laptop.run("--wrap", text, "nowhere.invalid"), 2, "--wrap")
+
+
+@pytest.mark.parametrize("text", ["env 'A=;' B='|'", "nice -n 5", "sh -c 'a; exec \"$@\"' x", "env X=$(id -u)"])
+def test_what_is_a_command(text: str) -> None:
+    assert rjupyter._wrap(text) == text
+
+
+def test_wrapper_in_the_configuration(laptop: Laptop, host: Host) -> None:
+    config = laptop.home / ".config/rjupyter/config"
+    config.parent.mkdir(parents=True)
+    config.write_text("[host]\nwrap = env A=of-the-file\n")
+    assert compute(held(laptop, "host").url(), "import os; print(os.environ['A'])").startswith("of-the-file")
+    assert "env A=of-the-file" in laptop.run("host", "config").text
+
+
+# -- processes of its own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [OWN_PIDS, PIDS_OF_OTHERS], ids=["own /proc", "the host's /proc"])
+def test_pids_of_its_own(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]) -> None:
+    write_notebook(bwrap.home / "train.ipynb")
+    url = held(laptop, *wrap, "host").url()
+    kernel = new_session(url, "train.ipynb")
+    assert int(compute(url, PID, kernel)) < 100
+    (server,) = listed(laptop)
+    assert words_of(server["pid"]).startswith("bwrap ") and server["kernels"] == 1
+    (row,) = [e for e in events_of(laptop.run("host", "list", "--kernels", "--json")) if e["event"] == "kernel"]
+    assert row["memory"] > 1e6 and row["id"] == kernel
+    assert laptop.run("host", "eval", "-k", "train.ipynb", "print(6 * 7)").stdout == "42\n"
+    assert "42" in laptop.run("host", "output", "train.ipynb").stdout
+    assert "Launched" not in held(laptop, *wrap, "host", "--local-port", str(quiet_port())).text
+    assert laptop.run("host", "stop", "--yes").status == 0
+    is_clean(bwrap, mark)
+
+
+def test_jupyter_that_dies_among_pids_of_its_own(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    run = held(laptop, *OWN_PIDS, "host")
+    assert jupyters(mark)
+    for pid in jupyters(mark):
+        os.kill(pid, signal.SIGKILL)
+    run.expect("ended", 60)
+    assert run.wait() == rjupyter.EXIT_SERVER_ENDED
+    assert [server["state"] for server in listed(laptop)] == ["ended"]
+    wait_until(lambda: not [w for w in processes_with(mark).values() if w.startswith("bwrap")], "it has ended", 10)
+
+
+@pytest.mark.parametrize("wrap", [OWN_PIDS, PIDS_OF_OTHERS], ids=["own /proc", "the host's /proc"])
+def test_jupyter_that_does_not_start_among_pids_of_its_own(
+    laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]
+) -> None:
+    """Where /proc is the host's, another process has its number there."""
+    failed = laptop.run(*wrap, "--server-arg=--ServerApp.port=none", "host")
+    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, "Jupyter did not start inside of bwrap", "it ended with status 1")
+    is_clean(bwrap, mark)
+
+
+@pytest.mark.parametrize("wrap", [OWN_PIDS, ["--wrap", "nice -n 1"]], ids=["own pids", "nice"])
+def test_jupyter_that_hangs_is_ended(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]) -> None:
+    held(laptop, *wrap, "host")
+    assert jupyters(mark)
+    for pid in jupyters(mark):
+        os.kill(pid, signal.SIGSTOP)
+    assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
+    is_clean(bwrap, mark)
+
+
+def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    """bwrap's first process does not end with it."""
+    url = held(laptop, *OWN_PIDS, "host").url()
+    (server,) = listed(laptop)
+    os.kill(server["pid"], signal.SIGKILL)
+    wait_until(lambda: not Path("/proc/%d/cmdline" % server["pid"]).exists(), "it is gone", 10)
+    assert [server["state"] for server in listed(laptop)] == ["live"]
+    assert without_port(held(laptop, "host", "--local-port", str(quiet_port())).url()) == without_port(url)
+    assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
+    is_clean(bwrap, mark)
+
+
+# -- what is not there ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap, words",
+    [
+        ("no-such-wrapper -x", "no-such-wrapper: not found"),
+        ("""sh -c 'echo "no room: node7" >&2; exit 5'""", "no room: node7"),
+        ("false", "it ended and said nothing"),
+    ],
+)
+def test_wrapper_that_cannot_be_run(laptop: Laptop, host: Host, mark: str, wrap: str, words: str) -> None:
+    failed = laptop.run("--wrap", wrap, "host")
+    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside of " + wrap, words)
+    is_clean(host, mark)
+
+
+def test_no_jupyter_inside_and_nothing_is_installed(laptop: Laptop, host: Host, mark: str) -> None:
+    outside = laptop.run("--env", "/nowhere/else", "host")
+    check_failure(outside, rjupyter.EXIT_NO_JUPYTER, "no environment")
+    failed = laptop.run("--wrap", "env --unset=BASH_ENV PATH=/usr/bin:/bin HOME=/var/empty SHELL=/bin/sh", "host")
+    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "no Jupyter inside of env", "nothing is installed into it")
+    assert not (host.home / ".local/share/rjupyter").exists()
+    is_clean(host, mark)
+
+
+def test_script_whose_python_is_another_inside_is_passed_over(laptop: Laptop, host: Host) -> None:
+    """A home that a container sees has scripts that were installed outside of it."""
+    script = host.home / "bin/jupyter-notebook"
+    script.parent.mkdir()
+    script.write_text("#!/usr/bin/python3 -IS\nimport notebook.app\n")
+    script.chmod(0o755)
+    run = held(laptop, "-v", "--wrap", "env PATH=%s:$PATH" % script.parent, "host")
+    assert "its Python has no such module in there" in run.text and "Launched" in run.text
+
+
+@pytest.mark.parametrize("place", [".", ".local", "work"])
+def test_directory_that_is_not_seen_inside(laptop: Laptop, bwrap: Host, mark: str, place: str) -> None:
+    (bwrap.home / "work").mkdir()
+    (bwrap.home / "work/data.csv").write_text("")
+    wrap = "%s --tmpfs %s" % (OWN_PIDS[1], bwrap.home / place)
+    failed = laptop.run("--wrap", wrap, "host:work")
+    check_failure(failed, 1 if place == "work" else 3, "inside of bwrap", str(bwrap.home), "--bind")
+    is_clean(bwrap, mark)
+
+
+def test_state_that_cannot_be_written_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    wrap = "bwrap --dev-bind / / --ro-bind %s %s" % (bwrap.home, bwrap.home)
+    check_failure(laptop.run("--wrap", wrap, "host"), 3, "rjupyter: cannot write", "--state-dir")
+    is_clean(bwrap, mark)
+
+
+def test_network_that_nothing_leads_into(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    wrap = ["--wrap", "bwrap --dev-bind / / --unshare-net"]
+    check_failure(laptop.run(*wrap, "host"), 1, "no network leads to what runs inside of bwrap", "--socket")
+    is_clean(bwrap, mark)
+    url = held(laptop, *wrap, "--socket", "host").url()
+    assert api(url, "status")["kernels"] == 0
+    assert laptop.run("host", "stop", "--yes").status == 0
+    is_clean(bwrap, mark)
+
+
+# -- while it starts --------------------------------------------------------------------------------------------------
+
+
+def slow(host: Host) -> List[str]:
+    """Return a wrapper that waits for a file."""
+    script = host.home / "slow.sh"
+    script.write_text('#!/bin/sh\necho pulling layer 3 of 7\nwhile [ ! -e gate ]; do sleep .1; done\nexec "$@"\n')
+    script.chmod(0o755)
+    return ["--wrap", str(script)]
+
+
+def test_wrapper_that_takes_its_time(laptop: Laptop, host: Host, mark: str) -> None:
+    """Its last line is shown, `list` shows it, a second open waits for the same one, and Ctrl-C leaves it."""
+    run = laptop.start(*slow(host), "host")
+    run.expect("pulling layer 3 of 7")
+    (row,) = listed(laptop, "wrapper")
+    assert row["wrap"].endswith("slow.sh") and row["action"] == "open"
+    assert "STARTS INSIDE" in laptop.run("host", "list").stdout
+    second = laptop.start(*slow(host), "host", has_terminal=False)
+    second.expect("Connected")
+    run.interrupt()
+    assert run.wait() == 130 and row["id"] in run.text
+    (host.home / "gate").write_text("")
+    second.url()
+    assert len(host.servers()) == 1 and not listed(laptop, "wrapper")
+    assert laptop.run("host", "stop", "--yes").status == 0
+    is_clean(host, mark)
+
+
+@pytest.mark.parametrize("words", [["stop", "--all", "--yes"], ["stop", "{id}", "--yes"]])
+def test_what_starts_is_stopped(laptop: Laptop, host: Host, mark: str, words: List[str]) -> None:
+    run = laptop.start(*slow(host), "host", has_terminal=False)
+    (row,) = wait_until(lambda: listed(laptop, "wrapper"), "it is listed")
+    stopped = laptop.run("host", *[word.replace("{id}", row["id"]) for word in words])
+    assert "Ended what started inside of" in stopped.stderr
+    assert run.wait() == rjupyter.EXIT_SERVER_ENDED and "was stopped before it ran" in run.text
+    is_clean(host, mark)
+
+
+def test_connection_that_is_lost_while_it_starts(laptop: Laptop, host: Host) -> None:
+    run = laptop.start(*slow(host), "host", has_terminal=False)
+    wait_until(lambda: wrappers(host) and listed(laptop, "wrapper"), "it starts")
+    host.sshd.end_connections()
+    run.expect("lost|Reconnecting|again", 60)
+    (host.home / "gate").write_text("")
+    run.url()
+    assert len(wrappers(host)) == 1 and len(host.servers()) == 1
+
+
+# -- executions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [OWN_PIDS, PIDS_OF_OTHERS, ["--wrap", "nice"]], ids=["own", "others", "nice"])
+def test_execution_inside_and_its_stop(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]) -> None:
+    source = write_notebook(laptop.home / "train.ipynb", PID, "x = 1", "print(os.nice(0), x)")
+    done = laptop.run(*wrap, "host", "execute", str(source))
+    assert done.status == 0, done.text
+    first, _, last = printed(laptop.home / "train.executed.ipynb")
+    assert (int(first) < 100) == ("bwrap" in wrap[1]) and last == ("10 1\n" if wrap[1] == "nice" else "0 1\n")
+    endless = write_notebook(laptop.home / "endless.ipynb", "print('kept')", "import time; time.sleep(1000)")
+    run = laptop.start(*wrap, "host", "execute", str(endless), has_terminal=False)
+    run.expect("Cell 1/2")
+    (row,) = [row for row in listed(laptop, "run") if row["state"] == "running"]
+    assert row["wrap"] == wrap[1]
+    wait_until(lambda: [r for r in listed(laptop, "run") if r["cell"] == 2], "its second cell")
+    assert "Stopped the execution" in laptop.run("host", "stop", row["id"]).stderr
+    assert run.wait() == 1 and "was stopped" in run.text and "in cell 2 of 2" in run.text
+    assert printed(laptop.home / "endless.executed.ipynb")[0] == "kept\n"
+    wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "nothing is left", 10)
+
+
+def test_grid_inside(laptop: Laptop, bwrap: Host) -> None:
+    source = write_notebook(laptop.home / "train.ipynb", "print(x)")
+    done = laptop.run(*OWN_PIDS, "host", "execute", str(source), "--grid", "x=[1, 2, 3]", "-j", "2")
+    assert done.status == 0 and "All 3 are done" in done.text, done.text
+    assert [row["wrap"] for row in listed(laptop, "run")] == [OWN_PIDS[1]] * 3
+
+
+def test_doctor_looks_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    good = laptop.run(*OWN_PIDS, "host", "doctor")
+    assert re.search(r"ok +jupyter +Jupyter Notebook [\d.]+: .*jupyter-notebook", good.text)
+    bad = laptop.run("--wrap", "env PATH=/usr/bin:/bin HOME=/var/empty SHELL=/bin/sh", "host", "doctor")
+    assert re.search(r"FAIL +jupyter +none in there", bad.text) and bad.status == 1
+    gone = laptop.run("--wrap", "no-such-wrapper", "host", "doctor")
+    assert re.search(r"FAIL +jupyter +nothing ran inside of no-such-wrapper", gone.text)
+    is_clean(bwrap, mark)
+
+
+# -- containers -------------------------------------------------------------------------------------------------------
+
+
+def test_container(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str) -> None:
+    """A real podman, as root, on an image that was made of a debootstrap tree."""
+    (boxed.home / 'of "a", b').mkdir()
+    write_notebook(boxed.home / 'of "a", b/train.ipynb')
+    run = held(laptop, "--container", "podman://" + IMAGE, 'host:of "a", b/train.ipynb')
+    url = run.url()
+    kernel = new_session(url, "train.ipynb")
+    found = compute(url, "import sys, os; print(sys.prefix, os.getpid() < 100, os.getcwd())", kernel)
+    assert found.split("\n")[0] == '/usr True %s/of "a", b' % boxed.home
+    (name,) = podman.containers(boxed.home)
+    token = re.search("token=([0-9a-f]+)", url).group(1)  # type: ignore[union-attr]
+    seen = podman.command("inspect", name).stdout
+    every = [
+        words_of(int(pid)) for pid in os.listdir("/proc") if pid.isdigit() and os.path.exists("/proc/%s/exe" % pid)
+    ]
+    assert (
+        token not in seen
+        and IMAGE in seen
+        and not [words for words in every if token in words and "rjupyter" not in words]
+    )
+    (server,) = listed(laptop)
+    assert server["wrap"] == "podman://" + IMAGE and words_of(server["pid"]).startswith("podman run")
+    assert laptop.run("host", "eval", "-k", "train.ipynb", "print(6 * 7)").stdout == "42\n"
+    assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
+    assert not podman.containers(boxed.home)
+    is_clean(boxed, mark)
+
+
+def test_container_of_an_ordinary_user(
+    laptop: Laptop, podman: PrivatePodman, make_host: Callable[..., Host], make_user: Callable[[str], User]
+) -> None:
+    """Rootless: the uid inside is the user's own, and so is all that is written there."""
+    if not shutil.which("newuidmap"):
+        pytest.skip("needs newuidmap")
+    user = make_user("/bin/bash")
+    user.write("run/empty", "")
+    user.write("work/data.csv", "")
+    facts = {"XDG_RUNTIME_DIR": str(user.home / "run"), "CONTAINERS_CONF": podman.environment()["CONTAINERS_CONF"]}
+    host = make_host(user=user, **facts)
+    try:
+        imported = host.sshd.ssh("podman import --quiet %s rjupyter-test" % TAR)
+        assert imported.returncode == 0, imported.stderr
+        run = held(laptop, "--container", "rjupyter-test", "host:work")
+        code = "import os; open('written', 'w'); print(os.getuid(), os.getcwd())"
+        assert compute(run.url(), code).split("\n")[0] == "%d %s/work" % (user.uid, user.home)
+        assert (user.home / "work/written").stat().st_uid == user.uid
+        assert laptop.run("host", "stop", "--yes").status == 0
+        assert not host.sshd.ssh("podman ps --all --quiet").stdout
+    finally:
+        host.sshd.ssh("podman rm --all --force; podman system migrate")  # which ends its pause process
+
+
+def test_container_executes(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
+    source = write_notebook(laptop.home / "train.ipynb", "import sys; print(sys.prefix)")
+    done = laptop.run("--container", IMAGE, "host", "execute", str(source))
+    assert done.status == 0 and printed(laptop.home / "train.executed.ipynb") == ["/usr\n"], done.text
+    wait_until(lambda: not podman.containers(boxed.home), "it is removed", 20)
+
+
+def test_container_whose_client_was_killed_is_stopped(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
+    held(laptop, "--container", IMAGE, "host")
+    (server,) = listed(laptop)
+    os.kill(server["pid"], signal.SIGKILL)
+    assert [server["state"] for server in listed(laptop)] == ["live"]
+    assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
+    assert not podman.containers(boxed.home)
+
+
+def test_container_that_is_killed(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
+    run = held(laptop, "--container", IMAGE, "host")
+    (name,) = podman.containers(boxed.home)
+    podman.command("kill", name)
+    run.expect("ended", 90)
+    assert run.wait() == rjupyter.EXIT_SERVER_ENDED
+    assert [server["state"] for server in listed(laptop)] == ["ended"]
+
+
+def test_container_by_a_wrapper_that_is_written_out(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
+    wrap = "podman run --rm --network=host --volume $HOME:$HOME --env HOME=$HOME " + IMAGE
+    held(laptop, "--wrap", wrap, "host")
+    assert len(podman.containers(boxed.home)) == 1
+    assert laptop.run("host", "stop", "--yes").status == 0
+    wait_until(lambda: not podman.containers(boxed.home), "it is removed", 20)
+    hidden = laptop.run("--wrap", "podman run --rm --network=host " + IMAGE, "host")
+    check_failure(hidden, 3, "rjupyter: cannot read", "docker -v")
+
+
+def test_image_that_is_not_there(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str) -> None:
+    check_failure(laptop.run("--container", "localhost/rjupyter-none", "host"), 3, "inside of localhost/rjupyter-none")
+    is_clean(boxed, mark)
+
+
+def stand_in(host: Host, name: str, script: str) -> str:
+    """Put a program into a directory of the host, and return that directory."""
+    place = host.home / "programs"
+    place.mkdir(exist_ok=True)
+    (place / name).write_text("#!/bin/sh\n" + script)
+    (place / name).chmod(0o755)
+    return str(place)
+
+
+def test_stand_in_of_apptainer_gets_its_words(laptop: Laptop, bwrap: Host, mark: str) -> None:
+    """Debian has no package of apptainer: its stand-in keeps what it was told, and runs the command in bwrap."""
+    text = 'printf "%s\\n" "$@" >$HOME/told\nwhile [ "$1" != my.sif ]; do shift; done; shift\n'
+    place = stand_in(bwrap, "apptainer", text + 'exec bwrap --dev-bind / / --unshare-pid --proc /proc "$@"\n')
+    stand_in(bwrap, "nvidia-smi", "exit 0\n")
+    init = ["--init", "export PATH=%s:%s:$PATH" % (place, VENV_BIN)]
+    held(laptop, *init, "--container", "my.sif", "host")
+    told = (bwrap.home / "told").read_text().splitlines()
+    home = str(bwrap.home)
+    assert told[:5] == ["exec", "--pwd=" + home, "--bind=" + home, "--nv", "my.sif"]
+    assert laptop.run("host", "stop", "--yes").status == 0
+    is_clean(bwrap, mark)
+
+
+def test_stand_in_of_systemd_run(laptop: Laptop, host: Host, mark: str) -> None:
+    """No user manager of systemd runs here: its stand-in executes the command in its place, as --scope does."""
+    place = stand_in(host, "systemd-run", 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"\n')
+    wrap = "systemd-run --user --scope -p MemoryMax=64G --"
+    held(laptop, "--init", "export PATH=%s:%s:$PATH" % (place, VENV_BIN), "--wrap", wrap, "host")
+    assert [server["wrap"] for server in listed(laptop)] == [wrap]
+    assert laptop.run("host", "stop", "--yes").status == 0
+    is_clean(host, mark)
+
+
+def words_for(image: str, uid: int, monkeypatch: pytest.MonkeyPatch, programs: Path, **request: Any) -> List[str]:
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    monkeypatch.setattr(os, "getgid", lambda: uid)
+    facts: Dict[str, Any] = {"created": 0.0, "node": "n", "home": "/home/ann", "root_dir": '/data/a,"b'}
+    record = rjupyter.WrapperRecord(request=rjupyter.Request(container=image, **request), **facts)
+    record.id, record.directory = "w12ab", "/home/ann/.local/state/rjupyter/wrappers/w12ab"
+    words = rjupyter.container_words(record, {"PATH": str(programs), "USER": "ann"})
+    return shlex.split(" ".join(words))
+
+
+def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("docker", "podman", "apptainer", "nvidia-smi"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    docker = words_for("docker://reg/img:1", 1000, monkeypatch, tmp_path)
+    assert docker[:4] == ["docker", "run", "--rm", "--name=rjupyter-1000-w12ab"] and docker[-1] == "reg/img:1"
+    assert '--mount=type=bind,"source=/data/a,""b","target=/data/a,""b"' in docker and "--gpus=all" in docker
+    assert "--mount=type=bind,source=/home/ann,target=/home/ann" in docker and "--user=1000:1000" in docker
+    podman = words_for("img", 1000, monkeypatch, tmp_path)
+    assert podman[0] == "podman" and "--userns=keep-id" in podman
+    assert "--userns=keep-id" not in words_for("img", 0, monkeypatch, tmp_path)
+    assert words_for("/data/my.sif", 1000, monkeypatch, tmp_path)[:2] == ["apptainer", "exec"]
+    assert words_for("apptainer://docker://img", 1000, monkeypatch, tmp_path)[-1] == "docker://img"
+    assert words_for("", 1000, monkeypatch, tmp_path) == []
+
+
+def test_no_program_for_containers(laptop: Laptop, host: Host, mark: str) -> None:
+    failed = laptop.run("--container", "singularity://x.sif", "host")
+    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "no program for containers on the host")
+    is_clean(host, mark)
+
+
+# -- a cluster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(directory: Path) -> Iterator[PrivateSlurm]:
+    """A Slurm with two idle nodes."""
+    obstacle = find_slurm_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    slurm = PrivateSlurm(directory / "slurm")
+    try:
+        yield slurm.start()
+    finally:
+        slurm.stop()
+
+
+@pytest.fixture
+def login(slurm: PrivateSlurm, make_host: Callable[..., Host]) -> Host:
+    return make_host(prefix=slurm.login_prefix, **slurm.environment())
+
+
+WHERE = "import os; print(os.uname().nodename, os.getpid())"
+
+
+def test_srun_of_an_allocation(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
+    """Jupyter is on another node, in a network and under a name of its own, and srun leads there."""
+    (job, _) = slurm.occupy()
+    run = held(laptop, "--wrap", "srun --overlap --jobid=%d" % job, "host")
+    node = slurm.job(job)["NodeList"]
+    assert compute(run.url(), WHERE).split()[0] == node
+    assert "Jupyter is on %s, an address of %s" % (slurm.nodes[node], node) in run.text
+    again = held(laptop, "host", "--local-port", str(quiet_port()))
+    assert without_port(again.url()) == without_port(run.url())
+    assert laptop.run("host", "stop", "--yes").status == 0
+    wait_until(lambda: not [w for w in processes_with(mark).values() if w.startswith("srun")], "srun has ended", 20)
+    wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "our agents are gone", 10)
+    assert slurm.squeue()[job] == "RUNNING"
+
+
+def test_srun_that_is_refused(laptop: Laptop, login: Host, slurm: PrivateSlurm) -> None:
+    check_failure(laptop.run("--wrap", "srun --overlap --jobid=4711", "host"), 3, "inside of srun", "nvalid job id")
+
+
+def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
+    words = ["--slurm", "-t 10", "--wrap", "nice -n 3 unshare --pid --fork --mount-proc"]
+    run = held(laptop, *words, "host")
+    node, pid = compute(run.url(), WHERE).split()[:2]
+    assert node in slurm.nodes and int(pid) < 100
+    assert compute(run.url(), "import os; print(os.nice(0))").split()[0] == "3"
+    (server,) = listed(laptop)
+    assert server["job"] and server["wrap"] == words[-1] and server["state"] == "live"
+    assert "Launched" not in held(laptop, *words, "host", "--local-port", str(quiet_port())).text
+    assert laptop.run("host", "stop", "--yes").status == 0
+    wait_until(lambda: "RUNNING" not in slurm.squeue().values(), "the job has ended", 30)
+    wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "our agents are gone", 10)
+
+
+def test_execution_in_a_wrapper_in_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm) -> None:
+    source = write_notebook(laptop.home / "train.ipynb", "import os; print(os.nice(0), os.uname().nodename)")
+    done = laptop.run("--slurm", "-t 10", "--wrap", "nice -n 3", "host", "execute", str(source))
+    assert done.status == 0, done.text
+    nice, node = printed(laptop.home / "train.executed.ipynb")[0].split()
+    assert nice == "3" and node in slurm.nodes
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_the_readme_are_taken_as_they_stand(laptop: Laptop) -> None:
+    """Each is run above with other names, or with a stand-in; here each gets as far as a connection."""
+    lines = re.findall(
+        r"(?:^ {4}|`)(rjupyter\.py --(?:wrap|container) [^`\n]*?(?:gpu1|login):work)", README, re.MULTILINE
+    )
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line)[1:]
+        tried = laptop.run("-o", "ProxyCommand=echo closed >&2; false", *words)
+        check_failure(tried, rjupyter.EXIT_SSH, "cannot connect")
