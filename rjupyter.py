@@ -5,22 +5,23 @@
 # ///
 """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
-    laptop                                              HOST
-    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
-        |  ssh -S socket HOST  <agent on stdin> ------> agent (python3) -> finds a port, launches, replies one line
-        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
-    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
+  rjupyter.py gpu1:work                 open Jupyter in ~/work, or come back to it
+  rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
+  rjupyter.py gpu1 stop                 end the server, which runs until then
 
-    rjupyter.py gpu1                       open Jupyter on gpu1; the same line comes back to it tomorrow
-    rjupyter.py --lab gpu1:work            JupyterLab in ~/work on gpu1
-    rjupyter.py gpu1:work/train.ipynb      open this notebook
-    rjupyter.py gpu1 execute train.ipynb   run it to its end there, and bring the result
-    rjupyter.py gpu1 list                  the servers there
-    rjupyter.py gpu1 stop                  end the server
-
-What runs on the host outlives this program; `stop` ends it.
+HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 """
 
+# How it works:
+#
+#    laptop                                              HOST
+#    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
+#        |  ssh -S socket HOST  <agent on stdin> ------> agent (python3) -> finds a port, launches, replies one line
+#        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
+#    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
+#
+# What runs on the host outlives this program; `stop` ends it.
+#
 # The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
 # to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there), PLACES
 # (where it runs), BESIDE (what is started with a server) and TELLING (what is told to who comes back to one).
@@ -1183,8 +1184,22 @@ class TunnelRecord(Record):
     url: str
     local_port: int
     id: str
+    created: float = 0.0
     control: str = ""  # the control socket of its ssh, where that is a master of ours
     config: str = ""  # what `ssh -G` said when it connected
+
+
+class TunnelView(Record):
+    """A tunnel that is up here, as `rjupyter.py` alone shows it."""
+
+    destination: str
+    path: "Optional[str]" = None
+    local_port: int
+    id: str
+    state: str
+    is_background: bool
+    tunnel_pid: int
+    age_s: float
 
 
 class Event(NamedTuple):
@@ -1207,6 +1222,7 @@ EVENTS = {
     "reconnected": Event("it is back", ("seconds", "local_port")),
     "silent": Event("Jupyter does not answer, though the connection is well", ("id",)),
     "answering": Event("it answers again", ("id",)),
+    "tunnel": Event("a tunnel that is up here, without a host", tuple(TunnelView.fields)),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
     "stopped": Event("`stop` ended a server, a run or a job", tuple(Stopped.fields)),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
@@ -1221,6 +1237,7 @@ EVENTS = {
     "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
     "brought": Event("a file that a run wrote is here", ("path", "id")),
     "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
+    "host": Event("one of several hosts in `list`; what it has follows", ("host", "is_reached", "why")),
     "kernel": Event("one line of `list --kernels`", tuple(KernelState.fields)),
     "ended": Event("`stop` ended a kernel", ("kernel", "notebook", "server")),
     "waited": Event("a kernel is idle, or dead", ("kernel", "notebook", "state", "count", "seconds", "is_done")),
@@ -1943,12 +1960,16 @@ class Column(NamedTuple):
     title: str
     cell: Callable[[Any], object]
 
+    def behind_host(self) -> "Column":
+        """Return the same for rows of a host, an event, and a record."""
+        return Column(self.title, lambda row: self.cell(row[2]))
+
 
 COLUMNS = {
     "server": [
         Column("ID", lambda server: server.id),
         Column("STATE", lambda server: server.state),
-        Column("APP", lambda server: APPS[server.app].title if server.app in APPS else "?"),
+        Column("APP", lambda server: APPS[server.app].title if server.app in APPS else server.app and "?"),
         Column("DIRECTORY", lambda server: server.root_dir),
         Column("NODE", lambda server: server.node if server.job else ""),
         Column("JOB", lambda server: server.job),
@@ -1956,7 +1977,7 @@ COLUMNS = {
         Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
         Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
         Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
-        Column("AGE", lambda server: duration(server.age_s)),
+        Column("AGE", lambda server: "-" if server.id == "-" else duration(server.age_s)),
         Column("", lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter")),
     ],
     "run": [
@@ -2003,6 +2024,14 @@ COLUMNS = {
         Column("STATE", lambda grid: "%d of %d have ended, %d run" % (grid.ended, grid.count, grid.begun - grid.ended)),
         Column("NOTEBOOK", lambda grid: grid.name),
         Column("AGE", lambda grid: duration(grid.age_s)),
+    ],
+    "tunnel": [
+        Column("HOST", lambda tunnel: tunnel.destination),
+        Column("PATH", lambda tunnel: "~" if tunnel.path is None else tunnel.path),
+        Column("STATE", lambda tunnel: tunnel.state),
+        Column("LOCAL PORT", lambda tunnel: tunnel.local_port),
+        Column("UP", lambda tunnel: duration(tunnel.age_s)),
+        Column("CLOSED BY", lambda tunnel: "close" if tunnel.is_background else "Ctrl-C (pid %d)" % tunnel.tunnel_pid),
     ],
     "option": [
         Column("OPTION", lambda row: row[0]),
@@ -4294,6 +4323,9 @@ def can_ask_server(record: ServerRecord, info: RuntimeInfo) -> bool:
     return place_of(record).is_here or not is_inner
 
 
+OUR_PROBE = "403 GET /api/status?no_track_activity=1"  # how Jupyter's log has what `answers` asks with another token
+
+
 def ask_server(
     info: RuntimeInfo, path: str, method: str = "GET", timeout_s: float = ASK_TIMEOUT_S, **more: "Any"
 ) -> "Tuple[int, Any]":
@@ -4855,7 +4887,8 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     import threading
 
-    records = KINDS["server"].records() + other_servers()
+    within = resolve_path(request.path)[0] if request.path is not None else ""
+    records = [record for record in KINDS["server"].records() + other_servers() if is_below(record, within)]
     views = [None for _ in records]  # type: List[Any]
     errors = []  # type: List[Exception]
 
@@ -4873,9 +4906,18 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     if errors:
         raise errors[0]
     others = {
-        kind.directory: [kind.describe(r) for r in kind.listed()] for kind in KINDS.values() if kind.name != "server"
+        kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
+        for kind in KINDS.values()
+        if kind.name != "server"
     }
     return ListReply(servers=views, **others)
+
+
+def is_below(record: Kept, directory: str) -> bool:
+    """True for what is in a directory, or below it, or is to be there; where none is named, for all."""
+    place = native(record.root_dir or os.path.join(os.path.expanduser("~"), record.request.path or ""))
+    top = os.path.join(os.path.realpath(directory), "")
+    return not directory or os.path.join(os.path.realpath(place), "").startswith(top)
 
 
 def follow_log(request: Request, channel: Channel) -> LogsReply:
@@ -6000,17 +6042,17 @@ def tunnels() -> List[TunnelRecord]:
     return records
 
 
-def close_tunnels(destination: str, path: Optional[str], messages: Messages) -> None:
-    """End the background tunnels to `destination`; those for `path` alone when there is one."""
+def close_tunnels(destination: Optional[str], path: Optional[str], messages: Messages) -> None:
+    """End the background tunnels to `destination`, or to any; those for `path` alone when there is one."""
     closed = 0
     for record in tunnels():
-        if record.is_background and record.destination == destination and path in (None, record.path):
+        if record.is_background and destination in (None, record.destination) and path in (None, record.path):
             end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
     if not closed:
-        messages.note("No tunnel to %s in the background." % destination)
+        messages.note("No tunnel to %s in the background." % (destination or "any host"))
 
 
 def end_tunnel(record: TunnelRecord) -> None:
@@ -8421,7 +8463,7 @@ class Recorder:
             self.look_for_kernels()
             self.pass_on()
             if not self.poller.sockets:
-                time.sleep(RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
+                until(lambda: None, RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
             for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
                 if kernel.socket in heard:
@@ -10799,22 +10841,18 @@ def _forward(text: str) -> str:
     return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError("a time is a positive number of seconds, not %r" % text)
-    return seconds
-
-
 def _duration_s(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,9})(|s|m|min|h|d)", text.strip())
     seconds = int(match.group(1)) * {"m": 60, "min": 60, "h": 3600, "d": 86400}.get(match.group(2), 1) if match else 0
     if not seconds:
         raise argparse.ArgumentTypeError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
     return seconds
+
+
+def _seconds(text: str) -> float:
+    """Read a duration, or a part of a second."""
+    is_part = re.fullmatch(r"[0-9]{1,9}\.[0-9]+", text) and float(text)
+    return float(text) if is_part else float(_duration_s(text))
 
 
 def _pattern(text: str) -> str:
@@ -10868,31 +10906,31 @@ def config_path() -> str:
 
 
 ATTACH_HELP = "come back to this server; `list` shows the ids"
-PORT_HELP = "first port to try on the host (%d, or the one in the host's own Jupyter configuration)" % DEFAULT_PORT
-IP_HELP = "address that Jupyter binds (127.0.0.1; any other one is seen by others)"
-STOP_HELP = "which ones (the one of PATH, or the only one); a notebook or a kernel for that kernel alone"
-SINCE_HELP = "of what ended since then: 14:02, 2026-11-26, or 2h for so long ago"
-IDLE_HELP = "end the server and its kernels after this long without use (90m, 12h, 2d, or seconds)"
-START_HELP = "how long Jupyter may take to start, in seconds (%d)" % START_TIMEOUT_S
-ENV_HELP = "conda, mamba or pixi environment by name, any environment by path"
-INIT_HELP = "run this in your shell there first (`module load ...`); repeatable"
-WRAP_HELP = "run Jupyter, its kernels and executions inside of this command; repeatable, the first is outermost"
-CONTAINER_HELP = "the same in a container: IMAGE, or podman://, docker://, apptainer://IMAGE"
-INSTALL_HELP = "install Jupyter for you alone where there is none (the default)"
-NO_INSTALL_HELP = "do not install Jupyter where there is none; say how"
-SLURM_HELP = "run Jupyter, or the notebooks, in a Slurm job with these options of sbatch"
-SUBMIT_HELP = "the same by another scheduler: the command that submits {script} (qsub, bsub, condor_submit)"
-NODE_HELP = "the interface, name or address by which the login node reaches the job's node"
-STATE_HELP = "where we keep our state there (%s); for a cluster whose nodes have no home" % STATE_DIR
-LOCAL_HELP = "local port, this one or none (the first free one from %d up)" % LOCAL_PORT
-FORWARD_HELP = "a further forward, as ssh writes it (8787:localhost:8787); repeatable"
-GRID_HELP = "execute the notebook once for each of these values of a variable; repeatable, for each combination"
-FILE_HELP = "a file of them, JSON or YAML; repeatable, and -p is over it"
-WITH_HELP = "a file or directory beside the notebook that it needs there; repeatable"
-BRING_HELP = "what the run wrote and is to come back beside the result (`out/*.png`, `out/**`); repeatable"
+PORT_HELP = "first port to try on the host (%d)" % DEFAULT_PORT
+IP_HELP = "address that Jupyter binds (127.0.0.1)"
+STOP_HELP = "which one (that of PATH, or the only one); a notebook: its kernel alone"
+SINCE_HELP = "only what ended after 14:02, 2026-11-26, or 2h ago"
+IDLE_HELP = "end the server after this long without use (12h)"
+START_HELP = "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S
+ENV_HELP = "environment: conda or mamba by name, any by path"
+INIT_HELP = "run this in your shell there first; repeatable"
+WRAP_HELP = "run Jupyter inside of this command; repeatable"
+CONTAINER_HELP = "run it in a container: IMAGE, or docker://IMAGE"
+INSTALL_HELP = "install Jupyter if there is none (the default)"
+NO_INSTALL_HELP = "do not install Jupyter; print how to"
+SLURM_HELP = "run it in a Slurm job with these options of sbatch"
+SUBMIT_HELP = "run it in a job that this command submits (qsub)"
+NODE_HELP = "interface or name of the job's node to connect to"
+STATE_HELP = "where our files are there (~/.local/state/rjupyter)"
+LOCAL_HELP = "local port (the first free one from %d up)" % LOCAL_PORT
+FORWARD_HELP = "another forward, as for ssh; repeatable"
+GRID_HELP = "run it once for each of these values; repeatable, for each combination"
+FILE_HELP = "a JSON or YAML file of variables; repeatable"
+WITH_HELP = "a file or directory that it needs there; repeatable"
+BRING_HELP = "what it writes that is to come back (`out/*.png`, `out/**`); repeatable"
 PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
-CONFIG_HELP = "the defaults that hold for DESTINATION, and where each is from"
-LIMIT_HELP = "how long one notebook may take (90m, 12h, or seconds; no limit)"
+CONFIG_HELP = "the defaults that apply to the host"
+LIMIT_HELP = "how long one notebook may take (no limit)"
 MAY_INSTALL: Dict[str, Any] = {"dest": "may_install", "action": "store_true", "default": True}
 
 
@@ -10969,18 +11007,18 @@ OPTIONS: Dict[str, List[Option]] = {
             how={"dest": "app", "action": "store_const", "const": "lab"},
             chooses="server",
         ),
-        Option("--new", "start another server; do not come back to one", field="is_new", apart="which"),
+        Option("--new", "start another server instead of coming back", field="is_new", apart="which"),
         Option("--attach", ATTACH_HELP, "ID", _text, field="attach", apart="which", chooses="server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
         Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
         Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
         Option(
             "--socket",
-            "let Jupyter listen on a Unix socket that is yours alone, not on a port",
+            "listen on a Unix socket of yours, not on a port",
             field="socket",
             chooses="server",
         ),
-        Option("--no-record", "do not keep what cells print; `output` has nothing to show then", field="no_record"),
+        Option("--no-record", "do not keep what cells print", field="no_record"),
         Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
         Option(
             "--server-arg",
@@ -11013,7 +11051,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how", chooses="server"),
         Option(
             "--via-node",
-            "end the tunnel on the job's node itself, by a jump over the login node",
+            "end the tunnel on the job's node itself",
             field="via_node",
             chooses="server",
         ),
@@ -11028,7 +11066,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
     ],
     "ssh, letter for letter": [
-        ssh_option("F", "configuration file instead of ~/.ssh/config", "FILE"),
+        ssh_option("F", "configuration file (~/.ssh/config)", "FILE"),
         ssh_option("i", "private key", "KEY"),
         ssh_option("J", "jump host", "HOST"),
         ssh_option("l", "user to log in as", "USER"),
@@ -11037,7 +11075,7 @@ OPTIONS: Dict[str, List[Option]] = {
         ssh_option("4", "IPv4 only"),
         ssh_option("6", "IPv6 only"),
         ssh_option("C", "compress"),
-        Option("--no-mux", "each step a connection of its own (as on Windows)", chooses="host"),
+        Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
     ],
     "output": [
         Option("-q --quiet", "the address and errors only"),
@@ -11057,11 +11095,54 @@ def options() -> Iterator[Option]:
     return itertools.chain.from_iterable(OPTIONS.values())
 
 
+def all_options() -> Iterator[Option]:
+    """Yield those of every group, and those of every action."""
+    yield from options()
+    for action in ACTIONS.values():
+        yield from action.arguments
+
+
+def nearest(word: str, words: List[str]) -> str:
+    """Return the one of some words that another one is nearly, or begins; empty for none."""
+    import difflib
+
+    begun = [known for known in words if known.startswith(word) and len(word) > 3]
+    return (begun or difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
+
+
+HELP_END = "`--help events` lists what --json prints, `--help status` the exit statuses."
+
+
+def help_on_events() -> str:
+    """Return what --json prints, a line for each kind of object."""
+    width = max(len(name) for name in EVENTS)
+    return "\n".join("%-*s  %s: %s" % (width, n, event.when, ", ".join(event.keys)) for n, event in EVENTS.items())
+
+
+def help_on_status() -> str:
+    """Return the exit statuses."""
+    return "\n".join("%3d  %s" % row for row in EXITS.items())
+
+
+EXITS = {
+    EXIT_OK: "done; also Ctrl-C on an open tunnel",
+    EXIT_FAILURE: "a failure that has no number of its own",
+    EXIT_USAGE: "wrong usage",
+    EXIT_NO_JUPYTER: "no usable Jupyter on the host, and it could not be installed",
+    EXIT_SERVER_ENDED: "the server, or a notebook's kernel, did not start; or it ended while we held its tunnel",
+    EXIT_CELL_FAILED: "a notebook's cell failed",
+    EXIT_TIMEOUT: "a deadline passed",
+    EXIT_INTERRUPTED: "Ctrl-C before there was a result",
+    EXIT_SSH: "ssh could not connect or log in",
+}
+TOPICS = {"events": help_on_events, "status": help_on_status}  # of --help
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the drawing of the docstring, and leaves room for the options."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=max(80, min(120, terminal_width())))
+        super().__init__(prog, max_help_position=28, width=max(80, min(120, terminal_width())))
 
 
 class Parser(argparse.ArgumentParser):
@@ -11071,18 +11152,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
 
     def error(self, message: str) -> NoReturn:
-        """Raise Failure (2)."""
-        raise Failure("wrong usage", message, command_line("--help"), EXIT_USAGE)
+        """Raise Failure (2); for a word that is nearly one of ours, with that."""
+        unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
+        flags = [flag for option in all_options() for flag in option.flags.split()]
+        near = nearest(unknown.group(1), flags) if unknown else ""
+        try_ = "did you mean %s?" % near if near else command_line("--help")
+        raise Failure("wrong usage", message, try_, EXIT_USAGE)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser that the rows of OPTIONS and ACTIONS make."""
-    names = "     ".join(action.usage for action in ACTIONS.values() if action.usage)
+    lines = ["  %-32s %s" % (action.usage, action.help) for action in ACTIONS.values() if action.usage]
     parser = Parser(
-        usage="%(prog)s [options] DESTINATION[:PATH] [ACTION ...]",
+        usage="%(prog)s [options] HOST[:PATH] [action]",
         description=__doc__,
-        epilog="actions:\n  %s\n\n`rjupyter.py HOST execute --help` tells more of one.\n"
-        "DESTINATION is whatever ssh takes; PATH, as scp has it, is a directory or a notebook there." % names,
+        epilog="actions, behind the host; `HOST ACTION --help` tells more of one:\n%s\n\n%s"
+        % ("\n".join(lines), HELP_END),
         add_help=False,
         allow_abbrev=False,
     )
@@ -11098,24 +11183,40 @@ def build_parser() -> argparse.ArgumentParser:
     for name, action in ACTIONS.items():
         if name is None:
             continue
-        parsed = actions.add_parser(name, help=action.help)
+        examples = "examples:\n" + "\n".join("  rjupyter.py " + example for example in action.examples)
+        parsed = actions.add_parser(
+            name,
+            help=action.help,
+            usage="%%(prog)s HOST[:PATH] %s" % action.usage,
+            prog="rjupyter.py",
+            description=action.help[:1].upper() + action.help[1:] + ".",
+            epilog=examples if action.examples else None,
+            allow_abbrev=False,
+        )
         for option in action.arguments:
             option.add_to(parsed)
         for option in OPTIONS["output"]:
-            if option.name in ("json", "quiet", "verbose"):  # where they are typed, too
+            if option.name in SHARED:
                 parsed.add_argument(
                     *option.flags.split(), action="store_true", default=argparse.SUPPRESS, help=option.help
                 )
     return parser
 
 
-def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_arguments(argv: List[str]) -> argparse.Namespace:
     """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
 
     Raises Failure (2).
     """
-    argv = joined_arguments(sys.argv[1:] if argv is None else argv)
+    line = CommandLine(joined_arguments(argv))
+    line.put_in_order()
+    argv = line.words()
     args = build_parser().parse_args(argv)
+    args.line = line
+    if "," in args.destination.host and args.action != "list":
+        raise Failure(
+            "wrong usage", "several hosts go with list alone", command_line(args.line.destination, "list"), EXIT_USAGE
+        )
     args.sources = {}
     defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
     if not defaults and args.action != "config":
@@ -11132,6 +11233,108 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
+class CommandLine:
+    """A command line in its parts: options, the destination, the action, and what is behind that."""
+
+    def __init__(self, argv: List[str]) -> None:
+        self.before: List[List[str]] = []  # each option with its value
+        self.destination = ""
+        self.action = ""
+        self.behind: List[List[str]] = []
+        self.rest: List[str] = []  # from -- on
+        if "--" in argv:
+            at = argv.index("--")
+            argv, self.rest = argv[:at], argv[at:]
+        own = {flag: option for option in options() for flag in option.flags.split()}
+        words = iter(argv)
+        for word in words:
+            if word.startswith("-") and word != "-":
+                option = own.get(word)
+                value = next(words, None) if option and option.metavar else None
+                (self.behind if self.action else self.before).append([word] if value is None else [word, value])
+            elif not self.destination:
+                self.destination = word
+            elif not self.action:
+                self.action = word
+                own = {**own, **self.options_of_action()}
+            else:
+                self.behind.append([word])
+
+    def options_of_action(self) -> Dict[str, Option]:
+        """Return the options of the action, by their flags."""
+        row = ACTIONS.get(self.action or None)
+        arguments = row.arguments if row and self.action else ()
+        shared = [option for option in OPTIONS["output"] if option.name in SHARED]
+        both = [*arguments, *shared, Option("-h --help", "")]
+        return {flag: option for option in both for flag in option.flags.split() if flag.startswith("-")}
+
+    def words(self, destination: str = "") -> List[str]:
+        """Return the whole, for another destination if one is given."""
+        found = [word for words in self.before for word in words]
+        found += [word for word in (destination or self.destination, self.action) if word]
+        return found + [word for words in self.behind for word in words] + self.rest
+
+    def put_in_order(self) -> None:
+        """Put each option where it belongs; raises Failure (2), with the line as it should be, for what is no line."""
+        how = {flag for option in OPTIONS["output"] for flag in option.flags.split()} - {"-h", "--help", "--version"}
+        if not (self.destination or self.rest or {words[0] for words in self.before} - how - {"-F"}):
+            self.destination = "tunnels"
+        if self.destination in ACTIONS and self.action not in ACTIONS:
+            self._put_host_first()
+        if self.action not in ACTIONS and self.action:
+            raise self._no_action()
+        theirs = self.options_of_action() if self.action else {}
+        own = {flag for option in options() for flag in option.flags.split()}
+        moved = [words for words in self.behind if flag_of(words[0]) in own and flag_of(words[0]) not in theirs]
+        self.behind = [words for words in self.behind if words not in moved]
+        stays = [words for words in self.before if not self._is_meant_for_action(words, theirs)]
+        self.behind = [words for words in self.before if words not in stays] + self.behind
+        self.before = stays + moved
+
+    @staticmethod
+    def _is_meant_for_action(words: List[str], theirs: Dict[str, Option]) -> bool:
+        """True for a letter that ssh has too, with a value that ssh would not take, or that only an open has."""
+        if words[0] not in theirs or words[0] not in ("-f", "-p", "-o", "--attach"):
+            return False
+        value = words[-1]
+        return not (value.isdigit() if words[0] == "-p" else words[0] == "-o" and re.search("[= ]", value))
+
+    def _put_host_first(self) -> None:
+        """Take `ACTION --help`, and what needs no host; raises Failure (2) with the line as it should be for others."""
+        action = self.destination
+        plain = [word for word in [self.action, *[words[0] for words in self.behind]] if word and word[0] != "-"]
+        if ["--help"] in self.before or ["-h"] in self.before:
+            self.destination, self.action, self.before, self.behind = "HOST", action, [], [["--help"]]
+            return
+        if ACTIONS[action].alone:
+            self.destination, self.action = NO_HOST, action
+            self.behind = [[word] for word in plain] + [words for words in self.before if words != ["--json"]]
+            self.before = [words for words in self.before if words == ["--json"]]
+            return
+        host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
+        others = [word for word in plain if word != host]
+        options_ = [word for words in self.before for word in words]
+        right = command_line(*options_, host, action, *others)
+        raise Failure("wrong usage", "%s is an action: the host comes before it" % action, right, EXIT_USAGE)
+
+    def _no_action(self) -> Failure:
+        """Return the failure of a second word that is no action: what may be meant instead."""
+        near = nearest(self.action, [name for name in ACTIONS if name])
+        options_ = [word for words in self.before for word in words]
+        right = command_line(*options_, self.destination, near) if near else command_line("--help")
+        if not near and ("/" in self.action or "." in self.action):
+            right = command_line(*options_, "%s:%s" % (self.destination, self.action))
+        why = "there is no action %s; there are %s" % (self.action, ", ".join(filter(None, ACTIONS)))
+        return Failure("wrong usage", why, ("did you mean: " if near else "") + right, EXIT_USAGE)
+
+
+def flag_of(word: str) -> str:
+    """Return the option of a word that may have its value in it: --port=1, -p1."""
+    return word.partition("=")[0] if word.startswith("--") else word[:2]
+
+
+NO_HOST = "localhost"  # in place of a destination, for what needs none
+SHARED = ("json", "quiet", "verbose")  # options of the output that are taken behind an action, too
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
 
 
@@ -11326,6 +11529,7 @@ def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages)
 def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
     """Return what is written down of our tunnel."""
     return TunnelRecord(
+        created=time.time(),
         pid=os.getpid(),
         identity=process_identity(os.getpid()),
         destination=args.destination.host,
@@ -11509,24 +11713,106 @@ def wants_browser(args: argparse.Namespace) -> bool:
 
 def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
+    if "," in args.destination.host:
+        return list_hosts(args, messages)
     with ssh:
         if args.kernels:
             request = Request(action="list_kernels", path=args.destination.path)
             return show_kernels(agent.ask(request, KernelsReply, "Asking the servers").kernels, messages)
-        reply = agent.ask(Request(action="list"), ListReply, "Asking the servers")
+        request = Request(action="list", path=args.destination.path)
+        reply = agent.ask(request, ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
     views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
+    keep_ids(ssh.destination, [view.id for _, found in views for view in found])
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
     for event, found in [] if args.json else views:
         if (event in ("wrapper", "run", "grid") and found) or (event == "server" and reply.jobs):
             messages.line("")
+        ended = [view for view in found if event == "run" and view.state not in GOING_ON]
+        hidden = [] if args.all else ended[ENDED_SHOWN:]
         if found:
-            print_table(COLUMNS[event], found, messages)
-        elif event == "server":
+            print_table(COLUMNS[event], [view for view in found if view not in hidden], messages)
+        if hidden:
+            messages.note(
+                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), hint_of(args)("list", "--all"))
+            )
+        elif event == "server" and not found:
             messages.note("No server of yours runs there.")
     return EXIT_OK
+
+
+HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
+LISTED = {
+    "job": JobView,
+    "server": ServerView,
+    "wrapper": WrapperView,
+    "grid": GridView,
+    "run": RunView,
+    "kernel": KernelState,
+}  # type: Dict[str, Type[Record]]
+
+
+def list_hosts(args: argparse.Namespace, messages: Messages) -> int:
+    """Ask several hosts side by side, each by another one of us under a deadline; one that is not reached is a row."""
+    import subprocess
+
+    hosts = list(dict.fromkeys(filter(None, args.destination.host.split(","))))
+    program = [sys.executable, os.path.abspath(__file__), "--json"]
+    pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    asked = {}
+    try:
+        for host in hosts:
+            words = args.line.words(Destination(host, args.destination.path).text())
+            asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
+        until_s = time.monotonic() + HOSTS_TIMEOUT_S
+        rows = [
+            row for host, child in asked.items() for row in rows_of(host, child, until_s - time.monotonic(), messages)
+        ]
+    finally:
+        for child in asked.values():
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    for event in LISTED if not args.json else ():
+        found = [row for row in rows if row[1] == event]
+        columns = [Column("HOST", lambda row: row[0]), *[column.behind_host() for column in COLUMNS[event]]]
+        if found:
+            print_table(columns, found, messages)
+    return EXIT_OK if any(getattr(row[2], "state", "") != UNREACHED for row in rows) else EXIT_SSH
+
+
+UNREACHED = "not reached"
+
+
+def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[Tuple[str, str, Record]]:
+    """Return what one of us said of a host, as its name, the event and the record; with --json, print it."""
+    import subprocess
+
+    why = "no answer within %d s" % HOSTS_TIMEOUT_S
+    said = b""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        said, _ = child.communicate(timeout=max(0.1, timeout_s))
+        why = "" if not child.returncode else "it ended with status %d" % child.returncode
+    rows: List[Tuple[str, str, Record]] = []
+    for line in said.decode("utf-8", "replace").splitlines():
+        facts = facts_in(line)
+        event = str(facts.pop("event", ""))
+        why = in_one_line(str(facts.get("why") or facts.get("what"))) if event == "failure" else why
+        if event in LISTED:
+            rows.append((host, event, LISTED[event].read(facts)))
+    messages.event("host", host=host, is_reached=not why, why=why or None)
+    for _, event, row in rows:
+        messages.event(event, **row.facts())
+    if why or not rows:
+        facts = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
+        row = ServerView(**dict(facts, state=UNREACHED if why else "none", manager=why))
+        rows.append((host, "server", row))
+    return rows
+
+
+ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 
 
 def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
@@ -11638,7 +11924,8 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
-        messages.result(as_shown(line.text), "line", line=line.text)
+        if OUR_PROBE not in line.text:
+            messages.result(as_shown(line.text), "line", line=line.text)
 
     with following(args, messages), ssh:
         redials = args.is_followed and not args.no_reconnect
@@ -11703,9 +11990,37 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 
 def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Close the tunnels in the background."""
-    close_tunnels(args.destination.host, args.destination.path, messages)
+    """Close the tunnels in the background: those to a host, or all that are up here."""
+    is_alone = args.line.destination == NO_HOST
+    if is_alone and not args.all:
+        raise Failure(
+            "wrong usage", "close whose tunnels?", command_line("close", "--all") + ", or HOST close", EXIT_USAGE
+        )
+    close_tunnels(None if is_alone else args.destination.host, args.destination.path, messages)
     return EXIT_OK
+
+
+def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Show the tunnels that are up here, and how to come back to one, or to close it."""
+    views = [view_of(record) for record in sorted(tunnels(), key=lambda record: record.created)]
+    for view in views:
+        messages.event("tunnel", **view.facts())
+    if not views:
+        messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
+    elif not args.json:
+        print_table(COLUMNS["tunnel"], views, messages)
+        newest = max(tunnels(), key=lambda record: record.created)
+        back = command_line(*newest.ssh, Destination(newest.destination, newest.path).text())
+        messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
+    return EXIT_OK
+
+
+def view_of(record: TunnelRecord) -> TunnelView:
+    """Say how a tunnel does."""
+    names = ("destination", "path", "local_port", "id", "is_background")
+    facts = {name: getattr(record, name) for name in names}
+    age_s = max(0.0, time.time() - record.created) if record.created else 0.0
+    return TunnelView(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid, age_s=age_s, **facts)
 
 
 # -- execute ----------------------------------------------------------------------------------------------------------
@@ -12032,6 +12347,117 @@ def check_disk(facts: ExamineReply) -> Check:
     return Check("disk", text, "make room there" if free_gb < 0.05 else "")
 
 
+# -- completion -------------------------------------------------------------------------------------------------------
+
+# What a shell runs: it asks us for what may come next, behind the words that are typed so far.
+COMPLETIONS = {
+    "bash": """_rjupyter() {
+    local IFS=$'\\n'
+    COMPREPLY=($("$1" completion words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o bashdefault -o default -F _rjupyter rjupyter.py rjupyter
+""",
+    "zsh": """#compdef rjupyter.py rjupyter
+_rjupyter() {
+    local -a found
+    found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    [[ -n "$found[1]" ]] && compadd -a found || _files
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _rjupyter rjupyter.py rjupyter
+""",
+    "fish": """function __rjupyter
+    set -l typed (commandline -opc)
+    $typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c rjupyter.py -a '(__rjupyter)'
+complete -c rjupyter -a '(__rjupyter)'
+""",
+}
+
+
+def run_completion(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+    """Print what makes a shell complete our command lines."""
+    messages.line(COMPLETIONS[args.shell].rstrip())
+    return EXIT_OK
+
+
+def candidates(words: List[str]) -> List[str]:
+    """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
+    *typed, current = words or [""]
+    line = CommandLine(typed)
+    own = {flag: option for option in options() for flag in option.flags.split()}
+    known = {**({} if line.action else own), **line.options_of_action()}
+    last = known.get(typed[-1]) if typed else None
+    config = next((words[-1] for words in line.before if words[0] == "-F"), "")
+    if last and last.metavar and typed[-1].startswith("-"):
+        found = list(last.how.get("choices", ()))
+        found += kept_ids(line.destination) if last.metavar == "ID" else []
+    elif current.startswith("-"):
+        found = [flag for flag in known if flag.startswith("--")]
+    elif not line.destination:
+        found = ssh_hosts(config or os.path.expanduser("~/.ssh/config")) + [
+            n for n in ACTIONS if n and ACTIONS[n].alone
+        ]
+    elif line.destination == "completion":
+        found = list(COMPLETIONS)
+    elif not line.action:
+        found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
+    else:
+        row = ACTIONS.get(line.action)
+        found = kept_ids(line.destination) if row and any(option.metavar == "ID" for option in row.arguments) else []
+    return sorted({word for word in found if word.startswith(current)})
+
+
+def ssh_hosts(path: str, depth: int = 0) -> List[str]:
+    """Return the names that ssh's configuration has, with those of the files that it includes (ssh_config(5))."""
+    import glob
+
+    found: List[str] = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            lines = stream.read().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        key, *names = re.split(r"[\s=]+", line.strip())
+        if key.lower() == "host":
+            found += [name.strip('"') for name in names if name and not set(name) & set("*?!")]
+        elif key.lower() == "include" and depth < 16:
+            for name in names:
+                pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name.strip('"')))
+                for other in sorted(glob.glob(pattern)):
+                    found += ssh_hosts(other, depth + 1)
+    return list(dict.fromkeys(found))
+
+
+def ids_path() -> str:
+    """Return where the ids of the last `list` of each host are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "rjupyter", "ids.json")
+
+
+class ListedIds(Record):
+    """The ids of the last `list` of each host, which complete a command line: ids.json."""
+
+    hosts: "Dict[str, List[str]]" = {}
+
+
+def kept_ids(host: str) -> List[str]:
+    """Return the ids that the last `list` of a host showed."""
+    kept = read_record(ListedIds, ids_path())
+    return kept.hosts.get(host.partition(":")[0], []) if kept else []
+
+
+def keep_ids(host: str, ids: List[str]) -> None:
+    """Keep the ids that `list` shows, where there is a place."""
+    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    if kept.hosts.get(host) != ids:
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
+            write_whole(ids_path(), json.dumps(kept.but(hosts={**kept.hosts, host: ids}).facts()))
+
+
 # -- config and --dry-run ---------------------------------------------------------------------------------------------
 
 
@@ -12091,6 +12517,8 @@ class Action(NamedTuple):
     usage: str = ""
     arguments: Sequence[Option] = ()
     runs_ssh: bool = True
+    alone: bool = False  # it needs no host
+    examples: Sequence[str] = ()  # for its help
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
 
 
@@ -12099,7 +12527,7 @@ ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
     "execute": Action(
         run_execute,
-        "run notebooks on the host, and bring their results",
+        "run notebooks there, and bring the results",
         "execute NOTEBOOK ...",
         [
             Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", how={"nargs": "*"}),
@@ -12127,38 +12555,50 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--overlap", "also when the notebook is being executed already"),
         ],
         asks="start_run",
+        examples=[
+            "gpu1:work execute train.ipynb -p epochs=20",
+            "gpu1:work execute :train.ipynb            one that is there already",
+            "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
+            "gpu1 execute --attach r5d98               follow it again",
+        ],
     ),
     "list": Action(
         run_list,
         "the servers on the host, or their kernels",
-        "list [--kernels]",
-        [Option("--kernels", "each kernel: its notebook, what it does, the memory that it holds")],
+        "list [--kernels] [--all]",
+        [
+            Option("--kernels", "the kernels: notebook, state, memory"),
+            Option("--all", "also the executions that ended long ago"),
+        ],
         asks="list",
+        examples=["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
     ),
     "wait": Action(
         run_wait,
-        "return when a kernel is idle; 5 when its last cell failed, 4 when it died",
+        "wait until a kernel is idle",
         "wait [NOTEBOOK] [--timeout S]",
         [
             Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", how={"nargs": "?"}),
             Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, how={"dest": "time_limit"}),
         ],
         asks="wait_for_kernel",
+        examples=["gpu1 wait train.ipynb && notify-send done     status 5: its last cell failed; 4: it died"],
     ),
     "logs": Action(
         run_logs,
-        "the log of a server or a job, or what the cells of a run printed",
+        "the log of a server, a job or an execution",
         "logs [ID] [-f]",
         [
             Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
             FOLLOW,
         ],
         asks="logs",
+        examples=["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
     ),
     "output": Action(
         run_output,
-        "what the cells of a notebook printed, also while nobody looked",
-        "output [NOTEBOOK] [-f] [--since TIME] [--save]",
+        "what the cells of a notebook printed",
+        "output [NOTEBOOK] [-f] [--save]",
         [
             Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
             FOLLOW,
@@ -12166,10 +12606,11 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
         ],
         asks="send_output",
+        examples=["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
     ),
     "eval": Action(
         run_eval,
-        "code in a kernel that lives, and what it prints",
+        "run code in a kernel",
         "eval [-k NOTEBOOK] CODE",
         [
             Option("code", "what it executes; - reads it from stdin", "CODE", default=None, how={"nargs": "?"}),
@@ -12177,6 +12618,7 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--interrupt", "interrupt what it computes", how={"dest": "interrupts"}),
         ],
         asks="eval_code",
+        examples=['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
     ),
     "stop": Action(
         run_stop,
@@ -12188,10 +12630,41 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--yes", "without a question, also when a kernel computes"),
         ],
         asks="stop",
+        examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      its kernel alone"],
     ),
-    "close": Action(run_close, "end the tunnels that went to the background with -f", "close", runs_ssh=False),
-    "doctor": Action(run_doctor, "walk every step, and say what is wrong and how to mend it", "doctor", asks="examine"),
-    "config": Action(run_config, CONFIG_HELP, "config", runs_ssh=False),
+    "close": Action(
+        run_close,
+        "close the tunnels that are in the background",
+        "close [--all]",
+        [Option("--all", "those to any host")],
+        runs_ssh=False,
+        alone=True,
+        examples=["gpu1 close", "close --all"],
+    ),
+    "tunnels": Action(run_tunnels, "the tunnels here; no words do the same", "tunnels", runs_ssh=False, alone=True),
+    "completion": Action(
+        run_completion,
+        "print what completes lines in a shell",
+        "completion SHELL",
+        [Option("shell", "bash, zsh or fish", "SHELL", how={"choices": list(COMPLETIONS)})],
+        runs_ssh=False,
+        alone=True,
+        examples=["completion fish | source"],
+    ),
+    "doctor": Action(
+        run_doctor,
+        "check every step, and say what is wrong",
+        "doctor",
+        asks="examine",
+        examples=["gpu1 doctor", '--slurm "-t 5" login doctor     with a short job'],
+    ),
+    "config": Action(
+        run_config,
+        CONFIG_HELP,
+        "config",
+        runs_ssh=False,
+        examples=["gpu1 config"],
+    ),
 }
 
 
@@ -12201,14 +12674,23 @@ def _on_signal(signum: int, frame: Any) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    messages = Messages()
+    words = sys.argv[1:] if argv is None else argv
+    messages = Messages(as_json="--json" in words)  # until they are read
+    args: Optional[argparse.Namespace] = None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _on_signal)
     try:
-        args = parse_arguments(argv)
+        if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
+            for word in candidates(words[2:]):
+                messages.line(word)
+            return EXIT_OK
+        if words[:1] in (["--help"], ["-h"]) and words[1:] and words[1] in TOPICS:
+            messages.line(TOPICS[words[1]]())
+            return EXIT_OK
+        args = parse_arguments(words)
         messages = Messages(args.quiet, args.verbose, args.json)
         ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
@@ -12218,6 +12700,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         action = ACTIONS[args.action]
         return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
     except Failure as failure:
+        if args and "resolve hostname" in failure.why:
+            config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
+            near = nearest(args.destination.host, ssh_hosts(config))
+            failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
     except KeyboardInterrupt:

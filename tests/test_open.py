@@ -455,7 +455,6 @@ def test_connection_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> No
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["-oProxyCommand=touch pwned"],
         ["--port", "99999", "host"],
         ["--nonsense", "host"],

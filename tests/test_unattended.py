@@ -691,6 +691,11 @@ def test_json_events_are_the_ones_of_the_readme(
     (host.home / "on").write_text("")
     assert grid.wait() == 0, grid.text
     seen += events_of(grid)
+    last = laptop.start("--json", "-q", "host", has_terminal=False)
+    last.expect('"open"')
+    seen += events_of(laptop.run("--json", "-q")) + events_of(laptop.run("--json", "host,nowhere.invalid", "list"))
+    last.interrupt()
+    last.wait()
     starting = laptop.start("--wrap", "sh -c 'sleep 1000' --", "host:.local", has_terminal=False)
     wait_until(lambda: list(host.home.glob(".local/state/rjupyter/wrappers/*/log")), "it starts")
     seen += events_of(laptop.run("--json", "-q", "host", "list"))

@@ -1,0 +1,248 @@
+"""The command line as people type it: words in another order, nearly right, too few, several hosts; completion."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from client import check_failure, events_of, held, listed
+from notebooks import write_notebook
+from sides import SCRIPT, Host, Laptop, quiet_port, wait_until
+
+import rjupyter
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+def put_in_order(*words: str) -> List[str]:
+    line = rjupyter.CommandLine(rjupyter.joined_arguments(list(words)))
+    line.put_in_order()
+    return line.words()
+
+
+@pytest.mark.parametrize(
+    "typed, right",
+    [
+        ("gpu1 stop --dry-run", "--dry-run gpu1 stop"),
+        ("gpu1 list --lab -J jump", "--lab -J jump gpu1 list"),
+        ("gpu1:work execute a.ipynb --python /opt/python", "--python /opt/python gpu1:work execute a.ipynb"),
+        ("-p x=1 gpu1 execute a.ipynb", "gpu1 execute -p x=1 a.ipynb"),
+        ("-p 22 gpu1 execute a.ipynb -p x=1", "-p 22 gpu1 execute a.ipynb -p x=1"),
+        ("-o out.ipynb gpu1 execute a.ipynb", "gpu1 execute -o out.ipynb a.ipynb"),
+        ("-o User=ann gpu1 execute a.ipynb", "-o User=ann gpu1 execute a.ipynb"),
+        ("-f gpu1 logs", "gpu1 logs -f"),
+        ("-f gpu1", "-f gpu1"),
+        ("--attach r12ab gpu1 execute", "gpu1 execute --attach r12ab"),
+        ("--attach 12ab gpu1", "--attach 12ab gpu1"),
+        ("execute --help", "HOST execute --help"),
+        ("gpu1 eval -- -1", "gpu1 eval -- -1"),
+        ("gpu1 list --slurm=-t5 -Jjump", "--slurm=-t5 -Jjump gpu1 list"),
+    ],
+)
+def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
+    assert put_in_order(*typed.split()) == right.split()
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (["list"], ["list is an action: the host comes before it", "HOST list"]),
+        (["stop", "gpu1"], ["gpu1 stop"]),
+        (["execute", "t.ipynb", "gpu1"], ["gpu1 execute t.ipynb"]),
+        (["execute", "gpu1", "t.ipynb"], ["gpu1 execute t.ipynb"]),
+        (["--lab", "stop", "gpu1"], ["--lab gpu1 stop"]),
+        (["gpu1", "lst"], ["no action lst", "did you mean: ", "gpu1 list"]),
+        (["gpu1", "train.ipynb"], ["gpu1:train.ipynb"]),
+        (["gpu1", "work/a"], ["gpu1:work/a"]),
+        (["gpu1", "zzzz"], ["no action zzzz", "--help"]),
+        (["--nwe", "gpu1"], ["--nwe", "did you mean --new?"]),
+        (["gpu1", "execute", "a.ipynb", "--inplce"], ["did you mean --inplace?"]),
+        (["gpu1", "stop", "--al"], ["unrecognized arguments: --al"]),
+        (["gpu1", "stop", "--a"], ["unrecognized arguments: --a"]),
+        (["gpu1,gpu2"], ["several hosts go with list alone", "gpu1,gpu2 list"]),
+        (["close"], ["close whose tunnels?", "close --all"]),
+    ],
+)
+def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: List[str], words: List[str]) -> None:
+    check_failure(laptop.run(*typed), rjupyter.EXIT_USAGE, *words)
+    failed = laptop.run("--json", *typed)
+    (failure,) = events_of(failed)
+    assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
+
+
+def test_host_that_is_nearly_one_of_the_configuration(laptop: Laptop, host: Host) -> None:
+    check_failure(laptop.run("hsot", "list"), rjupyter.EXIT_SSH, "did you mean host?")
+
+
+@pytest.mark.parametrize("text, seconds", [("2m", 120.0), ("90", 90.0), ("3h", 10800.0), ("10s", 10.0)])
+def test_durations_are_read_alike(text: str, seconds: float) -> None:
+    assert rjupyter._seconds(text) == seconds == rjupyter._duration_s(text)
+
+
+# -- here -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
+    (host.home / "work").mkdir()
+    laptop.config, config = "", laptop.config
+    alone = laptop.run()
+    assert alone.status == 0 and "No tunnel of yours is up here." in alone.text
+    laptop.config = config
+    first = laptop.run("--no-browser", "-f", "host:work")
+    assert first.status == 0, first.text
+    with laptop.opened("host", "--local-port", str(quiet_port())):
+        shown = laptop.run()
+        rows = [line.split() for line in shown.stdout.splitlines()]
+        assert [row[:3] for row in rows] == [["HOST", "PATH", "STATE"], ["host", "work", "up"], ["host", "~", "up"]]
+        assert "close --all" in shown.text
+        (one, two) = events_of(laptop.run("--json"))
+        assert (one["path"], one["is_background"], two["path"], two["is_background"]) == ("work", True, None, False)
+        closed = laptop.run("close", "--all")
+        assert closed.text.count("Closed the tunnel") == 1
+        assert [event["path"] for event in events_of(laptop.run("--json"))] == [None]
+
+
+# -- several hosts ----------------------------------------------------------------------------------------------------
+
+
+def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    first, second = make_host(name="one"), make_host(name="two")
+    config = laptop.directory / "both"
+    config.write_text(Path(first.sshd.config).read_text() + "\n" + Path(second.sshd.config).read_text())
+    laptop.config = str(config)
+    held(laptop, "one")
+    shown = laptop.run("one,two,three.invalid", "list")
+    assert shown.status == 0, shown.text
+    rows = {line.split()[0]: line for line in shown.stdout.splitlines()}
+    assert list(rows) == ["HOST", "one", "two", "three.invalid"]
+    assert " live " in rows["one"] and " none " in rows["two"] and " not reached " in rows["three.invalid"]
+    assert "three.invalid" in rows["three.invalid"][20:]
+    events = events_of(laptop.run("one,three.invalid", "list", "--json"))
+    assert [event["event"] for event in events] == ["host", "server", "host"]
+    assert [event["is_reached"] for event in events if event["event"] == "host"] == [True, False]
+    assert laptop.run("three.invalid,four.invalid", "list").status == rjupyter.EXIT_SSH
+
+
+def test_list_of_a_path_and_the_newest_executions(laptop: Laptop, host: Host) -> None:
+    for name in ("work", "work/below", "other"):
+        (host.home / name).mkdir()
+    for name in ("work/below", "other"):
+        held(laptop, "host:" + name, "--local-port", str(quiet_port()))
+    assert [server["root_dir"][-10:] for server in listed_in(laptop, "host:work")] == ["work/below"]
+    assert len(listed(laptop)) == 2
+    source = write_notebook(laptop.home / "a.ipynb", "print(x)")
+    done = laptop.run("host", "execute", str(source), "--grid", "x=[1, 2, 3, 4, 5, 6, 7]", "-j", "4")
+    assert done.status == 0, done.text
+    shown = laptop.run("host", "list")
+    assert shown.text.count("a.x=") == 5 and "2 ended executions more" in shown.text and "list --all" in shown.text
+    assert laptop.run("host", "list", "--all").text.count("a.x=") == 7
+
+
+def listed_in(laptop: Laptop, destination: str) -> List[Dict[str, Any]]:
+    return [event for event in events_of(laptop.run(destination, "list", "--json")) if event["event"] == "server"]
+
+
+# -- completion -------------------------------------------------------------------------------------------------------
+
+
+def completed(laptop: Laptop, *words: str) -> List[str]:
+    """Return what the program says that the last word may become."""
+    argv = [sys.executable, str(SCRIPT), "completion", "words", *words]
+    return subprocess.run(argv, env=laptop.environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+@pytest.fixture
+def names(laptop: Laptop) -> Laptop:
+    """A laptop whose ssh configuration has names, some in an included file."""
+    ssh = laptop.home / ".ssh"
+    ssh.mkdir(mode=0o700)
+    (ssh / "config").write_text("Include more/*\nHost gpu1 gpu2\n  User ann\nHost *.org !bad\nHost=login\n")
+    (ssh / "more").mkdir()
+    (ssh / "more/site").write_text('host "big"\n')
+    return laptop
+
+
+def test_completion_knows_hosts_actions_options_and_ids(names: Laptop) -> None:
+    assert completed(names, "g") == ["gpu1", "gpu2"]
+    assert {"big", "login", "close"} <= set(completed(names, ""))
+    assert "bad" not in completed(names, "") and "*.org" not in completed(names, "")
+    assert completed(names, "gpu1", "l") == ["list", "logs"]
+    assert completed(names, "--lab", "gpu1", "ex") == ["execute"]
+    assert "--slurm" in completed(names, "--s") and completed(names, "--app", "la") == ["lab"]
+    assert completed(names, "gpu1", "stop", "--a") == ["--all"]
+    assert completed(names, "completion", "") == ["bash", "fish", "zsh"]
+    cache = names.home / ".cache/rjupyter/ids.json"
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({"hosts": {"gpu1": ["12ab", "r4711"]}}))
+    assert completed(names, "gpu1:work", "stop", "") == ["12ab", "r4711"]
+    assert completed(names, "gpu1", "execute", "--attach", "r") == ["r4711"]
+    assert completed(names, "gpu2", "stop", "") == []
+    cache.write_text("[broken")
+    assert completed(names, "gpu1", "stop", "") == []
+
+
+def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> None:
+    held(laptop, "host")
+    (server,) = listed(laptop)
+    assert completed(laptop, "host", "stop", "") == [server["id"]]
+
+
+SHELLS = {
+    "bash": 'eval "$(rjupyter.py completion bash)"; COMP_WORDS=(rjupyter.py gpu1 st); COMP_CWORD=2; '
+    '_rjupyter rjupyter.py; printf "%s\\n" "${COMPREPLY[@]}"; complete -p rjupyter.py >/dev/null && echo registered',
+    "fish": "rjupyter.py completion fish | source; complete -C 'rjupyter.py gpu1 st'",
+}
+
+
+@pytest.mark.parametrize("shell", list(SHELLS))
+def test_completion_in_a_shell(names: Laptop, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip("needs " + shell)
+    place = names.directory / "bin"
+    place.mkdir()
+    (place / "rjupyter.py").write_text('#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, SCRIPT))
+    (place / "rjupyter.py").chmod(0o755)
+    environment = dict(names.environment, PATH="%s:%s" % (place, names.environment["PATH"]))
+    said = subprocess.run([shell, "-c", SHELLS[shell]], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert "stop" in said.stdout.split() and "list" not in said.stdout.split()
+    assert shell != "bash" or "registered" in said.stdout
+
+
+def test_completion_in_zsh(names: Laptop) -> None:
+    """zsh completes at its prompt alone: it has a terminal, and a Tab is typed."""
+    if not shutil.which("zsh"):
+        pytest.skip("needs zsh")
+    import pty
+    import select
+
+    place = names.directory / "bin"
+    place.mkdir()
+    (place / "rjupyter.py").write_text('#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, SCRIPT))
+    (place / "rjupyter.py").chmod(0o755)
+    environment = dict(names.environment, PATH="%s:%s" % (place, names.environment["PATH"]), ZDOTDIR=str(names.home))
+    (names.home / ".zshrc").write_text(
+        'PS1="ready> "\nautoload -Uz compinit && compinit -u\neval "$(rjupyter.py completion zsh)"\n'
+    )
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execvpe("zsh", ["zsh", "-i"], environment)
+    text = ""
+
+    def look() -> str:
+        nonlocal text
+        if select.select([terminal], [], [], 0.1)[0]:
+            text += os.read(terminal, 4096).decode("utf-8", "replace")
+        return text
+
+    try:
+        wait_until(lambda: "ready> " in look(), "its prompt", 30)
+        os.write(terminal, b"rjupyter.py gpu1 exec\t")
+        wait_until(lambda: "execute" in look(), "the word is whole", 30)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(terminal)
