@@ -188,7 +188,7 @@ class Failure(Exception):
     def __init__(self, what: str, why: str = "", try_: str = "", status: int = EXIT_FAILURE) -> None:
         super().__init__(what)
         self.what = what
-        self.why = why
+        self.why = why.partition("] ")[2] if why.startswith("[Errno ") else why  # as str(OSError) has it
         self.try_ = try_
         self.status = status
 
@@ -1220,7 +1220,7 @@ EVENTS = {
     "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
     "lost": Event("the connection is lost", ("why", "local_port")),
     "reconnected": Event("it is back", ("seconds", "local_port")),
-    "silent": Event("Jupyter does not answer, though the connection is well", ("id",)),
+    "silent": Event("Jupyter does not answer, although the connection works", ("id",)),
     "answering": Event("it answers again", ("id",)),
     "tunnel": Event("a tunnel that is up here, without a host", tuple(TunnelView.fields)),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
@@ -5864,7 +5864,7 @@ class Tunnel:
                 return failure.last_line()
             if not end.is_answering:
                 if not is_silent:
-                    text = "%s does not answer; its connection is well. Waiting." % self.server.title
+                    text = "%s does not answer, although the connection works. Waiting." % self.server.title
                     self.messages.step(text, "silent", id=self.server.id)
                 pause_s = min(2 * pause_s, PROBE_EVERY_S) if is_silent else 1  # it may be about to end
                 is_silent = True
@@ -7031,7 +7031,7 @@ class Run:
             raise
 
     def keep_state(self, **facts: "Any") -> None:
-        """Write down where the run stands, for whoever asks in passing."""
+        """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
         write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
 
@@ -12049,10 +12049,16 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
         elif args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
             follow(execution, waiting, args)
-        for task in [] if args.grid or args.at_once else tasks:
-            started = start_execution(task, args, agent, waiting)
-            if started:
-                follow(started, waiting, args)
+        for number, task in enumerate([] if args.grid or args.at_once else tasks, 1):
+            try:
+                started = start_execution(task, args, agent, waiting)
+                if started:
+                    follow(started, waiting, args)
+            except Failure:
+                left = ", ".join(task.name for task in tasks[number:])
+                if left:
+                    messages.warn("Not executed after the failure of %s: %s" % (task.name, left))
+                raise
     return EXIT_OK
 
 
@@ -12066,7 +12072,7 @@ def check_execute(args: argparse.Namespace) -> None:
     elif args.output and (args.inplace or len(args.notebooks) > 1):
         wrong = "-o goes with one notebook, and not with --inplace"
     elif args.inplace and args.run_id:
-        wrong = "--attach brings a result; where to is said with -o"
+        wrong = "--attach brings the result of one run; -o says where it goes"
     elif names and (args.inplace or args.output):
         wrong = "--grid has many results, each named by its values; neither -o nor --inplace goes with it"
     elif any(given.count(name) > 1 for name in names):
@@ -12163,8 +12169,9 @@ def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting:
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
-        text = "%s is being executed already (%s, for %s); --overlap does it all the same."
-        messages.warn(text % (task.name, reply.id, duration(reply.age_s)))
+        text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
+        again = back_again(args, "execute", "--attach", reply.id)
+        messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
         return None
     messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)

@@ -140,6 +140,17 @@ if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 
     fi
 fi
 
+# A demo needs Jupyter alone.
+if [ "$purpose" = demo ]; then
+    if [ ! -x .venv/bin/jupyter-notebook ]; then
+        echo "setup: installing Jupyter into .venv (a minute)"
+        [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+        grep -E '^(notebook|jupyterlab)\b' tests/requirements.txt >.venv/requirements.demo
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.demo
+    fi
+    exit
+fi
+
 # The stamp holds what was installed; a changed list installs again.
 if ! cmp -s tests/requirements.txt .venv/requirements.installed; then
     echo "setup: installing Jupyter and the test tools into .venv (a minute or two)"

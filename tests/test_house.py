@@ -12,6 +12,7 @@ from typing import Dict, Iterable, Iterator, List, Set, Tuple
 
 import pytest
 from readme import README, readme_events
+from sides import TOP
 
 import rjupyter
 
@@ -151,6 +152,11 @@ def test_actions_and_exit_statuses_of_the_readme_are_the_rows() -> None:
     actions = ["| `%s` | %s |" % (row.usage, row.help) for row in rjupyter.ACTIONS.values() if row.usage]
     exits = ["| %d | %s |" % row for row in rjupyter.EXITS.items()]
     assert "\n".join(actions) in README and "\n".join(exits) in README
+
+
+def test_picture_of_the_readme_is_there() -> None:
+    (name,) = re.findall(r"^!\[.+\]\((.*)\)$", README, re.MULTILINE)
+    assert "rjupyter.py gpu1:work" in (TOP / name).read_text()
 
 
 def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]) -> None:

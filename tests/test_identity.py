@@ -301,7 +301,7 @@ def test_runtime_file_that_is_unlinked_while_the_tunnel_is_up(laptop: Laptop, ho
     run.expect("Connected to host again", 30)
     (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
-    run.expect("does not answer; its connection is well", 40)
+    run.expect("although the connection works", 40)
     os.kill(record["pid"], signal.SIGCONT)
     run.expect("answers again", 40)
     assert compute(url, "print(1)") == "1\n" and run.text.count("is lost") == 1

@@ -74,6 +74,11 @@ def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: Lis
     assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
 
 
+def test_reason_is_in_words(laptop: Laptop) -> None:
+    failed = laptop.run("nowhere.invalid", "execute", "none.ipynb")
+    assert "why: No such file or directory: 'none.ipynb'" in failed.stderr
+
+
 def test_host_that_is_nearly_one_of_the_configuration(laptop: Laptop, host: Host) -> None:
     check_failure(laptop.run("hsot", "list"), rjupyter.EXIT_SSH, "did you mean host?")
 
@@ -144,6 +149,24 @@ def test_list_of_a_path_and_the_newest_executions(laptop: Laptop, host: Host) ->
 
 def listed_in(laptop: Laptop, destination: str) -> List[Dict[str, Any]]:
     return [event for event in events_of(laptop.run(destination, "list", "--json")) if event["event"] == "server"]
+
+
+# -- executions -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_executed_is_named_and_what_runs_can_be_followed(laptop: Laptop, host: Host) -> None:
+    for name, source in (("a", "1 / 0"), ("b", "2"), ("c", "3")):
+        write_notebook(laptop.home / ("%s.ipynb" % name), source)
+    failed = laptop.run("host", "execute", "a.ipynb", "b.ipynb", "c.ipynb")
+    assert failed.status == rjupyter.EXIT_CELL_FAILED
+    assert "Not executed after the failure of a.ipynb: b.ipynb, c.ipynb" in failed.stderr
+    write_notebook(laptop.home / "d.ipynb", "import os, time\nwhile not os.path.exists('go'): time.sleep(.05)")
+    first = laptop.start("host", "execute", "d.ipynb", has_terminal=False)
+    identity = first.expect(r"Executing d.ipynb on host \((r\w+)\)").group(1)
+    second = laptop.run("host", "execute", "d.ipynb")
+    assert second.status == 0 and "To follow it: " in second.text and "execute --attach " + identity in second.text
+    (host.home / "go").write_text("")
+    assert first.wait() == 0
 
 
 # -- completion -------------------------------------------------------------------------------------------------------

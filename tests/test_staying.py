@@ -153,7 +153,7 @@ def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -
     run, url, kernel = start_and_remember(laptop)
     (record,) = host.servers()
     os.kill(record["pid"], signal.SIGSTOP)
-    run.expect("does not answer; its connection is well. Waiting.")
+    run.expect("does not answer, although the connection works. Waiting.")
     os.kill(record["pid"], signal.SIGCONT)
     run.expect("answers again")
     check_same(run, url, kernel)
