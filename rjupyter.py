@@ -11284,8 +11284,8 @@ class CommandLine:
         if self.action not in ACTIONS and self.action:
             raise self._no_action()
         theirs = self.options_of_action() if self.action else {}
-        own = {flag for option in options() for flag in option.flags.split()}
-        moved = [words for words in self.behind if flag_of(words[0]) in own and flag_of(words[0]) not in theirs]
+        own = {flag: option for option in options() for flag in option.flags.split()}
+        moved = [words for words in self.behind if flag_of(words[0], own) and flag_of(words[0], theirs) not in theirs]
         self.behind = [words for words in self.behind if words not in moved]
         stays = [words for words in self.before if not self._is_meant_for_action(words, theirs)]
         self.behind = [words for words in self.before if words not in stays] + self.behind
@@ -11328,12 +11328,13 @@ class CommandLine:
         return Failure("wrong usage", why, ("did you mean: " if near else "") + right, EXIT_USAGE)
 
 
-def flag_of(word: str) -> str:
-    """Return the option of a word that may have its value in it: --port=1, -p1."""
-    return word.partition("=")[0] if word.startswith("--") else word[:2]
+def flag_of(word: str, known: Dict[str, Option]) -> str:
+    """Return the option that a word is, perhaps with its value in it (--port=1, -p1); empty for none of those known."""
+    flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+    return flag if flag in known and (word == flag or known[flag].metavar) else ""
 
 
-NO_HOST = "localhost"  # in place of a destination, for what needs none
+NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 SHARED = ("json", "quiet", "verbose")  # options of the output that are taken behind an action, too
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
 

@@ -40,6 +40,8 @@ def put_in_order(*words: str) -> List[str]:
         ("--attach 12ab gpu1", "--attach 12ab gpu1"),
         ("execute --help", "HOST execute --help"),
         ("gpu1 eval -- -1", "gpu1 eval -- -1"),
+        ("gpu1 eval -4+5", "gpu1 eval -4+5"),
+        ("gpu1 eval -k a.ipynb -4", "-4 gpu1 eval -k a.ipynb"),
         ("gpu1 list --slurm=-t5 -Jjump", "--slurm=-t5 -Jjump gpu1 list"),
     ],
 )
