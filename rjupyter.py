@@ -5197,6 +5197,8 @@ def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", d
         sys.exit(reply is None)
     kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
     record = kept_record(kind, reply.id)
+    if not record:
+        return  # it was ended already
     pid = place_of(record).held.pid
     beat_at = 0.0
     is_asked = False

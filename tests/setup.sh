@@ -98,6 +98,9 @@ if [ -n "$missing" ]; then
     if [ "$(id -u)" != 0 ] && [ "$manager" != brew ]; then
         if ! sudo -n true 2>/dev/null; then
             echo "setup: this needs more packages; please run: sudo $install $wanted" >&2
+            case $manager:$missing in
+                apt-get:*sshd*) echo "setup: that starts the system's sshd; to end it: sudo systemctl disable --now ssh" >&2 ;;
+            esac
             exit 1
         fi
         sudo=sudo
