@@ -6031,11 +6031,12 @@ def tunnels() -> List[TunnelRecord]:
     """Return the records of our tunnels that are up; those of processes that are gone are removed."""
     records = []
     for path in [os.path.join(directory, name) for directory in record_dirs() for name in os.listdir(directory)]:
-        match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?", os.path.basename(path))  # the latter: being written
+        # The latter two are being written, or a look whether one can write: kill -9 may leave them.
+        match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?|\.([1-9]\d*)", os.path.basename(path))
         if not match:
             continue
         record = read_record(TunnelRecord, path)
-        pid = int(match.group(1))
+        pid = int(match.group(1) or match.group(3))
         if not process_identity(pid) or (record and not is_same_process(pid, record.identity)):
             with contextlib.suppress(OSError):
                 os.unlink(path)

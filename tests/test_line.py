@@ -113,6 +113,16 @@ def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
         assert [event["path"] for event in events_of(laptop.run("--json"))] == [None]
 
 
+def test_probe_of_one_that_was_killed_is_removed(laptop: Laptop) -> None:
+    """Each start looks whether it can write there; kill -9 in that moment leaves the file."""
+    place = laptop.runtime / "rjupyter"
+    place.mkdir(mode=0o700)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (place / (".%d" % ended.pid)).write_text("")
+    assert laptop.run().status == 0 and not list(place.iterdir())
+
+
 # -- several hosts ----------------------------------------------------------------------------------------------------
 
 

@@ -696,6 +696,8 @@ def test_json_events_are_the_ones_of_the_readme(
     seen += events_of(laptop.run("--json", "-q")) + events_of(laptop.run("--json", "host,nowhere.invalid", "list"))
     last.interrupt()
     last.wait()
+    found.interrupt()  # another open would take its connection, which ends with its server
+    found.wait()
     starting = laptop.start("--wrap", "sh -c 'sleep 1000' --", "host:.local", has_terminal=False)
     wait_until(lambda: list(host.home.glob(".local/state/rjupyter/wrappers/*/log")), "it starts")
     seen += events_of(laptop.run("--json", "-q", "host", "list"))
