@@ -47,7 +47,8 @@ def directory(mark: str) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="rj-"))
     yield path
     try:
-        wait_until(lambda: not processes_with(mark), "no process left: %s" % processes_with(mark), 10)
+        # Long enough for a command of a scheduler whose controller has just been stopped.
+        wait_until(lambda: not processes_with(mark), "no process left: %s" % processes_with(mark), 30)
     except AssertionError:
         left = processes_with(mark)
         for pid in left:
