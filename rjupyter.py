@@ -986,7 +986,6 @@ class ListReply(Record):
     """Everything of the user's on the host."""
 
     wrappers: "List[WrapperView]" = []
-
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
@@ -3279,11 +3278,7 @@ class Kind:
         A home is shared between nodes, and files can be damaged: one that makes no sense is skipped.
         """
         found = []
-        for directory in kept_dirs(self.directory):
-            record = read_record(self.record, os.path.join(directory, self.name + ".json"))
-            if record:
-                record.id, record.directory = os.path.basename(directory), directory
-                found.append(record)
+        found = [record for record in (record_in(self, directory) for directory in kept_dirs(self.directory)) if record]
         return sorted(found, key=lambda record: float(record.created), reverse=True)
 
     def running(self) -> "List[Any]":
@@ -3495,11 +3490,16 @@ def kept_record(kind: Kind, identity: str) -> "Any":
     """Return the record of one thing; None where there is none."""
     for directory in kept_dirs(kind.directory) if identity else []:
         if os.path.basename(directory) == identity:
-            record = read_record(kind.record, os.path.join(directory, kind.name + ".json"))
-            if record:
-                record.id, record.directory = identity, directory
-            return record
+            return record_in(kind, directory)
     return None
+
+
+def record_in(kind: Kind, directory: str) -> "Any":
+    """Return the record in the directory of one thing; None where there is none that makes sense."""
+    record = read_record(kind.record, os.path.join(directory, kind.name + ".json"))
+    if record:
+        record.id, record.directory = os.path.basename(directory), directory
+    return record
 
 
 def new_dir(kind: Kind) -> str:
@@ -3678,7 +3678,8 @@ def launchers(
     In a wrapper, those whose modules are there: a home that is seen in there has scripts of a Python outside.
     """
     for found in all_launchers(request, root_dir, channel, tried, programs):
-        if request.wrapper and not has_its_module(found):
+        python = interpreter_of(found) if request.wrapper else ""
+        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
             tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
         else:
             yield found
@@ -3758,13 +3759,6 @@ def launch(
             return record, time.monotonic() - began
         tried.append("%s: it cannot be run" % portable(found.argv[0]))
     raise AssertionError("launchers ends with a failure")
-
-
-def has_its_module(found: Launcher) -> bool:
-    """True when the Python of a launcher can import the app."""
-    python = interpreter_of(found)
-    argv = [python, "-c", HAS_MODULE, PROGRAMS[found.app].module]
-    return bool(python) and run_command(argv, COMMAND_TIMEOUT_S, found.environment)[0] == 0
 
 
 def problem_of(script: str) -> str:
@@ -3953,6 +3947,11 @@ RUN_MODULE = (
 )
 
 
+def has_app(python: str, app: str, environment: "Optional[Dict[str, str]]" = None) -> bool:
+    """True when an interpreter can import an app; in our environment, where no other one is given."""
+    return run_command([python, "-c", HAS_MODULE, PROGRAMS[app].module], COMMAND_TIMEOUT_S, environment)[0] == 0
+
+
 def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
     """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
 
@@ -3960,10 +3959,9 @@ def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
     """
     problem = problem_of(python)
     for candidate in apps:
-        module = PROGRAMS[candidate].module
-        if not problem and run_command([python, "-c", HAS_MODULE, module], COMMAND_TIMEOUT_S)[0] == 0:
+        if not problem and has_app(python, candidate):
             script = os.path.join(os.path.dirname(python), PROGRAMS[candidate].command)
-            how = [script] if python_named_by(script) else ["-c", RUN_MODULE % module]
+            how = [script] if python_named_by(script) else ["-c", RUN_MODULE % PROGRAMS[candidate].module]
             prefix = os.path.dirname(os.path.dirname(python))
             return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
@@ -4500,9 +4498,10 @@ def environment_of_server(found: Launcher, request: Request, directory: str) -> 
     token_file = os.path.join(directory, "token")
     write_whole(token_file, os.urandom(24).hex())
     environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
-    own = os.path.join(directory, "runtime")  # two nodes, or two containers, may have one pid
-    if request.is_held and (not request.socket or can_hold_kernels(private_dir(own))):
-        environment["JUPYTER_RUNTIME_DIR"] = private_dir(own)
+    if request.is_held:
+        own = private_dir(os.path.join(directory, "runtime"))  # two nodes, or two containers, may have one pid
+        if not request.socket or can_hold_kernels(own):
+            environment["JUPYTER_RUNTIME_DIR"] = own
     return environment
 
 
@@ -4651,10 +4650,10 @@ class ServerKind(Kind):
             mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
         files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
-        children = place_of(record).children()
+        place = place_of(record)
+        children = place.children()
         if info and can_ask_server(record, info):
             ask_server(info, "api/shutdown", "POST")
-        place = place_of(record)
         place.end(children, polite_s=5)
         leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
         leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
@@ -4774,9 +4773,10 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     check_reach(found, request)
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
-    found.left_s = time_left_s(found.id)
     record = kept_record(KINDS["server"], found.id)
-    found.pid = place_of(record).held.pid if record else found.pid
+    if record:  # what another one began, it told as it sees it in there
+        place = place_of(record)
+        found.left_s, found.pid = place.left_s(), place.held.pid
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
     found.foreign = foreign_files()
     return found
@@ -4829,18 +4829,12 @@ def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenR
     """Return what our record and Jupyter's runtime file say together."""
     info = from_elsewhere(record, info)
     of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
-    of_record["pid"] = place_of(record).held.pid
     return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
 
 def log_of(record: Kept) -> str:
     """Return where the log of a server, a run or a job is."""
     return os.path.join(record.directory, "log")
-
-
-def time_left_s(identity: str) -> float:
-    """Return how much time a server has left; 0 for no limit that we know of."""
-    return next((place_of(r).left_s() for r in KINDS["server"].records() if r.id == identity), 0.0)
 
 
 def matching_servers(request: Request, root_dir: str) -> "List[ServerRecord]":
@@ -5179,6 +5173,17 @@ def messages_in(said: Growing) -> "List[Json]":
             Said.read(message)
             messages.append(message)
     return messages
+
+
+def said_in(record: Kept) -> str:
+    """Return where an agent that was left beside a record writes what it has to say."""
+    return os.path.join(record.directory, "said")
+
+
+def reply_in(record: Kept) -> "Optional[Json]":
+    """Return the message in which an agent that was left replied; None when it has not yet."""
+    messages = messages_in(Growing(said_in(record)))
+    return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
 def pass_on(message: "Json", channel: Channel) -> None:
@@ -10040,7 +10045,7 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     what was said then is all, but for what a shared home shows late. Raises Failure: what the agent there says, or that
     the job ended before it said anything.
     """
-    said = Growing(os.path.join(job.directory, "said"))
+    said = Growing(said_in(job))
     told = None  # type: Optional[QueueState]
     max_age_s = QUERY_MIN_S
     ended_at = 0.0  # by our monotonic clock
@@ -10089,8 +10094,7 @@ def no_begin(job: JobRecord) -> Failure:
 
 def reply_of(job: JobRecord) -> "Optional[Json]":
     """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
-    messages = messages_in(Growing(os.path.join(job.directory, "said"))) if not job_state(job).is_waiting else []
-    return next((message for message in messages if Said.read(message).kind == "reply"), None)
+    return None if job_state(job).is_waiting else reply_in(job)
 
 
 def end_of_job(job: JobRecord) -> str:
@@ -10518,17 +10522,6 @@ class InWrapper(Elsewhere):
 
 
 PLACES.insert(0, InWrapper)
-
-
-def said_in(record: WrapperRecord) -> str:
-    """Return where the agent in a wrapper writes what it has to say."""
-    return os.path.join(record.directory, "said")
-
-
-def reply_in(record: WrapperRecord) -> "Optional[Json]":
-    """Return the message in which the agent in a wrapper replied; None when it has not yet."""
-    messages = messages_in(Growing(said_in(record)))
-    return next((message for message in messages if Said.read(message).kind == "reply"), None)
 
 
 def wrapper_record(request: Request, path: str) -> WrapperRecord:
@@ -11098,6 +11091,11 @@ def options() -> Iterator[Option]:
     return itertools.chain.from_iterable(OPTIONS.values())
 
 
+def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
+    """Return rows of options by each of their flags; a positional argument has none."""
+    return {flag: option for option in rows for flag in option.flags.split() if flag.startswith("-")}
+
+
 def all_options() -> Iterator[Option]:
     """Yield those of every group, and those of every action."""
     yield from options()
@@ -11157,8 +11155,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2); for a word that is nearly one of ours, with that."""
         unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
-        flags = [flag for option in all_options() for flag in option.flags.split()]
-        near = nearest(unknown.group(1), flags) if unknown else ""
+        near = nearest(unknown.group(1), list(by_flag(all_options()))) if unknown else ""
         try_ = "did you mean %s?" % near if near else command_line("--help")
         raise Failure("wrong usage", message, try_, EXIT_USAGE)
 
@@ -11248,7 +11245,7 @@ class CommandLine:
         if "--" in argv:
             at = argv.index("--")
             argv, self.rest = argv[:at], argv[at:]
-        own = {flag: option for option in options() for flag in option.flags.split()}
+        own = by_flag(options())
         words = iter(argv)
         for word in words:
             if word.startswith("-") and word != "-":
@@ -11269,7 +11266,7 @@ class CommandLine:
         arguments = row.arguments if row and self.action else ()
         shared = [option for option in OPTIONS["output"] if option.name in SHARED]
         both = [*arguments, *shared, Option("-h --help", "")]
-        return {flag: option for option in both for flag in option.flags.split() if flag.startswith("-")}
+        return by_flag(both)
 
     def words(self, destination: str = "") -> List[str]:
         """Return the whole, for another destination if one is given."""
@@ -11279,7 +11276,7 @@ class CommandLine:
 
     def put_in_order(self) -> None:
         """Put each option where it belongs; raises Failure (2), with the line as it should be, for what is no line."""
-        how = {flag for option in OPTIONS["output"] for flag in option.flags.split()} - {"-h", "--help", "--version"}
+        how = set(by_flag(OPTIONS["output"])) - {"-h", "--help", "--version"}
         if not (self.destination or self.rest or {words[0] for words in self.before} - how - {"-F"}):
             self.destination = "tunnels"
         if self.destination in ACTIONS and self.action not in ACTIONS:
@@ -11287,7 +11284,7 @@ class CommandLine:
         if self.action not in ACTIONS and self.action:
             raise self._no_action()
         theirs = self.options_of_action() if self.action else {}
-        own = {flag: option for option in options() for flag in option.flags.split()}
+        own = by_flag(options())
         moved = [words for words in self.behind if flag_of(words[0], own) and flag_of(words[0], theirs) not in theirs]
         self.behind = [words for words in self.behind if words not in moved]
         stays = [words for words in self.before if not self._is_meant_for_action(words, theirs)]
@@ -12006,14 +12003,15 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
 
 def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
-    views = [view_of(record) for record in sorted(tunnels(), key=lambda record: record.created)]
+    records = sorted(tunnels(), key=lambda record: record.created)
+    views = [view_of(record) for record in records]
     for view in views:
         messages.event("tunnel", **view.facts())
     if not views:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
         print_table(COLUMNS["tunnel"], views, messages)
-        newest = max(tunnels(), key=lambda record: record.created)
+        newest = records[-1]
         back = command_line(*newest.ssh, Destination(newest.destination, newest.path).text())
         messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
     return EXIT_OK
@@ -12397,7 +12395,7 @@ def candidates(words: List[str]) -> List[str]:
     """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
     *typed, current = words or [""]
     line = CommandLine(typed)
-    own = {flag: option for option in options() for flag in option.flags.split()}
+    own = by_flag(options())
     known = {**({} if line.action else own), **line.options_of_action()}
     last = known.get(typed[-1]) if typed else None
     config = next((words[-1] for words in line.before if words[0] == "-F"), "")
