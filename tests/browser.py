@@ -53,3 +53,36 @@ def run_cell(driver: Any, code: str, output: str) -> None:
     wait.until(type_code)
     driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
     wait.until(lambda _: output in text_of(".jp-OutputArea"))
+
+
+def run_first_cell(driver: Any, url: str, printed: str) -> None:
+    """Open a notebook's page and run its first cell, until what it prints is there."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    driver.get(url)
+    wait = patience(driver)
+
+    def run(_: Any) -> bool:
+        cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
+        cell.click()
+        cell.send_keys(Keys.SHIFT, Keys.ENTER)
+        return True
+
+    wait.until(lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
+    wait.until(run)
+    wait.until(lambda _: printed in shown_in(driver))
+
+
+def patience(driver: Any) -> Any:
+    """Return what waits for the page, also while it takes its elements away and makes them anew."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+
+
+def shown_in(driver: Any) -> str:
+    from selenium.webdriver.common.by import By
+
+    return "\n".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, ".jp-OutputArea"))

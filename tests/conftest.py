@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
+from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
 from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
 
@@ -130,6 +131,25 @@ def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Ite
         host.sshd.stop()
         host.sshd.end_connections()
     assert not local, "left on the laptop: %s" % local
+
+
+@pytest.fixture
+def slurm(directory: Path) -> Iterator[PrivateSlurm]:
+    """A Slurm with two idle nodes."""
+    obstacle = find_slurm_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    slurm = PrivateSlurm(directory / "slurm")
+    try:
+        yield slurm.start()
+    finally:
+        slurm.stop()
+
+
+@pytest.fixture
+def login(slurm: PrivateSlurm, make_host: Callable[..., Host]) -> Host:
+    """The login node: a host with Slurm's commands, on which the nodes' names resolve."""
+    return make_host(prefix=slurm.login_prefix, **slurm.environment())
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import re
 import tempfile
 from html import escape
 from pathlib import Path
-from typing import Any, List
+from typing import List
 
-from browser import chromium
+from browser import chromium, run_first_cell
 from notebooks import code, write_notebook
 from private_sshd import PrivateSshd
 from sides import SYSTEM_PATH, VENV_BIN, Laptop, Run
@@ -41,25 +41,9 @@ def shown(run: Run, home: str) -> List[str]:
 
 def picture_of_page(laptop: Laptop, url: str) -> bytes:
     """Run the notebook's cell in a browser, and return a picture of the page."""
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
-
     with chromium(laptop) as driver:
         driver.set_window_size(WIDTH - 40, PAGE)
-        driver.get(url)
-        wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
-
-        def run(_: Any) -> bool:
-            cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
-            cell.click()
-            cell.send_keys(Keys.SHIFT, Keys.ENTER)
-            return True
-
-        wait.until(lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
-        wait.until(run)
-        wait.until(lambda _: PRINTED in driver.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text)
+        run_first_cell(driver, url, PRINTED)
         picture: bytes = driver.get_screenshot_as_png()
         return picture
 

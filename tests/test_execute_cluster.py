@@ -5,35 +5,14 @@ The Slurm is a real one, see private_slurm.py.
 
 import re
 import threading
-from pathlib import Path
-from typing import Callable, Iterator, List, Set
+from typing import List, Set
 
-import pytest
 from execution import code, printed, results, write_notebook
-from private_slurm import PrivateSlurm, find_slurm_obstacle
+from private_slurm import PrivateSlurm
 from sides import Host, Laptop, Run, wait_until
 
 GRID = ["--grid", "lr=[1,2,3,4,5,6]", "--grid", "model=[cnn, rnn]", "-j", "3"]
 BOTH = {"%d %s" % (lr, model) for lr in range(1, 7) for model in ("cnn", "rnn")}
-
-
-@pytest.fixture
-def slurm(directory: Path) -> Iterator[PrivateSlurm]:
-    """A Slurm with two idle nodes."""
-    obstacle = find_slurm_obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    slurm = PrivateSlurm(directory / "slurm")
-    try:
-        yield slurm.start()
-    finally:
-        slurm.stop()
-
-
-@pytest.fixture
-def login(slurm: PrivateSlurm, make_host: Callable[..., Host]) -> Host:
-    """The login node: a host with Slurm's commands, on which the nodes' names resolve."""
-    return make_host(prefix=slurm.login_prefix, **slurm.environment())
 
 
 def begun(login: Host) -> List[str]:

@@ -5,10 +5,10 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Callable, Dict, List
 
 import pytest
-from browser import chromium
+from browser import chromium, patience, run_first_cell, shown_in
 from client import api, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
 from notebooks import write_notebook
@@ -35,45 +35,12 @@ def has_all(text: str) -> bool:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def run_first_cell(driver: Any, url: str) -> None:
-    """Open a notebook's page and run its first cell, until its line 9 is there."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    driver.get(url)
-    wait = patience(driver)
-
-    def run(_: Any) -> bool:
-        cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
-        cell.click()
-        cell.send_keys(Keys.SHIFT, Keys.ENTER)
-        return True
-
-    wait.until(lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
-    wait.until(run)
-    wait.until(lambda _: "line 9" in shown_in(driver))
-
-
-def patience(driver: Any) -> Any:
-    """Return what waits for the page, also while it takes its elements away and makes them anew."""
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    return WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
-
-
-def shown_in(driver: Any) -> str:
-    from selenium.webdriver.common.by import By
-
-    return "\n".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, ".jp-OutputArea"))
-
-
 @pytest.mark.parametrize("how", ["closed", "reloaded"])
 def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how: str, tmp_path: Path) -> None:
     write_notebook(host.home / "train.ipynb", CODE)
     run = held(laptop, "host:train.ipynb")
     with chromium(laptop) as driver:
-        run_first_cell(driver, run.url())
+        run_first_cell(driver, run.url(), "line 9")
         if how == "reloaded":
             driver.refresh()
     wait_until(lambda: api(run.url(), "kernels")[0]["connections"] == 0, "the page is gone")

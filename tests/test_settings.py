@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 from client import api, compute
 from jupyters import jupyter_for_everyone
-from private_slurm import PrivateSlurm, find_slurm_obstacle
+from private_slurm import PrivateSlurm
 from sides import (
     BOTH_MODES,
     ON_HOST,
@@ -518,18 +518,6 @@ def test_variable_that_breaks_python_is_taken_out_or_named(laptop: Laptop, host:
     else:
         run.wait()
         assert name in run.stderr, run.stderr
-
-
-@pytest.fixture
-def slurm(directory: Path) -> Iterator[PrivateSlurm]:
-    obstacle = find_slurm_obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    slurm = PrivateSlurm(directory / "slurm")
-    try:
-        yield slurm.start()
-    finally:
-        slurm.stop()
 
 
 # Not SBATCH_EXPORT=NONE: the job of root would then have root's real home, and install Jupyter there.

@@ -7,33 +7,14 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, List
 
 import pytest
 from client import api, check_failure, compute, events_of, listed
 from notebooks import code, printed, write_notebook
-from private_slurm import PrivateSlurm, find_slurm_obstacle
+from private_slurm import PrivateSlurm
 from readme import readme_events
 from sides import Host, Laptop, Run, User, processes_with, quiet_port, wait_until, without_port
-
-
-@pytest.fixture
-def slurm(directory: Path) -> Iterator[PrivateSlurm]:
-    """A Slurm with two idle nodes."""
-    obstacle = find_slurm_obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    slurm = PrivateSlurm(directory / "slurm")
-    try:
-        yield slurm.start()
-    finally:
-        slurm.stop()
-
-
-@pytest.fixture
-def login(slurm: PrivateSlurm, make_host: Callable[..., Host]) -> Host:
-    """The login node: a host with Slurm's commands, on which the nodes' names resolve."""
-    return make_host(prefix=slurm.login_prefix, **slurm.environment())
 
 
 def submit(login: Host, script: str, *options: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 from client import api, check_failure, compute, events_of, held, listed, new_session
 from notebooks import printed, write_notebook
 from private_podman import IMAGE, TAR, PrivatePodman
-from private_slurm import PrivateSlurm, find_slurm_obstacle
+from private_slurm import PrivateSlurm
 from readme import README
 from sides import VENV_BIN, Host, Laptop, User, processes_with, quiet_port, wait_until, without_port
 
@@ -497,24 +497,6 @@ def test_no_program_for_containers(laptop: Laptop, host: Host, mark: str) -> Non
 
 
 # -- a cluster --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slurm(directory: Path) -> Iterator[PrivateSlurm]:
-    """A Slurm with two idle nodes."""
-    obstacle = find_slurm_obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    slurm = PrivateSlurm(directory / "slurm")
-    try:
-        yield slurm.start()
-    finally:
-        slurm.stop()
-
-
-@pytest.fixture
-def login(slurm: PrivateSlurm, make_host: Callable[..., Host]) -> Host:
-    return make_host(prefix=slurm.login_prefix, **slurm.environment())
 
 
 WHERE = "import os; print(os.uname().nodename, os.getpid())"
