@@ -1529,7 +1529,19 @@ def is_same_process(pid: int, identity: str) -> bool:
     (boot, _, start), (old_boot, _, old_start) = now.partition(":"), identity.partition(":")
     if not start:
         return identity == now and session_of(pid) == pid
-    return start == old_start and (not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0])
+    is_same_boot = not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0]
+    return is_same_boot and (start == old_start or abs(ps_time(start) - ps_time(old_start)) <= 2)
+
+
+def ps_time(start: str) -> float:
+    """Return the second that ps gave as a process's start; not a number for what /proc gave, which is exact.
+
+    procps and FreeBSD's kernel reckon it from the time of the boot, which a clock that is set moves.
+    """
+    try:
+        return time.mktime(time.strptime(start, "%a %b %d %H:%M:%S %Y"))
+    except ValueError:
+        return float("nan")
 
 
 def has_exited(pid: int) -> bool:

@@ -223,6 +223,22 @@ def test_host_without_proc(
     check_one_server(laptop, host)
 
 
+@pytest.mark.parametrize("moved", ["1 sec ago", "1 sec"])
+def test_ps_that_says_another_second(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, moved: str
+) -> None:
+    """Where a start is reckoned from the boot's time, as by procps and FreeBSD's kernel, a set clock moves it."""
+    host = without_proc(directory, make_host)
+    opened(laptop, "host")
+    ps = directory / "bin/ps"
+    real = ps.rename(directory / "bin/real-ps")
+    lines = ["#!/bin/bash", 'case "$*" in *lstart*) ;; *) exec %s "$@" ;; esac' % real, 'out=$(%s "$@") || exit' % real]
+    lines += ["read -r stat start <<<\"$out\"", 'echo "$stat $(date -d "$start UTC %s" "+%%c")"' % moved]
+    ps.write_text("\n".join([*lines, ""]))
+    ps.chmod(0o755)
+    check_one_server(laptop, host)
+
+
 def test_host_without_proc_and_without_ps(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     host = without_proc(directory, make_host)
     (directory / "bin/ps").write_text("#!/bin/sh\nexit 1\n")
