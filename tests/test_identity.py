@@ -233,7 +233,7 @@ def test_ps_that_says_another_second(
     ps = directory / "bin/ps"
     real = ps.rename(directory / "bin/real-ps")
     lines = ["#!/bin/bash", 'case "$*" in *lstart*) ;; *) exec %s "$@" ;; esac' % real, 'out=$(%s "$@") || exit' % real]
-    lines += ["read -r stat start <<<\"$out\"", 'echo "$stat $(date -d "$start UTC %s" "+%%c")"' % moved]
+    lines += ['read -r stat start <<<"$out"', 'echo "$stat $(date -d "$start UTC %s" "+%%c")"' % moved]
     ps.write_text("\n".join([*lines, ""]))
     ps.chmod(0o755)
     check_one_server(laptop, host)
