@@ -62,6 +62,6 @@ uninstall: ## remove it again
 	rm -rf "$(DESTDIR)$(PREFIX)/bin/rjupyter" "$(DESTDIR)$(PREFIX)/lib/rjupyter"
 
 clean: ## remove what the others made here
-	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__
+	rm -rf .venv .sshd .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__
 	@du -sh /var/tmp/rjupyter-tests-* 2>/dev/null | while read -r size place; do \
 		echo "kept, for other checkouts too: $$place ($$size)"; done

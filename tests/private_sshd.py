@@ -19,7 +19,8 @@ from typing import List, Optional, Sequence
 
 def find_sshd() -> str:
     """Return the path of sshd; it must be called by an absolute one."""
-    path = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin:/sbin")
+    unpacked = Path(__file__).resolve().parent.parent / ".sshd"
+    path = shutil.which("sshd", path="%s:/usr/sbin:/usr/local/sbin:/sbin:%s" % (os.environ.get("PATH", ""), unpacked))
     if not path:
         raise RuntimeError("there is no sshd on this machine; tests/setup.sh installs it")
     return path
