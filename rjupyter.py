@@ -42,7 +42,7 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 #   recorder       an annex: what cells print is kept
 #   kernels        an annex: one kernel at a time: list, wait for, end
 #   schedulers     an annex: Jupyter in a job of a cluster
-#   wrappers       an annex: Jupyter inside of a container, a limit, a tool of the site's
+#   wrappers       an annex: Jupyter inside a container, a limit, a tool of the site's
 #   command line   options, actions, main
 #
 # The core is whole without its annexes. What stands between "agent begins" and "agent ends" is sent to the host, and
@@ -456,10 +456,10 @@ class Request(Record):
     env: str = ""
     init: "List[str]" = []
     may_install: bool = True
-    # What it runs inside of.
+    # What it runs inside.
     wrap: "List[str]" = []  # commands, the outermost first
-    container: str = ""  # an image, inside of those
-    wrapper: str = ""  # the id of what we are inside of, for who is
+    container: str = ""  # an image, inside those
+    wrapper: str = ""  # the id of what we are inside, for who is
     # How it is launched.
     port: int = 0
     ip: str = "127.0.0.1"
@@ -526,7 +526,7 @@ class Request(Record):
 
     @property
     def outside(self) -> str:
-        """What it is to run inside of, in the words that were typed; empty for nothing."""
+        """What it is to run inside, in the words that were typed; empty for nothing."""
         return " ".join([*self.wrap, *filter(None, [self.container])])
 
     def to_keep(self) -> "Request":
@@ -578,7 +578,7 @@ class Kept(Record):
     identity: str = ""
     root_dir: str = ""
     job: str = ""  # the id of the job of ours that it is in; empty for none
-    wrapper: str = ""  # the id of what it runs inside of; empty for nothing
+    wrapper: str = ""  # the id of what it runs inside; empty for nothing
     request: "Request" = Request()
 
     def age_s(self) -> float:
@@ -650,7 +650,7 @@ class JobRecord(Kept):
 
 
 class WrapperRecord(Kept):
-    """A command that something of ours runs inside of: wrappers/ID/wrapper.json."""
+    """A command that something of ours runs inside: wrappers/ID/wrapper.json."""
 
     kind = "wrapper"
     home: str  # outside
@@ -665,7 +665,7 @@ class JobTrial(Record):
     forecast: str = ""  # what the scheduler said of it without taking it
     limits: str = ""
     number: str = ""
-    has_ended: bool = False  # before it began, as far as the login node sees
+    has_ended: bool = False  # before it started, as far as the login node sees
     state: str = ""  # where it stood at last, when it did not begin in time
     node: str = ""
     trouble: str = ""  # why the login node does not reach the node; empty where it does
@@ -863,7 +863,7 @@ class OpenReply(RuntimeInfo):
     local_port: int  # the one it was reached by before, or is to be reached by
     node: str  # the host's own name, or that of the node that its job runs on
     job: str = ""  # the id of the job that it runs in; empty for none
-    wrapper: str = ""  # the id of what it runs inside of; empty for nothing
+    wrapper: str = ""  # the id of what it runs inside; empty for nothing
     left_s: float = 0.0  # until the job's time is up; 0 for no limit that we know of
     is_launched: bool  # by this request
     is_only: bool = True  # no other one of ours runs there
@@ -894,7 +894,7 @@ class ServerView(Record):
     manager: str = ""
     state: str = "live"
     job: str = ""
-    wrap: str = ""  # what it runs inside of
+    wrap: str = ""  # what it runs inside
     port: int = 0
     sock: str = ""
     kernels: int = 0
@@ -917,7 +917,7 @@ class RunView(Record):
     unwritten: str = ""  # why the notebook there could not be replaced by its result
     age_s: float
     job: str = ""
-    wrap: str = ""  # what it runs inside of
+    wrap: str = ""  # what it runs inside
     state: str = ""
     size: int = 0
 
@@ -1932,7 +1932,8 @@ def can_ask() -> bool:
 
 def ask_person(question: str) -> str:
     """Ask on the terminal, wherever stdin and stdout lead; return the answer."""
-    with open("/dev/tty", "w") as output, open("/dev/tty") as terminal:
+    names = ("/dev/tty", "/dev/tty") if os.name == "posix" else ("CONOUT$", "CONIN$")
+    with open(names[0], "w") as output, open(names[1]) as terminal:
         output.write(question)
         output.flush()
         return terminal.readline().strip()
@@ -1972,8 +1973,8 @@ class Column(NamedTuple):
     cell: Callable[[Any], object]
 
     def behind_host(self) -> "Column":
-        """Return the same for rows of a host, an event, and a record."""
-        return Column(self.title, lambda row: self.cell(row[2]))
+        """Return the same for a HostRow."""
+        return Column(self.title, lambda row: self.cell(row.record))
 
 
 COLUMNS = {
@@ -2032,7 +2033,7 @@ COLUMNS = {
     ],
     "grid": [
         Column("ID", lambda grid: grid.id),
-        Column("STATE", lambda grid: "%d of %d have ended, %d run" % (grid.ended, grid.count, grid.begun - grid.ended)),
+        Column("STATE", lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended)),
         Column("NOTEBOOK", lambda grid: grid.name),
         Column("AGE", lambda grid: duration(grid.age_s)),
     ],
@@ -2293,7 +2294,7 @@ ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
 def cause_of(words: List[str]) -> str:
     """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
-    lines = [line.strip() for line in words if line.strip()] or ["ssh ended and said nothing"]
+    lines = [line.strip() for line in words if line.strip()] or ["ssh ended without a message"]
     echoes = list(itertools.takewhile(lambda line: re.match(ECHOES, line), reversed(lines)))
     before = lines[: len(lines) - len(echoes)]
     is_told = before and re.match(FATAL_WORDS, before[-1]) and not before[-1].startswith("channel")
@@ -2589,7 +2590,7 @@ class Ssh:
                 if denials >= DENIALS_MAX or self.can_ask:
                     raise
                 if has_terminal():  # the next attempt may ask, once
-                    ask_person("%s wants a login. Press Enter to log in again: " % self.destination)
+                    ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
                     self._shown.clear()
                     self.can_ask = True
                     delay_s = 0.0
@@ -3017,7 +3018,7 @@ class Master(Multiplexed):
 
     def tell(self, seconds: float) -> str:
         """Say how we are connected."""
-        return "logged in within %.1f s (multiplexed)" % seconds
+        return "logged in after %.1f s (multiplexed)" % seconds
 
 
 class Borrowed(Multiplexed):
@@ -3033,7 +3034,7 @@ class Borrowed(Multiplexed):
         if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
             raise NotThisWay()
         self.control_path = path
-        self.ssh.messages.detail("Using the master of your own at %s." % path)
+        self.ssh.messages.detail("Using your own control master at %s." % path)
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
         """Add the forwards to the master; they are taken away again when we are gone, however we went."""
@@ -3068,7 +3069,7 @@ class Borrowed(Multiplexed):
 
     def tell(self, seconds: float) -> str:
         """Say how we are connected."""
-        return "logged in within %.1f s (your own master)" % seconds
+        return "logged in after %.1f s (your own master)" % seconds
 
 
 WAYS: List[Type[Direct]] = [Borrowed, Master, Direct]
@@ -3252,7 +3253,7 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
                 channel.keep_alive()
 
             if until(look, float("inf"), wait) == "nobody":
-                raise Failure("nobody waits for this any more")
+                raise Failure("nobody is waiting for this any more")
         except OSError:
             pass
         channel.progress("")
@@ -3384,7 +3385,7 @@ class Elsewhere:
 
     def why_in_doubt(self) -> str:
         """Return why it ended where nothing tells."""
-        return "it was killed, by hand or for want of memory"
+        return "it was killed, by hand or because memory ran out"
 
     def why_cut(self) -> str:
         """Return by what the place itself was ended, with all that ran there; empty where it was not."""
@@ -3668,7 +3669,7 @@ def resolve_path(path: str) -> "Tuple[str, str]":
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
     why = "%s is not there; %s is" % (portable(full), portable(parent))
-    raise Failure("no such %s on the host" % kind, why, "another PATH, or make it there first")
+    raise Failure("no such %s on the host" % kind, why, "another PATH, or create it there first")
 
 
 # agent ends
@@ -4128,7 +4129,7 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     commands = install_commands()
     channel.send(Installing(path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip"))
     began = time.monotonic()
-    with one_at_a_time(os.path.dirname(venv), channel, "another run of ours installs it; waiting"):
+    with one_at_a_time(os.path.dirname(venv), channel, "another run of rjupyter is installing it; waiting"):
         found = own_launcher(apps, [], INSTALLED)
         for argv in commands if not found else []:
             status, output = run_with_progress(argv, channel)
@@ -4415,7 +4416,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) ->
         info = server_info(record)
         if info and info.unusable():
             name = info.unusable()[0]
-            why = "its configuration has a %s with a blank, or a letter that no address can hold" % name
+            why = "its configuration has a %s with a space, or a character that no address can hold" % name
             raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
         return info if info and seems_well(record, info) else None
 
@@ -4438,8 +4439,8 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info and not runtime_info(record) and (status or not listens(info)):
         return None  # it is about to end, and its port is another's already, or nobody's
     if info and status:
-        why = "what listens there is not the server %s: it takes any token, or another, or is not yours" % record.id
-        what = "a stranger answers on port %d of the host" % info.port
+        why = "what listens there is not the server %s: it accepts any token, or another, or is not yours" % record.id
+        what = "something else answers on port %d of the host" % info.port
         raise Failure(what, why, "stop it; or --new, which starts another")
     return info
 
@@ -4528,13 +4529,13 @@ def write_down_answer(record: ServerRecord, info: RuntimeInfo, found: Launcher) 
 
 def too_slow(timeout_s: float, log: str) -> Failure:
     """Return the failure of a server that does not listen in time."""
-    why = "it did not listen within %d s; the end of its log:\n%s" % (timeout_s, end_of_log(log))
+    why = "it was not listening after %d s; the end of its log:\n%s" % (timeout_s, end_of_log(log))
     return Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
 
 
 def not_started(status: int, tail: str, kept: str) -> Failure:
     """Return the failure of a server that ended before it listened; `kept` is where its whole log is."""
-    why = "it ended with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
+    why = "it exited with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
     settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
     try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
     return Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
@@ -4762,14 +4763,14 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     root_dir, file = resolve_path(request.path) if request.path is not None else ("", "")
     with contextlib.ExitStack() as stack:
         if not request.is_new:  # two at the same moment would launch two
-            waiting = "another run of ours opens a server; waiting"
+            waiting = "another run of rjupyter is opening a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
         begun = begun_by(request)
         job = begun if begun and begun.kind != "server" else None
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir, channel)
         if request.attach and not found:
-            raise Failure("the server %s is about to end" % request.attach, "it takes no more connections", "list")
+            raise Failure("the server %s is about to end" % request.attach, "it accepts no more connections", "list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -5424,8 +5425,8 @@ STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
-    "grid": "Stopped the executions of %(name)s (%(id)s); no more of them begin.",
-    "wrapper": "Ended what started inside of %(wrap)s (%(id)s).",
+    "grid": "Stopped the executions of %(name)s (%(id)s); no more of them will start.",
+    "wrapper": "Ended what started inside %(wrap)s (%(id)s).",
 }
 
 
@@ -5671,7 +5672,7 @@ class Agent:
             lost.why = lost.why if way.has_login else cause_of(noise)
             return lost
         if has_begun:
-            return Failure("the agent on %s ended early" % host, why, "the same again; -v shows more")
+            return Failure("the agent on %s ended early" % host, why, "the same command again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
@@ -5694,9 +5695,9 @@ class Agent:
                 facts = {"login": self.ssh.login_command, "ssh": self.ssh.plain_command}
                 return Failure(what, why, ending.try_.format(**facts))
         if not noise:
-            why += " and said nothing: its shell may run no commands, or ~/.bashrc may leave early"
+            why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
         elif not complaints:
-            why += "\nthe login shell there did not come to our command; a start-up file (~/.bashrc) may leave early"
+            why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
         return Failure(what, why, try_)
 
 
@@ -5823,7 +5824,7 @@ class Tunnel:
                 try_ += "\n--via-node, where users may ssh to the nodes of their jobs"
             raise Failure(what, words, try_) from None
         if status not in self.server.good_statuses:
-            what = "a stranger answers on port %d of %s" % (self.server.port, destination)
+            what = "something else answers on port %d of %s" % (self.server.port, destination)
             raise Failure(what, "it does not take our token (HTTP status %d)" % status, another)
 
     def probe(self, timeout_s: float) -> int:
@@ -6001,7 +6002,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
 
     def complain() -> None:
         if opener.wait():
-            messages.note("No browser could be started; open the address above.")
+            messages.note("No browser could be started. Open the address above.")
             listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
     threading.Thread(target=complain, daemon=True).start()
@@ -6409,7 +6410,7 @@ def begin_run(request: Request, channel: Channel) -> "Tuple[Kept, bool]":
     root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
     request = with_notebook(request, root_dir)
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
-    with one_at_a_time(own_tmp_dir(), channel, "another run of ours is started; waiting"):
+    with one_at_a_time(own_tmp_dir(), channel, "another run of rjupyter is starting; waiting"):
         begun = begun_by(request)
         if begun:
             return begun, True
@@ -6729,7 +6730,7 @@ REQUESTS["follow_grid"] = HostAction(follow_grid, GridReply)
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
 #
-# A tar either way, made and read by the same functions on both sides. Nothing in it leads out of its directory, and
+# A tar either way, made and read by the same functions on both sides. Nothing in it leads outside its directory, and
 # nothing is written through a link that is there already: each side checks that for itself.
 
 
@@ -6764,7 +6765,7 @@ def put_files(request: Request, channel: Channel) -> PutReply:
             is_whole = digest_of_file(stream) == request.files
         os.replace(growing, path) if is_whole else os.unlink(growing)
         if not is_whole:
-            raise Failure("the files that go along did not arrive as they were sent", "another copy of us sends them")
+            raise Failure("what was sent along did not arrive whole", "another copy of rjupyter is sending it")
     return PutReply(size=size, is_whole=request.is_last)
 
 
@@ -6785,7 +6786,7 @@ def own_directory(request: Request, directory: str) -> str:
     with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
         _, refused = unpack(stream, work, overwrites=False)
     if refused:
-        raise Failure("not all that goes along could be laid down on the host", "\n".join(refused))
+        raise Failure("not all files sent along could be written on the host", "\n".join(refused))
     return work
 
 
@@ -6876,11 +6877,11 @@ def check_within(base: str, path: str) -> None:
     """Raise OSError unless a path is a file, a directory or a link that does not lead out of `base`."""
     mode = os.lstat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
-        raise OSError("it is no file")
+        raise OSError("it is not a file")
     top = os.path.join(os.path.realpath(base), "")
     is_absolute = stat.S_ISLNK(mode) and os.path.isabs(os.readlink(path))
     if is_absolute or not os.path.join(os.path.realpath(path), "").startswith(top):
-        raise OSError("it leads out of " + portable(base))
+        raise OSError("it leads outside " + portable(base))
 
 
 def unpack(stream: "Any", base: str, overwrites: bool) -> "Tuple[List[str], List[str]]":
@@ -6911,9 +6912,9 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
     path = os.path.join(base, member.name)
     directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
     if os.path.isabs(member.name) or ".." in member.name.split("/"):
-        raise OSError("it leads out of " + portable(base))
+        raise OSError("it leads outside " + portable(base))
     if os.path.realpath(os.path.dirname(path)) != directory or (member.isdir() and os.path.islink(path)):
-        raise OSError("a link is in its way, which may lead elsewhere")
+        raise OSError("a symbolic link is in the way, which may lead elsewhere")
     os.makedirs(path if member.isdir() else directory, exist_ok=True)
     if member.isdir():
         return []
@@ -6929,7 +6930,7 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
                 shutil.copyfileobj(tar.extractfile(member), stream)
             os.chmod(beside, member.mode & 0o777 & ~own_umask())
         else:
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
@@ -7132,7 +7133,7 @@ class Run:
         place = native(self.request.file)
         try:
             if digest_of(read_notebook(place)) != self.request.original:
-                return "it was changed while it was executed"
+                return "it was changed during the execution"
             write_through(place, notebook_text(self.as_in_file(self.notebook.cells, self.notebook.metadata)))
         except Failure as failure:
             return failure.why
@@ -7214,7 +7215,7 @@ def parameters_in(name: str, text: str) -> "Json":
                 raise
             found = read_yaml(text)
         if not isinstance(found, dict):
-            raise ValueError("it holds no names with values")
+            raise ValueError("it is not a map of names to values")
         return {check_name(key): found[key] for key in found}
     except (ValueError, RecursionError) as error:
         raise ValueError("%s: %s" % (name, error)) from None
@@ -7225,7 +7226,7 @@ def read_yaml(text: str) -> "Any":
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError("it is YAML, and the Jupyter's environment on the host cannot read that (PyYAML)") from None
+        raise ValueError("it is YAML, which Jupyter's environment on the host cannot read (it needs PyYAML)") from None
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         yaml_implicit_resolvers = {
@@ -7559,12 +7560,12 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
     if not run.has_kernel:
         return why_not_started(run, error)
     if isinstance(error, (CellTimeoutError, TimeIsUp)):
-        return "timeout", "its time was up " + place
+        return "timeout", "its time ran out " + place
     if isinstance(error, DeadKernelError):
-        return "died", "it was killed, by hand or for want of memory"
+        return "died", "it was killed, by hand or because memory ran out"
     if isinstance(error, CellExecutionError):
         if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
-            return "done", "it left by sys.exit " + place
+            return "done", "it called sys.exit " + place
         return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
     import traceback
 
@@ -7575,7 +7576,7 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
 def why_not_started(run: Run, error: BaseException) -> "Tuple[str, str]":
     """Return why a kernel did not start: out of time, or what it said itself, which is the end of our log."""
     if time.monotonic() >= run.deadline - 1:
-        return "timeout", "its time was up before the kernel %s had started" % run.kernel
+        return "timeout", "its time ran out before the kernel %s had started" % run.kernel
     said = end_of_log(os.path.join(run.directory, "log"), 5)
     return "unstarted", "\n".join(filter(None, [str(error).strip().split("\n")[-1], said]))
 
@@ -7654,7 +7655,7 @@ def read_local_notebook(path: str) -> str:
     except OSError as error:
         raise Failure("cannot read " + path, str(error), "for one on the host, write :%s" % path) from None
     except (ValueError, RecursionError) as error:
-        raise Failure("%s is not a notebook" % path, "it is no JSON: %s" % error) from None
+        raise Failure("%s is not a notebook" % path, "it is not JSON: %s" % error) from None
     if not isinstance(notebook, dict) or "nbformat" not in notebook:
         raise Failure("%s is not a notebook" % path, "it has no nbformat")
     return text
@@ -7671,7 +7672,7 @@ def parse_parameter(text: str) -> Tuple[str, Any]:
         return name, parse_value(value)
     except (ValueError, RecursionError) as error:
         quoted = "%s='%s'" % (name, value.replace("'", "''"))
-        why = "%s is not the JSON that it begins as, nor YAML's form of it: %s\nas text it is %s, quoted for the shell"
+        why = "%s begins like JSON or YAML, and is neither: %s\nas text it is %s, quoted for the shell"
         raise ValueError(why % (text, error, quoted)) from None
 
 
@@ -7739,7 +7740,7 @@ class Flow:
     def _pair(self) -> Tuple[str, Any]:
         key = self._scalar()
         if not isinstance(key, str):
-            raise ValueError("the key %s is no text; quote it" % key)
+            raise ValueError("the key %s is not text; quote it" % key)
         self.skip()
         if not self.rest.startswith(":"):
             return key, None
@@ -7779,14 +7780,14 @@ class Along(NamedTuple):
             why = "" if os.path.lexists(path) else "there is no such file"
             if why or not is_below:
                 why = why or "it is not below %s, the notebook's directory" % base
-                raise Failure("%s cannot go along" % path, why, "a copy of it there")
+                raise Failure("%s cannot be sent along" % path, why, "a copy of it in that directory")
         stream = tempfile.TemporaryFile()  # noqa: SIM115 # as long as we run
         try:
             refused = pack(base, [os.path.abspath(path) for path in paths], stream)
         except OSError as error:
             refused = [str(error)]
         if refused:
-            raise Failure("not everything can go along", "\n".join(refused), "--with for the rest of it alone")
+            raise Failure("not everything can be sent along", "\n".join(refused), "--with for each of the other files")
         size = stream.tell()
         stream.seek(0)
         return cls(stream, digest_of_file(stream), size)
@@ -7863,7 +7864,7 @@ class Execution:
     def follow(self, redials: bool) -> None:
         """Follow the run to its end, and write its result; a lost connection is dialled again when it `redials`.
 
-        Raises Failure: 5 when a cell failed, 6 when its time was up, 255 when the connection is lost.
+        Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
         doing = "Executing " + self.name if self.messages.has_spinner else ""
 
@@ -7897,10 +7898,10 @@ class Execution:
     def _begin(self, entry: BeginEntry, show: Show) -> None:
         self.notebook, self.cells = entry.notebook, seen(Notebook, entry.notebook).cells
         if entry.missing:
-            text = "There is no kernel %s on %s; taking %s." % (entry.missing, self.host, entry.kernel)
+            text = "There is no kernel %s on %s; using %s." % (entry.missing, self.host, entry.kernel)
             self.messages.note(text)
         if entry.lacks_tag:
-            text = "%s has no cell tagged `parameters`: the parameters are set at its top."
+            text = "%s has no cell tagged `parameters`: the parameters are set in a new first cell."
             self.messages.note(text % self.name)
         if entry.unset:
             text = "The cell of %s that is tagged `parameters` does not set: %s"
@@ -7948,7 +7949,7 @@ class Execution:
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
         if self.original and read_text_here(path) != self.original:
-            text = "%s was changed here while it was executed, and stays; the result is beside it."
+            text = "%s was changed here during the execution and is left as it is; the result is beside it."
             self.messages.warn(text % path)
             path = executed_name(path)
         if self._bad_lines:
@@ -7981,8 +7982,8 @@ class Execution:
                 self.messages.note("\n".join(lacking))
             raise self.failure(view)
         if lacking:
-            what = "not all that %s was to bring is here" % self.name
-            raise Failure(what, "\n".join(lacking), "execute --attach %s --force, over what is here" % self.id)
+            what = "not everything that %s was to bring is here" % self.name
+            raise Failure(what, "\n".join(lacking), "execute --attach %s --force   (replaces what is here)" % self.id)
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
@@ -8121,7 +8122,7 @@ class Sweep:
         if task.state != "started":
             self._ends[task.index] = task
             self._take_end(task)
-        show("%d have ended, %d run" % (len(self._ends), len(self.executions) - len(self._ends)))
+        show("%d done, %d running" % (len(self._ends), len(self.executions) - len(self._ends)))
 
     def _take_end(self, task: TaskState) -> None:
         execution = self.executions[task.index]
@@ -8135,7 +8136,7 @@ class Sweep:
             self.messages.warn(text % (task.name, task.id))
             return
         else:
-            stopped = Failure("the execution of %s was stopped before it began" % task.name)
+            stopped = Failure("the execution of %s was stopped before it started" % task.name)
             failure = self._failures[task.index] = task.trouble.failure() if task.trouble else stopped
         self.messages.note("%s: %s" % (task.name, what_and_why(failure)))
 
@@ -8264,7 +8265,7 @@ NOTEBOOK_MAX = 1 << 30  # bytes
 SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
-WAS_KILLED = "what was printed here is lost: the recorder was killed"
+WAS_KILLED = "the output printed here is lost: the recorder was killed"
 TOO_LARGE = "an output of %d MB was not kept"
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
@@ -8962,7 +8963,9 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
     what = "nothing is recorded" + (" of " + request.name if request.name else "")
     why = (
-        "there is: " + there if there else "no cell was executed yet in a server that rjupyter launched, or --no-record"
+        "there is: " + there
+        if there
+        else "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
     )
     for record in [] if found else KINDS["server"].running():
         why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
@@ -9028,7 +9031,7 @@ def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
     status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
     contents = seen(Contents, said)
     if status != 200 or not contents.last_modified:
-        why = "it is not there any more" if status == 404 else str(contents.message or "HTTP status %d" % status)
+        why = "it is no longer there" if status == 404 else str(contents.message or "HTTP status %d" % status)
         raise Failure("cannot read the notebook", why)
     return contents
 
@@ -9037,8 +9040,8 @@ def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
     """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
     said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
     if seen(KernelView, said).connections > 0:
-        why = "a page is connected to its kernel, and shows or saves these outputs itself"
-        raise Failure("%s is open" % notebook, why, "close its page, then the same again")
+        why = "a page is connected to its kernel, which shows and saves these outputs itself"
+        raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
 
 
 def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
@@ -9506,8 +9509,8 @@ class Scheduler(Record):
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
-SEVERAL = "it would start several"
-RETURNS = "it would not return before the job has ended"
+SEVERAL = "it starts several"
+RETURNS = "it does not return before the job has ended"
 SCHEDULERS = {
     # squeue(1), sacct(1). %o is the script's full path; %V, when it was submitted, may change when it is queued again.
     "sbatch": Scheduler(
@@ -9542,8 +9545,8 @@ SCHEDULERS = {
             "-a|--array": "a job array: " + SEVERAL,
             ":$": "a heterogeneous job: " + SEVERAL,
             "-W|--wait$": RETURNS,
-            "-Q|--quiet$": "it would not say which job it is",
-            "--test-only$": "nothing would be started",
+            "-Q|--quiet$": "it does not say which job it is",
+            "--test-only$": "nothing is started",
         },
     ),
     # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted). A name may hold blanks in PBS; what
@@ -9610,12 +9613,12 @@ SCHEDULERS = {
         runs=r"[RSF]|Running|Suspended|Resuming|Finishing",
         cancel=["oardel", "{id}"],
         variables=r"OAR_OARSTAT_OUTPUT_FORMAT",
-        refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it would wait for a terminal"},
+        refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it waits for a terminal"},
     ),
 }
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
 JOB_ENDS = {
-    "TIMEOUT": "its time was up",
+    "TIMEOUT": "its time ran out",
     "DEADLINE": "its deadline passed",
     "CANCELLED": "it was cancelled",
     "CANCELED": "it was cancelled",
@@ -9682,7 +9685,7 @@ class JobKind(Kind):
         patience_s = SETTLE_S if status and begun_of(record) else 0
         if not until(lambda: not job_state(record).is_live, patience_s) and status:
             why = (said + why).strip()
-            raise Failure("job %s was not cancelled" % record.number, why, "it ends by itself as soon as it begins")
+            raise Failure("job %s was not cancelled" % record.number, why, "it ends by itself as soon as it starts")
         mark(record, "cancelled")
 
     def takes(self, request: Request) -> bool:
@@ -10079,7 +10082,7 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
                 raise no_begin(job)
             return None
         if channel.is_closed:
-            raise Failure("nobody waits for this any more")
+            raise Failure("nobody is waiting for this any more")
         facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
         news = QueueState(id=job.id, job=job.number, **facts)
         if news != told:
@@ -10100,7 +10103,7 @@ def no_begin(job: JobRecord) -> Failure:
     if not words and not begun_of(job):
         words = "nothing of it is in %s" % portable(job.directory)
         try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
-    what = "job %s ended before it had begun" % job.number
+    what = "job %s ended before it had started" % job.number
     return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
@@ -10323,7 +10326,7 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
 # ---------------------------------------------------------------------------------------------------------------------
 # wrappers (an annex: the core is whole without it)
 #
-# What Jupyter and executions run inside of: a container, a limit, a tool of the site's. The host starts that command
+# What Jupyter and executions run inside: a container, a limit, a tool of the site's. The host starts that command
 # with our agent behind it, which does what was asked for in there: it looks for Jupyter, launches it, and stays with
 # it. So a process is ended only where its number means something; from outside, the command's own process tells.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10430,7 +10433,7 @@ class WrapperKind(Kind):
         path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
         environment = environment_of_wrapper(request)
         directory = new_dir(self)
-        channel.announce(directory, "starts inside of " + request.outside)
+        channel.announce(directory, "starts inside " + request.outside)
         record = write_down(wrapper_record(request, path), directory)
         within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
         within = within.but(
@@ -10466,7 +10469,7 @@ class WrapperKind(Kind):
             if has_ended:
                 raise not_begun(record)
             if channel.is_closed:
-                raise Failure("nobody waits for this any more")
+                raise Failure("nobody is waiting for this any more")
             if not os.path.exists(said.path):
                 last = ([last] + [line for line in log.lines() if line.strip()])[-1]
                 channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), last.strip()[:60]))
@@ -10637,7 +10640,7 @@ def not_begun(record: WrapperRecord) -> Failure:
     }
     try_ = next((try_ for start, try_ in told.items() if start in words), "")
     if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
-        words, try_ = "what it writes to %s is not yours" % place, "an option of it that runs it as yourself"
+        words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
     if not words and not record.request.container:
         words = "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
     alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
@@ -10649,7 +10652,7 @@ def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
     """Return a failure with where it happened in its words."""
     if failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
         failure.try_ = "one in which there is; nothing is installed into it"
-    failure.what = "%s inside of %s" % (failure.what.replace(" on the host", ""), record.request.outside)
+    failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), record.request.outside)
     return failure
 
 
@@ -10705,7 +10708,7 @@ def as_inside(request: Request, record: WrapperRecord) -> Request:
 
 
 def examine_inside(request: Request, channel: Channel) -> ExamineReply:
-    """Say what `doctor` asks, as it is inside of a wrapper."""
+    """Say what `doctor` asks, as it is inside a wrapper."""
     kind = KINDS["wrapper"]
     record = kind.begin(request.but(action="examine"), channel)
     reply = ExamineReply.read(kind.await_reply(record, channel))
@@ -10916,13 +10919,13 @@ def config_path() -> str:
 ATTACH_HELP = "come back to this server; `list` shows the ids"
 PORT_HELP = "first port to try on the host (%d)" % DEFAULT_PORT
 IP_HELP = "address that Jupyter binds (127.0.0.1)"
-STOP_HELP = "which one (that of PATH, or the only one); a notebook: its kernel alone"
+STOP_HELP = "which one (that of PATH, or the only one); a notebook: only its kernel"
 SINCE_HELP = "only what ended after 14:02, 2026-11-26, or 2h ago"
 IDLE_HELP = "end the server after this long without use (12h)"
 START_HELP = "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S
 ENV_HELP = "environment: conda or mamba by name, any by path"
 INIT_HELP = "run this in your shell there first; repeatable"
-WRAP_HELP = "run Jupyter inside of this command; repeatable"
+WRAP_HELP = "run Jupyter inside this command; repeatable"
 CONTAINER_HELP = "run it in a container: IMAGE, or docker://IMAGE"
 INSTALL_HELP = "install Jupyter if there is none (the default)"
 NO_INSTALL_HELP = "do not install Jupyter; print how to"
@@ -10932,10 +10935,10 @@ NODE_HELP = "interface or name of the job's node to connect to"
 STATE_HELP = "where our files are there (~/.local/state/rjupyter)"
 LOCAL_HELP = "local port (the first free one from %d up)" % LOCAL_PORT
 FORWARD_HELP = "another forward, as for ssh; repeatable"
-GRID_HELP = "run it once for each of these values; repeatable, for each combination"
+GRID_HELP = "run it for each of these values; repeatable, for each combination"
 FILE_HELP = "a JSON or YAML file of variables; repeatable"
 WITH_HELP = "a file or directory that it needs there; repeatable"
-BRING_HELP = "what it writes that is to come back (`out/*.png`, `out/**`); repeatable"
+BRING_HELP = "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable"
 PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
 CONFIG_HELP = "the defaults that apply to the host"
 LIMIT_HELP = "how long one notebook may take (no limit)"
@@ -11227,7 +11230,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     args.line = line
     if "," in args.destination.host and args.action != "list":
         raise Failure(
-            "wrong usage", "several hosts go with list alone", command_line(args.line.destination, "list"), EXIT_USAGE
+            "wrong usage", "only list takes several hosts", command_line(args.line.destination, "list"), EXIT_USAGE
         )
     args.sources = {}
     defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
@@ -11382,7 +11385,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise Failure("cannot read the configuration", str(error), "mend it, or --no-config", EXIT_USAGE) from None
+        raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
     parser = build_parser()
     nothing = vars(parser.parse_args(["host"]))
     found: Dict[str, Tuple[Any, str]] = {}
@@ -11394,7 +11397,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
                 parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
             except Failure as failure:
                 why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
-                raise Failure("wrong configuration", why, "mend it, or --no-config", EXIT_USAGE) from None
+                raise Failure("wrong configuration", why, "fix it, or --no-config", EXIT_USAGE) from None
             dest = _option(parser, key).dest
             found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
     return found
@@ -11439,7 +11442,7 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
     named = {field: value for field, value in asked.items() if value is not None}
     submit = submit_words(args)
     if submit and args.socket and not args.via_node:
-        why = "a socket is reached on its own node alone"
+        why = "a socket can be reached only on its own node"
         raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
     return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
 
@@ -11606,7 +11609,7 @@ def open_tunnel(
     if server.has_password:
         messages.note("The server has a password; the page asks for it.")
     elif not server.token:
-        messages.note("The server wants no token and no password: everyone on %s can use it." % ssh.destination)
+        messages.note("The server asks for no token and no password: everyone on %s can use it." % ssh.destination)
     return tunnel
 
 
@@ -11675,7 +11678,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
     )
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
-    title += " inside of %s" % server.request.outside if server.request.outside else ""
+    title += " inside %s" % server.request.outside if server.request.outside else ""
     text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
@@ -11686,7 +11689,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
         ignored = ["--" + option.name for option in options() if option.field in fields]
         messages.step(text, "found", ignored=ignored, **facts)
         if ignored:
-            text = "%s acts at a launch alone, and this one ran already. For another one: %s"
+            text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
             messages.note(text % (", ".join(ignored), back_again(args, "--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
@@ -11698,7 +11701,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
         messages.note(text % (server.scheduler, destination))
     if server.foreign:
-        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To mend it, there: %s"
+        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
     for away in server.away:
         say_away(away, args, messages)
@@ -11789,18 +11792,26 @@ def list_hosts(args: argparse.Namespace, messages: Messages) -> int:
                 child.terminate()
                 child.wait()
     for event in LISTED if not args.json else ():
-        found = [row for row in rows if row[1] == event]
-        columns = [Column("HOST", lambda row: row[0]), *[column.behind_host() for column in COLUMNS[event]]]
+        found = [row for row in rows if row.event == event]
+        columns = [Column("HOST", lambda row: row.host), *[column.behind_host() for column in COLUMNS[event]]]
         if found:
             print_table(columns, found, messages)
-    return EXIT_OK if any(getattr(row[2], "state", "") != UNREACHED for row in rows) else EXIT_SSH
+    return EXIT_OK if any(getattr(row.record, "state", "") != UNREACHED for row in rows) else EXIT_SSH
 
 
 UNREACHED = "not reached"
 
 
-def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[Tuple[str, str, Record]]:
-    """Return what one of us said of a host, as its name, the event and the record; with --json, print it."""
+class HostRow(NamedTuple):
+    """One line of `list` of several hosts: which host, by which event, and what."""
+
+    host: str
+    event: str
+    record: Record
+
+
+def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[HostRow]:
+    """Return what one of us said of a host; with --json, print it."""
     import subprocess
 
     why = "no answer within %d s" % HOSTS_TIMEOUT_S
@@ -11808,20 +11819,20 @@ def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List
     with contextlib.suppress(subprocess.TimeoutExpired):
         said, _ = child.communicate(timeout=max(0.1, timeout_s))
         why = "" if not child.returncode else "it ended with status %d" % child.returncode
-    rows: List[Tuple[str, str, Record]] = []
+    rows: List[HostRow] = []
     for line in said.decode("utf-8", "replace").splitlines():
         facts = facts_in(line)
         event = str(facts.pop("event", ""))
         why = in_one_line(str(facts.get("why") or facts.get("what"))) if event == "failure" else why
         if event in LISTED:
-            rows.append((host, event, LISTED[event].read(facts)))
+            rows.append(HostRow(host, event, LISTED[event].read(facts)))
     messages.event("host", host=host, is_reached=not why, why=why or None)
-    for _, event, row in rows:
-        messages.event(event, **row.facts())
+    for row in rows:
+        messages.event(row.event, **row.record.facts())
     if why or not rows:
         facts = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
-        row = ServerView(**dict(facts, state=UNREACHED if why else "none", manager=why))
-        rows.append((host, "server", row))
+        view = ServerView(**dict(facts, state=UNREACHED if why else "none", manager=why))
+        rows.append(HostRow(host, "server", view))
     return rows
 
 
@@ -11852,7 +11863,7 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         reply = agent.ask_on(ask, WaitReply, "Waiting for the kernel", redials=not args.no_reconnect)
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
-        raise Failure("%s still computes" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
+        raise Failure("%s is still busy" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
     text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
     if reply.is_done is not None:
         text = "%s is idle: " + ending_of(reply.count, reply.is_done, reply.seconds or 0.0) + "."
@@ -11887,7 +11898,7 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         if agent.launching:
             messages.end_line()
             follow, stop = hint("output", agent.launching, "-f"), hint("eval", "--interrupt", "-k", agent.launching)
-            messages.note("It goes on without us. To follow it: %s   To interrupt it: %s" % (follow, stop))
+            messages.note("It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop))
         raise
     if reply.state == "dead":
         raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
@@ -11989,8 +12000,8 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         if asks and (reply.busy or reply.runs):
             for server in reply.busy:
                 facts = (server.busy, server.kernels, server.root_dir, server.id)
-                words = "%d of %d kernels compute in %s (%s)." % facts
-                messages.note(words.replace("1 of 1 kernels compute", "Its kernel computes"))
+                words = "%d of %d kernels are busy in %s (%s)." % facts
+                messages.note(words.replace("1 of 1 kernels are busy", "Its kernel is busy"))
             for run in reply.runs:
                 messages.note("%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id))
             if not says_yes("Stop it all the same? [y/N] "):
@@ -12131,8 +12142,7 @@ def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiti
     request = Request(action="start_grid", name=name, errand=os.urandom(8).hex(), **facts)
     identity = agent.ask_on(lambda: request, StartReply, redials=not args.no_reconnect).id
     text = "Executing %s on %s, %d at once (%s)."
-    what = "%s %s" % (len(tasks), "notebook" if len(tasks) == 1 else "times a notebook" if args.grid else "notebooks")
-    words = text % (what, agent.ssh.destination, args.at_once or 1, identity)
+    words = text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1, identity)
     agent.messages.step(words, "started", id=identity)
     return identity
 
@@ -12143,7 +12153,7 @@ def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, age
         Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force)
     except (KeyboardInterrupt, Terminated):
         agent.messages.end_line()
-        text = "What runs goes on without us. To follow it again, and begin the rest: %s   To end it: %s"
+        text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
         again = back_again(args, "execute", "--attach", identity)
         agent.messages.note(text % (again, back_again(args, "stop", identity)))
         raise
@@ -12203,7 +12213,7 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
             raise
         execution.messages.end_line()
         again = back_again(args, "execute", "--attach", execution.id)
-        text = "%s goes on without us. To follow it again: %s   To end it: %s"
+        text = "%s keeps running. To follow it again: %s   To end it: %s"
         execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
         raise
 
@@ -12273,7 +12283,7 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
         yield Check("connection", ssh.way.tell(time.monotonic() - began))
     yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello.user, agent.hello.node))
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
-    yield Check("noise", noise + " (no harm to us; scp may stumble)" if agent.noise else "none from the start-up files")
+    yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
     yield Check("python", agent.hello.python)
     yield check_sessions(ssh)
     yield check_inside(args, agent) if is_inside else check_jupyter(facts)
@@ -12350,12 +12360,12 @@ def check_jupyter(facts: ExamineReply) -> Check:
 
 
 def check_inside(args: argparse.Namespace, agent: Agent) -> Check:
-    """Say which Jupyter an open would run inside of a wrapper."""
+    """Say which Jupyter an open would run inside a wrapper."""
     try:
         facts = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
     except Failure as failure:
         return Check("jupyter", in_one_line("%s: %s" % (failure.what, failure.why)), failure.try_ or "another one")
-    return check_jupyter(facts) if facts.jupyter else Check("jupyter", "none in there", "one that has Jupyter")
+    return check_jupyter(facts) if facts.jupyter else Check("jupyter", "none in there", "another image or command")
 
 
 def check_disk(facts: ExamineReply) -> Check:
@@ -12560,8 +12570,8 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--bring", BRING_HELP, "GLOB", _pattern, []),
             Option("--force", "what is brought replaces what is here"),
             Option("--grid", GRID_HELP, "NAME=[...]", _grid, []),
-            Option("-j", "execute so many at once, each to its end", "N", _count, 0, how={"dest": "at_once"}),
-            Option("--kernel", "kernel to take (the notebook's)", "NAME", default=""),
+            Option("-j", "execute this many at the same time", "N", _count, 0, how={"dest": "at_once"}),
+            Option("--kernel", "kernel to use (the notebook's)", "NAME", default=""),
             Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
             Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
             Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
@@ -12573,7 +12583,7 @@ ACTIONS: Dict[Optional[str], Action] = {
                 how={"dest": "run_id"},
                 chooses="server",
             ),
-            Option("--overlap", "also when the notebook is being executed already"),
+            Option("--overlap", "even if the notebook is being executed already"),
         ],
         asks="start_run",
         examples=[
@@ -12589,7 +12599,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "list [--kernels] [--all]",
         [
             Option("--kernels", "the kernels: notebook, state, memory"),
-            Option("--all", "also the executions that ended long ago"),
+            Option("--all", "also executions that ended long ago"),
         ],
         asks="list",
         examples=["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
@@ -12636,7 +12646,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         [
             Option("code", "what it executes; - reads it from stdin", "CODE", default=None, how={"nargs": "?"}),
             Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", how={"dest": "name"}),
-            Option("--interrupt", "interrupt what it computes", how={"dest": "interrupts"}),
+            Option("--interrupt", "interrupt it", how={"dest": "interrupts"}),
         ],
         asks="eval_code",
         examples=['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
@@ -12648,10 +12658,10 @@ ACTIONS: Dict[Optional[str], Action] = {
         [
             Option("ids", STOP_HELP, "ID", how={"nargs": "*"}),
             Option("--all", "all of yours there"),
-            Option("--yes", "without a question, also when a kernel computes"),
+            Option("--yes", "without a question, even if a kernel is busy"),
         ],
         asks="stop",
-        examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      its kernel alone"],
+        examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
     ),
     "close": Action(
         run_close,
@@ -12662,7 +12672,9 @@ ACTIONS: Dict[Optional[str], Action] = {
         alone=True,
         examples=["gpu1 close", "close --all"],
     ),
-    "tunnels": Action(run_tunnels, "the tunnels here; no words do the same", "tunnels", runs_ssh=False, alone=True),
+    "tunnels": Action(
+        run_tunnels, "the tunnels that are up here (also: no words at all)", "tunnels", runs_ssh=False, alone=True
+    ),
     "completion": Action(
         run_completion,
         "print what completes lines in a shell",

@@ -258,7 +258,7 @@ def test_cell_that_fails(laptop: Laptop, host: Host) -> None:
     [
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("raise ValueError('one\\ntwo \\033[31mred')", "why: two ?[31mred"),
-        ("import os; os.kill(os.getpid(), 9)", "it was killed, by hand or for want of memory"),
+        ("import os; os.kill(os.getpid(), 9)", "it was killed, by hand or because memory ran out"),
     ],
 )
 def test_other_ways_of_a_cell_to_fail(laptop: Laptop, host: Host, source: str, words: str) -> None:
@@ -282,7 +282,7 @@ def test_time_limit(laptop: Laptop, host: Host) -> None:
     )
     run = laptop.run("host", "execute", "slow.ipynb", "--timeout", "3")
     assert run.status == 6, run.text
-    assert "rjupyter: slow.ipynb took too long\n  why: its time was up in cell 2 of 2\n" in run.stderr
+    assert "rjupyter: slow.ipynb took too long\n  why: its time ran out in cell 2 of 2\n" in run.stderr
     assert printed(laptop.home / "slow.executed.ipynb") == ["before\n", "in it\n"]
 
 
@@ -330,7 +330,7 @@ def test_runner_that_is_killed(laptop: Laptop, host: Host) -> None:
     os.killpg(runner_pid(host), signal.SIGKILL)
     assert run.wait() == 1
     assert "the execution of w.ipynb ended early" in run.stderr
-    assert "it was killed, by hand or for want of memory" in run.stderr
+    assert "it was killed, by hand or because memory ran out" in run.stderr
     assert [run["state"] for run in listed(laptop, "run")] == ["killed"]
 
 
@@ -441,10 +441,10 @@ def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "it is no JSON"),
+        ("{", "it is not JSON"),
         ("[1]", "it has no nbformat"),
-        ("\xff", "it is no JSON"),
-        ("[" * 100000, "it is no JSON"),
+        ("\xff", "it is not JSON"),
+        ("[" * 100000, "it is not JSON"),
     ],
 )
 def test_what_is_no_notebook_is_said_before_anything_is_connected(
@@ -469,7 +469,7 @@ def test_notebook_that_jupyter_does_not_take(laptop: Laptop, host: Host) -> None
         (["a.ipynb", "a.ipynb", "-o", "x"], 2, "-o goes with one notebook"),
         (["a.ipynb", "-p", "1=2"], 2, "a parameter is NAME=VALUE"),
         (["a.ipynb", "-p", "import=2"], 2, "a parameter is NAME=VALUE"),
-        (["a.ipynb", "-p", "x=[1,"], 2, "is not the JSON that it begins as"),
+        (["a.ipynb", "-p", "x=[1,"], 2, "begins like JSON or YAML, and is neither"),
         (["a.ipynb", "--timeout", "soon"], 2, "a duration is a number"),
         (["a.ipynb", "-o", "nowhere/x.ipynb"], 1, "no place for the result"),
         (["a.ipynb", "--attach", "r1234"], 2, "execute takes notebooks, or --attach ID"),
@@ -512,7 +512,7 @@ def test_list_or_map_is_read_as_yaml_reads_it(text: str, value: Any) -> None:
     "text", ["[", "[,]", "[a b", "{a: 1", "{1: a}", "{[a]: 1}", "['a]", '["a]', "[a] b", "[a: b]", "[" * 5000]
 )
 def test_list_or_map_that_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match="is not the JSON that it begins as"):
+    with pytest.raises(ValueError, match="begins like JSON or YAML, and is neither"):
         rjupyter.parse_parameter("x=" + text)
 
 

@@ -51,7 +51,7 @@ def test_time_limit_is_for_the_whole(laptop: Laptop, host: Host, kind: str) -> N
     write_notebook(laptop.home / "w.ipynb", *cells)
     run = laptop.run("host", "execute", "w.ipynb", "--timeout", "3")
     assert run.status == 6, run.text
-    assert re.search(r"why: its time was up in cell \d+ of 12", run.stderr), run.stderr
+    assert re.search(r"why: its time ran out in cell \d+ of 12", run.stderr), run.stderr
     said = printed(laptop.home / RESULT)
     assert said[11] == "" and said == sorted(said, key=lambda words: not words)
 

@@ -86,7 +86,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "follow_run": {**RUN, "brings": ["*.pt"]},
     "put_files": {"size": 10240, "is_whole": True},
-    "bring_files": {"refused": ["out/odd: it is no file"], "unmatched": ["*.pt"]},
+    "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
     "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
     "follow_grid": {"count": 1},
     "try_job": {"forecast": "soon", "limits": "main", "number": "7", "state": "running", "node": "n1", "trouble": ""},

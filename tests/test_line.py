@@ -65,7 +65,7 @@ def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
         (["gpu1", "execute", "a.ipynb", "--inplce"], ["did you mean --inplace?"]),
         (["gpu1", "stop", "--al"], ["unrecognized arguments: --al"]),
         (["gpu1", "stop", "--a"], ["unrecognized arguments: --a"]),
-        (["gpu1,gpu2"], ["several hosts go with list alone", "gpu1,gpu2 list"]),
+        (["gpu1,gpu2"], ["only list takes several hosts", "gpu1,gpu2 list"]),
         (["close"], ["close whose tunnels?", "close --all"]),
     ],
 )

@@ -432,7 +432,7 @@ def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> N
     info = Path(record["runtime_dir"]) / ("jpserver-%d.json" % record["pid"])
     facts = json.loads(info.read_text())
     info.write_text(json.dumps(dict(facts, token="0" * 48)))
-    check_failure(laptop.run("host"), 1, "a stranger answers", "is not the server")
+    check_failure(laptop.run("host"), 1, "something else answers", "is not the server")
 
 
 def test_server_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> None:

@@ -309,7 +309,7 @@ def test_nothing_is_saved_into_a_notebook_that_is_gone(laptop: Laptop, host: Hos
     compute(run.url(), "print(1)", kernel)
     wait_for_end(host, kernel)
     (host.home / "train.ipynb").unlink()
-    check_failure(laptop.run("host", "output", "--save"), 1, "cannot read the notebook", "not there any more")
+    check_failure(laptop.run("host", "output", "--save"), 1, "cannot read the notebook", "it is no longer there")
 
 
 def test_a_damaged_line_of_a_journal_is_passed_over(laptop: Laptop, host: Host, run: Run) -> None:

@@ -177,4 +177,4 @@ def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: L
     compute(run.url(), "print('after')", kernel)
     wait_until(lambda: kinds(host).count("finished") == 2, "it is written down")
     shown = laptop.run("host", "output").stdout
-    assert re.search(r"before\n\n\[what was printed here is lost: .*\]\n\nIn .*\nafter\n", shown), shown
+    assert re.search(r"before\n\n\[the output printed here is lost: .*\]\n\nIn .*\nafter\n", shown), shown

@@ -171,7 +171,7 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     (server,) = servers
     assert (server["kernels"], server["busy"]) == (1, 1)
     no = laptop.start("host", "stop")
-    no.expect(r"Its kernel computes in %s \(%s\)\." % (re.escape(str(host.home)), server["id"]))
+    no.expect(r"Its kernel is busy in %s \(%s\)\." % (re.escape(str(host.home)), server["id"]))
     no.expect("Stop it all the same")
     no.type("n\n")
     assert no.wait() == 1

@@ -305,7 +305,7 @@ def test_a_stranger_on_the_port_is_never_opened(
         finally:
             stranger.kill()
     assert states == ["no answer"]
-    check_failure(run, 1, "a stranger answers on port", "is not the server")
+    check_failure(run, 1, "something else answers on port", "is not the server")
 
 
 def test_the_browser_of_another_user_on_the_laptop_is_not_sent_on(eve: User) -> None:

@@ -657,7 +657,7 @@ def test_flux_and_oar_cancel_a_job_that_waits(laptop: Laptop, shims: Shims, kind
     run.expect(r"^Job \S+ pending", 30)
     shim_scheduler.cancel(shims.directory, "41")
     assert run.wait(60) == 4
-    assert "ended before it had begun" in run.stderr
+    assert "ended before it had started" in run.stderr
 
 
 def test_unknown_scheduler_kills_a_job(laptop: Laptop, shims: Shims) -> None:
@@ -729,7 +729,7 @@ def cancelled(slurm: PrivateSlurm) -> str:
 
 def time_is_up(slurm: PrivateSlurm) -> str:
     slurm.limit(1)
-    return "its time was up"
+    return "its time ran out"
 
 
 def node_dies(slurm: PrivateSlurm) -> str:

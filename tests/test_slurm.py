@@ -245,7 +245,7 @@ def cancelled(slurm: PrivateSlurm) -> str:
 
 def time_is_up(slurm: PrivateSlurm) -> str:
     slurm.limit(1)
-    return "its time was up"
+    return "its time ran out"
 
 
 def node_dies(slurm: PrivateSlurm) -> str:
@@ -291,7 +291,7 @@ def test_job_script_that_fails(laptop: Laptop, slurm: PrivateSlurm, login: Host)
     program.write_text("import sys\nsys.exit('no such module')\n")
     slurm.cancel(*blocking)
     assert run.wait() == 4
-    assert "rjupyter: job 3 ended before it had begun\n  why: job: it failed\n       no such module" in run.stderr
+    assert "rjupyter: job 3 ended before it had started\n  why: job: it failed\n       no such module" in run.stderr
 
 
 def test_controller_that_goes_and_comes_back_while_we_wait(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:

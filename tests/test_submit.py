@@ -270,7 +270,7 @@ def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> Non
     run.expect(r"^Job 41 pending\.$")
     shim_scheduler.cancel(shims.directory, "41")
     assert run.wait() == 4
-    assert "job 41 ended before it had begun\n  why: job: it has ended: cancelled, failed or" in run.stderr
+    assert "job 41 ended before it had started\n  why: job: it has ended: cancelled, failed or" in run.stderr
 
 
 def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:

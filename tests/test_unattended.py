@@ -268,7 +268,7 @@ def test_connection_again_offers_one_login_and_asks_nobody_before(
     run.expect("To end it")
     before = host.sshd.attempts()
     host.sshd.end_connections()
-    run.expect(r"host wants a login\. Press Enter to log in again: $")
+    run.expect(r"host needs a new login\. Press Enter to log in: $")
     assert (run.text.count("password:"), host.sshd.attempts() - before) == (1, 1)
     run.type("\n")
     run.expect("password:", times=2)

@@ -1,4 +1,4 @@
-"""Jupyter inside of something: --wrap and --container, on commands that are real where the machine has them."""
+"""Jupyter inside something: --wrap and --container, on commands that are real where the machine has them."""
 
 import os
 import re
@@ -157,7 +157,7 @@ def test_jupyter_that_does_not_start_among_pids_of_its_own(
 ) -> None:
     """Where /proc is the host's, another process has its number there."""
     failed = laptop.run(*wrap, "--server-arg=--ServerApp.port=none", "host")
-    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, "Jupyter did not start inside of bwrap", "it ended with status 1")
+    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, "Jupyter did not start inside bwrap", "it ended with status 1")
     is_clean(bwrap, mark)
 
 
@@ -196,7 +196,7 @@ def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap:
 )
 def test_wrapper_that_cannot_be_run(laptop: Laptop, host: Host, mark: str, wrap: str, words: str) -> None:
     failed = laptop.run("--wrap", wrap, "host")
-    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside of " + wrap, words)
+    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside " + wrap, words)
     is_clean(host, mark)
 
 
@@ -204,7 +204,7 @@ def test_no_jupyter_inside_and_nothing_is_installed(laptop: Laptop, host: Host, 
     outside = laptop.run("--env", "/nowhere/else", "host")
     check_failure(outside, rjupyter.EXIT_NO_JUPYTER, "no environment")
     failed = laptop.run("--wrap", "env --unset=BASH_ENV PATH=/usr/bin:/bin HOME=/var/empty SHELL=/bin/sh", "host")
-    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "no Jupyter inside of env", "nothing is installed into it")
+    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "no Jupyter inside env", "nothing is installed into it")
     assert not (host.home / ".local/share/rjupyter").exists()
     is_clean(host, mark)
 
@@ -225,7 +225,7 @@ def test_directory_that_is_not_seen_inside(laptop: Laptop, bwrap: Host, mark: st
     (bwrap.home / "work/data.csv").write_text("")
     wrap = "%s --tmpfs %s" % (OWN_PIDS[1], bwrap.home / place)
     failed = laptop.run("--wrap", wrap, "host:work")
-    check_failure(failed, 1 if place == "work" else 3, "inside of bwrap", str(bwrap.home), "--bind")
+    check_failure(failed, 1 if place == "work" else 3, "inside bwrap", str(bwrap.home), "--bind")
     is_clean(bwrap, mark)
 
 
@@ -237,7 +237,7 @@ def test_state_that_cannot_be_written_inside(laptop: Laptop, bwrap: Host, mark: 
 
 def test_network_that_nothing_leads_into(laptop: Laptop, bwrap: Host, mark: str) -> None:
     wrap = ["--wrap", "bwrap --dev-bind / / --unshare-net"]
-    check_failure(laptop.run(*wrap, "host"), 1, "no network leads to what runs inside of bwrap", "--socket")
+    check_failure(laptop.run(*wrap, "host"), 1, "no network leads to what runs inside bwrap", "--socket")
     is_clean(bwrap, mark)
     url = held(laptop, *wrap, "--socket", "host").url()
     assert api(url, "status")["kernels"] == 0
@@ -279,7 +279,7 @@ def test_what_starts_is_stopped(laptop: Laptop, host: Host, mark: str, words: Li
     run = laptop.start(*slow(host), "host", has_terminal=False)
     (row,) = wait_until(lambda: listed(laptop, "wrapper"), "it is listed")
     stopped = laptop.run("host", *[word.replace("{id}", row["id"]) for word in words])
-    assert "Ended what started inside of" in stopped.stderr
+    assert "Ended what started inside" in stopped.stderr
     assert run.wait() == rjupyter.EXIT_SERVER_ENDED and "was stopped before it ran" in run.text
     is_clean(host, mark)
 
@@ -329,7 +329,7 @@ def test_doctor_looks_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
     bad = laptop.run("--wrap", "env PATH=/usr/bin:/bin HOME=/var/empty SHELL=/bin/sh", "host", "doctor")
     assert re.search(r"FAIL +jupyter +none in there", bad.text) and bad.status == 1
     gone = laptop.run("--wrap", "no-such-wrapper", "host", "doctor")
-    assert re.search(r"FAIL +jupyter +nothing ran inside of no-such-wrapper", gone.text)
+    assert re.search(r"FAIL +jupyter +nothing ran inside no-such-wrapper", gone.text)
     is_clean(bwrap, mark)
 
 
@@ -427,7 +427,7 @@ def test_container_by_a_wrapper_that_is_written_out(laptop: Laptop, boxed: Host,
 
 
 def test_image_that_is_not_there(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str) -> None:
-    check_failure(laptop.run("--container", "localhost/rjupyter-none", "host"), 3, "inside of localhost/rjupyter-none")
+    check_failure(laptop.run("--container", "localhost/rjupyter-none", "host"), 3, "inside localhost/rjupyter-none")
     is_clean(boxed, mark)
 
 
@@ -518,7 +518,7 @@ def test_srun_of_an_allocation(laptop: Laptop, login: Host, slurm: PrivateSlurm,
 
 
 def test_srun_that_is_refused(laptop: Laptop, login: Host, slurm: PrivateSlurm) -> None:
-    check_failure(laptop.run("--wrap", "srun --overlap --jobid=4711", "host"), 3, "inside of srun", "nvalid job id")
+    check_failure(laptop.run("--wrap", "srun --overlap --jobid=4711", "host"), 3, "inside srun", "nvalid job id")
 
 
 def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
