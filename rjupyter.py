@@ -5,7 +5,7 @@
 # ///
 """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
-  rjupyter.py gpu1:work                 open Jupyter in ~/work, or come back to it
+  rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
   rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
   rjupyter.py gpu1 stop                 end the server, which runs until then
 
@@ -1850,38 +1850,42 @@ class Messages:
         self.event("failure", **failure.facts())
 
     @contextlib.contextmanager
-    def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[[str], None]]:
+    def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[..., None]]:
         """Show that a step runs, from its first second on: a spinner with the elapsed time, elsewhere one plain line.
 
-        Yields a function that adds a word on where the step stands. Without `is_animated` the terminal keeps still,
-        because ssh may be asking a question there. Without a text, nothing is shown.
+        Yields a function that adds a word on where the step stands, or gives the step another name meanwhile. Without
+        `is_animated` the terminal keeps still, because ssh may be asking a question there. Without a text, nothing is
+        shown.
         """
         if not text:
-            yield lambda words: None
+            yield lambda words, name="": None
             return
         began = time.monotonic()
         done = threading.Event()
-        where = [""]
+        state = {"name": text, "words": ""}
+
+        def tell(words: str, name: str = "") -> None:
+            state.update(words=words, name=name or text)
 
         def show() -> None:
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
             if done.wait(delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._write(sys.stderr, text + "...")
+                self._write(sys.stderr, state["name"] + "...")
             elif not is_animated:
-                self._show_transient(text + "... ")
+                self._show_transient(state["name"] + "... ")
             while self.has_spinner and is_animated:
                 frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
-                state = " (%s)" % where[0] if where[0] else ""
-                self._show_transient("%s %s%s  %d s " % (frame, text, state, time.monotonic() - began))
+                words = " (%s)" % state["words"] if state["words"] else ""
+                self._show_transient("%s %s%s  %d s " % (frame, state["name"], words, time.monotonic() - began))
                 if done.wait(0.2):
                     return
 
         ticker = threading.Thread(target=show, daemon=True)
         ticker.start()
         try:
-            yield lambda words: where.__setitem__(0, words)
+            yield tell
         finally:
             done.set()
             ticker.join()
@@ -5412,7 +5416,7 @@ def agent_input(command: str, source: bytes, request: Request) -> bytes:
 
 # -- the conversation -------------------------------------------------------------------------------------------------
 
-Show = Callable[[str], None]  # shows a word on where a step stands
+Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
 MESSAGES = {
     kind.kind: kind
@@ -5459,11 +5463,12 @@ class Agent:
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
+        self.installing = ""  # the name of the step, while Jupyter is installed
         self._source: Optional[AgentSource] = None
         self._packed: Dict[str, bytes] = {}  # for each action that was asked for
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
-            "progress": lambda message, show: show(message.text),
+            "progress": lambda message, show: show(message.text, self.installing),
             "found": self.say_found,
             "note": lambda message, show: self.messages.note(message.text),
             "lacking": self._say_lacking,
@@ -5633,10 +5638,13 @@ class Agent:
     def _say_installing(self, message: Installing, show: Show) -> None:
         text = "No Jupyter on the host; installing it in %s (%s)." % (message.path, message.tool)
         self.messages.step(text, "installing", path=message.path, tool=message.tool)
+        self.installing = "Installing Jupyter"
+        show("", self.installing)
 
     def _say_installed(self, message: Installed, show: Show) -> None:
         text = "Installed Jupyter (%.0f s)." % message.elapsed_s
         self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
+        self.installing = ""
 
     def _keep_launching(self, message: Launching, show: Show) -> None:
         self.launching, self.doing = message.id, message.doing
@@ -11155,10 +11163,17 @@ TOPICS = {"events": help_on_events, "status": help_on_status}  # of --help
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the drawing of the docstring, and leaves room for the options."""
+    """Keeps the lines of the docstring as far as the terminal has room for them, and leaves room for the options."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=max(80, min(120, terminal_width())))
+        super().__init__(prog, max_help_position=28, width=max(40, min(120, terminal_width())))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        import textwrap  # as argparse does, when there is help to print
+
+        lines = super()._fill_text(text, width, indent).splitlines()
+        behind = {line: " " * 6 if line.startswith(" ") else "" for line in lines}
+        return "\n".join(textwrap.fill(line, width, subsequent_indent=behind[line]) for line in lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -12672,9 +12687,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         alone=True,
         examples=["gpu1 close", "close --all"],
     ),
-    "tunnels": Action(
-        run_tunnels, "the tunnels that are up here (also: no words at all)", "tunnels", runs_ssh=False, alone=True
-    ),
+    "tunnels": Action(run_tunnels, "the tunnels that are up here", "tunnels", runs_ssh=False, alone=True),
     "completion": Action(
         run_completion,
         "print what completes lines in a shell",

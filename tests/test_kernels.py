@@ -102,7 +102,7 @@ def test_wait_tells_that_the_kernel_died(laptop: Laptop, host: Host, run: Run) -
 def test_wait_no_longer_than_it_may(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     gate = compute_until(run, host, kernel)
-    check_failure(laptop.run("host", "wait", "--timeout", "1"), 6, "it's here.ipynb still computes")
+    check_failure(laptop.run("host", "wait", "--timeout", "1"), 6, "it's here.ipynb is still busy")
     open(gate, "w").close()
 
 

@@ -356,7 +356,7 @@ def test_no_such_directory(laptop: Laptop, host: Host) -> None:
 
 def test_jupyter_that_dies_at_start(laptop: Laptop, host: Host) -> None:
     run = laptop.run("--server-arg=--ServerApp.port=nonsense", "host")
-    check_failure(run, 4, "Jupyter did not start", "ended with status 1", "nonsense", "failed.log")
+    check_failure(run, 4, "Jupyter did not start", "exited with status 1", "nonsense", "failed.log")
     assert "nonsense" in (host.home / ".local/state/rjupyter/failed.log").read_text()
     assert host.servers() == []
 

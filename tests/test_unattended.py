@@ -299,7 +299,7 @@ def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., 
     (record,) = host.servers()
     before = host.sshd.attempts()
     os.killpg(record["pid"], signal.SIGKILL)
-    run.expect("wants a login. Press Enter")
+    run.expect("needs a new login. Press Enter")
     assert run.text.count("password:") == 2
     assert host.sshd.attempts() > before
     run.interrupt()

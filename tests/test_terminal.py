@@ -1,0 +1,103 @@
+"""How it is printed: terminals that are narrow and wide, without colour, pipes, a reader that leaves."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+from sides import SCRIPT, Host, Laptop, Run
+
+HERE = {"PATH": os.environ["PATH"], "TERM": "xterm", "HOME": "/h"}
+
+
+def in_terminal(columns: int, *words: str, **environment: str) -> Run:
+    """Start a command on a terminal of this width."""
+    argv = ["sh", "-c", 'stty cols %d; exec "$@"' % columns, "sh", *words]
+    return Run(argv, dict(HERE, **environment), has_terminal=True, cwd="/")
+
+
+def ended(run: Run) -> List[str]:
+    """Wait for the end of a run; return its lines."""
+    assert run.wait() == 0, run.text
+    return run.stdout.split("\n")
+
+
+HELPS = {"all": ["--help"], "open": ["HOST", "--help"], "execute": ["HOST", "execute", "--help"]}
+
+
+@pytest.mark.parametrize("words", HELPS.values(), ids=HELPS)
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_help_breaks_no_word(columns: int, words: List[str]) -> None:
+    python = [sys.executable, str(SCRIPT)]
+    lines = ended(in_terminal(columns, *python, *words))
+    assert not [
+        line for line in lines if len(line) > max(40, min(columns, 120)) and not re.match("usage:|scheduler", line)
+    ]
+    wide = " ".join(ended(in_terminal(400, *python, *words)))
+    if columns == 40:  # too narrow for the path of the configuration
+        assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", wide)
+    else:
+        assert " ".join(lines).split() == wide.split()
+
+
+SPINNER = """
+import sys, rjupyter
+with rjupyter.Messages().working("A step with a name that is much longer than the window is wide") as tell:
+    tell("and a word on where it stands")
+    sys.stdin.readline()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("columns", [24, 40, 200])
+def test_spinner_stays_on_one_line(columns: int) -> None:
+    run = in_terminal(columns, sys.executable, "-c", SPINNER, PYTHONPATH=str(Path(SCRIPT).parent))
+    run.expect("\r\x1b\\[K/ A step")
+    run.type("\n")
+    lines = ended(run)
+    frames = [frame for line in lines for frame in line.split("\r\x1b[K") if " A step" in frame]
+    assert frames and max(map(len, frames)) < columns
+    assert lines[-2].endswith("done")
+    assert any("where it stands" in frame for frame in frames) == (columns == 200)
+
+
+COLOURS: Dict[str, Dict[str, str]] = {"none wanted": {"NO_COLOR": "1"}, "none there": {"TERM": "dumb"}}
+
+
+@pytest.mark.parametrize("environment", COLOURS.values(), ids=COLOURS)
+def test_no_colour(environment: Dict[str, str]) -> None:
+    words = [sys.executable, str(SCRIPT), "--no-config", "--nosuch"]
+    coloured = in_terminal(80, *words)
+    assert coloured.wait() == 2 and "\x1b[31mrjupyter:\x1b[0m wrong usage" in coloured.text
+    plain = in_terminal(80, *words, **environment)
+    assert plain.wait() == 2 and plain.text.startswith("rjupyter: wrong usage") and "\x1b" not in plain.text
+
+
+def test_nothing_but_text_goes_into_a_pipe(laptop: Laptop, host: Host) -> None:
+    for words in (["host", "list"], ["host", "doctor"], ["host", "nosuch"], []):
+        run = laptop.run(*words)
+        assert not re.search(r"[^\n\t -~]", run.stdout + run.stderr), run.text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--help", "events"], ["completion", "bash"], ["tunnels"]], ids=" ".join)
+def test_reader_that_has_left(words: List[str], tmp_path: Path) -> None:
+    """What `| head -1` does, at its earliest."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, str(SCRIPT), *words]
+    environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
+    run = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert "Traceback" not in run.stderr.decode() and "BrokenPipe" not in run.stderr.decode()
+
+
+def test_reader_of_a_list_that_has_left(laptop: Laptop, host: Host) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [laptop.python, str(SCRIPT), "-F", str(laptop.config), "host", "list"]
+    run = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, env=laptop.environment, check=False)
+    os.close(writing)
+    assert "Traceback" not in run.stderr.decode() and "BrokenPipe" not in run.stderr.decode()
