@@ -10502,7 +10502,7 @@ KINDS["wrapper"] = WrapperKind()
 
 
 class InWrapper(Elsewhere):
-    """Inside of a command that we started, perhaps among processes and under a name of its own: that command tells."""
+    """Inside a command that we started, perhaps among processes and under a name of its own: that command tells."""
 
     within = ""  # the id of the one that we are in ourselves
     settle_s = 1.0
@@ -10668,7 +10668,7 @@ def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
 
 
 def wrapper_main(directory: str) -> None:
-    """Inside of a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
+    """Inside a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
     import signal
 
     request = left_request(directory)
