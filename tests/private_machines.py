@@ -43,6 +43,15 @@ while :; do wait; done
 """
 
 
+def find_namespaces_obstacle() -> str:
+    """Return why a host cannot have namespaces of its own here (a container, a chroot), or ""."""
+    if os.getuid() != 0:
+        return "only root can put sshd into namespaces of its own"
+    argv = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
+    run = subprocess.run(argv, env={"PATH": PATH}, capture_output=True, text=True)
+    return "no namespaces for sshd here: " + run.stderr.strip() if run.returncode else ""
+
+
 def find_obstacle(programs: Sequence[str]) -> str:
     """Return why there can be no machines with these programs here, or ""."""
     if os.getuid() != 0:

@@ -15,6 +15,7 @@ import pytest
 from browser import run_cell
 from client import api, check_failure, compute, is_up, new_kernel, send
 from notebooks import write_notebook
+from private_machines import find_namespaces_obstacle
 from proxy import Proxy
 from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
 
@@ -358,7 +359,7 @@ def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: in
     """Lose the connection while Jupyter starts, and then in so many ways."""
     print("seed %d" % seed)
     chance = random.Random(seed)
-    faults = FAULTS_OF_ROOT if os.getuid() == 0 else FAULTS
+    faults = FAULTS if find_namespaces_obstacle() else FAULTS_OF_ROOT
     with starting(laptop, host, *proxy.ssh_options()) as run:
         url, kernel = remember(run)
         (record,) = host.servers()
@@ -411,8 +412,8 @@ def starting(laptop: Laptop, host: Host, *arguments: str) -> Iterator[Run]:
 def test_random_faults(laptop: Laptop, make_host: Callable[..., Host], mark: str) -> None:
     """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""
     seed = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**6))
-    renamed = ["unshare", "--uts", "sh", "-c", 'hostname first-name && exec "$@"', "sh"] if os.getuid() == 0 else []
-    host = make_host(prefix=renamed)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname first-name && exec "$@"', "sh"]
+    host = make_host(prefix=[] if find_namespaces_obstacle() else renamed)
     with contextlib.closing(Proxy(host.sshd.port)) as proxy:
         random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
 
