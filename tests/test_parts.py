@@ -214,6 +214,12 @@ def test_signal_while_a_child_starts_is_not_lost_and_does_not_reach_the_child() 
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_system_without_fork_has_no_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(rjupyter.Failure, match="cannot go to the background"):
+        rjupyter.Background()
+
+
 # -- what the host begins ---------------------------------------------------------------------------------------------
 
 
