@@ -6141,7 +6141,7 @@ class Background:
 
     def __init__(self) -> None:
         if not hasattr(os, "fork"):
-            raise Failure("cannot go to the background", "there is no fork on Windows", "a window of its own, without -f")
+            raise Failure("cannot go to the background", "Windows has no fork", "a window of its own, without -f")
         self._ready, ready = os.pipe()
         self.pid = os.fork()
         if self.pid:
