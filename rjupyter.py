@@ -11133,7 +11133,7 @@ def nearest(word: str, words: List[str]) -> str:
     import difflib
 
     begun = [known for known in words if known.startswith(word) and len(word) > 3]
-    return (begun or difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
+    return min(begun, key=len) if begun else (difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
 
 
 HELP_END = "`--help events` lists what --json prints, `--help status` the exit statuses."
@@ -11351,12 +11351,16 @@ class CommandLine:
 
     def _no_action(self) -> Failure:
         """Return the failure of a second word that is no action: what may be meant instead."""
-        near = nearest(self.action, [name for name in ACTIONS if name])
+        actions = [name for name in ACTIONS if name]
+        near = nearest(self.action, actions)
+        if not near and nearest(self.destination, actions):  # as in `lsit gpu1`
+            self.destination, self.action = self.action, self.destination
+            near = nearest(self.action, actions)
         options_ = [word for words in self.before for word in words]
         right = command_line(*options_, self.destination, near) if near else command_line("--help")
         if not near and ("/" in self.action or "." in self.action):
             right = command_line(*options_, "%s:%s" % (self.destination, self.action))
-        why = "there is no action %s; there are %s" % (self.action, ", ".join(filter(None, ACTIONS)))
+        why = "there is no action %s; there are %s" % (self.action, ", ".join(actions))
         return Failure("wrong usage", why, ("did you mean: " if near else "") + right, EXIT_USAGE)
 
 

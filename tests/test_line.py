@@ -57,6 +57,8 @@ def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
         (["execute", "t.ipynb", "gpu1"], ["gpu1 execute t.ipynb"]),
         (["execute", "gpu1", "t.ipynb"], ["gpu1 execute t.ipynb"]),
         (["--lab", "stop", "gpu1"], ["--lab gpu1 stop"]),
+        (["lsit", "gpu1"], ["no action lsit", "did you mean: ", "gpu1 list"]),
+        (["gpu1", "stop", "--al"], ["did you mean --all?"]),
         (["gpu1", "lst"], ["no action lst", "did you mean: ", "gpu1 list"]),
         (["gpu1", "train.ipynb"], ["gpu1:train.ipynb"]),
         (["gpu1", "work/a"], ["gpu1:work/a"]),
