@@ -157,7 +157,7 @@ def test_jupyter_that_does_not_start_among_pids_of_its_own(
 ) -> None:
     """Where /proc is the host's, another process has its number there."""
     failed = laptop.run(*wrap, "--server-arg=--ServerApp.port=none", "host")
-    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, "Jupyter did not start inside bwrap", "it ended with status 1")
+    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, "Jupyter did not start inside bwrap", "it exited with status 1")
     is_clean(bwrap, mark)
 
 
