@@ -1530,16 +1530,18 @@ def is_same_process(pid: int, identity: str) -> bool:
     if not start:
         return identity == now and session_of(pid) == pid
     is_same_boot = not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0]
-    return is_same_boot and (start == old_start or abs(ps_time(start) - ps_time(old_start)) <= 2)
+    return is_same_boot and (start == old_start or abs(ps_time(start) - ps_time(old_start)) <= PS_ERROR_S)
+
+
+PS_ERROR_S = 2  # procps and FreeBSD's kernel reckon a start from the time of the boot, which a clock that is set moves
 
 
 def ps_time(start: str) -> float:
-    """Return the second that ps gave as a process's start; not a number for what /proc gave, which is exact.
+    """Return the second (UTC) that ps gave as a process's start; not a number for what /proc gave, which is exact."""
+    import calendar
 
-    procps and FreeBSD's kernel reckon it from the time of the boot, which a clock that is set moves.
-    """
     try:
-        return time.mktime(time.strptime(start, "%a %b %d %H:%M:%S %Y"))
+        return calendar.timegm(time.strptime(start, "%a %b %d %H:%M:%S %Y"))
     except ValueError:
         return float("nan")
 
@@ -1862,23 +1864,24 @@ class Messages:
             return
         began = time.monotonic()
         done = threading.Event()
-        state = {"name": text, "words": ""}
+        step, stands = text, ""
 
         def tell(words: str, name: str = "") -> None:
-            state.update(words=words, name=name or text)
+            nonlocal step, stands
+            step, stands = name or text, words
 
         def show() -> None:
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
             if done.wait(delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._write(sys.stderr, state["name"] + "...")
+                self._write(sys.stderr, step + "...")
             elif not is_animated:
-                self._show_transient(state["name"] + "... ")
+                self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
                 frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
-                words = " (%s)" % state["words"] if state["words"] else ""
-                self._show_transient("%s %s%s  %d s " % (frame, state["name"], words, time.monotonic() - began))
+                where = " (%s)" % stands if stands else ""
+                self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
                 if done.wait(0.2):
                     return
 
@@ -11174,8 +11177,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         import textwrap  # as argparse does, when there is help to print
 
         lines = super()._fill_text(text, width, indent).splitlines()
-        behind = {line: " " * 6 if line.startswith(" ") else "" for line in lines}
-        return "\n".join(textwrap.fill(line, width, subsequent_indent=behind[line]) for line in lines)
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent=" " * 6 if line.startswith(" ") else "") for line in lines
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -11353,9 +11357,9 @@ class CommandLine:
         """Return the failure of a second word that is no action: what may be meant instead."""
         actions = [name for name in ACTIONS if name]
         near = nearest(self.action, actions)
-        if not near and nearest(self.destination, actions):  # as in `lsit gpu1`
-            self.destination, self.action = self.action, self.destination
-            near = nearest(self.action, actions)
+        swapped = "" if near else nearest(self.destination, actions)
+        if swapped:  # as in `lsit gpu1`
+            self.destination, self.action, near = self.action, self.destination, swapped
         options_ = [word for words in self.before for word in words]
         right = command_line(*options_, self.destination, near) if near else command_line("--help")
         if not near and ("/" in self.action or "." in self.action):

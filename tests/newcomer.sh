@@ -14,7 +14,7 @@ chmod 755 "$bare"
 leave() {
     # Under a lazy umount nothing of this machine's own /dev can be removed with the rest.
     grep -o " ${bare}[^ ]*" /proc/mounts | sort -r | xargs -r umount -l
-    rm -rf --one-file-system -- "$bare"
+    rm -rf --one-file-system -- "$bare" "$bare.log"
 }
 trap leave EXIT
 trap 'exit 130' INT TERM
@@ -26,7 +26,6 @@ debootstrap --variant=minbase --include="$packages" "$suite" "$bare" >"$bare.log
     tail -5 "$bare.log" >&2
     exit 1
 }
-rm "$bare.log"
 mount --bind "$bare" "$bare" # a mount point, or no namespaces can be made in it
 mount --make-private "$bare"
 mount --bind /dev "$bare/dev"

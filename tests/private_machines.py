@@ -43,13 +43,20 @@ while :; do wait; done
 """
 
 
+def why_not_unshared(*words: str) -> str:
+    """Run unshare(1) with these words; return why it failed, or ""."""
+    run = subprocess.run(["unshare", *words], env={"PATH": PATH}, capture_output=True, text=True)
+    return run.stderr.strip() or "status %d" % run.returncode if run.returncode else ""
+
+
 def find_namespaces_obstacle() -> str:
     """Return why a host cannot have namespaces of its own here (a container, a chroot), or ""."""
     if os.getuid() != 0:
         return "only root can put sshd into namespaces of its own"
-    argv = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
-    run = subprocess.run(argv, env={"PATH": PATH}, capture_output=True, text=True)
-    return "no namespaces for sshd here: " + run.stderr.strip() if run.returncode else ""
+    if not shutil.which("unshare", path=PATH):
+        return "namespaces for sshd need unshare"
+    why = why_not_unshared("--mount", "--uts", "--pid", "--fork", "--mount-proc", "true")
+    return why and "no namespaces for sshd here: " + why
 
 
 def find_obstacle(programs: Sequence[str]) -> str:
@@ -59,9 +66,8 @@ def find_obstacle(programs: Sequence[str]) -> str:
     missing = [name for name in (*programs, "ip", "unshare", "nsenter") if not shutil.which(name, path=PATH)]
     if missing:
         return "a private cluster needs %s; tests/setup.sh installs them" % ", ".join(missing)
-    argv = ["unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "ip", "link", "add", "type", "veth"]
-    run = subprocess.run(argv, env={"PATH": PATH}, capture_output=True, text=True)
-    return "no namespaces with a network for a cluster here: " + run.stderr.strip() if run.returncode else ""
+    why = why_not_unshared("--net", "--uts", "--pid", "--fork", "--mount-proc", *"ip link add type veth".split())
+    return why and "no namespaces with a network for a cluster here: " + why
 
 
 def wait_for(condition: Callable[[], bool], what: str, process: "Optional[subprocess.Popen[bytes]]" = None) -> None:

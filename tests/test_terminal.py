@@ -82,22 +82,21 @@ def test_nothing_but_text_goes_into_a_pipe(laptop: Laptop, host: Host) -> None:
         assert not re.search(r"[^\n\t -~]", run.stdout + run.stderr), run.text
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--help", "events"], ["completion", "bash"], ["tunnels"]], ids=" ".join)
-def test_reader_that_has_left(words: List[str], tmp_path: Path) -> None:
+def check_reader_that_has_left(argv: List[str], environment: Dict[str, str]) -> None:
     """What `| head -1` does, at its earliest."""
     reading, writing = os.pipe()
     os.close(reading)
-    argv = [sys.executable, str(SCRIPT), *words]
-    environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
     run = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
     os.close(writing)
     assert "Traceback" not in run.stderr.decode() and "BrokenPipe" not in run.stderr.decode()
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--help", "events"], ["completion", "bash"], ["tunnels"]], ids=" ".join)
+def test_reader_that_has_left(words: List[str], tmp_path: Path) -> None:
+    environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
+    check_reader_that_has_left([sys.executable, str(SCRIPT), *words], environment)
+
+
 def test_reader_of_a_list_that_has_left(laptop: Laptop, host: Host) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
     argv = [laptop.python, str(SCRIPT), "-F", str(laptop.config), "host", "list"]
-    run = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, env=laptop.environment, check=False)
-    os.close(writing)
-    assert "Traceback" not in run.stderr.decode() and "BrokenPipe" not in run.stderr.decode()
+    check_reader_that_has_left(argv, laptop.environment)
