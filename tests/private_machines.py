@@ -66,7 +66,8 @@ def find_obstacle(programs: Sequence[str]) -> str:
     missing = [name for name in (*programs, "ip", "unshare", "nsenter") if not shutil.which(name, path=PATH)]
     if missing:
         return "a private cluster needs %s; tests/setup.sh installs them" % ", ".join(missing)
-    why = why_not_unshared("--net", "--uts", "--pid", "--fork", "--mount-proc", *"ip link add type veth".split())
+    link = ["ip", "link", "add", "type", "veth"]
+    why = why_not_unshared("--net", "--uts", "--pid", "--fork", "--mount-proc", *link)
     return why and "no namespaces with a network for a cluster here: " + why
 
 

@@ -75,34 +75,43 @@ packages() {
     done | sort -u | tr '\n' ' '
 }
 
+idle=
+parts=
+trap 'rm -rf ${idle:+"$idle"} ${parts:+"$parts"}' EXIT
+
+# unpack PLACE PACKAGE...: what these hold, without installing them.
+unpack() {
+    place=$1
+    shift
+    parts=${parts:-$(mktemp -d)}
+    (cd "$parts" && apt-get download -qq "$@") >/dev/null 2>&1 || return
+    rm -rf "$place"
+    mkdir -p "$place"
+    for part in "$parts"/*.deb; do
+        dpkg -x "$part" "$place" || return
+    done
+    rm -rf "$parts"
+    parts=
+}
+
 # Where we may install nothing, sshd's program is unpacked into .sshd, with the libraries that it lacks: no daemon is
 # started, and the system stays as it is.
 unpack_sshd() {
-    parts=$(mktemp -d)
+    root=$PWD/.sshd/root
     names=$(apt-get install --simulate --no-install-recommends openssh-server 2>/dev/null | sed -n 's/^Inst \([^ ]*\).*/\1/p')
     # shellcheck disable=SC2086 # words on purpose
-    if [ -n "$names" ] && (cd "$parts" && apt-get download -qq $names) >/dev/null 2>&1; then
-        for part in "$parts"/*.deb; do
-            dpkg -x "$part" "$parts/root"
-        done
-        rm -rf .sshd
-        mkdir .sshd
-        mv "$parts/root" .sshd/root
-        root=$PWD/.sshd/root
-        libraries=$(find "$root" -name '*.so.*' -exec dirname {} + | sort -u | tr '\n' ':')
-        options=
-        for name in session auth; do # OpenSSH 9.8 and 10.0 made programs of their own of these
-            program=$root/usr/lib/openssh/sshd-$name
-            [ ! -x "$program" ] || options="$options -o 'Sshd$(echo $name | sed 's/^s/S/; s/^a/A/')Path=$program'"
-        done
-        {
-            echo '#!/bin/sh'
-            echo "LD_LIBRARY_PATH='$libraries' exec '$root/usr/sbin/sshd'$options \"\$@\""
-        } >.sshd/sshd
-        chmod 755 .sshd/sshd
-    fi
-    rm -rf "$parts"
-    [ -x .sshd/sshd ]
+    [ -n "$names" ] && unpack "$root" $names || return
+    libraries=$(find "$root" -name '*.so.*' -exec dirname {} + | sort -u | tr '\n' ':')
+    options=
+    for name in Session Auth; do # OpenSSH 9.8 and 10.0 made programs of their own of these
+        program=$root/usr/lib/openssh/sshd-$(echo $name | tr SA sa)
+        [ ! -x "$program" ] || options="$options -o 'Sshd${name}Path=$program'"
+    done
+    {
+        echo '#!/bin/sh'
+        echo "LD_LIBRARY_PATH='$libraries' exec '$root/usr/sbin/sshd'$options \"\$@\""
+    } >.sshd/sshd
+    chmod 755 .sshd/sshd
 }
 
 case $missing in
@@ -150,7 +159,6 @@ if [ -n "$missing" ]; then
         # sshd, munge and Slurm must not start a daemon of the system's on the developer's machine: for this install, the
         # programs by which a package starts one are found first in a directory where they do nothing.
         idle=$(mktemp -d)
-        trap 'rm -rf "$idle"' EXIT
         for name in invoke-rc.d deb-systemd-invoke; do
             ln -s /bin/true "$idle/$name"
         done
@@ -166,16 +174,9 @@ fi
 gridengine=/var/tmp/rjupyter-tests-0/gridengine
 if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e $gridengine/complete ]; then
     echo "setup: unpacking Grid Engine into $gridengine"
-    parts=$(mktemp -d)
-    trap 'rm -rf "$parts" ${idle:+"$idle"}' EXIT
     names="gridengine-master gridengine-exec gridengine-client gridengine-common libjemalloc2"
     # shellcheck disable=SC2086 # words on purpose
-    if (cd "$parts" && { apt-get download -qq $names || { apt-get update -qq && apt-get download -qq $names; }; }) 2>/dev/null; then
-        rm -rf $gridengine
-        mkdir -p $gridengine
-        for part in "$parts"/*.deb; do
-            dpkg -x "$part" $gridengine
-        done
+    if unpack $gridengine $names || { apt-get update -qq && unpack $gridengine $names; } 2>/dev/null; then
         touch $gridengine/complete
     else
         echo "setup: this system has no packages of Grid Engine; the tests that need it will skip" >&2
