@@ -12613,7 +12613,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         asks="start_run",
         examples=[
             "gpu1:work execute train.ipynb -p epochs=20",
-            "gpu1:work execute :train.ipynb            one that is there already",
+            "gpu1:work execute :train.ipynb            one that is there",
             "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
             "gpu1 execute --attach r5d98               follow it again",
         ],
@@ -12638,7 +12638,10 @@ ACTIONS: Dict[Optional[str], Action] = {
             Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, how={"dest": "time_limit"}),
         ],
         asks="wait_for_kernel",
-        examples=["gpu1 wait train.ipynb && notify-send done     status 5: its last cell failed; 4: it died"],
+        examples=[
+            "gpu1 wait train.ipynb && notify-send done",
+            "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
+        ],
     ),
     "logs": Action(
         run_logs,

@@ -173,6 +173,7 @@ def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]
 def test_examples_of_an_action_are_lines_that_are_taken(name: str) -> None:
     """What stands behind a wide gap in an example is a remark."""
     for example in rjupyter.ACTIONS[name].examples:
+        assert len("  rjupyter.py " + example) <= 80  # or it is broken in two in most terminals
         words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
         assert rjupyter.parse_arguments(["--no-config", *words]).action == name
 
