@@ -21,7 +21,7 @@ packages=$(echo "$tree"/image/usr/lib/python3.*)
 version=${packages##*/python}
 packages=$tree/image/usr/local/lib/python$version/dist-packages
 "$python" -m pip install --quiet --disable-pip-version-check --target "$packages" --python-version "$version" \
-    --only-binary=:all: notebook nbclient
+    --only-binary=:all: notebook nbclient 'jsonschema<4.25' # see LIGHT in tests/jupyters.py
 mkdir -p "$tree/image/usr/local/bin" "$tree/image/usr/local/share"
 mv "$packages/share/jupyter" "$tree/image/usr/local/share/"
 for script in "$packages"/bin/jupyter*; do # pip names its own Python in them

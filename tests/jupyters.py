@@ -1,6 +1,8 @@
 """Jupyters of several ages, each in a virtual environment of its own that is kept between runs.
 
 They are in /var/tmp, readable by all, because the tests' users on the host run them too.
+
+usage: jupyters.py VENV, to lighten that environment
 """
 
 import contextlib
@@ -14,6 +16,11 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 CACHE = Path("/var/tmp/rjupyter-tests-%d" % os.getuid())
+
+
+TODAY = ["notebook>=7.2", "jupyterlab>=4.2"]
+# From 4.25 on, Jupyter imports a parser with it: a second of a core, and the tests start Jupyter a thousand times.
+LIGHT = "jsonschema<4.25"
 
 
 class Age(NamedTuple):
@@ -40,7 +47,7 @@ AGES: Dict[str, Age] = {
         [9, 10, 8, 11],
     ),
     # The first Notebook on Jupyter Server 2.x, with JupyterLab 4.0.
-    "notebook-7.0": Age(["notebook==7.0.*"], [9, 10, 11, 8]),
+    "notebook-7.0": Age(["notebook==7.0.*", LIGHT], [9, 10, 11, 8]),
 }
 
 
@@ -69,10 +76,27 @@ def jupyter_of(age: str) -> Path:
 
 def jupyter_for_everyone() -> Path:
     """Return the bin directory of today's Jupyter, under the system's Python: every user can run it."""
-    return environment("today", "/usr/bin/python3", ["notebook>=7.2", "jupyterlab>=4.2"])
+    return environment("today", "/usr/bin/python3", [*TODAY, LIGHT])
 
 
-def environment(name: str, python: str, packages: List[str]) -> Path:
+def jupyter_as_installed() -> Path:
+    """Return the bin directory of today's Jupyter with all that pip installs: what is measured."""
+    return environment("whole", os.path.realpath(sys.executable), TODAY, is_light=False)
+
+
+def lighten(venv: Path) -> None:
+    """Let a Jupyter start on half the processor time: it looks for no language server, and asks no Node.js for the
+    settings of yarn, as on a host that has neither."""
+    settings = venv / "etc/jupyter/jupyter_server_config.d"
+    if settings.is_dir():
+        # As `jupyter server extension disable` writes it.
+        (settings / "jupyter_lsp.json").write_text('{"ServerApp": {"jpserver_extensions": {"jupyter_lsp": false}}}')
+        node = venv / "bin/node"
+        node.write_text("#!/bin/sh\n")
+        node.chmod(0o755)
+
+
+def environment(name: str, python: str, packages: List[str], is_light: bool = True) -> Path:
     """Return the bin directory of a cached virtual environment, made when it is missing; one process at a time."""
     CACHE.mkdir(mode=0o755, exist_ok=True)
     CACHE.chmod(0o755)
@@ -88,6 +112,8 @@ def environment(name: str, python: str, packages: List[str]) -> Path:
             with open_for_all():
                 run([uv, "venv", "--quiet", "--python", python, venv])
                 run([uv, "pip", "install", "--quiet", "--link-mode=copy", "--python", venv / "bin/python", *packages])
+                if is_light:
+                    lighten(venv)
             (venv / "complete").touch()
     return venv / "bin"
 
@@ -109,3 +135,7 @@ def run(argv: List[object]) -> None:
     )
     if answer.returncode:
         raise RuntimeError(answer.stderr)
+
+
+if __name__ == "__main__":
+    lighten(Path(sys.argv[1]))

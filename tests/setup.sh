@@ -199,6 +199,7 @@ if ! cmp -s tests/requirements.txt .venv/requirements.installed; then
     echo "setup: installing Jupyter and the test tools into .venv (a minute or two)"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+    .venv/bin/python tests/jupyters.py .venv
     cp tests/requirements.txt .venv/requirements.installed
 fi
 

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute
-from jupyters import environment
+from jupyters import LIGHT, TODAY, environment
 from private_machines import find_namespaces_obstacle
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
@@ -431,7 +431,7 @@ class HubStandIn(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def of_hub(host: Host, mark: str) -> Iterator["subprocess.Popen[bytes]"]:
     """The real single-user server of JupyterHub in ~/hand; behind it a stand-in of the hub."""
-    binaries = environment("hub", "/usr/bin/python3", ["jupyterhub==5.*", "jupyterlab>=4.2", "notebook>=7.2"])
+    binaries = environment("hub", "/usr/bin/python3", ["jupyterhub==5.*", *TODAY, LIGHT])
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     (host.home / "hand").mkdir()

@@ -21,16 +21,16 @@ TOP = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
 from figures import Row, failed, table  # noqa: E402
+from jupyters import jupyter_as_installed  # noqa: E402
 from rig import Rig  # noqa: E402
 from rows import ROWS  # noqa: E402
-from sides import VENV_BIN  # noqa: E402
 
 
 def machine() -> str:
     """Say what this was measured on."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     ssh = subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr.split(",")[0]
-    argv = [str(VENV_BIN / "jupyter-notebook"), "--version"]
+    argv = [str(jupyter_as_installed() / "jupyter-notebook"), "--version"]
     notebook = subprocess.run(argv, capture_output=True, text=True).stdout.strip()
     facts = (model.group(1).strip() if model else platform.machine(), os.cpu_count(), platform.python_version())
     return "%s, %s cores, Python %s, " % facts + "%s, Jupyter Notebook %s" % (ssh, notebook)

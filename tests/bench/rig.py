@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Iterator, List, NamedTuple
 
-from jupyters import environment
+from jupyters import environment, jupyter_as_installed
 from private_sshd import PrivateSshd
 from sides import MARK, SCRIPT, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
@@ -39,7 +39,8 @@ class Rig:
         base = directory / "host"
         base.mkdir()
         self.bin = base / "bin"  # before all else on the host's PATH
-        self.sshd = PrivateSshd(base, "%s:%s:%s" % (self.bin, VENV_BIN, SYSTEM_PATH))
+        self.jupyter = jupyter_as_installed()
+        self.sshd = PrivateSshd(base, "%s:%s:%s" % (self.bin, self.jupyter, SYSTEM_PATH))
         self.sshd.environment.update({MARK: self.mark, "RJUPYTER_SIDE": "host", "RJUPYTER_TMP": str(base)})
         self.host = Host(self.sshd)
         self.laptop = Laptop(directory, self.mark)
@@ -60,7 +61,7 @@ class Rig:
         (home / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.allow_root = True\n")
         self.bin.mkdir()
         (self.bin / "activate").write_text("")
-        (home / ".bash_profile").write_text("PATH=%s:%s:%s\n" % (self.bin, VENV_BIN, SYSTEM_PATH))
+        (home / ".bash_profile").write_text("PATH=%s:%s:%s\n" % (self.bin, self.jupyter, SYSTEM_PATH))
 
     def program(self, is_installed: bool = False) -> List[str]:
         """Return what a command of ours begins with."""
@@ -137,7 +138,7 @@ class Rig:
         """Start Jupyter where it runs, without any ssh: the floor."""
         began = time.monotonic()
         port = quiet_port()
-        argv = [str(VENV_BIN / "jupyter-notebook"), "--no-browser", "--port=%d" % port]
+        argv = [str(self.jupyter / "jupyter-notebook"), "--no-browser", "--port=%d" % port]
         with self._started(argv, **self.sshd.environment) as run:
             yield Opened(first_answer(port, began), port, run)
 

@@ -23,7 +23,7 @@ from execution import write_notebook
 from figures import Row, judged, ratios, slope, spread
 from proxy import Proxy
 from rig import STAND_IN, Opened, Rig, first_answer
-from sides import ON_HOST, VENV_BIN, processes_with, quiet_port, wait_until
+from sides import ON_HOST, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -486,7 +486,7 @@ def measure_execute(rig: Rig, rounds: int) -> List[Row]:
         *["print(%d)" % number for number in range(20)],
         widgets={view: {"state": states, "version_major": 2, "version_minor": 0}},
     )
-    nbconvert = [str(VENV_BIN / "jupyter"), "nbconvert", "--execute", "--to", "notebook", "--output", "theirs"]
+    nbconvert = [str(rig.jupyter / "jupyter"), "nbconvert", "--execute", "--to", "notebook", "--output", "theirs"]
     times: Samples = {}
     for _ in range(max(2, rounds // 2)):
         sample(times, "nbconvert", rig.time([*nbconvert, str(path)]))
