@@ -24,6 +24,8 @@ PARTS = {
     "cluster": {"slurm", "engine", "shims"},
     "browser": {"driver"},
 }
+# The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
+COPIED = {"test_first_minutes", "test_hosts", "test_open", "test_shells", "test_terminal", "test_unattended"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
@@ -65,8 +67,9 @@ def directory(mark: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def laptop(directory: Path, mark: str) -> Iterator[Laptop]:
+def laptop(directory: Path, mark: str, request: pytest.FixtureRequest) -> Iterator[Laptop]:
     laptop = Laptop(directory, mark)
+    laptop.is_copied = request.path.stem in COPIED
     yield laptop
     laptop.end_runs()
     for run in laptop.runs:
