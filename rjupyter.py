@@ -4271,6 +4271,19 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
             yield kind, int(pid), os.path.join(directory, name)
 
 
+def remove_files(paths: "List[str]") -> None:
+    """Remove files, as far as they are there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def left_by_jupyter(record: ServerRecord) -> "List[str]":
+    """Return the files that Jupyter removes when it ends: not when it is killed, nor when it cannot bind."""
+    files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
+    return files + [path[: -len(".json")] + "-open.html" for path in files]
+
+
 def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     """Return what leads to a server; None before it listens.
 
@@ -4495,6 +4508,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         except Failure:
             end_session(process.pid)
             process.wait()
+            remove_files(left_by_jupyter(record))
             set_aside(directory)
             raise
         if info:
@@ -4502,6 +4516,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             for start in BESIDE:
                 start(record, found)
             return record
+        remove_files(left_by_jupyter(record))
         tail = end_of_log(log)
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
@@ -4669,17 +4684,14 @@ class ServerKind(Kind):
         if record.is_ours:
             mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
-        files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
+        leftovers = left_by_jupyter(record)
         place = place_of(record)
         children = place.children()
         if info and can_ask_server(record, info):
             ask_server(info, "api/shutdown", "POST")
         place.end(children, polite_s=5)
-        leftovers = files + [path[: -len(".json")] + "-open.html" for path in files]
         leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
-        for leftover in [] if place.is_here and place.is_running() else leftovers:
-            with contextlib.suppress(OSError):
-                os.unlink(leftover)
+        remove_files([] if place.is_here and place.is_running() else leftovers)
         if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(record.directory, self.name + ".json"))

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from browser import run_cell
-from client import api, check_failure, compute
+from client import api, check_failure, compute, listed
 from notebooks import write_notebook
 from sides import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, bare_python, processes_with, quiet_port, wait_until
 
@@ -385,6 +385,33 @@ def test_stub_jupyter_loses_its_port_at_the_last_moment(
     run = laptop.start("--port", str(port), "host", has_terminal=False)
     run.url()
     assert "port %d," % (port + 1) in run.stderr
+
+
+LOSES_ITS_PORT = """
+import os, time
+from jupyter_server.serverapp import ServerApp
+
+def find_and_wait(self, find=ServerApp._find_http_port):
+    find(self)
+    if not os.path.exists("first"):
+        open("first", "w").close()
+        while not os.path.exists("taken"):
+            time.sleep(0.02)
+
+ServerApp._find_http_port = find_and_wait
+"""
+
+
+def test_port_that_jupyter_loses_between_its_look_and_its_bind(laptop: Laptop, host: Host) -> None:
+    (host.home / ".jupyter").mkdir()
+    (host.home / ".jupyter/jupyter_server_config.py").write_text(LOSES_ITS_PORT)
+    port = quiet_port()
+    run = laptop.start("--port", str(port), "host", has_terminal=False)
+    wait_until((host.home / "first").exists, "it has looked")
+    with socket.create_server(("127.0.0.1", port)):
+        (host.home / "taken").touch()
+        run.expect("Launched .* port %d," % (port + 1))
+    assert [server["state"] for server in listed(laptop)] == ["live"]  # the first left its runtime file
 
 
 def test_no_jupyter_and_no_install(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
