@@ -4354,7 +4354,8 @@ def can_ask_server(record: ServerRecord, info: RuntimeInfo) -> bool:
     return place_of(record).is_here or not is_inner
 
 
-OUR_PROBE = "403 GET /api/status?no_track_activity=1"  # how Jupyter's log has what `answers` asks with another token
+# How Jupyter's log has what `answers` asks with another token; a line before it ends in "Forbidden".
+OUR_PROBE = "403 GET /api/status?no_track_activity=1"
 
 
 def ask_server(
@@ -11978,19 +11979,31 @@ def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
 def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
+    held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
 
     def request() -> Request:
         return Request(action="logs", id=identity, is_followed=args.is_followed, line=lines)
 
+    def print_held() -> None:
+        while held:
+            text = held.pop()
+            messages.result(as_shown(text), "line", line=text)
+
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
-        if OUR_PROBE not in line.text:
-            messages.result(as_shown(line.text), "line", line=line.text)
+        if OUR_PROBE in line.text:
+            held.clear()
+            return
+        print_held()
+        held.append(line.text)
+        if not re.search(r"Forbidden'?$", line.text):
+            print_held()
 
     with following(args, messages), ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
+        print_held()
     return EXIT_OK
 
 

@@ -218,6 +218,7 @@ def test_logs(laptop: Laptop, host: Host) -> None:
         assert run.status == 0
         assert "/tree?token=..." in run.stdout
         assert token not in run.text and "\033" not in run.stdout
+        assert "Forbidden" not in run.stdout and "403 GET" not in run.stdout  # said to us, who try another token
     check_failure(laptop.run("host", "logs", "zzzz"), 1, "no server of yours has this id: zzzz")
 
 
@@ -227,9 +228,10 @@ def test_logs_that_are_followed(laptop: Laptop, host: Host, mark: str) -> None:
     follow.expect("is running at")
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen("http://%s/api/contents/nothing-here?token=x" % urlsplit(url).netloc)
-    follow.expect("nothing-here")
+    follow.expect("403 GET /api/contents/nothing-here")
     follow.interrupt()
     assert follow.wait() == 0
+    assert follow.text.count("Forbidden") == 1
     # The agent on the host notices that nobody listens.
     wait_until(lambda: not [w for w in processes_with(mark).values() if "zlib" in w], "no agent", 20)
 
