@@ -6357,13 +6357,12 @@ class RunKind(Kind):
     record = RunRecord
     log = "output"
 
-    def running(self) -> "List[RunRecord]":
-        """Return the records of the runs that have not ended, here or in a job of ours.
+    def goes_on(self, record: RunRecord) -> bool:
+        """True while a run has not ended, here or in a job of ours.
 
         One that wrote down its outcome has ended, though its process may take a moment more.
         """
-        going = [record for record in self.records() if place_of(record).is_running()]
-        return [record for record in going if self.describe(record).state in GOING_ON]
+        return place_of(record).is_running() and self.describe(record).state in GOING_ON
 
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
@@ -6622,28 +6621,21 @@ class GridKind(Kind):
 
     def describe(self, record: GridRecord) -> GridView:
         """Say how far one is."""
-        begun = list(things_of(left_request(record.directory).tasks).values())
-        live = live_ids()
+        begun = things_of(left_request(record.directory).tasks).values()
         facts = {name: getattr(record, name) for name in ("id", "name", "count", "width")}
-        ended = sum(thing.id not in live for thing in begun)
+        ended = sum(not KINDS[thing.kind].goes_on(thing) for thing in begun)
         return GridView(begun=len(begun), ended=ended, state="running", age_s=record.age_s(), **facts)
 
     def end(self, record: GridRecord) -> None:
         """Begin no more of it, and end what runs."""
         mark(record, "stop")
-        live = live_ids()
         for thing in things_of(left_request(record.directory).tasks).values():
-            if thing.id in live:
+            if KINDS[thing.kind].goes_on(thing):
                 last = run_of(thing) or thing
                 KINDS[last.kind].end(last)
 
 
 KINDS["grid"] = GridKind()
-
-
-def live_ids() -> "List[str]":
-    """Return the ids of all that runs or waits to run, but for servers."""
-    return [r.id for kind in KINDS.values() if kind.name not in ("server", "grid") for r in kind.running()]
 
 
 def things_of(tasks: "List[Request]") -> "Dict[int, Kept]":
@@ -6654,8 +6646,10 @@ def things_of(tasks: "List[Request]") -> "Dict[int, Kept]":
 
 def run_of(thing: Kept) -> "Optional[Kept]":
     """Return the run that a job has started, if it has; a run itself. Raises Failure where the job ended before."""
-    reply = {"id": thing.id} if thing.kind == "run" else KINDS[thing.kind].replied(thing)
-    return next((run for run in KINDS["run"].records() if reply and run.id == StartReply.read(reply).id), None)
+    if thing.kind == "run":
+        return thing
+    reply = KINDS[thing.kind].replied(thing)
+    return kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
 
 
 def start_grid(request: Request, channel: Channel) -> StartReply:
@@ -6691,23 +6685,27 @@ class Grid:
         self.channel = channel
         self.tasks = left_request(record.directory).tasks
         self._offsets = offsets
+        self._things = things_of(self.tasks)  # what was begun for them
         self._journals = {}  # type: Dict[int, Growing] # of those whose runs are there
         self._ended = []  # type: List[int]
+        self._over = []  # type: List[int] # of these: a job may be there for a while after what it ran has ended
 
     def look(self) -> str:
         """Look at each task once, and begin another one where there is room; return "more" where there was news."""
-        things = things_of(self.tasks)
         has_news = False
         for index in [index for index in range(len(self.tasks)) if index not in self._ended]:
-            if index in things:
-                has_news = self._follow(index, things[index]) or has_news
+            if index in self._things:
+                has_news = self._follow(index) or has_news
             elif is_marked(self.record, "stop"):
                 self._tell(index, "stopped")
-        live = live_ids()
-        count = sum(thing.id in live for thing in things.values())
-        waiting = [index for index in range(len(self.tasks)) if index not in things and index not in self._ended]
-        if waiting and count < self.record.width:
+        for index in [index for index in self._ended if index in self._things and index not in self._over]:
+            if not KINDS[self._things[index].kind].goes_on(self._things[index]):
+                self._over.append(index)
+        going = [index for index in self._things if index not in self._over]
+        waiting = [index for index in range(len(self.tasks)) if index not in self._things and index not in self._ended]
+        if waiting and len(going) < self.record.width:
             self._begin(waiting[0])
+            self._things = things_of(self.tasks)
             return "more"
         if len(self._ended) == len(self.tasks):
             mark(self.record, "ended")
@@ -6728,8 +6726,11 @@ class Grid:
         except Failure as failure:
             self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
 
-    def _follow(self, index: int, thing: Kept) -> bool:
+    def _follow(self, index: int) -> bool:
         """Send what is new of one task; true where there was something."""
+        begun = self._things[index]
+        thing = record_in(KINDS[begun.kind], begun.directory) or begun  # anew: a job may have got its number
+        self._things[index] = thing
         try:
             run = run_of(thing)
         except Failure as failure:
