@@ -93,7 +93,11 @@ plain|path|home|IPv6|IPv6 with a user|ssh://|ssh:// with a space|space|quote|per
 
 
 def prepare(laptop: Laptop, host: Host) -> None:
-    """Make the directories; and let ssh know the host by its IPv6 address, which the tests' sshd does not listen on."""
+    """Make the directories; and let ssh know the host by its IPv6 address, which the tests' sshd does not listen on.
+
+    The login shell, which --init asks, finds the same Jupyter: none is installed.
+    """
+    (host.home / ".profile").write_text("PATH=%s:$PATH\n" % VENV_BIN)
     for directory in ("proj", "a b", "it's", "100%25", "a:b", "-x"):
         (host.home / directory).mkdir()
     (host.home / "proj/n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
