@@ -803,7 +803,7 @@ class Stopped(Message):
 
 
 class TaskState(Message):
-    """How one execution of a grid stands: it was started, another one has its notebook in hand, or it has ended.
+    """How one execution of a grid stands: it was started, another one executes its notebook, or it has ended.
 
     One that ended has its run's end, or why there was none.
     """
@@ -1081,7 +1081,7 @@ class StopReply(Record):
 
 
 class StartReply(Record):
-    """The run that was started, or the one that has the notebook in hand."""
+    """The run that was started, or the one that executes the notebook already."""
 
     id: str
     is_started: bool = False
@@ -1547,7 +1547,7 @@ def ps_time(start: str) -> float:
 
 
 def has_exited(pid: int) -> bool:
-    """True when a child of ours has. All others that did are taken leave of: we may be a container's first process."""
+    """True when a child of ours has. It reaps all others that have: we may be a container's first process."""
     while True:
         try:
             ended, _ = os.waitpid(-1, os.WNOHANG)
@@ -3326,7 +3326,7 @@ class Kind:
         return self.running()
 
     def describe(self, record: "Any") -> Record:
-        """Say how one does, for people."""
+        """Describe one for `list`."""
         raise NotImplementedError
 
     def end(self, record: "Any") -> None:
@@ -3367,7 +3367,7 @@ KINDS = {}  # type: Dict[str, Kind]
 
 
 class Elsewhere:
-    """Where a thing runs: on another node of a shared home, where nothing can be told of it. Other places know more."""
+    """Where a thing runs: on another node of a shared home, where nothing is known of it. Other places know more."""
 
     is_here = False
     is_known = False  # true where is_running is an answer, and not a want of knowledge
@@ -3468,7 +3468,7 @@ def place_of(record: Kept) -> Elsewhere:
 
 
 class State:
-    """Where our state is on this host, when it was said where."""
+    """Where our state is on this host, if the user said where."""
 
     directory = ""
 
@@ -8041,7 +8041,7 @@ class Execution:
         return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
     def failure(self, view: RunView) -> Failure:
-        """Return what the end of a run stands for that did not come to its end."""
+        """Return the failure that a run ended with before it was done."""
         path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error
@@ -8063,7 +8063,7 @@ class Execution:
 
 
 class OneOfMany(Execution):
-    """An execution among others: what it says has its name, and its cells are not told of."""
+    """An execution among others: its messages carry its name, and its cells are not reported."""
 
     def _say_cell(self, entry: CellEntry) -> None:
         pass
@@ -8169,7 +8169,7 @@ class Sweep:
 
 
 def what_and_why(failure: Failure) -> str:
-    """Return a failure in one line, without what else there is to say."""
+    """Return a failure in one line, without the advice."""
     return "%s: %s" % (failure.what, failure.why.split("\n")[0]) if failure.why else failure.what
 
 
@@ -8303,12 +8303,12 @@ class TimedEntry(Entry):
     time: float
 
     def odd(self) -> "List[str]":
-        """Return a time that no calendar has."""
+        """Name the time, if no calendar has it."""
         return [] if 0 <= self.time < 2**33 else ["time"]
 
 
 class BegunCell(TimedEntry):
-    """A kernel began to execute a cell; the `id` tells it from its others."""
+    """A kernel began to execute a cell; the `id` tells this execution from others."""
 
     kind = "begun"
     id: str
@@ -8355,7 +8355,7 @@ class Dropped(Record):
 
 
 class Content(Record):
-    """The content of a message, as far as it is looked at (jupyter-client.readthedocs.io, "Messaging")."""
+    """The content of a message, as far as it is read (jupyter-client.readthedocs.io, "Messaging")."""
 
     text: "Any" = ""
     name: str = ""
@@ -8390,14 +8390,14 @@ class RecorderMark(Record):
 
 
 class KernelMark(Record):
-    """What is found quickly of a kernel whose journal lies beside: KERNEL.json."""
+    """What a quick look at a kernel needs, beside its journal: KERNEL.json."""
 
     notebook: str = ""
     is_heard: bool = False
 
 
 class Connection(Record):
-    """A kernel's connection file, as far as it matters to who listens (jupyter-client, "Connection files")."""
+    """A kernel's connection file, as far as a listener needs it (jupyter-client, "Connection files")."""
 
     transport: str = "tcp"
     ip: str = "127.0.0.1"
@@ -8426,7 +8426,7 @@ def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[Lis
 
 
 def is_in_path(record: ServerRecord, request: Request) -> bool:
-    """True for a server of the PATH that is asked for; for any, where none is."""
+    """True for a server in the PATH that was asked for; for all, if none was."""
     return not request.path or record.root_dir == resolve_path(request.path)[0]
 
 
@@ -8446,7 +8446,7 @@ def start_recorder(record: ServerRecord, found: Launcher) -> None:
 
 
 def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
-    """Run the program that was left for it, and write down which process that is."""
+    """Start the recorder's program, and write down which process it is."""
     log = os.path.join(record.directory, "recorder.log")
     process = start_detached(
         [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
@@ -8456,7 +8456,7 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
 
 
 def revive_recorder(record: ServerRecord) -> None:
-    """Run it again where it was killed; what was printed meanwhile is a gap."""
+    """Start a recorder again that was killed; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
     if (
         mark
@@ -8543,7 +8543,7 @@ class Recorder:
                 kernel.decide(kernel.id in [view.id for view in views or []])
 
     def pass_on(self) -> None:
-        """Ask kernels for what `eval` left to be asked, each once: KERNEL.ID.ask has the code."""
+        """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
         directory = cells_dir(self.directory)
         with contextlib.suppress(OSError):
             changed_at = os.stat(directory).st_mtime_ns
@@ -8635,7 +8635,7 @@ class RecordedKernel:
             self.socket.close()
 
     def close(self) -> None:
-        """It is gone, or was restarted under another name: what ran has ended, nobody knows how."""
+        """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
         if not self.socket.closed:
             self.hear()
             self._end_all()
@@ -8809,7 +8809,7 @@ class Journal:
                 self._mark = mark
 
     def tell_away(self, away: "Optional[Away]") -> None:
-        """Leave word of a cell that ended with no page there, for whoever comes back; or take it away."""
+        """Leave a note for the next open about a cell that ended with no page connected; or remove that note."""
         with contextlib.suppress(OSError):
             if away:
                 write_whole(self.path + ".away", json.dumps(away.facts()))
@@ -8823,7 +8823,7 @@ def line_of(entry: Entry) -> bytes:
 
 
 def away_from(identity: str) -> "List[Away]":
-    """Return what is to be told of a server's notebooks to who comes back, once."""
+    """Return the notes that the recorder left for this open; each is told once."""
     found = []
     for record in [record for record in KINDS["server"].records() if record.id == identity]:
         with contextlib.suppress(OSError):
@@ -8936,7 +8936,7 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
 
 
 def facts_in(line: str) -> "Json":
-    """Return what a line of a journal holds; of a damaged one, that it is none."""
+    """Return what a line of a journal holds; for a damaged one, that it is damaged."""
     try:
         facts = json.loads(line)
     except (ValueError, RecursionError):
@@ -9054,7 +9054,7 @@ def save_output(request: Request, channel: Channel) -> SaveReply:
 
 
 def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
-    """Return a notebook, or what is to be known of it; raises Failure."""
+    """Return a notebook, or its facts without its content; raises Failure."""
     status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
     contents = seen(Contents, said)
     if status != 200 or not contents.last_modified:
@@ -9146,7 +9146,7 @@ def head_of(count: Optional[int]) -> str:
 
 
 def ending_of(count: Optional[int], is_done: bool, seconds: float) -> str:
-    """Return what became of a cell: In [12] done after 2 h 3 min."""
+    """Say how a cell ended: In [12] done after 2 h 3 min."""
     return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", long_duration(seconds))
 
 
@@ -9175,7 +9175,7 @@ def text_of(output: PrintedOutput) -> str:
 
 
 def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
-    """Print a line of the journal where a program reads us."""
+    """Print a line of the journal for the program that reads us (--json)."""
     if isinstance(entry, BegunCell):
         facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
         messages.event("input", time=entry.time, **facts)
@@ -9357,7 +9357,7 @@ def end_kernel(request: Request, channel: Channel) -> EndKernelReply:
 
 
 def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
-    """Wait until a kernel is idle, or has died, or the time is up; tell what became of its last cell."""
+    """Wait until a kernel is idle, or has died, or the time is up; say how its last cell ended."""
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
     began = time.monotonic()
@@ -9379,12 +9379,12 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
 
 
 def identities_of(kernel: str) -> "List[Tuple[int, str]]":
-    """Return the process of a kernel, and what tells it from a later one; none where that cannot be seen."""
+    """Return the process of a kernel, and what tells it from a later one; nothing if that cannot be seen."""
     return [(pid, process_identity(pid)) for pid in processes_of_kernel(kernel, all_processes())[:1]]
 
 
 def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[int, str]]") -> str:
-    """Return what a kernel does: busy, idle, starting; empty when nobody says; dead for one whose process is gone.
+    """Return what a kernel does: busy, idle or starting; empty if that is unknown; dead if its process is gone.
 
     Jupyter starts such a kernel anew, and goes on to call it busy (measured, Jupyter Server 2.21).
     """
@@ -9396,7 +9396,7 @@ def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[
 
 
 def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
-    """Return the last execution of a kernel, where it is recorded and has ended."""
+    """Return the last execution of a kernel, if it was recorded and has ended."""
     executions = Executions()
     path = os.path.join(cells_dir(record.directory), identity + ".journal")
     for line in Growing(path).lines() if record.directory else []:
@@ -9410,7 +9410,7 @@ def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]
 
 
 def eval_code(request: Request, channel: Channel) -> EvalReply:
-    """Let a kernel execute code, once, however often we are asked, and send what came of it beyond a line; to its end.
+    """Let a kernel execute code, once, however often we are asked; send what it printed after a line, to its end.
 
     The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
     """
@@ -9945,7 +9945,7 @@ def note_end(record: JobRecord, state: JobState) -> None:
 
 
 def row_of(record: JobRecord, output: str) -> "Optional[Row]":
-    """Return what an answer of a scheduler says of our job; None where it does not know it.
+    """Return what a scheduler's answer says about our job; None if it does not know it.
 
     A number may be another's: two clusters behind one login node, a new one on an old home. The name of our script has
     our id in it; where the answer does not show it, what was first seen beside the number must be there again.
@@ -10676,7 +10676,7 @@ def not_begun(record: WrapperRecord) -> Failure:
 
 
 def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
-    """Return a failure with where it happened in its words."""
+    """Return a failure that also says in which wrapper it happened."""
     if failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
         failure.try_ = "one in which there is; nothing is installed into it"
     failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), record.request.outside)
@@ -10735,7 +10735,7 @@ def as_inside(request: Request, record: WrapperRecord) -> Request:
 
 
 def examine_inside(request: Request, channel: Channel) -> ExamineReply:
-    """Say what `doctor` asks, as it is inside a wrapper."""
+    """Answer what `doctor` asks, from inside a wrapper."""
     kind = KINDS["wrapper"]
     record = kind.begin(request.but(action="examine"), channel)
     reply = ExamineReply.read(kind.await_reply(record, channel))
@@ -10757,13 +10757,13 @@ REQUESTS["examine_inside"] = HostAction(examine_inside, ExamineReply)
 
 
 class Destination(NamedTuple):
-    """Where to: `host` is what ssh gets; `path` is None when there was none."""
+    """A destination: `host` is what ssh gets; `path` is None if none was given."""
 
     host: str
     path: Optional[str]
 
     def text(self) -> str:
-        """Return it as it is typed; parse_destination reads it."""
+        """Return it as it is typed, so that parse_destination reads it again."""
         from urllib.parse import quote
 
         if self.path is None:
@@ -10938,7 +10938,7 @@ def _parameter(text: str) -> Tuple[str, Any]:
 
 
 def config_path() -> str:
-    """Return where the user's defaults are."""
+    """Return the path of the user's configuration file."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return os.path.join(home, "rjupyter", "config")
 
@@ -11146,7 +11146,7 @@ def all_options() -> Iterator[Option]:
 
 
 def nearest(word: str, words: List[str]) -> str:
-    """Return the one of some words that another one is nearly, or begins; empty for none."""
+    """Return the word that another one resembles, or begins; empty if there is none."""
     import difflib
 
     begun = [known for known in words if known.startswith(word) and len(word) > 3]
@@ -11197,7 +11197,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in our own form, and points at --help."""
+    """Reports errors in our own form, and points at --help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
@@ -11284,7 +11284,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
 
 
 class CommandLine:
-    """A command line in its parts: options, the destination, the action, and what is behind that."""
+    """A command line in its parts: options, destination, action, and what comes after the action."""
 
     def __init__(self, argv: List[str]) -> None:
         self.before: List[List[str]] = []  # each option with its value
@@ -11668,7 +11668,7 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
 
 
 def take_over(args: argparse.Namespace, server: Server) -> None:
-    """Let what we print from now on choose what the server was launched with, also where that was not asked for.
+    """From now on, print commands that choose what the server was launched with, even if this open did not ask for it.
 
     Else the line that starts such another one would start it in another environment, or outside of a job.
     """
@@ -11710,7 +11710,7 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
 
 
 def say_server(server: Server, request: Request, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
-    """Say which server it is, and what one should know of it."""
+    """Say which server it is, and what the user should know about it."""
     destination = agent.ssh.destination
     verb, seconds = (
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
@@ -11749,7 +11749,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
 
 
 def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
-    """Say of a notebook what became of its last cell while no page was there."""
+    """Say how the last cell of a notebook ended while no page was connected."""
     ending = ending_of(away.count, away.is_done, away.seconds)
     see = back_again(args, "output", away.notebook)
     text = "While you were away: %s %s (%s). To see it: %s"
@@ -11810,7 +11810,7 @@ LISTED = {
 
 
 def list_hosts(args: argparse.Namespace, messages: Messages) -> int:
-    """Ask several hosts side by side, each by another one of us under a deadline; one that is not reached is a row."""
+    """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
     import subprocess
 
     hosts = list(dict.fromkeys(filter(None, args.destination.host.split(","))))
@@ -11842,7 +11842,7 @@ UNREACHED = "not reached"
 
 
 class HostRow(NamedTuple):
-    """One line of `list` of several hosts: which host, by which event, and what."""
+    """One line of `list` for several hosts: the host, the event, and what it told."""
 
     host: str
     event: str
@@ -11850,7 +11850,7 @@ class HostRow(NamedTuple):
 
 
 def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[HostRow]:
-    """Return what one of us said of a host; with --json, print it."""
+    """Return what one of these processes said about a host; with --json, print it."""
     import subprocess
 
     why = "no answer within %d s" % HOSTS_TIMEOUT_S
@@ -11890,7 +11890,7 @@ def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
 
 
 def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Wait until a kernel is idle; say in one line what became of its last cell, and in the status as well."""
+    """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     began = time.monotonic()
     request = Request(action="wait_for_kernel", name=args.name, path=args.destination.path)
 
@@ -11912,7 +11912,7 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 
 def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Let a kernel that lives execute code: what it prints comes as it is printed, errors on stderr (5)."""
+    """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
     request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
     hint = hint_of(args)
     if args.interrupts:
@@ -11968,7 +11968,7 @@ class PrintedCell:
 
 @contextlib.contextmanager
 def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
-    """Under this, Ctrl-C is a good end of what goes on with -f."""
+    """Within this, Ctrl-C ends what -f follows, with status 0."""
     try:
         yield
     except KeyboardInterrupt:
@@ -12092,7 +12092,7 @@ def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
 
 
 def view_of(record: TunnelRecord) -> TunnelView:
-    """Say how a tunnel does."""
+    """Return what `tunnels` shows of a tunnel."""
     names = ("destination", "path", "local_port", "id", "is_background")
     facts = {name: getattr(record, name) for name in names}
     age_s = max(0.0, time.time() - record.created) if record.created else 0.0
@@ -12211,7 +12211,7 @@ def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, age
 
 
 def along_with(source: Source, paths: List[str]) -> Optional[Along]:
-    """Return what goes along with a notebook; None where nothing does. Raises Failure."""
+    """Return the files that go along with a notebook; None if there are none. Raises Failure."""
     if not paths:
         return None
     if source.is_on_host:
@@ -12238,7 +12238,7 @@ def read_parameter_file(path: str) -> List[str]:
 
 
 def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting: Queue) -> Optional[Execution]:
-    """Start to execute a notebook on the host; None when that is done there already, and no overlap was asked for."""
+    """Start to execute a notebook on the host; None if it is being executed already, and no overlap was asked for."""
     messages = agent.messages
     with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
         doing = "Launching the execution of " + task.name
@@ -12273,7 +12273,7 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
 
 
 class Check(NamedTuple):
-    """One line of `doctor`; `try_` mends what failed, and is empty for what is well."""
+    """One line of `doctor`; `try_` says how to mend what failed, and is empty for what passed."""
 
     name: str
     text: str
