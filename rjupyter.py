@@ -4258,7 +4258,7 @@ def can_hold_socket(path: str) -> bool:
 def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
     """Yield the runtime files of servers in a directory, each as its kind, the server's pid, and its path.
 
-    They are read and never removed: they may be another node's, on a shared home.
+    One that is not ours is never removed: it may be another node's, on a shared home.
     """
     try:
         names = os.listdir(directory)
