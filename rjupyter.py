@@ -2295,7 +2295,7 @@ FATAL_WORDS = "|".join(ending.pattern for ending in ENDINGS)
 ECHOES = "|".join(ending.pattern for ending in ENDINGS if ending.is_echo)
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
 WANTS_PERSON = "https?://|Confirm user presence"
-LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it is interrupted as we are
+LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it ends, or is interrupted as we are
 ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
 
@@ -5580,6 +5580,8 @@ class Agent:
         while True:
             silent_s = time.monotonic() - heard_at
             line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
+            if line is None and child.has_ended:
+                line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
             if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):

@@ -12,7 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import pytest
 from jupyters import interpreters
@@ -163,6 +163,36 @@ def test_agent_answers_under_python_3(minor: int, tmp_path: Path) -> None:
     assert '"kind": "hello"' in hello
     assert "no such directory on the host" in reply
     assert answer.stderr == b""
+
+
+class EndsBehindOurBack(rjupyter.Child):
+    """A child that replies and ends when a first wait for it has just run out."""
+
+    has_run_out = False
+
+    def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
+        if not self.has_run_out:
+            self.has_run_out = True
+            self.process.wait(30)
+            return None
+        return super().next_line(timeout_s)
+
+
+class StandInForSsh(rjupyter.Ssh):
+    """A connection to this machine."""
+
+    def _read_config(self) -> rjupyter.SshConfig:
+        return rjupyter.SshConfig()
+
+    def session(self, command: str) -> rjupyter.Child:
+        return EndsBehindOurBack(["/bin/sh", "-c", command], stdin=subprocess.PIPE)
+
+
+def test_reply_that_comes_as_a_wait_for_it_runs_out_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    messages = rjupyter.Messages(quiet=True)
+    agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, [rjupyter.Direct]), messages)
+    assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).grids == []
 
 
 def test_stub_of_an_old_python_is_passed_over(tmp_path: Path) -> None:
