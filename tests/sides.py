@@ -88,9 +88,7 @@ class Run:
     """A running rjupyter.py: `text` is what it printed so far, both streams as they came when it has a terminal."""
 
     def __init__(self, argv: List[str], environment: Dict[str, str], has_terminal: bool, cwd: str) -> None:
-        self.text = ""
-        self.stdout = ""
-        self.stderr = ""
+        self._printed: Dict[str, List[str]] = {"text": [], "stdout": [], "stderr": []}
         self.status: Optional[int] = None
         self._fds: Dict[int, str] = {}
         if has_terminal:
@@ -113,6 +111,24 @@ class Run:
             assert self.process.stdout is not None and self.process.stderr is not None
             self._fds = {self.process.stdout.fileno(): "stdout", self.process.stderr.fileno(): "stderr"}
 
+    def _so_far(self, name: str) -> str:
+        """Join what came when it is asked for: it may be 64 MB in a thousand pieces."""
+        pieces = self._printed[name]
+        pieces[:] = ["".join(pieces)]
+        return pieces[0]
+
+    @property
+    def text(self) -> str:
+        return self._so_far("text")
+
+    @property
+    def stdout(self) -> str:
+        return self._so_far("stdout")
+
+    @property
+    def stderr(self) -> str:
+        return self._so_far("stderr")
+
     def _read(self, timeout_s: float) -> None:
         ready = select.select(list(self._fds), [], [], timeout_s)[0] if self._fds else []
         for fd in ready:
@@ -123,8 +139,8 @@ class Run:
             if not data:
                 del self._fds[fd]
             words = data.decode(errors="replace").replace("\r\n", "\n")
-            self.text += words
-            setattr(self, self._fds.get(fd, "stdout"), getattr(self, self._fds.get(fd, "stdout")) + words)
+            self._printed["text"].append(words)
+            self._printed[self._fds.get(fd, "stdout")].append(words)
 
     def expect(self, pattern: str, timeout_s: float = DEADLINE_S, times: int = 1) -> "re.Match[str]":
         """Wait until the output matches, so many times, and return the last of these matches."""

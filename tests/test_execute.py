@@ -280,7 +280,7 @@ def test_time_limit(laptop: Laptop, host: Host) -> None:
     write_notebook(
         laptop.home / "slow.ipynb", "print('before')", "import time\nprint('in it', flush=True)\ntime.sleep(600)"
     )
-    run = laptop.run("host", "execute", "slow.ipynb", "--timeout", "3")
+    run = laptop.run("host", "execute", "slow.ipynb", "--timeout", "10")
     assert run.status == 6, run.text
     assert "rjupyter: slow.ipynb took too long\n  why: its time ran out in cell 2 of 2\n" in run.stderr
     assert printed(laptop.home / "slow.executed.ipynb") == ["before\n", "in it\n"]
