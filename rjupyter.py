@@ -3564,6 +3564,17 @@ def gives_signs(record: Kept) -> bool:
     return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
 
 
+def remove_tree(directory: str) -> None:
+    """Remove a directory and all that is in it: again, where another agent of ours wrote into it meanwhile."""
+    import shutil
+
+    def is_gone() -> bool:
+        shutil.rmtree(directory, ignore_errors=True)
+        return not os.path.isdir(directory)
+
+    until(is_gone, 0.5)
+
+
 def forget_ended(kind: Kind, running: "List[Any]") -> None:
     """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
     import shutil
@@ -4680,8 +4691,6 @@ class ServerKind(Kind):
 
         No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
         """
-        import shutil
-
         if record.is_ours:
             mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
@@ -4696,7 +4705,7 @@ class ServerKind(Kind):
         if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(record.directory, self.name + ".json"))
-            shutil.rmtree(record.directory, ignore_errors=True)
+            remove_tree(record.directory)
 
 
 KINDS["server"] = ServerKind()
@@ -10440,8 +10449,6 @@ class WrapperKind(Kind):
 
     def end(self, record: WrapperRecord) -> None:
         """End a wrapper: by its agent, which ends what it began; then by its place, and its container is removed."""
-        import shutil
-
         mark(record, "unwanted")
         place = place_of(record)
         is_alone = not place.is_running()  # its client was killed, perhaps, which would have removed it
@@ -10450,7 +10457,7 @@ class WrapperKind(Kind):
             run_command([native(word) for word in record.remove], SHELL_TIMEOUT_S)
         place.end([], polite_s=0)
         if not place.is_running() and record.request.action != "start_run":  # the record of a run leads to it
-            shutil.rmtree(record.directory, ignore_errors=True)
+            remove_tree(record.directory)
 
     def takes(self, request: Request) -> bool:
         """True when a wrapper is asked for, and we are not in it. A job, which takes it before, has it inside."""

@@ -195,6 +195,24 @@ def test_reply_that_comes_as_a_wait_for_it_runs_out_is_heard(tmp_path: Path, mon
     assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).grids == []
 
 
+def test_directory_into_which_something_is_written_as_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "wceb2"
+    directory.mkdir()
+    (directory / "wrapper.json").touch()
+    rmdir = os.rmdir
+
+    def late(path: Any, **more: Any) -> None:
+        monkeypatch.undo()
+        (directory / "looked").touch()
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    rjupyter.remove_tree(str(directory))
+    assert os.rmdir is rmdir and not directory.exists()
+
+
 def test_stub_of_an_old_python_is_passed_over(tmp_path: Path) -> None:
     stub = tmp_path / "python3"
     stub.write_text("#!/bin/sh\nexit 99\n")
