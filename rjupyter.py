@@ -4703,8 +4703,7 @@ class ServerKind(Kind):
         leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
         remove_files([] if place.is_here and place.is_running() else leftovers)
         if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(record.directory, self.name + ".json"))
+            remove_files([os.path.join(record.directory, self.name + ".json")])
             remove_tree(record.directory)
 
 

@@ -179,7 +179,7 @@ class EndsBehindOurBack(rjupyter.Child):
 
 
 class StandInForSsh(rjupyter.Ssh):
-    """A connection to this machine."""
+    """A connection that is none: its sessions run here."""
 
     def _read_config(self) -> rjupyter.SshConfig:
         return rjupyter.SshConfig()
@@ -188,7 +188,9 @@ class StandInForSsh(rjupyter.Ssh):
         return EndsBehindOurBack(["/bin/sh", "-c", command], stdin=subprocess.PIPE)
 
 
-def test_reply_that_comes_as_a_wait_for_it_runs_out_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     messages = rjupyter.Messages(quiet=True)
     agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, [rjupyter.Direct]), messages)
