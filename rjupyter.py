@@ -250,9 +250,9 @@ class Record:
         super().__init_subclass__()
         cls.fields = {}
         for base in cls.__mro__:  # its own first, as a person would list them
-            cls.fields.update(
-                {name: kind for name, kind in vars(base).get("__annotations__", {}).items() if name not in cls.fields}
-            )
+            # An attribute, not the class's namespace: Python 3.14 and newer make it when it is asked for (PEP 649).
+            declared = getattr(base, "__annotations__", {})
+            cls.fields.update({name: kind for name, kind in declared.items() if name not in cls.fields})
         Record.kinds[cls.__name__] = cls
 
     def __init__(self, **facts: "Any") -> None:
