@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
+from jupyters import standin
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
 from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
@@ -25,7 +26,7 @@ PARTS = {
     "browser": {"driver"},
 }
 # The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
-COPIED = {"test_first_minutes", "test_hosts", "test_open", "test_shells", "test_terminal", "test_unattended"}
+COPIED = {"test_first_minutes", "test_terminal"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
@@ -96,19 +97,23 @@ def make_user(directory: Path) -> Iterator[Callable[[str], User]]:
 
 
 @pytest.fixture
-def make_host(directory: Path, mark: str, laptop: Laptop, make_user: Any) -> Iterator[Callable[..., Host]]:
+def make_host(
+    directory: Path, mark: str, laptop: Laptop, make_user: Any, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Host]]:
     """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config; `prefix` is a
     command that starts sshd, as PrivateSshd has it."""
     hosts = []
 
     def make(
-        path: str = str(VENV_BIN),
+        path: str = "",
         settings: str = "",
         name: str = "host",
         user: Optional[User] = None,
         prefix: Sequence[str] = (),
         **environment: str,
     ) -> Host:
+        if not path:
+            path = str(VENV_BIN if request.node.get_closest_marker("jupyter") else standin())
         base = directory / name
         base.mkdir()
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple
 
 CACHE = Path("/var/tmp/rjupyter-tests-%d" % os.getuid())
 TODAY = ["notebook>=7.2", "jupyterlab>=4.2"]
@@ -82,6 +82,31 @@ def jupyter_as_installed() -> Path:
     return environment("whole", os.path.realpath(sys.executable), TODAY, is_light=False)
 
 
+def standin() -> Path:
+    """Return the bin directory of the stand-in for Jupyter, under the system's Python: every user can run it.
+
+    Its commands are scripts of sh, with no Python beside them: so nothing is recorded, which would take longer to start
+    than the stand-in does.
+    """
+    source = Path(__file__).with_name("standin_jupyter.py")
+    script = (
+        '#!/bin/sh\nexec /usr/bin/python3 -IS -c \'import sys; sys.path.insert(0, "%s"); import standin_jupyter; '
+        'standin_jupyter.serve(sys.argv[2:])\' "$0" "$@"\n'
+    )
+
+    def make(prefix: Path) -> None:
+        (prefix / "bin").mkdir(parents=True)
+        for name, version in (("notebook", "7.99.0"), ("jupyterlab", "4.99.0")):
+            (prefix / "lib/python3/site-packages" / ("%s-%s.dist-info" % (name, version))).mkdir(parents=True)
+            program = prefix / "bin" / {"notebook": "jupyter-notebook", "jupyterlab": "jupyter-lab"}[name]
+            program.write_text(script % (prefix / "lib"))
+            program.chmod(0o755)
+        shutil.copy(source, prefix / "lib")
+        subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", str(prefix / "lib")], check=True)
+
+    return kept("standin", source.read_text(), make) / "bin"
+
+
 def lighten(venv: Path) -> None:
     """Let a Jupyter start sooner, as without Node.js: it looks for no language server, nor for yarn's settings.
 
@@ -97,25 +122,37 @@ def lighten(venv: Path) -> None:
 
 
 def environment(name: str, python: str, packages: List[str], is_light: bool = True) -> Path:
-    """Return the bin directory of a cached virtual environment, made when it is missing; one process at a time."""
+    """Return the bin directory of a cached virtual environment, made when it is missing."""
+
+    def make(venv: Path) -> None:
+        uv = Path(sys.executable).with_name("uv")
+        run([uv, "venv", "--quiet", "--python", python, venv])
+        run([uv, "pip", "install", "--quiet", "--link-mode=copy", "--python", venv / "bin/python", *packages])
+        if is_light:
+            lighten(venv)
+
+    return kept(name, repr((python, packages)), make) / "bin"
+
+
+def kept(name: str, what: str, make: Callable[[Path], object]) -> Path:
+    """Return a directory that is kept between runs, made when it is missing or was made of something else.
+
+    One process at a time makes it.
+    """
     CACHE.mkdir(mode=0o755, exist_ok=True)
     CACHE.chmod(0o755)
     if CACHE.stat().st_uid != os.getuid() or CACHE.is_symlink():
         raise RuntimeError("%s is not ours" % CACHE)
-    digest = hashlib.sha256(repr((python, packages)).encode()).hexdigest()[:8]
-    venv = CACHE / ("%s-%s" % (name, digest))
-    with open(str(venv) + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (venv / "complete").exists():
-            shutil.rmtree(venv, ignore_errors=True)
-            uv = Path(sys.executable).with_name("uv")
-            with open_for_all():
-                run([uv, "venv", "--quiet", "--python", python, venv])
-                run([uv, "pip", "install", "--quiet", "--link-mode=copy", "--python", venv / "bin/python", *packages])
-                if is_light:
-                    lighten(venv)
-            (venv / "complete").touch()
-    return venv / "bin"
+    place = CACHE / ("%s-%s" % (name, hashlib.sha256(what.encode()).hexdigest()[:8]))
+    if not (place / "complete").exists():
+        with open(str(place) + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / "complete").exists():
+                shutil.rmtree(place, ignore_errors=True)
+                with open_for_all():
+                    make(place)
+                (place / "complete").touch()
+    return place
 
 
 @contextlib.contextmanager

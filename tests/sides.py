@@ -34,7 +34,7 @@ rjupyter.command()
 """ % str(TOP)
 VENV_BIN = Path(sys.executable).parent  # the environment that tests/setup.sh made: the host's Jupyter is in it
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
-DEADLINE_S = 90.0
+DEADLINE_S = float(os.environ.get("RJ_DEADLINE", "90"))
 MARK = "RJUPYTER_TEST"
 ON_HOST = "RJUPYTER_SIDE=host"
 BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])

@@ -1,0 +1,167 @@
+"""A stand-in for a Jupyter server, for the tests in which Jupyter is not the point: 50 ms in place of 1 s.
+
+It does what rjupyter.py asks of a server, and no more: it reads the command line and the token file, looks for its port
+as Jupyter does, writes the runtime file before it binds, answers `/api/status`, `/api/kernels` and `/api/sessions`
+(there are none), refuses who has no token, shows a page, ends by `/api/shutdown` or SIGTERM, and removes its files.
+It has no kernels, and nothing is recorded. A test that needs more is marked `jupyter`, and has the real one.
+"""
+
+import json
+import os
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Dict, List
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+def settings_of(argv: List[str]) -> Dict[str, Any]:
+    """Return the options by their last names; Jupyter's own short ones are among them."""
+    settings: Dict[str, Any] = {"ip": "localhost", "port": "8888", "base_url": "/", "sock": "", "notebook-dir": ""}
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        settings[name.rpartition(".")[2]] = value
+    return settings
+
+
+def serve(argv: List[str]) -> None:
+    """Be the server until it is shut down."""
+
+    def log(words: str) -> None:
+        sys.stderr.write("[I %s ServerApp] %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S.000"), words))
+        sys.stderr.flush()
+
+    settings = settings_of(argv)
+    if os.getuid() == 0 and "allow-root" not in settings:
+        sys.exit("[C] Running as root is not recommended. Use --allow-root to bypass.")
+    root_dir = os.path.abspath(settings["notebook-dir"] or os.getcwd())
+    token_file = os.environ.get("JUPYTER_TOKEN_FILE")
+    token = settings.get("token", os.environ.get("JUPYTER_TOKEN", ""))
+    if token_file:
+        with open(token_file) as stream:
+            token = stream.read().strip()
+    base_url = "/%s/" % settings["base_url"].strip("/") if settings["base_url"].strip("/") else "/"
+    runtime = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.expanduser("~/.local/share/jupyter/runtime")
+    os.makedirs(runtime, mode=0o700, exist_ok=True)
+    file = os.path.join(runtime, "jpserver-%d.json" % os.getpid())
+    page = file[: -len(".json")] + "-open.html"
+    started = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
+            if status >= 400:
+                log("%d %s %s" % (status, self.command, self.path))
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def take(self) -> None:
+            address = urlsplit(self.path)
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            given = (
+                parse_qs(address.query).get("token", [""])[0] or self.headers.get("Authorization", "").partition(" ")[2]
+            )
+            if not address.path.startswith(base_url):
+                self.answer(404, b"{}")
+                return
+            path = unquote(address.path[len(base_url) :])
+            if token and given != token:
+                if path.startswith("api"):
+                    self.answer(403, b'{"message": "Forbidden", "reason": null}')
+                else:
+                    self.answer(302, b"", "text/html", Location=base_url + "login")
+                return
+            facts: Any = {
+                "api": {"version": "2.99.0"},
+                "api/status": {"started": started, "last_activity": started, "connections": 0, "kernels": 0},
+                "api/kernels": [],
+                "api/sessions": [],
+                "api/kernelspecs": {"default": "python3", "kernelspecs": {}},
+            }.get(path)
+            if self.command == "POST" and path == "api/shutdown":
+                self.answer(200, b"")
+                log("Shutting down on /api/shutdown request.")
+                threading.Thread(target=end).start()
+            elif path.startswith("api") and (self.command != "GET" or facts is None):
+                self.answer(404, json.dumps({"message": "not in the stand-in", "body": len(body)}).encode())
+            elif path.startswith("api"):
+                self.answer(200, json.dumps(facts).encode())
+            else:
+                self.answer(200, b"<title>stand-in for Jupyter</title>", "text/html")
+
+        def log_request(self, *_: object) -> None:
+            pass
+
+    for method in ("GET", "POST", "PATCH", "PUT", "DELETE", "HEAD"):
+        setattr(Handler, "do_" + method, Handler.take)
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        daemon_threads = True
+        allow_reuse_address = True
+        request_queue_size = 100
+
+    class SocketServer(Server):
+        address_family = getattr(socket, "AF_UNIX", -1)
+        allow_reuse_address = False
+
+        def get_request(self) -> Any:
+            return self.socket.accept()[0], ("", 0)
+
+    def end(*_: Any) -> None:
+        server.shutdown()
+
+    port = int(settings["port"])
+    if not settings["sock"]:
+        with socket.socket() as probe:  # Jupyter looks in the same way, and takes another port, before it binds
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings["ip"], port))
+            except OSError:
+                log("ERROR: the port %d is already in use." % port)
+                sys.exit(1)
+    facts = {
+        "base_url": base_url,
+        "hostname": settings["ip"],
+        "password": False,
+        "pid": os.getpid(),
+        "port": port,
+        "root_dir": root_dir,
+        "secure": False,
+        "sock": settings["sock"],
+        "token": token,
+        "url": "http://%s:%d%s" % (settings["ip"], port, base_url),
+        "version": "2.99.0",
+    }
+    with open(file, "w") as stream:
+        json.dump(facts, stream)
+    with open(page, "w") as stream:
+        stream.write("<a href='%s?token=%s'>" % (facts["url"], token))
+    try:
+        server: Server
+        if settings["sock"]:
+            server = SocketServer(settings["sock"], Handler)
+            os.chmod(settings["sock"], 0o600)
+        else:
+            server = Server((settings["ip"], port), Handler)
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=end).start())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        log("Serving notebooks from local directory: " + root_dir)
+        log("Jupyter Server 2.99.0 is running at:")
+        log("%stree?token=..." % facts["url"])
+        server.serve_forever(0.05)
+        server.server_close()
+    finally:
+        for path in (file, page, settings["sock"]):
+            if path and os.path.exists(path):
+                os.unlink(path)
