@@ -18,36 +18,10 @@ import rjupyter
 
 SOURCE = Path(rjupyter.__file__).read_text()
 TREE = ast.parse(SOURCE)
-KEYS_MAX = 59
 
 
 def has_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def keys_of_others() -> Iterator[str]:
-    """Yield where a text is the key to something: not in our tables, and not in the environment."""
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Subscript) and has_text(node.slice):
-            owner: ast.AST = node.value
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("get", "pop", "setdefault")
-            and node.args
-            and has_text(node.args[0])
-        ):
-            owner = node.func.value
-        else:
-            continue
-        name = ast.unparse(owner)
-        if not name.isupper() and "environ" not in name:
-            yield "%d: %s" % (node.lineno, ast.unparse(node))
-
-
-def test_few_keys_of_what_comes_from_outside() -> None:
-    found = list(keys_of_others())
-    assert 0 < len(found) <= KEYS_MAX, "\n".join(found)
 
 
 def rooms() -> Dict[str, int]:
@@ -229,9 +203,6 @@ def test_agent_uses_nothing_that_is_not_sent() -> None:
         assert not unknown, (getattr(block, "name", block.lineno), unknown)
 
 
-SENT_MAX = 23_500  # bytes to the host for `list`, the command and the request included; 42,000 as a whole
-
-
 def sent(action: str) -> str:
     """Return what the host gets for an action."""
     return zlib.decompress(binascii.a2b_base64(rjupyter.AgentSource().of(action))).decode()
@@ -289,10 +260,7 @@ def methods_in(body: Iterable[ast.stmt]) -> Set[Tuple[str, str]]:
     return {(node.name, part.name) for node in classes for part in node.body if isinstance(part, ast.FunctionDef)}
 
 
-def test_list_sends_little() -> None:
-    request = rjupyter.Request(action="list", nonce="rjupyter-" + 16 * "0")
-    packed = rjupyter.agent_input(rjupyter.agent_command(), rjupyter.AgentSource().of("list"), request)
-    assert len(packed) < SENT_MAX
+def test_an_action_is_not_sent_what_others_come_to() -> None:
     assert "SCHEDULERS = {" in sent("list")  # it tells of jobs
     assert "def open_server" not in sent("list")
     assert "def open_server" in sent("open")
