@@ -1264,12 +1264,11 @@ EVENTS = {
 def until(
     condition: "Callable[[], Any]",
     timeout_s: float,
-    meanwhile: "Callable[[], object]" = lambda: None,
     slowest_s: float = POLL_S,
 ) -> "Any":
     """Look until `condition` gives something true, and return it; what it gave last when `timeout_s` passed.
 
-    `meanwhile` runs between two looks. Their pauses grow from POLL_S up to `slowest_s`.
+    The pauses between two looks grow from POLL_S up to `slowest_s`.
     """
     deadline = time.monotonic() + timeout_s
     pause_s = POLL_S
@@ -1277,7 +1276,6 @@ def until(
         found = condition()
         if found or time.monotonic() >= deadline:
             return found
-        meanwhile()
         time.sleep(pause_s)
         pause_s = min(slowest_s, 1.3 * pause_s)
 
@@ -1438,14 +1436,17 @@ def run_command(
 
     pipe = subprocess.PIPE
     try:
-        answer = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s, env=environment
-        )
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+            try:
+                said = process.communicate(timeout=timeout_s)
+            except BaseException:  # subprocess.run of Python 3.6 waits for what a child of it may hold open
+                process.kill()
+                raise
     except OSError as error:
         return 127, "", str(error)
     except subprocess.TimeoutExpired:
         return 124, "", "no answer within %d s" % timeout_s
-    return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
+    return process.returncode, said[0].decode("utf-8", "replace"), said[1].decode("utf-8", "replace")
 
 
 def boot_identity() -> str:
@@ -1697,21 +1698,22 @@ class Growing:
         self.offset += len(part)
         return part
 
-    def lines(self, has_ended: bool = False) -> "List[str]":
-        """Return the lines that are complete; of a file that has ended, the last one without a newline as well."""
-        part = b""
-        while True:
-            more = self.part()
-            part += more
-            if len(more) < PART_BYTES:
-                break
-        whole, newline, rest = part.rpartition(b"\n")
-        if has_ended:
-            whole, rest = part[:-1] if part.endswith(b"\n") else part, b""
-        self.offset -= len(rest)
-        return (
-            [line.rstrip("\r\n") for line in whole.decode("utf-8", "replace").split("\n")] if whole or newline else []
-        )
+    def lines(self, has_ended: bool = False) -> "Iterator[str]":
+        """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
+        begun = []  # type: List[bytes] # of a line, which may be longer than many parts
+        part = self.part()
+        while part:
+            *ends, rest = part.split(b"\n")
+            for end in ends:
+                yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
+                begun = []
+            begun.append(rest)
+            part = self.part()
+        last = b"".join(begun)
+        if has_ended and last:
+            yield last.decode("utf-8", "replace").rstrip("\r\n")
+        elif not has_ended:
+            self.offset -= len(last)
 
 
 def has_lock(lock: "Any") -> bool:
@@ -3175,18 +3177,28 @@ def remove_stale_sockets(directory: str) -> None:
 class Channel:
     """Lines of JSON behind the request's nonce, so that no banner or rc file can pass for one.
 
-    In a job there is no nonce: the way back is a file of ours.
+    Whatever the agent does, the client hears every few seconds that it lives: it gives up on one that is silent.
+    In a job there is no nonce: the way back is a file of ours, which nobody waits for.
     """
 
     def __init__(self, nonce: str, stream: "Any" = None) -> None:
+        import threading
+
         self._nonce = nonce + " " if nonce else ""
-        self._last_sent = 0.0
+        self._lock = threading.Lock()  # a line is sent whole
+        self._is_over = threading.Event()
         self._lasting = Progress(text="")  # type: Message
         self._has_failed = False
         self._has_announced = False
         self._stream = stream or os.fdopen(os.dup(1), "w")
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        """Say again what takes its time, until there is a reply, or nobody who listens."""
+        while not self._is_over.wait(HEARTBEAT_S) and not self._has_failed:
+            self._send(self._lasting.kind, self._lasting.facts())
 
     def send(self, message: Message) -> None:
         """Send a message."""
@@ -3215,12 +3227,17 @@ class Channel:
 
     def _send(self, kind: str, facts: "Json") -> None:
         """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
-        try:
-            self._stream.write("%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
-            self._stream.flush()
-        except OSError:
-            self._has_failed = True
-        self._last_sent = time.monotonic()
+        line = "%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind)))
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            if kind == "reply":
+                self._is_over.set()
+            try:
+                self._stream.write(line)
+                self._stream.flush()
+            except OSError:
+                self._has_failed = True
 
     @property
     def is_closed(self) -> bool:
@@ -3236,11 +3253,6 @@ class Channel:
         if self._lasting != Progress(text=text):
             self.send(Progress(text=text))
 
-    def keep_alive(self) -> None:
-        """Say again what takes its time, when that was a few seconds ago: the client gives up on a silent agent."""
-        if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            self.send(self._lasting)
-
 
 @contextlib.contextmanager
 def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[None]":
@@ -3253,13 +3265,12 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
             lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
 
             def look() -> str:
-                return "ours" if has_lock(lock) else "nobody" if channel.is_closed else ""
-
-            def wait() -> None:
+                if has_lock(lock):
+                    return "ours"
                 channel.progress(waiting)
-                channel.keep_alive()
+                return "nobody" if channel.is_closed else ""
 
-            if until(look, float("inf"), wait) == "nobody":
+            if until(look, float("inf")) == "nobody":
                 raise Failure("nobody is waiting for this any more")
         except OSError:
             pass
@@ -4181,7 +4192,7 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
             channel.progress(lines[-1][:60] if lines else "")
             return has_ended or channel.is_closed
 
-        until(look, float("inf"), channel.keep_alive, slowest_s=0.2)
+        until(look, float("inf"), slowest_s=0.2)
         if process.poll() is None:
             end_session(process.pid)
         return process.wait(), "\n".join(lines[-LOG_LINES:])
@@ -4452,7 +4463,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) ->
             raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
         return info if info and seems_well(record, info) else None
 
-    found = until(look, timeout_s, channel.keep_alive)
+    found = until(look, timeout_s)
     return found if isinstance(found, RuntimeInfo) else None
 
 
@@ -4976,13 +4987,15 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
         is_last = not (
             request.is_followed and KINDS[record.kind].goes_on(record)
         )  # before the look: what it wrote last is seen
-        lines = log.lines(has_ended=is_last)
-        for line in lines[known:]:
-            channel.send(Line(text=without_tokens(line), id=record.id))
-        known = max(0, known - len(lines))
+        for line in log.lines(has_ended=is_last):
+            known -= 1
+            if known < 0:
+                channel.send(Line(text=without_tokens(line), id=record.id))
+            if channel.is_closed:
+                break
         return is_last or channel.is_closed
 
-    until(send_lines, float("inf"), channel.keep_alive, slowest_s=0.2)
+    until(send_lines, float("inf"), slowest_s=0.2)
     return LogsReply(id=record.id)
 
 
@@ -6543,7 +6556,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     )
     write_down(record, directory)
     journal = os.path.join(directory, "journal")
-    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
+    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return None
@@ -6560,7 +6573,7 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     def look_for() -> "List[Any]":
         return [record for record in KINDS["run"].records() if record.id == identity]
 
-    known = until(look_for, LATE_S if identity != request.id else 0, channel.keep_alive, FOLLOW_MAX_S)
+    known = until(look_for, LATE_S if identity != request.id else 0, FOLLOW_MAX_S)
     if not known:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
@@ -6582,7 +6595,7 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
 
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
-        found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+        found = until(look, float("inf"), FOLLOW_MAX_S)
     return FollowReply(brings=known[0].request.brings, **found.facts())
 
 
@@ -6683,7 +6696,7 @@ def follow_grid(request: Request, channel: Channel) -> GridReply:
     grid = Grid(known[0], request.offsets, channel)
     found = "more"
     while found == "more":  # the pauses begin anew with each part
-        found = until(grid.look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+        found = until(grid.look, float("inf"), FOLLOW_MAX_S)
     return GridReply(count=len(grid.tasks))
 
 
@@ -8941,7 +8954,7 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
     is_whole = send_entries()
     channel.send(Recorded(entry={}))  # from here on it is news
     if not is_whole:
-        until(send_entries, float("inf"), channel.keep_alive, slowest_s=0.2)
+        until(send_entries, float("inf"), slowest_s=0.2)
     return reply
 
 
@@ -8970,12 +8983,15 @@ class JournalReader:
 
     def lines(self) -> "List[str]":
         """Return the lines that came since we looked last."""
-        lines = [] if self._is_begun else Growing(self.path + ".old").lines()
+        old = None if self._is_begun else Growing(self.path + ".old")
         if self._is_begun and self._inode_now() != self._inode:  # it became the older half
-            lines = Growing(self.path + ".old", self._new.offset).lines() if self._inode else []
+            old = Growing(self.path + ".old", self._new.offset) if self._inode else None
             self._new = Growing(self.path)
         self._inode, self._is_begun = self._inode_now(), True
-        return lines + self._new.lines()
+        return [
+            *(old.lines() if old else []),
+            *self._new.lines(),
+        ]  # at once: what is half read may become the older one
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
@@ -9379,7 +9395,7 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
             return "idle"
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
-    state = until(look, request.timeout_s or float("inf"), channel.keep_alive, WAIT_EVERY_S) or "busy"
+    state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
     reply = WaitReply(kernel=kernel, state=state)
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
     if last and last.begun and last.finished:
@@ -9456,7 +9472,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
             return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
         return "dead" if state == "dead" else "closed" if channel.is_closed else ""
 
-    state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+    state = until(look, float("inf"), FOLLOW_MAX_S)
     return EvalReply(kernel=kernel, state=state)
 
 
@@ -9477,7 +9493,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     def is_heard() -> bool:
         return (read_record(KernelMark, path) or KernelMark()).is_heard
 
-    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2, channel.keep_alive):
+    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
         raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
     return record, kernel
@@ -10127,7 +10143,7 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
             channel.send(news)
         return None
 
-    return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+    return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
 
 
 def no_begin(job: JobRecord) -> Failure:
@@ -10193,7 +10209,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
         trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
     job = JobKind().begin(request.but(action="examine", may_install=False), channel)
     trial.number = job.number
-    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, channel.keep_alive, FOLLOW_MAX_S)
+    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, FOLLOW_MAX_S)
     begun, state = begun_of(job), job_state(job)
     trial.has_ended = not state.is_live
     trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
@@ -10205,7 +10221,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
             pass  # its node said so itself
         except OSError as error:
             trial.trouble = "%s: %s" % (begun.address or begun.node, error)
-    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, channel.keep_alive, FOLLOW_MAX_S)
+    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, FOLLOW_MAX_S)
     if job_state(job).is_live:
         KINDS["job"].end(job)
     return trial
@@ -10511,7 +10527,7 @@ class WrapperKind(Kind):
             return None
 
         try:
-            return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+            return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
         except Failure as failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
