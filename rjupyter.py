@@ -1566,6 +1566,15 @@ def session_of(pid: int) -> int:
         return 0
 
 
+def is_own_process(pid: int) -> bool:
+    """True for a process that runs and is ours to end (POSIX): asked of the system, without a ps."""
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def own_uid() -> int:
     """Return our uid; 0 where there is none (Windows)."""
     return os.getuid() if hasattr(os, "getuid") else 0
@@ -4677,7 +4686,7 @@ class ServerKind(Kind):
             view.state = "on " + record.node
             return view
         if not place.is_running():
-            view.state = "ended" if record.is_ours else "stale"
+            view.state = "ended"
             return view
         info = server_info(record)
         if not info:
@@ -4721,17 +4730,20 @@ class ServerKind(Kind):
 KINDS["server"] = ServerKind()
 
 
-def other_servers() -> "List[ServerRecord]":
+def other_servers(ended: str = "") -> "List[ServerRecord]":
     """Return records, as ours, of the user's servers that something else started: those whose runtime files we see.
 
-    Their ids are "p" and the pid. Nothing of them is ever removed: they may run on another node of a shared home.
+    Their ids are "p" and the pid; of one that has `ended`, its id must be given. Nothing of them is ever removed: they
+    may run on another node of a shared home. Hundreds may have been left there: one without a process costs a look.
     """
     ours = KINDS["server"].records()
     found = {}  # type: Dict[str, ServerRecord]
-    for directory in runtime_dirs() + [native(record.runtime_dir) for record in ours]:
+    for directory in dict.fromkeys(runtime_dirs() + [native(record.runtime_dir) for record in ours]):
         for kind, pid, path in runtime_files(directory):
+            if pid < 2 or not (is_own_process(pid) or ended == "p%d" % pid):
+                continue
             info = read_record(RuntimeInfo, path)
-            if not info or pid < 2 or [r for r in ours if r.pid in (pid, session_of(pid))]:
+            if not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             try:
                 created = os.stat(path).st_mtime
@@ -5063,7 +5075,7 @@ def what_to_stop(request: Request) -> "List[Any]":
 
 def describe_end(request: Request, channel: Channel) -> EndReply:
     """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
-    known = [record for record in KINDS["server"].records() + other_servers() if record.id == request.id]
+    known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
     if not known:
         return EndReply(is_running=False, reason="it was stopped")
     record = known[0]
@@ -8304,6 +8316,7 @@ def write_result(path: str, notebook: Json) -> None:
 
 JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
 RECORD_EVERY_S = 0.25  # between two looks for new kernels
+BIRTH_EVERY_S = 0.05  # while one may be about to begin
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
@@ -8517,8 +8530,9 @@ class Recorder:
         self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
         self._notebooks = {}  # type: Dict[str, str] # by the kernel
         self._told_at = float("-inf")
-        self._names = set()  # type: Set[str] # of the connection files
+        self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
         self._changed_at = 0.0  # their directory
+        self._asked_api_at = float("-inf")
         self._asked_at = 0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
@@ -8531,12 +8545,12 @@ class Recorder:
                     break
                 for kernel in self._known.values():
                     kernel.look_again()
-            self.look_for_kernels()
+            pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
             self.pass_on()
             if not self.poller.sockets:
-                until(lambda: None, RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
-            heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
-            for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
+                until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
+            heard = dict(self.poller.poll(int(1000 * pause_s)))
+            for kernel in self._known.values():
                 if kernel.socket in heard:
                     kernel.hear()
                 if kernel.monitor in heard:
@@ -8544,26 +8558,37 @@ class Recorder:
         for kernel in self._known.values():
             kernel.close()
 
-    def look_for_kernels(self) -> None:
-        """Listen to new kernels at once: they have much to say before Jupyter itself knows them. Forget those gone."""
+    def look_for_kernels(self) -> bool:
+        """Listen to new kernels of this server, forget those gone; return whether one may be about to begin.
+
+        The directory is the user's: others' connection files, and what was left there, lie beside ours. What Jupyter
+        starts is its own before it knows that itself, and has much to say by then; later its API tells.
+        """
+        now = time.monotonic()
         runtime = native(self.record.runtime_dir)
         with contextlib.suppress(OSError):
             changed_at = os.stat(runtime).st_mtime
             if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
                 self._changed_at = changed_at
-                self._names = {name for name in os.listdir(runtime) if kernel_id_of(name)}
-            for name in self._names - set(self._known):
-                self._known[name] = RecordedKernel(self, os.path.join(runtime, name), kernel_id_of(name))
-            for name in set(self._known) - self._names:
+                self._seen_at = {n: self._seen_at.get(n, now) for n in os.listdir(runtime) if kernel_id_of(n)}
+            for name in set(self._known) - set(self._seen_at):
                 self._known.pop(name).close()
-        unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
-        for kernel in unsure:
-            kernel.connect()
-        info = server_info(self.record) if unsure else None
-        if info and time.monotonic() - max(kernel.since for kernel in unsure) > SETTLES_S:
-            views = ask_for_list(info, "api/kernels", KernelView)
-            for kernel in unsure if views is not None else []:
-                kernel.decide(kernel.id in [view.id for view in views or []])
+        ages_s = {name: now - at for name, at in self._seen_at.items() if name not in self._known}
+        ages_s = {name: age_s for name, age_s in ages_s.items() if age_s < UNKNOWN_KERNEL_S}
+        is_birth = bool(ages_s) and min(ages_s.values()) < SETTLES_S
+        ours = ""
+        if is_birth:
+            ours = commands_started_in(self.record.pid)
+        elif ages_s and now - self._asked_api_at > SETTLES_S:
+            self._asked_api_at = now
+            info = server_info(self.record)
+            views = (info and ask_for_list(info, "api/kernels", KernelView)) or []
+            ours = " ".join("kernel-%s.json" % view.id for view in views)
+        for name in [name for name in ages_s if name in ours]:
+            connection = read_record(Connection, os.path.join(runtime, name))
+            if connection:
+                self._known[name] = RecordedKernel(self, connection, kernel_id_of(name))
+        return is_birth
 
     def pass_on(self) -> None:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
@@ -8573,7 +8598,7 @@ class Recorder:
             if changed_at == self._asked_at:
                 return
             self._asked_at = changed_at
-            kernels = {kernel.id: kernel for kernel in self._known.values() if not kernel.is_unsure}
+            kernels = {kernel.id: kernel for kernel in self._known.values()}
             for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
                 kernel, identity, _ = name.split(".")
                 path = os.path.join(directory, name)
@@ -8600,6 +8625,16 @@ class Recorder:
         )
 
 
+def commands_started_in(session: int) -> str:
+    """Return the command lines of what the processes of a session started: Jupyter's kernels, each in its own session.
+
+    Not of what those started. Of all processes, where nobody tells (`is_own_proc`).
+    """
+    knows = is_own_proc()
+    started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == session]
+    return " ".join(command_of_process(pid) for pid in started)
+
+
 def kernel_id_of(name: str) -> str:
     """Return the id of the kernel whose connection file has this name; empty for another file."""
     is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
@@ -8607,25 +8642,25 @@ def kernel_id_of(name: str) -> str:
 
 
 class RecordedKernel:
-    """One kernel that is heard. What it says waits in ZeroMQ, without a bound, until Jupyter tells that it is its own.
+    """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
 
     A PUB socket drops what a slow subscriber does not take (DESIGN 2): ours takes all at once.
     """
 
-    def __init__(self, recorder: Recorder, path: str, identity: str) -> None:
+    def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
         zmq = recorder.zmq
         self.recorder = recorder
         self.id = identity
-        self.is_unsure = True
         self.socket = recorder.context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._path = path
-        self.since = time.monotonic()
-        self._connection = None  # type: Optional[Connection]
+        self.socket.connect(connection.address(connection.iopub_port))
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        for socket in (self.socket, self.monitor):
+            recorder.poller.register(socket, zmq.POLLIN)
+        self._connection = connection
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, BegunCell]
@@ -8637,38 +8672,18 @@ class RecordedKernel:
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
-
-    def connect(self) -> None:
-        """Listen to it, as soon as its connection file is whole."""
-        if not self._connection:
-            self._connection = read_record(Connection, self._path)
-            if self._connection:
-                self.socket.connect(self._connection.address(self._connection.iopub_port))
-
-    def decide(self, is_ours: bool) -> None:
-        """Take it for one of this server's, or after a while, as nobody says so, leave it alone."""
-        if is_ours and self._connection:
-            self.is_unsure = False
-            self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
-            self.recorder.poller.register(self.monitor, self.recorder.zmq.POLLIN)
-            self._journal.mark(KernelMark(notebook=self.recorder.notebook_of(self.id), is_heard=True))
-        elif time.monotonic() - self.since > UNKNOWN_KERNEL_S:
-            self.is_unsure = False
-            self.socket.disable_monitor()
-            self.socket.close()
+        self._journal.mark(KernelMark(notebook=recorder.notebook_of(identity), is_heard=True))
 
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
-        if not self.socket.closed:
-            self.hear()
-            self._end_all()
-            if self._shell:
-                self._shell.close()
-            for socket in (self.socket, self.monitor):
-                with contextlib.suppress(KeyError):
-                    self.recorder.poller.unregister(socket)
-            self.socket.disable_monitor()
-            self.socket.close()
+        self.hear()
+        self._end_all()
+        if self._shell:
+            self._shell.close()
+        for socket in (self.socket, self.monitor):
+            self.recorder.poller.unregister(socket)
+        self.socket.disable_monitor()
+        self.socket.close()
 
     def notice_end(self) -> None:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
@@ -8690,8 +8705,7 @@ class RecordedKernel:
 
         at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
         parts = frames[at + 1 : at + 5]
-        connection = self._connection
-        if len(parts) < 4 or not connection or not hmac.compare_digest(connection.signature(parts), frames[at]):
+        if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
             return
         try:
             header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
@@ -8733,7 +8747,6 @@ class RecordedKernel:
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
         connection, zmq = self._connection, self.recorder.zmq
-        assert connection is not None  # it is heard
         if not self._shell:
             self._shell = self.recorder.context.socket(zmq.DEALER)
             self._shell.setsockopt(zmq.LINGER, 0)
