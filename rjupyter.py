@@ -1751,6 +1751,8 @@ def has_lock(lock: "Any") -> bool:
 
 def printable(text: str) -> str:
     """Return `text` without control characters, so that it cannot drive the terminal; lines and tabs stay."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r\n", "\n"))
 
 
@@ -2379,6 +2381,7 @@ class Child:
             if shown:
                 os.close(theirs)
         self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
+        self.read_at = time.monotonic()  # when it said something last, if only a part of a line
         self._open_streams = 0
         terminal = os.fdopen(ours, "rb", 0) if shown else None
         for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
@@ -2387,24 +2390,27 @@ class Child:
                 threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
-        rest = b""
+        begun: List[bytes] = []  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
-                if rest and (is_merged or name == "stderr") and is_quiet(stream):
-                    self._put(name, rest)  # a banner may end without a newline, and what it asks for is awaited
-                    rest = b""
+                if begun and (is_merged or name == "stderr") and is_quiet(stream):
+                    self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
+                    begun = []
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._put(name, line)
-        if rest:
-            self._put(name, rest)
+                self.read_at = time.monotonic()
+                *ends, rest = data.split(b"\n")
+                for end in ends:
+                    self._put(name, [*begun, end])
+                    begun = []
+                begun += [rest] if rest else []
+        if begun:
+            self._put(name, begun)
         self._lines.put(None)
 
-    def _put(self, name: str, line: bytes) -> None:
-        self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r")))
+    def _put(self, name: str, pieces: List[bytes]) -> None:
+        self._lines.put((name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r")))
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
         """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
@@ -5617,6 +5623,8 @@ class Agent:
                 line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
+            if has_begun:
+                heard_at = max(heard_at, child.read_at)  # what it has to say may be long, and the link slow
             if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):
                 raise self._silence(silence_s)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
