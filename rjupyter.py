@@ -3653,7 +3653,7 @@ def start_detached(
             cwd=directory,
             env=environment,
             start_new_session=True,
-            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # the agent has one thread
+            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # held by one with one thread
         )
 
 
