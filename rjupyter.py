@@ -2892,8 +2892,8 @@ class Direct:
 
     def _end_guard(self) -> None:
         if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
+            with self._guard:  # closes its pipe as well
+                self._guard.kill()
             self._guard = None
 
     def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:

@@ -1,0 +1,140 @@
+"""The newest Python and OpenSSH, those of Debian sid, on either side, where each warning is an error."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from client import check_failure, compute, new_session
+from execution import printed, write_notebook
+from jupyters import LIGHT, interpreters
+from private_sid import TREE, find_sid_obstacle, in_sid, sid_pythons, sid_ssh_version, sshd_in_sid, write_program
+from proxy import Proxy
+from sides import SCRIPT, Host, Laptop, Run, quiet_port
+
+OBSTACLE = find_sid_obstacle()
+in_a_sid = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
+NEWEST = max(sid_pythons(), default=0)
+OURS = ".local/share/rjupyter/venv"  # what rjupyter installs there, below home
+
+
+@pytest.fixture(autouse=True)
+def no_warning(laptop: Laptop) -> Iterator[None]:
+    """Neither side prints a Python's warning."""
+    yield
+    for run in laptop.runs:
+        assert not re.search(r"\w+Warning\b", run.text), run.text
+
+
+def put_laptop_into_sid(laptop: Laptop, minor: int) -> None:
+    """Let rjupyter.py, a copy that is all there is of it, run in sid, under one of its Pythons and with its ssh."""
+    copy = shutil.copy(SCRIPT, laptop.home)
+    argv = in_sid(laptop.directory, sid_pythons()[minor], "-W", "error", copy)
+    laptop.installed = str(write_program(laptop.directory / "sid/rjupyter", *argv))
+    laptop.environment["PYTHONWARNINGS"] = "error"  # what it starts itself
+
+
+def make_sid_host(make_host: Callable[..., Host], directory: Path, minor: int, **environment: str) -> Host:
+    """Make a host that is a sid: its python3 is one of sid's Pythons."""
+    python3 = write_program(directory / ("sid/3.%d/python3" % minor), sid_pythons()[minor], "-W", "error")
+    return make_host(path=str(python3.parent), prefix=sshd_in_sid(directory), **environment)
+
+
+def what_leads_to_packages() -> Dict[str, str]:
+    """Return what tells pip on this machine where packages are; sid.sh copied the files."""
+    names = "PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT SSL_CERT_FILE HTTP_PROXY HTTPS_PROXY http_proxy https_proxy"
+    return {name: os.environ[name] for name in names.split() if name in os.environ}
+
+
+@pytest.fixture
+def make_host_with_ours(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> Callable[[int], Host]:
+    """Makes hosts that are a sid, with the Jupyter that rjupyter itself installed there: by the first test, for all."""
+
+    def install(home: str, minor: int) -> None:
+        shutil.rmtree(str(TREE) + home, ignore_errors=True)
+        os.makedirs(str(TREE) + home)
+        Path(str(TREE) + home, "constraints").write_text(LIGHT + "\n")
+        packages = {"PIP_CONSTRAINT": home + "/constraints", **what_leads_to_packages()}
+        make_sid_host(make_host, directory, minor, name="bare", HOME=home, **packages)
+        run = laptop.start("--local-port", str(quiet_port()), "bare", has_terminal=False)
+        with contextlib.suppress(AssertionError):
+            run.url()
+        if re.search("No matching distribution|Failed to build|[Ff]ailed building", run.text):
+            pytest.skip("there is no Jupyter for Python 3.%d yet: %s" % (minor, run.text))
+        assert compute(run.url(), "import sys; print(*sys.version_info[:2])") == "3 %d\n" % minor, run.text
+        assert re.search("^Installed Jupyter", run.text, re.MULTILINE), run.text
+        assert "Stopped" in laptop.run("bare", "stop", "--all").stderr
+
+    def make(minor: int) -> Host:
+        home = "/home/jupyter-3.%d" % minor
+        mark = Path(str(TREE) + home, "complete")
+        with open(str(TREE) + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                install(home, minor)
+                laptop.end_runs()
+                mark.touch()
+        host = make_sid_host(make_host, directory, minor)
+        (host.home / OURS).parent.mkdir(parents=True)
+        (host.home / OURS).symlink_to(Path(home, OURS))
+        return host
+
+    return make
+
+
+def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
+    """What a day with a host is: open, compute, lose the connection, come back, execute, stop. `where` is sys.prefix there."""
+    (host.home / "work").mkdir()
+    write_notebook(host.home / "work/n.ipynb", "1")
+    run = laptop.start("--local-port", str(quiet_port()), "host:work", has_terminal=False)
+    url = run.url()
+    run.expect("^Launched Jupyter Notebook")
+    run.expect("To end it")
+    prefix = "import os, sys; print(os.path.realpath(sys.prefix))"
+    assert compute(url, prefix, new_session(url, "n.ipynb")) == where + "\n"
+    assert laptop.run("host", "eval", "-k", "n.ipynb", "print(6 * 7)").stdout == "42\n"
+    assert "42\n" in laptop.run("host", "output", "n.ipynb").stdout
+    (row,) = [row for row in laptop.run("host", "list").stdout.splitlines() if "/work" in row]
+    assert " live " in row
+    assert "n.ipynb" in laptop.run("host", "list", "--kernels").stdout
+    host.sshd.end_connections()
+    run.expect("^Connected to host again")
+    assert compute(url, "print(1)") == "1\n"
+    run.interrupt()
+    assert run.wait() == 0, run.text
+
+    with laptop.opened("host:work", has_terminal=True) as again:
+        assert "Found Jupyter Notebook" in again.text
+        assert compute(again.url(), "print(2)") == "2\n"
+    write_notebook(laptop.home / "e.ipynb", prefix)
+    executed = laptop.run("host:work", "execute", "e.ipynb")
+    assert (executed.status, executed.stdout) == (0, "e.executed.ipynb\n"), executed.text
+    assert printed(laptop.home / "e.executed.ipynb") == [where + "\n"]
+    stop = laptop.run("host", "stop", "--all")
+    assert stop.status == 0 and "Stopped Jupyter Notebook" in stop.stderr
+    assert laptop.run("host", "list").stdout.count("live") == 0
+
+
+@in_a_sid
+@pytest.mark.parametrize("minor", sorted(sid_pythons()) or [0])
+def test_newest_python_and_ssh_here(laptop: Laptop, host: Host, minor: int) -> None:
+    put_laptop_into_sid(laptop, minor)
+    check_all_day(laptop, host, os.path.realpath(sys.prefix))
+
+
+@in_a_sid
+@pytest.mark.parametrize("minor", sorted(sid_pythons()) or [0])
+@pytest.mark.parametrize("is_here_too", [False, True], ids=["there", "on both sides"])
+def test_newest_python_and_sshd(
+    laptop: Laptop, make_host_with_ours: Callable[[int], Host], is_here_too: bool, minor: int
+) -> None:
+    """Where it is on both sides, the copied file, Python and ssh are all that there is, on either."""
+    if is_here_too:
+        put_laptop_into_sid(laptop, minor)
+    host = make_host_with_ours(minor)
+    check_all_day(laptop, host, "/home/jupyter-3.%d/%s" % (minor, OURS))
