@@ -5,17 +5,19 @@ import fcntl
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Callable, Dict, Iterator, List
 
 import pytest
 from client import check_failure, compute, new_session
 from execution import printed, write_notebook
-from jupyters import LIGHT, interpreters
+from jupyters import LIGHT
 from private_sid import TREE, find_sid_obstacle, in_sid, sid_pythons, sid_ssh_version, sshd_in_sid, write_program
 from proxy import Proxy
-from sides import SCRIPT, Host, Laptop, Run, quiet_port
+from sides import BOTH_MODES, SCRIPT, Host, Laptop, Run, quiet_port, ssh_of
 
 OBSTACLE = find_sid_obstacle()
 in_a_sid = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
@@ -88,7 +90,7 @@ def make_host_with_ours(laptop: Laptop, make_host: Callable[..., Host], director
 
 
 def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
-    """What a day with a host is: open, compute, lose the connection, come back, execute, stop. `where` is sys.prefix there."""
+    """What a day with a host is: open, compute, be cut off, come back, execute, stop. `where` is sys.prefix there."""
     (host.home / "work").mkdir()
     write_notebook(host.home / "work/n.ipynb", "1")
     run = laptop.start("--local-port", str(quiet_port()), "host:work", has_terminal=False)
@@ -108,9 +110,14 @@ def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
     run.interrupt()
     assert run.wait() == 0, run.text
 
-    with laptop.opened("host:work", has_terminal=True) as again:
+    browser = laptop.home / "browser"  # one that is there until it is closed
+    browser.write_text("#!/bin/sh\nwhile [ -e %s ]; do sleep 0.1; done\n" % browser)
+    browser.chmod(0o755)
+    with laptop.opened("--browser", str(browser), "host:work", has_terminal=True) as again:
         assert "Found Jupyter Notebook" in again.text
         assert compute(again.url(), "print(2)") == "2\n"
+    browser.unlink()
+    assert laptop.run("host", "doctor").status == 0
     write_notebook(laptop.home / "e.ipynb", prefix)
     executed = laptop.run("host:work", "execute", "e.ipynb")
     assert (executed.status, executed.stdout) == (0, "e.executed.ipynb\n"), executed.text
@@ -138,3 +145,103 @@ def test_newest_python_and_sshd(
         put_laptop_into_sid(laptop, minor)
     host = make_host_with_ours(minor)
     check_all_day(laptop, host, "/home/jupyter-3.%d/%s" % (minor, OURS))
+
+
+# -- what a new ssh says of an old sshd -------------------------------------------------------------------------------
+
+OLD = "KexAlgorithms curve25519-sha256"
+WARNING = "not using a post-quantum key exchange"
+
+
+def check_that_ssh_warns(laptop: Laptop) -> None:
+    """Skip where there is nothing to test: ssh itself says nothing of this."""
+    argv = in_sid(laptop.directory, "ssh", "-F", laptop.config, "host", "true")
+    run = subprocess.run(argv, cwd=laptop.home, env=laptop.environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    if WARNING not in run.stderr:
+        pytest.skip("OpenSSH %s warns of no old key exchange" % sid_ssh_version())
+
+
+def check_warned_once(run: Run) -> None:
+    """The warning is shown once at most, whole, and is no part of another line."""
+    warned = [line for line in run.text.splitlines() if re.search(r"post-quantum|store now|pq\.html", line)]
+    assert len(warned) == len(set(warned)) <= 3, run.text
+    assert not re.search(r"\(\*\*|why: .*\*\*|^ +\*\*", run.text, re.MULTILINE), run.text
+
+
+@in_a_sid
+@pytest.mark.parametrize("has_terminal", [True, False], ids=["terminal", "none"])
+@BOTH_MODES
+def test_old_key_exchange_is_warned_of_once(
+    laptop: Laptop, make_host: Callable[..., Host], mark: str, mode: List[str], has_terminal: bool
+) -> None:
+    """Not at each login: neither by a tunnel that is dialled again, nor where each step logs in by itself."""
+    put_laptop_into_sid(laptop, NEWEST)
+    host = make_host(settings=OLD)
+    check_that_ssh_warns(laptop)
+    run = laptop.start(*mode, "--local-port", str(quiet_port()), "host", has_terminal=has_terminal)
+    url = run.url()
+    run.expect("To end it")
+    for times in (1, 2):
+        host.sshd.end_connections()
+        run.expect("^Connected to host again", times=times)
+    os.kill(ssh_of(mark), signal.SIGKILL)  # it says nothing of its end
+    run.expect(r"is lost \(ssh ended without a message\)")
+    run.expect("^Connected to host again", times=3)
+    assert compute(url, "print(1)") == "1\n"
+    run.interrupt()
+    assert run.wait() == 0
+    check_warned_once(run)
+
+
+@in_a_sid
+def test_old_key_exchange_is_no_question_to_a_person(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
+) -> None:
+    """There is an address in the warning, and the login is slow: as one that waits for someone to visit it."""
+    put_laptop_into_sid(laptop, NEWEST)
+    host = make_host(settings=OLD)
+    check_that_ssh_warns(laptop)
+    proxy = Proxy(host.sshd.port)
+    try:
+        run = laptop.start(*proxy.ssh_options(), "--local-port", str(quiet_port()), "host", has_terminal=False)
+        run.url()
+        run.expect("To end it")
+        proxy.delay_s = 0.7
+        proxy.cut()
+        run.expect("^Connected to host again")
+        run.interrupt()
+        assert run.wait() == 0
+    finally:
+        proxy.close()
+    check_warned_once(run)
+
+
+@in_a_sid
+def test_old_key_exchange_is_not_why_a_login_fails(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    put_laptop_into_sid(laptop, NEWEST)
+    host = make_host(settings=OLD)
+    check_that_ssh_warns(laptop)
+    (host.sshd.directory / "user_key.pub").write_text("")
+    run = laptop.run("host", "list")
+    check_failure(run, 255, "Permission denied")
+    check_warned_once(run)
+
+
+@in_a_sid
+def test_host_key_that_is_added_at_each_login_is_no_cause_either(
+    laptop: Laptop, make_host: Callable[..., Host], mark: str
+) -> None:
+    """The other warning of ssh that comes with each login: of a host whose key is not kept."""
+    put_laptop_into_sid(laptop, NEWEST)
+    make_host()
+    key = ["-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no"]
+    run = laptop.start(*key, "--no-mux", "--local-port", str(quiet_port()), "host", has_terminal=False)
+    run.url()
+    run.expect("To end it")
+    for times in (1, 2):
+        os.kill(ssh_of(mark), signal.SIGKILL)
+        run.expect("^Connected to host again", times=times)
+    run.interrupt()
+    assert run.wait() == 0
+    assert "(Warning" not in run.text and run.text.count("Permanently added") <= 1, run.text
