@@ -28,7 +28,9 @@ def find_sid_obstacle() -> str:
     if os.getuid() != 0:
         return "only root can make a Debian sid, and change into it"
     if not (TREE / "complete").exists():
-        return "there is no Debian sid in %s; tests/setup.sh makes it where there are debootstrap and the network" % TREE
+        return (
+            "there is no Debian sid in %s; tests/setup.sh makes it where there are debootstrap and the network" % TREE
+        )
     why = why_not_unshared("--mount", "sh", "-c", ENTER + CHROOT + ' "$tree" true', str(TREE), "/var/tmp")
     return why and "nothing runs in a Debian sid here: " + why
 

@@ -14,9 +14,10 @@ from typing import Callable, Dict, Iterator, List
 import pytest
 from client import check_failure, compute, new_session
 from execution import printed, write_notebook
-from jupyters import LIGHT
+from jupyters import LIGHT, interpreters
 from private_sid import TREE, find_sid_obstacle, in_sid, sid_pythons, sid_ssh_version, sshd_in_sid, write_program
 from proxy import Proxy
+from readme import README, readme_range
 from sides import BOTH_MODES, SCRIPT, Host, Laptop, Run, quiet_port, ssh_of
 
 OBSTACLE = find_sid_obstacle()
@@ -35,7 +36,7 @@ def no_warning(laptop: Laptop) -> Iterator[None]:
 
 def put_laptop_into_sid(laptop: Laptop, minor: int) -> None:
     """Let rjupyter.py, a copy that is all there is of it, run in sid, under one of its Pythons and with its ssh."""
-    copy = shutil.copy(SCRIPT, laptop.home)
+    copy = str(shutil.copy(SCRIPT, laptop.home))
     argv = in_sid(laptop.directory, sid_pythons()[minor], "-W", "error", copy)
     laptop.installed = str(write_program(laptop.directory / "sid/rjupyter", *argv))
     laptop.environment["PYTHONWARNINGS"] = "error"  # what it starts itself
@@ -245,3 +246,37 @@ def test_host_key_that_is_added_at_each_login_is_no_cause_either(
     run.interrupt()
     assert run.wait() == 0
     assert "(Warning" not in run.text and run.text.count("Permanently added") <= 1, run.text
+
+
+# -- what the README says that is tested ------------------------------------------------------------------------------
+
+TO_NEWEST = r"3\.(\d+) to the newest in Debian sid"
+
+
+@pytest.mark.parametrize("side", ["here", "on the host"])
+def test_pythons_of_the_readme_are_those_that_the_file_takes_and_the_tests_run(side: str) -> None:
+    """A newer one is run when sid has it, without a change here or there."""
+    match = re.fullmatch(TO_NEWEST, readme_range("Python " + side))
+    assert match
+    oldest = int(match[1])
+    source = SCRIPT.read_text()
+    if side == "here":
+        assert '# requires-python = ">=3.%d"\n' % oldest in source
+        assert "if sys.version_info < (3, %d):\n    sys.exit(" % oldest in source
+        assert "It needs Python 3.%d or newer and OpenSSH's `ssh` here" % oldest in README
+    else:
+        assert "sys.version_info < (3, %d) and sys.exit(99)" % oldest in source
+        assert "the host needs Python 3.%d or newer" % oldest in source
+        assert "`sshd` and Python 3.%d or newer on the host" % oldest in README
+    missing = set(range(oldest, NEWEST + 1)) - set(interpreters()) - set(sid_pythons())
+    if OBSTACLE or missing:
+        pytest.skip(OBSTACLE or "not run, for there is none on this machine: Python 3.%s" % sorted(missing))
+
+
+def test_ssh_of_the_readme_is_what_the_tests_run() -> None:
+    match = re.fullmatch(r"(\d+\.\d+), and the newest in Debian sid", readme_range("OpenSSH, on either side"))
+    assert match
+    said = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr
+    if OBSTACLE or "OpenSSH_%s" % match[1] not in said:
+        pytest.skip(OBSTACLE or "this machine has another ssh: " + said)
+    assert [int(word) for word in sid_ssh_version().split(".")] > [int(word) for word in match[1].split(".")]
