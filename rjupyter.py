@@ -2369,9 +2369,10 @@ class Child:
                     start_new_session=not can_ask,
                     env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
                 )
-        except (KeyboardInterrupt, Terminated):  # it came as the child started: nobody else knows of it
-            with self.process:
-                self.process.kill()
+        except (KeyboardInterrupt, Terminated):
+            if hasattr(self, "process"):  # it came as the child started: nobody else knows of it
+                with self.process:
+                    self.process.kill()
             raise
         finally:
             if shown:
