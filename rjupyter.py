@@ -2306,6 +2306,10 @@ ENDINGS = [
 ]
 FATAL_WORDS = "|".join(ending.pattern for ending in ENDINGS)
 ECHOES = "|".join(ending.pattern for ending in ENDINGS if ending.is_echo)
+# What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
+WARNINGS = (
+    r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
+)
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
 WANTS_PERSON = "https?://|Confirm user presence"
 LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it ends, or is interrupted as we are
@@ -2314,7 +2318,8 @@ ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
 def cause_of(words: List[str]) -> str:
     """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
-    lines = [line.strip() for line in words if line.strip()] or ["ssh ended without a message"]
+    lines = [line.strip() for line in words if line.strip() and not re.match(WARNINGS, line)]
+    lines = lines or ["ssh ended without a message"]
     echoes = list(itertools.takewhile(lambda line: re.match(ECHOES, line), reversed(lines)))
     before = lines[: len(lines) - len(echoes)]
     is_told = before and re.match(FATAL_WORDS, before[-1]) and not before[-1].startswith("channel")
@@ -2377,6 +2382,11 @@ class Child:
                     start_new_session=not can_ask,
                     env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
                 )
+        except (KeyboardInterrupt, Terminated):
+            if hasattr(self, "process"):  # it came as the child started: nobody else knows of it
+                with self.process:
+                    self.process.kill()
+            raise
         finally:
             if shown:
                 os.close(theirs)
@@ -2515,6 +2525,7 @@ class Ssh:
         self.asked: List[str] = []  # what a login showed that waits for a person
         self._unseen: List[str] = []  # of that, what is not shown yet
         self._shown: List[str] = []
+        self._warned: List[str] = []
         self._heard_at = 0.0
         self._is_woken = threading.Event()
 
@@ -2691,11 +2702,13 @@ class Ssh:
             return
         self._heard_at = time.monotonic()
         self.words = (self.words + [text])[-30:]
-        if re.match(FATAL_WORDS, text):
+        is_warning = bool(re.match(WARNINGS, text))
+        if re.match(FATAL_WORDS, text) or text in self._warned:
             self.messages.detail("ssh: " + text)
         elif is_first or self.can_ask:
             self.messages.note(text)
-        elif re.search(WANTS_PERSON, text):
+            self._warned += [text] if is_warning else []
+        elif not is_warning and re.search(WANTS_PERSON, text):
             self._unseen.append(text)
 
     def end_login(self) -> None:
@@ -2909,8 +2922,8 @@ class Direct:
 
     def _end_guard(self) -> None:
         if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
+            with self._guard:  # closes its pipe as well
+                self._guard.kill()
             self._guard = None
 
     def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
@@ -3205,7 +3218,7 @@ class Channel:
         self._lasting = Progress(text="")  # type: Message
         self._has_failed = False
         self._has_announced = False
-        self._stream = stream or os.fdopen(os.dup(1), "w")
+        self._stream = stream or os.fdopen(os.dup(1), "w", closefd=False)  # open to our end
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
             threading.Thread(target=self._beat, daemon=True).start()
@@ -3643,7 +3656,9 @@ def start_detached(
 ) -> "Any":
     """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
     import subprocess
+    import warnings
 
+    warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
         return subprocess.Popen(
             argv,
@@ -5733,7 +5748,8 @@ class Agent:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
         host = self.ssh.destination
         way = self.ssh.way
-        why = "\n".join(line[:200] for line in noise) or "the remote command ended with status %d" % status
+        told = [line[:200] for line in noise if not re.match(WARNINGS, line)]
+        why = "\n".join(told) or "the remote command ended with status %d" % status
         if has_begun and way.is_lost(status, noise):
             lost = self.ssh.lost()
             lost.why = lost.why if way.has_login else cause_of(noise)
@@ -6057,6 +6073,9 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     redirect = threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True)
     redirect.start()
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
+    import warnings
+
+    warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
@@ -12436,6 +12455,7 @@ def check_sessions(ssh: Ssh) -> Check:
         lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
         has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
     finally:
+        first.send(b"")
         first.end()
     return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
 
