@@ -1744,8 +1744,22 @@ def printable(text: str) -> str:
 
 
 def command_line(*arguments: str) -> str:
-    """Return a command of ours as a person would type it: under the name it was called by, quoted for a shell."""
-    return " ".join([os.path.basename(sys.argv[0]) or "rjupyter.py"] + [shlex.quote(a) for a in arguments])
+    """Return a command of ours as a person would type it: as it was called, quoted for a shell.
+
+    A file that is not on PATH needs its python in front of it, unless it is one that `python3` alone runs.
+    """
+    called = sys.argv[0] if os.path.isfile(sys.argv[0]) else os.path.abspath(__file__)
+    program, python = as_typed(called), as_typed(sys.executable)
+    runs_itself = os.path.dirname(called) and os.access(called, os.X_OK) and as_typed(sys.executable, "python3")
+    return shlex.join([*([] if program != called or runs_itself == "python3" else [python]), program, *arguments])
+
+
+def as_typed(path: str, name: str = "") -> str:
+    """Return a program as it is typed: by its bare name, or another one, where PATH leads to this very file with it."""
+    name = name or os.path.basename(path)
+    places = [os.path.join(directory, name) for directory in os.get_exec_path()]
+    found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
+    return name if found and os.path.samefile(found, path) else path
 
 
 def in_one_line(text: str) -> str:
@@ -5170,7 +5184,9 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
-    State.directory = native(os.path.expanduser(request.state_dir))
+    if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
+        home = os.path.expanduser("~")
+        State.directory = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
@@ -6035,9 +6051,10 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     )
 
     def complain() -> None:
-        if opener.wait():
+        if opener.wait() and redirect.is_alive():  # else the browser came, and ended; or nobody waits for it any more
             messages.note("No browser could be started. Open the address above.")
-            listener.shutdown(socket.SHUT_RDWR)  # nobody will come
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
     threading.Thread(target=complain, daemon=True).start()
     return redirect
@@ -11515,7 +11532,7 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
     opens = not action or action[0].startswith("-")
     words: Dict[str, List[str]] = {}
     for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_typed = not args.sources or args.sources.get(option.dest) == "command line"
+        is_typed = args.sources.get(option.dest, "command line") == "command line"  # or not given at all
         is_dropped = option.dest == "attach" and "--new" in action
         if is_typed and not is_dropped and (opens or option.chooses == "host"):
             words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
