@@ -1759,7 +1759,7 @@ def as_typed(path: str, name: str = "") -> str:
     name = name or os.path.basename(path)
     places = [os.path.join(directory, name) for directory in os.get_exec_path()]
     found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
-    return name if found and os.path.samefile(found, path) else path
+    return name if found and os.path.exists(path) and os.path.samefile(found, path) else path
 
 
 def in_one_line(text: str) -> str:
@@ -1811,7 +1811,7 @@ class Messages:
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
         self.event(event, **facts)
 
     def result(self, text: str, event: str, **facts: Any) -> None:
@@ -1821,9 +1821,21 @@ class Messages:
         else:
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """Print a line of a result that programs read in another form, or not at all."""
-        self._write(sys.stdout, text)
+    def line(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Print a line of a result that programs read in another form, or not at all.
+
+        Raises Failure where it is lost; a reader that has left wants no more of it.
+        """
+        try:
+            self._write(sys.stdout, (text if is_clean else printable(text)) + end)
+        except BrokenPipeError:
+            pass
+        except (OSError, UnicodeError) as error:
+            raise Failure("cannot write to stdout: %s" % (getattr(error, "strerror", "") or error)) from None
+
+    def aside(self, text: str) -> None:
+        """Print what a cell wrote to its stderr, as it stands."""
+        self._say(text, end="")
 
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
@@ -1832,12 +1844,12 @@ class Messages:
         if unknown:
             raise TypeError("the event %s has no %s" % (event, ", ".join(sorted(unknown))))
         if self.as_json:
-            self._write(sys.stdout, json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
+            self.line(json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
 
     def note(self, text: str) -> None:
         """Say something that the user should know and that is not a step."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Say what must not be missed, also under -q."""
@@ -1848,12 +1860,12 @@ class Messages:
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
         if self.verbose:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def end_line(self) -> None:
         """Leave the line on which the terminal showed ^C."""
         if self.is_terminal and not self.quiet:
-            self._write(sys.stderr, "")
+            self._say("")
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
@@ -1862,8 +1874,9 @@ class Messages:
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self._write(sys.stderr, text, is_clean=True)
-        self.event("failure", **failure.facts())
+        self._say(text, is_clean=True)
+        with contextlib.suppress(Failure):  # of stdout, which may be the very one
+            self.event("failure", **failure.facts())
 
     @contextlib.contextmanager
     def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[..., None]]:
@@ -1889,7 +1902,7 @@ class Messages:
             if done.wait(delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._write(sys.stderr, step + "...")
+                self._say(step + "...")
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
@@ -1911,20 +1924,26 @@ class Messages:
     def _show_transient(self, text: str) -> None:
         with self._lock:
             if text or self._transient:
-                width = max(20, terminal_width() - 1)
-                sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[:width])
-                sys.stderr.flush()
+                self._draw(printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
             self._transient = text
 
-    def _write(self, stream: TextIO, text: str, is_clean: bool = False) -> None:
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            sys.stderr.write("\r\033[K" + text)
+            sys.stderr.flush()
+
+    def _say(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Write a line to stderr, or nowhere: what is lost there must not stop us."""
+        with contextlib.suppress(OSError):
+            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+
+    def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
             if self._transient:
-                sys.stderr.write("\r\033[K")
-                sys.stderr.flush()
+                self._draw("")
                 self._transient = ""
-            with contextlib.suppress(OSError):  # a closed pipe, a terminal that is gone
-                stream.write((text if is_clean else printable(text)) + "\n")
-                stream.flush()
+            stream.write(text)
+            stream.flush()
 
 
 def terminal_width() -> int:
@@ -7927,7 +7946,12 @@ class Execution:
 
         self.redials = redials
         view = self.agent.ask_on(request, FollowReply, doing, self._handlers, redials)
-        self.write(view)
+        try:
+            self.write(view)
+        except Failure:
+            if view.state != "done":
+                self.messages.warn(what_and_why(self.failure(view)))
+            raise
         self.settle(view)
 
     # -- the journal --------------------------------------------------------------------------------------------------
@@ -8013,7 +8037,11 @@ class Execution:
         self.path = path
         notebook = dict(self.notebook, cells=self.cells)
         if self.notebook and leads_to_stdout(path):
-            self.messages.line(notebook_text(notebook).rstrip("\n"))
+            try:
+                self.messages.line(notebook_text(notebook).rstrip("\n"))
+            except Failure as lost:
+                lost.try_ = BRINGS_AGAIN
+                raise
         elif self.notebook and path:
             write_result(path, notebook)
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
@@ -8029,7 +8057,12 @@ class Execution:
         path = self.path or ""
         is_silent = self.messages.as_json or leads_to_stdout(path)
         if path and self.notebook and not is_silent:
-            self.messages.line(path)
+            try:
+                self.messages.line(path)
+            except Failure as lost:
+                if view.state == "done":
+                    raise
+                self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if view.brings else []
         if view.state != "done":
             if lacking:
@@ -8224,6 +8257,7 @@ def unpacked(message: Part) -> bytes:
         raise Wrong(str(error)) from None
 
 
+BRINGS_AGAIN = "execute --attach brings it again"
 COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
 
 
@@ -8294,7 +8328,7 @@ def write_result(path: str, notebook: Json) -> None:
     try:
         write_through(path, notebook_text(notebook))
     except OSError as error:
-        raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
+        raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11227,6 +11261,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        Messages().line(message, end="", is_clean=True)  # --help and --version are results, too
+
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2); for a word that is nearly one of ours, with that."""
         unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
@@ -11985,10 +12022,11 @@ class PrintedCell:
             tell_entry(entry, cell, self.messages)
         elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
             is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
-            stream = sys.stderr if is_aside else sys.stdout
-            with contextlib.suppress(OSError):
-                stream.write(printable(re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))))
-                stream.flush()
+            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
+            if is_aside:
+                self.messages.aside(text)
+            else:
+                self.messages.line(text, end="")
 
 
 @contextlib.contextmanager
@@ -12822,16 +12860,24 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 128 + terminated.signum
 
 
+def take_closed_streams() -> None:
+    """Open what was closed as we were started (>&-), or the next file would get its number.
+
+    What is said on a stderr that is closed is lost; a result on a closed stdout is an error when it is written.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, flags), mode))
+
+
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    take_closed_streams()
     try:
         status = main()
     except SystemExit as wanted:  # argparse, after --help and --version
         status = int(wanted.code or 0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # a closed pipe; no stream at all
-            stream.flush()
-    os._exit(status)
+    os._exit(status)  # all that was written is flushed
 
 
 if __name__ == "__main__":
