@@ -103,7 +103,8 @@ class Later:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        module = globals()[self._name] = __import__(self._name)
+        with signals_held():
+            module = globals()[self._name] = __import__(self._name)
         return getattr(module, name)
 
 
@@ -214,6 +215,41 @@ class Terminated(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+class Signals:
+    """Those that end us become exceptions, wherever the main thread is; but not while they are held."""
+
+    depth = 0
+    caught: "List[int]" = []
+
+    @classmethod
+    def take(cls, signum: int, frame: "Any") -> None:
+        """Raise what a signal stands for, now or when they are held no more."""
+        if cls.depth:
+            cls.caught.append(signum)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(signum)
+
+
+@contextlib.contextmanager
+def signals_held() -> "Iterator[None]":
+    """Hold them for what must not be left half done, and takes no time: an exception in it would leave a lock wrong.
+
+    Much of the standard library holds one without showing it: a thread that starts, an Event, an import.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # they come nowhere else
+    Signals.depth += is_main
+    try:
+        yield
+    finally:
+        Signals.depth -= is_main
+        if is_main and Signals.caught and not Signals.depth:
+            signum = Signals.caught[0]
+            Signals.caught.clear()
+            Signals.take(signum, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1890,7 +1926,8 @@ class Messages:
             yield lambda words, name="": None
             return
         began = time.monotonic()
-        done = threading.Event()
+        done = threading.Lock()  # free when it is: a signal leaves it whole, but no Event
+        done.acquire()
         step, stands = text, ""
 
         def tell(words: str, name: str = "") -> None:
@@ -1899,7 +1936,7 @@ class Messages:
 
         def show() -> None:
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
-            if done.wait(delay_s) or self.quiet:
+            if done.acquire(timeout=delay_s) or self.quiet:
                 return
             if not self.has_spinner:
                 self._say(step + "...")
@@ -1909,16 +1946,18 @@ class Messages:
                 frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
                 where = " (%s)" % stands if stands else ""
                 self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
-                if done.wait(0.2):
+                if done.acquire(timeout=0.2):
                     return
 
         ticker = threading.Thread(target=show, daemon=True)
-        ticker.start()
         try:
+            with signals_held():
+                ticker.start()
             yield tell
         finally:
-            done.set()
-            ticker.join()
+            done.release()
+            if ticker.ident:
+                ticker.join()
             self._show_transient("")
 
     def _show_transient(self, text: str) -> None:
@@ -2352,21 +2391,23 @@ def signals_left_to_us() -> Iterator[None]:
     They are born with these signals blocked. One that comes meanwhile, SIGTERM too, is raised at the end: no child is
     started and then forgotten.
     """
-    if os.name != "posix":
-        yield
-        return
-    caught: List[int] = []
-    signums = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM]
-    handlers = [signal.signal(signum, lambda number, frame: caught.append(number)) for signum in signums]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums[:2])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for signum, handler in zip(signums, handlers):
-            signal.signal(signum, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+    with signals_held():
+        if os.name != "posix":
+            yield
+            return
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
+    """Start a thread that does not keep us from ending."""
+    thread = threading.Thread(target=do, args=arguments, daemon=True)
+    with signals_held():
+        thread.start()
+    return thread
 
 
 class Child:
@@ -2400,13 +2441,13 @@ class Child:
         finally:
             if shown:
                 os.close(theirs)
-        self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
+        self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
         self._open_streams = 0
         terminal = os.fdopen(ours, "rb", 0) if shown else None
         for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
             if stream is not None:
                 self._open_streams += 1
-                threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
+                start_thread(self._read, name, stream, is_merged)
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
         rest = b""
@@ -2456,14 +2497,15 @@ class Child:
     @property
     def has_ended(self) -> bool:
         """True when the process is gone or has closed all its output."""
-        return self._open_streams == 0 or self.process.poll() is not None
+        with signals_held():
+            return self._open_streams == 0 or self.process.poll() is not None
 
     def send(self, data: bytes, is_last: bool = True) -> None:
         """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
 
         A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
         """
-        threading.Thread(target=self._write, args=(data, is_last), daemon=True).start()
+        start_thread(self._write, data, is_last)
 
     def _write(self, data: bytes, is_last: bool) -> None:
         stdin = self.process.stdin
@@ -2532,7 +2574,9 @@ class Ssh:
         self._unseen: List[str] = []  # of that, what is not shown yet
         self._shown: List[str] = []
         self._heard_at = 0.0
-        self._is_woken = threading.Event()
+        self._is_woken = False
+        self._bell = threading.Lock()  # free for a moment when we are woken; a signal leaves it whole, but no Event
+        self._bell.acquire()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2580,7 +2624,7 @@ class Ssh:
         Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
         self.config = self._read_config()
-        self._is_woken.clear()
+        self._is_woken = False
         for kind in self.ways:
             self.way = kind(self, is_again)
             try:
@@ -2810,12 +2854,12 @@ class Ssh:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
         deadline = time.monotonic() + timeout_s
         process = self.way.process
-        while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
+        while self.way.stands and not self._is_woken and time.monotonic() < deadline:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
-                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
-        self._is_woken.clear()
+                self._bell.acquire(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+        self._is_woken = False
         stands = self.way.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
@@ -2824,7 +2868,9 @@ class Ssh:
 
     def wake(self) -> None:
         """Let `wait` return now; from any thread."""
-        self._is_woken.set()
+        self._is_woken = True
+        if self._bell.locked():
+            self._bell.release()
         if self.way.process is not None:
             self.way.process.wake()
 
@@ -5542,7 +5588,8 @@ class Agent:
         """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
         self.packed(self.action)
         for name in ("json", "socket"):
-            __import__(name)
+            with signals_held():
+                __import__(name)
 
     def packed(self, action: str) -> bytes:
         """Return the source for an action."""
@@ -5711,13 +5758,13 @@ class Agent:
         self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
-    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+    def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it; where it `goes_on`."""
         self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            if self.launching:
+            if self.launching and goes_on:
                 self.messages.end_line()
                 stop = hint("stop", self.launching)
                 text = "%s %s on %s. To end it: %s"
@@ -5991,7 +6038,7 @@ class Tunnel:
                     connection.recv(1)
                     self.ssh.wake()
 
-        threading.Thread(target=hear, daemon=True).start()
+        start_thread(hear)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -6056,8 +6103,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     listener = listen_on(0)
     listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
-    redirect = threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True)
-    redirect.start()
+    redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
@@ -6075,7 +6121,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
-    threading.Thread(target=complain, daemon=True).start()
+    start_thread(complain)
     return redirect
 
 
@@ -11604,8 +11650,8 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
-            agent = Agent(ssh, messages, args.state_dir or "")
-            agent.greets = False
+            begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
+            agent.greets, agent.launching = False, begun
         tunnel = open_tunnel(server, args, request, ssh, agent, messages)
         server = tunnel.server
         url = server.url(tunnel.local_port, has_token=not server.has_password)
@@ -11620,6 +11666,9 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if not tunnel or not tunnel.local_port:
+            if args.stop_on_exit and agent.launching:
+                messages.end_line()
+                agent.ask(Request(action="stop", ids=[agent.launching]), StopReply, "Stopping")
             raise
         messages.end_line()
         if args.stop_on_exit:
@@ -11720,7 +11769,8 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     hint = hint_of(args)
     waiting = Queue(agent, messages, hint, lambda identity: hint())
-    with contextlib.closing(Reserved(local_port)), waiting.asking(), agent.leaving("Jupyter", hint):
+    asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
+    with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -12816,20 +12866,23 @@ ACTIONS: Dict[Optional[str], Action] = {
 }
 
 
-def _on_signal(signum: int, frame: Any) -> None:
-    raise Terminated(signum)
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+                signal.signal(getattr(signal, name), Signals.take)
+        return carry_out(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated as terminated:
+        return 128 + terminated.signum
+
+
+def carry_out(words: List[str]) -> int:
+    """Do what a command line says, and return the exit status; a failure is told."""
     messages = Messages(as_json="--json" in words)  # until they are read
     args: Optional[argparse.Namespace] = None
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _on_signal)
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
             for word in candidates(words[2:]):
@@ -12854,10 +12907,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except Terminated as terminated:
-        return 128 + terminated.signum
 
 
 def take_closed_streams() -> None:
@@ -12867,7 +12916,7 @@ def take_closed_streams() -> None:
     """
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, flags), mode))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
 
 
 def command() -> NoReturn:
@@ -12875,8 +12924,11 @@ def command() -> NoReturn:
     take_closed_streams()
     try:
         status = main()
+        Signals.depth += 1  # to the end: nobody is left to take one
     except SystemExit as wanted:  # argparse, after --help and --version
         status = int(wanted.code or 0)
+    except (KeyboardInterrupt, Terminated):  # one more, as the first was answered
+        status = EXIT_INTERRUPTED
     os._exit(status)  # all that was written is flushed
 
 
