@@ -1,9 +1,21 @@
-#!/usr/bin/env python3
+#!/bin/sh
 # /// script
 # requires-python = ">=3.8"
 # dependencies = []
 # ///
-"""Put the Jupyter of a remote host into the browser in front of you, over SSH.
+# fmt: off
+''':'
+# For sh: so that a Ctrl-C leaves no traceback, even while Python compiles this. `python3 rjupyter.py` does the same.
+exec python3 -IS -c '
+import _signal, sys
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+del sys.argv[0]
+__file__ = sys.argv[0]
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+' "$0" "$@"
+'''  # noqa: D300
+# fmt: on
+__doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
   rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
   rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
