@@ -245,6 +245,14 @@ class Signals:
         else:
             raise Terminated(signum)
 
+    @classmethod
+    def keep(cls, lost: "Any") -> None:
+        """Keep one that was raised where Python forgets it, as a thing was finalized, for those who hold them next."""
+        if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
+            cls.caught.append(getattr(lost.exc_value, "signum", signal.SIGINT))
+        else:
+            sys.__unraisablehook__(lost)
+
 
 @contextlib.contextmanager
 def signals_held() -> "Iterator[None]":
@@ -12884,6 +12892,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
                 signal.signal(getattr(signal, name), Signals.take)
+        sys.unraisablehook = Signals.keep
         return carry_out(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
