@@ -108,6 +108,57 @@ if sys.version_info < (3, 8):
 __version__ = "0.1.0"
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Those that end us become exceptions, wherever the main thread is; but not while they are held."""
+
+    depth = 0
+    caught: "List[int]" = []
+
+    @classmethod
+    def take(cls, signum: int, frame: "Any") -> None:
+        """Raise what a signal stands for, now or when they are held no more."""
+        if cls.depth:
+            cls.caught.append(signum)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(signum)
+
+    @classmethod
+    def keep(cls, lost: "Any") -> None:
+        """Keep one that was raised where Python forgets it, as a thing was finalized, for those who hold them next."""
+        if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
+            cls.caught.append(getattr(lost.exc_value, "signum", signal.SIGINT))
+        else:
+            sys.__unraisablehook__(lost)
+
+
+@contextlib.contextmanager
+def signals_held() -> "Iterator[None]":
+    """Hold them for what must not be left half done, and takes no time: an exception in it would leave a lock wrong.
+
+    Much of the standard library holds one without showing it: a thread that starts, an Event, an import.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # they come nowhere else
+    Signals.depth += is_main
+    try:
+        yield
+    finally:
+        Signals.depth -= is_main
+        if is_main and Signals.caught and not Signals.depth:
+            signum = Signals.caught[0]
+            Signals.caught.clear()
+            Signals.take(signum, None)
+
+
 class Later:
     """A module that is imported when something of it is used first: to start ssh nothing else is waited for."""
 
@@ -219,57 +270,6 @@ class Failure(Exception):
 
 class SessionRefused(Failure):
     """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-class Signals:
-    """Those that end us become exceptions, wherever the main thread is; but not while they are held."""
-
-    depth = 0
-    caught: "List[int]" = []
-
-    @classmethod
-    def take(cls, signum: int, frame: "Any") -> None:
-        """Raise what a signal stands for, now or when they are held no more."""
-        if cls.depth:
-            cls.caught.append(signum)
-        elif signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise Terminated(signum)
-
-    @classmethod
-    def keep(cls, lost: "Any") -> None:
-        """Keep one that was raised where Python forgets it, as a thing was finalized, for those who hold them next."""
-        if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
-            cls.caught.append(getattr(lost.exc_value, "signum", signal.SIGINT))
-        else:
-            sys.__unraisablehook__(lost)
-
-
-@contextlib.contextmanager
-def signals_held() -> "Iterator[None]":
-    """Hold them for what must not be left half done, and takes no time: an exception in it would leave a lock wrong.
-
-    Much of the standard library holds one without showing it: a thread that starts, an Event, an import.
-    """
-    is_main = threading.current_thread() is threading.main_thread()  # they come nowhere else
-    Signals.depth += is_main
-    try:
-        yield
-    finally:
-        Signals.depth -= is_main
-        if is_main and Signals.caught and not Signals.depth:
-            signum = Signals.caught[0]
-            Signals.caught.clear()
-            Signals.take(signum, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
