@@ -1,9 +1,21 @@
-#!/usr/bin/env python3
+#!/bin/sh
 # /// script
 # requires-python = ">=3.8"
 # dependencies = []
 # ///
-"""Put the Jupyter of a remote host into the browser in front of you, over SSH.
+# fmt: off
+''':'
+# For sh: so that a Ctrl-C leaves no traceback, even while Python compiles this. `python3 rjupyter.py` does the same.
+exec python3 -IS -c '
+import _signal, sys
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+del sys.argv[0]
+__file__ = sys.argv[0]
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+' "$0" "$@"
+'''  # noqa: D300
+# fmt: on
+__doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
   rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
   rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
@@ -96,6 +108,57 @@ if sys.version_info < (3, 8):
 __version__ = "0.1.0"
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Those that end us become exceptions, wherever the main thread is; but not while they are held."""
+
+    depth = 0
+    caught: "List[int]" = []
+
+    @classmethod
+    def take(cls, signum: int, frame: "Any") -> None:
+        """Raise what a signal stands for, now or when they are held no more."""
+        if cls.depth:
+            cls.caught.append(signum)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(signum)
+
+    @classmethod
+    def keep(cls, lost: "Any") -> None:
+        """Keep one that was raised where Python forgets it, as a thing was finalized, for those who hold them next."""
+        if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
+            cls.caught.append(getattr(lost.exc_value, "signum", signal.SIGINT))
+        else:
+            sys.__unraisablehook__(lost)
+
+
+@contextlib.contextmanager
+def signals_held() -> "Iterator[None]":
+    """Hold them for what must not be left half done, and takes no time: an exception in it would leave a lock wrong.
+
+    Much of the standard library holds one without showing it: a thread that starts, an Event, an import.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # they come nowhere else
+    Signals.depth += is_main
+    try:
+        yield
+    finally:
+        Signals.depth -= is_main
+        if is_main and Signals.caught and not Signals.depth:
+            signum = Signals.caught[0]
+            Signals.caught.clear()
+            Signals.take(signum, None)
+
+
 class Later:
     """A module that is imported when something of it is used first: to start ssh nothing else is waited for."""
 
@@ -103,7 +166,8 @@ class Later:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        module = globals()[self._name] = __import__(self._name)
+        with signals_held():
+            module = globals()[self._name] = __import__(self._name)
         return getattr(module, name)
 
 
@@ -206,14 +270,6 @@ class Failure(Exception):
 
 class SessionRefused(Failure):
     """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1757,8 +1813,22 @@ def printable(text: str) -> str:
 
 
 def command_line(*arguments: str) -> str:
-    """Return a command of ours as a person would type it: under the name it was called by, quoted for a shell."""
-    return " ".join([os.path.basename(sys.argv[0]) or "rjupyter.py"] + [shlex.quote(a) for a in arguments])
+    """Return a command of ours as a person would type it: as it was called, quoted for a shell.
+
+    A file that is not on PATH needs its python in front of it, unless it is one that `python3` alone runs.
+    """
+    called = sys.argv[0] if os.path.isfile(sys.argv[0]) else os.path.abspath(__file__)
+    program, python = as_typed(called), as_typed(sys.executable)
+    runs_itself = os.path.dirname(called) and os.access(called, os.X_OK) and as_typed(sys.executable, "python3")
+    return shlex.join([*([] if program != called or runs_itself == "python3" else [python]), program, *arguments])
+
+
+def as_typed(path: str, name: str = "") -> str:
+    """Return a program as it is typed: by its bare name, or another one, where PATH leads to this very file with it."""
+    name = name or os.path.basename(path)
+    places = [os.path.join(directory, name) for directory in os.get_exec_path()]
+    found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
+    return name if found and os.path.exists(path) and os.path.samefile(found, path) else path
 
 
 def in_one_line(text: str) -> str:
@@ -1810,7 +1880,7 @@ class Messages:
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
         self.event(event, **facts)
 
     def result(self, text: str, event: str, **facts: Any) -> None:
@@ -1820,9 +1890,21 @@ class Messages:
         else:
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """Print a line of a result that programs read in another form, or not at all."""
-        self._write(sys.stdout, text)
+    def line(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Print a line of a result that programs read in another form, or not at all.
+
+        Raises Failure where it is lost; a reader that has left wants no more of it.
+        """
+        try:
+            self._write(sys.stdout, (text if is_clean else printable(text)) + end)
+        except BrokenPipeError:
+            pass
+        except (OSError, UnicodeError) as error:
+            raise Failure("cannot write to stdout: %s" % (getattr(error, "strerror", "") or error)) from None
+
+    def aside(self, text: str) -> None:
+        """Print what a cell wrote to its stderr, as it stands."""
+        self._say(text, end="")
 
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
@@ -1831,12 +1913,12 @@ class Messages:
         if unknown:
             raise TypeError("the event %s has no %s" % (event, ", ".join(sorted(unknown))))
         if self.as_json:
-            self._write(sys.stdout, json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
+            self.line(json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
 
     def note(self, text: str) -> None:
         """Say something that the user should know and that is not a step."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Say what must not be missed, also under -q."""
@@ -1847,12 +1929,12 @@ class Messages:
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
         if self.verbose:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def end_line(self) -> None:
         """Leave the line on which the terminal showed ^C."""
         if self.is_terminal and not self.quiet:
-            self._write(sys.stderr, "")
+            self._say("")
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
@@ -1861,8 +1943,9 @@ class Messages:
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self._write(sys.stderr, text, is_clean=True)
-        self.event("failure", **failure.facts())
+        self._say(text, is_clean=True)
+        with contextlib.suppress(Failure):  # of stdout, which may be the very one
+            self.event("failure", **failure.facts())
 
     @contextlib.contextmanager
     def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[..., None]]:
@@ -1876,7 +1959,8 @@ class Messages:
             yield lambda words, name="": None
             return
         began = time.monotonic()
-        done = threading.Event()
+        done = threading.Lock()  # free when it is: a signal leaves it whole, but no Event
+        done.acquire()
         step, stands = text, ""
 
         def tell(words: str, name: str = "") -> None:
@@ -1885,45 +1969,53 @@ class Messages:
 
         def show() -> None:
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
-            if done.wait(delay_s) or self.quiet:
+            if done.acquire(timeout=delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._write(sys.stderr, step + "...")
+                self._say(step + "...")
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
                 frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
                 where = " (%s)" % stands if stands else ""
                 self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
-                if done.wait(0.2):
+                if done.acquire(timeout=0.2):
                     return
 
         ticker = threading.Thread(target=show, daemon=True)
-        ticker.start()
         try:
+            with signals_held():
+                ticker.start()
             yield tell
         finally:
-            done.set()
-            ticker.join()
+            done.release()
+            if ticker.ident:
+                ticker.join()
             self._show_transient("")
 
     def _show_transient(self, text: str) -> None:
         with self._lock:
             if text or self._transient:
-                width = max(20, terminal_width() - 1)
-                sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[:width])
-                sys.stderr.flush()
+                self._draw(printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
             self._transient = text
 
-    def _write(self, stream: TextIO, text: str, is_clean: bool = False) -> None:
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            sys.stderr.write("\r\033[K" + text)
+            sys.stderr.flush()
+
+    def _say(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Write a line to stderr, or nowhere: what is lost there must not stop us."""
+        with contextlib.suppress(OSError):
+            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+
+    def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
             if self._transient:
-                sys.stderr.write("\r\033[K")
-                sys.stderr.flush()
+                self._draw("")
                 self._transient = ""
-            with contextlib.suppress(OSError):  # a closed pipe, a terminal that is gone
-                stream.write((text if is_clean else printable(text)) + "\n")
-                stream.flush()
+            stream.write(text)
+            stream.flush()
 
 
 def terminal_width() -> int:
@@ -2337,21 +2429,23 @@ def signals_left_to_us() -> Iterator[None]:
     They are born with these signals blocked. One that comes meanwhile, SIGTERM too, is raised at the end: no child is
     started and then forgotten.
     """
-    if os.name != "posix":
-        yield
-        return
-    caught: List[int] = []
-    signums = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM]
-    handlers = [signal.signal(signum, lambda number, frame: caught.append(number)) for signum in signums]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums[:2])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for signum, handler in zip(signums, handlers):
-            signal.signal(signum, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+    with signals_held():
+        if os.name != "posix":
+            yield
+            return
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
+    """Start a thread that does not keep us from ending."""
+    thread = threading.Thread(target=do, args=arguments, daemon=True)
+    with signals_held():
+        thread.start()
+    return thread
 
 
 class Child:
@@ -2390,14 +2484,14 @@ class Child:
         finally:
             if shown:
                 os.close(theirs)
-        self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
+        self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
         self.read_at = time.monotonic()  # when it said something last, if only a part of a line
         self._open_streams = 0
         terminal = os.fdopen(ours, "rb", 0) if shown else None
         for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
             if stream is not None:
                 self._open_streams += 1
-                threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
+                start_thread(self._read, name, stream, is_merged)
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
         begun: List[bytes] = []  # of a line, which may be longer than many parts
@@ -2450,14 +2544,15 @@ class Child:
     @property
     def has_ended(self) -> bool:
         """True when the process is gone or has closed all its output."""
-        return self._open_streams == 0 or self.process.poll() is not None
+        with signals_held():
+            return self._open_streams == 0 or self.process.poll() is not None
 
     def send(self, data: bytes, is_last: bool = True) -> None:
         """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
 
         A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
         """
-        threading.Thread(target=self._write, args=(data, is_last), daemon=True).start()
+        start_thread(self._write, data, is_last)
 
     def _write(self, data: bytes, is_last: bool) -> None:
         stdin = self.process.stdin
@@ -2527,7 +2622,9 @@ class Ssh:
         self._shown: List[str] = []
         self._warned: List[str] = []
         self._heard_at = 0.0
-        self._is_woken = threading.Event()
+        self._is_woken = False
+        self._bell = threading.Lock()  # free for a moment when we are woken; a signal leaves it whole, but no Event
+        self._bell.acquire()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2575,7 +2672,7 @@ class Ssh:
         Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
         self.config = self._read_config()
-        self._is_woken.clear()
+        self._is_woken = False
         for kind in self.ways:
             self.way = kind(self, is_again)
             try:
@@ -2807,12 +2904,12 @@ class Ssh:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
         deadline = time.monotonic() + timeout_s
         process = self.way.process
-        while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
+        while self.way.stands and not self._is_woken and time.monotonic() < deadline:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
-                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
-        self._is_woken.clear()
+                self._bell.acquire(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+        self._is_woken = False
         stands = self.way.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
@@ -2821,7 +2918,9 @@ class Ssh:
 
     def wake(self) -> None:
         """Let `wait` return now; from any thread."""
-        self._is_woken.set()
+        self._is_woken = True
+        if self._bell.locked():
+            self._bell.release()
         if self.way.process is not None:
             self.way.process.wake()
 
@@ -5216,7 +5315,9 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
-    State.directory = native(os.path.expanduser(request.state_dir))
+    if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
+        home = os.path.expanduser("~")
+        State.directory = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
@@ -5553,7 +5654,8 @@ class Agent:
         """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
         self.packed(self.action)
         for name in ("json", "socket"):
-            __import__(name)
+            with signals_held():
+                __import__(name)
 
     def packed(self, action: str) -> bytes:
         """Return the source for an action."""
@@ -5724,13 +5826,13 @@ class Agent:
         self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
-    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+    def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it; where it `goes_on`."""
         self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            if self.launching:
+            if self.launching and goes_on:
                 self.messages.end_line()
                 stop = hint("stop", self.launching)
                 text = "%s %s on %s. To end it: %s"
@@ -6005,7 +6107,7 @@ class Tunnel:
                     connection.recv(1)
                     self.ssh.wake()
 
-        threading.Thread(target=hear, daemon=True).start()
+        start_thread(hear)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -6070,8 +6172,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     listener = listen_on(0)
     listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
-    redirect = threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True)
-    redirect.start()
+    redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
     import warnings
 
@@ -6087,11 +6188,12 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     )
 
     def complain() -> None:
-        if opener.wait():
+        if opener.wait() and redirect.is_alive():  # else the browser came, and ended; or nobody waits for it any more
             messages.note("No browser could be started. Open the address above.")
-            listener.shutdown(socket.SHUT_RDWR)  # nobody will come
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
-    threading.Thread(target=complain, daemon=True).start()
+    start_thread(complain)
     return redirect
 
 
@@ -7962,7 +8064,12 @@ class Execution:
 
         self.redials = redials
         view = self.agent.ask_on(request, FollowReply, doing, self._handlers, redials)
-        self.write(view)
+        try:
+            self.write(view)
+        except Failure:
+            if view.state != "done":
+                self.messages.warn(what_and_why(self.failure(view)))
+            raise
         self.settle(view)
 
     # -- the journal --------------------------------------------------------------------------------------------------
@@ -8048,7 +8155,11 @@ class Execution:
         self.path = path
         notebook = dict(self.notebook, cells=self.cells)
         if self.notebook and leads_to_stdout(path):
-            self.messages.line(notebook_text(notebook).rstrip("\n"))
+            try:
+                self.messages.line(notebook_text(notebook).rstrip("\n"))
+            except Failure as lost:
+                lost.try_ = BRINGS_AGAIN
+                raise
         elif self.notebook and path:
             write_result(path, notebook)
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
@@ -8064,7 +8175,12 @@ class Execution:
         path = self.path or ""
         is_silent = self.messages.as_json or leads_to_stdout(path)
         if path and self.notebook and not is_silent:
-            self.messages.line(path)
+            try:
+                self.messages.line(path)
+            except Failure as lost:
+                if view.state == "done":
+                    raise
+                self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if view.brings else []
         if view.state != "done":
             if lacking:
@@ -8259,6 +8375,7 @@ def unpacked(message: Part) -> bytes:
         raise Wrong(str(error)) from None
 
 
+BRINGS_AGAIN = "execute --attach brings it again"
 COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
 
 
@@ -8329,7 +8446,7 @@ def write_result(path: str, notebook: Json) -> None:
     try:
         write_through(path, notebook_text(notebook))
     except OSError as error:
-        raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
+        raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11266,6 +11383,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        Messages().line(message, end="", is_clean=True)  # --help and --version are results, too
+
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2); for a word that is nearly one of ours, with that."""
         unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
@@ -11571,7 +11691,7 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
     opens = not action or action[0].startswith("-")
     words: Dict[str, List[str]] = {}
     for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_typed = not args.sources or args.sources.get(option.dest) == "command line"
+        is_typed = args.sources.get(option.dest, "command line") == "command line"  # or not given at all
         is_dropped = option.dest == "attach" and "--new" in action
         if is_typed and not is_dropped and (opens or option.chooses == "host"):
             words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
@@ -11606,8 +11726,8 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
-            agent = Agent(ssh, messages, args.state_dir or "")
-            agent.greets = False
+            begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
+            agent.greets, agent.launching = False, begun
         tunnel = open_tunnel(server, args, request, ssh, agent, messages)
         server = tunnel.server
         url = server.url(tunnel.local_port, has_token=not server.has_password)
@@ -11622,6 +11742,9 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if not tunnel or not tunnel.local_port:
+            if args.stop_on_exit and agent.launching:
+                messages.end_line()
+                agent.ask(Request(action="stop", ids=[agent.launching]), StopReply, "Stopping")
             raise
         messages.end_line()
         if args.stop_on_exit:
@@ -11722,7 +11845,8 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     hint = hint_of(args)
     waiting = Queue(agent, messages, hint, lambda identity: hint())
-    with contextlib.closing(Reserved(local_port)), waiting.asking(), agent.leaving("Jupyter", hint):
+    asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
+    with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -12024,10 +12148,11 @@ class PrintedCell:
             tell_entry(entry, cell, self.messages)
         elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
             is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
-            stream = sys.stderr if is_aside else sys.stdout
-            with contextlib.suppress(OSError):
-                stream.write(printable(re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))))
-                stream.flush()
+            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
+            if is_aside:
+                self.messages.aside(text)
+            else:
+                self.messages.line(text, end="")
 
 
 @contextlib.contextmanager
@@ -12818,20 +12943,24 @@ ACTIONS: Dict[Optional[str], Action] = {
 }
 
 
-def _on_signal(signum: int, frame: Any) -> None:
-    raise Terminated(signum)
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+                signal.signal(getattr(signal, name), Signals.take)
+        sys.unraisablehook = Signals.keep
+        return carry_out(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated as terminated:
+        return 128 + terminated.signum
+
+
+def carry_out(words: List[str]) -> int:
+    """Do what a command line says, and return the exit status; a failure is told."""
     messages = Messages(as_json="--json" in words)  # until they are read
     args: Optional[argparse.Namespace] = None
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _on_signal)
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
             for word in candidates(words[2:]):
@@ -12856,22 +12985,29 @@ def main(argv: Optional[List[str]] = None) -> int:
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except Terminated as terminated:
-        return 128 + terminated.signum
+
+
+def take_closed_streams() -> None:
+    """Open what was closed as we were started (>&-), or the next file would get its number.
+
+    What is said on a stderr that is closed is lost; a result on a closed stdout is an error when it is written.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
 
 
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    take_closed_streams()
     try:
         status = main()
+        Signals.depth += 1  # to the end: nobody is left to take one
     except SystemExit as wanted:  # argparse, after --help and --version
         status = int(wanted.code or 0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # a closed pipe; no stream at all
-            stream.flush()
-    os._exit(status)
+    except (KeyboardInterrupt, Terminated):  # one more, as the first was answered
+        status = EXIT_INTERRUPTED
+    os._exit(status)  # all that was written is flushed
 
 
 if __name__ == "__main__":

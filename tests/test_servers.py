@@ -13,9 +13,26 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, busy_kernel, check_failure, compute, listed
+from execution import code, printed, write_notebook
 from sides import VENV_BIN, Host, Laptop, processes_with, wait_until
 
 import rjupyter
+
+
+@pytest.mark.parametrize("place", ["scratch/my state", "~/scratch/state/"])
+def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host, place: str) -> None:
+    """As PATH is; whatever directory Jupyter, or a notebook, is then started in."""
+    (host.home / "work").mkdir()
+    write_notebook(laptop.home / "a.ipynb", code("print(6 * 7)"))
+    with laptop.opened("--state-dir", place, "host:work") as run:
+        assert compute(run.url(), "print(1)") == "1\n"
+        kept = list(host.home.glob("scratch/*/servers/*/server.json"))
+        assert len(kept) == 1 and not host.servers()
+    executed = laptop.run("--state-dir", place, "host:work", "execute", "a.ipynb")
+    assert executed.status == 0 and printed(laptop.home / "a.executed.ipynb") == ["42\n"], executed.text
+    stop = laptop.run("--state-dir", place, "host:work", "stop")
+    assert stop.status == 0 and "Stopped" in stop.stderr, stop.text
+    assert not [path for path in host.home.rglob("scratch") if path.parent != host.home]
 
 
 def runtime_directory(host: Host) -> Path:
