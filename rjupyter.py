@@ -1,9 +1,21 @@
-#!/usr/bin/env python3
+#!/bin/sh
 # /// script
 # requires-python = ">=3.8"
 # dependencies = []
 # ///
-"""Put the Jupyter of a remote host into the browser in front of you, over SSH.
+# fmt: off
+''':'
+# For sh: so that a Ctrl-C leaves no traceback, even while Python compiles this. `python3 rjupyter.py` does the same.
+exec python3 -IS -c '
+import _signal, sys
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+del sys.argv[0]
+__file__ = sys.argv[0]
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+' "$0" "$@"
+'''  # noqa: D300
+# fmt: on
+__doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
   rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
   rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
@@ -96,6 +108,57 @@ if sys.version_info < (3, 8):
 __version__ = "0.1.0"
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Those that end us become exceptions, wherever the main thread is; but not while they are held."""
+
+    depth = 0
+    caught: "List[int]" = []
+
+    @classmethod
+    def take(cls, signum: int, frame: "Any") -> None:
+        """Raise what a signal stands for, now or when they are held no more."""
+        if cls.depth:
+            cls.caught.append(signum)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(signum)
+
+    @classmethod
+    def keep(cls, lost: "Any") -> None:
+        """Keep one that was raised where Python forgets it, as a thing was finalized, for those who hold them next."""
+        if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
+            cls.caught.append(getattr(lost.exc_value, "signum", signal.SIGINT))
+        else:
+            sys.__unraisablehook__(lost)
+
+
+@contextlib.contextmanager
+def signals_held() -> "Iterator[None]":
+    """Hold them for what must not be left half done, and takes no time: an exception in it would leave a lock wrong.
+
+    Much of the standard library holds one without showing it: a thread that starts, an Event, an import.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # they come nowhere else
+    Signals.depth += is_main
+    try:
+        yield
+    finally:
+        Signals.depth -= is_main
+        if is_main and Signals.caught and not Signals.depth:
+            signum = Signals.caught[0]
+            Signals.caught.clear()
+            Signals.take(signum, None)
+
+
 class Later:
     """A module that is imported when something of it is used first: to start ssh nothing else is waited for."""
 
@@ -103,7 +166,8 @@ class Later:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        module = globals()[self._name] = __import__(self._name)
+        with signals_held():
+            module = globals()[self._name] = __import__(self._name)
         return getattr(module, name)
 
 
@@ -206,14 +270,6 @@ class Failure(Exception):
 
 class SessionRefused(Failure):
     """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it must pass every `except Exception`."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1264,12 +1320,11 @@ EVENTS = {
 def until(
     condition: "Callable[[], Any]",
     timeout_s: float,
-    meanwhile: "Callable[[], object]" = lambda: None,
     slowest_s: float = POLL_S,
 ) -> "Any":
     """Look until `condition` gives something true, and return it; what it gave last when `timeout_s` passed.
 
-    `meanwhile` runs between two looks. Their pauses grow from POLL_S up to `slowest_s`.
+    The pauses between two looks grow from POLL_S up to `slowest_s`.
     """
     deadline = time.monotonic() + timeout_s
     pause_s = POLL_S
@@ -1277,7 +1332,6 @@ def until(
         found = condition()
         if found or time.monotonic() >= deadline:
             return found
-        meanwhile()
         time.sleep(pause_s)
         pause_s = min(slowest_s, 1.3 * pause_s)
 
@@ -1438,14 +1492,17 @@ def run_command(
 
     pipe = subprocess.PIPE
     try:
-        answer = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, timeout=timeout_s, env=environment
-        )
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+            try:
+                said = process.communicate(timeout=timeout_s)
+            except BaseException:  # subprocess.run of Python 3.6 waits for what a child of it may hold open
+                process.kill()
+                raise
     except OSError as error:
         return 127, "", str(error)
     except subprocess.TimeoutExpired:
         return 124, "", "no answer within %d s" % timeout_s
-    return answer.returncode, answer.stdout.decode("utf-8", "replace"), answer.stderr.decode("utf-8", "replace")
+    return process.returncode, said[0].decode("utf-8", "replace"), said[1].decode("utf-8", "replace")
 
 
 def boot_identity() -> str:
@@ -1563,6 +1620,15 @@ def session_of(pid: int) -> int:
         return os.getsid(pid)
     except (OSError, AttributeError):  # Windows has no sessions
         return 0
+
+
+def is_own_process(pid: int) -> bool:
+    """True for a process that runs and is ours to end (POSIX): asked of the system, without a ps."""
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def own_uid() -> int:
@@ -1697,21 +1763,22 @@ class Growing:
         self.offset += len(part)
         return part
 
-    def lines(self, has_ended: bool = False) -> "List[str]":
-        """Return the lines that are complete; of a file that has ended, the last one without a newline as well."""
-        part = b""
-        while True:
-            more = self.part()
-            part += more
-            if len(more) < PART_BYTES:
-                break
-        whole, newline, rest = part.rpartition(b"\n")
-        if has_ended:
-            whole, rest = part[:-1] if part.endswith(b"\n") else part, b""
-        self.offset -= len(rest)
-        return (
-            [line.rstrip("\r\n") for line in whole.decode("utf-8", "replace").split("\n")] if whole or newline else []
-        )
+    def lines(self, has_ended: bool = False) -> "Iterator[str]":
+        """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
+        begun = []  # type: List[bytes] # of a line, which may be longer than many parts
+        part = self.part()
+        while part:
+            *ends, rest = part.split(b"\n")
+            for end in ends:
+                yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
+                begun = []
+            begun.append(rest)
+            part = self.part()
+        last = b"".join(begun)
+        if has_ended and last:
+            yield last.decode("utf-8", "replace").rstrip("\r\n")
+        elif not has_ended:
+            self.offset -= len(last)
 
 
 def has_lock(lock: "Any") -> bool:
@@ -1740,12 +1807,28 @@ def has_lock(lock: "Any") -> bool:
 
 def printable(text: str) -> str:
     """Return `text` without control characters, so that it cannot drive the terminal; lines and tabs stay."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r\n", "\n"))
 
 
 def command_line(*arguments: str) -> str:
-    """Return a command of ours as a person would type it: under the name it was called by, quoted for a shell."""
-    return " ".join([os.path.basename(sys.argv[0]) or "rjupyter.py"] + [shlex.quote(a) for a in arguments])
+    """Return a command of ours as a person would type it: as it was called, quoted for a shell.
+
+    A file that is not on PATH needs its python in front of it, unless it is one that `python3` alone runs.
+    """
+    called = sys.argv[0] if os.path.isfile(sys.argv[0]) else os.path.abspath(__file__)
+    program, python = as_typed(called), as_typed(sys.executable)
+    runs_itself = os.path.dirname(called) and os.access(called, os.X_OK) and as_typed(sys.executable, "python3")
+    return shlex.join([*([] if program != called or runs_itself == "python3" else [python]), program, *arguments])
+
+
+def as_typed(path: str, name: str = "") -> str:
+    """Return a program as it is typed: by its bare name, or another one, where PATH leads to this very file with it."""
+    name = name or os.path.basename(path)
+    places = [os.path.join(directory, name) for directory in os.get_exec_path()]
+    found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
+    return name if found and os.path.exists(path) and os.path.samefile(found, path) else path
 
 
 def in_one_line(text: str) -> str:
@@ -1797,7 +1880,7 @@ class Messages:
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
         self.event(event, **facts)
 
     def result(self, text: str, event: str, **facts: Any) -> None:
@@ -1807,9 +1890,21 @@ class Messages:
         else:
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """Print a line of a result that programs read in another form, or not at all."""
-        self._write(sys.stdout, text)
+    def line(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Print a line of a result that programs read in another form, or not at all.
+
+        Raises Failure where it is lost; a reader that has left wants no more of it.
+        """
+        try:
+            self._write(sys.stdout, (text if is_clean else printable(text)) + end)
+        except BrokenPipeError:
+            pass
+        except (OSError, UnicodeError) as error:
+            raise Failure("cannot write to stdout: %s" % (getattr(error, "strerror", "") or error)) from None
+
+    def aside(self, text: str) -> None:
+        """Print what a cell wrote to its stderr, as it stands."""
+        self._say(text, end="")
 
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
@@ -1818,12 +1913,12 @@ class Messages:
         if unknown:
             raise TypeError("the event %s has no %s" % (event, ", ".join(sorted(unknown))))
         if self.as_json:
-            self._write(sys.stdout, json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
+            self.line(json.dumps(dict({"event": event}, **{key: facts.get(key) for key in keys})))
 
     def note(self, text: str) -> None:
         """Say something that the user should know and that is not a step."""
         if not self.quiet:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Say what must not be missed, also under -q."""
@@ -1834,12 +1929,12 @@ class Messages:
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
         if self.verbose:
-            self._write(sys.stderr, text)
+            self._say(text)
 
     def end_line(self) -> None:
         """Leave the line on which the terminal showed ^C."""
         if self.is_terminal and not self.quiet:
-            self._write(sys.stderr, "")
+            self._say("")
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
@@ -1848,8 +1943,9 @@ class Messages:
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self._write(sys.stderr, text, is_clean=True)
-        self.event("failure", **failure.facts())
+        self._say(text, is_clean=True)
+        with contextlib.suppress(Failure):  # of stdout, which may be the very one
+            self.event("failure", **failure.facts())
 
     @contextlib.contextmanager
     def working(self, text: str, is_animated: bool = True) -> Iterator[Callable[..., None]]:
@@ -1863,7 +1959,8 @@ class Messages:
             yield lambda words, name="": None
             return
         began = time.monotonic()
-        done = threading.Event()
+        done = threading.Lock()  # free when it is: a signal leaves it whole, but no Event
+        done.acquire()
         step, stands = text, ""
 
         def tell(words: str, name: str = "") -> None:
@@ -1872,45 +1969,53 @@ class Messages:
 
         def show() -> None:
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
-            if done.wait(delay_s) or self.quiet:
+            if done.acquire(timeout=delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._write(sys.stderr, step + "...")
+                self._say(step + "...")
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
                 frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
                 where = " (%s)" % stands if stands else ""
                 self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
-                if done.wait(0.2):
+                if done.acquire(timeout=0.2):
                     return
 
         ticker = threading.Thread(target=show, daemon=True)
-        ticker.start()
         try:
+            with signals_held():
+                ticker.start()
             yield tell
         finally:
-            done.set()
-            ticker.join()
+            done.release()
+            if ticker.ident:
+                ticker.join()
             self._show_transient("")
 
     def _show_transient(self, text: str) -> None:
         with self._lock:
             if text or self._transient:
-                width = max(20, terminal_width() - 1)
-                sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[:width])
-                sys.stderr.flush()
+                self._draw(printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
             self._transient = text
 
-    def _write(self, stream: TextIO, text: str, is_clean: bool = False) -> None:
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            sys.stderr.write("\r\033[K" + text)
+            sys.stderr.flush()
+
+    def _say(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Write a line to stderr, or nowhere: what is lost there must not stop us."""
+        with contextlib.suppress(OSError):
+            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+
+    def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
             if self._transient:
-                sys.stderr.write("\r\033[K")
-                sys.stderr.flush()
+                self._draw("")
                 self._transient = ""
-            with contextlib.suppress(OSError):  # a closed pipe, a terminal that is gone
-                stream.write((text if is_clean else printable(text)) + "\n")
-                stream.flush()
+            stream.write(text)
+            stream.flush()
 
 
 def terminal_width() -> int:
@@ -2293,6 +2398,10 @@ ENDINGS = [
 ]
 FATAL_WORDS = "|".join(ending.pattern for ending in ENDINGS)
 ECHOES = "|".join(ending.pattern for ending in ENDINGS if ending.is_echo)
+# What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
+WARNINGS = (
+    r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
+)
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
 WANTS_PERSON = "https?://|Confirm user presence"
 LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it ends, or is interrupted as we are
@@ -2301,7 +2410,8 @@ ASKING_S = 1.0  # a login that says nothing more for so long waits for someone
 
 def cause_of(words: List[str]) -> str:
     """Return the line that tells why ssh ended: of its last words, the one before those that only echo the end."""
-    lines = [line.strip() for line in words if line.strip()] or ["ssh ended without a message"]
+    lines = [line.strip() for line in words if line.strip() and not re.match(WARNINGS, line)]
+    lines = lines or ["ssh ended without a message"]
     echoes = list(itertools.takewhile(lambda line: re.match(ECHOES, line), reversed(lines)))
     before = lines[: len(lines) - len(echoes)]
     is_told = before and re.match(FATAL_WORDS, before[-1]) and not before[-1].startswith("channel")
@@ -2319,21 +2429,23 @@ def signals_left_to_us() -> Iterator[None]:
     They are born with these signals blocked. One that comes meanwhile, SIGTERM too, is raised at the end: no child is
     started and then forgotten.
     """
-    if os.name != "posix":
-        yield
-        return
-    caught: List[int] = []
-    signums = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM]
-    handlers = [signal.signal(signum, lambda number, frame: caught.append(number)) for signum in signums]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums[:2])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for signum, handler in zip(signums, handlers):
-            signal.signal(signum, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+    with signals_held():
+        if os.name != "posix":
+            yield
+            return
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
+    """Start a thread that does not keep us from ending."""
+    thread = threading.Thread(target=do, args=arguments, daemon=True)
+    with signals_held():
+        thread.start()
+    return thread
 
 
 class Child:
@@ -2364,36 +2476,45 @@ class Child:
                     start_new_session=not can_ask,
                     env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
                 )
+        except (KeyboardInterrupt, Terminated):
+            if hasattr(self, "process"):  # it came as the child started: nobody else knows of it
+                with self.process:
+                    self.process.kill()
+            raise
         finally:
             if shown:
                 os.close(theirs)
-        self._lines: "queue.Queue[Optional[Tuple[str, str]]]" = queue.Queue()
+        self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
+        self.read_at = time.monotonic()  # when it said something last, if only a part of a line
         self._open_streams = 0
         terminal = os.fdopen(ours, "rb", 0) if shown else None
         for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
             if stream is not None:
                 self._open_streams += 1
-                threading.Thread(target=self._read, args=(name, stream, is_merged), daemon=True).start()
+                start_thread(self._read, name, stream, is_merged)
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
-        rest = b""
+        begun: List[bytes] = []  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
-                if rest and (is_merged or name == "stderr") and is_quiet(stream):
-                    self._put(name, rest)  # a banner may end without a newline, and what it asks for is awaited
-                    rest = b""
+                if begun and (is_merged or name == "stderr") and is_quiet(stream):
+                    self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
+                    begun = []
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._put(name, line)
-        if rest:
-            self._put(name, rest)
+                self.read_at = time.monotonic()
+                *ends, rest = data.split(b"\n")
+                for end in ends:
+                    self._put(name, [*begun, end])
+                    begun = []
+                begun += [rest] if rest else []
+        if begun:
+            self._put(name, begun)
         self._lines.put(None)
 
-    def _put(self, name: str, line: bytes) -> None:
-        self._lines.put((name, line.decode("utf-8", "replace").rstrip("\r")))
+    def _put(self, name: str, pieces: List[bytes]) -> None:
+        self._lines.put((name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r")))
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
         """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
@@ -2423,14 +2544,15 @@ class Child:
     @property
     def has_ended(self) -> bool:
         """True when the process is gone or has closed all its output."""
-        return self._open_streams == 0 or self.process.poll() is not None
+        with signals_held():
+            return self._open_streams == 0 or self.process.poll() is not None
 
     def send(self, data: bytes, is_last: bool = True) -> None:
         """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
 
         A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
         """
-        threading.Thread(target=self._write, args=(data, is_last), daemon=True).start()
+        start_thread(self._write, data, is_last)
 
     def _write(self, data: bytes, is_last: bool) -> None:
         stdin = self.process.stdin
@@ -2498,8 +2620,11 @@ class Ssh:
         self.asked: List[str] = []  # what a login showed that waits for a person
         self._unseen: List[str] = []  # of that, what is not shown yet
         self._shown: List[str] = []
+        self._warned: List[str] = []
         self._heard_at = 0.0
-        self._is_woken = threading.Event()
+        self._is_woken = False
+        self._bell = threading.Lock()  # free for a moment when we are woken; a signal leaves it whole, but no Event
+        self._bell.acquire()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2547,7 +2672,7 @@ class Ssh:
         Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
         self.config = self._read_config()
-        self._is_woken.clear()
+        self._is_woken = False
         for kind in self.ways:
             self.way = kind(self, is_again)
             try:
@@ -2674,11 +2799,13 @@ class Ssh:
             return
         self._heard_at = time.monotonic()
         self.words = (self.words + [text])[-30:]
-        if re.match(FATAL_WORDS, text):
+        is_warning = bool(re.match(WARNINGS, text))
+        if re.match(FATAL_WORDS, text) or text in self._warned:
             self.messages.detail("ssh: " + text)
         elif is_first or self.can_ask:
             self.messages.note(text)
-        elif re.search(WANTS_PERSON, text):
+            self._warned += [text] if is_warning else []
+        elif not is_warning and re.search(WANTS_PERSON, text):
             self._unseen.append(text)
 
     def end_login(self) -> None:
@@ -2777,12 +2904,12 @@ class Ssh:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
         deadline = time.monotonic() + timeout_s
         process = self.way.process
-        while self.way.stands and not self._is_woken.is_set() and time.monotonic() < deadline:
+        while self.way.stands and not self._is_woken and time.monotonic() < deadline:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
-                self._is_woken.wait(min(0.2, deadline - time.monotonic()))
-        self._is_woken.clear()
+                self._bell.acquire(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+        self._is_woken = False
         stands = self.way.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
@@ -2791,7 +2918,9 @@ class Ssh:
 
     def wake(self) -> None:
         """Let `wait` return now; from any thread."""
-        self._is_woken.set()
+        self._is_woken = True
+        if self._bell.locked():
+            self._bell.release()
         if self.way.process is not None:
             self.way.process.wake()
 
@@ -2892,8 +3021,8 @@ class Direct:
 
     def _end_guard(self) -> None:
         if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
+            with self._guard:  # closes its pipe as well
+                self._guard.kill()
             self._guard = None
 
     def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
@@ -3175,18 +3304,28 @@ def remove_stale_sockets(directory: str) -> None:
 class Channel:
     """Lines of JSON behind the request's nonce, so that no banner or rc file can pass for one.
 
-    In a job there is no nonce: the way back is a file of ours.
+    Whatever the agent does, the client hears every few seconds that it lives: it gives up on one that is silent.
+    In a job there is no nonce: the way back is a file of ours, which nobody waits for.
     """
 
     def __init__(self, nonce: str, stream: "Any" = None) -> None:
+        import threading
+
         self._nonce = nonce + " " if nonce else ""
-        self._last_sent = 0.0
+        self._lock = threading.Lock()  # a line is sent whole
+        self._is_over = threading.Event()
         self._lasting = Progress(text="")  # type: Message
         self._has_failed = False
         self._has_announced = False
-        self._stream = stream or os.fdopen(os.dup(1), "w")
+        self._stream = stream or os.fdopen(os.dup(1), "w", closefd=False)  # open to our end
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        """Say again what takes its time, until there is a reply, or nobody who listens."""
+        while not self._is_over.wait(HEARTBEAT_S) and not self._has_failed:
+            self._send(self._lasting.kind, self._lasting.facts())
 
     def send(self, message: Message) -> None:
         """Send a message."""
@@ -3215,12 +3354,17 @@ class Channel:
 
     def _send(self, kind: str, facts: "Json") -> None:
         """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
-        try:
-            self._stream.write("%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind))))
-            self._stream.flush()
-        except OSError:
-            self._has_failed = True
-        self._last_sent = time.monotonic()
+        line = "%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind)))
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            if kind == "reply":
+                self._is_over.set()
+            try:
+                self._stream.write(line)
+                self._stream.flush()
+            except OSError:
+                self._has_failed = True
 
     @property
     def is_closed(self) -> bool:
@@ -3236,11 +3380,6 @@ class Channel:
         if self._lasting != Progress(text=text):
             self.send(Progress(text=text))
 
-    def keep_alive(self) -> None:
-        """Say again what takes its time, when that was a few seconds ago: the client gives up on a silent agent."""
-        if time.monotonic() - self._last_sent > HEARTBEAT_S:
-            self.send(self._lasting)
-
 
 @contextlib.contextmanager
 def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[None]":
@@ -3253,13 +3392,12 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
             lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
 
             def look() -> str:
-                return "ours" if has_lock(lock) else "nobody" if channel.is_closed else ""
-
-            def wait() -> None:
+                if has_lock(lock):
+                    return "ours"
                 channel.progress(waiting)
-                channel.keep_alive()
+                return "nobody" if channel.is_closed else ""
 
-            if until(look, float("inf"), wait) == "nobody":
+            if until(look, float("inf")) == "nobody":
                 raise Failure("nobody is waiting for this any more")
         except OSError:
             pass
@@ -3617,7 +3755,9 @@ def start_detached(
 ) -> "Any":
     """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
     import subprocess
+    import warnings
 
+    warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
         return subprocess.Popen(
             argv,
@@ -3627,7 +3767,7 @@ def start_detached(
             cwd=directory,
             env=environment,
             start_new_session=True,
-            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # the agent has one thread
+            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # held by one with one thread
         )
 
 
@@ -4181,7 +4321,7 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
             channel.progress(lines[-1][:60] if lines else "")
             return has_ended or channel.is_closed
 
-        until(look, float("inf"), channel.keep_alive, slowest_s=0.2)
+        until(look, float("inf"), slowest_s=0.2)
         if process.poll() is None:
             end_session(process.pid)
         return process.wait(), "\n".join(lines[-LOG_LINES:])
@@ -4452,7 +4592,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) ->
             raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
         return info if info and seems_well(record, info) else None
 
-    found = until(look, timeout_s, channel.keep_alive)
+    found = until(look, timeout_s)
     return found if isinstance(found, RuntimeInfo) else None
 
 
@@ -4666,7 +4806,7 @@ class ServerKind(Kind):
             view.state = "on " + record.node
             return view
         if not place.is_running():
-            view.state = "ended" if record.is_ours else "stale"
+            view.state = "ended"
             return view
         info = server_info(record)
         if not info:
@@ -4710,17 +4850,20 @@ class ServerKind(Kind):
 KINDS["server"] = ServerKind()
 
 
-def other_servers() -> "List[ServerRecord]":
+def other_servers(ended: str = "") -> "List[ServerRecord]":
     """Return records, as ours, of the user's servers that something else started: those whose runtime files we see.
 
-    Their ids are "p" and the pid. Nothing of them is ever removed: they may run on another node of a shared home.
+    Their ids are "p" and the pid; of one that has `ended`, its id must be given. Nothing of them is ever removed: they
+    may run on another node of a shared home. Hundreds may have been left there: one without a process costs a look.
     """
     ours = KINDS["server"].records()
     found = {}  # type: Dict[str, ServerRecord]
-    for directory in runtime_dirs() + [native(record.runtime_dir) for record in ours]:
+    for directory in dict.fromkeys(runtime_dirs() + [native(record.runtime_dir) for record in ours]):
         for kind, pid, path in runtime_files(directory):
+            if pid < 2 or not (is_own_process(pid) or ended == "p%d" % pid):
+                continue
             info = read_record(RuntimeInfo, path)
-            if not info or pid < 2 or [r for r in ours if r.pid in (pid, session_of(pid))]:
+            if not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             try:
                 created = os.stat(path).st_mtime
@@ -4976,13 +5119,15 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
         is_last = not (
             request.is_followed and KINDS[record.kind].goes_on(record)
         )  # before the look: what it wrote last is seen
-        lines = log.lines(has_ended=is_last)
-        for line in lines[known:]:
-            channel.send(Line(text=without_tokens(line), id=record.id))
-        known = max(0, known - len(lines))
+        for line in log.lines(has_ended=is_last):
+            known -= 1
+            if known < 0:
+                channel.send(Line(text=without_tokens(line), id=record.id))
+            if channel.is_closed:
+                break
         return is_last or channel.is_closed
 
-    until(send_lines, float("inf"), channel.keep_alive, slowest_s=0.2)
+    until(send_lines, float("inf"), slowest_s=0.2)
     return LogsReply(id=record.id)
 
 
@@ -5050,7 +5195,7 @@ def what_to_stop(request: Request) -> "List[Any]":
 
 def describe_end(request: Request, channel: Channel) -> EndReply:
     """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
-    known = [record for record in KINDS["server"].records() + other_servers() if record.id == request.id]
+    known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
     if not known:
         return EndReply(is_running=False, reason="it was stopped")
     record = known[0]
@@ -5170,7 +5315,9 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
-    State.directory = native(os.path.expanduser(request.state_dir))
+    if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
+        home = os.path.expanduser("~")
+        State.directory = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
@@ -5507,7 +5654,8 @@ class Agent:
         """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
         self.packed(self.action)
         for name in ("json", "socket"):
-            __import__(name)
+            with signals_held():
+                __import__(name)
 
     def packed(self, action: str) -> bytes:
         """Return the source for an action."""
@@ -5592,6 +5740,8 @@ class Agent:
                 line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
+            if has_begun:
+                heard_at = max(heard_at, child.read_at)  # what it has to say may be long, and the link slow
             if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):
                 raise self._silence(silence_s)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
@@ -5676,13 +5826,13 @@ class Agent:
         self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
-    def leaving(self, what: str, hint: Callable[..., str]) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, and how to end it."""
+    def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, and how to end it; where it `goes_on`."""
         self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            if self.launching:
+            if self.launching and goes_on:
                 self.messages.end_line()
                 stop = hint("stop", self.launching)
                 text = "%s %s on %s. To end it: %s"
@@ -5700,7 +5850,8 @@ class Agent:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
         host = self.ssh.destination
         way = self.ssh.way
-        why = "\n".join(line[:200] for line in noise) or "the remote command ended with status %d" % status
+        told = [line[:200] for line in noise if not re.match(WARNINGS, line)]
+        why = "\n".join(told) or "the remote command ended with status %d" % status
         if has_begun and way.is_lost(status, noise):
             lost = self.ssh.lost()
             lost.why = lost.why if way.has_login else cause_of(noise)
@@ -5956,7 +6107,7 @@ class Tunnel:
                     connection.recv(1)
                     self.ssh.wake()
 
-        threading.Thread(target=hear, daemon=True).start()
+        start_thread(hear)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -6021,9 +6172,11 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     listener = listen_on(0)
     listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
-    redirect = threading.Thread(target=_redirect_once, args=(listener, secret, url), daemon=True)
-    redirect.start()
+    redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
+    import warnings
+
+    warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
@@ -6035,11 +6188,12 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     )
 
     def complain() -> None:
-        if opener.wait():
+        if opener.wait() and redirect.is_alive():  # else the browser came, and ended; or nobody waits for it any more
             messages.note("No browser could be started. Open the address above.")
-            listener.shutdown(socket.SHUT_RDWR)  # nobody will come
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
-    threading.Thread(target=complain, daemon=True).start()
+    start_thread(complain)
     return redirect
 
 
@@ -6543,7 +6697,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     )
     write_down(record, directory)
     journal = os.path.join(directory, "journal")
-    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"), channel.keep_alive)
+    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return None
@@ -6560,7 +6714,7 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     def look_for() -> "List[Any]":
         return [record for record in KINDS["run"].records() if record.id == identity]
 
-    known = until(look_for, LATE_S if identity != request.id else 0, channel.keep_alive, FOLLOW_MAX_S)
+    known = until(look_for, LATE_S if identity != request.id else 0, FOLLOW_MAX_S)
     if not known:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
@@ -6582,7 +6736,7 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
 
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
-        found = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+        found = until(look, float("inf"), FOLLOW_MAX_S)
     return FollowReply(brings=known[0].request.brings, **found.facts())
 
 
@@ -6683,7 +6837,7 @@ def follow_grid(request: Request, channel: Channel) -> GridReply:
     grid = Grid(known[0], request.offsets, channel)
     found = "more"
     while found == "more":  # the pauses begin anew with each part
-        found = until(grid.look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+        found = until(grid.look, float("inf"), FOLLOW_MAX_S)
     return GridReply(count=len(grid.tasks))
 
 
@@ -7910,7 +8064,12 @@ class Execution:
 
         self.redials = redials
         view = self.agent.ask_on(request, FollowReply, doing, self._handlers, redials)
-        self.write(view)
+        try:
+            self.write(view)
+        except Failure:
+            if view.state != "done":
+                self.messages.warn(what_and_why(self.failure(view)))
+            raise
         self.settle(view)
 
     # -- the journal --------------------------------------------------------------------------------------------------
@@ -7996,7 +8155,11 @@ class Execution:
         self.path = path
         notebook = dict(self.notebook, cells=self.cells)
         if self.notebook and leads_to_stdout(path):
-            self.messages.line(notebook_text(notebook).rstrip("\n"))
+            try:
+                self.messages.line(notebook_text(notebook).rstrip("\n"))
+            except Failure as lost:
+                lost.try_ = BRINGS_AGAIN
+                raise
         elif self.notebook and path:
             write_result(path, notebook)
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
@@ -8012,7 +8175,12 @@ class Execution:
         path = self.path or ""
         is_silent = self.messages.as_json or leads_to_stdout(path)
         if path and self.notebook and not is_silent:
-            self.messages.line(path)
+            try:
+                self.messages.line(path)
+            except Failure as lost:
+                if view.state == "done":
+                    raise
+                self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if view.brings else []
         if view.state != "done":
             if lacking:
@@ -8207,6 +8375,7 @@ def unpacked(message: Part) -> bytes:
         raise Wrong(str(error)) from None
 
 
+BRINGS_AGAIN = "execute --attach brings it again"
 COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
 
 
@@ -8277,7 +8446,7 @@ def write_result(path: str, notebook: Json) -> None:
     try:
         write_through(path, notebook_text(notebook))
     except OSError as error:
-        raise Failure("cannot write " + path, str(error), "execute --attach brings it again") from None
+        raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8291,6 +8460,7 @@ def write_result(path: str, notebook: Json) -> None:
 
 JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
 RECORD_EVERY_S = 0.25  # between two looks for new kernels
+BIRTH_EVERY_S = 0.05  # while one may be about to begin
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
@@ -8504,8 +8674,9 @@ class Recorder:
         self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
         self._notebooks = {}  # type: Dict[str, str] # by the kernel
         self._told_at = float("-inf")
-        self._names = set()  # type: Set[str] # of the connection files
+        self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
         self._changed_at = 0.0  # their directory
+        self._asked_api_at = float("-inf")
         self._asked_at = 0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
@@ -8518,12 +8689,12 @@ class Recorder:
                     break
                 for kernel in self._known.values():
                     kernel.look_again()
-            self.look_for_kernels()
+            pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
             self.pass_on()
             if not self.poller.sockets:
-                until(lambda: None, RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
-            heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
-            for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
+                until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
+            heard = dict(self.poller.poll(int(1000 * pause_s)))
+            for kernel in self._known.values():
                 if kernel.socket in heard:
                     kernel.hear()
                 if kernel.monitor in heard:
@@ -8531,26 +8702,37 @@ class Recorder:
         for kernel in self._known.values():
             kernel.close()
 
-    def look_for_kernels(self) -> None:
-        """Listen to new kernels at once: they have much to say before Jupyter itself knows them. Forget those gone."""
+    def look_for_kernels(self) -> bool:
+        """Listen to new kernels of this server, forget those gone; return whether one may be about to begin.
+
+        The directory is the user's: others' connection files, and what was left there, lie beside ours. What Jupyter
+        starts is its own before it knows that itself, and has much to say by then; later its API tells.
+        """
+        now = time.monotonic()
         runtime = native(self.record.runtime_dir)
         with contextlib.suppress(OSError):
             changed_at = os.stat(runtime).st_mtime
             if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
                 self._changed_at = changed_at
-                self._names = {name for name in os.listdir(runtime) if kernel_id_of(name)}
-            for name in self._names - set(self._known):
-                self._known[name] = RecordedKernel(self, os.path.join(runtime, name), kernel_id_of(name))
-            for name in set(self._known) - self._names:
+                self._seen_at = {n: self._seen_at.get(n, now) for n in os.listdir(runtime) if kernel_id_of(n)}
+            for name in set(self._known) - set(self._seen_at):
                 self._known.pop(name).close()
-        unsure = [kernel for kernel in self._known.values() if kernel.is_unsure]
-        for kernel in unsure:
-            kernel.connect()
-        info = server_info(self.record) if unsure else None
-        if info and time.monotonic() - max(kernel.since for kernel in unsure) > SETTLES_S:
-            views = ask_for_list(info, "api/kernels", KernelView)
-            for kernel in unsure if views is not None else []:
-                kernel.decide(kernel.id in [view.id for view in views or []])
+        ages_s = {name: now - at for name, at in self._seen_at.items() if name not in self._known}
+        ages_s = {name: age_s for name, age_s in ages_s.items() if age_s < UNKNOWN_KERNEL_S}
+        is_birth = bool(ages_s) and min(ages_s.values()) < SETTLES_S
+        ours = ""
+        if is_birth:
+            ours = commands_started_in(self.record.pid)
+        elif ages_s and now - self._asked_api_at > SETTLES_S:
+            self._asked_api_at = now
+            info = server_info(self.record)
+            views = (info and ask_for_list(info, "api/kernels", KernelView)) or []
+            ours = " ".join("kernel-%s.json" % view.id for view in views)
+        for name in [name for name in ages_s if name in ours]:
+            connection = read_record(Connection, os.path.join(runtime, name))
+            if connection:
+                self._known[name] = RecordedKernel(self, connection, kernel_id_of(name))
+        return is_birth
 
     def pass_on(self) -> None:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
@@ -8560,7 +8742,7 @@ class Recorder:
             if changed_at == self._asked_at:
                 return
             self._asked_at = changed_at
-            kernels = {kernel.id: kernel for kernel in self._known.values() if not kernel.is_unsure}
+            kernels = {kernel.id: kernel for kernel in self._known.values()}
             for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
                 kernel, identity, _ = name.split(".")
                 path = os.path.join(directory, name)
@@ -8587,6 +8769,16 @@ class Recorder:
         )
 
 
+def commands_started_in(session: int) -> str:
+    """Return the command lines of what the processes of a session started: Jupyter's kernels, each in its own session.
+
+    Not of what those started. Of all processes, where nobody tells (`is_own_proc`).
+    """
+    knows = is_own_proc()
+    started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == session]
+    return " ".join(command_of_process(pid) for pid in started)
+
+
 def kernel_id_of(name: str) -> str:
     """Return the id of the kernel whose connection file has this name; empty for another file."""
     is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
@@ -8594,25 +8786,25 @@ def kernel_id_of(name: str) -> str:
 
 
 class RecordedKernel:
-    """One kernel that is heard. What it says waits in ZeroMQ, without a bound, until Jupyter tells that it is its own.
+    """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
 
     A PUB socket drops what a slow subscriber does not take (DESIGN 2): ours takes all at once.
     """
 
-    def __init__(self, recorder: Recorder, path: str, identity: str) -> None:
+    def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
         zmq = recorder.zmq
         self.recorder = recorder
         self.id = identity
-        self.is_unsure = True
         self.socket = recorder.context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._path = path
-        self.since = time.monotonic()
-        self._connection = None  # type: Optional[Connection]
+        self.socket.connect(connection.address(connection.iopub_port))
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        for socket in (self.socket, self.monitor):
+            recorder.poller.register(socket, zmq.POLLIN)
+        self._connection = connection
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, BegunCell]
@@ -8624,38 +8816,18 @@ class RecordedKernel:
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
-
-    def connect(self) -> None:
-        """Listen to it, as soon as its connection file is whole."""
-        if not self._connection:
-            self._connection = read_record(Connection, self._path)
-            if self._connection:
-                self.socket.connect(self._connection.address(self._connection.iopub_port))
-
-    def decide(self, is_ours: bool) -> None:
-        """Take it for one of this server's, or after a while, as nobody says so, leave it alone."""
-        if is_ours and self._connection:
-            self.is_unsure = False
-            self.recorder.poller.register(self.socket, self.recorder.zmq.POLLIN)
-            self.recorder.poller.register(self.monitor, self.recorder.zmq.POLLIN)
-            self._journal.mark(KernelMark(notebook=self.recorder.notebook_of(self.id), is_heard=True))
-        elif time.monotonic() - self.since > UNKNOWN_KERNEL_S:
-            self.is_unsure = False
-            self.socket.disable_monitor()
-            self.socket.close()
+        self._journal.mark(KernelMark(notebook=recorder.notebook_of(identity), is_heard=True))
 
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
-        if not self.socket.closed:
-            self.hear()
-            self._end_all()
-            if self._shell:
-                self._shell.close()
-            for socket in (self.socket, self.monitor):
-                with contextlib.suppress(KeyError):
-                    self.recorder.poller.unregister(socket)
-            self.socket.disable_monitor()
-            self.socket.close()
+        self.hear()
+        self._end_all()
+        if self._shell:
+            self._shell.close()
+        for socket in (self.socket, self.monitor):
+            self.recorder.poller.unregister(socket)
+        self.socket.disable_monitor()
+        self.socket.close()
 
     def notice_end(self) -> None:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
@@ -8677,8 +8849,7 @@ class RecordedKernel:
 
         at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
         parts = frames[at + 1 : at + 5]
-        connection = self._connection
-        if len(parts) < 4 or not connection or not hmac.compare_digest(connection.signature(parts), frames[at]):
+        if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
             return
         try:
             header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
@@ -8720,7 +8891,6 @@ class RecordedKernel:
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
         connection, zmq = self._connection, self.recorder.zmq
-        assert connection is not None  # it is heard
         if not self._shell:
             self._shell = self.recorder.context.socket(zmq.DEALER)
             self._shell.setsockopt(zmq.LINGER, 0)
@@ -8941,7 +9111,7 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
     is_whole = send_entries()
     channel.send(Recorded(entry={}))  # from here on it is news
     if not is_whole:
-        until(send_entries, float("inf"), channel.keep_alive, slowest_s=0.2)
+        until(send_entries, float("inf"), slowest_s=0.2)
     return reply
 
 
@@ -8970,12 +9140,15 @@ class JournalReader:
 
     def lines(self) -> "List[str]":
         """Return the lines that came since we looked last."""
-        lines = [] if self._is_begun else Growing(self.path + ".old").lines()
+        old = None if self._is_begun else Growing(self.path + ".old")
         if self._is_begun and self._inode_now() != self._inode:  # it became the older half
-            lines = Growing(self.path + ".old", self._new.offset).lines() if self._inode else []
+            old = Growing(self.path + ".old", self._new.offset) if self._inode else None
             self._new = Growing(self.path)
         self._inode, self._is_begun = self._inode_now(), True
-        return lines + self._new.lines()
+        return [
+            *(old.lines() if old else []),
+            *self._new.lines(),
+        ]  # at once: what is half read may become the older one
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
@@ -9379,7 +9552,7 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
             return "idle"
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
-    state = until(look, request.timeout_s or float("inf"), channel.keep_alive, WAIT_EVERY_S) or "busy"
+    state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
     reply = WaitReply(kernel=kernel, state=state)
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
     if last and last.begun and last.finished:
@@ -9456,7 +9629,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
             return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
         return "dead" if state == "dead" else "closed" if channel.is_closed else ""
 
-    state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
+    state = until(look, float("inf"), FOLLOW_MAX_S)
     return EvalReply(kernel=kernel, state=state)
 
 
@@ -9477,7 +9650,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     def is_heard() -> bool:
         return (read_record(KernelMark, path) or KernelMark()).is_heard
 
-    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2, channel.keep_alive):
+    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
         raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
     return record, kernel
@@ -10127,7 +10300,7 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
             channel.send(news)
         return None
 
-    return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+    return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
 
 
 def no_begin(job: JobRecord) -> Failure:
@@ -10193,7 +10366,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
         trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
     job = JobKind().begin(request.but(action="examine", may_install=False), channel)
     trial.number = job.number
-    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, channel.keep_alive, FOLLOW_MAX_S)
+    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, FOLLOW_MAX_S)
     begun, state = begun_of(job), job_state(job)
     trial.has_ended = not state.is_live
     trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
@@ -10205,7 +10378,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
             pass  # its node said so itself
         except OSError as error:
             trial.trouble = "%s: %s" % (begun.address or begun.node, error)
-    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, channel.keep_alive, FOLLOW_MAX_S)
+    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, FOLLOW_MAX_S)
     if job_state(job).is_live:
         KINDS["job"].end(job)
     return trial
@@ -10511,7 +10684,7 @@ class WrapperKind(Kind):
             return None
 
         try:
-            return Said.read(until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)).result()
+            return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
         except Failure as failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
@@ -11210,6 +11383,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        Messages().line(message, end="", is_clean=True)  # --help and --version are results, too
+
     def error(self, message: str) -> NoReturn:
         """Raise Failure (2); for a word that is nearly one of ours, with that."""
         unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
@@ -11515,7 +11691,7 @@ def back_again(args: argparse.Namespace, *action: str) -> str:
     opens = not action or action[0].startswith("-")
     words: Dict[str, List[str]] = {}
     for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_typed = not args.sources or args.sources.get(option.dest) == "command line"
+        is_typed = args.sources.get(option.dest, "command line") == "command line"  # or not given at all
         is_dropped = option.dest == "attach" and "--new" in action
         if is_typed and not is_dropped and (opens or option.chooses == "host"):
             words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
@@ -11550,8 +11726,8 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
             ssh = move_to_node(ssh, server)
-            agent = Agent(ssh, messages, args.state_dir or "")
-            agent.greets = False
+            begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
+            agent.greets, agent.launching = False, begun
         tunnel = open_tunnel(server, args, request, ssh, agent, messages)
         server = tunnel.server
         url = server.url(tunnel.local_port, has_token=not server.has_password)
@@ -11566,6 +11742,9 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if not tunnel or not tunnel.local_port:
+            if args.stop_on_exit and agent.launching:
+                messages.end_line()
+                agent.ask(Request(action="stop", ids=[agent.launching]), StopReply, "Stopping")
             raise
         messages.end_line()
         if args.stop_on_exit:
@@ -11666,7 +11845,8 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     local_port = args.local_port or find_free_port(LOCAL_PORT)
     hint = hint_of(args)
     waiting = Queue(agent, messages, hint, lambda identity: hint())
-    with contextlib.closing(Reserved(local_port)), waiting.asking(), agent.leaving("Jupyter", hint):
+    asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
+    with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -11968,10 +12148,11 @@ class PrintedCell:
             tell_entry(entry, cell, self.messages)
         elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
             is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
-            stream = sys.stderr if is_aside else sys.stdout
-            with contextlib.suppress(OSError):
-                stream.write(printable(re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))))
-                stream.flush()
+            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
+            if is_aside:
+                self.messages.aside(text)
+            else:
+                self.messages.line(text, end="")
 
 
 @contextlib.contextmanager
@@ -12399,6 +12580,7 @@ def check_sessions(ssh: Ssh) -> Check:
         lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
         has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
     finally:
+        first.send(b"")
         first.end()
     return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
 
@@ -12761,20 +12943,24 @@ ACTIONS: Dict[Optional[str], Action] = {
 }
 
 
-def _on_signal(signum: int, frame: Any) -> None:
-    raise Terminated(signum)
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+                signal.signal(getattr(signal, name), Signals.take)
+        sys.unraisablehook = Signals.keep
+        return carry_out(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated as terminated:
+        return 128 + terminated.signum
+
+
+def carry_out(words: List[str]) -> int:
+    """Do what a command line says, and return the exit status; a failure is told."""
     messages = Messages(as_json="--json" in words)  # until they are read
     args: Optional[argparse.Namespace] = None
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _on_signal)
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
             for word in candidates(words[2:]):
@@ -12799,22 +12985,29 @@ def main(argv: Optional[List[str]] = None) -> int:
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except Terminated as terminated:
-        return 128 + terminated.signum
+
+
+def take_closed_streams() -> None:
+    """Open what was closed as we were started (>&-), or the next file would get its number.
+
+    What is said on a stderr that is closed is lost; a result on a closed stdout is an error when it is written.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
 
 
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    take_closed_streams()
     try:
         status = main()
+        Signals.depth += 1  # to the end: nobody is left to take one
     except SystemExit as wanted:  # argparse, after --help and --version
         status = int(wanted.code or 0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # a closed pipe; no stream at all
-            stream.flush()
-    os._exit(status)
+    except (KeyboardInterrupt, Terminated):  # one more, as the first was answered
+        status = EXIT_INTERRUPTED
+    os._exit(status)  # all that was written is flushed
 
 
 if __name__ == "__main__":

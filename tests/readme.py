@@ -19,3 +19,9 @@ def readme_events() -> Dict[str, List[str]]:
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", README, re.MULTILINE)
     assert rows
     return {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
+
+
+def readme_range(name: str) -> str:
+    """Return what the README says in a row of the table of what the tests run."""
+    (value,) = re.findall(r"^\| %s \| ([^|]*) \|$" % re.escape(name), README, re.MULTILINE)
+    return str(value)

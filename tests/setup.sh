@@ -208,3 +208,11 @@ if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/n
     echo "setup: making an image for the tests of containers (a minute or two)"
     sh tests/image.sh $image .venv/bin/python || echo "setup: no image; the tests that need it will skip" >&2
 fi
+
+# As old as a month at most: what is the newest Python and OpenSSH changes.
+sid=/var/tmp/rjupyter-tests-0/sid
+if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null &&
+    [ -z "$(find $sid/complete -mtime -30 2>/dev/null)" ]; then
+    echo "setup: making a Debian sid in $sid, with the newest Python and ssh (2 minutes, 1 GB with the tests' Jupyters)"
+    sh tests/sid.sh $sid || echo "setup: no new Debian sid; without an older one, the tests that need it will skip" >&2
+fi

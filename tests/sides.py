@@ -8,6 +8,7 @@ import pwd
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -82,6 +83,12 @@ def quiet_port() -> int:
 def without_port(url: str) -> str:
     """Return an address without its local port, which another test may have taken meanwhile."""
     return re.sub(r":\d+/", "/", url, count=1)
+
+
+def words_of(command: str) -> List[str]:
+    """Return what a printed command of ours has behind the program, as a shell would have it."""
+    words = shlex.split(command, comments=True)
+    return words[words.index(str(SCRIPT)) + 1 :]
 
 
 class Run:

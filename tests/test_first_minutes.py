@@ -2,18 +2,19 @@
 
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
 from client import compute
 from jupyters import jupyter_for_everyone
-from sides import Host, Laptop, Run, processes_with, wait_until
+from sides import ON_HOST, SCRIPT, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, wait_until, words_of
 
 
 def venv_without_jupyter(prefix: Path) -> None:
@@ -137,13 +138,44 @@ def test_option_that_came_too_late_is_said_in_json_as_well(laptop: Laptop, host:
 # -- Ctrl-C before there is a result ----------------------------------------------------------------------------------
 
 
+def bytes_read(pid: int) -> int:
+    """Return how much a process has read since it was started."""
+    return int(Path("/proc/%d/io" % pid).read_text().split()[1])
+
+
+def test_ctrl_c_while_python_reads_the_file(laptop: Laptop) -> None:
+    """Started by its path; a Ctrl-C each time a little later, from when Python compiles it."""
+    words = [str(SCRIPT), "-o", "ProxyCommand=sleep 600", "host", "list"]
+    environment = dict(laptop.environment, PATH="%s:%s" % (VENV_BIN, SYSTEM_PATH))
+    for number in range(15):
+        run = Run(words, environment, has_terminal=False, cwd=str(laptop.home))
+        laptop.runs.append(run)
+        wait_until(partial(lambda pid: bytes_read(pid) > SCRIPT.stat().st_size, run.pid), "Python has the file")
+        time.sleep(number * 0.03)  # not a wait: it is what is varied
+        run.interrupt()
+        assert run.wait(20) in (130, -signal.SIGINT) and not run.text, run.text
+
+
+def test_ctrl_c_at_the_question_for_a_host_key(laptop: Laptop, host: Host, mark: str) -> None:
+    (host.sshd.directory / "known_hosts").write_text("")
+    host.sshd.config.write_text(host.sshd.config.read_text().replace("StrictHostKeyChecking yes", ""))
+    for number in range(10):
+        run = laptop.start(*([] if number % 2 else ["--no-mux"]), "host", "list")
+        run.expect("Are you sure you want to continue connecting")
+        time.sleep(number * 0.003)  # not a wait: it is what is varied
+        run.interrupt()
+        assert run.wait(20) == 130, run.text
+        assert "rjupyter:" not in run.text and "lock" not in run.text and "Exception" not in run.text, run.text
+        assert not processes_with(mark, without=ON_HOST)
+
+
 def check_what_goes_on(laptop: Laptop, run: Run, goes_on: Callable[[], Any]) -> None:
     """Either nothing goes on over there, or it is said, with a command that ends it; which is typed as it stands."""
     assert run.wait(20) == 130, run.text
-    said = re.search(r"(?:To end it: |try: )(rjupyter\.py .+?)(?:   \(.*)?$", run.text, re.MULTILINE)
+    said = re.search(r"(?:To end it: |try: )(.*rjupyter\.py .+?)(?:   \(.*)?$", run.text, re.MULTILINE)
     if said:
         laptop.config = ""
-        assert laptop.run(*shlex.split(said.group(1))[1:]).status == 0
+        assert laptop.run(*words_of(said.group(1))).status == 0
     wait_until(lambda: not goes_on(), "nothing goes on that was not said: " + run.text, 20)
 
 
@@ -161,6 +193,22 @@ def test_ctrl_c_while_jupyter_is_launched(
     run.interrupt()
     check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
     go.touch()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+def test_what_is_launched_with_stop_on_exit_ends_with_us(
+    laptop: Laptop, host: Host, mark: str, mode: List[str], signum: signal.Signals
+) -> None:
+    (host.home / ".jupyter").mkdir()
+    text = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\n" % str(host.home / "go")
+    (host.home / ".jupyter/jupyter_server_config.py").write_text(text)
+    run = laptop.start(*mode, "--stop-on-exit", "host", has_terminal=False)
+    wait_until(host.servers, "it is launched")
+    os.kill(run.pid, signum)
+    assert run.wait(30) == 128 + signum, run.text
+    assert not host.servers() and "To end it" not in run.text
+    assert not [words for words in processes_with(mark).values() if "jupyter-notebook" in words]
 
 
 @pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])

@@ -2,8 +2,9 @@
 
 import json
 import re
-import shlex
+import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
@@ -13,13 +14,13 @@ import shim_scheduler
 from client import api, compute, token_of
 from jupyters import jupyter_for_everyone
 from private_machines import Cluster, find_obstacle
-from sides import VENV_BIN, Host, Laptop, Run, quiet_port, wait_until
+from sides import SCRIPT, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, quiet_port, wait_until, words_of
 
 HINTS = {
     "back": r"Back (?:again|to it) with: (.+?)(?:   To cancel it: .*)?$",
     "stop": r"To (?:end|cancel) it: (.+)$",
     "close": r"To close it: (.+)$",
-    "try": r"try: (rjupyter\.py .+?)(?:   \(.*\))?$",
+    "try": r"try: (.*rjupyter\.py .+?)(?:   \(.*\))?$",
 }
 
 
@@ -27,9 +28,7 @@ def hint(run: Run, kind: str) -> List[str]:
     """Return the words of a command that was printed, as a shell would have them."""
     found = re.findall(HINTS[kind], run.text, re.MULTILINE)
     assert found, "no hint %r in:\n%s" % (kind, run.text)
-    words = shlex.split(found[-1], comments=True)
-    assert words[0] == "rjupyter.py"
-    return words[1:]
+    return words_of(found[-1])
 
 
 def typed(laptop: Laptop, words: List[str]) -> Run:
@@ -49,6 +48,53 @@ def closed(run: Run) -> Run:
     run.interrupt()
     assert run.wait(30) == 0
     return run
+
+
+# -- the program itself -----------------------------------------------------------------------------------------------
+
+CALLS = {
+    "by python": ("python3 rjupyter.py", 0o644),
+    "by python, though it runs by itself": ("python3 rjupyter.py", 0o755),
+    "in here": ("./rjupyter.py", 0o755),
+    "in another directory": ("'../my tools/rjupyter.py'", 0o755),
+    "by an absolute path": ("'{tools}/rjupyter.py'", 0o755),
+    "by python and an absolute path": ("python3 '{tools}/rjupyter.py'", 0o644),
+    "on PATH": ("PATH='{tools}':$PATH rjupyter.py", 0o755),
+    "by a link": ("./gpu", 0o755),
+    "by a link on PATH": ("PATH='{tools}':$PATH gpu", 0o755),
+    "by sh": ("sh rjupyter.py", 0o755),
+    "by a python that is not on PATH": ("{python} rjupyter.py", 0o644),
+    "as a module": ("python3 -m rjupyter", 0o644),
+    "another of that name is on PATH": ("PATH={other}:$PATH ./rjupyter.py", 0o755),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_hint_begins_as_the_program_was_called(tmp_path: Path, name: str) -> None:
+    tools, other, pythons = tmp_path / "my tools", tmp_path / "other", tmp_path / "pythons"
+    for directory in (tools, other, pythons):
+        directory.mkdir()
+    call, mode = CALLS[name]
+    shutil.copy(SCRIPT, tools)
+    (tools / "rjupyter.py").chmod(mode)
+    (tools / "gpu").symlink_to("rjupyter.py")
+    (other / "rjupyter.py").write_text("#!/bin/sh\necho a stranger\n")
+    (other / "rjupyter.py").chmod(0o755)
+    (pythons / "python3").symlink_to(sys.executable)
+    call = call.format(tools=tools, other=other, python=VENV_BIN / "python")
+    setting, _, call = call.rpartition("$PATH ")
+    path = "%s$PATH; export PATH; " % setting if setting else ""
+
+    def said(line: str) -> str:
+        environment = {"HOME": str(tmp_path), "PATH": "%s:%s" % (pythons, SYSTEM_PATH), "LANG": "C.UTF-8"}
+        argv = ["sh", "-c", path + line]
+        run = subprocess.run(argv, cwd=tools, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return run.stdout + run.stderr
+
+    told = said(call + " --nonsense").split("try: ")[1].rstrip("\n")
+    assert said(told).startswith("usage: "), told
+    if name not in ("by sh", "as a module"):  # which it cannot know
+        assert told == call + " --help"
 
 
 # -- destinations and options -----------------------------------------------------------------------------------------
@@ -118,6 +164,34 @@ def test_hints_of_an_open_lead_back_to_its_server_and_to_its_end(laptop: Laptop,
     stop = typed(laptop, hint(run, "stop"))
     assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
     assert not host.servers()
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [("env", []), ("init", ["--lab", "-p", "{port}"]), ("python", ["--state-dir", "my state"])],
+    ids=["env", "init", "python"],
+)
+def test_hints_after_coming_back_have_what_was_typed_then(
+    laptop: Laptop, host: Host, name: str, more: List[str]
+) -> None:
+    """It was launched with options that the second open does not need; that one's own are in the hints all the same."""
+    prepare(laptop, host)
+    more = [word.format(port=host.sshd.port) for word in more]
+    *chosen, path = arguments_of(name, host)
+    closed(held(laptop, *more, *chosen, path))
+    run = held(laptop, *more, path)
+    run.expect("^Found")
+    closed(run)
+    for kind in ("back", "stop"):
+        words = hint(run, kind)
+        kept = [word for word in more if kind == "back" or word != "--lab"]
+        assert words[words.index("-F") + 1] == str(host.sshd.config) and set(kept) <= set(words), words
+    again = typed(laptop, hint(run, "back"))
+    assert token_of(again.url()) == token_of(run.url())
+    again.expect("To end it")
+    closed(again)
+    stop = typed(laptop, hint(run, "stop"))
+    assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
 
 
 @pytest.mark.parametrize("name", ["IPv6", "ssh://", "space", "lab", "-p"])

@@ -474,6 +474,7 @@ def test_python_named_by_the_user_cannot_smuggle(smuggled: str) -> None:
 @pytest.mark.parametrize("minor", [minor for minor in sorted(interpreters()) if minor >= 8])
 def test_client_under_python_3(laptop: Laptop, host: Host, minor: int) -> None:
     laptop.python = interpreters()[minor]
+    laptop.environment["PYTHONWARNINGS"] = "error"
     with laptop.opened("host", has_terminal=True) as run:
         assert compute(run.url(), "print(1)") == "1\n"
     assert "Warning" not in run.text

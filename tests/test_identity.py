@@ -16,6 +16,7 @@ from client import api, check_failure, compute
 from jupyters import LIGHT, TODAY, environment
 from private_machines import find_namespaces_obstacle
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from test_servers import counting_ps, leave_runtime_files
 
 OBSTACLE = find_namespaces_obstacle()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
@@ -239,6 +240,20 @@ def test_ps_that_says_another_second(
     ps.write_text("\n".join([*lines, ""]))
     ps.chmod(0o755)
     check_one_server(laptop, host)
+
+
+def test_files_that_other_servers_left_cost_no_ps_where_there_is_no_proc(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    host = without_proc(directory, make_host)
+    real = (directory / "bin/ps").rename(directory / "bin/real-ps")
+    asked = counting_ps(directory / "bin", str(real))
+    leave_runtime_files(host, 300)
+    opened(laptop, "host")
+    assert [row["id"] for row in rows(laptop)] == [record["id"] for record in host.servers()]
+    laptop.run("host", "stop", "--all")
+    looks = asked.read_text().splitlines()
+    assert looks and not [words for words in looks if " -p 50000" in words]
 
 
 def test_host_without_proc_and_without_ps(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:

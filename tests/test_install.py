@@ -41,7 +41,7 @@ def test_launcher_runs_the_module_whose_bytecode_lies_beside_it(prefix: Path, tm
 
 def test_launcher_is_found_by_a_link_and_goes_by_its_name(prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "gpu").symlink_to(prefix / "bin/rjupyter")
-    assert "try: gpu --help" in said(tmp_path / "gpu", "--nonsense", cwd=tmp_path)
+    assert "try: %s --help" % (tmp_path / "gpu") in said(tmp_path / "gpu", "--nonsense", cwd=tmp_path)
 
 
 def test_launcher_imports_nothing_from_where_it_is_run(prefix: Path, tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def test_gpu_memory_is_what_a_stand_in_for_nvidia_smi_says(laptop: Laptop, host:
     assert kernels[kernel]["gpu_memory"] == 1 << 30
 
 
+def test_a_tool_that_hangs_is_waited_for_and_the_agent_is_heard_to_live(laptop: Laptop, host: Host, run: Run) -> None:
+    """For a minute: nvidia-smi does so where a driver is stuck, ps where a process is."""
+    kernel = new_session(run.url(), "it's here.ipynb")
+    (host.home / "bin").mkdir()
+    for name in ("ps", "nvidia-smi"):
+        (host.home / "bin" / name).write_text("#!/bin/sh\nexec sleep 600\n")
+        (host.home / "bin" / name).chmod(0o755)
+    (host.home / ".bashrc").write_text("export PATH=%s:$PATH\n" % (host.home / "bin"))
+    (event,) = events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]
+    assert (event["id"], event["gpu_memory"]) == (kernel, None)
+
+
 def test_wait_returns_when_the_kernel_is_idle(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     gate = compute_until(run, host, kernel)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -298,6 +298,28 @@ def test_stub_browser_gets_the_page_but_no_token_in_its_argv(laptop: Laptop, hos
     wait_until(lambda: browser.page.exists() and browser.page.read_text(), "the browser has the page")
     assert urlsplit(browser.page.read_text()).port == urlsplit(run.url()).port
     assert token not in browser.argv.read_text()
+
+
+def openers(mark: str) -> Dict[int, str]:
+    """Return the processes that start a browser."""
+    return {pid: words for pid, words in processes_with(mark).items() if "webbrowser" in words}
+
+
+def test_browser_that_ends_badly_after_it_had_the_page(laptop: Laptop, host: Host, mark: str) -> None:
+    browser = StubBrowser(laptop.home)
+    with browser.program.open("a") as program:
+        program.write("while not os.path.exists(%r): time.sleep(0.02)\nsys.exit(3)\n" % str(laptop.home / "go"))
+    browser.program.write_text(browser.program.read_text().replace("import sys,", "import os, sys, time,"))
+    with laptop.opened("--browser", "%s %%s" % browser.program, "host") as run:
+        wait_until(lambda: browser.page.exists() and browser.page.read_text(), "the browser has the page")
+        (laptop.home / "go").touch()
+        wait_until(lambda: not openers(mark), "the browser has ended")
+    assert "No browser" not in run.text, run.text
+
+
+def test_browser_that_cannot_be_started(laptop: Laptop, host: Host) -> None:
+    with laptop.opened("--browser", "false %s", "host") as run:
+        run.expect("^No browser could be started")
 
 
 def test_real_browser_runs_a_cell(laptop: Laptop, host: Host, driver: Any) -> None:

@@ -154,7 +154,7 @@ def agent_input(command: str) -> bytes:
 @pytest.mark.parametrize("minor", sorted(interpreters()))
 def test_agent_answers_under_python_3(minor: int, tmp_path: Path) -> None:
     answer = subprocess.run(
-        [interpreters()[minor], "-IS", "-c", rjupyter.BOOTSTRAP],
+        [interpreters()[minor], "-W", "error", "-IS", "-c", rjupyter.BOOTSTRAP],
         input=agent_input(""),
         capture_output=True,
         env={"HOME": str(tmp_path), "LC_ALL": "C"},

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import uuid
 from pathlib import Path
 from typing import Callable, Dict, List
 
@@ -140,6 +141,41 @@ def test_a_kernel_in_another_language(
     assert "from afar\n" in laptop.run("host", "output").stdout
     laptop.run("host", "stop", "--yes")  # R's kernel does not look whether its server is there
     run.wait(20)
+
+
+def leave_connection_files(host: Host, count: int) -> None:
+    """Put there what kernels leave that nobody could end: their files, with ports at which nobody listens any more."""
+    runtime = host.home / ".local/share/jupyter/runtime"
+    runtime.mkdir(parents=True, exist_ok=True)
+    ports = {name + "_port": 1 for name in ("shell", "iopub", "stdin", "control", "hb")}
+    facts = dict(ports, transport="tcp", ip="127.0.0.1", key="k", signature_scheme="hmac-sha256")
+    for _ in range(count):
+        (runtime / ("kernel-%s.json" % uuid.uuid4())).write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_files_that_other_kernels_left_cost_nothing(laptop: Laptop, host: Host, when: str) -> None:
+    """With three sockets for each, 342 such files were the end of the recorder; what is its own is recorded whole."""
+    if when == "before":
+        leave_connection_files(host, 600)
+    run = held(laptop, "host")
+    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
+    pid = json.loads(mark.read_text())["pid"]
+    if when == "meanwhile":
+        assert compute(run.url(), "print('first')") == "first\n"
+        leave_connection_files(host, 600)
+    kernel = str(api(run.url(), "kernels", "POST", {})["id"])  # of no notebook, and used as soon as it is there
+    most = 0
+
+    def has_ended() -> bool:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/%d/fd" % pid)))
+        return kinds(host).count("finished") == (1 if when == "before" else 2)
+
+    compute(run.url(), "for i in range(%d): print('line', i)\nprint('the end')" % LINES, kernel)
+    wait_until(has_ended, "the cell has ended")
+    assert has_all(laptop.run("host", "output", kernel).stdout)
+    assert most < 60
 
 
 # -- what ends before its cell does -----------------------------------------------------------------------------------

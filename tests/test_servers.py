@@ -8,14 +8,31 @@ import signal
 import subprocess
 import urllib.request
 from pathlib import Path
-from typing import Iterator, List
+from typing import Callable, Iterator, List
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, busy_kernel, check_failure, compute, listed
+from execution import code, printed, write_notebook
 from sides import VENV_BIN, Host, Laptop, processes_with, wait_until
 
 import rjupyter
+
+
+@pytest.mark.parametrize("place", ["scratch/my state", "~/scratch/state/"])
+def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host, place: str) -> None:
+    """As PATH is; whatever directory Jupyter, or a notebook, is then started in."""
+    (host.home / "work").mkdir()
+    write_notebook(laptop.home / "a.ipynb", code("print(6 * 7)"))
+    with laptop.opened("--state-dir", place, "host:work") as run:
+        assert compute(run.url(), "print(1)") == "1\n"
+        kept = list(host.home.glob("scratch/*/servers/*/server.json"))
+        assert len(kept) == 1 and not host.servers()
+    executed = laptop.run("--state-dir", place, "host:work", "execute", "a.ipynb")
+    assert executed.status == 0 and printed(laptop.home / "a.executed.ipynb") == ["42\n"], executed.text
+    stop = laptop.run("--state-dir", place, "host:work", "stop")
+    assert stop.status == 0 and "Stopped" in stop.stderr, stop.text
+    assert not [path for path in host.home.rglob("scratch") if path.parent != host.home]
 
 
 def runtime_directory(host: Host) -> Path:
@@ -120,6 +137,36 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
     assert (odd / "jpserver-12.json").exists()  # not ours to remove
 
 
+def leave_runtime_files(host: Host, count: int) -> None:
+    """Put there what servers leave that nobody could end: VS Code's, those of a host that was started anew."""
+    runtime_directory(host).mkdir(parents=True, exist_ok=True)
+    facts = {"hostname": "localhost", "port": 9, "token": "t", "base_url": "/", "root_dir": str(host.home)}
+    for pid in range(5000000, 5000000 + count):  # more than there can be: proc(5), pid_max
+        (runtime_directory(host) / ("jpserver-%d.json" % pid)).write_text(json.dumps(dict(facts, pid=pid)))
+
+
+def counting_ps(directory: Path, ps: str = "/bin/ps") -> Path:
+    """Make a directory with a ps that leaves a line in the file `asked` beside it, and return that file."""
+    directory.mkdir(exist_ok=True)
+    (directory / "ps").write_text('#!/bin/sh\necho "$@" >>%s/asked\nexec %s "$@"\n' % (directory, ps))
+    (directory / "ps").chmod(0o755)
+    return directory / "asked"
+
+
+def test_files_that_other_servers_left_cost_no_process(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    asked = counting_ps(directory / "bin")
+    host = make_host(path="%s:%s" % (directory / "bin", VENV_BIN))
+    leave_runtime_files(host, 1000)
+    with laptop.opened("host"):
+        assert [server["id"] for server in listed(laptop)] == [record["id"] for record in host.servers()]
+    with laptop.opened("host") as again:
+        again.expect("Found Jupyter")
+    check_failure(laptop.run("--attach", "p5000007", "host"), 1, "no server of yours has this id: p5000007")
+    assert not asked.exists(), asked.read_text().splitlines()[:3]
+
+
 def test_names_from_the_host_cannot_drive_the_terminal(laptop: Laptop, host: Host) -> None:
     name = "a\033]0;title\007\nb"
     (host.home / name).mkdir()
@@ -220,6 +267,23 @@ def test_logs(laptop: Laptop, host: Host) -> None:
         assert token not in run.text and "\033" not in run.stdout
         assert "Forbidden" not in run.stdout and "403 GET" not in run.stdout  # said to us, who try another token
     check_failure(laptop.run("host", "logs", "zzzz"), 1, "no server of yours has this id: zzzz")
+
+
+def test_log_for_which_the_host_has_no_memory(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    """It comes as it is read: 40 MB, one line of which is 2 MB long, through an agent that has 100 MB for all."""
+    (directory / "bin").mkdir()
+    host = make_host(path="%s:%s" % (directory / "bin", VENV_BIN))
+    with laptop.opened("host"):
+        (record,) = host.servers()
+    python = directory / "bin/python3"
+    python.write_text('#!/bin/sh\nulimit -v 100000\nMALLOC_ARENA_MAX=1 exec %s "$@"\n' % (VENV_BIN / "python3"))
+    python.chmod(0o755)
+    lines = ["\u00e4" * 1000000, *("%05d %s" % (number, "x" * 994) for number in range(38000)), "last"]
+    (host.home / ".local/state/rjupyter/servers" / record["id"] / "log").write_text("\n".join(lines), encoding="utf-8")
+    shown = laptop.run("host", "logs")
+    assert shown.status == 0, shown.stderr
+    is_whole = shown.stdout.splitlines() == lines
+    assert is_whole
 
 
 def test_logs_that_are_followed(laptop: Laptop, host: Host, mark: str) -> None:

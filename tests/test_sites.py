@@ -585,6 +585,16 @@ def test_stop_goes_on_past_a_job_that_cannot_be_cancelled(
     assert "job 2" in stop.stderr and "denied" in stop.stderr
 
 
+def test_stop_of_a_job_whose_scheduler_hangs(laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host) -> None:
+    """For a minute, with each of its commands: the agent is heard to live, and says itself what did not answer."""
+    job = job_that_waits(laptop, slurm)
+    for command in ("squeue", "scancel"):
+        site.wrap(command, "exec sleep 600\n")
+    stop = laptop.run("host", "stop", job)
+    assert stop.status == 1, stop.text
+    assert "job 1 was not cancelled" in stop.stderr and "no answer within 20 s" in stop.stderr, stop.stderr
+
+
 # -- E9: other schedulers ---------------------------------------------------------------------------------------------
 
 

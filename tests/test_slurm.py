@@ -212,7 +212,9 @@ def test_ctrl_c_while_it_waits_asks_once(laptop: Laptop, slurm: PrivateSlurm, lo
     run.expect(r"Cancel job 3\? \[y/N\] ")
     run.type("n\n")
     assert run.wait() == 130
-    run.expect("Job 3 stays. Back to it with: rjupyter.py .*--slurm '-t 10' host   To cancel it: .* stop j[0-9a-f]{4}")
+    run.expect(
+        "Job 3 stays. Back to it with: .*rjupyter.py .*--slurm '-t 10' host   To cancel it: .* stop j[0-9a-f]{4}"
+    )
     assert slurm.squeue()[3] == "PENDING"
     again = laptop.start("host")
     again.expect("Job 3 pending")

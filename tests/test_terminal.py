@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import pytest
+from execution import code, write_notebook
 from sides import SCRIPT, Host, Laptop, Run
 
 HERE = {"PATH": os.environ["PATH"], "TERM": "xterm", "HOME": "/h"}
@@ -80,6 +81,68 @@ def test_nothing_but_text_goes_into_a_pipe(laptop: Laptop, host: Host) -> None:
     for words in (["host", "list"], ["host", "doctor"], ["host", "nosuch"], []):
         run = laptop.run(*words)
         assert not re.search(r"[^\n\t -~]", run.stdout + run.stderr), run.text
+
+
+LOST = {">/dev/full": "No space left", ">&-": "Bad file descriptor", "</dev/null >&0": "Bad file descriptor"}
+ALONE = [
+    "--help",
+    "--version",
+    "HOST execute --help",
+    "--help status",
+    "completion bash",
+    "h config",
+    "-F x --dry-run h",
+]
+
+
+def redirected(redirect: str, argv: List[str], environment: Dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command with a stream that leads elsewhere, or is closed."""
+    words = ["sh", "-c", 'exec "$@" %s' % redirect, "sh", *argv]
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=environment["HOME"]
+    )
+
+
+def check_lost(redirect: str, argv: List[str], environment: Dict[str, str]) -> None:
+    """What was asked for cannot be written: a line says why, and the status is 1. Nobody to tell is no trouble more."""
+    run = redirected(redirect, argv, environment)
+    lost = [line for line in run.stderr.splitlines() if line.startswith("rjupyter: ")]
+    assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr, run
+    assert lost == ["rjupyter: cannot write to stdout: " + lost[0].split(": ", 2)[2]] and LOST[redirect] in lost[0]
+
+
+@pytest.mark.parametrize("words", ALONE)
+def test_result_that_cannot_be_written(words: str, tmp_path: Path) -> None:
+    environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
+    argv = [sys.executable, str(SCRIPT), *words.split()]
+    for redirect in LOST:
+        check_lost(redirect, argv, environment)
+    shown = redirected("", argv, environment)
+    for redirect in ("2>/dev/full", "2>&-", "<&- 2>&-"):
+        run = redirected(redirect, argv, environment)
+        assert (run.returncode, len(run.stdout)) == (0, len(shown.stdout)), run
+    assert redirected(">&- 2>&-", argv, environment).returncode == 1
+
+
+def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) -> None:
+    write_notebook(laptop.home / "good.ipynb", code("print(6 * 7)"))
+    write_notebook(laptop.home / "bad.ipynb", code("1 / 0"))
+    with laptop.opened("host"):
+        argv = [laptop.python, str(SCRIPT), "-F", str(laptop.config)]
+        good = str(laptop.home / "good.ipynb")
+        check_lost(">/dev/full", [*argv, "host", "execute", good, "-q", "-o", "-"], laptop.environment)
+        assert not (laptop.home / "good.executed.ipynb").exists()
+        for words in (["host", "list"], ["--json", "host", "list"], ["host", "logs"], ["host"], ["tunnels"]):
+            check_lost(">/dev/full", [*argv, *words], laptop.environment)
+        check_lost(">&-", [*argv, "host", "list"], laptop.environment)
+        silent = redirected("2>&-", [*argv, "host", "execute", good, "-o", "-"], laptop.environment)
+        assert silent.returncode == 0 and "42" in silent.stdout
+        bad = [*argv, "host", "execute", str(laptop.home / "bad.ipynb")]
+        failed = redirected(">/dev/full", bad, laptop.environment)
+        assert "cannot write to stdout" in failed.stderr and "ZeroDivisionError" in failed.stderr, failed
+        assert failed.returncode == 5
+    new = redirected(">/dev/full", [*argv, "--new", "host"], laptop.environment)  # the address itself
+    assert new.returncode == 1 and "cannot write to stdout" in new.stderr and "Launched" in new.stderr, new
 
 
 def check_reader_that_has_left(argv: List[str], environment: Dict[str, str]) -> None:
