@@ -10,6 +10,8 @@ from notebooks import write_notebook
 from readme import readme_block
 from sides import SCRIPT, Host, Laptop, Run, quiet_port, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 
 @pytest.fixture
 def run(laptop: Laptop, host: Host) -> Run:

@@ -34,6 +34,7 @@ def runner_pid(host: Host) -> int:
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_result_is_beside_the_notebook(laptop: Laptop, host: Host) -> None:
     (host.home / "work").mkdir()
     notebook = write_notebook(laptop.home / "train.ipynb", "import os", "print(os.getcwd())", "6 * 7")
@@ -63,6 +64,7 @@ SAME_AS_NBCONVERT = [
 ]  # fmt: skip
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("cells", SAME_AS_NBCONVERT, ids=["text", "displays", "200 cells"])
 def test_result_equals_that_of_nbconvert(laptop: Laptop, host: Host, cells: Any) -> None:
     path = write_notebook(laptop.home / "a.ipynb", *cells)
@@ -97,6 +99,7 @@ def joined(outputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return whole
 
 
+@pytest.mark.jupyter
 def test_several_in_place_one_after_the_other(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "open('flag', 'w').write('x')").chmod(0o640)
     write_notebook(laptop.home / "b.ipynb", "print(open('flag').read())")
@@ -107,6 +110,7 @@ def test_several_in_place_one_after_the_other(laptop: Laptop, host: Host) -> Non
     assert host.sshd.logins() == 1
 
 
+@pytest.mark.jupyter
 def test_output_and_notebook_that_is_on_the_host(laptop: Laptop, host: Host) -> None:
     (host.home / "work").mkdir()
     there = write_notebook(host.home / "work/it's #1 %.ipynb", "print('there')")
@@ -124,6 +128,7 @@ def test_output_and_notebook_that_is_on_the_host(laptop: Laptop, host: Host) -> 
     check_failure(laptop.run("host:work", "execute", ":nothing.ipynb"), 1, "cannot read", "nothing.ipynb")
 
 
+@pytest.mark.jupyter
 def test_large_output_arrives_whole(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "big.ipynb", "for _ in range(30):\n    print('x' * 1000000)", "print('after')", "1")
     run = laptop.run("host", "execute", "big.ipynb")
@@ -132,6 +137,7 @@ def test_large_output_arrives_whole(laptop: Laptop, host: Host) -> None:
     assert (len(first), second) == (30 * 1000001, "after\n")
 
 
+@pytest.mark.jupyter
 def test_parameters(laptop: Laptop, host: Host) -> None:
     write_notebook(
         laptop.home / "p.ipynb", "a = 0", code("epochs = 1\nname = 'x'", "parameters"), "print(epochs, repr(name), b)"
@@ -148,6 +154,7 @@ def test_parameters(laptop: Laptop, host: Host) -> None:
     assert printed(result)[-1] == "3 'x' inf\n"
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("age", AGES)
 def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
     make_host(path=str(jupyter_of(age)))
@@ -157,6 +164,7 @@ def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], 
     assert printed(laptop.home / "old.executed.ipynb")[0] == "%s\n" % jupyter_of(age).parent
 
 
+@pytest.mark.jupyter
 def test_format_of_long_ago_and_metadata_of_widgets(laptop: Laptop, host: Host) -> None:
     cell = {"cell_type": "code", "collapsed": False, "input": ["print(1)"], "language": "python", "metadata": {}}
     old = {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0}
@@ -169,6 +177,7 @@ def test_format_of_long_ago_and_metadata_of_widgets(laptop: Laptop, host: Host) 
     assert json.loads((laptop.home / "w.executed.ipynb").read_text())["metadata"]["widgets"] == state
 
 
+@pytest.mark.jupyter
 def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "print(1)", kernelspec=dict(PYTHON_SPEC, name="my-env"))
     run = laptop.run("host", "execute", "a.ipynb")
@@ -183,6 +192,7 @@ def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
 # -- where it runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_environment_that_was_asked_for(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     (directory / "bin").mkdir()
     (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
@@ -197,6 +207,7 @@ def test_environment_that_was_asked_for(laptop: Laptop, make_host: Callable[...,
         assert printed(laptop.home / "a.executed.ipynb") == ["%s/miniconda3/envs/ml\n" % host.home]
 
 
+@pytest.mark.jupyter
 def test_jupyter_without_nbclient_leads_to_the_next(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path
 ) -> None:
@@ -241,6 +252,7 @@ def test_interpreter_behind_a_command(tmp_path: Path, head: str, beside: str, ex
 # -- how it ends ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_cell_that_fails(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "bad.ipynb", "print('before')", "{}['no such key']", "print('never')")
     run = laptop.run("host", "execute", "bad.ipynb")
@@ -253,6 +265,7 @@ def test_cell_that_fails(laptop: Laptop, host: Host) -> None:
     assert third["outputs"] == [] and third["execution_count"] is None
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("source", "words"),
     [
@@ -269,6 +282,7 @@ def test_other_ways_of_a_cell_to_fail(laptop: Laptop, host: Host, source: str, w
     assert printed(laptop.home / "bad.executed.ipynb")[::2] == ["before\n", ""]
 
 
+@pytest.mark.jupyter
 def test_failure_ends_the_row(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "bad.ipynb", "1 / 0")
     write_notebook(laptop.home / "good.ipynb", "1")
@@ -276,6 +290,7 @@ def test_failure_ends_the_row(laptop: Laptop, host: Host) -> None:
     assert not (laptop.home / "good.executed.ipynb").exists()
 
 
+@pytest.mark.jupyter
 def test_time_limit(laptop: Laptop, host: Host) -> None:
     write_notebook(
         laptop.home / "slow.ipynb", "print('before')", "import time\nprint('in it', flush=True)\ntime.sleep(600)"
@@ -297,6 +312,7 @@ def start_waiting(laptop: Laptop, *options: str, has_terminal: bool = False) -> 
     return run, run.expect(r"\((r[0-9a-f]{4})\)").group(1)
 
 
+@pytest.mark.jupyter
 def test_stop_keeps_what_there_is(laptop: Laptop, host: Host) -> None:
     run, identity = start_waiting(laptop)
     (record,) = listed(laptop, "run")
@@ -312,6 +328,7 @@ def test_stop_keeps_what_there_is(laptop: Laptop, host: Host) -> None:
     check_failure(laptop.run("host", "stop", identity), 1, identity)
 
 
+@pytest.mark.jupyter
 def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: str) -> None:
     deaf = (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(600)"
@@ -325,6 +342,7 @@ def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: s
     wait_until(lambda: not processes_with(mark), "runner and kernel are gone")
 
 
+@pytest.mark.jupyter
 def test_runner_that_is_killed(laptop: Laptop, host: Host) -> None:
     run, _ = start_waiting(laptop)
     os.killpg(runner_pid(host), signal.SIGKILL)
@@ -334,6 +352,7 @@ def test_runner_that_is_killed(laptop: Laptop, host: Host) -> None:
     assert [run["state"] for run in listed(laptop, "run")] == ["killed"]
 
 
+@pytest.mark.jupyter
 def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
     user = make_user("/bin/bash")
     options = "size=8m,mode=755,uid=%d" % user.uid
@@ -353,6 +372,7 @@ def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], mak
 # -- what runs on the host outlives us --------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, host: Host) -> None:
     run, identity = start_waiting(laptop, has_terminal=True)
     run.interrupt()
@@ -370,6 +390,7 @@ def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, h
     check_failure(laptop.run("host", "execute", "--attach", "r0000"), 1, "no run of yours has this id: r0000")
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_lost_connection_is_dialled_again_and_nothing_is_said_twice(
     laptop: Laptop, host: Host, mode: List[str]
@@ -383,6 +404,7 @@ def test_lost_connection_is_dialled_again_and_nothing_is_said_twice(
     assert run.text.count("Cell 1/3 done") == 1 and run.text.count("\nwaits\n") == 1
 
 
+@pytest.mark.jupyter
 def test_kill_9_of_us(laptop: Laptop, host: Host, mark: str) -> None:
     run, identity = start_waiting(laptop)
     os.kill(run.pid, signal.SIGKILL)
@@ -393,6 +415,7 @@ def test_kill_9_of_us(laptop: Laptop, host: Host, mark: str) -> None:
     assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"
 
 
+@pytest.mark.jupyter
 def test_two_runs_of_one_notebook_do_not_overlap(laptop: Laptop, host: Host) -> None:
     run, identity = start_waiting(laptop)
     second = laptop.run("host", "execute", "w.ipynb")
@@ -404,6 +427,7 @@ def test_two_runs_of_one_notebook_do_not_overlap(laptop: Laptop, host: Host) -> 
     assert [run.wait(), third.wait()] == [0, 0]
 
 
+@pytest.mark.jupyter
 def test_two_at_the_same_moment(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "w.ipynb", WAITS)
     both = [laptop.start("host", "execute", "w.ipynb", has_terminal=False) for _ in range(2)]
@@ -420,6 +444,7 @@ def test_two_at_the_same_moment(laptop: Laptop, host: Host) -> None:
     assert len(list((host.home / ".local/state/rjupyter/runs").iterdir())) == 1
 
 
+@pytest.mark.jupyter
 def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "1")
     assert laptop.run("host", "execute", "a.ipynb").status == 0
@@ -438,6 +463,7 @@ def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -455,12 +481,14 @@ def test_what_is_no_notebook_is_said_before_anything_is_connected(
     assert host.sshd.logins() == 0
 
 
+@pytest.mark.jupyter
 def test_notebook_that_jupyter_does_not_take(laptop: Laptop, host: Host) -> None:
     (laptop.home / "odd.ipynb").write_text('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 7}')
     check_failure(laptop.run("host", "execute", "odd.ipynb"), 1, "odd.ipynb cannot be executed on host")
     assert not (laptop.home / "odd.executed.ipynb").exists()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -559,6 +587,7 @@ def test_pattern_matches_as_in_a_shell(tmp_path: Path) -> None:
     assert found["g[[]1].txt"] == ["g[1].txt"] and found["d/e/f.png"] == ["d/e/f.png"]
 
 
+@pytest.mark.jupyter
 def test_host_does_not_choose_where_a_result_is_written(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "1")
     assert laptop.run("host", "execute", "a.ipynb").status == 0
@@ -572,6 +601,7 @@ def test_host_does_not_choose_where_a_result_is_written(laptop: Laptop, host: Ho
     ]
 
 
+@pytest.mark.jupyter
 def test_json_events(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "1", "1 / 0")
     run = laptop.run("host", "execute", "--json", "a.ipynb")
@@ -582,6 +612,7 @@ def test_json_events(laptop: Laptop, host: Host) -> None:
     assert events[5]["status"] == run.status == 5
 
 
+@pytest.mark.jupyter
 def test_crontab_line_of_the_readme(laptop: Laptop, host: Host, directory: Path) -> None:
     """As cron runs it: /bin/sh, no terminal, an environment of four words, rjupyter.py and gpu1 as a user has them."""
     (line,) = re.findall(r"^    0 6 \* \* \* (cd .* execute .*)$", README, re.MULTILINE)

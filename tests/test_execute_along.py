@@ -28,6 +28,8 @@ from execution import (
 from jupyters import environment, interpreters
 from sides import Host, Laptop, Run, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 RESULT = "a.executed.ipynb"
 
 

@@ -7,6 +7,7 @@ import re
 import threading
 from typing import List, Set
 
+import pytest
 from execution import code, printed, results, write_notebook
 from private_slurm import PrivateSlurm
 from sides import Host, Laptop, Run, wait_until
@@ -38,6 +39,7 @@ def wait_for_begun(run: Run, login: Host, count: int) -> None:
     wait_until(have_begun, "%d have begun" % count, 300)
 
 
+@pytest.mark.jupyter
 def test_grid_of_twelve_has_three_jobs_at_most_and_survives_a_cut_connection(
     laptop: Laptop, slurm: PrivateSlurm, login: Host
 ) -> None:
@@ -65,6 +67,7 @@ def test_grid_of_twelve_has_three_jobs_at_most_and_survives_a_cut_connection(
     assert 1 < most[0] <= 3
 
 
+@pytest.mark.jupyter
 def test_grid_of_twelve_and_a_node_that_is_killed(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     """Twelve results, or a status that is not 0 and a summary that says which are missing; it ends by itself. (16)"""
     run = start_grid(laptop, login, 3)

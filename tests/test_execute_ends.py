@@ -25,6 +25,8 @@ from execution import (
 )
 from sides import ON_HOST, Host, Laptop, Run, processes_with, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 RESULT = "w.executed.ipynb"
 DISPLAYS = "from IPython.display import display, HTML\n"
 

@@ -21,6 +21,8 @@ from execution import (
 from jupyters import environment, interpreters
 from sides import Host, Laptop
 
+pytestmark = pytest.mark.jupyter
+
 RESULT = "p.executed.ipynb"
 
 

@@ -37,6 +37,8 @@ from sides import VENV_BIN, Host, Laptop, User
 
 # -- G1: a journal on a full disk -------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.jupyter
+
 # Fill the disk but for 300 kB; the kernel's end makes room again.
 FILL = """
 import atexit, os

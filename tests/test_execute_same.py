@@ -194,6 +194,7 @@ def is_failure(cell: Dict[str, Any]) -> bool:
     return has_error and "raises-exception" not in cell["metadata"].get("tags", [])
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", NAMES)
 def test_same_as_nbconvert(laptop: Laptop, host: Host, name: str) -> None:
     """Cell by cell, to the first that fails: type, source, metadata, number, outputs; and the notebook's metadata.

@@ -14,6 +14,8 @@ from execution import IPYKERNEL, add_kernel, printed, start_waiting, waiting_for
 from jupyters import jupyter_for_everyone
 from sides import ON_HOST, Host, Laptop, User, processes_with
 
+pytestmark = pytest.mark.jupyter
+
 TELLS = """
 import os, time
 print('waits', flush=True)

@@ -34,6 +34,7 @@ def closed(run: Run) -> None:
 PLACES = ["proj/.venv", "proj/venv", "proj/env", ".venv", "proj/deep/.venv"]
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("place", PLACES)
 def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(
     laptop: Laptop, host: Host, place: str
@@ -50,6 +51,7 @@ def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(
     assert lines and re.search("pip install|uv (pip|add)|ipykernel", run.stderr), run.stderr
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("place", PLACES)
 def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host, place: str) -> None:
     (host.home / "proj/deep/er").mkdir(parents=True)
@@ -245,6 +247,7 @@ def test_ctrl_c_while_jupyter_is_installed(
         check_what_goes_on(laptop, run, pips)
 
 
+@pytest.mark.jupyter
 def test_ctrl_c_while_a_notebook_is_sent_or_started(laptop: Laptop, host: Host, mark: str) -> None:
     """The run's kernel takes its time to start; what goes on is said."""
     startup = host.home / ".ipython/profile_default/startup"

@@ -151,6 +151,7 @@ def prepare(laptop: Laptop, host: Host) -> None:
     Path(laptop.config).write_text(text.replace("Host host\n", "Host host ::1\n"))
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", NAMES)
 def test_hints_of_an_open_lead_back_to_its_server_and_to_its_end(laptop: Laptop, host: Host, name: str) -> None:
     prepare(laptop, host)
@@ -166,6 +167,7 @@ def test_hints_of_an_open_lead_back_to_its_server_and_to_its_end(laptop: Laptop,
     assert not host.servers()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     "name, more",
     [("env", []), ("init", ["--lab", "-p", "{port}"]), ("python", ["--state-dir", "my state"])],
@@ -194,6 +196,7 @@ def test_hints_after_coming_back_have_what_was_typed_then(
     assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", ["IPv6", "ssh://", "space", "lab", "-p"])
 def test_hint_of_a_tunnel_in_the_background_closes_it(laptop: Laptop, host: Host, name: str) -> None:
     prepare(laptop, host)
@@ -203,6 +206,7 @@ def test_hint_of_a_tunnel_in_the_background_closes_it(laptop: Laptop, host: Host
     assert done.wait() == 0 and "losed" in done.stderr, done.text
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", ["path", "lab", "IPv6", "ssh://", "env", "python", "init", "socket", "space", "-p"])
 def test_hint_after_the_end_of_a_server_starts_such_another(laptop: Laptop, host: Host, name: str) -> None:
     prepare(laptop, host)
@@ -219,6 +223,7 @@ def test_hint_after_the_end_of_a_server_starts_such_another(laptop: Laptop, host
         assert second["request"].get(key) == first["request"].get(key), key
 
 
+@pytest.mark.jupyter
 def test_hint_of_one_server_among_several_ends_that_one(laptop: Laptop, host: Host) -> None:
     prepare(laptop, host)
     closed(held(laptop, "host:proj"))
@@ -228,6 +233,7 @@ def test_hint_of_one_server_among_several_ends_that_one(laptop: Laptop, host: Ho
     assert [record["id"] for record in host.servers()] == [first["id"]]
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("path", ["host", "host:proj"])
 def test_hint_after_attach_leads_to_the_same_server(laptop: Laptop, host: Host, path: str) -> None:
     prepare(laptop, host)
@@ -244,6 +250,7 @@ def test_hint_after_attach_leads_to_the_same_server(laptop: Laptop, host: Host, 
     assert old["id"] not in [record["id"] for record in host.servers()]
 
 
+@pytest.mark.jupyter
 def test_hint_after_attach_to_a_server_of_another_app(laptop: Laptop, host: Host) -> None:
     prepare(laptop, host)
     closed(held(laptop, "--lab", "host:proj"))
@@ -292,6 +299,7 @@ def none_on_the_login_node(host: Host) -> bool:
 SUBMIT = ["--submit", "qsub -l 'select=1:ncpus=1' {script}", "host:my work"]
 
 
+@pytest.mark.jupyter
 def test_hints_of_a_job_lead_back_to_it_and_to_its_end(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
     host, shims = queue
     (shims / "go").touch()
@@ -306,6 +314,7 @@ def test_hints_of_a_job_lead_back_to_it_and_to_its_end(laptop: Laptop, queue: Tu
     wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone", 20)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("kind", ["back", "try"])
 def test_hints_after_the_end_of_a_job_submit_another(laptop: Laptop, queue: Tuple[Host, Path], kind: str) -> None:
     host, shims = queue
@@ -325,6 +334,7 @@ def test_hints_after_the_end_of_a_job_submit_another(laptop: Laptop, queue: Tupl
     assert laptop.run(*hint(again, "stop")).status == 0
 
 
+@pytest.mark.jupyter
 def test_hint_after_ctrl_c_while_a_job_waits_leads_back_to_it(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
     host, shims = queue
     run = laptop.start(*SUBMIT, has_terminal=False)

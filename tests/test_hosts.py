@@ -99,6 +99,7 @@ def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directo
             taken.unlink()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("prefix", "argument"),
     [
@@ -122,6 +123,7 @@ def test_env(laptop: Laptop, bare_host: Host, prefix: str, argument: str) -> Non
     assert "Using %s/bin/python (--env %s)." % (environment, argument) in run.stderr
 
 
+@pytest.mark.jupyter
 def test_server_of_another_environment_is_not_the_one_that_was_asked_for(laptop: Laptop, bare_host: Host) -> None:
     environment_at(bare_host.home / "miniconda3")
     environment_at(bare_host.home / "miniforge3/envs/ml")
@@ -145,6 +147,7 @@ def test_env_without_jupyter(laptop: Laptop, bare_host: Host) -> None:
     check_failure(laptop.run("--env", "~/v", "host"), 3, "no Jupyter in this environment", "-m pip install notebook")
 
 
+@pytest.mark.jupyter
 def test_python(laptop: Laptop, bare_host: Host) -> None:
     environment = environment_at(bare_host.home / "odd name")
     run = laptop.start("--python", "~/odd name/bin/python", "host", has_terminal=False)
@@ -205,6 +208,7 @@ def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directo
 # -- which Jupyter ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("age", AGES)
 def test_jupyter_of_another_age(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
     host = make_host(path=str(jupyter_of(age)))
@@ -250,6 +254,7 @@ def configured(request: pytest.FixtureRequest, make_host: Callable[..., Host]) -
     return host, lambda **settings: configure(host, request.param, **settings)
 
 
+@pytest.mark.jupyter
 def test_configured_base_url(laptop: Laptop, configured: Any) -> None:
     configured[1](base_url="/user/ana/")
     url = laptop.start("host", has_terminal=False).url()
@@ -257,6 +262,7 @@ def test_configured_base_url(laptop: Laptop, configured: Any) -> None:
     assert compute(url, "print(1)") == "1\n"
 
 
+@pytest.mark.jupyter
 def test_configured_certificate_makes_it_https(laptop: Laptop, configured: Any) -> None:
     host, write = configured
     key, certificate = str(host.home / "key.pem"), str(host.home / "cert.pem")
@@ -296,6 +302,7 @@ def test_configured_password_is_said_and_no_token_shown(
         assert "/login" in page.url
 
 
+@pytest.mark.jupyter
 def test_configured_token_is_used(laptop: Laptop, configured: Any) -> None:
     configured[1](token="my_own_token/&")
     url = laptop.start("host", has_terminal=False).url()
@@ -317,6 +324,7 @@ def test_configured_ip_and_browser_do_not_win(laptop: Laptop, configured: Any) -
 # -- what the host lacks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_home_that_cannot_be_written(
     laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]
 ) -> None:
@@ -328,6 +336,7 @@ def test_home_that_cannot_be_written(
     check_two_runs_and_stop(laptop, "/tmp/rjupyter-%d" % user.uid)
 
 
+@pytest.mark.jupyter
 def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
     user = make_user("/bin/bash")
     subprocess.run(
@@ -387,6 +396,7 @@ ODD = {
 }
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", ODD)
 def test_odd_variable(laptop: Laptop, make_host: Callable[..., Host], name: str) -> None:
     make_host(**{name: ODD[name]})
@@ -395,6 +405,7 @@ def test_odd_variable(laptop: Laptop, make_host: Callable[..., Host], name: str)
     assert compute(url, "import os; print('XDG_RUNTIME_DIR' in os.environ)") == "False\n"
 
 
+@pytest.mark.jupyter
 def test_home_with_a_name_that_hurts(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     home = directory / "an \"odd\" 'home' $x"
     (home / "work").mkdir(parents=True)
@@ -410,6 +421,7 @@ def test_home_with_a_name_that_hurts(laptop: Laptop, make_host: Callable[..., Ho
     assert host.servers()[0]["root_dir"] == str(home / "work")
 
 
+@pytest.mark.jupyter
 def test_umask_000(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
     user = make_user("/bin/bash")
     user.write(".bashrc", "umask 000\nPATH=%s:$PATH\n" % jupyter_for_everyone())
@@ -424,6 +436,7 @@ def test_umask_000(laptop: Laptop, make_user: Callable[[str], User], make_host: 
             assert closed, path
 
 
+@pytest.mark.jupyter
 def test_path_with_busybox_only(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     path = bare_python(directory / "bin")
     for applet in subprocess.check_output(["busybox", "--list"], text=True).split():
@@ -471,6 +484,7 @@ def test_python_named_by_the_user_cannot_smuggle(smuggled: str) -> None:
 # -- the laptop -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("minor", [minor for minor in sorted(interpreters()) if minor >= 8])
 def test_client_under_python_3(laptop: Laptop, host: Host, minor: int) -> None:
     laptop.python = interpreters()[minor]
@@ -489,6 +503,7 @@ def test_client_under_a_python_that_is_too_old(laptop: Laptop, minor: int) -> No
     assert re.fullmatch(r"rjupyter needs Python 3.8 or newer on this side; this is 3\.%d\.\d+\n" % minor, run.text)
 
 
+@pytest.mark.jupyter
 def test_ssh_config_that_replaces_the_command(laptop: Laptop, host: Host) -> None:
     with open(host.sshd.config, "a") as config:
         config.write("  RemoteCommand touch pwned\n  RequestTTY force\n  LocalForward 1 127.0.0.1:1\n")
@@ -497,6 +512,7 @@ def test_ssh_config_that_replaces_the_command(laptop: Laptop, host: Host) -> Non
     assert not (host.home / "pwned").exists()
 
 
+@pytest.mark.jupyter
 def test_stub_of_an_ssh_without_remote_command(laptop: Laptop, host: Host) -> None:
     """OpenSSH before 7.6 does not know the option. The real ssh stands behind a wrapper that refuses it as that did."""
     wrapper = laptop.home / "ssh"

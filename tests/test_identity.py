@@ -119,6 +119,7 @@ def named(make_host: Callable[..., Host]) -> Host:
     return make_host(prefix=in_namespace("--uts", "hostname first-name"))
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", NAMES)
 def test_host_that_gets_another_name(laptop: Laptop, named: Host, name: str) -> None:
     opened(laptop, "host")
@@ -126,6 +127,7 @@ def test_host_that_gets_another_name(laptop: Laptop, named: Host, name: str) -> 
     check_one_server(laptop, named)
 
 
+@pytest.mark.jupyter
 def test_host_that_gets_another_name_while_the_tunnel_is_up(laptop: Laptop, named: Host) -> None:
     run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
@@ -139,6 +141,7 @@ def test_host_that_gets_another_name_while_the_tunnel_is_up(laptop: Laptop, name
     assert run.wait(20) == 4 and "it was stopped" in run.stderr
 
 
+@pytest.mark.jupyter
 def test_host_that_gets_another_name_while_a_notebook_is_executed(laptop: Laptop, named: Host) -> None:
     go = named.home / "go"
     name = notebook(laptop, "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\nprint('done')" % str(go))
@@ -153,6 +156,7 @@ def test_host_that_gets_another_name_while_a_notebook_is_executed(laptop: Laptop
     assert "done" in (laptop.home / "n.executed.ipynb").read_text()
 
 
+@pytest.mark.jupyter
 def test_execution_is_stopped_after_the_host_got_another_name(laptop: Laptop, named: Host, mark: str) -> None:
     laptop.start("host", "execute", notebook(laptop, "while True: pass"), has_terminal=False).expect("Executing")
     rename(named, "second-name")
@@ -165,12 +169,14 @@ def test_execution_is_stopped_after_the_host_got_another_name(laptop: Laptop, na
 NO_BOOT_ID = in_namespace("--mount", "mount -t tmpfs none /proc/sys/kernel/random")
 
 
+@pytest.mark.jupyter
 def test_boot_id_that_cannot_be_read(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     host = make_host(prefix=NO_BOOT_ID)
     opened(laptop, "host")
     check_one_server(laptop, host)
 
 
+@pytest.mark.jupyter
 def test_execution_where_the_boot_id_cannot_be_read(laptop: Laptop, make_host: Callable[..., Host], mark: str) -> None:
     make_host(prefix=NO_BOOT_ID)
     run = laptop.start("host", "execute", notebook(laptop, "while True: pass"), has_terminal=False)
@@ -212,6 +218,7 @@ def without_proc(directory: Path, make_host: Callable[..., Host]) -> Host:
     )
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     "second", [{}, {"TZ": "Asia/Tokyo"}, {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}], ids=["same", "tz", "locale"]
 )
@@ -226,6 +233,7 @@ def test_host_without_proc(
     check_one_server(laptop, host)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("moved", ["1 sec ago", "1 sec"])
 def test_ps_that_says_another_second(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, moved: str
@@ -256,6 +264,7 @@ def test_files_that_other_servers_left_cost_no_ps_where_there_is_no_proc(
     assert looks and not [words for words in looks if " -p 50000" in words]
 
 
+@pytest.mark.jupyter
 def test_host_without_proc_and_without_ps(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     host = without_proc(directory, make_host)
     (directory / "bin/ps").write_text("#!/bin/sh\nexit 1\n")
@@ -305,6 +314,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
 @pytest.mark.parametrize("arguments", [[], ["--socket"]], ids=["port", "socket"])
 def test_runtime_file_that_is_unlinked(laptop: Laptop, host: Host, arguments: List[str], settings: str) -> None:
@@ -314,6 +324,7 @@ def test_runtime_file_that_is_unlinked(laptop: Laptop, host: Host, arguments: Li
     check_one_server(laptop, host, *arguments)
 
 
+@pytest.mark.jupyter
 def test_runtime_file_that_is_unlinked_by_the_real_command_of_another_node(
     laptop: Laptop, named: Host, directory: Path, mark: str
 ) -> None:
@@ -325,6 +336,7 @@ def test_runtime_file_that_is_unlinked_by_the_real_command_of_another_node(
     check_one_server(laptop, named)
 
 
+@pytest.mark.jupyter
 def test_runtime_file_that_is_unlinked_while_the_tunnel_is_up(laptop: Laptop, host: Host) -> None:
     run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()
@@ -404,6 +416,7 @@ def test_shutdown_in_the_browser_that_takes_its_time_is_told_as_an_end(laptop: L
     assert "it was shut down" in run.stderr and "is lost" not in run.stderr
 
 
+@pytest.mark.jupyter
 def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str) -> None:
     """What ends is not found, and not in the way of the next."""
     run, _ = server_slow_to_end(laptop, host)

@@ -24,6 +24,7 @@ def logins_of(host: Host, action: Callable[[], object]) -> int:
     return host.sshd.logins() - before
 
 
+@pytest.mark.jupyter
 def test_what_comes_after_an_open_logs_in_no_more(laptop: Laptop, host: Host, tunnel: Run, tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "a.ipynb", "print('executed')")
     for arguments in (["list"], ["logs"], ["execute", str(notebook), "-o", str(tmp_path / "b.ipynb")]):

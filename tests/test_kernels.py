@@ -10,6 +10,8 @@ from client import api, check_failure, compute, events_of, held, new_session, se
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 
 @pytest.fixture
 def run(laptop: Laptop, host: Host) -> Run:

@@ -90,6 +90,7 @@ def touched(laptop: Laptop, host: Host, directory: Path) -> Path:
     return touch
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_touch_of_a_stand_in_for_a_security_key_is_asked_for(laptop: Laptop, touched: Path, mode: List[str]) -> None:
     run = laptop.start(*mode, "host")
@@ -116,6 +117,7 @@ def test_touch_of_a_stand_in_for_a_security_key_is_asked_for_at_a_redial(
     ended(run)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("action", [["list"], ["execute", "n.ipynb"]], ids=lambda words: words[0])
 def test_touch_of_a_stand_in_for_a_security_key_is_asked_for_by_each_action(
     laptop: Laptop, touched: Path, action: List[str]
@@ -202,6 +204,7 @@ def test_every_kind_of_refusal_counts_unattended_and_the_third_ends_it(
     assert host.sshd.attempts() - before <= 3 + 1  # the look whether sshd is up is one
 
 
+@pytest.mark.jupyter
 def test_refused_login_among_others_that_time_out_counts_once(laptop: Laptop, host: Host) -> None:
     """One refusal, then a host that is not there for a while: that is not three refusals."""
     go = host.home / "go"
@@ -269,6 +272,7 @@ def visits(directory: Path) -> Iterator[Visits]:
         visits.is_wanted.unlink()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("end", ["\n", ""], ids=["", "without a newline"])
 @BOTH_MODES
 def test_address_to_visit_is_shown_at_the_first_login(
@@ -360,6 +364,7 @@ def slow_to_start(host: Host) -> Path:
     return go
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_connection_lost_while_jupyter_starts(laptop: Laptop, host: Host, mode: List[str]) -> None:
     go = slow_to_start(host)
@@ -373,6 +378,7 @@ def test_connection_lost_while_jupyter_starts(laptop: Laptop, host: Host, mode: 
     assert len(host.servers()) == 1
 
 
+@pytest.mark.jupyter
 def test_sshd_away_for_a_while_while_jupyter_starts(laptop: Laptop, host: Host) -> None:
     go = slow_to_start(host)
     run = laptop.start("host", has_terminal=False)
@@ -386,6 +392,7 @@ def test_sshd_away_for_a_while_while_jupyter_starts(laptop: Laptop, host: Host) 
     assert len(host.servers()) == 1
 
 
+@pytest.mark.jupyter
 def test_connection_lost_as_an_execution_is_submitted(laptop: Laptop, host: Host, mark: str) -> None:
     """At any moment of the start: one run, and its result."""
     (host.home / "ran").write_text("")
@@ -422,6 +429,7 @@ def submissions(shims: Path) -> int:
     return len([line for line in (shims / "asked").read_text().splitlines() if json.loads(line)[0] == "qsub"])
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_connection_lost_while_a_job_is_pending(laptop: Laptop, queue: Tuple[Host, Path], mode: List[str]) -> None:
     host, shims = queue
@@ -437,6 +445,7 @@ def test_connection_lost_while_a_job_is_pending(laptop: Laptop, queue: Tuple[Hos
     assert laptop.run("host", "stop", "--all").status == 0
 
 
+@pytest.mark.jupyter
 def test_connection_lost_while_the_job_of_an_execution_is_pending(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
     host, shims = queue
     name = notebook(laptop, "open(%r, 'a').write('x')" % str(host.home / "ran"))
@@ -469,6 +478,7 @@ def test_connection_lost_while_the_log_is_followed(laptop: Laptop, host: Host) -
 # -- the user's own master --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("sessions", [1, 2])
 @pytest.mark.parametrize("action", [[], ["list"]], ids=["open", "list"])
 def test_own_master_that_has_no_session_left_is_not_the_way(

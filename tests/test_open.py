@@ -77,11 +77,13 @@ def test_local_port_is_the_same_although_a_lower_one_became_free(laptop: Laptop,
     assert again.url() == url
 
 
+@pytest.mark.jupyter
 def test_kernel_computes_through_the_tunnel(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     assert compute(url, "print(6 * 7)") == "42\n"
 
 
+@pytest.mark.jupyter
 def test_kernel_has_the_users_umask_and_not_our_token(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     token = parse_qs(urlsplit(url).query)["token"][0]
@@ -106,6 +108,7 @@ def test_new_starts_another(laptop: Laptop, host: Host) -> None:
     assert identity in [record["id"] for record in host.servers()]
 
 
+@pytest.mark.jupyter
 def test_stop_ends_server_and_kernels_and_removes_what_we_left(laptop: Laptop, host: Host, mark: str) -> None:
     with laptop.opened("host") as run:
         compute(run.url(), "print(1)")
@@ -206,6 +209,7 @@ NASTY = [
 ]
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", NASTY)
 def test_names_that_hurt(laptop: Laptop, host: Host, name: str) -> None:
     directory = host.home / name
@@ -322,6 +326,7 @@ def test_browser_that_cannot_be_started(laptop: Laptop, host: Host) -> None:
         run.expect("^No browser could be started")
 
 
+@pytest.mark.jupyter
 def test_real_browser_runs_a_cell(laptop: Laptop, host: Host, driver: Any) -> None:
     write_notebook(host.home / "train.ipynb", "")
     url = laptop.start("host:train.ipynb", has_terminal=False).url()
@@ -444,6 +449,7 @@ def test_no_jupyter_and_no_install(laptop: Laptop, make_host: Callable[..., Host
     )
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_no_jupyter_installs_a_private_one(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, tool: str

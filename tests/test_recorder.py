@@ -13,6 +13,8 @@ from client import api, check_failure, compute, events_of, held, new_session, se
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 
 def journal(host: Host, kernel: str) -> List[Dict[str, Any]]:
     """Return what is written of a kernel."""

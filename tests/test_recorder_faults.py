@@ -15,6 +15,8 @@ from execution import add_bash, add_r, mounted
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
 
+pytestmark = pytest.mark.jupyter
+
 LINES = 40
 CODE = """import os, time
 for i in range(%d):

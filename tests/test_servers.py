@@ -19,6 +19,7 @@ from sides import VENV_BIN, Host, Laptop, processes_with, wait_until
 import rjupyter
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("place", ["scratch/my state", "~/scratch/state/"])
 def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host, place: str) -> None:
     """As PATH is; whatever directory Jupyter, or a notebook, is then started in."""
@@ -75,6 +76,7 @@ def test_list_of_nothing(laptop: Laptop, host: Host) -> None:
     assert "No server of yours runs there." in run.stderr
 
 
+@pytest.mark.jupyter
 def test_list(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
     (host.home / "work").mkdir()
     url = laptop.start("host:work", has_terminal=False).url()
@@ -176,6 +178,7 @@ def test_names_from_the_host_cannot_drive_the_terminal(laptop: Laptop, host: Hos
     assert len(run.stdout.splitlines()) == 2
 
 
+@pytest.mark.jupyter
 def test_attach_to_one_started_by_hand(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") -> None:
     for arguments in (["--attach", "p%d" % by_hand.pid, "host"], ["host:hand"]):
         with laptop.opened(*arguments) as run:
@@ -210,6 +213,7 @@ def test_stop_of_one_started_by_hand_needs_its_id(
     assert not list(runtime_directory(host).glob("jpserver-*"))
 
 
+@pytest.mark.jupyter
 def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     busy_kernel(url)
@@ -230,6 +234,7 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     assert not listed(laptop)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(("arguments", "has_terminal"), [(["--yes"], True), ([], False)])
 def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str], has_terminal: bool) -> None:
     busy_kernel(laptop.start("host", has_terminal=False).url())
@@ -241,6 +246,7 @@ def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str
     )
 
 
+@pytest.mark.jupyter
 def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     laptop: Laptop, host: Host, mark: str
 ) -> None:

@@ -88,6 +88,7 @@ def shared(make_host: Callable[..., Host], ana: User) -> Host:
     return make_host(user=ana)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("options", [[], ["--socket"]])
 def test_the_token_is_seen_by_nobody_else(
     laptop: Laptop, shared: Host, ana: User, eve: User, options: List[str], tmp_path: Path
@@ -131,6 +132,7 @@ def listening_ports(uid: int) -> List[int]:
     return [int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and int(row[7]) == uid]
 
 
+@pytest.mark.jupyter
 def test_another_user_reaches_the_port_and_gets_nothing(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
     url = laptop.start("host", has_terminal=False).url()
     (record,) = shared.servers()
@@ -141,6 +143,7 @@ def test_another_user_reaches_the_port_and_gets_nothing(laptop: Laptop, shared: 
         assert as_user(eve, CONNECT, str(port), "/tree") == "302\n"  # to the page that asks for the token
 
 
+@pytest.mark.jupyter
 def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host, ana: User, eve: User) -> None:
     with laptop.opened("--socket", "--local-port", str(quiet_port()), "host") as run:
         url = run.url()
@@ -166,6 +169,7 @@ def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host,
     assert not path.exists()
 
 
+@pytest.mark.jupyter
 def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., Host], laptop: Laptop) -> None:
     host = make_host()
     home = host.home / ("long" * 25)
@@ -198,6 +202,7 @@ def way_of(name: str, laptop: Laptop, directory: Path) -> Iterator[List[str]]:
             mine.kill()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("way", [way.__name__ for way in rjupyter.WAYS])
 def test_no_socket_where_sshd_forwards_none(
     make_host: Callable[..., Host], laptop: Laptop, directory: Path, way: str
@@ -226,6 +231,7 @@ def test_further_forward_whose_port_is_taken(host: Host, laptop: Laptop, directo
     assert len(host.servers()) == 1  # it stays, as ever
 
 
+@pytest.mark.jupyter
 def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Host) -> None:
     (host.home / ".jupyter").mkdir()
     (host.home / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.port = %d\n" % quiet_port())
@@ -234,6 +240,7 @@ def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Ho
     assert compute(run.url(), "print(1)") == "1\n"
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("age", ["notebook-6.4", "lab-3.2", "notebook-7.0"])
 def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Laptop, age: str) -> None:
     make_host(path=str(jupyter_of(age)))
@@ -242,6 +249,7 @@ def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Lapto
     assert compute(run.url(), "print(1)") == "1\n"
 
 
+@pytest.mark.jupyter
 def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_the_argument(
     make_host: Callable[..., Host], laptop: Laptop, directory: Path
 ) -> None:
@@ -308,6 +316,7 @@ def test_a_stranger_on_the_port_is_never_opened(
     check_failure(run, 1, "something else answers on port", "is not the server")
 
 
+@pytest.mark.jupyter
 def test_the_browser_of_another_user_on_the_laptop_is_not_sent_on(eve: User) -> None:
     listener = rjupyter.listen_on(0)
     port = listener.getsockname()[1]
@@ -348,6 +357,7 @@ def test_control_sockets_that_were_left_are_removed(laptop: Laptop, host: Host) 
 # -- who could connect ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -364,6 +374,7 @@ def test_an_address_that_others_reach_is_warned_of(laptop: Laptop, host: Host, a
 # -- idle -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
 def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(
     make_host: Callable[..., Host], laptop: Laptop, age: str

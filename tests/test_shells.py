@@ -82,6 +82,7 @@ def check_open(laptop: Laptop, host: Host, *arguments: str) -> str:
     return run.stderr
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", SHELLS)
 def test_login_shell_that_prints_and_hides_jupyter(
     laptop: Laptop, make_shell_host: Callable[..., Host], name: str
@@ -92,6 +93,7 @@ def test_login_shell_that_prints_and_hides_jupyter(
     assert "Welcome" not in said and "decoy" not in said  # noise is for -v
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("name", SHELLS)
 def test_init_in_the_users_own_shell(laptop: Laptop, make_shell_host: Callable[..., Host], name: str) -> None:
     """`module` in a login shell is a function or an alias; here it is one that puts Jupyter on PATH."""
@@ -121,6 +123,7 @@ START_UPS = {
 }
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("what", START_UPS)
 def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host], mark: str, what: str) -> None:
     files = {".bashrc": START_UPS[what], ".profile": ". ~/.bashrc\n"}
@@ -131,6 +134,7 @@ def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host]
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.jupyter
 def test_start_up_file_that_never_ends_is_given_up(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
     files = {".profile": "case $- in *i*) while :; do sleep 1; done ;; esac\n"}
     host = make_shell_host("/bin/bash", files)

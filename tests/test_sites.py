@@ -221,6 +221,7 @@ def test_job_whose_submission_failed_and_that_was_taken(
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job that was taken", 20)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("when", ["the wait", "the hold", "the stop"])
 def test_slurmctld_does_not_answer_for_a_while(laptop: Laptop, slurm: PrivateSlurm, login: Host, when: str) -> None:
     if when == "the wait":
@@ -298,6 +299,7 @@ def keys(login: Host) -> List[str]:
     return [file.read_text() for file in login.home.glob(".local/state/rjupyter/servers/*/token")]
 
 
+@pytest.mark.jupyter
 def test_token_is_not_sent_to_the_login_nodes_port(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, listener: Listener
 ) -> None:
@@ -315,6 +317,7 @@ def test_token_is_not_sent_to_the_login_nodes_port(
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 20)
 
 
+@pytest.mark.jupyter
 def test_token_of_a_server_on_a_nodes_loopback_is_not_sent_to_the_login_nodes(
     directory: Path, laptop: Laptop, slurm: PrivateSlurm, login: Host, listener: Listener
 ) -> None:
@@ -343,6 +346,7 @@ GREETINGS = {
 }
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("greeting", GREETINGS)
 def test_sbatch_that_greets(laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host, greeting: str) -> None:
     site.wrap("sbatch", GREETINGS[greeting])
@@ -357,6 +361,7 @@ def test_sbatch_that_greets(laptop: Laptop, slurm: PrivateSlurm, site: Site, log
 # -- E3: another cluster ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("options", "environment"),
     [("-M gpu", {}), ("--clusters=gpu", {}), ("", {"SBATCH_CLUSTERS": "gpu"}), ("-M gpu --parsable", {})],
@@ -389,6 +394,7 @@ def test_job_of_another_cluster(
 # -- E4: answers that lag ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_qstat_that_is_cached(
     directory: Path, laptop: Laptop, site: Site, make_host: Callable[..., Host], make_user: Any
 ) -> None:
@@ -416,6 +422,7 @@ def test_qstat_that_is_cached(
         engine.stop()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("how", ["it does not know the job yet", "its answer is a minute old"])
 def test_squeue_that_lags(laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host, how: str) -> None:
     """A job that waits, and of which nothing is heard at first."""
@@ -455,6 +462,7 @@ def make_lag(slurm: PrivateSlurm, login: Host, directory: Path) -> Iterator[Call
         lag.stop()
 
 
+@pytest.mark.jupyter
 def test_home_that_lags_and_a_server(laptop: Laptop, slurm: PrivateSlurm, make_lag: Any) -> None:
     make_lag(4)
     run = opened(laptop)
@@ -464,6 +472,7 @@ def test_home_that_lags_and_a_server(laptop: Laptop, slurm: PrivateSlurm, make_l
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 20)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("source", ["print(6 * 7)", "1 / 0"])
 def test_home_that_lags_and_a_notebook(laptop: Laptop, slurm: PrivateSlurm, make_lag: Any, source: str) -> None:
     """The job has ended before its result is seen; of a cell that fails as well."""
@@ -486,6 +495,7 @@ def shared_place(directory: Path) -> Path:
     return place
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("kind", ["readonly", "none", "local"])
 def test_state_directory_where_nodes_have_no_home(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, directory: Path, kind: str
@@ -545,6 +555,7 @@ fi
 """
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("what", ["a server", "a notebook"])
 def test_jupyter_is_installed_on_the_login_node(
     laptop: Laptop, slurm: PrivateSlurm, site: Site, make_host: Callable[..., Host], what: str
@@ -644,6 +655,7 @@ MORE_SCHEDULERS = {
 }
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("kind", MORE_SCHEDULERS)
 def test_flux_and_oar(laptop: Laptop, shims: Shims, kind: str) -> None:
     login = shims.start(kind.partition(" ")[0])
@@ -695,6 +707,7 @@ def test_unknown_scheduler_ends_a_job_with_a_signal(laptop: Laptop, shims: Shims
 # -- E10: sockets and nodes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("again", [["--via-node", "--socket"], ["--via-node", "--slurm", "-t 1:00:00"]])
 def test_socket_on_a_node_is_reached_again(
     directory: Path,
@@ -747,6 +760,7 @@ def node_dies(slurm: PrivateSlurm) -> str:
     return "its node failed"
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("end", [cancelled, time_is_up, node_dies])
 def test_execution_whose_job_ends(laptop: Laptop, slurm: PrivateSlurm, login: Host, end: Any) -> None:
     run = executing(laptop)
@@ -790,6 +804,7 @@ def test_job_that_is_queued_again(
     wait_until(lambda: slurm.squeue()[1] not in LIVE, "the end of the job", 20)
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("what", ["a server", "a notebook"])
 def test_what_has_ended_does_not_come_back_while_slurmctld_is_down(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, what: str
@@ -817,6 +832,7 @@ def test_what_has_ended_does_not_come_back_while_slurmctld_is_down(
 # -- B6: where the scheduler's commands are ---------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("where", ["--init", "the login shell"])
 def test_scheduler_that_is_on_no_path_but_the_users(
     laptop: Laptop,
@@ -880,6 +896,7 @@ def test_notes_of_sbatch_are_shown(laptop: Laptop, slurm: PrivateSlurm, site: Si
     assert words.partition(": ")[2] in run.stderr
 
 
+@pytest.mark.jupyter
 def test_node_whose_own_name_is_127_0_1_1(laptop: Laptop, shims: Shims) -> None:
     """As Debian's installer writes it into /etc/hosts: the address that others reach is another."""
     login = shims.start("other")
@@ -907,6 +924,7 @@ def test_via_node_is_named_where_the_login_node_reaches_no_port(
     assert "--via-node" in run.stderr, run.stderr
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("asked", ["interface", "address", "nothing of that name"])
 def test_node_address_is_chosen(laptop: Laptop, slurm: PrivateSlurm, login: Host, asked: str) -> None:
     said = slurm.machines["node1"].run("ip", "-o", "-4", "address", "show", "scope", "global").stdout.split()
@@ -932,6 +950,7 @@ def test_row_of_a_server_in_a_job_names_its_node_and_its_job(laptop: Laptop, slu
     assert server["node"] == node and server.get("job") in (job["id"], "1")
 
 
+@pytest.mark.jupyter
 def test_row_of_a_run_in_a_job_names_its_node_and_its_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     executing(laptop)
     (run,) = things(laptop, "run")
@@ -944,6 +963,7 @@ def test_row_of_a_run_in_a_job_names_its_node_and_its_job(laptop: Laptop, slurm:
 # -- E14: a job that left squeue --------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("end", [cancelled, time_is_up])
 @pytest.mark.parametrize("what", ["a server", "a notebook", "a job that waits"])
 def test_end_of_a_job_that_left_squeue(

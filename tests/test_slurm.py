@@ -163,6 +163,7 @@ def start_in_job(laptop: Laptop) -> Run:
     return run
 
 
+@pytest.mark.jupyter
 def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     (login.home / "work").mkdir()
     options = ["--local-port", str(quiet_port()), "--slurm", "-t 1:00:00 -w node2"]
@@ -296,6 +297,7 @@ def test_job_script_that_fails(laptop: Laptop, slurm: PrivateSlurm, login: Host)
     assert "rjupyter: job 3 ended before it had started\n  why: job: it failed\n       no such module" in run.stderr
 
 
+@pytest.mark.jupyter
 def test_controller_that_goes_and_comes_back_while_we_wait(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     blocking = slurm.occupy()
     run = laptop.start("--slurm", "-t 10", "host", has_terminal=False)
@@ -307,6 +309,7 @@ def test_controller_that_goes_and_comes_back_while_we_wait(laptop: Laptop, slurm
     assert compute(run.url(), "print(1)") == "1\n"
 
 
+@pytest.mark.jupyter
 def test_drained_node(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     for node in slurm.nodes:
         slurm.drain(node)
@@ -316,6 +319,7 @@ def test_drained_node(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     assert compute(run.url(), WHERE).startswith("node1 ")
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("options", [[], ["--socket"]])
 def test_tunnel_that_ends_on_the_node(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, directory: Path, options: List[str]
@@ -339,6 +343,7 @@ def test_tunnel_that_ends_on_the_node(
     assert again.wait() == 4
 
 
+@pytest.mark.jupyter
 def test_another_login_node_finds_the_server(
     laptop: Laptop, slurm: PrivateSlurm, login: Host, make_host: Callable[..., Host]
 ) -> None:
@@ -355,6 +360,7 @@ def test_another_login_node_finds_the_server(
     slurm.wait_for_state(1, "CANCELLED", "COMPLETED")
 
 
+@pytest.mark.jupyter
 def test_execute_in_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     (login.home / "work").mkdir()
     write_notebook(laptop.home / "train.ipynb", WHERE, code("p = 1", "parameters"), "print(p)")
@@ -369,6 +375,7 @@ def test_execute_in_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> N
     assert (run.status, printed(there)) == (0, ["b\n"]), run.text
 
 
+@pytest.mark.jupyter
 def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     blocking = slurm.occupy()
     write_notebook(laptop.home / "a.ipynb", "print('x')", "import time; print('y', flush=True); time.sleep(600)")
@@ -391,6 +398,7 @@ def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: 
     assert printed(laptop.home / "a.executed.ipynb")[0] == "x\n"
 
 
+@pytest.mark.jupyter
 def test_execution_whose_job_is_cancelled(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "print('x')", "import time; print('y', flush=True); time.sleep(600)")
     run = laptop.start("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb", "-v", has_terminal=False)

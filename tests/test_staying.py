@@ -105,6 +105,7 @@ FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session, unl
 FAULTS_OF_ROOT = [*FAULTS, rename_host]
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 @pytest.mark.parametrize("fault", FAULTS)
 def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any, mode: List[str]) -> None:
@@ -121,6 +122,7 @@ def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, fault: Any,
     assert len(host.servers()) == 1
 
 
+@pytest.mark.jupyter
 def test_host_away_for_a_while_and_sshd_started_anew(laptop: Laptop, host: Host) -> None:
     run, url, kernel = start_and_remember(laptop)
     host.sshd.stop()
@@ -141,6 +143,7 @@ def can_listen(port: int) -> bool:
     return True
 
 
+@pytest.mark.jupyter
 def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
     run, url, kernel = start_and_remember(laptop, *proxy.ssh_options())
     proxy.is_frozen = True
@@ -150,6 +153,7 @@ def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
     check_same(run, url, kernel)
 
 
+@pytest.mark.jupyter
 def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -> None:
     run, url, kernel = start_and_remember(laptop)
     (record,) = host.servers()
@@ -253,6 +257,7 @@ def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int
     assert len(host.servers()) == 1
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_max_sessions_1(laptop: Laptop, make_host: Callable[..., Host], mode: List[str]) -> None:
     make_host(settings="MaxSessions 1")
@@ -271,6 +276,7 @@ def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], se
     assert len(host.servers()) == 1
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_forwarding_that_is_allowed_in_our_direction_alone(
     laptop: Laptop, make_host: Callable[..., Host], mode: List[str]
@@ -284,6 +290,7 @@ def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> No
     check_failure(laptop.run("host"), 255, "host opens no session", "try: MaxSessions in its sshd_config")
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -295,6 +302,7 @@ def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host,
         assert compute(run.url(), "print(1)") == "1\n"
 
 
+@pytest.mark.jupyter
 def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, directory: Path) -> None:
     control = directory / "mine"
     text = Path(laptop.config).read_text() + "  ControlPath %s\n  ControlMaster auto\n" % control
@@ -320,6 +328,7 @@ def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, dire
             mine.kill()
 
 
+@pytest.mark.jupyter
 def test_stub_ssh_whose_multiplexing_is_broken(laptop: Laptop, host: Host, directory: Path) -> None:
     """An ssh that gives every master a socket it cannot make: the steps log in one by one, and a line says so."""
     stub = directory / "bin/ssh"
@@ -335,6 +344,7 @@ def test_stub_ssh_whose_multiplexing_is_broken(laptop: Laptop, host: Host, direc
     assert "No multiplexing (unix_listener" in run.stderr
 
 
+@pytest.mark.jupyter
 def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Path) -> None:
     long = directory / ("long" * 30)
     long.mkdir()
@@ -343,6 +353,7 @@ def test_nowhere_for_a_control_socket(laptop: Laptop, host: Host, directory: Pat
     assert "No multiplexing" in run.stderr and "too long" in run.stderr
 
 
+@pytest.mark.jupyter
 def test_tab_of_a_real_browser_goes_on_without_a_reload(laptop: Laptop, host: Host, driver: Any, mark: str) -> None:
     write_notebook(host.home / "train.ipynb", "")
     run = laptop.start("host:train.ipynb", has_terminal=False)
@@ -409,6 +420,7 @@ def starting(laptop: Laptop, host: Host, *arguments: str) -> Iterator[Run]:
     assert run.wait() == 0, run.text
 
 
+@pytest.mark.jupyter
 def test_random_faults(laptop: Laptop, make_host: Callable[..., Host], mark: str) -> None:
     """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""
     seed = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**6))
@@ -418,6 +430,7 @@ def test_random_faults(laptop: Laptop, make_host: Callable[..., Host], mark: str
         random_faults(laptop, host, mark, proxy, int(os.environ.get("RJUPYTER_FAULTS") or 4), seed)
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
     """A dashboard beside Jupyter: there as long as the tunnel, also after the connection was lost."""

@@ -50,6 +50,7 @@ def nothing_left(engine: PrivateGridEngine) -> bool:
     return not engine.qstat() and "jupyter" not in engine.processes() and "agent.py" not in engine.processes()
 
 
+@pytest.mark.jupyter
 def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
     with laptop.opened("--local-port", str(quiet_port()), *QSUB, "host:work") as run:
         url = run.url()
@@ -66,6 +67,7 @@ def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: Pr
     assert not listed(laptop, "job")
 
 
+@pytest.mark.jupyter
 def test_grid_engine_is_waited_for_and_a_job_that_is_deleted_is_said(
     laptop: Laptop, engine: PrivateGridEngine, login: Host
 ) -> None:
@@ -93,6 +95,7 @@ def test_grid_engine_holds_a_job_and_stop_deletes_it(laptop: Laptop, engine: Pri
     check_failure(laptop.run("--submit", "qsub -q nosuch.q", "host"), 1, "qsub did not take the job", "nosuch.q")
 
 
+@pytest.mark.jupyter
 def test_grid_engine_executes_a_notebook(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
     write_notebook(laptop.home / "train.ipynb", WHERE, "print(6 * 7)")
     run = laptop.run(*QSUB, "host:work", "execute", "train.ipynb")
@@ -238,6 +241,7 @@ def shims(directory: Path, make_host: Callable[..., Host]) -> Iterator[Shims]:
         shims.cluster.stop()
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("kind", SHIMS)
 def test_shim_of_a_scheduler_runs_the_server_and_stop_cancels_it(laptop: Laptop, shims: Shims, kind: str) -> None:
     command, held, query, cancel = SHIMS[kind]
@@ -273,6 +277,7 @@ def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> Non
     assert "job 41 ended before it had started\n  why: job: it has ended: cancelled, failed or" in run.stderr
 
 
+@pytest.mark.jupyter
 def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
     shims.start("other")
     run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)

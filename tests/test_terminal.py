@@ -124,6 +124,7 @@ def test_result_that_cannot_be_written(words: str, tmp_path: Path) -> None:
     assert redirected(">&- 2>&-", argv, environment).returncode == 1
 
 
+@pytest.mark.jupyter
 def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "good.ipynb", code("print(6 * 7)"))
     write_notebook(laptop.home / "bad.ipynb", code("1 / 0"))

@@ -148,6 +148,7 @@ def test_destination(laptop: Laptop, directory: Path, no_canary: Callable[[], No
     no_canary()
 
 
+@pytest.mark.jupyter
 @settings(CAREFUL, max_examples=15)
 @given(name=NAMES.filter(lambda name: "\udcff" not in name))
 @example(name='it\'s a "name" $(touch rjupyter-canary) %41 #?&+.')

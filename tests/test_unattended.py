@@ -70,6 +70,7 @@ def left_in_tmp(laptop: Laptop) -> List[str]:
     return [path.name for path in (laptop.directory / ("rjupyter-%d" % os.getuid())).glob("*") if path.name != "lock"]
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_open_without_a_terminal(bare: Laptop, host: Host, mode: List[str]) -> None:
     browser = program(bare.home / "browser")
@@ -246,6 +247,7 @@ def type_password(run: Run, count: int, password: str = "correct horse") -> None
     run.type(password + "\n")
 
 
+@pytest.mark.jupyter
 def test_password_is_asked_once_in_all(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:
     host = make_host(settings=PASSWORD_ONLY, user=user)
     run = laptop.start("--no-browser", "host")
@@ -319,6 +321,7 @@ def pam_service(name: str, text: str) -> Iterator[None]:
         file.unlink()
 
 
+@pytest.mark.jupyter
 @BOTH_MODES
 def test_second_factor_is_asked_once_for_each_login(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mode: List[str]
@@ -388,6 +391,7 @@ def behind(laptop: Laptop, jump: Host, make_host: Callable[..., Host]) -> Host:
     return host
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("arguments", [["-J", "jump"], ["-J", "jump", "--no-mux"], []], ids=["-J", "no-mux", "config"])
 def test_jump_host(laptop: Laptop, behind: Host, jump: Host, arguments: List[str]) -> None:
     if not arguments:
@@ -522,6 +526,7 @@ def nowhere(directory: Path) -> Dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(file), "RJUPYTER_TMP": str(file)}
 
 
+@pytest.mark.jupyter
 def test_unwritable_runtime_directory(laptop: Laptop, host: Host, directory: Path) -> None:
     laptop.environment.update(nowhere(directory))
     run = laptop.start("host", has_terminal=False)
@@ -617,6 +622,7 @@ def test_readme_config(laptop: Laptop, configure: Callable[[str], Path]) -> None
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_readme_knows_every_event_of_the_program() -> None:
     code = SCRIPT.read_text()
     named = re.findall(r'messages\.(?:step|result)\([^\n]*?, "(\w+)"[,)]', code)
@@ -637,6 +643,7 @@ def events_of_kernels(laptop: Laptop, host: Host, url: str) -> List[Dict[str, An
     return seen
 
 
+@pytest.mark.jupyter
 def test_json_events_are_the_ones_of_the_readme(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
 ) -> None:

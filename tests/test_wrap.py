@@ -78,6 +78,7 @@ def is_clean(host: Host, mark: str) -> None:
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: Host, mark: str) -> None:
     (host.home / "it's here").mkdir()
     wraps = ["--wrap", """env 'A=it'"'"'s $HOME' B=$HOME""", "--wrap", "env B=inner nice -n 7"]
@@ -112,6 +113,7 @@ def test_what_is_a_command(text: str) -> None:
     assert rjupyter._wrap(text) == text
 
 
+@pytest.mark.jupyter
 def test_wrapper_in_the_configuration(laptop: Laptop, host: Host) -> None:
     config = laptop.home / ".config/rjupyter/config"
     config.parent.mkdir(parents=True)
@@ -123,6 +125,7 @@ def test_wrapper_in_the_configuration(laptop: Laptop, host: Host) -> None:
 # -- processes of its own ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("wrap", [OWN_PIDS, PIDS_OF_OTHERS], ids=["own /proc", "the host's /proc"])
 def test_pids_of_its_own(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]) -> None:
     write_notebook(bwrap.home / "train.ipynb")
@@ -297,6 +300,7 @@ def test_connection_that_is_lost_while_it_starts(laptop: Laptop, host: Host) -> 
 # -- executions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("wrap", [OWN_PIDS, PIDS_OF_OTHERS, ["--wrap", "nice"]], ids=["own", "others", "nice"])
 def test_execution_inside_and_its_stop(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]) -> None:
     source = write_notebook(laptop.home / "train.ipynb", PID, "x = 1", "print(os.nice(0), x)")
@@ -316,6 +320,7 @@ def test_execution_inside_and_its_stop(laptop: Laptop, bwrap: Host, mark: str, w
     wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "nothing is left", 10)
 
 
+@pytest.mark.jupyter
 def test_grid_inside(laptop: Laptop, bwrap: Host) -> None:
     source = write_notebook(laptop.home / "train.ipynb", "print(x)")
     done = laptop.run(*OWN_PIDS, "host", "execute", str(source), "--grid", "x=[1, 2, 3]", "-j", "2")
@@ -336,6 +341,7 @@ def test_doctor_looks_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
 # -- containers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_container(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str) -> None:
     """A real podman, as root, on an image that was made of a debootstrap tree."""
     (boxed.home / 'of "a", b').mkdir()
@@ -364,6 +370,7 @@ def test_container(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str
     is_clean(boxed, mark)
 
 
+@pytest.mark.jupyter
 def test_container_of_an_ordinary_user(
     laptop: Laptop, podman: PrivatePodman, make_host: Callable[..., Host], make_user: Callable[[str], User]
 ) -> None:
@@ -391,6 +398,7 @@ def test_container_of_an_ordinary_user(
         host.sshd.ssh("podman rm --all --force; podman system migrate")  # which ends its pause process
 
 
+@pytest.mark.jupyter
 def test_container_executes(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
     source = write_notebook(laptop.home / "train.ipynb", "import sys; print(sys.prefix)")
     done = laptop.run("--container", IMAGE, "host", "execute", str(source))
@@ -502,6 +510,7 @@ def test_no_program_for_containers(laptop: Laptop, host: Host, mark: str) -> Non
 WHERE = "import os; print(os.uname().nodename, os.getpid())"
 
 
+@pytest.mark.jupyter
 def test_srun_of_an_allocation(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
     """Jupyter is on another node, in a network and under a name of its own, and srun leads there."""
     (job, _) = slurm.occupy()
@@ -521,6 +530,7 @@ def test_srun_that_is_refused(laptop: Laptop, login: Host, slurm: PrivateSlurm) 
     check_failure(laptop.run("--wrap", "srun --overlap --jobid=4711", "host"), 3, "inside srun", "nvalid job id")
 
 
+@pytest.mark.jupyter
 def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
     words = ["--slurm", "-t 10", "--wrap", "nice -n 3 unshare --pid --fork --mount-proc"]
     run = held(laptop, *words, "host")
@@ -535,6 +545,7 @@ def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, 
     wait_until(lambda: not [w for w in processes_with(mark).values() if "/agent.py" in w], "our agents are gone", 10)
 
 
+@pytest.mark.jupyter
 def test_execution_in_a_wrapper_in_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm) -> None:
     source = write_notebook(laptop.home / "train.ipynb", "import os; print(os.nice(0), os.uname().nodename)")
     done = laptop.run("--slurm", "-t 10", "--wrap", "nice -n 3", "host", "execute", str(source))
