@@ -9690,7 +9690,8 @@ class JobKind(Kind):
 
     def begun(self) -> "List[JobRecord]":
         """Return the jobs that were submitted, and those of which that is not known yet."""
-        return [record for record in self.records() if not is_marked(record, "unwanted")]
+        records = [record for record in self.records() if not is_marked(record, "unwanted")]
+        return [record for record in records if record.number or self.goes_on(record)]
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
@@ -9738,7 +9739,16 @@ class JobKind(Kind):
         if request.may_install and not request.python and not request.env and not request.outside:
             root_dir = resolve_path(request.path)[0] if request.path is not None else ""
             next(launchers(request, root_dir, channel, []))
-        job = submit(request, new_dir(self), channel)
+        directory = new_dir(self)
+        try:
+            job = submit(request, directory, channel)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                write_whole(os.path.join(directory, "unwanted"), "")
+            record = record_in(self, directory)
+            if not record or not self.goes_on(record):
+                remove_tree(directory)  # one that is taken later does not find its program, and ends
+            raise
         channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
         return job
 
@@ -9747,7 +9757,10 @@ class JobKind(Kind):
         return [
             job
             for job in self.running()
-            if request.is_done_by(job.request) and job.request.via_node >= request.via_node and not reply_of(job)
+            if request.is_done_by(job.request)
+            and job.request.via_node >= request.via_node
+            and not is_marked(job, "unwanted")
+            and not reply_of(job)
         ]
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
@@ -9850,7 +9863,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     """Submit a job in a directory of its own; return its record, which is there before the job is.
 
     A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
-    later): the word "unwanted" ends such a job when it begins.
+    later): who asked for it marks it "unwanted", which ends such a job when it begins.
     """
     import re
 
@@ -9858,6 +9871,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     command = os.path.basename(argv[0])
     asked = request.to_keep()
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
+    record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
     script = write_script(record, request)
@@ -9866,11 +9880,11 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
     matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
     if status or not matches:
-        mark(record, "unwanted")
         why = why.strip() or said.strip() or "status %d" % status
         raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
     number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
     record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+    record.pid, record.identity = 0, ""
     for line in why.splitlines():
         channel.send(Note(text=portable(line)))
     return write_down(record, directory)
@@ -9923,7 +9937,9 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
         looked, output = query(record, max_age_s)
         state = state_in(record, looked, output)
     else:
-        state = JobState(is_waiting=not begun_of(record), is_live=gives_signs(record))
+        has_begun = begun_of(record) is not None
+        is_there = has_begun or may_be_taken(record)
+        state = JobState(is_waiting=not has_begun and is_there, is_live=is_there and gives_signs(record))
     begun = begun_of(record)
     ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
     if state.is_live and is_marked(record, "cancelled"):
@@ -9938,6 +9954,11 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     if not state.is_live:
         note_end(record, state)
     return state
+
+
+def may_be_taken(record: JobRecord) -> bool:
+    """True for a job that was taken, or that is being submitted: not where that failed or was killed."""
+    return bool(record.number) or (not is_marked(record, "unwanted") and place_of(record).is_running())
 
 
 def begun_of(record: JobRecord) -> "Optional[JobBegun]":
@@ -9980,11 +10001,12 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     import re
 
     if not looked:
-        return JobState(word="unknown", reason="the scheduler does not answer")
+        is_there = may_be_taken(record)
+        return JobState(is_live=is_there, is_waiting=is_there, word="unknown", reason="the scheduler does not answer")
     scheduler = SCHEDULERS[record.command]
     row = row_of(record, output)
     is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-    if not row and is_unseen and (record.number or not is_marked(record, "unwanted")):
+    if not row and is_unseen and may_be_taken(record):
         return JobState()
     if not row:
         return JobState(is_live=False, is_waiting=False, word="ended")
@@ -10298,7 +10320,7 @@ class Queue:
         """Show how the job stands."""
         self.state = state
         match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", state.start)
-        text = "Job %s %s" % (state.job, state.word.lower())
+        text = "Job %s %s" % (state.job or state.id, state.word.lower())
         text += " (%s)" % state.reason if state.reason not in ("", "None") else ""
         text += ", expected %s" % match.group(1) if match else ""
         show(text if state.is_waiting else "")
@@ -10320,11 +10342,11 @@ class Queue:
             is_kept = True
             if isinstance(interruption, KeyboardInterrupt) and has_terminal():
                 with contextlib.suppress(KeyboardInterrupt):
-                    is_kept = not says_yes("Cancel job %s? [y/N] " % self.state.job)
+                    is_kept = not says_yes("Cancel job %s? [y/N] " % (self.state.job or self.state.id))
             if is_kept:
                 text = "Job %s stays. Back to it with: %s   To cancel it: %s"
                 stop = self.hint("stop", self.state.id)
-                self.messages.note(text % (self.state.job, self.again(self.state.id), stop))
+                self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
                 self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
             raise
@@ -10455,8 +10477,8 @@ class WrapperKind(Kind):
         if record.remove and (is_alone or self.goes_on(record)):
             run_command([native(word) for word in record.remove], SHELL_TIMEOUT_S)
         place.end([], polite_s=0)
-        if not place.is_running() and record.request.action != "start_run":  # the record of a run leads to it
-            remove_tree(record.directory)
+        if not place.is_running() and not any(run.wrapper == record.id for run in KINDS["run"].records()):
+            remove_tree(record.directory)  # else the record of a run leads to it
 
     def takes(self, request: Request) -> bool:
         """True when a wrapper is asked for, and we are not in it. A job, which takes it before, has it inside."""
