@@ -3714,7 +3714,7 @@ def remove_tree(directory: str) -> None:
 
 
 def forget_ended(kind: Kind, running: "List[Any]") -> None:
-    """Remove what is kept of a kind and ended on this node more than a week ago; `running` stays."""
+    """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; `running` stays."""
     import shutil
 
     stays = [record.directory for record in running]
@@ -3724,7 +3724,8 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
             continue
-        if path not in stays and age_s > KEEP_ENDED_S and (record is None or Here.holds(record)):
+        is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
+        if path not in stays and age_s > KEEP_ENDED_S and is_known:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -4779,6 +4780,25 @@ def set_aside(directory: str) -> str:
     return kept
 
 
+def cells_dir(directory: str) -> str:
+    """Return where the journals of a server lie."""
+    return os.path.join(directory, "cells")
+
+
+def put_away(directory: str) -> None:
+    """Keep of a server that was stopped what its cells printed, with its record and its log; without cells, nothing."""
+    cells = cells_dir(directory)
+    has_run = os.path.isdir(cells) and any(name.endswith(".journal") for name in os.listdir(cells))
+    for name in os.listdir(directory) if has_run else []:
+        if name not in ("cells", "log", "server.json", "stop"):
+            path = os.path.join(directory, name)
+            remove_files([path])
+            remove_tree(path)
+    if not has_run:  # first the record: one without the word "stop" beside it would tell another end
+        remove_files([os.path.join(directory, "server.json")])
+        remove_tree(directory)
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -4791,6 +4811,11 @@ class ServerKind(Kind):
     def begun(self) -> "List[ServerRecord]":
         """Return those that have not ended: in place of one that has, another is launched."""
         return self.running()
+
+    def listed(self) -> "List[ServerRecord]":
+        """Return those that run, and those that ended without a stop: who stopped one knows why it is gone."""
+        records = self.records()
+        return [record for record in records if not is_marked(record, "stop") or place_of(record).is_running()]
 
     def all_running(self) -> "List[ServerRecord]":
         """Return the records of the user's servers that run."""
@@ -4842,9 +4867,8 @@ class ServerKind(Kind):
         place.end(children, polite_s=5)
         leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
         remove_files([] if place.is_here and place.is_running() else leftovers)
-        if record.is_ours:  # first the record: one without the word "stop" beside it would tell another end
-            remove_files([os.path.join(record.directory, self.name + ".json")])
-            remove_tree(record.directory)
+        if record.is_ours:
+            put_away(record.directory)
 
 
 KINDS["server"] = ServerKind()
@@ -5066,7 +5090,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     import threading
 
     within = resolve_path(request.path)[0] if request.path is not None else ""
-    records = [record for record in KINDS["server"].records() + other_servers() if is_below(record, within)]
+    records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
     views = [None for _ in records]  # type: List[Any]
     errors = []  # type: List[Exception]
 
@@ -5104,7 +5128,7 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
     With `is_followed` until the client or what writes it has gone. `line` is the number of those that are known
     already.
     """
-    records = KINDS["server"].records()
+    records = KINDS["server"].listed() or KINDS["server"].records()
     if request.id:
         records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
@@ -5137,7 +5161,8 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
 def stop_all(request: Request, channel: Channel) -> StopReply:
     """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
-    With `asks`, nothing is ended while a kernel computes: the reply names the busy ones, and the client comes again.
+    With `asks`, nothing is ended while a kernel computes, be it in a job that is named: the reply names the busy ones,
+    and the client comes again.
     """
     if request.ids:
         known = [record for kind in KINDS.values() for record in kind.all_running()]
@@ -5147,7 +5172,8 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
             raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
     else:
         found = what_to_stop(request)
-    views = [KINDS[record.kind].describe(record) for record in found if request.asks]
+    inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
+    views = [KINDS[record.kind].describe(record) for record in found + inside if request.asks]
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
@@ -8463,6 +8489,7 @@ RECORD_EVERY_S = 0.25  # between two looks for new kernels
 BIRTH_EVERY_S = 0.05  # while one may be about to begin
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
+KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
 PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
 SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
@@ -8607,12 +8634,7 @@ def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[Lis
 
 def is_in_path(record: ServerRecord, request: Request) -> bool:
     """True for a server in the PATH that was asked for; for all, if none was."""
-    return not request.path or record.root_dir == resolve_path(request.path)[0]
-
-
-def cells_dir(directory: str) -> str:
-    """Return where the journals of a server lie."""
-    return os.path.join(directory, "cells")
+    return not request.path or is_same_dir(record.root_dir, resolve_path(request.path)[0])
 
 
 def start_recorder(record: ServerRecord, found: Launcher) -> None:
@@ -8681,8 +8703,11 @@ class Recorder:
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
-        looked_at = 0.0
+        looked_at = kept_at = 0.0
         while True:
+            if time.monotonic() - kept_at > KEEP_EVERY_S:
+                kept_at = time.monotonic()
+                self.keep()
             if time.monotonic() - looked_at > SERVER_EVERY_S:
                 looked_at = time.monotonic()
                 if not os.path.isdir(self.directory) or not is_same_process(self.record.pid, self.record.identity):
@@ -8701,6 +8726,12 @@ class Recorder:
                     kernel.notice_end()
         for kernel in self._known.values():
             kernel.close()
+        self.keep()
+
+    def keep(self) -> None:
+        """Let the directory be as young as the server: what ended is kept for a week, and that begins at its end."""
+        with contextlib.suppress(OSError):
+            os.utime(self.directory)
 
     def look_for_kernels(self) -> bool:
         """Listen to new kernels of this server, forget those gone; return whether one may be about to begin.
@@ -9152,11 +9183,12 @@ class JournalReader:
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
-    """Return the newest journal of the notebook or the kernel that is named, in the server of PATH where that is given.
+    """Return the newest journal of the notebook or the kernel that is named, in a server of PATH where that is given.
 
     Raises Failure, with those that there are.
     """
     found = []
+    wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
     for record in KINDS["server"].records():
         directory = cells_dir(record.directory)
         if not is_in_path(record, request) or not os.path.isdir(directory):
@@ -9167,11 +9199,11 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
                 mark = read_record(KernelMark, path[: -len(".journal")] + ".json") or KernelMark()
                 found.append((os.stat(path).st_mtime, record, path, mark))
     found.sort(key=lambda row: row[0], reverse=True)
-    named = [row[1:] for row in found if is_named(request.name, row[3].notebook, os.path.basename(row[2]))]
+    named = [row[1:] for row in found if is_named(wanted, row[3].notebook, os.path.basename(row[2]))]
     if named:
         return named[0]
     there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
-    what = "nothing is recorded" + (" of " + request.name if request.name else "")
+    what = "nothing is recorded" + (" of " + portable(wanted) if wanted else "")
     why = (
         "there is: " + there
         if there
@@ -9863,7 +9895,8 @@ class JobKind(Kind):
 
     def begun(self) -> "List[JobRecord]":
         """Return the jobs that were submitted, and those of which that is not known yet."""
-        return [record for record in self.records() if not is_marked(record, "unwanted")]
+        records = [record for record in self.records() if not is_marked(record, "unwanted")]
+        return [record for record in records if record.number or self.goes_on(record)]
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
@@ -9911,7 +9944,16 @@ class JobKind(Kind):
         if request.may_install and not request.python and not request.env and not request.outside:
             root_dir = resolve_path(request.path)[0] if request.path is not None else ""
             next(launchers(request, root_dir, channel, []))
-        job = submit(request, new_dir(self), channel)
+        directory = new_dir(self)
+        try:
+            job = submit(request, directory, channel)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                write_whole(os.path.join(directory, "unwanted"), "")
+            record = record_in(self, directory)
+            if not record or not self.goes_on(record):
+                remove_tree(directory)  # one that is taken later does not find its program, and ends
+            raise
         channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
         return job
 
@@ -9920,7 +9962,10 @@ class JobKind(Kind):
         return [
             job
             for job in self.running()
-            if request.is_done_by(job.request) and job.request.via_node >= request.via_node and not reply_of(job)
+            if request.is_done_by(job.request)
+            and job.request.via_node >= request.via_node
+            and not is_marked(job, "unwanted")
+            and not reply_of(job)
         ]
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
@@ -10023,7 +10068,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     """Submit a job in a directory of its own; return its record, which is there before the job is.
 
     A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
-    later): the word "unwanted" ends such a job when it begins.
+    later): who asked for it marks it "unwanted", which ends such a job when it begins.
     """
     import re
 
@@ -10031,6 +10076,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     command = os.path.basename(argv[0])
     asked = request.to_keep()
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
+    record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
     script = write_script(record, request)
@@ -10039,11 +10085,11 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
     matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
     if status or not matches:
-        mark(record, "unwanted")
         why = why.strip() or said.strip() or "status %d" % status
         raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
     number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
     record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+    record.pid, record.identity = 0, ""
     for line in why.splitlines():
         channel.send(Note(text=portable(line)))
     return write_down(record, directory)
@@ -10096,7 +10142,9 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
         looked, output = query(record, max_age_s)
         state = state_in(record, looked, output)
     else:
-        state = JobState(is_waiting=not begun_of(record), is_live=gives_signs(record))
+        has_begun = begun_of(record) is not None
+        is_there = has_begun or may_be_taken(record)
+        state = JobState(is_waiting=not has_begun and is_there, is_live=is_there and gives_signs(record))
     begun = begun_of(record)
     ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
     if state.is_live and is_marked(record, "cancelled"):
@@ -10111,6 +10159,11 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     if not state.is_live:
         note_end(record, state)
     return state
+
+
+def may_be_taken(record: JobRecord) -> bool:
+    """True for a job that was taken, or that is being submitted: not where that failed or was killed."""
+    return bool(record.number) or (not is_marked(record, "unwanted") and place_of(record).is_running())
 
 
 def begun_of(record: JobRecord) -> "Optional[JobBegun]":
@@ -10153,11 +10206,12 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     import re
 
     if not looked:
-        return JobState(word="unknown", reason="the scheduler does not answer")
+        is_there = may_be_taken(record)
+        return JobState(is_live=is_there, is_waiting=is_there, word="unknown", reason="the scheduler does not answer")
     scheduler = SCHEDULERS[record.command]
     row = row_of(record, output)
     is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-    if not row and is_unseen and (record.number or not is_marked(record, "unwanted")):
+    if not row and is_unseen and may_be_taken(record):
         return JobState()
     if not row:
         return JobState(is_live=False, is_waiting=False, word="ended")
@@ -10471,7 +10525,7 @@ class Queue:
         """Show how the job stands."""
         self.state = state
         match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", state.start)
-        text = "Job %s %s" % (state.job, state.word.lower())
+        text = "Job %s %s" % (state.job or state.id, state.word.lower())
         text += " (%s)" % state.reason if state.reason not in ("", "None") else ""
         text += ", expected %s" % match.group(1) if match else ""
         show(text if state.is_waiting else "")
@@ -10493,11 +10547,11 @@ class Queue:
             is_kept = True
             if isinstance(interruption, KeyboardInterrupt) and has_terminal():
                 with contextlib.suppress(KeyboardInterrupt):
-                    is_kept = not says_yes("Cancel job %s? [y/N] " % self.state.job)
+                    is_kept = not says_yes("Cancel job %s? [y/N] " % (self.state.job or self.state.id))
             if is_kept:
                 text = "Job %s stays. Back to it with: %s   To cancel it: %s"
                 stop = self.hint("stop", self.state.id)
-                self.messages.note(text % (self.state.job, self.again(self.state.id), stop))
+                self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
                 self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
             raise
@@ -10628,8 +10682,8 @@ class WrapperKind(Kind):
         if record.remove and (is_alone or self.goes_on(record)):
             run_command([native(word) for word in record.remove], SHELL_TIMEOUT_S)
         place.end([], polite_s=0)
-        if not place.is_running() and record.request.action != "start_run":  # the record of a run leads to it
-            remove_tree(record.directory)
+        if not place.is_running() and not any(run.wrapper == record.id for run in KINDS["run"].records()):
+            remove_tree(record.directory)  # else the record of a run leads to it
 
     def takes(self, request: Request) -> bool:
         """True when a wrapper is asked for, and we are not in it. A job, which takes it before, has it inside."""
@@ -12224,7 +12278,10 @@ def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mes
 
 
 def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Stop servers on the host; where someone can answer, ask before one whose kernels compute. Or one kernel."""
+    """Stop servers on the host; ask before one whose kernels compute. Or one kernel.
+
+    Raises Failure where there is something to ask, and nobody who could answer.
+    """
     if len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
         request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
         with ssh:
@@ -12235,15 +12292,17 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     log_in_ourselves(ssh)  # a tunnel to what is ended ends as well, and with it would our own connection
     request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
-        asks = has_terminal() and not args.yes
-        reply = agent.ask(request.but(asks=asks), StopReply, "Stopping")
-        if asks and (reply.busy or reply.runs):
-            for server in reply.busy:
-                facts = (server.busy, server.kernels, server.root_dir, server.id)
-                words = "%d of %d kernels are busy in %s (%s)." % facts
-                messages.note(words.replace("1 of 1 kernels are busy", "Its kernel is busy"))
-            for run in reply.runs:
-                messages.note("%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id))
+        reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
+        if reply.busy or reply.runs:
+            facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]
+            words = [("%d of %d kernels are busy in %s (%s)." % row) for row in facts]
+            words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
+            words += ["%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id) for run in reply.runs]
+            if not has_terminal():
+                why = "\n".join([*words, "There is no terminal on which to ask."])
+                raise Failure("nothing was stopped", why, command_line(*sys.argv[1:], "--yes"))
+            for line in words:
+                messages.note(line)
             if not says_yes("Stop it all the same? [y/N] "):
                 messages.note("Nothing was stopped.")
                 return EXIT_FAILURE
@@ -12902,7 +12961,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         [
             Option("ids", STOP_HELP, "ID", how={"nargs": "*"}),
             Option("--all", "all of yours there"),
-            Option("--yes", "without a question, even if a kernel is busy"),
+            Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
         ],
         asks="stop",
         examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],

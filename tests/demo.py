@@ -29,7 +29,7 @@ def main() -> int:
     try:
         return subprocess.Popen(command + arguments).wait()
     finally:
-        subprocess.run(command + ["-q", "demo", "stop", "--all"], stdin=subprocess.DEVNULL)
+        subprocess.run(command + ["-q", "demo", "stop", "--all", "--yes"], stdin=subprocess.DEVNULL)
         sshd.stop()
         shutil.rmtree(directory, ignore_errors=True)
         print("The demo's server, its sshd and their directory are gone.")

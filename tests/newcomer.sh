@@ -46,6 +46,12 @@ done
 chroot "$bare" apt-get update -qq
 chroot "$bare" useradd -m -s /bin/bash ana
 
+# What starts by itself at the next boot, or at a login, of what is not the system's own.
+enabled() {
+    chroot "$bare" sh -c 'find /etc/systemd /etc/rc?.d -type l' | grep -E '\.wants/|/S[0-9]' |
+        grep -E 'ssh|munge|slurm|podman' || true
+}
+
 for user in ana root; do
     home=$(chroot "$bare" sh -c "echo ~$user")
     git clone -q "$top" "$bare$home/rjupyter"
@@ -60,5 +66,10 @@ for user in ana root; do
         echo "newcomer: make $goal, as $user"
         go "make $goal"
     done
+    go "make clean"
+    [ -z "$(enabled)" ] || {
+        echo "newcomer: this is enabled now: $(enabled)" >&2
+        exit 1
+    }
 done
 echo "newcomer: all is well"

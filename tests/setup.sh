@@ -94,8 +94,13 @@ unpack() {
     parts=
 }
 
-# Where we may install nothing, sshd's program is unpacked into .sshd, with the libraries that it lacks: no daemon is
-# started, and the system stays as it is.
+# Let apt-get know what packages there are, where we may.
+update() {
+    if [ "$(id -u)" = 0 ]; then apt-get update -qq; else sudo -n apt-get update -qq; fi >/dev/null 2>&1
+}
+
+# sshd's program is unpacked into .sshd, with the libraries that it lacks, and not installed: no daemon of the system's
+# is started, now or at the next boot. For root, sshd insists on a user of its own.
 unpack_sshd() {
     root=$PWD/.sshd/root
     names=$(apt-get install --simulate --no-install-recommends openssh-server 2>/dev/null | sed -n 's/^Inst \([^ ]*\).*/\1/p')
@@ -112,11 +117,15 @@ unpack_sshd() {
         echo "LD_LIBRARY_PATH='$libraries' exec '$root/usr/sbin/sshd'$options \"\$@\""
     } >.sshd/sshd
     chmod 755 .sshd/sshd
+    if [ "$(id -u)" = 0 ] && ! grep -q '^sshd:' /etc/passwd; then
+        useradd --system --no-create-home --home-dir /run/sshd --shell /usr/sbin/nologin sshd
+        echo "setup: added the system user sshd, without which root's sshd does not run"
+    fi
 }
 
 case $missing in
     *sshd*)
-        if [ "$(id -u)" != 0 ] && command -v apt-get >/dev/null && ! sudo -n true 2>/dev/null && unpack_sshd; then
+        if command -v apt-get >/dev/null && { unpack_sshd || { update && unpack_sshd; }; }; then
             echo "setup: unpacked sshd's program into .sshd; it is not installed"
             missing=$(echo "$missing" | sed 's/ sshd//')
         fi
@@ -156,15 +165,41 @@ if [ -n "$missing" ]; then
     echo "setup: installing $wanted"
     if [ "$manager" = apt-get ]; then
         $sudo apt-get update -qq
-        # sshd, munge and Slurm must not start a daemon of the system's on the developer's machine: for this install, the
-        # programs by which a package starts one are found first in a directory where they do nothing.
+        # munge, Slurm and podman must not start a daemon of the system's on the developer's machine, now or at its next
+        # boot. For this install, the programs by which a package starts one are found first in a directory where they do
+        # nothing, and those by which it enables one leave disabled what is new, as its owner might have done: no upgrade
+        # changes that. What was there before stays as it is.
         idle=$(mktemp -d)
         for name in invoke-rc.d deb-systemd-invoke; do
             ln -s /bin/true "$idle/$name"
         done
+        cat >"$idle/deb-systemd-helper" <<'EOF'
+#!/bin/sh
+scope=
+[ "$1" != --user ] || { scope=--user; shift; }
+if [ "$1" = enable ] && ! /usr/bin/deb-systemd-helper $scope debian-installed "$2"; then
+    shift
+    set -- update-state "$@"
+fi
+exec /usr/bin/deb-systemd-helper $scope "$@"
+EOF
+        cat >"$idle/update-rc.d" <<'EOF'
+#!/bin/sh
+[ "$2" != defaults ] || set -- "$1" defaults-disabled
+exec /usr/sbin/update-rc.d "$@"
+EOF
+        chmod 755 "$idle/deb-systemd-helper" "$idle/update-rc.d"
         install="env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"
         install="$install -o DPkg::Path=$idle:/usr/sbin:/usr/bin:/sbin:/bin"
     fi
+    case $manager:$missing in
+        dnf:*sshd* | zypper:*sshd*) # these enable it as they install it, but for what is masked
+            for unit in sshd.service sshd.socket; do
+                [ -e /usr/lib/systemd/system/$unit ] || $sudo ln -s /dev/null /etc/systemd/system/$unit
+            done
+            echo "setup: sshd is masked, so that it does not start; to let it: systemctl unmask sshd.service sshd.socket"
+            ;;
+    esac
     # shellcheck disable=SC2086 # words on purpose
     $sudo $install $wanted >/dev/null
 fi

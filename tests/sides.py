@@ -266,8 +266,9 @@ class Host:
         self.home = sshd.home
 
     def servers(self) -> List[Dict[str, Any]]:
-        """Return the records of the servers that rjupyter.py launched, with their ids."""
+        """Return the records of the servers that rjupyter.py launched, with their ids, but for those it stopped."""
         files = sorted(self.home.glob(".local/state/rjupyter/servers/*/server.json"))
+        files = [file for file in files if not (file.parent / "stop").exists()]
         records = [(json.loads(file.read_text()), file.parent.name) for file in files]
         # Tests put files there that make no sense; killpg of what such a file calls a pid would be a disaster.
         return [dict(r, id=name) for r, name in records if isinstance(r, dict) and type(r.get("identity")) is str]

@@ -336,7 +336,7 @@ def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: s
     write_notebook(laptop.home / "d.ipynb", "print(1)", deaf)
     run = laptop.start("host", "execute", "-v", "d.ipynb", has_terminal=False)
     run.expect("^deaf$")
-    assert laptop.run("host", "stop", "--all").status == 0
+    assert laptop.run("host", "stop", "--all", "--yes").status == 0
     assert run.wait() == 1
     assert printed(laptop.home / "d.executed.ipynb")[0] == "1\n"
     wait_until(lambda: not processes_with(mark), "runner and kernel are gone")

@@ -160,7 +160,7 @@ def test_host_that_gets_another_name_while_a_notebook_is_executed(laptop: Laptop
 def test_execution_is_stopped_after_the_host_got_another_name(laptop: Laptop, named: Host, mark: str) -> None:
     laptop.start("host", "execute", notebook(laptop, "while True: pass"), has_terminal=False).expect("Executing")
     rename(named, "second-name")
-    assert "Stopped" in laptop.run("host", "stop", "--all").stderr
+    assert "Stopped" in laptop.run("host", "stop", "--all", "--yes").stderr
     wait_until(lambda: not [w for w in processes_with(mark).values() if "ipykernel" in w], "no kernel", 20)
 
 
@@ -182,7 +182,7 @@ def test_execution_where_the_boot_id_cannot_be_read(laptop: Laptop, make_host: C
     run = laptop.start("host", "execute", notebook(laptop, "while True: pass"), has_terminal=False)
     run.expect("Executing")
     assert [row["state"] for row in rows(laptop, "run")] == ["running"]
-    assert "Stopped" in laptop.run("host", "stop", "--all").stderr
+    assert "Stopped" in laptop.run("host", "stop", "--all", "--yes").stderr
     wait_until(lambda: not [w for w in processes_with(mark).values() if "ipykernel" in w], "no kernel", 20)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,76 @@ def test_the_file_says_which_python_it_takes() -> None:
     head = SCRIPT.read_text().partition('"""')[0]
     assert '# /// script\n# requires-python = ">=3.8"\n# dependencies = []\n# ///\n' in head
     assert "sys.version_info < (3, 8)" in SCRIPT.read_text()
+
+
+# What dpkg does for a package, in a root of its own: the words of its maintainer script, as debhelper writes them.
+APT_GET = """#!/bin/sh
+case "$*" in *" install "* | install*) ;; *) exit 0 ;; esac
+for word; do case $word in DPkg::Path=*) PATH=${word#DPkg::Path=} ;; esac; done
+export PATH DPKG_ROOT=%s DPKG_MAINTSCRIPT_PACKAGE=shellcheck DPKG_MAINTSCRIPT_NAME=postinst
+for unit in new old; do
+    update-rc.d $unit defaults || exit
+    if deb-systemd-helper --quiet was-enabled $unit.service; then deb-systemd-helper enable $unit.service || exit; fi
+    if deb-systemd-helper --user was-enabled $unit.service; then
+        deb-systemd-helper --user enable $unit.service || exit
+    fi
+    deb-systemd-invoke start $unit.service && invoke-rc.d $unit start || exit
+done
+"""
+UNIT = "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=%s.target\n"
+SCRIPT_HEAD = (
+    "#!/bin/sh\n### BEGIN INIT INFO\n# Provides: %s\n# Default-Start: 2 3\n# Default-Stop: 0 6\n### END INIT INFO\n"
+)
+
+
+def links(root: Path) -> "dict[str, list[str]]":
+    """Return the names of the services that start at the next boot or login, each with what says so."""
+    found: "dict[str, list[str]]" = {}
+    for path in [*root.glob("etc/systemd/*/*.wants/*.service"), *root.glob("etc/rc?.d/S*")]:
+        found.setdefault(re.sub(r"^S\d\d|\.service$", "", path.name), []).append(path.parent.name)
+    return {name: sorted(places) for name, places in found.items()}
+
+
+@pytest.mark.skipif(not shutil.which("deb-systemd-helper"), reason="packages of Debian's alone are enabled by it")
+def test_setup_enables_nothing_that_it_installs(tmp_path: Path) -> None:
+    """Not now, nor when the package is upgraded; and what was enabled before stays so."""
+    root, binaries = tmp_path / "root", tmp_path / "bin"
+    for place, target in (("system", "multi-user"), ("user", "default")):
+        (root / "usr/lib/systemd" / place).mkdir(parents=True)
+        (root / "lib/systemd" / place).mkdir(parents=True)
+        for name in ("new", "old"):
+            for top in ("usr/lib", "lib"):
+                (root / top / "systemd" / place / (name + ".service")).write_text(UNIT % target)
+    (root / "etc/init.d").mkdir(parents=True)
+    for name in ("new", "old"):
+        (root / "etc/init.d" / name).write_text(SCRIPT_HEAD % name)
+    maintainer = dict(os.environ, DPKG_ROOT=str(root), DPKG_MAINTSCRIPT_PACKAGE="old", DPKG_MAINTSCRIPT_NAME="postinst")
+    maintainer["PATH"] += ":/usr/sbin"
+
+    helper = ["deb-systemd-helper"]
+    for words in (["update-rc.d", "old", "defaults"], [*helper, "enable"], [*helper, "--user", "enable"]):
+        unit = ["old.service"] if words[0] in helper else []
+        subprocess.run([*words, *unit], env=maintainer, check=True)
+    enabled = links(root)
+    assert enabled == {"old": ["default.target.wants", "multi-user.target.wants", "rc2.d", "rc3.d"]}
+    checkout = tmp_path / "checkout"
+    (checkout / "tests").mkdir(parents=True)
+    (checkout / ".venv").mkdir()
+    shutil.copy(TOP / "tests/setup.sh", checkout / "tests")
+    shutil.copy(TOP / "tests/requirements.txt", checkout / "tests")
+    shutil.copy(TOP / "tests/requirements.txt", checkout / ".venv/requirements.installed")
+    binaries.mkdir()
+    tools = ("sh", "env", "id", "mktemp", "ln", "cat", "chmod", "rm", "sed", "sort", "tr", "dirname", "cmp")
+    for name in (*tools, "ssh", "ssh-keygen"):
+        (binaries / name).symlink_to(shutil.which(name) or name)
+    (binaries / "python3").symlink_to(sys.executable)
+    for name, text in (("apt-get", APT_GET % root), ("sudo", '#!/bin/sh\n[ "$1" != -n ] || shift\nexec "$@"\n')):
+        (binaries / name).write_text(text)
+        (binaries / name).chmod(0o755)
+    for _ in range(2):  # the second time it is an upgrade
+        argv = ["sh", str(checkout / "tests/setup.sh"), "lint"]
+        run = subprocess.run(argv, env={"PATH": str(binaries)}, capture_output=True, text=True)
+        assert run.returncode == 0 and "installing shellcheck" in run.stdout, run.stdout + run.stderr
+        assert links(root) == enabled
+    was_enabled = ["deb-systemd-helper", "--quiet", "was-enabled", "new.service"]
+    assert subprocess.run(was_enabled, env=maintainer).returncode == 1  # what an upgrade by anyone else asks

@@ -5,13 +5,16 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
-from client import api, check_failure, compute, events_of, held, new_session, send
+from client import api, check_failure, compute, events_of, held, listed, new_session, send
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
+
+import rjupyter
 
 pytestmark = pytest.mark.jupyter
 
@@ -147,18 +150,69 @@ def test_the_log_of_jupyter_has_no_trouble_of_ours(laptop: Laptop, host: Host, r
     assert "Uncaught exception" not in log.read_text()
 
 
-@pytest.mark.parametrize("how", ["stop", "kill -9"])
-def test_the_recorder_ends_with_its_server(laptop: Laptop, host: Host, run: Run, mark: str, how: str) -> None:
+def shut_down(laptop: Laptop, run: Run, pid: int) -> None:
+    api(run.url(), "shutdown", "POST")
+
+
+def kill(laptop: Laptop, run: Run, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(laptop: Laptop, run: Run, pid: int) -> None:
+    assert laptop.run("host", "stop", "--yes").status == 0
+
+
+@pytest.mark.parametrize("end", [shut_down, kill, stop])
+def test_what_was_recorded_is_kept_when_its_server_ends(
+    laptop: Laptop, host: Host, run: Run, mark: str, end: Callable[[Laptop, Run, int], None]
+) -> None:
+    """For a week, as a log is, with no secret beside it; also of a cell that ran at that moment."""
     wait_until(lambda: len(recorders(mark)) == 1, "it runs")
-    compute(run.url(), "print('kept')")
-    if how == "stop":
-        assert laptop.run("host", "stop").status == 0
-    else:
-        os.kill(host.servers()[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: not recorders(mark), "it has ended", 20)
-    assert bool(list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal"))) == (how == "kill -9")
-    if how == "kill -9":
-        assert "kept" in laptop.run("host", "output").stdout
+    kernel = new_session(run.url(), "train.ipynb")
+    send(run.url(), "%xmode Minimal\nimport time; print('kept', flush=True); time.sleep(600)", kernel).close()
+    wait_until(lambda: "kept" in str([e.get("content") for e in journal(host, kernel)]), "it is written down")
+    (record,) = host.servers()
+    end(laptop, run, record["pid"])
+    wait_until(lambda: not recorders(mark), "the recorder has ended", 20)
+    for words in (["host"], ["host:"], ["host:train.ipynb"]):
+        shown = laptop.run(*words, "output")
+        assert re.fullmatch(r"In \[\d+\] [^\n]*, failed\n(.*\n)?kept\n(.*Interrupt.*\n)?", shown.stdout), shown.text
+    check_failure(laptop.run("host:it's here.ipynb", "output"), 1, "nothing is recorded of it's here.ipynb")
+    assert [server["state"] for server in listed(laptop)] == ([] if end is stop else ["ended"])
+    directory = host.home / ".local/state/rjupyter/servers" / record["id"]
+    assert "Serving notebooks" in (directory / "log").read_text()
+    if end is stop:
+        assert {path.name for path in directory.iterdir()} == {"cells", "log", "server.json", "stop"}
+    assert run.wait(60) == 4  # why it ended is told all the same
+    assert ("it was stopped" in run.stderr) == (end is stop)
+    held(laptop, "host")
+    assert directory.exists()
+    past = time.time() - rjupyter.KEEP_ENDED_S - 60
+    os.utime(directory, (past, past))
+    held(laptop, "--new", "host")
+    assert not directory.exists()
+
+
+def test_what_was_recorded_is_kept_for_a_week_from_the_end(laptop: Laptop, host: Host, run: Run, mark: str) -> None:
+    """Not from the start: a server may run for months."""
+    kernel = new_session(run.url(), "train.ipynb")
+    compute(run.url(), "print('kept')", kernel)
+    wait_for_end(host, kernel)
+    (record,) = host.servers()
+    directory = host.home / ".local/state/rjupyter/servers" / record["id"]
+    past = time.time() - 2 * rjupyter.KEEP_ENDED_S
+    os.utime(directory, (past, past))
+    os.kill(record["pid"], signal.SIGKILL)
+    wait_until(lambda: not recorders(mark), "the recorder has ended", 20)
+    run.wait(60)
+    held(laptop, "host")
+    assert "kept" in laptop.run("host", "output", "train.ipynb").stdout
+
+
+def test_a_server_that_was_stopped_and_ran_no_cell_leaves_nothing(laptop: Laptop, host: Host, run: Run) -> None:
+    new_session(run.url(), "train.ipynb")
+    assert laptop.run("host", "stop").status == 0
+    assert not list(host.home.glob(".local/state/rjupyter/servers/*"))
 
 
 def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> None:

@@ -235,10 +235,23 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
 
 
 @pytest.mark.jupyter
-@pytest.mark.parametrize(("arguments", "has_terminal"), [(["--yes"], True), ([], False)])
-def test_stop_without_a_question(laptop: Laptop, host: Host, arguments: List[str], has_terminal: bool) -> None:
+@pytest.mark.parametrize("words", [["host", "stop"], ["host:", "stop", "--all"]], ids=" ".join)
+def test_stop_where_nobody_can_answer_is_refused(laptop: Laptop, host: Host, words: List[str]) -> None:
+    """From cron, or in a script: what a kernel computes is not lost without a word that says so."""
     busy_kernel(laptop.start("host", has_terminal=False).url())
-    stop = laptop.run("host", "stop", *arguments, has_terminal=has_terminal)
+    (record,) = host.servers()
+    stop = laptop.run(*words)
+    why = "Its kernel is busy in %s (%s)." % (host.home, record["id"])
+    check_failure(stop, 1, "nothing was stopped", why, "no terminal", " %s --yes" % " ".join(words))
+    assert [server["busy"] for server in listed(laptop)] == [1]
+    assert laptop.run(*words, "--yes").status == 0 and not listed(laptop)
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("has_terminal", [True, False])
+def test_stop_without_a_question(laptop: Laptop, host: Host, has_terminal: bool) -> None:
+    busy_kernel(laptop.start("host", has_terminal=False).url())
+    stop = laptop.run("host", "stop", "--yes", has_terminal=has_terminal)
     assert stop.status == 0
     assert "same?" not in stop.text
     wait_until(

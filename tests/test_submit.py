@@ -4,13 +4,15 @@ The user of the Grid Engine is a real one, whose jobs get no more than what his 
 """
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
 import shim_scheduler
-from client import check_failure, compute, listed
+from client import check_failure, compute, held, listed
 from jupyters import jupyter_for_everyone
 from notebooks import printed, write_notebook
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
@@ -184,6 +186,56 @@ def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypat
         rjupyter.wait_for_job(job, rjupyter.Channel("", stream))
     sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
     assert [(message["kind"], message["word"]) for message in sent] == [("queue", "PENDING")] * 5 + [("queue", "")]
+
+
+# -- a job that was never taken ---------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "refused": ["sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1"],
+    "refused by one that nobody knows": ["spool", "echo 'the spool is full'; exit 1"],
+    "without a number": ["spool", "echo 'thank you'"],
+    "not executable": ["qsub", ""],
+}
+
+
+def submits(laptop: Laptop, directory: Path, make_host: Callable[..., Host], command: str, script: str) -> List[str]:
+    """Make a host on which a command of a scheduler does this, and nothing tells of its jobs; return how it is used."""
+    (directory / "bin").mkdir()
+    if script:
+        (directory / "bin" / command).write_text("#!/bin/sh\n%s\n" % script)
+        (directory / "bin" / command).chmod(0o755)
+    make_host(path="%s:%s" % (directory / "bin", VENV_BIN))
+    return ["--submit", "%s {script}" % (directory / "bin" / command), "host"]
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+@pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
+def test_of_a_job_that_was_not_taken_nothing_is_left(
+    laptop: Laptop, directory: Path, make_host: Callable[..., Host], how: str, action: List[str]
+) -> None:
+    words = submits(laptop, directory, make_host, *REFUSALS[how])
+    write_notebook(laptop.home / "a.ipynb", "print(1)")
+    check_failure(laptop.run(*words, *action), 1, "did not take the job")
+    assert not listed(laptop, "job")
+    assert not list(directory.glob("host/home/.local/state/rjupyter/jobs/*"))
+    run = laptop.run("host", *action) if action else held(laptop, "host")
+    assert ("Executed" if action else "Launched") in run.stderr and "Job" not in run.stderr, run.text
+
+
+def test_a_submission_that_was_killed_is_not_waited_for(
+    laptop: Laptop, directory: Path, make_host: Callable[..., Host]
+) -> None:
+    """With all that the login had started, as its node does it that is started anew."""
+    pids = directory / "pids"
+    script = "test -e {0} && exit 1; echo $$ $PPID >{0}.new; mv {0}.new {0}; exec sleep 1000".format(pids)
+    words = submits(laptop, directory, make_host, "spool", script)
+    run = laptop.start(*words, has_terminal=False)
+    wait_until(pids.exists, "it is being submitted")
+    for pid in reversed(pids.read_text().split()):
+        os.kill(int(pid), signal.SIGKILL)
+    assert run.wait(60)
+    assert not listed(laptop, "job")
+    assert "Job" not in held(laptop, "host").stderr
 
 
 # -- shims ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, check_failure, compute, events_of, held, listed, new_session
+from client import api, busy_kernel, check_failure, compute, events_of, held, listed, new_session
 from notebooks import printed, write_notebook
 from private_podman import IMAGE, TAR, PrivatePodman
 from private_slurm import PrivateSlurm
@@ -197,10 +197,25 @@ def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap:
         ("false", "it ended and said nothing"),
     ],
 )
-def test_wrapper_that_cannot_be_run(laptop: Laptop, host: Host, mark: str, wrap: str, words: str) -> None:
-    failed = laptop.run("--wrap", wrap, "host")
+@pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
+def test_wrapper_that_cannot_be_run(
+    laptop: Laptop, host: Host, mark: str, wrap: str, words: str, action: List[str]
+) -> None:
+    write_notebook(laptop.home / "a.ipynb", "print(1)")
+    failed = laptop.run("--wrap", wrap, "host", *action)
     check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside " + wrap, words)
     is_clean(host, mark)
+    assert not list(host.home.glob(".local/state/rjupyter/wrappers/*"))
+
+
+def test_stop_by_the_id_of_what_a_busy_server_runs_in_is_refused_as_well(laptop: Laptop, host: Host) -> None:
+    """Where nobody can answer; its recording is kept when it is ended."""
+    busy_kernel(held(laptop, "--wrap", "nice -n 1", "host").url())
+    (wrapper,) = wrappers(host)
+    check_failure(laptop.run("host", "stop", wrapper.name), 1, "nothing was stopped", "Its kernel is busy", "--yes")
+    assert [server["busy"] for server in listed(laptop)] == [1]
+    assert "Ended" in laptop.run("host", "stop", wrapper.name, "--yes").stderr
+    assert list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal"))
 
 
 def test_no_jupyter_inside_and_nothing_is_installed(laptop: Laptop, host: Host, mark: str) -> None:
