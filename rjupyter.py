@@ -1024,7 +1024,7 @@ class EndKernelReply(Record):
 
 
 class EvalReply(Record):
-    """What became of code that a kernel was asked to execute: done, failed, dead, closed; or interrupted."""
+    """What became of code that a kernel was asked for: done, failed, aborted, dead, closed; or interrupted."""
 
     kernel: "KernelState"
     state: str
@@ -8338,12 +8338,16 @@ class PrintedOutput(Entry):
 
 
 class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell."""
+    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
+
+    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
+    """
 
     kind = "finished"
     id: str
     is_done: bool
     connections: int = -1
+    has_died: bool = False  # its kernel, before it ended by itself
 
 
 class Gap(TimedEntry):
@@ -8375,6 +8379,8 @@ class Content(Record):
     execution_count: "Optional[int]" = None
     code: str = ""
     execution_state: str = ""
+    status: str = ""
+    ename: "Any" = None
 
 
 class KernelView(Record):
@@ -8506,7 +8512,7 @@ class Recorder:
         self._told_at = float("-inf")
         self._names = set()  # type: Set[str] # of the connection files
         self._changed_at = 0.0  # their directory
-        self._asked_at = 0  # and ours, when we looked for what is to be asked
+        self._asked_at = 0.0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
@@ -8524,7 +8530,7 @@ class Recorder:
                 until(lambda: None, RECORD_EVERY_S)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * RECORD_EVERY_S)))
             for kernel in [kernel for kernel in self._known.values() if not kernel.socket.closed]:
-                if kernel.socket in heard:
+                if kernel.socket in heard or kernel.shell in heard:
                     kernel.hear()
                 if kernel.monitor in heard:
                     kernel.notice_end()
@@ -8556,13 +8562,13 @@ class Recorder:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
         directory = cells_dir(self.directory)
         with contextlib.suppress(OSError):
-            changed_at = os.stat(directory).st_mtime_ns
-            if changed_at == self._asked_at:
+            changed_at = os.stat(directory).st_mtime
+            if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
                 return
             self._asked_at = changed_at
             kernels = {kernel.id: kernel for kernel in self._known.values() if not kernel.is_unsure}
             for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
-                kernel, identity, _ = name.split(".")
+                kernel, identity = name.split(".")[:2]
                 path = os.path.join(directory, name)
                 if kernel in kernels:
                     os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
@@ -8620,7 +8626,8 @@ class RecordedKernel:
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
-        self._shell = None  # type: Any # what it is asked through
+        self.shell = None  # type: Any # what it is asked through, and answers
+        self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
@@ -8648,9 +8655,7 @@ class RecordedKernel:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
         if not self.socket.closed:
             self.hear()
-            self._end_all()
-            if self._shell:
-                self._shell.close()
+            self._lose_all()
             for socket in (self.socket, self.monitor):
                 with contextlib.suppress(KeyError):
                     self.recorder.poller.unregister(socket)
@@ -8661,15 +8666,14 @@ class RecordedKernel:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
         self.monitor.recv_multipart()
         self.hear()
-        self._end_all()
+        self._lose_all()
 
     def hear(self) -> None:
-        """Write down what it has said, so far."""
-        for _ in range(1000):  # then others are heard
-            try:
-                self.take(self.socket.recv_multipart(self.recorder.zmq.NOBLOCK))
-            except self.recorder.zmq.Again:
-                return
+        """Write down what it has said, so far: to everyone, and to us."""
+        for socket in [socket for socket in (self.socket, self.shell) if socket]:
+            with contextlib.suppress(self.recorder.zmq.Again):
+                for _ in range(1000):  # then others are heard
+                    self.take(socket.recv_multipart(self.recorder.zmq.NOBLOCK))
 
     def take(self, frames: "List[bytes]") -> None:
         """Take one message; what is not signed by its key is not its own."""
@@ -8694,6 +8698,10 @@ class RecordedKernel:
         identity = self._ids.get(asked_by, "")
         if kind == "execute_input":
             self._begin(asked_by, said)
+        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
+            # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
+            # R and Julia, in xeus an "error" without a name.
+            self._give_up(asked_by)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
@@ -8705,6 +8713,7 @@ class RecordedKernel:
 
     def _begin(self, asked_by: str, said: Content) -> None:
         self._begun += 1
+        self._asked.discard(asked_by)
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
         for old in list(self._ids)[:-IDS_MAX]:
             del self._ids[old]
@@ -8721,27 +8730,43 @@ class RecordedKernel:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
         connection, zmq = self._connection, self.recorder.zmq
         assert connection is not None  # it is heard
-        if not self._shell:
-            self._shell = self.recorder.context.socket(zmq.DEALER)
-            self._shell.setsockopt(zmq.LINGER, 0)
-            self._shell.connect(connection.address(connection.shell_port))
+        if not self.shell:
+            self.shell = self.recorder.context.socket(zmq.DEALER)
+            self.shell.setsockopt(zmq.LINGER, 0)
+            self.shell.connect(connection.address(connection.shell_port))
+            self.recorder.poller.register(self.shell, zmq.POLLIN)
         header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
         header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-        content.update(allow_stdin=False, stop_on_error=True)
+        content.update(allow_stdin=False, stop_on_error=False)  # what others asked for is not ours to take back
         parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
-        self._shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self._asked.add(identity)
+
+    def _lose_all(self) -> None:
+        """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
+        self._end_all()
+        if self.shell:
+            self.recorder.poller.unregister(self.shell)
+            self.shell.close()  # with what waits in it: the next process is not to get that
+            self.shell = None
+        for asked in list(self._asked):
+            self._give_up(asked, has_died=True)
+
+    def _give_up(self, asked: str, has_died: bool = False) -> None:
+        self._asked.discard(asked)
+        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
 
     def _end_all(self) -> None:
         for identity in list(self._running):
-            self._failed.add(identity)
-            self._end(identity)
+            self._end(identity, has_died=True)
 
-    def _end(self, identity: str) -> None:
+    def _end(self, identity: str, has_died: bool = False) -> None:
         begun = self._running.pop(identity)
-        is_done = identity not in self._failed
+        is_done = identity not in self._failed and not has_died
         connections = self.recorder.connections_of(self.id)
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), is_done=is_done, connections=connections))
+        facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
+        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
         lines = self._lines.pop(identity, 0)
         self._failed.discard(identity)
         away = Away(
@@ -9436,7 +9461,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     journal = JournalReader(path + ".journal", offset)
     known = request.line
     executions = Executions()
-    cell = None  # type: Optional[CellOutput]
+    cell = executions.cells[request.errand] = CellOutput()  # until it begins
 
     def look() -> str:
         nonlocal known, cell
@@ -9444,16 +9469,15 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
         for line in journal.lines():
             facts = facts_in(line)
             found, entry = executions.take(facts)
-            if isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+            if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
                 cell = found
-            if found and found is cell:
+            if found is cell and cell.begun:
                 known -= 1
                 if known < 0:
                     channel.send(Recorded(entry=facts))
-        if cell and cell.finished and cell.finished.is_done:
-            return "done"
-        if cell and cell.finished:  # in its journal, a cell of a kernel that died has failed
-            return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
+        if cell.finished:
+            how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
+            return "dead" if cell.finished.has_died else how
         return "dead" if state == "dead" else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
@@ -11949,6 +11973,8 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         raise
     if reply.state == "dead":
         raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+    if reply.state == "aborted":
+        raise Failure("it was not run: a cell before it failed")
     return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED
 
 
