@@ -9289,6 +9289,7 @@ class ShownCells:
 # agent begins
 
 WAIT_EVERY_S = 0.5
+INTERRUPT_TIMEOUT_S = 5.0  # in which a kernel heeds one; numpy's long steps and the like take it when they are done
 STARTING_S = 10.0  # after which one that no page has ever asked has started: Jupyter Server 2.21 does not say so
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
@@ -9496,6 +9497,8 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
             raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
         request = request.but(name=seen(KernelFacts, said).id)
     record, kernel = kernel_named(request)
+    with contextlib.suppress(OSError):
+        revive_recorder(record)
     path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
 
     def is_heard() -> bool:
@@ -9508,12 +9511,25 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
 
 
 def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
-    """Interrupt what a kernel computes."""
+    """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
+    journal = JournalReader(os.path.join(cells_dir(record.directory), kernel.id + ".journal"))
+
+    def has_ended() -> bool:  # a cell; another one may have begun
+        return any(line.endswith('"kind": "finished"}') for line in journal.lines())
+
+    has_ended()  # of those before
     status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
     if status != 204:
         raise Failure("the kernel was not interrupted", "HTTP status %d" % status, "stop, for the kernel itself")
+
+    def has_heeded() -> bool:
+        return has_ended() or state_of_kernel(record, kernel.id, []) != "busy"
+
+    if not until(has_heeded, INTERRUPT_TIMEOUT_S, channel.keep_alive, WAIT_EVERY_S):
+        why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
+        raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
     return EvalReply(kernel=kernel, state="interrupted")
 
 

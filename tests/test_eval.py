@@ -1,5 +1,6 @@
 """Code in a kernel that lives: `eval`. What it prints comes as it is printed, and nothing is sent twice."""
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from client import api, check_failure, compute, events_of, held, new_session, se
 from execution import add_bash, add_r
 from notebooks import write_notebook
 from readme import readme_block
-from sides import SCRIPT, Host, Laptop, Run, process_of, quiet_port, wait_until
+from sides import SCRIPT, Host, Laptop, Run, command_of, process_of, quiet_port, wait_until
 
 
 @pytest.fixture
@@ -107,6 +108,30 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, host: Ho
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it is interrupted")
 
 
+def test_interrupted_is_said_of_a_kernel_that_takes_it(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    gate = host.home / "gate"
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n"
+    page = send(run.url(), deaf + waits_for(gate, ""), kernel)
+    wait_until(lambda: "begun" in laptop.run("host", "output").stdout, "it computes")
+    check_failure(laptop.run("host", "eval", "--interrupt"), 1, "the kernel was not interrupted", "computes on")
+    gate.write_text("")
+    page.close()
+
+
+def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    gate = host.home / "gate"
+    asked = laptop.start(
+        "host", "eval", "%xmode Minimal\nprint('begun')\nimport time; time.sleep(600)", has_terminal=False
+    )
+    asked.expect("begun")
+    page = send(run.url(), waits_for(gate, ""), kernel)
+    ended = laptop.run("host", "eval", "--interrupt")
+    assert "Interrupted the kernel of it's here.ipynb" in ended.stderr, ended.text
+    assert asked.wait() == 5, asked.text
+    gate.write_text("")
+    page.close()
+
+
 def test_a_kernel_that_dies_is_told(laptop: Laptop, run: Run, kernel: str) -> None:
     said = laptop.run("host", "eval", "import os; os._exit(1)")
     check_failure(said, 4, "the kernel died")
@@ -196,6 +221,14 @@ def test_code_in_the_queue_of_a_kernel_that_goes(
     asked.wait()
     check_failure(asked, 4, "the kernel died")
     page.close()
+
+
+def test_code_for_a_kernel_whose_recorder_was_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
+    pid = json.loads(mark.read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "agent.py" not in command_of(pid), "it is gone")
+    assert laptop.run("host", "eval", "x").stdout == "42\n"
 
 
 def test_an_error_does_not_cancel_what_the_page_has_asked_for(
