@@ -1024,7 +1024,7 @@ class EndKernelReply(Record):
 
 
 class EvalReply(Record):
-    """What became of code that a kernel was asked for: done, failed, aborted, dead, closed; or interrupted."""
+    """What became of code that a kernel was asked for: done, failed, aborted, dead, lost, closed; or interrupted."""
 
     kernel: "KernelState"
     state: str
@@ -9454,6 +9454,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     path = os.path.join(cells_dir(record.directory), kernel.id)
     channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
+    recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
@@ -9466,6 +9467,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
 
     def look() -> str:
         nonlocal known, cell
+        is_lost = recorder and place_of(record).is_here and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
         for line in journal.lines():
             facts = facts_in(line)
@@ -9479,7 +9481,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
         if cell.finished:
             how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
             return "dead" if cell.finished.has_died else how
-        return "dead" if state == "dead" else "closed" if channel.is_closed else ""
+        return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), channel.keep_alive, FOLLOW_MAX_S)
     return EvalReply(kernel=kernel, state=state)
@@ -11989,6 +11991,8 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         raise
     if reply.state == "dead":
         raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+    if reply.state == "lost":
+        raise Failure("it is not known what becomes of it", "the recorder on the host was killed")
     if reply.state == "aborted":
         raise Failure("it was not run: a cell before it failed")
     return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED

@@ -223,12 +223,27 @@ def test_code_in_the_queue_of_a_kernel_that_goes(
     page.close()
 
 
-def test_code_for_a_kernel_whose_recorder_was_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+def kill_recorder(host: Host) -> None:
     (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
     pid = json.loads(mark.read_text())["pid"]
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "agent.py" not in command_of(pid), "it is gone")
+
+
+def test_code_for_a_kernel_whose_recorder_was_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    kill_recorder(host)
     assert laptop.run("host", "eval", "x").stdout == "42\n"
+
+
+def test_code_in_the_queue_when_the_recorder_is_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    page = send(run.url(), waits_for(host.home / "gate", ""), kernel)
+    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
+    wait_until_sent(host)
+    kill_recorder(host)
+    asked.wait()
+    check_failure(asked, 1, "it is not known what becomes of it", "the recorder on the host was killed")
+    (host.home / "gate").write_text("")
+    page.close()
 
 
 def test_an_error_does_not_cancel_what_the_page_has_asked_for(
