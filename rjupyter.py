@@ -1080,7 +1080,7 @@ class EndKernelReply(Record):
 
 
 class EvalReply(Record):
-    """What became of code that a kernel was asked to execute: done, failed, dead, closed; or interrupted."""
+    """What became of code that a kernel was asked for: done, failed, aborted, dead, lost, closed; or interrupted."""
 
     kernel: "KernelState"
     state: str
@@ -8535,12 +8535,16 @@ class PrintedOutput(Entry):
 
 
 class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell."""
+    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
+
+    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
+    """
 
     kind = "finished"
     id: str
     is_done: bool
     connections: int = -1
+    has_died: bool = False  # its kernel, before it ended by itself
 
 
 class Gap(TimedEntry):
@@ -8572,6 +8576,8 @@ class Content(Record):
     execution_count: "Optional[int]" = None
     code: str = ""
     execution_state: str = ""
+    status: str = ""
+    ename: "Any" = None
 
 
 class KernelView(Record):
@@ -8699,7 +8705,7 @@ class Recorder:
         self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
         self._changed_at = 0.0  # their directory
         self._asked_api_at = float("-inf")
-        self._asked_at = 0  # and ours, when we looked for what is to be asked
+        self._asked_at = 0.0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
@@ -8720,7 +8726,7 @@ class Recorder:
                 until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * pause_s)))
             for kernel in self._known.values():
-                if kernel.socket in heard:
+                if kernel.socket in heard or kernel.shell in heard:
                     kernel.hear()
                 if kernel.monitor in heard:
                     kernel.notice_end()
@@ -8769,13 +8775,13 @@ class Recorder:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
         directory = cells_dir(self.directory)
         with contextlib.suppress(OSError):
-            changed_at = os.stat(directory).st_mtime_ns
-            if changed_at == self._asked_at:
+            changed_at = os.stat(directory).st_mtime
+            if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
                 return
             self._asked_at = changed_at
             kernels = {kernel.id: kernel for kernel in self._known.values()}
             for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
-                kernel, identity, _ = name.split(".")
+                kernel, identity = name.split(".")[:2]
                 path = os.path.join(directory, name)
                 if kernel in kernels:
                     os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
@@ -8819,7 +8825,7 @@ def kernel_id_of(name: str) -> str:
 class RecordedKernel:
     """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
 
-    A PUB socket drops what a slow subscriber does not take (DESIGN 2): ours takes all at once.
+    A PUB socket drops what a slow subscriber does not take: ours takes all at once.
     """
 
     def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
@@ -8843,7 +8849,8 @@ class RecordedKernel:
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
-        self._shell = None  # type: Any # what it is asked through
+        self.shell = None  # type: Any # what it is asked through, and answers
+        self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
@@ -8852,9 +8859,7 @@ class RecordedKernel:
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
         self.hear()
-        self._end_all()
-        if self._shell:
-            self._shell.close()
+        self._lose_all()
         for socket in (self.socket, self.monitor):
             self.recorder.poller.unregister(socket)
         self.socket.disable_monitor()
@@ -8864,15 +8869,14 @@ class RecordedKernel:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
         self.monitor.recv_multipart()
         self.hear()
-        self._end_all()
+        self._lose_all()
 
     def hear(self) -> None:
-        """Write down what it has said, so far."""
-        for _ in range(1000):  # then others are heard
-            try:
-                self.take(self.socket.recv_multipart(self.recorder.zmq.NOBLOCK))
-            except self.recorder.zmq.Again:
-                return
+        """Write down what it has said, so far: to everyone, and to us."""
+        for socket in [socket for socket in (self.socket, self.shell) if socket]:
+            with contextlib.suppress(self.recorder.zmq.Again):
+                for _ in range(1000):  # then others are heard
+                    self.take(socket.recv_multipart(self.recorder.zmq.NOBLOCK))
 
     def take(self, frames: "List[bytes]") -> None:
         """Take one message; what is not signed by its key is not its own."""
@@ -8896,6 +8900,10 @@ class RecordedKernel:
         identity = self._ids.get(asked_by, "")
         if kind == "execute_input":
             self._begin(asked_by, said)
+        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
+            # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
+            # R and Julia, in xeus an "error" without a name.
+            self._give_up(asked_by)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
@@ -8907,6 +8915,7 @@ class RecordedKernel:
 
     def _begin(self, asked_by: str, said: Content) -> None:
         self._begun += 1
+        self._asked.discard(asked_by)
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
         for old in list(self._ids)[:-IDS_MAX]:
             del self._ids[old]
@@ -8922,27 +8931,43 @@ class RecordedKernel:
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
         connection, zmq = self._connection, self.recorder.zmq
-        if not self._shell:
-            self._shell = self.recorder.context.socket(zmq.DEALER)
-            self._shell.setsockopt(zmq.LINGER, 0)
-            self._shell.connect(connection.address(connection.shell_port))
+        if not self.shell:
+            self.shell = self.recorder.context.socket(zmq.DEALER)
+            self.shell.setsockopt(zmq.LINGER, 0)
+            self.shell.connect(connection.address(connection.shell_port))
+            self.recorder.poller.register(self.shell, zmq.POLLIN)
         header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
         header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-        content.update(allow_stdin=False, stop_on_error=True)
+        content.update(allow_stdin=False, stop_on_error=False)  # what others asked for is not ours to take back
         parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
-        self._shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self._asked.add(identity)
+
+    def _lose_all(self) -> None:
+        """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
+        self._end_all()
+        if self.shell:
+            self.recorder.poller.unregister(self.shell)
+            self.shell.close()  # with what waits in it: the next process is not to get that
+            self.shell = None
+        for asked in list(self._asked):
+            self._give_up(asked, has_died=True)
+
+    def _give_up(self, asked: str, has_died: bool = False) -> None:
+        self._asked.discard(asked)
+        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
 
     def _end_all(self) -> None:
         for identity in list(self._running):
-            self._failed.add(identity)
-            self._end(identity)
+            self._end(identity, has_died=True)
 
-    def _end(self, identity: str) -> None:
+    def _end(self, identity: str, has_died: bool = False) -> None:
         begun = self._running.pop(identity)
-        is_done = identity not in self._failed
+        is_done = identity not in self._failed and not has_died
         connections = self.recorder.connections_of(self.id)
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), is_done=is_done, connections=connections))
+        facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
+        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
         lines = self._lines.pop(identity, 0)
         self._failed.discard(identity)
         away = Away(
@@ -9469,6 +9494,7 @@ class ShownCells:
 # agent begins
 
 WAIT_EVERY_S = 0.5
+INTERRUPT_TIMEOUT_S = 5.0  # in which a kernel heeds one; numpy's long steps and the like take it when they are done
 STARTING_S = 10.0  # after which one that no page has ever asked has started: Jupyter Server 2.21 does not say so
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
@@ -9633,6 +9659,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     path = os.path.join(cells_dir(record.directory), kernel.id)
     channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
+    recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
@@ -9641,25 +9668,25 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     journal = JournalReader(path + ".journal", offset)
     known = request.line
     executions = Executions()
-    cell = None  # type: Optional[CellOutput]
+    cell = executions.cells[request.errand] = CellOutput()  # until it begins
 
     def look() -> str:
         nonlocal known, cell
+        is_lost = recorder and place_of(record).is_here and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
         for line in journal.lines():
             facts = facts_in(line)
             found, entry = executions.take(facts)
-            if isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+            if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
                 cell = found
-            if found and found is cell:
+            if found is cell and cell.begun:
                 known -= 1
                 if known < 0:
                     channel.send(Recorded(entry=facts))
-        if cell and cell.finished and cell.finished.is_done:
-            return "done"
-        if cell and cell.finished:  # in its journal, a cell of a kernel that died has failed
-            return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
-        return "dead" if state == "dead" else "closed" if channel.is_closed else ""
+        if cell.finished:
+            how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
+            return "dead" if cell.finished.has_died else how
+        return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), FOLLOW_MAX_S)
     return EvalReply(kernel=kernel, state=state)
@@ -9677,6 +9704,8 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
             raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
         request = request.but(name=seen(KernelFacts, said).id)
     record, kernel = kernel_named(request)
+    with contextlib.suppress(OSError):
+        revive_recorder(record)
     path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
 
     def is_heard() -> bool:
@@ -9689,12 +9718,25 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
 
 
 def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
-    """Interrupt what a kernel computes."""
+    """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
+    journal = JournalReader(os.path.join(cells_dir(record.directory), kernel.id + ".journal"))
+
+    def has_ended() -> bool:  # a cell; another one may have begun
+        return any(line.endswith('"kind": "finished"}') for line in journal.lines())
+
+    has_ended()  # of those before
     status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
     if status != 204:
         raise Failure("the kernel was not interrupted", "HTTP status %d" % status, "stop, for the kernel itself")
+
+    def has_heeded() -> bool:
+        return has_ended() or state_of_kernel(record, kernel.id, []) != "busy"
+
+    if not until(has_heeded, INTERRUPT_TIMEOUT_S, channel.keep_alive, WAIT_EVERY_S):
+        why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
+        raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
     return EvalReply(kernel=kernel, state="interrupted")
 
 
@@ -12183,6 +12225,10 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         raise
     if reply.state == "dead":
         raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+    if reply.state == "lost":
+        raise Failure("it is not known what becomes of it", "the recorder on the host was killed")
+    if reply.state == "aborted":
+        raise Failure("it was not run: a cell before it failed")
     return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED
 
 

@@ -190,6 +190,8 @@ def lies_about(value: Any) -> "st.SearchStrategy[Any]":
 class LyingChild:
     """In place of the ssh of a session: says what was made up, behind the nonce of the request that it is given."""
 
+    read_at = 0.0
+
     def __init__(self, answer: Callable[[Dict[str, Any]], List[Any]]) -> None:
         self.answer = answer
         self.lines: Lines = []
