@@ -9734,7 +9734,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
     def has_heeded() -> bool:
         return has_ended() or state_of_kernel(record, kernel.id, []) != "busy"
 
-    if not until(has_heeded, INTERRUPT_TIMEOUT_S, channel.keep_alive, WAIT_EVERY_S):
+    if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
         raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
     return EvalReply(kernel=kernel, state="interrupted")
