@@ -2496,7 +2496,7 @@ class Ssh:
         self.meanwhile: Callable[[], object] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
         self.asked: List[str] = []  # what a login showed that waits for a person
-        self._unseen: List[str] = []  # of that, what is not shown yet
+        self.greeting: List[str] = []  # what was said with an address in it, and the login went through
         self._shown: List[str] = []
         self._heard_at = 0.0
         self._is_woken = threading.Event()
@@ -2654,36 +2654,43 @@ class Ssh:
     # -- what ssh says ------------------------------------------------------------------------------------------------
 
     def take_words(self, line: Optional[Tuple[str, str]]) -> None:
-        """Keep what the connection's ssh says, for our own errors."""
+        """Keep what the connection's ssh says of its end, for our own errors; of a greeting, some may come late."""
         if line and line[1]:
-            self.words = (self.words + [line[1]])[-30:]
+            if re.match(FATAL_WORDS, line[1]):
+                self.words = (self.words + [line[1]])[-30:]
+            elif "://" in line[1]:
+                self.greeting = (self.greeting + [line[1]])[-30:]
             self.messages.detail("ssh: " + line[1])
 
     def hear_login(self, line: Optional[Tuple[str, str]], is_first: bool = True) -> None:
         """Keep what ssh says while it logs in, and show what is for a person: all but its last words.
 
         While nobody is to be asked, that is what the login wants of a person, once, when nothing more comes: it waits.
+        A greeting of the host's may have an address in it, too: one that a login went through with is no question.
         """
         text = line[1] if line else ""
-        if not text:
-            if self._unseen and time.monotonic() - self._heard_at > ASKING_S:
-                for wanted in [wanted for wanted in self._unseen if wanted not in self._shown]:
-                    self.messages.note(wanted)
-                self._shown += self._unseen
-                self.asked, self._unseen = self._unseen, []
-            return
-        self._heard_at = time.monotonic()
-        self.words = (self.words + [text])[-30:]
-        if re.match(FATAL_WORDS, text):
-            self.messages.detail("ssh: " + text)
-        elif is_first or self.can_ask:
-            self.messages.note(text)
-        elif re.search(WANTS_PERSON, text):
-            self._unseen.append(text)
+        if text:
+            self._heard_at = time.monotonic()
+            self.words = (self.words + [text])[-30:]
+            if re.match(FATAL_WORDS, text):
+                self.messages.detail("ssh: " + text)
+            elif is_first or self.can_ask:
+                self.messages.note(text)
+        elif self.words and not (is_first or self.can_ask) and time.monotonic() - self._heard_at > ASKING_S:
+            wanted = [word for word in self.words if re.search(WANTS_PERSON, word) and not re.match(FATAL_WORDS, word)]
+            for word in [word for word in wanted if word not in self._shown]:
+                self.messages.note(word)
+                self._shown.append(word)
+            self.asked = [word for word in wanted if word not in self.greeting]
+
+    def begin_login(self) -> None:
+        """Forget what the login before said, which did not go through, or an end of what is over."""
+        self.words, self.asked = [], []
 
     def end_login(self) -> None:
-        """Forget what the login said: it is over."""
-        self.words, self.asked, self._unseen = [], [], []
+        """Forget what the login said, for it is through: with an address in it, it was a greeting."""
+        self.greeting = [word for word in self.words if "://" in word] or self.greeting
+        self.begin_login()
 
     def connect_failure(self, words: List[str]) -> NotConnected:
         """Turn the last words of an ssh that did not log in into a failure (255) with a cause and a remedy."""
@@ -2847,6 +2854,7 @@ class Direct:
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
+        self.ssh.end_login()
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
                 if spec is specs[0]:
@@ -2903,7 +2911,7 @@ class Direct:
         """
         ssh = self.ssh
         ssh.log_argv(argv)
-        ssh.end_login()
+        ssh.begin_login()
         with signals_left_to_us():
             # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
             # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
@@ -3006,7 +3014,8 @@ class Master(Multiplexed):
         self.choose_path()
         doing = "Connecting to " + self.ssh.destination
         try:
-            self._start(self.master_argv(), doing, lambda line: os.path.exists(self.control_path))
+            self._start(self.master_argv(), doing, lambda line: not line and os.path.exists(self.control_path))
+            self.ssh.end_login()
         except Failure:
             # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
             words = [line for line in self.ssh.words if line.startswith(("unix_listener", "muxserver_listen"))]
@@ -5584,7 +5593,7 @@ class Agent:
         is_login = not self.ssh.way.has_login  # until the first message
         has_begun = False
         heard_at = time.monotonic()
-        self.ssh.end_login()
+        self.ssh.begin_login()
         while True:
             silent_s = time.monotonic() - heard_at
             line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
@@ -5596,6 +5605,9 @@ class Agent:
                 raise self._silence(silence_s)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
                 heard_at = time.monotonic()
+                if is_login:  # what it said is no cause of what may come
+                    self.ssh.end_login()
+                    noise[:] = [said for said in noise if said not in complaints]
                 has_begun, is_login = True, False
                 try:
                     message = json.loads(line[1][len(nonce) + 1 :])
