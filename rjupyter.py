@@ -4381,8 +4381,13 @@ OUR_PROBE = "403 GET /api/status?no_track_activity=1"
 def ask_server(
     info: RuntimeInfo, path: str, method: str = "GET", timeout_s: float = ASK_TIMEOUT_S, **more: "Any"
 ) -> "Tuple[int, Any]":
-    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
+    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer.
+
+    Another user who listens in its place is told no token.
+    """
     address = native(info.sock) or (info.host, info.port)
+    if info.token and not is_our_port(info):
+        return 0, None
     try:
         status, body = http_request(
             address, info.base_url + path, info.token, timeout_s, method=method, is_secure=info.is_secure, **more
@@ -4402,7 +4407,7 @@ def answers(info: RuntimeInfo) -> bool:
     token. With a password and no token at all, that it asks for the password must do.
     """
     status, _ = ask_server(info, STATUS_PATH)
-    if not status or (not info.sock and not is_our_port(info)):
+    if not status or not is_our_port(info):
         return False
     if info.token:
         return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
@@ -4428,7 +4433,7 @@ def listens(info: RuntimeInfo) -> bool:
 def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
     try:
-        return owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
+        return bool(info.sock) or owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
     except OSError:
         return True  # a host name in place of an address
 
@@ -4476,7 +4481,7 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info or not place_of(record).is_running():
         return info
     info = server_info(record)
-    status = ask_server(info, STATUS_PATH)[0] if info else 0
+    status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
     if info and not runtime_info(record) and (status or not listens(info)):
         return None  # it is about to end, and its port is another's already, or nobody's
     if info and status:
@@ -4509,7 +4514,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     deadline = time.monotonic() + request.start_timeout_s
     no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
-        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
+        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
         record = ServerRecord(
             request=request.but(nonce="", app=found.app),
@@ -4616,9 +4621,15 @@ def socket_path(directory: str) -> str:
     return os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
 
 
-def server_arguments(request: Request, root_dir: str) -> "List[str]":
-    """Return what Jupyter's command line says apart from where it listens."""
+def server_arguments(request: Request, root_dir: str, directory: str) -> "List[str]":
+    """Return what Jupyter's command line says apart from where it listens.
+
+    Each server signs its cookies with a secret of its own, which Jupyter makes in the server's directory. Jupyter's
+    usual one is the user's: a cookie of a server that has ended would open the next one for a month.
+    """
     arguments = ["--notebook-dir=" + root_dir] if root_dir else []
+    secret = os.path.join(directory, "cookie_secret")
+    arguments += ["--%s.cookie_secret_file=%s" % (app, secret) for app in ("ServerApp", "NotebookApp")]
     arguments += ["--allow-root"] if os.getuid() == 0 else []
     idle_s = request.idle_timeout_s
     if idle_s:
@@ -5814,6 +5825,7 @@ class Tunnel:
         self.messages = messages
         self.hint = hint  # makes the command that leads to the same place again
         self.local_port = 0
+        self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
     def open(self, fixed_port: Optional[int]) -> None:
@@ -5909,17 +5921,23 @@ class Tunnel:
 
         Whatever happens to ssh's own idea of the connection, only an answer through it counts. Without one, a session
         of its own asks the host: the server may have ended; it may hang, with a connection that is well, and then we
-        wait for it; or it answers there and not here, and then the tunnel is stuck.
+        wait for it; or it answers there and not here, and then the tunnel is stuck. Where the server has left, a
+        stranger may have its port already: before the host has said, nobody gets there, the browser's page neither.
         """
-        is_silent, pause_s = False, float(PROBE_EVERY_S)
+        is_silent, pause_s, is_open = False, float(PROBE_EVERY_S), True
         self._wake_at_end()
         while self.ssh.wait(pause_s):
             self._warn_of_limit()
-            if self._is_answering():
+            if not self._has_left and self._is_answering():
+                if not self._hearing.is_alive():
+                    self._wake_at_end()
                 if is_silent:
                     self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
+            if self._has_left and is_open and self.ssh.way.has_login:
+                self.close()
+                is_open = False
             if not self.ssh.wait(0.2):
                 break
             try:
@@ -5934,7 +5952,10 @@ class Tunnel:
                     self.messages.step(text, "silent", id=self.server.id)
                 pause_s = min(2 * pause_s, PROBE_EVERY_S) if is_silent else 1  # it may be about to end
                 is_silent = True
-            elif not self._is_answering():
+                continue
+            self._has_left = False
+            is_open = is_open or self.ssh.forward(self.local_port, self.server.target)[0]
+            if not is_open or not self._is_answering():
                 return "nothing comes through the tunnel"
         return self.ssh.last_words
 
@@ -5965,10 +5986,14 @@ class Tunnel:
                 address = ("127.0.0.1", self.local_port)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
-                    connection.recv(1)
+                    with contextlib.suppress(ConnectionError):
+                        connection.recv(1)
+                    self._has_left = True
                     self.ssh.wake()
 
-        threading.Thread(target=hear, daemon=True).start()
+        self._has_left = False
+        self._hearing = threading.Thread(target=hear, daemon=True)
+        self._hearing.start()
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
