@@ -6865,13 +6865,14 @@ def own_directory(request: Request, directory: str) -> str:
 
 
 def bring_files(request: Request, channel: Channel) -> BringReply:
-    """Send what a run wrote and its patterns match, as a tar."""
+    """Send what a run wrote and the request's patterns match, as a tar."""
     known = [record for record in KINDS["run"].records() if record.id == request.id]
     if not known:
         raise Failure("no run of yours has this id: " + request.id)
     base = native(known[0].root_dir)
-    found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in known[0].request.brings}
-    refused = pack(base, [path for paths in found.values() for path in paths], Parts(channel))
+    found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
+    paths = [path for found_paths in found.values() for path in found_paths]
+    refused = pack(base, paths, Parts(channel), request.brings)
     return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
 
 
@@ -6902,7 +6903,7 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
         yield base
     elif pattern[0] == "**":
         for place, places, _ in os.walk(base):
-            places.sort()
+            places[:] = sorted(name for name in places if not name.startswith("."))
             yield from matching(place, pattern[1:])
     else:
         for name in sorted(os.listdir(base)):
@@ -6915,10 +6916,36 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
                 yield from matching(path, pattern[1:])
 
 
-def pack(base: str, paths: "List[str]", stream: "Any") -> "List[str]":
+def is_matched(name: str, patterns: "List[str]") -> bool:
+    """True when one of the patterns matches a path, or a directory in which it lies; with the rules of `matching`.
+
+    A name that begins with a dot is matched by one that does, and by nothing else.
+    """
+    import fnmatch
+
+    def is_match(parts: "List[str]", pattern: "List[str]") -> bool:
+        if not pattern:
+            return not any(part.startswith(".") for part in parts)
+        if pattern[0] == "**":
+            dots = [at for at, part in enumerate(parts) if part.startswith(".")] + [len(parts)]
+            return any(is_match(parts[at:], pattern[1:]) for at in range(dots[0] + 1))
+        is_dot = parts[:1] and parts[0].startswith(".") and not pattern[0].startswith(".")
+        return (
+            bool(parts)
+            and not is_dot
+            and fnmatch.fnmatchcase(parts[0], pattern[0])
+            and is_match(parts[1:], pattern[1:])
+        )
+
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return any(is_match(parts, native(pattern).split("/")) for pattern in patterns)
+
+
+def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[str]]" = None) -> "List[str]":
     """Write a tar of what lies at these paths below `base`, directories with all that is in them.
 
-    Return what was not taken, each with the reason. Raises OSError for a file that becomes shorter meanwhile.
+    With `patterns`, only what they match, and no links: of one to a file, the file. Return what was not taken, each
+    with the reason. Raises OSError for a file that becomes shorter meanwhile.
     """
     import tarfile
 
@@ -6926,14 +6953,19 @@ def pack(base: str, paths: "List[str]", stream: "Any") -> "List[str]":
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
         for path in dict.fromkeys(each for top in paths for each in all_below(top)):
             name = os.path.relpath(path, base)
+            if patterns is not None and path not in paths and not is_matched(name, patterns):
+                continue
             tar.inodes = {}  # type: ignore[attr-defined] # a file of two names is two files
             try:
                 check_within(base, path)
-                member = tar.gettarinfo(path, name)
+                source = os.path.realpath(path) if patterns is not None else path
+                if os.path.islink(path) and source != path and not os.path.isfile(source):
+                    raise OSError("it is a link, and not to a file")
+                member = tar.gettarinfo(source, name)
                 member.uid = member.gid = 0
                 member.uname = member.gname = ""
                 with contextlib.ExitStack() as stack:
-                    tar.addfile(member, stack.enter_context(open(path, "rb")) if member.isreg() else None)
+                    tar.addfile(member, stack.enter_context(open(source, "rb")) if member.isreg() else None)
             except OSError as error:
                 refused.append("%s: %s" % (portable(name), error.strerror or error))
     return refused
@@ -6958,19 +6990,34 @@ def check_within(base: str, path: str) -> None:
         raise OSError("it leads outside " + portable(base))
 
 
-def unpack(stream: "Any", base: str, overwrites: bool) -> "Tuple[List[str], List[str]]":
+def unpack(
+    stream: "Any", base: str, overwrites: bool, patterns: "Optional[List[str]]" = None
+) -> "Tuple[List[str], List[str]]":
     """Lay down what a tar holds below `base`; return the files, and what was not laid down, each with the reason.
 
+    With `patterns`, only files and directories that they match: whoever made the tar may have put anything into it.
     Raises Wrong where it is no tar.
     """
     import tarfile
 
     written, refused = [], []
+    left = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
+            members = []
+            for member in tar:
+                left -= member.size
+                if member.size < 0 or left < 0:
+                    raise Wrong("%s: it has %d bytes, more than came" % (member.name, member.size))
+                members.append(member)
             # Links come last: nothing goes through a link of it.
-            for member in sorted(tar.getmembers(), key=lambda member: member.issym()):
+            for member in sorted(members, key=lambda member: member.issym()):
                 try:
+                    if patterns is not None and not is_matched(member.name, patterns):
+                        raise OSError("it was not asked for")
+                    if patterns is not None and not (member.isreg() or member.isdir()):
+                        raise OSError("it is not a file")
                     written += lay_down(tar, member, base, overwrites)
                 except OSError as error:
                     refused.append("%s: %s" % (portable(member.name), error.strerror or error))
@@ -6985,7 +7032,8 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
 
     path = os.path.join(base, member.name)
     directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
-    if os.path.isabs(member.name) or ".." in member.name.split("/"):
+    names = member.name.replace(os.sep, "/").split("/")
+    if os.path.isabs(member.name) or ".." in names or os.path.splitdrive(member.name)[0]:
         raise OSError("it leads outside " + portable(base))
     if os.path.realpath(os.path.dirname(path)) != directory or (member.isdir() and os.path.islink(path)):
         raise OSError("a symbolic link is in the way, which may lead elsewhere")
@@ -6999,7 +7047,7 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
         if member.issym():
             os.symlink(member.linkname, beside)
             check_within(base, beside)
-        elif member.isreg():
+        elif member.isreg() and not member.issparse():
             with open(beside, "wb") as stream:
                 shutil.copyfileobj(tar.extractfile(member), stream)
             os.chmod(beside, member.mode & 0o777 & ~own_umask())
@@ -7914,6 +7962,9 @@ class Execution:
         self.notebook: Json = {}
         self.cells: List[Json] = []
         self.seconds = 0.0
+        self.brings: List[
+            str
+        ] = []  # patterns of what is brought: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
         self.redials = True
         self.offset = 0  # in its journal
@@ -8050,7 +8101,10 @@ class Execution:
         is_silent = self.messages.as_json or leads_to_stdout(path)
         if path and self.notebook and not is_silent:
             self.messages.line(path)
-        lacking = self._bring(path, is_silent) if view.brings else []
+        lacking = self._bring(path, is_silent) if self.brings else []
+        if view.brings and not self.brings:
+            text = "%s was to bring: %s. To bring it here: execute --attach %s --bring PATTERN"
+            self.messages.note(text % (self.name, " ".join(view.brings), self.id))
         if view.state != "done":
             if lacking:
                 self.messages.note("\n".join(lacking))
@@ -8072,7 +8126,7 @@ class Execution:
             def request() -> Request:
                 stream.seek(0)
                 stream.truncate()
-                return Request(action="bring_files", id=self.id)
+                return Request(action="bring_files", id=self.id, brings=self.brings)
 
             def take(message: Part, show: Show) -> None:
                 stream.write(unpacked(message))
@@ -8080,7 +8134,7 @@ class Execution:
             doing = "Bringing what %s wrote" % self.name
             reply = self.agent.ask_on(request, BringReply, doing, {"part": take}, self.redials)
             stream.seek(0)
-            written, refused = unpack(stream, base, self.overwrites)
+            written, refused = unpack(stream, base, self.overwrites, self.brings)
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
             if not is_silent:
@@ -8147,7 +8201,7 @@ class Sweep:
             "found": self._say_found,
         }
 
-    def follow(self, redials: bool, overwrites: bool) -> None:
+    def follow(self, redials: bool, overwrites: bool, brings: List[str]) -> None:
         """Follow all to their ends; raises Failure with the worst status, which says what failed."""
 
         def request() -> Request:
@@ -8158,8 +8212,9 @@ class Sweep:
         count = self.agent.ask_on(request, GridReply, doing, self._handlers, redials).count
         for index, end in sorted(self._ends.items()):
             if end.end and index not in self._failures:
-                self.executions[index].redials, self.executions[index].overwrites = redials, overwrites
-                self._try(index, self.executions[index].settle, end.end)
+                execution = self.executions[index]
+                execution.redials, execution.overwrites, execution.brings = redials, overwrites, brings
+                self._try(index, execution.settle, end.end)
         if self._failures:
             failures = sorted(self._failures.items())
             why = ["%s: %s" % (self._ends[index].name, what_and_why(failure)) for index, failure in failures]
@@ -12246,7 +12301,8 @@ def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiti
 def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
     """Follow several executions to their ends; when we leave before, a line says how to go on."""
     try:
-        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force)
+        brings = brings_of(args, agent.ssh.destination, identity)
+        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force, brings)
     except (KeyboardInterrupt, Terminated):
         agent.messages.end_line()
         text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
@@ -12302,6 +12358,7 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
         execution.overwrites = args.force
+        execution.brings = brings_of(args, execution.host, execution.id)
         with waiting.asking():
             execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
@@ -12312,6 +12369,16 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
         text = "%s keeps running. To follow it again: %s   To end it: %s"
         execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
         raise
+
+
+def brings_of(args: argparse.Namespace, host: str, identity: str) -> List[str]:
+    """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
+    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    key = "%s %s" % (host, identity)
+    if not args.bring or kept.brings.get(key) == args.bring:
+        return kept.brings.get(key, [])
+    keep_listed(kept.but(brings=dict([*kept.brings.items(), (key, args.bring)][-BRINGS_KEPT:])))
+    return list(args.bring)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -12565,9 +12632,13 @@ def ids_path() -> str:
 
 
 class ListedIds(Record):
-    """The ids of the last `list` of each host, which complete a command line: ids.json."""
+    """The ids of the last `list` of each host, which complete a command line, and what executions bring: ids.json."""
 
     hosts: "Dict[str, List[str]]" = {}
+    brings: "Dict[str, List[str]]" = {}
+
+
+BRINGS_KEPT = 100  # of the executions that were begun last
 
 
 def kept_ids(host: str) -> List[str]:
@@ -12580,9 +12651,14 @@ def keep_ids(host: str, ids: List[str]) -> None:
     """Keep the ids that `list` shows, where there is a place."""
     kept = read_record(ListedIds, ids_path()) or ListedIds()
     if kept.hosts.get(host) != ids:
-        with contextlib.suppress(OSError):
-            os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
-            write_whole(ids_path(), json.dumps(kept.but(hosts={**kept.hosts, host: ids}).facts()))
+        keep_listed(kept.but(hosts={**kept.hosts, host: ids}))
+
+
+def keep_listed(listed: ListedIds) -> None:
+    """Write down what is kept here, where there is a place."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
+        write_whole(ids_path(), json.dumps(listed.facts()))
 
 
 # -- config and --dry-run ---------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ COMMANDS: Dict[str, List[str]] = {
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
-    "bring_files": ["host", "execute", "--attach", "r07af"],
+    "bring_files": ["host", "execute", "--attach", "r07af", "--bring", "*"],
     "start_grid": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
     "follow_grid": ["host", "execute", "--attach", "g07af"],
 }
@@ -304,7 +304,8 @@ def check(status: int, out: str, err: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(rjupyter, "CLOSING_TIMEOUT_S", 0)
     monkeypatch.setattr(rjupyter.AgentSource, "of", lambda source, action: b"agent")  # nobody reads it
     monkeypatch.setattr(rjupyter, "can_ask", lambda: False)
@@ -462,7 +463,9 @@ words = sys.stdin.buffer.read().split()
 request = json.loads(zlib.decompress(base64.b64decode(words[-1]))) if words else sys.exit()
 with open(os.environ["LIES"]) as stream:
     for line in stream:
-        print(request["nonce"] + " " + line.strip("\\n"), flush=True)
+        *actions, words = line.strip("\\n").split("\\t")  # the one that it answers, if not any
+        if request.get("action", "open") in actions or not actions:
+            print(request["nonce"] + " " + words, flush=True)
 """
 
 
@@ -494,3 +497,85 @@ def test_stub_of_ssh_whose_host_lies(laptop: Laptop, action: str, way: str) -> N
         assert "Traceback" not in run.text and "\x1b" not in run.text
         assert len(re.findall("^(?:rjupyter:|FAIL)", run.text, re.MULTILINE)) == (run.status != 0), run.text
         assert "http://" not in run.text
+
+
+# -- a host that means harm -------------------------------------------------------------------------------------------
+
+
+def file_of(name: str, data: bytes = b"harm", **facts: Any) -> bytes:
+    """Return a member of a tar."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o4777
+    for key, value in facts.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % 512)
+
+
+def sparse_of(name: str, size: int) -> bytes:
+    """Return a member that is a hole of so many bytes, as GNU's tar writes one."""
+    head = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    head[156:157] = b"S"
+    head[386:410] = b"%011o\0%011o\0" % (size - 1, 0)  # the only piece that is no hole has no bytes
+    head[483:495] = b"%011o\0" % size
+    head[148:156] = b"        "
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, Dict[str, Path]]:
+    """Execute on a host that wants everything brought, and sends these; return the run, and what is new here."""
+    stub = laptop.home / "bin/ssh"
+    write_files(laptop.home)
+    stub.parent.mkdir()
+    stub.write_text(STUB % sys.executable)
+    stub.chmod(0o755)
+    data = base64.b64encode(zlib.compress(b"".join(members) + b"\0" * 1024)).decode()
+    told = {
+        "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
+        "follow_run": [*parts(JOURNAL), {"kind": "reply", "reply": {**RUN, "brings": ["**", ".*", ".*/**"]}}],
+        "bring_files": [{"kind": "part", "file": "files", "data": data}, {"kind": "reply", "reply": {"refused": []}}],
+    }
+    lines = ["%s\t%s\n" % (action, json.dumps(message)) for action in told for message in told[action]]
+    (laptop.home / "lies").write_text("".join(lines))
+    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
+    before = set(laptop.home.rglob("*"))
+    run = laptop.run("--no-mux", "host", "execute", "a.ipynb", *arguments)
+    names = {str(path.relative_to(laptop.home)): path for path in set(laptop.home.rglob("*")) - before}
+    return run, {name: path for name, path in names.items() if not name.startswith(".cache") and path.is_file()}
+
+
+UNASKED = [".bash_profile", ".git/hooks/pre-commit", ".ssh/rc", "out/.git/hooks/pre-commit", "out/./.x", "./.profile"]
+UNASKED += ["other.txt", "bin/ls", "out/../.bashrc"]
+
+
+def test_stub_of_ssh_whose_host_sends_what_was_not_asked_for(laptop: Laptop) -> None:
+    run, new = harmed(laptop, [file_of(name) for name in [*UNASKED, "out/a.png"]])
+    assert run.status == 0, run.text
+    assert set(new) == {"a.executed.ipynb"}
+
+
+@pytest.mark.parametrize("typed", ["out/**", "out/*", "**/*.png"])
+def test_stub_of_ssh_whose_host_sends_more_than_was_asked_for(laptop: Laptop, typed: str) -> None:
+    run, new = harmed(laptop, [file_of(name) for name in [*UNASKED, "out/a.png"]], "--bring", typed)
+    assert run.status == 1 and ".bash_profile: it was not asked for" in run.stderr, run.text
+    assert set(new) == {"a.executed.ipynb", "out/a.png"}
+    assert new["out/a.png"].stat().st_mode & 0o7022 == 0
+
+
+BOMBS = {
+    "a hole": sparse_of("out/a", 5 << 30),
+    "a size": file_of("out/a", size=5 << 30),
+    "less than nothing": file_of("out/a", size=-512),
+    "a link": file_of("out/a", b"", type=tarfile.SYMTYPE, linkname="b"),
+    "a link to a file of here": file_of("out/a", b"", type=tarfile.LNKTYPE, linkname="a.ipynb"),
+    "a device": file_of("out/a", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "a pipe": file_of("out/a", b"", type=tarfile.FIFOTYPE),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BOMBS))
+def test_stub_of_ssh_whose_host_sends_what_is_no_file(laptop: Laptop, kind: str) -> None:
+    run, new = harmed(laptop, [file_of("out/b"), BOMBS[kind]], "--bring", "**")
+    assert run.status == 1, run.text
+    assert not os.path.lexists(laptop.home / "out/a")
+    assert sum(path.stat().st_size for path in new.values()) < 100000
