@@ -327,7 +327,7 @@ def checked(kind: "Any", value: "Any") -> "Any":
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
     if outer == "float" and is_number:
         return float(value)
-    if type(value).__name__ != outer or (outer == "int" and not is_number):
+    if type(value).__name__ != outer or (outer in ("int", "float") and not is_number):
         raise Wrong("no %s: %r" % (name, value))
     return value
 
@@ -5621,7 +5621,7 @@ class Agent:
                     noise[:] = [said for said in noise if said not in complaints]
                 has_begun, is_login = True, False
                 try:
-                    message = json.loads(line[1][len(nonce) + 1 :])
+                    message = json.loads(line[1][len(nonce) + 1 :], parse_constant=str)  # "NaN" is no number
                     found = self._take(message, reply, show, handlers)
                 except (ValueError, RecursionError) as error:  # no JSON
                     raise Wrong(error) from None

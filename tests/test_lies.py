@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -157,7 +158,10 @@ COMMANDS: Dict[str, List[str]] = {
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
 )
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([2**63, -1, 10**30, 1e308]))
+NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "9" * 400, "9" * 5000]
+NUMBERS = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([2**63, -1, 10**30, 1e300, 1e308, *map(float, NO_NUMBERS)])
+)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, NASTY, st.text(max_size=8))
 ANYTHING = st.recursive(
     SCALARS,
@@ -349,6 +353,41 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
     lie()
 
 
+@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda number: number[:9])
+def test_reply_whose_number_is_none(number: str, tmp_path: Path) -> None:
+    """In place of each number of each reply: refused, as what has no sense."""
+    for action in sorted(set(REPLIES) - {"describe_end"}):
+        for path in places_in(REPLIES[action]):
+            value: Any = functools.reduce(lambda inner, key: inner[key], path, REPLIES[action])
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+
+            def answer(request: Dict[str, Any], action: str = action, path: Tuple[Any, ...] = path) -> List[Any]:
+                truth = REPLIES[request["action"]]
+                reply = changed(truth, path, "number") if request["action"] == action else truth
+                text = json.dumps({"kind": "reply", "reply": reply}).replace('"number"', number)
+                return [*told_by(request["action"]), text]
+
+            status, out, err, _ = outcome(COMMANDS[action], answer, tmp_path)
+            check(status, out, err)
+            assert status == 1 and "makes no sense" in out + err, (action, path, out + err)
+
+
+def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) -> None:
+    """What is passed on as it is, is JSON for the program that reads it."""
+    entry = {"kind": "printed", "id": "1", "type": "display_data", "content": {"data": {"x/y": [float("nan"), 1.5]}}}
+    told = [{"kind": "recorded", "entry": each} for each in (RECORDED[0], entry, RECORDED[6], {})]
+    status, out, err, _ = outcome(
+        ["--json", *COMMANDS["send_output"]],
+        lambda request: [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}],
+        tmp_path,
+    )
+    assert status == 0, err
+    for line in out.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name + " is no JSON"))
+    assert "x/y" in out
+
+
 @pytest.mark.parametrize("size", [-1, 0, 1, 10240, 10**12])
 def test_host_that_never_has_what_goes_along(size: int, tmp_path: Path) -> None:
     """It says so after each part: 10240 is all there is of it."""
@@ -474,6 +513,7 @@ LIES = [
     {"kind": "reply", "reply": {**OPEN, "token": "a b"}},
     {"kind": "reply", "failure": {"what": "\x1b[2J", "status": "0"}},
     {"kind": "hello", "user": ["ana"]},
+    {"kind": "reply", "reply": {**OPEN, "seconds": float("nan"), "servers": [{**SERVER, "age_s": float("inf")}]}},
     {"kind": "installed", "elapsed_s": "soon"},
     [1],
 ]
