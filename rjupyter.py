@@ -383,7 +383,7 @@ def checked(kind: "Any", value: "Any") -> "Any":
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
     if outer == "float" and is_number:
         return float(value)
-    if type(value).__name__ != outer or (outer == "int" and not is_number):
+    if type(value).__name__ != outer or (outer in ("int", "float") and not is_number):
         raise Wrong("no %s: %r" % (name, value))
     return value
 
@@ -1080,7 +1080,7 @@ class EndKernelReply(Record):
 
 
 class EvalReply(Record):
-    """What became of code that a kernel was asked to execute: done, failed, dead, closed; or interrupted."""
+    """What became of code that a kernel was asked for: done, failed, aborted, dead, lost, closed; or interrupted."""
 
     kernel: "KernelState"
     state: str
@@ -2618,7 +2618,7 @@ class Ssh:
         self.meanwhile: Callable[[], object] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
         self.asked: List[str] = []  # what a login showed that waits for a person
-        self._unseen: List[str] = []  # of that, what is not shown yet
+        self.greeting: List[str] = []  # what was said with an address in it, and the login went through
         self._shown: List[str] = []
         self._warned: List[str] = []
         self._heard_at = 0.0
@@ -2779,38 +2779,46 @@ class Ssh:
     # -- what ssh says ------------------------------------------------------------------------------------------------
 
     def take_words(self, line: Optional[Tuple[str, str]]) -> None:
-        """Keep what the connection's ssh says, for our own errors."""
+        """Keep what the connection's ssh says of its end, for our own errors; of a greeting, some may come late."""
         if line and line[1]:
-            self.words = (self.words + [line[1]])[-30:]
+            if re.match(FATAL_WORDS, line[1]):
+                self.words = (self.words + [line[1]])[-30:]
+            elif "://" in line[1]:
+                self.greeting = (self.greeting + [line[1]])[-30:]
             self.messages.detail("ssh: " + line[1])
 
     def hear_login(self, line: Optional[Tuple[str, str]], is_first: bool = True) -> None:
         """Keep what ssh says while it logs in, and show what is for a person: all but its last words.
 
         While nobody is to be asked, that is what the login wants of a person, once, when nothing more comes: it waits.
+        A greeting of the host's may have an address in it, too: one that a login went through with is no question.
         """
         text = line[1] if line else ""
-        if not text:
-            if self._unseen and time.monotonic() - self._heard_at > ASKING_S:
-                for wanted in [wanted for wanted in self._unseen if wanted not in self._shown]:
-                    self.messages.note(wanted)
-                self._shown += self._unseen
-                self.asked, self._unseen = self._unseen, []
-            return
-        self._heard_at = time.monotonic()
-        self.words = (self.words + [text])[-30:]
-        is_warning = bool(re.match(WARNINGS, text))
-        if re.match(FATAL_WORDS, text) or text in self._warned:
-            self.messages.detail("ssh: " + text)
-        elif is_first or self.can_ask:
-            self.messages.note(text)
-            self._warned += [text] if is_warning else []
-        elif not is_warning and re.search(WANTS_PERSON, text):
-            self._unseen.append(text)
+        if text:
+            self._heard_at = time.monotonic()
+            self.words = (self.words + [text])[-30:]
+            is_warning = bool(re.match(WARNINGS, text))
+            if re.match(FATAL_WORDS, text) or text in self._warned:
+                self.messages.detail("ssh: " + text)
+            elif is_first or self.can_ask:
+                self.messages.note(text)
+                self._warned += [text] if is_warning else []
+        elif self.words and not (is_first or self.can_ask) and time.monotonic() - self._heard_at > ASKING_S:
+            spoken = [word for word in self.words if not re.match(FATAL_WORDS, word) and not re.match(WARNINGS, word)]
+            wanted = [word for word in spoken if re.search(WANTS_PERSON, word)]
+            for word in [word for word in wanted if word not in self._shown]:
+                self.messages.note(word)
+                self._shown.append(word)
+            self.asked = [word for word in wanted if word not in self.greeting]
+
+    def begin_login(self) -> None:
+        """Forget what the login before said, which did not go through, or an end of what is over."""
+        self.words, self.asked = [], []
 
     def end_login(self) -> None:
-        """Forget what the login said: it is over."""
-        self.words, self.asked, self._unseen = [], [], []
+        """Forget what the login said, for it is through: with an address in it, it was a greeting."""
+        self.greeting = [word for word in self.words if "://" in word] or self.greeting
+        self.begin_login()
 
     def connect_failure(self, words: List[str]) -> NotConnected:
         """Turn the last words of an ssh that did not log in into a failure (255) with a cause and a remedy."""
@@ -2976,6 +2984,7 @@ class Direct:
         ready = "rjupyter-" + os.urandom(8).hex()
         self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
+        self.ssh.end_login()
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
                 if spec is specs[0]:
@@ -3032,7 +3041,7 @@ class Direct:
         """
         ssh = self.ssh
         ssh.log_argv(argv)
-        ssh.end_login()
+        ssh.begin_login()
         with signals_left_to_us():
             # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
             # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
@@ -3135,7 +3144,8 @@ class Master(Multiplexed):
         self.choose_path()
         doing = "Connecting to " + self.ssh.destination
         try:
-            self._start(self.master_argv(), doing, lambda line: os.path.exists(self.control_path))
+            self._start(self.master_argv(), doing, lambda line: not line and os.path.exists(self.control_path))
+            self.ssh.end_login()
         except Failure:
             # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
             words = [line for line in self.ssh.words if line.startswith(("unix_listener", "muxserver_listen"))]
@@ -4513,8 +4523,13 @@ OUR_PROBE = "403 GET /api/status?no_track_activity=1"
 def ask_server(
     info: RuntimeInfo, path: str, method: str = "GET", timeout_s: float = ASK_TIMEOUT_S, **more: "Any"
 ) -> "Tuple[int, Any]":
-    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer."""
+    """Ask a server on this host, with its token; return the HTTP status and the JSON, or 0 when there is no answer.
+
+    Another user who listens in its place is told no token.
+    """
     address = native(info.sock) or (info.host, info.port)
+    if info.token and not is_our_port(info):
+        return 0, None
     try:
         status, body = http_request(
             address, info.base_url + path, info.token, timeout_s, method=method, is_secure=info.is_secure, **more
@@ -4534,7 +4549,7 @@ def answers(info: RuntimeInfo) -> bool:
     token. With a password and no token at all, that it asks for the password must do.
     """
     status, _ = ask_server(info, STATUS_PATH)
-    if not status or (not info.sock and not is_our_port(info)):
+    if not status or not is_our_port(info):
         return False
     if info.token:
         return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
@@ -4560,7 +4575,7 @@ def listens(info: RuntimeInfo) -> bool:
 def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
     try:
-        return owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
+        return bool(info.sock) or owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
     except OSError:
         return True  # a host name in place of an address
 
@@ -4608,7 +4623,7 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     if info or not place_of(record).is_running():
         return info
     info = server_info(record)
-    status = ask_server(info, STATUS_PATH)[0] if info else 0
+    status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
     if info and not runtime_info(record) and (status or not listens(info)):
         return None  # it is about to end, and its port is another's already, or nobody's
     if info and status:
@@ -4641,7 +4656,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     deadline = time.monotonic() + request.start_timeout_s
     no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
-        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir)]
+        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
         record = ServerRecord(
             request=request.but(nonce="", app=found.app),
@@ -4748,9 +4763,15 @@ def socket_path(directory: str) -> str:
     return os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
 
 
-def server_arguments(request: Request, root_dir: str) -> "List[str]":
-    """Return what Jupyter's command line says apart from where it listens."""
+def server_arguments(request: Request, root_dir: str, directory: str) -> "List[str]":
+    """Return what Jupyter's command line says apart from where it listens.
+
+    Each server signs its cookies with a secret of its own, which Jupyter makes in the server's directory. Jupyter's
+    usual one is the user's: a cookie of a server that has ended would open the next one for a month.
+    """
     arguments = ["--notebook-dir=" + root_dir] if root_dir else []
+    secret = os.path.join(directory, "cookie_secret")
+    arguments += ["--%s.cookie_secret_file=%s" % (app, secret) for app in ("ServerApp", "NotebookApp")]
     arguments += ["--allow-root"] if os.getuid() == 0 else []
     idle_s = request.idle_timeout_s
     if idle_s:
@@ -5758,7 +5779,7 @@ class Agent:
         is_login = not self.ssh.way.has_login  # until the first message
         has_begun = False
         heard_at = time.monotonic()
-        self.ssh.end_login()
+        self.ssh.begin_login()
         while True:
             silent_s = time.monotonic() - heard_at
             line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
@@ -5772,9 +5793,12 @@ class Agent:
                 raise self._silence(silence_s)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
                 heard_at = time.monotonic()
+                if is_login:  # what it said is no cause of what may come
+                    self.ssh.end_login()
+                    noise[:] = [said for said in noise if said not in complaints]
                 has_begun, is_login = True, False
                 try:
-                    message = json.loads(line[1][len(nonce) + 1 :])
+                    message = json.loads(line[1][len(nonce) + 1 :], parse_constant=str)  # "NaN" is no number
                     found = self._take(message, reply, show, handlers)
                 except (ValueError, RecursionError) as error:  # no JSON
                     raise Wrong(error) from None
@@ -5979,6 +6003,7 @@ class Tunnel:
         self.messages = messages
         self.hint = hint  # makes the command that leads to the same place again
         self.local_port = 0
+        self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
     def open(self, fixed_port: Optional[int]) -> None:
@@ -6074,17 +6099,23 @@ class Tunnel:
 
         Whatever happens to ssh's own idea of the connection, only an answer through it counts. Without one, a session
         of its own asks the host: the server may have ended; it may hang, with a connection that is well, and then we
-        wait for it; or it answers there and not here, and then the tunnel is stuck.
+        wait for it; or it answers there and not here, and then the tunnel is stuck. Where the server has left, a
+        stranger may have its port already: before the host has said, nobody gets there, the browser's page neither.
         """
-        is_silent, pause_s = False, float(PROBE_EVERY_S)
+        is_silent, pause_s, is_open = False, float(PROBE_EVERY_S), True
         self._wake_at_end()
         while self.ssh.wait(pause_s):
             self._warn_of_limit()
-            if self._is_answering():
+            if not self._has_left and self._is_answering():
+                if not self._hearing.is_alive():
+                    self._wake_at_end()
                 if is_silent:
                     self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
+            if self._has_left and is_open and self.ssh.way.has_login:
+                self.close()
+                is_open = False
             if not self.ssh.wait(0.2):
                 break
             try:
@@ -6099,7 +6130,10 @@ class Tunnel:
                     self.messages.step(text, "silent", id=self.server.id)
                 pause_s = min(2 * pause_s, PROBE_EVERY_S) if is_silent else 1  # it may be about to end
                 is_silent = True
-            elif not self._is_answering():
+                continue
+            self._has_left = False
+            is_open = is_open or self.ssh.forward(self.local_port, self.server.target)[0]
+            if not is_open or not self._is_answering():
                 return "nothing comes through the tunnel"
         return self.ssh.last_words
 
@@ -6130,10 +6164,13 @@ class Tunnel:
                 address = ("127.0.0.1", self.local_port)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
-                    connection.recv(1)
+                    with contextlib.suppress(ConnectionError):
+                        connection.recv(1)
+                    self._has_left = True
                     self.ssh.wake()
 
-        start_thread(hear)
+        self._has_left = False
+        self._hearing = start_thread(hear)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
@@ -7008,13 +7045,14 @@ def own_directory(request: Request, directory: str) -> str:
 
 
 def bring_files(request: Request, channel: Channel) -> BringReply:
-    """Send what a run wrote and its patterns match, as a tar."""
+    """Send what a run wrote and the request's patterns match, as a tar."""
     known = [record for record in KINDS["run"].records() if record.id == request.id]
     if not known:
         raise Failure("no run of yours has this id: " + request.id)
     base = native(known[0].root_dir)
-    found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in known[0].request.brings}
-    refused = pack(base, [path for paths in found.values() for path in paths], Parts(channel))
+    found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
+    paths = [path for found_paths in found.values() for path in found_paths]
+    refused = pack(base, paths, Parts(channel), request.brings)
     return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
 
 
@@ -7045,7 +7083,7 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
         yield base
     elif pattern[0] == "**":
         for place, places, _ in os.walk(base):
-            places.sort()
+            places[:] = sorted(name for name in places if not name.startswith("."))
             yield from matching(place, pattern[1:])
     else:
         for name in sorted(os.listdir(base)):
@@ -7058,10 +7096,36 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
                 yield from matching(path, pattern[1:])
 
 
-def pack(base: str, paths: "List[str]", stream: "Any") -> "List[str]":
+def is_matched(name: str, patterns: "List[str]") -> bool:
+    """True when one of the patterns matches a path, or a directory in which it lies; with the rules of `matching`.
+
+    A name that begins with a dot is matched by one that does, and by nothing else.
+    """
+    import fnmatch
+
+    def is_match(parts: "List[str]", pattern: "List[str]") -> bool:
+        if not pattern:
+            return not any(part.startswith(".") for part in parts)
+        if pattern[0] == "**":
+            dots = [at for at, part in enumerate(parts) if part.startswith(".")] + [len(parts)]
+            return any(is_match(parts[at:], pattern[1:]) for at in range(dots[0] + 1))
+        is_dot = parts[:1] and parts[0].startswith(".") and not pattern[0].startswith(".")
+        return (
+            bool(parts)
+            and not is_dot
+            and fnmatch.fnmatchcase(parts[0], pattern[0])
+            and is_match(parts[1:], pattern[1:])
+        )
+
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return any(is_match(parts, native(pattern).split("/")) for pattern in patterns)
+
+
+def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[str]]" = None) -> "List[str]":
     """Write a tar of what lies at these paths below `base`, directories with all that is in them.
 
-    Return what was not taken, each with the reason. Raises OSError for a file that becomes shorter meanwhile.
+    With `patterns`, only what they match, and no links: of one to a file, the file. Return what was not taken, each
+    with the reason. Raises OSError for a file that becomes shorter meanwhile.
     """
     import tarfile
 
@@ -7069,14 +7133,19 @@ def pack(base: str, paths: "List[str]", stream: "Any") -> "List[str]":
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
         for path in dict.fromkeys(each for top in paths for each in all_below(top)):
             name = os.path.relpath(path, base)
+            if patterns is not None and path not in paths and not is_matched(name, patterns):
+                continue
             tar.inodes = {}  # type: ignore[attr-defined] # a file of two names is two files
             try:
                 check_within(base, path)
-                member = tar.gettarinfo(path, name)
+                source = os.path.realpath(path) if patterns is not None else path
+                if os.path.islink(path) and source != path and not os.path.isfile(source):
+                    raise OSError("it is a link, and not to a file")
+                member = tar.gettarinfo(source, name)
                 member.uid = member.gid = 0
                 member.uname = member.gname = ""
                 with contextlib.ExitStack() as stack:
-                    tar.addfile(member, stack.enter_context(open(path, "rb")) if member.isreg() else None)
+                    tar.addfile(member, stack.enter_context(open(source, "rb")) if member.isreg() else None)
             except OSError as error:
                 refused.append("%s: %s" % (portable(name), error.strerror or error))
     return refused
@@ -7101,19 +7170,34 @@ def check_within(base: str, path: str) -> None:
         raise OSError("it leads outside " + portable(base))
 
 
-def unpack(stream: "Any", base: str, overwrites: bool) -> "Tuple[List[str], List[str]]":
+def unpack(
+    stream: "Any", base: str, overwrites: bool, patterns: "Optional[List[str]]" = None
+) -> "Tuple[List[str], List[str]]":
     """Lay down what a tar holds below `base`; return the files, and what was not laid down, each with the reason.
 
+    With `patterns`, only files and directories that they match: whoever made the tar may have put anything into it.
     Raises Wrong where it is no tar.
     """
     import tarfile
 
     written, refused = [], []
+    left = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
+            members = []
+            for member in tar:
+                left -= member.size
+                if member.size < 0 or left < 0:
+                    raise Wrong("%s: it has %d bytes, more than came" % (member.name, member.size))
+                members.append(member)
             # Links come last: nothing goes through a link of it.
-            for member in sorted(tar.getmembers(), key=lambda member: member.issym()):
+            for member in sorted(members, key=lambda member: member.issym()):
                 try:
+                    if patterns is not None and not is_matched(member.name, patterns):
+                        raise OSError("it was not asked for")
+                    if patterns is not None and not (member.isreg() or member.isdir()):
+                        raise OSError("it is not a file")
                     written += lay_down(tar, member, base, overwrites)
                 except OSError as error:
                     refused.append("%s: %s" % (portable(member.name), error.strerror or error))
@@ -7128,7 +7212,8 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
 
     path = os.path.join(base, member.name)
     directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
-    if os.path.isabs(member.name) or ".." in member.name.split("/"):
+    names = member.name.replace(os.sep, "/").split("/")
+    if os.path.isabs(member.name) or ".." in names or os.path.splitdrive(member.name)[0]:
         raise OSError("it leads outside " + portable(base))
     if os.path.realpath(os.path.dirname(path)) != directory or (member.isdir() and os.path.islink(path)):
         raise OSError("a symbolic link is in the way, which may lead elsewhere")
@@ -7142,7 +7227,7 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
         if member.issym():
             os.symlink(member.linkname, beside)
             check_within(base, beside)
-        elif member.isreg():
+        elif member.isreg() and not member.issparse():
             with open(beside, "wb") as stream:
                 shutil.copyfileobj(tar.extractfile(member), stream)
             os.chmod(beside, member.mode & 0o777 & ~own_umask())
@@ -8057,6 +8142,9 @@ class Execution:
         self.notebook: Json = {}
         self.cells: List[Json] = []
         self.seconds = 0.0
+        self.brings: List[
+            str
+        ] = []  # patterns of what is brought: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
         self.redials = True
         self.offset = 0  # in its journal
@@ -8207,7 +8295,10 @@ class Execution:
                 if view.state == "done":
                     raise
                 self.messages.warn(lost.what)  # how the run ended is more to know
-        lacking = self._bring(path, is_silent) if view.brings else []
+        lacking = self._bring(path, is_silent) if self.brings else []
+        if view.brings and not self.brings:
+            text = "%s was to bring: %s. To bring it here: execute --attach %s --bring PATTERN"
+            self.messages.note(text % (self.name, " ".join(view.brings), self.id))
         if view.state != "done":
             if lacking:
                 self.messages.note("\n".join(lacking))
@@ -8229,7 +8320,7 @@ class Execution:
             def request() -> Request:
                 stream.seek(0)
                 stream.truncate()
-                return Request(action="bring_files", id=self.id)
+                return Request(action="bring_files", id=self.id, brings=self.brings)
 
             def take(message: Part, show: Show) -> None:
                 stream.write(unpacked(message))
@@ -8237,7 +8328,7 @@ class Execution:
             doing = "Bringing what %s wrote" % self.name
             reply = self.agent.ask_on(request, BringReply, doing, {"part": take}, self.redials)
             stream.seek(0)
-            written, refused = unpack(stream, base, self.overwrites)
+            written, refused = unpack(stream, base, self.overwrites, self.brings)
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
             if not is_silent:
@@ -8304,7 +8395,7 @@ class Sweep:
             "found": self._say_found,
         }
 
-    def follow(self, redials: bool, overwrites: bool) -> None:
+    def follow(self, redials: bool, overwrites: bool, brings: List[str]) -> None:
         """Follow all to their ends; raises Failure with the worst status, which says what failed."""
 
         def request() -> Request:
@@ -8315,8 +8406,9 @@ class Sweep:
         count = self.agent.ask_on(request, GridReply, doing, self._handlers, redials).count
         for index, end in sorted(self._ends.items()):
             if end.end and index not in self._failures:
-                self.executions[index].redials, self.executions[index].overwrites = redials, overwrites
-                self._try(index, self.executions[index].settle, end.end)
+                execution = self.executions[index]
+                execution.redials, execution.overwrites, execution.brings = redials, overwrites, brings
+                self._try(index, execution.settle, end.end)
         if self._failures:
             failures = sorted(self._failures.items())
             why = ["%s: %s" % (self._ends[index].name, what_and_why(failure)) for index, failure in failures]
@@ -8535,12 +8627,16 @@ class PrintedOutput(Entry):
 
 
 class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell."""
+    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
+
+    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
+    """
 
     kind = "finished"
     id: str
     is_done: bool
     connections: int = -1
+    has_died: bool = False  # its kernel, before it ended by itself
 
 
 class Gap(TimedEntry):
@@ -8572,6 +8668,8 @@ class Content(Record):
     execution_count: "Optional[int]" = None
     code: str = ""
     execution_state: str = ""
+    status: str = ""
+    ename: "Any" = None
 
 
 class KernelView(Record):
@@ -8699,7 +8797,7 @@ class Recorder:
         self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
         self._changed_at = 0.0  # their directory
         self._asked_api_at = float("-inf")
-        self._asked_at = 0  # and ours, when we looked for what is to be asked
+        self._asked_at = 0.0  # and ours, when we looked for what is to be asked
 
     def run(self) -> None:
         """Record until the server has ended, or `stop` took its directory away."""
@@ -8720,7 +8818,7 @@ class Recorder:
                 until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * pause_s)))
             for kernel in self._known.values():
-                if kernel.socket in heard:
+                if kernel.socket in heard or kernel.shell in heard:
                     kernel.hear()
                 if kernel.monitor in heard:
                     kernel.notice_end()
@@ -8769,13 +8867,13 @@ class Recorder:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
         directory = cells_dir(self.directory)
         with contextlib.suppress(OSError):
-            changed_at = os.stat(directory).st_mtime_ns
-            if changed_at == self._asked_at:
+            changed_at = os.stat(directory).st_mtime
+            if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
                 return
             self._asked_at = changed_at
             kernels = {kernel.id: kernel for kernel in self._known.values()}
             for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
-                kernel, identity, _ = name.split(".")
+                kernel, identity = name.split(".")[:2]
                 path = os.path.join(directory, name)
                 if kernel in kernels:
                     os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
@@ -8819,7 +8917,7 @@ def kernel_id_of(name: str) -> str:
 class RecordedKernel:
     """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
 
-    A PUB socket drops what a slow subscriber does not take (DESIGN 2): ours takes all at once.
+    A PUB socket drops what a slow subscriber does not take: ours takes all at once.
     """
 
     def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
@@ -8843,7 +8941,8 @@ class RecordedKernel:
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
-        self._shell = None  # type: Any # what it is asked through
+        self.shell = None  # type: Any # what it is asked through, and answers
+        self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
         if os.path.exists(self._journal.path + ".journal"):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
@@ -8852,9 +8951,7 @@ class RecordedKernel:
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
         self.hear()
-        self._end_all()
-        if self._shell:
-            self._shell.close()
+        self._lose_all()
         for socket in (self.socket, self.monitor):
             self.recorder.poller.unregister(socket)
         self.socket.disable_monitor()
@@ -8864,15 +8961,14 @@ class RecordedKernel:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
         self.monitor.recv_multipart()
         self.hear()
-        self._end_all()
+        self._lose_all()
 
     def hear(self) -> None:
-        """Write down what it has said, so far."""
-        for _ in range(1000):  # then others are heard
-            try:
-                self.take(self.socket.recv_multipart(self.recorder.zmq.NOBLOCK))
-            except self.recorder.zmq.Again:
-                return
+        """Write down what it has said, so far: to everyone, and to us."""
+        for socket in [socket for socket in (self.socket, self.shell) if socket]:
+            with contextlib.suppress(self.recorder.zmq.Again):
+                for _ in range(1000):  # then others are heard
+                    self.take(socket.recv_multipart(self.recorder.zmq.NOBLOCK))
 
     def take(self, frames: "List[bytes]") -> None:
         """Take one message; what is not signed by its key is not its own."""
@@ -8896,6 +8992,10 @@ class RecordedKernel:
         identity = self._ids.get(asked_by, "")
         if kind == "execute_input":
             self._begin(asked_by, said)
+        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
+            # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
+            # R and Julia, in xeus an "error" without a name.
+            self._give_up(asked_by)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
@@ -8907,6 +9007,7 @@ class RecordedKernel:
 
     def _begin(self, asked_by: str, said: Content) -> None:
         self._begun += 1
+        self._asked.discard(asked_by)
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
         for old in list(self._ids)[:-IDS_MAX]:
             del self._ids[old]
@@ -8922,27 +9023,43 @@ class RecordedKernel:
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
         connection, zmq = self._connection, self.recorder.zmq
-        if not self._shell:
-            self._shell = self.recorder.context.socket(zmq.DEALER)
-            self._shell.setsockopt(zmq.LINGER, 0)
-            self._shell.connect(connection.address(connection.shell_port))
+        if not self.shell:
+            self.shell = self.recorder.context.socket(zmq.DEALER)
+            self.shell.setsockopt(zmq.LINGER, 0)
+            self.shell.connect(connection.address(connection.shell_port))
+            self.recorder.poller.register(self.shell, zmq.POLLIN)
         header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
         header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-        content.update(allow_stdin=False, stop_on_error=True)
+        content.update(allow_stdin=False, stop_on_error=False)  # what others asked for is not ours to take back
         parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
-        self._shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self._asked.add(identity)
+
+    def _lose_all(self) -> None:
+        """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
+        self._end_all()
+        if self.shell:
+            self.recorder.poller.unregister(self.shell)
+            self.shell.close()  # with what waits in it: the next process is not to get that
+            self.shell = None
+        for asked in list(self._asked):
+            self._give_up(asked, has_died=True)
+
+    def _give_up(self, asked: str, has_died: bool = False) -> None:
+        self._asked.discard(asked)
+        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
 
     def _end_all(self) -> None:
         for identity in list(self._running):
-            self._failed.add(identity)
-            self._end(identity)
+            self._end(identity, has_died=True)
 
-    def _end(self, identity: str) -> None:
+    def _end(self, identity: str, has_died: bool = False) -> None:
         begun = self._running.pop(identity)
-        is_done = identity not in self._failed
+        is_done = identity not in self._failed and not has_died
         connections = self.recorder.connections_of(self.id)
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), is_done=is_done, connections=connections))
+        facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
+        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
         lines = self._lines.pop(identity, 0)
         self._failed.discard(identity)
         away = Away(
@@ -9469,6 +9586,7 @@ class ShownCells:
 # agent begins
 
 WAIT_EVERY_S = 0.5
+INTERRUPT_TIMEOUT_S = 5.0  # in which a kernel heeds one; numpy's long steps and the like take it when they are done
 STARTING_S = 10.0  # after which one that no page has ever asked has started: Jupyter Server 2.21 does not say so
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
@@ -9633,6 +9751,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     path = os.path.join(cells_dir(record.directory), kernel.id)
     channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
+    recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
@@ -9641,25 +9760,25 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     journal = JournalReader(path + ".journal", offset)
     known = request.line
     executions = Executions()
-    cell = None  # type: Optional[CellOutput]
+    cell = executions.cells[request.errand] = CellOutput()  # until it begins
 
     def look() -> str:
         nonlocal known, cell
+        is_lost = recorder and place_of(record).is_here and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
         for line in journal.lines():
             facts = facts_in(line)
             found, entry = executions.take(facts)
-            if isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+            if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
                 cell = found
-            if found and found is cell:
+            if found is cell and cell.begun:
                 known -= 1
                 if known < 0:
                     channel.send(Recorded(entry=facts))
-        if cell and cell.finished and cell.finished.is_done:
-            return "done"
-        if cell and cell.finished:  # in its journal, a cell of a kernel that died has failed
-            return "dead" if state_of_kernel(record, kernel.id, processes) == "dead" else "failed"
-        return "dead" if state == "dead" else "closed" if channel.is_closed else ""
+        if cell.finished:
+            how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
+            return "dead" if cell.finished.has_died else how
+        return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), FOLLOW_MAX_S)
     return EvalReply(kernel=kernel, state=state)
@@ -9677,6 +9796,8 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
             raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
         request = request.but(name=seen(KernelFacts, said).id)
     record, kernel = kernel_named(request)
+    with contextlib.suppress(OSError):
+        revive_recorder(record)
     path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
 
     def is_heard() -> bool:
@@ -9689,12 +9810,25 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
 
 
 def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
-    """Interrupt what a kernel computes."""
+    """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
+    journal = JournalReader(os.path.join(cells_dir(record.directory), kernel.id + ".journal"))
+
+    def has_ended() -> bool:  # a cell; another one may have begun
+        return any(line.endswith('"kind": "finished"}') for line in journal.lines())
+
+    has_ended()  # of those before
     status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
     if status != 204:
         raise Failure("the kernel was not interrupted", "HTTP status %d" % status, "stop, for the kernel itself")
+
+    def has_heeded() -> bool:
+        return has_ended() or state_of_kernel(record, kernel.id, []) != "busy"
+
+    if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
+        why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
+        raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
     return EvalReply(kernel=kernel, state="interrupted")
 
 
@@ -12183,6 +12317,10 @@ def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         raise
     if reply.state == "dead":
         raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+    if reply.state == "lost":
+        raise Failure("it is not known what becomes of it", "the recorder on the host was killed")
+    if reply.state == "aborted":
+        raise Failure("it was not run: a cell before it failed")
     return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED
 
 
@@ -12449,7 +12587,8 @@ def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiti
 def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
     """Follow several executions to their ends; when we leave before, a line says how to go on."""
     try:
-        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force)
+        brings = brings_of(args, agent.ssh.destination, identity)
+        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force, brings)
     except (KeyboardInterrupt, Terminated):
         agent.messages.end_line()
         text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
@@ -12505,6 +12644,7 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
         execution.overwrites = args.force
+        execution.brings = brings_of(args, execution.host, execution.id)
         with waiting.asking():
             execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
@@ -12515,6 +12655,16 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
         text = "%s keeps running. To follow it again: %s   To end it: %s"
         execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
         raise
+
+
+def brings_of(args: argparse.Namespace, host: str, identity: str) -> List[str]:
+    """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
+    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    key = "%s %s" % (host, identity)
+    if not args.bring or kept.brings.get(key) == args.bring:
+        return kept.brings.get(key, [])
+    keep_listed(kept.but(brings=dict([*kept.brings.items(), (key, args.bring)][-BRINGS_KEPT:])))
+    return list(args.bring)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -12769,9 +12919,13 @@ def ids_path() -> str:
 
 
 class ListedIds(Record):
-    """The ids of the last `list` of each host, which complete a command line: ids.json."""
+    """The ids of the last `list` of each host, which complete a command line, and what executions bring: ids.json."""
 
     hosts: "Dict[str, List[str]]" = {}
+    brings: "Dict[str, List[str]]" = {}
+
+
+BRINGS_KEPT = 100  # of the executions that were begun last
 
 
 def kept_ids(host: str) -> List[str]:
@@ -12784,9 +12938,14 @@ def keep_ids(host: str, ids: List[str]) -> None:
     """Keep the ids that `list` shows, where there is a place."""
     kept = read_record(ListedIds, ids_path()) or ListedIds()
     if kept.hosts.get(host) != ids:
-        with contextlib.suppress(OSError):
-            os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
-            write_whole(ids_path(), json.dumps(kept.but(hosts={**kept.hosts, host: ids}).facts()))
+        keep_listed(kept.but(hosts={**kept.hosts, host: ids}))
+
+
+def keep_listed(listed: ListedIds) -> None:
+    """Write down what is kept here, where there is a place."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
+        write_whole(ids_path(), json.dumps(listed.facts()))
 
 
 # -- config and --dry-run ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ set -eu
 tree=$1
 # shellcheck disable=SC1091
 . /etc/os-release
-mirror=http://deb.debian.org/debian
+mirror= # debootstrap's own, where apt does not say which this Debian uses
 # shellcheck disable=SC2016 # for apt-get
 [ "$ID" != debian ] || mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -1)
 new=$tree.new
@@ -18,9 +18,10 @@ mkdir -p "$(dirname "$tree")"
 trap 'rm -rf --one-file-system -- "$new" "$new.log"' EXIT
 trap 'exit 130' INT TERM
 
+# shellcheck disable=SC2086 # words on purpose
 {
     debootstrap --variant=minbase --include=python3,python3-venv,openssh-client,openssh-server,procps \
-        sid "$new" "$mirror" &&
+        sid "$new" $mirror &&
         printf '#!/bin/sh\nexit 101\n' >"$new/usr/sbin/policy-rc.d" &&
         chmod 755 "$new/usr/sbin/policy-rc.d" &&
         # A mirror may be some days behind what it says of itself.
@@ -28,7 +29,6 @@ trap 'exit 130' INT TERM
         own=$(chroot "$new" python3 -c 'import sys; print(sys.version_info[1])') &&
         newer=$(chroot "$new" apt-cache pkgnames python3. | sed -n 's/^\(python3\.\([0-9]*\)\)-venv$/\2 \1 \1-venv/p' |
             awk -v own="$own" '$1 > own { print $2, $3 }') &&
-        # shellcheck disable=SC2086 # words on purpose
         chroot "$new" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends procps $newer
 } >"$new.log" 2>&1 || {
     tail -5 "$new.log" >&2

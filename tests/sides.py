@@ -72,6 +72,24 @@ def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
     return found
 
 
+def process_of(kernel: str) -> int:
+    """Return the process of a kernel, once it is there."""
+
+    def found() -> List[int]:
+        pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+        return [pid for pid in pids if "kernel-%s.json" % kernel in command_of(pid)]
+
+    return int(wait_until(found, "the kernel's process")[0])
+
+
+def command_of(pid: int) -> str:
+    try:
+        with open("/proc/%d/cmdline" % pid) as stream:
+            return stream.read()
+    except OSError:
+        return ""
+
+
 def quiet_port() -> int:
     """Return a free port that no other test takes meanwhile: not near 8889, and not one that the kernel deals."""
     while True:

@@ -1,14 +1,19 @@
 """Code in a kernel that lives: `eval`. What it prints comes as it is printed, and nothing is sent twice."""
 
+import json
+import os
 import re
 import signal
 import subprocess
+from pathlib import Path
+from typing import Callable, Dict
 
 import pytest
-from client import api, check_failure, compute, events_of, held, new_session
+from client import api, check_failure, compute, events_of, held, new_session, send
+from execution import add_bash, add_r
 from notebooks import write_notebook
 from readme import readme_block
-from sides import SCRIPT, Host, Laptop, Run, quiet_port, wait_until
+from sides import SCRIPT, Host, Laptop, Run, command_of, process_of, quiet_port, wait_until
 
 pytestmark = pytest.mark.jupyter
 
@@ -105,9 +110,161 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, host: Ho
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it is interrupted")
 
 
+def test_interrupted_is_said_of_a_kernel_that_takes_it(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    gate = host.home / "gate"
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n"
+    page = send(run.url(), deaf + waits_for(gate, ""), kernel)
+    wait_until(lambda: "begun" in laptop.run("host", "output").stdout, "it computes")
+    check_failure(laptop.run("host", "eval", "--interrupt"), 1, "the kernel was not interrupted", "computes on")
+    gate.write_text("")
+    page.close()
+
+
+def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    gate = host.home / "gate"
+    asked = laptop.start(
+        "host", "eval", "%xmode Minimal\nprint('begun')\nimport time; time.sleep(600)", has_terminal=False
+    )
+    asked.expect("begun")
+    page = send(run.url(), waits_for(gate, ""), kernel)
+    ended = laptop.run("host", "eval", "--interrupt")
+    assert "Interrupted the kernel of it's here.ipynb" in ended.stderr, ended.text
+    assert asked.wait() == 5, asked.text
+    gate.write_text("")
+    page.close()
+
+
 def test_a_kernel_that_dies_is_told(laptop: Laptop, run: Run, kernel: str) -> None:
     said = laptop.run("host", "eval", "import os; os._exit(1)")
     check_failure(said, 4, "the kernel died")
+
+
+# -- behind what others asked for -------------------------------------------------------------------------------------
+
+
+def waits_for(gate: Path, then: str) -> str:
+    """Code that computes until a file is there, and then does something."""
+    return "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n%s" % (str(gate), then)
+
+
+def wait_until_sent(host: Host, count: int = 1) -> None:
+    """Wait until so many pieces of code are in a kernel's queue."""
+    asked = ".local/state/rjupyter/servers/*/cells/*.asked"
+    wait_until(lambda: len(list(host.home.glob(asked))) >= count, "the kernel was asked")
+
+
+def test_code_behind_a_cell_that_fails_ends_at_once(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    page = send(run.url(), "%xmode Minimal\n" + waits_for(host.home / "gate", "1 / 0"), kernel)
+    asked = [laptop.start("host", "eval", "print('ran')", has_terminal=False) for _ in range(2)]
+    wait_until_sent(host, 2)
+    (host.home / "gate").write_text("")
+    for run_of in asked:
+        run_of.wait()
+        check_failure(run_of, 1, "it was not run: a cell before it failed")
+    page.close()
+    assert laptop.run("host", "eval", "print(x)").stdout == "42\n"
+    assert "ran" not in laptop.run("host", "output").stdout
+
+
+@pytest.mark.parametrize("add", [add_bash, add_r])
+def test_code_behind_a_cell_that_fails_in_another_language(
+    laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]]
+) -> None:
+    name = add(host.home)["name"]
+    run = held(laptop, "host")
+    kernel = new_session(run.url(), name=name)
+    gate = host.home / "gate"
+    code = {
+        "bash": "while ! test -e '%s'; do sleep .05; done; false" % gate,
+        "ir": "while (!file.exists('%s')) Sys.sleep(.05)\nstop('no')" % gate,
+    }
+    page = send(run.url(), code[name], kernel)
+    asked = laptop.start("host", "eval", "1", has_terminal=False)
+    wait_until_sent(host)
+    gate.write_text("")
+    asked.wait()
+    check_failure(asked, 1, "it was not run: a cell before it failed")
+    page.close()
+    laptop.run("host", "stop", "--yes")  # R's kernel does not look whether its server is there
+    run.wait(20)
+
+
+def test_code_behind_a_cell_that_is_interrupted(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    page = send(run.url(), "print('begun')\nimport time; time.sleep(600)", kernel)
+    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
+    wait_until_sent(host)
+    assert laptop.run("host", "eval", "--interrupt").status == 0
+    asked.wait()
+    check_failure(asked, 1, "it was not run: a cell before it failed")
+    page.close()
+
+
+@pytest.mark.parametrize("how", ["restarted", "killed"])
+@pytest.mark.parametrize("meanwhile", ["connected", "away"])
+def test_code_in_the_queue_of_a_kernel_that_goes(
+    laptop: Laptop, host: Host, run: Run, kernel: str, how: str, meanwhile: str
+) -> None:
+    """Whoever comes back to it later finds another kernel, which has never heard of it."""
+    page = send(run.url(), "import time; time.sleep(600)", kernel)
+    pid = process_of(kernel)
+    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
+    wait_until_sent(host)
+    if meanwhile == "away":
+        host.sshd.stop()
+        host.sshd.end_connections(signal.SIGKILL)
+    there = re.sub(r":\d+/", ":%d/" % host.servers()[0]["port"], run.url())  # past the tunnel
+    if how == "restarted":
+        api(there, "kernels/%s/restart" % kernel, "POST", {})
+    else:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: process_of(kernel) != pid, "another one")
+    if meanwhile == "away":
+        host.sshd.start()
+    asked.wait()
+    check_failure(asked, 4, "the kernel died")
+    page.close()
+
+
+def kill_recorder(host: Host) -> None:
+    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
+    pid = json.loads(mark.read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "agent.py" not in command_of(pid), "it is gone")
+
+
+def test_code_for_a_kernel_whose_recorder_was_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    kill_recorder(host)
+    assert laptop.run("host", "eval", "x").stdout == "42\n"
+
+
+def test_code_in_the_queue_when_the_recorder_is_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    page = send(run.url(), waits_for(host.home / "gate", ""), kernel)
+    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
+    wait_until_sent(host)
+    kill_recorder(host)
+    asked.wait()
+    check_failure(asked, 1, "it is not known what becomes of it", "the recorder on the host was killed")
+    (host.home / "gate").write_text("")
+    page.close()
+
+
+def test_an_error_does_not_cancel_what_the_page_has_asked_for(
+    laptop: Laptop, host: Host, run: Run, kernel: str
+) -> None:
+    gate = host.home / "gate"
+    code = "%xmode Minimal\nprint('begun', flush=True)\n" + waits_for(gate, "1 / 0")
+    asked = laptop.start("host", "eval", code, has_terminal=False)
+    asked.expect("begun")
+    pages = [send(run.url(), cell, kernel) for cell in ("n = 10", "n += 1; print('page', n)")]
+    other = laptop.start("host", "eval", "print('second', n)", has_terminal=False)
+    wait_until_sent(host, 2)
+    gate.write_text("")
+    assert asked.wait() == 5, asked.text
+    assert other.wait() == 0, other.text
+    assert other.stdout == "second 11\n"
+    assert "page 11\n" in laptop.run("host", "output").stdout
+    for page in pages:
+        page.close()
 
 
 def test_no_server_and_no_record(laptop: Laptop, host: Host) -> None:

@@ -292,6 +292,53 @@ def test_link_here_is_not_followed_out(laptop: Laptop, host: Host, options: List
     assert run.status == 1 and "out" in run.stderr, run.text
 
 
+HIDES = """
+import os
+for name in ('.profile', '.git/hooks/pre-commit', 'out/.cache/c', 'out/a.png', 'out/deep/b.png'):
+    os.makedirs(os.path.dirname(name) or '.', exist_ok=True)
+    open(name, 'w').write('made ' + name)
+os.symlink('a.png', 'out/latest.png')
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("**", {"out/a.png", "out/deep/b.png", "out/latest.png", "data.csv"}),
+        ("out", {"out/a.png", "out/deep/b.png", "out/latest.png"}),
+        ("**/*.png", {"out/a.png", "out/deep/b.png", "out/latest.png"}),
+        ("out/.cache/*", {"out/.cache/c"}),
+        (".git/**", {".git/hooks/pre-commit"}),
+    ],
+)
+def test_hidden_files_come_back_where_they_are_named(laptop: Laptop, host: Host, typed: str, names: "set[str]") -> None:
+    """As in a shell, `*` and `**` stand for no name that begins with a dot; and of a link comes the file."""
+    write(laptop.home / "data.csv")
+    write_notebook(laptop.home / "a.ipynb", HIDES)
+    (laptop.home / "x").mkdir()
+    run = laptop.run("host", "execute", "a.ipynb", "--with", "data.csv", "-o", "x/r.ipynb", "--bring", typed)
+    assert run.status == 0, run.text
+    brought = [path for path in (laptop.home / "x").rglob("*") if path.is_file()]
+    assert {str(path.relative_to(laptop.home / "x")) for path in brought} == names | {"r.ipynb"}
+    assert not [path for path in brought if path.is_symlink()]
+
+
+def test_what_was_asked_for_elsewhere_is_typed_again(laptop: Laptop, host: Host) -> None:
+    """Another laptop takes no word of the host's for what it shall write here."""
+    write_notebook(laptop.home / "a.ipynb", MAKES)
+    assert laptop.run("host", "execute", "a.ipynb", "--bring", "model.bin").status == 0
+    identity = run_dirs(host)[0].name
+    laptop.home = laptop.directory / "another laptop"
+    laptop.home.mkdir()
+    laptop.environment["HOME"] = str(laptop.home)
+    run = laptop.run("host", "execute", "--attach", identity)
+    assert run.status == 0 and "--bring" in run.stderr and "model.bin" in run.stderr, run.text
+    assert [path.name for path in laptop.home.iterdir()] == [RESULT]
+    run = laptop.run("host", "execute", "--attach", identity, "--bring", "model.bin", "--bring", "out/*.png")
+    assert run.status == 0, run.text
+    assert (laptop.home / "model.bin").exists() and (laptop.home / "out/b.png").exists()
+
+
 # -- -j ---------------------------------------------------------------------------------------------------------------
 
 MEETS = """

@@ -3,12 +3,11 @@
 import os
 import re
 import signal
-from typing import List
 
 import pytest
 from client import api, check_failure, compute, events_of, held, new_session, send
 from notebooks import write_notebook
-from sides import Host, Laptop, Run, wait_until
+from sides import Host, Laptop, Run, process_of, wait_until
 
 pytestmark = pytest.mark.jupyter
 
@@ -25,22 +24,6 @@ def compute_until(run: Run, host: Host, kernel: str, then: str = "") -> str:
     send(run.url(), "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n%s" % (gate, then), kernel).close()
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "busy", "it computes")
     return gate
-
-
-def process_of(kernel: str) -> int:
-    def found() -> List[int]:
-        pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
-        return [pid for pid in pids if "kernel-%s.json" % kernel in command_of(pid)]
-
-    return int(wait_until(found, "the kernel's process")[0])
-
-
-def command_of(pid: int) -> str:
-    try:
-        with open("/proc/%d/cmdline" % pid) as stream:
-            return stream.read()
-    except OSError:
-        return ""
 
 
 def test_list_of_kernels(laptop: Laptop, host: Host, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -150,14 +151,17 @@ COMMANDS: Dict[str, List[str]] = {
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
-    "bring_files": ["host", "execute", "--attach", "r07af"],
+    "bring_files": ["host", "execute", "--attach", "r07af", "--bring", "*"],
     "start_grid": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
     "follow_grid": ["host", "execute", "--attach", "g07af"],
 }
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
 )
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([2**63, -1, 10**30, 1e308]))
+NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "9" * 400, "9" * 5000]
+NUMBERS = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([2**63, -1, 10**30, 1e300, 1e308, *map(float, NO_NUMBERS)])
+)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, NASTY, st.text(max_size=8))
 ANYTHING = st.recursive(
     SCALARS,
@@ -189,6 +193,8 @@ def lies_about(value: Any) -> "st.SearchStrategy[Any]":
 
 class LyingChild:
     """In place of the ssh of a session: says what was made up, behind the nonce of the request that it is given."""
+
+    read_at = 0.0
 
     def __init__(self, answer: Callable[[Dict[str, Any]], List[Any]]) -> None:
         self.answer = answer
@@ -304,7 +310,8 @@ def check(status: int, out: str, err: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(rjupyter, "CLOSING_TIMEOUT_S", 0)
     monkeypatch.setattr(rjupyter.AgentSource, "of", lambda source, action: b"agent")  # nobody reads it
     monkeypatch.setattr(rjupyter, "can_ask", lambda: False)
@@ -346,6 +353,41 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
         check(*outcome(command, answer, tmp_path)[:3])
 
     lie()
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda number: number[:9])
+def test_reply_whose_number_is_none(number: str, tmp_path: Path) -> None:
+    """In place of each number of each reply: refused, as what has no sense."""
+    for action in sorted(set(REPLIES) - {"describe_end"}):
+        for path in places_in(REPLIES[action]):
+            value: Any = functools.reduce(lambda inner, key: inner[key], path, REPLIES[action])
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+
+            def answer(request: Dict[str, Any], action: str = action, path: Tuple[Any, ...] = path) -> List[Any]:
+                truth = REPLIES[request["action"]]
+                reply = changed(truth, path, "number") if request["action"] == action else truth
+                text = json.dumps({"kind": "reply", "reply": reply}).replace('"number"', number)
+                return [*told_by(request["action"]), text]
+
+            status, out, err, _ = outcome(COMMANDS[action], answer, tmp_path)
+            check(status, out, err)
+            assert status == 1 and "makes no sense" in out + err, (action, path, out + err)
+
+
+def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) -> None:
+    """What is passed on as it is, is JSON for the program that reads it."""
+    entry = {"kind": "printed", "id": "1", "type": "display_data", "content": {"data": {"x/y": [float("nan"), 1.5]}}}
+    told = [{"kind": "recorded", "entry": each} for each in (RECORDED[0], entry, RECORDED[6], {})]
+    status, out, err, _ = outcome(
+        ["--json", *COMMANDS["send_output"]],
+        lambda request: [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}],
+        tmp_path,
+    )
+    assert status == 0, err
+    for line in out.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name + " is no JSON"))
+    assert "x/y" in out
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1, 10240, 10**12])
@@ -462,7 +504,9 @@ words = sys.stdin.buffer.read().split()
 request = json.loads(zlib.decompress(base64.b64decode(words[-1]))) if words else sys.exit()
 with open(os.environ["LIES"]) as stream:
     for line in stream:
-        print(request["nonce"] + " " + line.strip("\\n"), flush=True)
+        *actions, words = line.strip("\\n").split("\\t")  # the one that it answers, if not any
+        if request.get("action", "open") in actions or not actions:
+            print(request["nonce"] + " " + words, flush=True)
 """
 
 
@@ -471,6 +515,7 @@ LIES = [
     {"kind": "reply", "reply": {**OPEN, "token": "a b"}},
     {"kind": "reply", "failure": {"what": "\x1b[2J", "status": "0"}},
     {"kind": "hello", "user": ["ana"]},
+    {"kind": "reply", "reply": {**OPEN, "seconds": float("nan"), "servers": [{**SERVER, "age_s": float("inf")}]}},
     {"kind": "installed", "elapsed_s": "soon"},
     [1],
 ]
@@ -494,3 +539,85 @@ def test_stub_of_ssh_whose_host_lies(laptop: Laptop, action: str, way: str) -> N
         assert "Traceback" not in run.text and "\x1b" not in run.text
         assert len(re.findall("^(?:rjupyter:|FAIL)", run.text, re.MULTILINE)) == (run.status != 0), run.text
         assert "http://" not in run.text
+
+
+# -- a host that means harm -------------------------------------------------------------------------------------------
+
+
+def file_of(name: str, data: bytes = b"harm", **facts: Any) -> bytes:
+    """Return a member of a tar."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o4777
+    for key, value in facts.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % 512)
+
+
+def sparse_of(name: str, size: int) -> bytes:
+    """Return a member that is a hole of so many bytes, as GNU's tar writes one."""
+    head = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    head[156:157] = b"S"
+    head[386:410] = b"%011o\0%011o\0" % (size - 1, 0)  # the only piece that is no hole has no bytes
+    head[483:495] = b"%011o\0" % size
+    head[148:156] = b"        "
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, Dict[str, Path]]:
+    """Execute on a host that wants everything brought, and sends these; return the run, and what is new here."""
+    stub = laptop.home / "bin/ssh"
+    write_files(laptop.home)
+    stub.parent.mkdir()
+    stub.write_text(STUB % sys.executable)
+    stub.chmod(0o755)
+    data = base64.b64encode(zlib.compress(b"".join(members) + b"\0" * 1024)).decode()
+    told = {
+        "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
+        "follow_run": [*parts(JOURNAL), {"kind": "reply", "reply": {**RUN, "brings": ["**", ".*", ".*/**"]}}],
+        "bring_files": [{"kind": "part", "file": "files", "data": data}, {"kind": "reply", "reply": {"refused": []}}],
+    }
+    lines = ["%s\t%s\n" % (action, json.dumps(message)) for action in told for message in told[action]]
+    (laptop.home / "lies").write_text("".join(lines))
+    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
+    before = set(laptop.home.rglob("*"))
+    run = laptop.run("--no-mux", "host", "execute", "a.ipynb", *arguments)
+    names = {str(path.relative_to(laptop.home)): path for path in set(laptop.home.rglob("*")) - before}
+    return run, {name: path for name, path in names.items() if not name.startswith(".cache") and path.is_file()}
+
+
+UNASKED = [".bash_profile", ".git/hooks/pre-commit", ".ssh/rc", "out/.git/hooks/pre-commit", "out/./.x", "./.profile"]
+UNASKED += ["other.txt", "bin/ls", "out/../.bashrc"]
+
+
+def test_stub_of_ssh_whose_host_sends_what_was_not_asked_for(laptop: Laptop) -> None:
+    run, new = harmed(laptop, [file_of(name) for name in [*UNASKED, "out/a.png"]])
+    assert run.status == 0, run.text
+    assert set(new) == {"a.executed.ipynb"}
+
+
+@pytest.mark.parametrize("typed", ["out/**", "out/*", "**/*.png"])
+def test_stub_of_ssh_whose_host_sends_more_than_was_asked_for(laptop: Laptop, typed: str) -> None:
+    run, new = harmed(laptop, [file_of(name) for name in [*UNASKED, "out/a.png"]], "--bring", typed)
+    assert run.status == 1 and ".bash_profile: it was not asked for" in run.stderr, run.text
+    assert set(new) == {"a.executed.ipynb", "out/a.png"}
+    assert new["out/a.png"].stat().st_mode & 0o7022 == 0
+
+
+BOMBS = {
+    "a hole": sparse_of("out/a", 5 << 30),
+    "a size": file_of("out/a", size=5 << 30),
+    "less than nothing": file_of("out/a", size=-512),
+    "a link": file_of("out/a", b"", type=tarfile.SYMTYPE, linkname="b"),
+    "a link to a file of here": file_of("out/a", b"", type=tarfile.LNKTYPE, linkname="a.ipynb"),
+    "a device": file_of("out/a", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "a pipe": file_of("out/a", b"", type=tarfile.FIFOTYPE),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BOMBS))
+def test_stub_of_ssh_whose_host_sends_what_is_no_file(laptop: Laptop, kind: str) -> None:
+    run, new = harmed(laptop, [file_of("out/b"), BOMBS[kind]], "--bring", "**")
+    assert run.status == 1, run.text
+    assert not os.path.lexists(laptop.home / "out/a")
+    assert sum(path.stat().st_size for path in new.values()) < 100000

@@ -17,7 +17,9 @@ from client import check_failure, compute
 from notebooks import write_notebook
 from private_machines import Cluster, find_obstacle
 from proxy import Proxy
-from sides import BOTH_MODES, VENV_BIN, Host, Laptop, Run, User, quiet_port, wait_until
+from sides import BOTH_MODES, VENV_BIN, Host, Laptop, Run, User, quiet_port, ssh_of, wait_until
+
+import rjupyter
 
 
 def held(laptop: Laptop, *arguments: str, has_terminal: bool = False) -> Run:
@@ -349,6 +351,49 @@ def test_address_that_a_proxy_command_shows_reaches_the_person_after_a_drop(
         run.expect(re.escape(ADDRESS), 30)
     wanted.unlink()
     run.expect("Connected to host again", 40)
+    ended(run)
+
+
+# -- a greeting with an address in it ----------------------------------------------------------------------------------
+
+GREETING = "Docs: https://hpc.example.org/docs\n** The server may need to be upgraded. See https://example.org/pq.html"
+
+
+@BOTH_MODES
+def test_greeting_with_an_address_is_no_question_when_logins_fail_for_load(
+    laptop: Laptop, make_host: Callable[..., Host], visits: Visits, mode: List[str]
+) -> None:
+    settings = visits.settings(grace_s=3) + "\nBanner %s" % visits.banner
+    visits.banner.write_text(GREETING + "\n")
+    host = make_host(settings=settings)
+    run = held(laptop, *mode)
+    visits.is_wanted.touch()  # stands for a host that is slow to let anyone in, and then ends the connection
+    before = host.sshd.attempts()
+    host.sshd.end_connections()
+    run.expect("is lost")
+    wait_until(lambda: host.sshd.attempts() - before > rjupyter.DENIALS_MAX + 1 or run_ended(run), "several attempts")
+    visits.is_wanted.unlink()
+    run.expect("Connected to host again", 60)
+    ended(run)
+
+
+def run_ended(run: Run) -> bool:
+    return os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+@pytest.mark.parametrize("end", ["\n", ""], ids=["", "without a newline"])
+@BOTH_MODES
+def test_greeting_is_not_why_a_connection_is_lost(
+    laptop: Laptop, make_host: Callable[..., Host], mark: str, directory: Path, end: str, mode: List[str]
+) -> None:
+    (directory / "banner").write_text("Welcome to the cluster.\n" + GREETING + end)
+    make_host(settings="Banner %s" % (directory / "banner"))
+    run = held(laptop, *mode, "-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no")
+    for number in range(1, 4):
+        os.kill(ssh_of(mark), signal.SIGKILL)  # it has no last words
+        why = run.expect(r"is lost \((.*)\)\. Trying again", times=number).group(1)
+        assert why == "ssh ended without a message"
+        run.expect("Connected to host again", times=number)
     ended(run)
 
 

@@ -1,20 +1,22 @@
 """A shared host: what another user there, and on the laptop, can see or do. Each line of the README's table is here."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from urllib.parse import urlsplit
 
 import pytest
-from client import api, check_failure, compute, listed, token_of
+from client import api, base_url, check_failure, compute, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of
 from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until, without_port
 
@@ -314,6 +316,97 @@ def test_a_stranger_on_the_port_is_never_opened(
             stranger.kill()
     assert states == ["no answer"]
     check_failure(run, 1, "something else answers on port", "is not the server")
+
+
+# Listens as soon as the port is free, takes every token, and prints what it is sent.
+SUCCESSOR = """
+import socket, sys
+print("up", flush=True)
+while True:
+    try:
+        s = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+        break
+    except OSError:
+        pass
+while True:
+    c, _ = s.accept()
+    c.settimeout(1)
+    try:
+        print(c.recv(4096), flush=True)
+        c.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n{}")
+    except OSError:
+        pass
+    c.close()
+"""
+
+
+@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+def test_a_stranger_on_the_port_of_a_server_that_ended_is_asked_nothing(
+    laptop: Laptop, shared: Host, eve: User, mode: List[str]
+) -> None:
+    run = laptop.start(*mode, "--local-port", str(quiet_port()), "host", has_terminal=False)
+    token = token_of(run.url())
+    run.expect("To end it")
+    (record,) = shared.servers()
+    argv = ["/usr/bin/python3", "-c", SUCCESSOR, str(record["port"])]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, text=True, user=eve.uid, group=65534, extra_groups=[], cwd="/"
+    ) as stranger:
+        try:
+            assert stranger.stdout is not None and stranger.stdout.readline() == "up\n"
+            os.killpg(record["pid"], signal.SIGKILL)
+            assert run.wait(30) == 4, run.text
+            assert [server for server in listed(laptop) if server["state"] == "live"] == []
+        finally:
+            stranger.kill()
+            heard = stranger.communicate()[0]
+    assert "has ended" in run.stderr
+    assert token not in heard
+
+
+def ask_with(cookies: str, url: str, path: str, data: Optional[bytes] = None) -> Tuple[int, str, List[str]]:
+    """Ask the server behind a printed URL, without its token; return the status, where it sends, and its cookies."""
+    parts = urlsplit(url)
+    xsrf = "".join(re.findall(r"_xsrf=([^;]+)", cookies))
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    with contextlib.closing(connection):
+        headers = {"Cookie": cookies, "X-XSRFToken": xsrf}
+        connection.request("POST" if data else "GET", base_url(url) + path, data, headers)
+        answer = connection.getresponse()
+        set_cookies = [words.partition(";")[0] for words in answer.headers.get_all("Set-Cookie", [])]
+        return answer.status, answer.headers.get("Location", ""), set_cookies
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize(
+    ("age", "options"),
+    [("", []), ("", ["--lab"]), ("notebook-6.4", []), ("lab-3.2", [])],
+    ids=["notebook", "lab", "notebook-6.4", "lab-3.2"],
+)
+def test_a_cookie_of_a_server_that_ended_opens_no_other(
+    laptop: Laptop, make_host: Callable[..., Host], age: str, options: List[str]
+) -> None:
+    host = make_host(path=str(jupyter_of(age))) if age else make_host()
+    arguments = ["--local-port", str(quiet_port()), *options, "host"]  # a cookie's name has the port in it
+    with laptop.opened(*arguments) as run:
+        url = run.url()
+        page = urlsplit(url)
+        path = page.path[len(base_url(url)) :]
+        cookies = "; ".join(ask_with("", url, "%s?%s" % (path, page.query))[2])
+        cookies += "; " + "; ".join(ask_with(cookies, url, path)[2])  # _xsrf comes with a page
+        assert ask_with(cookies, url, "api/contents")[0] == 200
+        assert ask_with(cookies, url, "api/kernels", b"{}")[0] == 201
+        (directory,) = host.home.glob(".local/state/rjupyter/servers/*")
+        secret = directory / "cookie_secret"
+        assert secret.stat().st_mode & 0o77 == 0 and directory.stat().st_mode & 0o77 == 0
+    assert laptop.run("host", "stop").status == 0
+    assert not secret.exists()
+    with laptop.opened(*arguments) as run:
+        assert ask_with(cookies, run.url(), "api/contents")[0] == 403
+        assert ask_with(cookies, run.url(), "api/kernels", b"{}")[0] == 403
+        status, place, _ = ask_with(cookies, run.url(), path)
+        assert status == 302 and "/login" in place
+        assert api(run.url(), "kernels") == []
 
 
 @pytest.mark.jupyter

@@ -208,6 +208,7 @@ def submits(laptop: Laptop, directory: Path, make_host: Callable[..., Host], com
     return ["--submit", "%s {script}" % (directory / "bin" / command), "host"]
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize("how", REFUSALS)
 @pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
 def test_of_a_job_that_was_not_taken_nothing_is_left(

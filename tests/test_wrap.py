@@ -189,6 +189,7 @@ def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap:
 # -- what is not there ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 @pytest.mark.parametrize(
     "wrap, words",
     [
@@ -208,6 +209,7 @@ def test_wrapper_that_cannot_be_run(
     assert not list(host.home.glob(".local/state/rjupyter/wrappers/*"))
 
 
+@pytest.mark.jupyter
 def test_stop_by_the_id_of_what_a_busy_server_runs_in_is_refused_as_well(laptop: Laptop, host: Host) -> None:
     """Where nobody can answer; its recording is kept when it is ended."""
     busy_kernel(held(laptop, "--wrap", "nice -n 1", "host").url())
