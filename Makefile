@@ -50,7 +50,7 @@ lint: ## ruff, mypy --strict, shellcheck
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	shellcheck tests/*.sh .ci/run
-	@.venv/bin/python tests/figures.py
+	@.venv/bin/python tests/size.py
 
 install: ## put it into $(PREFIX)/lib/rjupyter with its bytecode, so that it starts sooner, and a launcher on PATH
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib/rjupyter"

@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import pytest
 from browser import chromium
 from jupyters import standin
+from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
 from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
                 item.add_marker(name)
         if not any(item.get_closest_marker(name) for name in PARTS):
             item.add_marker("unit")
+
+
+def pytest_report_header(config: pytest.Config) -> List[str]:
+    """Say what is skipped on this machine, and how long the whole takes, where the whole is run."""
+    is_whole = not (config.option.keyword or config.option.markexpr or config.option.collectonly)
+    if hasattr(config, "workerinput") or not is_whole or [Path(word).name for word in config.args] != ["tests"]:
+        return []
+    return report(config.getoption("numprocesses", None) or 1)
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ runroot = "%s/podman"
 """
 
 
+def find_podman_obstacle() -> str:
+    """Return why there can be no containers here, as far as a look tells, or ""."""
+    if os.getuid() != 0:
+        return "podman is tested as root: an ordinary user needs subordinate uids"
+    missing = [name for name in ("podman", "runc") if not shutil.which(name)]
+    return "needs %s" % ", ".join(missing or [str(TAR)]) if missing or not TAR.exists() else ""
+
+
 class PrivatePodman:
     """podman, with the image of the tests. All tests share its images; a container belongs to the home that it sees."""
 
@@ -46,11 +54,9 @@ class PrivatePodman:
 
     def find_obstacle(self) -> str:
         """Return why there are no containers here; empty when there are. Imports the image, once for all tests."""
-        if os.getuid() != 0:
-            return "podman is tested as root: an ordinary user needs subordinate uids"
-        missing = [name for name in ("podman", "runc") if not shutil.which(name)]
-        if missing or not TAR.exists():
-            return "needs %s" % ", ".join(missing or [str(TAR)])
+        obstacle = find_podman_obstacle()
+        if obstacle:
+            return obstacle
         with open(TOP / "image.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.command("image", "exists", IMAGE).returncode:
