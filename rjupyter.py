@@ -6134,7 +6134,7 @@ class Tunnel:
             self._has_left = False
             is_open = is_open or self.ssh.forward(self.local_port, self.server.target)[0]
             if not is_open or not self._is_answering():
-                return "nothing comes through the tunnel"
+                return "nothing comes through the tunnel" if self.ssh.wait(0) else self.ssh.last_words
         return self.ssh.last_words
 
     def _ask_end(self) -> EndReply:
