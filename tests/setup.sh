@@ -6,7 +6,11 @@ set -eu
 
 purpose=${1:-test}
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+# The system's Python, where it can make environments: a distribution builds it with optimizations that pyenv leaves out.
+if [ -z "${PYTHON:-}" ] || [ "$PYTHON" = python3 ]; then
+    PYTHON=python3
+    /usr/bin/python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 9))' 2>/dev/null && PYTHON=/usr/bin/python3
+fi
 PATH=$PATH:/usr/sbin:/usr/local/sbin:/sbin
 
 # missing: the things that are not there, in our words; packages() turns them into a package manager's names.
