@@ -86,9 +86,9 @@ def compute(url: str, code: str, kernel: str = "") -> str:
 
 
 def busy_kernel(url: str) -> None:
-    """Let a new kernel compute until it is killed, and wait until the server says so."""
+    """Let a new kernel be busy until it is killed, at no cost, and wait until the server says so."""
     kernel = new_kernel(url)
-    connection = send(url, "while True: pass", kernel)
+    connection = send(url, "import time\nwhile True: time.sleep(600)", kernel)
     wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] == "busy", "the kernel computes")
     connection.close()
 

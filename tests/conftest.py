@@ -27,7 +27,7 @@ PARTS = {
     "browser": {"driver"},
 }
 # The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
-COPIED = {"test_first_minutes", "test_terminal"}
+COPIED = {"test_terminal"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them

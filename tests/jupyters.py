@@ -107,6 +107,30 @@ def standin() -> Path:
     return kept("standin", source.read_text(), make) / "bin"
 
 
+def standin_environment() -> Path:
+    """Return an environment with the stand-in for Jupyter, and a Python beside it that imports it, as venv makes one.
+
+    It is for the tests of which environment is taken; every user can run it.
+    """
+    source = Path(__file__).with_name("standin_jupyter.py")
+
+    def make(prefix: Path) -> None:
+        subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(prefix)], check=True)
+        (packages,) = prefix.glob("lib/python3*/site-packages")
+        shutil.copy(source, packages)
+        serve = "import sys\nimport standin_jupyter\nstandin_jupyter.serve(sys.argv[1:])\n"
+        for name, command, version in (("notebook", "jupyter-notebook", "7"), ("jupyterlab", "jupyter-lab", "4")):
+            (packages / ("%s-%s.99.0.dist-info" % (name, version))).mkdir()
+            (packages / name).mkdir()
+            (packages / name / "__init__.py").touch()
+            (packages / name / "__main__.py").write_text(serve)
+            (prefix / "bin" / command).write_text("#!%s/bin/python\n%s" % (prefix, serve))
+            (prefix / "bin" / command).chmod(0o755)
+        subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", str(packages)], check=True)
+
+    return kept("standin-environment", source.read_text(), make)
+
+
 def lighten(venv: Path) -> None:
     """Let a Jupyter start sooner, as without Node.js: it looks for no language server, nor for yarn's settings.
 

@@ -2,10 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,20 @@ from typing import Any, Callable, List
 
 import pytest
 from client import compute
-from jupyters import jupyter_for_everyone
-from sides import ON_HOST, SCRIPT, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, processes_with, wait_until, words_of
+from jupyters import jupyter_for_everyone, standin, standin_environment
+from sides import (
+    ON_HOST,
+    SCRIPT,
+    SYSTEM_PATH,
+    VENV_BIN,
+    Host,
+    Laptop,
+    Run,
+    bare_python,
+    processes_with,
+    wait_until,
+    words_of,
+)
 
 
 def venv_without_jupyter(prefix: Path) -> None:
@@ -34,30 +46,30 @@ def closed(run: Run) -> None:
 PLACES = ["proj/.venv", "proj/venv", "proj/env", ".venv", "proj/deep/.venv"]
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize("place", PLACES)
-def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(
-    laptop: Laptop, host: Host, place: str
-) -> None:
+def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(laptop: Laptop, host: Host) -> None:
     (host.home / "proj/deep/er").mkdir(parents=True)
-    venv_without_jupyter(host.home / place)
-    run = laptop.start("host:proj/deep/er" if "deep" in place else "host:proj", has_terminal=False)
-    url = run.url()
-    run.expect("To end it")
-    if compute(url, "import sys; print(sys.prefix)").strip() == str(host.home / place):
-        assert compute(url, "import mymodel; print(mymodel.answer)") == "42\n"
-        return
-    lines = [line for line in run.stderr.splitlines() if place in line]
-    assert lines and re.search("pip install|uv (pip|add)|ipykernel", run.stderr), run.stderr
+    for place in PLACES:
+        venv_without_jupyter(host.home / place)
+        with laptop.opened("--new", "--stop-on-exit", "host:proj/deep/er" if "deep" in place else "host:proj") as run:
+            pass
+        lines = [line for line in run.stderr.splitlines() if place in line]
+        assert lines and re.search("pip install|uv (pip|add)|ipykernel", run.stderr), run.stderr
+        shutil.rmtree(host.home / place)
 
 
 @pytest.mark.jupyter
-@pytest.mark.parametrize("place", PLACES)
-def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host, place: str) -> None:
+def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host) -> None:
+    """It is that of the directory, or of one above; the kernels of the last one tell it themselves."""
     (host.home / "proj/deep/er").mkdir(parents=True)
-    (host.home / place).symlink_to(jupyter_for_everyone().parent)
-    run = laptop.start("host:proj/deep/er" if "deep" in place else "host:proj", has_terminal=False)
-    assert compute(run.url(), "import sys; print(sys.prefix)").strip() == str(host.home / place)
+    for place in PLACES[:-1]:
+        (host.home / place).symlink_to(standin_environment())
+        with laptop.opened("--new", "--stop-on-exit", "host:proj") as run:
+            pass
+        assert "Using %s/bin/python (the project's environment)." % (host.home / place) in run.stderr, run.text
+        (host.home / place).unlink()
+    (host.home / PLACES[-1]).symlink_to(jupyter_for_everyone().parent)
+    url = laptop.start("host:proj/deep/er", has_terminal=False).url()
+    assert compute(url, "import sys; print(sys.prefix)").strip() == str(host.home / PLACES[-1])
 
 
 def test_environment_above_home_or_of_no_python_is_not_the_projects(laptop: Laptop, host: Host) -> None:
@@ -74,9 +86,7 @@ def test_environment_above_home_or_of_no_python_is_not_the_projects(laptop: Lapt
 def test_no_second_jupyter_is_installed_beside_an_environment_that_lacks_it_in_silence(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path
 ) -> None:
-    (directory / "bin").mkdir()
-    (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    host = make_host(path=str(directory / "bin"))
+    host = make_host(path=bare_python(directory / "bin"))
     (host.home / "proj").mkdir()
     venv_without_jupyter(host.home / "proj/.venv")
     run = laptop.run("--no-install", "host:proj")
@@ -95,24 +105,23 @@ LATE = [
 ]
 
 
-@pytest.mark.parametrize("options", LATE, ids=" ".join)
-def test_option_that_acts_at_a_launch_alone_is_said_not_to_apply(
-    laptop: Laptop, host: Host, options: List[str]
-) -> None:
-    first = laptop.start("host", has_terminal=False)
-    first.url()
-    first.expect("To end it")
-    closed(first)
-    run = laptop.start(*options, "host", has_terminal=False)
-    run.expect("^Found")
-    run.url()
-    run.expect("To end it")
-    (line,) = [line for line in run.stderr.splitlines() if "--new" in line]
-    for option in options:
-        if option.startswith("--"):
-            assert option.split("=")[0] in line
-    assert "whoever reaches" not in run.stderr
+def test_option_that_acts_at_a_launch_alone_is_said_not_to_apply(laptop: Laptop, host: Host) -> None:
+    with laptop.opened("host"):
+        pass
+    for options in LATE:
+        with laptop.opened(*options, "host") as run:
+            run.expect("^Found")
+        (line,) = [line for line in run.stderr.splitlines() if "--new" in line]
+        for option in options:
+            if option.startswith("--"):
+                assert option.split("=")[0] in line, (options, line)
+        assert "whoever reaches" not in run.stderr, (options, run.stderr)
     assert len(host.servers()) == 1
+    run = laptop.start("--json", "--idle-timeout", "1h", "host", has_terminal=False)
+    run.expect('"event": "open"')
+    run.interrupt()
+    run.wait()
+    assert re.search(r"idle.timeout", run.stdout), run.stdout
 
 
 def test_option_that_the_server_was_launched_with_needs_no_word(laptop: Laptop, host: Host) -> None:
@@ -123,18 +132,6 @@ def test_option_that_the_server_was_launched_with_needs_no_word(laptop: Laptop, 
         run.expect("To end it")
         assert "--new" not in run.stderr
         closed(run)
-
-
-def test_option_that_came_too_late_is_said_in_json_as_well(laptop: Laptop, host: Host) -> None:
-    first = laptop.start("host", has_terminal=False)
-    first.url()
-    first.expect("To end it")
-    closed(first)
-    run = laptop.start("--json", "--idle-timeout", "1h", "host", has_terminal=False)
-    run.expect('"event": "open"')
-    run.interrupt()
-    run.wait()
-    assert re.search(r"idle.timeout", run.stdout), run.stdout
 
 
 # -- Ctrl-C before there is a result ----------------------------------------------------------------------------------
@@ -161,10 +158,10 @@ def test_ctrl_c_while_python_reads_the_file(laptop: Laptop) -> None:
 def test_ctrl_c_at_the_question_for_a_host_key(laptop: Laptop, host: Host, mark: str) -> None:
     (host.sshd.directory / "known_hosts").write_text("")
     host.sshd.config.write_text(host.sshd.config.read_text().replace("StrictHostKeyChecking yes", ""))
-    for number in range(10):
+    for number in range(6):
         run = laptop.start(*([] if number % 2 else ["--no-mux"]), "host", "list")
         run.expect("Are you sure you want to continue connecting")
-        time.sleep(number * 0.003)  # not a wait: it is what is varied
+        time.sleep(number * 0.005)  # not a wait: it is what is varied
         run.interrupt()
         assert run.wait(20) == 130, run.text
         assert "rjupyter:" not in run.text and "lock" not in run.text and "Exception" not in run.text, run.text
@@ -181,35 +178,40 @@ def check_what_goes_on(laptop: Laptop, run: Run, goes_on: Callable[[], Any]) -> 
     wait_until(lambda: not goes_on(), "nothing goes on that was not said: " + run.text, 20)
 
 
-@pytest.mark.parametrize("has_terminal", [True, False], ids=["terminal", "none"])
-@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+@pytest.fixture
+def slow_host(make_host: Callable[..., Host], directory: Path) -> Host:
+    """A host whose Jupyter starts when there is the file `go` in home."""
+    command = directory / "bin/jupyter-notebook"
+    command.parent.mkdir()
+    wait = 'while ! test -e "$HOME/go"; do sleep 0.05; done'
+    command.write_text('#!/bin/sh\n%s\nexec %s "$@"\n' % (wait, standin() / "jupyter-notebook"))
+    command.chmod(0o755)
+    return make_host(path=str(command.parent))
+
+
+@pytest.mark.parametrize(
+    "mode, has_terminal", [([], True), (["--no-mux"], False)], ids=["mux in a terminal", "no-mux without one"]
+)
 def test_ctrl_c_while_jupyter_is_launched(
-    laptop: Laptop, host: Host, mark: str, has_terminal: bool, mode: List[str]
+    laptop: Laptop, slow_host: Host, mark: str, has_terminal: bool, mode: List[str]
 ) -> None:
-    go = host.home / "go"
-    (host.home / ".jupyter").mkdir()
-    text = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\n" % str(go)
-    (host.home / ".jupyter/jupyter_server_config.py").write_text(text)
     run = laptop.start(*mode, "host", has_terminal=has_terminal)
-    wait_until(host.servers, "it is launched")
+    wait_until(slow_host.servers, "it is launched")
     run.interrupt()
     check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
-    go.touch()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
+@pytest.mark.parametrize(
+    "mode, signum", [([], signal.SIGINT), (["--no-mux"], signal.SIGTERM)], ids=["mux, INT", "no-mux, TERM"]
+)
 def test_what_is_launched_with_stop_on_exit_ends_with_us(
-    laptop: Laptop, host: Host, mark: str, mode: List[str], signum: signal.Signals
+    laptop: Laptop, slow_host: Host, mark: str, mode: List[str], signum: signal.Signals
 ) -> None:
-    (host.home / ".jupyter").mkdir()
-    text = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)\n" % str(host.home / "go")
-    (host.home / ".jupyter/jupyter_server_config.py").write_text(text)
     run = laptop.start(*mode, "--stop-on-exit", "host", has_terminal=False)
-    wait_until(host.servers, "it is launched")
+    wait_until(slow_host.servers, "it is launched")
     os.kill(run.pid, signum)
-    assert run.wait(30) == 128 + signum, run.text
-    assert not host.servers() and "To end it" not in run.text
+    assert run.wait() == 128 + signum, run.text
+    assert not slow_host.servers() and "To end it" not in run.text
     assert not [words for words in processes_with(mark).values() if "jupyter-notebook" in words]
 
 
@@ -229,9 +231,9 @@ def test_ctrl_c_before_we_read_that_something_was_launched(
 def test_ctrl_c_while_jupyter_is_installed(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str
 ) -> None:
-    """pip waits for an index that does not answer."""
-    (directory / "bin").mkdir()
-    (directory / "bin/python3").symlink_to(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    """What installs waits for an index that does not answer; it is uv, whose environment is made at once."""
+    bare_python(directory / "bin")
+    (directory / "bin/uv").symlink_to(VENV_BIN / "uv")
     with socket.create_server(("127.0.0.1", 0)) as index:
         address = "http://127.0.0.1:%d/simple" % index.getsockname()[1]
         make_host(path=str(directory / "bin"), PIP_INDEX_URL=address, UV_INDEX_URL=address)

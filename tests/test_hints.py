@@ -5,14 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
 
 import pytest
 import shim_scheduler
-from client import api, compute, token_of
-from jupyters import jupyter_for_everyone
+from client import api, token_of
+from jupyters import standin, standin_environment
 from private_machines import Cluster, find_obstacle
 from sides import SCRIPT, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, quiet_port, wait_until, words_of
 
@@ -92,8 +91,9 @@ def test_hint_begins_as_the_program_was_called(tmp_path: Path, name: str) -> Non
         return run.stdout + run.stderr
 
     told = said(call + " --nonsense").split("try: ")[1].rstrip("\n")
-    assert said(told).startswith("usage: "), told
-    if name not in ("by sh", "as a module"):  # which it cannot know
+    if name in ("by sh", "as a module"):  # which it cannot know
+        assert said(told).startswith("usage: "), told
+    else:
         assert told == call + " --help"
 
 
@@ -102,40 +102,43 @@ def test_hint_begins_as_the_program_was_called(tmp_path: Path, name: str) -> Non
 
 def arguments_of(name: str, host: Host) -> List[str]:
     """Return how a server is opened: what chooses the host, the place and the environment, in many forms."""
-    prefix = jupyter_for_everyone().parent
+    prefix = standin_environment()
     port = str(host.sshd.port)
     return {
         "plain": ["host"],
-        "path": ["host:proj"],
         "home": ["host:"],
-        "IPv6": ["[::1]:proj"],
-        "IPv6 with a user": ["%s@[::1]:proj" % host.sshd.user],
-        "ssh://": ["ssh://%s@host:%s/proj" % (host.sshd.user, port)],
-        "ssh:// with a space": ["ssh://host:%s/a%%20b" % port],
-        "space": ["host:a b"],
-        "quote": ["host:it's"],
-        "percent": ["host:100%25"],
-        "colon": ["host:a:b"],
-        "dash": ["host:-x"],
-        "-p": ["-p", port, "host:proj"],
-        "-o": ["-o", "ServerAliveInterval=7", "-l", host.sshd.user, "host:proj"],
-        "lab": ["--lab", "host:proj"],
-        "app": ["--app", "lab", "host:proj"],
+        "IPv6, a space": ["[::1]:a b"],
+        "IPv6 with a user, a quote": ["%s@[::1]:it's" % host.sshd.user],
+        "ssh://": ["ssh://host:%s/proj" % port],
+        "ssh:// with a user, a space": ["ssh://%s@host:%s/a%%20b" % (host.sshd.user, port)],
+        "dash, percent, colon": ["host:-x 100%25:b"],
+        "-p, -o, -l": ["-p", port, "-o", "ServerAliveInterval=7", "-l", host.sshd.user, "host:proj"],
+        "lab, no-mux, local-port": ["--lab", "--no-mux", "--local-port", str(quiet_port()), "host:proj"],
+        "app, socket": ["--app", "lab", "--socket", "host:proj"],
+        "env, new": ["--env", str(prefix), "--new", "host:proj"],
+        "python, init": ["--python", str(prefix / "bin/python"), "--init", "export A='b c'", "host:proj"],
         "env": ["--env", str(prefix), "host:proj"],
-        "python": ["--python", str(prefix / "bin/python"), "host:proj"],
         "init": ["--init", "export A='b c'", "host:proj"],
-        "socket": ["--socket", "host:proj"],
-        "no-mux": ["--no-mux", "host:proj"],
-        "new": ["--new", "host:proj"],
-        "local-port": ["--local-port", str(quiet_port()), "host:proj"],
         "notebook": ["host:proj/n.ipynb"],
     }[name]
 
 
-NAMES = """
-plain|path|home|IPv6|IPv6 with a user|ssh://|ssh:// with a space|space|quote|percent|colon|dash|-p|-o|lab|app|env|python
-|init|socket|no-mux|new|local-port|notebook
-""".replace("\n", "").split("|")
+NAMES = [
+    pytest.param("plain", marks=pytest.mark.jupyter),
+    "home",
+    "IPv6, a space",
+    "IPv6 with a user, a quote",
+    "ssh://",
+    "ssh:// with a user, a space",
+    "dash, percent, colon",
+    "-p, -o, -l",
+    "lab, no-mux, local-port",
+    "app, socket",
+    "env, new",
+    "init",
+    "python, init",
+    "notebook",
+]
 
 
 def prepare(laptop: Laptop, host: Host) -> None:
@@ -143,35 +146,44 @@ def prepare(laptop: Laptop, host: Host) -> None:
 
     The login shell, which --init asks, finds the same Jupyter: none is installed.
     """
-    (host.home / ".profile").write_text("PATH=%s:$PATH\n" % VENV_BIN)
-    for directory in ("proj", "a b", "it's", "100%25", "a:b", "-x"):
+    (host.home / ".profile").write_text("PATH=%s:$PATH\n" % standin())
+    for directory in ("proj", "a b", "it's", "-x 100%25:b"):
         (host.home / directory).mkdir()
     (host.home / "proj/n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
     text = Path(laptop.config).read_text()
     Path(laptop.config).write_text(text.replace("Host host\n", "Host host ::1\n"))
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize("name", NAMES)
 def test_hints_of_an_open_lead_back_to_its_server_and_to_its_end(laptop: Laptop, host: Host, name: str) -> None:
+    """And after its end to such another."""
     prepare(laptop, host)
     run = closed(held(laptop, *arguments_of(name, host)))
-    (record,) = host.servers()
+    (first,) = host.servers()
     again = typed(laptop, hint(run, "back"))
     assert again.expect(r"^Found|^Launched|^rjupyter: .*").group() == "Found", again.text
     again.expect("To end it")
-    closed(again)
-    assert [one["id"] for one in host.servers()] == [record["id"]]
-    stop = typed(laptop, hint(run, "stop"))
+    assert [one["id"] for one in host.servers()] == [first["id"]]
+    api(again.url(), "shutdown", "POST")
+    assert again.wait() == 4
+    other = typed(laptop, hint(again, "try"))
+    other.expect("^Launched")
+    other.expect("To end it")
+    (second,) = [record for record in host.servers() if record["id"] != first["id"]]
+    for key in ("app", "root_dir"):
+        assert second[key] == first[key], key
+    for key in ("python", "env", "init", "socket"):
+        assert second["request"].get(key) == first["request"].get(key), key
+    closed(other)
+    stop = typed(laptop, hint(other, "stop"))
     assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
-    assert not host.servers()
+    assert second["id"] not in [record["id"] for record in host.servers()]
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize(
     "name, more",
-    [("env", []), ("init", ["--lab", "-p", "{port}"]), ("python", ["--state-dir", "my state"])],
-    ids=["env", "init", "python"],
+    [("env", ["--lab", "-p", "{port}"]), ("python, init", ["--state-dir", "my state"])],
+    ids=["env", "python, init"],
 )
 def test_hints_after_coming_back_have_what_was_typed_then(
     laptop: Laptop, host: Host, name: str, more: List[str]
@@ -196,50 +208,25 @@ def test_hints_after_coming_back_have_what_was_typed_then(
     assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize("name", ["IPv6", "ssh://", "space", "lab", "-p"])
-def test_hint_of_a_tunnel_in_the_background_closes_it(laptop: Laptop, host: Host, name: str) -> None:
+def test_hint_of_a_tunnel_in_the_background_closes_it(laptop: Laptop, host: Host) -> None:
     prepare(laptop, host)
-    run = laptop.run("-f", *arguments_of(name, host))
-    assert run.status == 0, run.text
-    done = typed(laptop, hint(run, "close"))
-    assert done.wait() == 0 and "losed" in done.stderr, done.text
+    config = laptop.config
+    for name in ("IPv6, a space", "ssh://", "lab, no-mux, local-port", "-p, -o, -l"):
+        laptop.config = config
+        run = laptop.run("-f", *arguments_of(name, host))
+        assert run.status == 0, run.text
+        done = typed(laptop, hint(run, "close"))
+        assert done.wait() == 0 and "losed" in done.stderr, (name, done.text)
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize("name", ["path", "lab", "IPv6", "ssh://", "env", "python", "init", "socket", "space", "-p"])
-def test_hint_after_the_end_of_a_server_starts_such_another(laptop: Laptop, host: Host, name: str) -> None:
-    prepare(laptop, host)
-    run = held(laptop, *arguments_of(name, host))
-    (first,) = host.servers()
-    api(run.url(), "shutdown", "POST")
-    assert run.wait(30) == 4
-    again = typed(laptop, hint(run, "try"))
-    again.expect("^Launched")
-    again.url()
-    (second,) = [record for record in host.servers() if record["id"] != first["id"]]
-    assert (second["app"], second["root_dir"]) == (first["app"], first["root_dir"])
-    for key in ("python", "env", "init", "socket"):
-        assert second["request"].get(key) == first["request"].get(key), key
-
-
-@pytest.mark.jupyter
-def test_hint_of_one_server_among_several_ends_that_one(laptop: Laptop, host: Host) -> None:
-    prepare(laptop, host)
-    closed(held(laptop, "host:proj"))
-    run = closed(held(laptop, "--new", "host:proj"))
-    first, _ = sorted(host.servers(), key=lambda record: float(record["created"]))
-    assert typed(laptop, hint(run, "stop")).wait() == 0
-    assert [record["id"] for record in host.servers()] == [first["id"]]
-
-
-@pytest.mark.jupyter
 @pytest.mark.parametrize("path", ["host", "host:proj"])
 def test_hint_after_attach_leads_to_the_same_server(laptop: Laptop, host: Host, path: str) -> None:
+    """Of three in one place, each hint is for one."""
     prepare(laptop, host)
     closed(held(laptop, path))
-    closed(held(laptop, "--new", path))
-    old, _ = sorted(host.servers(), key=lambda record: float(record["created"]))
+    (old,) = host.servers()
+    newer = closed(held(laptop, "--new", path))
+    newest = closed(held(laptop, "--new", path))
     run = closed(held(laptop, "--attach", old["id"], path))
     token = token_of(run.url())
     again = typed(laptop, hint(run, "back"))
@@ -247,10 +234,13 @@ def test_hint_after_attach_leads_to_the_same_server(laptop: Laptop, host: Host, 
     again.expect("To end it")
     closed(again)
     assert typed(laptop, hint(again, "stop")).wait() == 0
-    assert old["id"] not in [record["id"] for record in host.servers()]
+    left = [record["id"] for record in host.servers()]
+    assert len(left) == 2 and old["id"] not in left
+    assert typed(laptop, hint(newer, "stop")).wait() == 0
+    (last,) = host.servers()
+    assert last["id"] in left and "pid %d," % last["pid"] in newest.text
 
 
-@pytest.mark.jupyter
 def test_hint_after_attach_to_a_server_of_another_app(laptop: Laptop, host: Host) -> None:
     prepare(laptop, host)
     closed(held(laptop, "--lab", "host:proj"))
@@ -275,7 +265,7 @@ def queue(directory: Path, make_host: Callable[..., Host]) -> Iterator[Tuple[Hos
     try:
         cluster.start_machines()
         binaries = shim_scheduler.install(shims, "pbs", cluster.machines["node1"].enter())
-        host = make_host(path="%s:%s" % (binaries, VENV_BIN), prefix=cluster.login_prefix)
+        host = make_host(path="%s:%s" % (binaries, standin()), prefix=cluster.login_prefix)
         (host.home / "my work").mkdir()
         yield host, shims
         for job in shims.glob("*.job"):
@@ -288,10 +278,6 @@ def submissions(shims: Path) -> int:
     return len([line for line in (shims / "asked").read_text().splitlines() if json.loads(line)[0] == "qsub"])
 
 
-def is_submitted(shims: Path, number: int) -> bool:
-    return number in shim_scheduler.jobs(shims)
-
-
 def none_on_the_login_node(host: Host) -> bool:
     return all(record["job"] for record in host.servers())
 
@@ -299,42 +285,38 @@ def none_on_the_login_node(host: Host) -> bool:
 SUBMIT = ["--submit", "qsub -l 'select=1:ncpus=1' {script}", "host:my work"]
 
 
-@pytest.mark.jupyter
-def test_hints_of_a_job_lead_back_to_it_and_to_its_end(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
+def test_hints_of_a_job_lead_back_to_it_and_to_its_end_and_then_submit_another(
+    laptop: Laptop, queue: Tuple[Host, Path]
+) -> None:
     host, shims = queue
     (shims / "go").touch()
     run = closed(held(laptop, *SUBMIT))
     again = typed(laptop, hint(run, "back"))
     assert token_of(again.url()) == token_of(run.url())
     again.expect("To end it")
-    closed(again)
     assert submissions(shims) == 1 and none_on_the_login_node(host)
-    stop = typed(laptop, hint(run, "stop"))
-    assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
-    wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone", 20)
-
-
-@pytest.mark.jupyter
-@pytest.mark.parametrize("kind", ["back", "try"])
-def test_hints_after_the_end_of_a_job_submit_another(laptop: Laptop, queue: Tuple[Host, Path], kind: str) -> None:
-    host, shims = queue
-    (shims / "go").touch()
-    run = held(laptop, *SUBMIT)
-    if kind == "back":
-        closed(run)
-    subprocess.run([str(shims / "bin/qdel"), "41"], check=True)
-    wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone", 20)
-    if kind == "try":
-        assert run.wait(40) == 4, run.text
-    again = typed(laptop, hint(run, kind))
-    again.url()
-    again.expect("To end it")
+    delete(shims, 41)
+    assert again.wait() == 4, again.text
+    second = typed(laptop, hint(again, "try"))
+    second.expect("To end it")
     assert submissions(shims) == 2 and none_on_the_login_node(host)
-    closed(again)
-    assert laptop.run(*hint(again, "stop")).status == 0
+    closed(second)
+    delete(shims, 42)
+    third = typed(laptop, hint(second, "back"))
+    third.expect("To end it")
+    assert submissions(shims) == 3 and none_on_the_login_node(host)
+    closed(third)
+    stop = typed(laptop, hint(third, "stop"))
+    assert stop.wait() == 0 and "Stopped" in stop.stderr, stop.text
+    wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone")
 
 
-@pytest.mark.jupyter
+def delete(shims: Path, number: int) -> None:
+    """End a job as its user does."""
+    subprocess.run([str(shims / "bin/qdel"), str(number)], check=True)
+    wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone")
+
+
 def test_hint_after_ctrl_c_while_a_job_waits_leads_back_to_it(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
     host, shims = queue
     run = laptop.start(*SUBMIT, has_terminal=False)
@@ -347,39 +329,34 @@ def test_hint_after_ctrl_c_while_a_job_waits_leads_back_to_it(laptop: Laptop, qu
     kind = kinds[0]
     if kind != "stop":
         (shims / "go").touch()
-        assert compute(typed(laptop, hint(run, kind)).url(), "print(1)") == "1\n"
+        assert api(typed(laptop, hint(run, kind)).url(), "status")["kernels"] == 0
         laptop.end_runs()
     assert submissions(shims) == 1 and none_on_the_login_node(host)
     assert typed(laptop, hint(run, "stop")).wait() == 0
     wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone", 20)
 
 
-@pytest.mark.parametrize("words", [["stop"], ["stop", "--yes"]], ids=" ".join)
-def test_stop_without_a_path_stops_the_only_job_that_waits(
-    laptop: Laptop, queue: Tuple[Host, Path], words: List[str]
-) -> None:
-    _, shims = queue
-    run = laptop.start(*SUBMIT, has_terminal=False)
-    wait_until(lambda: shim_scheduler.jobs(shims), "it is submitted")
-    run.expect("41", 30)
-    run.interrupt()
-    run.wait(20)
-    stop = laptop.run("host", *words)
-    assert stop.status == 0 and "No server" not in stop.stderr, stop.text
-    wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone", 20)
-
-
-def test_stop_without_a_path_names_the_jobs_when_several_wait(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
+def test_stop_without_a_path_while_jobs_wait(laptop: Laptop, queue: Tuple[Host, Path]) -> None:
+    """It names them where there are several, and stops the only one."""
     host, shims = queue
     (host.home / "other").mkdir()
-    for number, path in ((41, "host:my work"), (42, "host:other")):
+
+    def submit(number: int, path: str) -> None:
         run = laptop.start(*SUBMIT[:2], path, has_terminal=False)
-        wait_until(partial(is_submitted, shims, number), "it is submitted")
-        run.expect(str(number), 30)
+        wait_until(lambda: number in shim_scheduler.jobs(shims), "it is submitted")
+        run.expect(str(number))
         run.interrupt()
-        run.wait(20)
+        run.wait()
+
+    submit(41, "host:my work")
+    submit(42, "host:other")
     stop = laptop.run("host", "stop")
     assert stop.status == 1 and "my work" in stop.stderr and "other" in stop.stderr, stop.text
     assert len(shim_scheduler.jobs(shims)) == 2
     assert laptop.run("host", "stop", "--all").status == 0
-    wait_until(lambda: not shim_scheduler.jobs(shims), "the jobs are gone", 20)
+    wait_until(lambda: not shim_scheduler.jobs(shims), "the jobs are gone")
+    for number, words in ((43, ["stop"]), (44, ["stop", "--yes"])):
+        submit(number, "host:my work")
+        stop = laptop.run("host", *words)
+        assert stop.status == 0 and "No server" not in stop.stderr, stop.text
+        wait_until(lambda: not shim_scheduler.jobs(shims), "the job is gone")
