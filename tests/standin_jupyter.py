@@ -3,7 +3,8 @@
 It does what rjupyter.py asks of a server, and no more: it reads the command line and the token file, looks for its port
 as Jupyter does, writes the runtime file before it binds, answers `/api/status`, `/api/kernels` and `/api/sessions`
 (there are none), refuses who has no token, shows a page, ends by `/api/shutdown` or SIGTERM, and removes its files.
-It has no kernels, and nothing is recorded. A test that needs more is marked `jupyter`, and has the real one.
+It runs the user's configuration, of which it heeds no setting. It has no kernels, and nothing is recorded. A test that
+needs more is marked `jupyter`, and has the real one.
 """
 
 import json
@@ -28,8 +29,19 @@ def settings_of(argv: List[str]) -> Dict[str, Any]:
     return settings
 
 
+class Unheeded:
+    """What the user's configuration sets, in vain."""
+
+    def __getattr__(self, name: str) -> "Unheeded":
+        return self
+
+
 def serve(argv: List[str]) -> None:
     """Be the server until it is shut down."""
+    configuration = os.path.expanduser("~/.jupyter/jupyter_server_config.py")
+    if os.path.exists(configuration):
+        with open(configuration) as stream:
+            exec(stream.read(), {"c": Unheeded()})
 
     def log(words: str) -> None:
         sys.stderr.write("[I %s ServerApp] %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S.000"), words))
