@@ -9,12 +9,13 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
 from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of, standin, standin_environment
+from private_machines import find_namespaces_obstacle
 from sides import (
     SCRIPT,
     SYSTEM_PATH,
@@ -28,8 +29,6 @@ from sides import (
     wait_until,
     without_port,
 )
-
-import rjupyter
 
 
 @pytest.fixture
@@ -412,48 +411,49 @@ def test_umask_000(laptop: Laptop, make_user: Callable[[str], User], make_host: 
             assert closed, path
 
 
-def test_path_with_busybox_only(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+def in_namespace(setup: str) -> List[str]:
+    """Return a command that starts sshd where the files of the system are others, after `setup`."""
+    obstacle = find_namespaces_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    return ["unshare", "--mount", "sh", "-c", setup + ' && exec "$@"', "sh"]
+
+
+def test_busybox_only(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    """It is the login shell, /bin/sh, and all that is on PATH."""
+    if not os.path.exists("/bin/busybox"):
+        pytest.skip("this machine has no /bin/busybox")
     path = bare_python(directory / "bin")
-    for applet in subprocess.check_output(["busybox", "--list"], text=True).split():
+    for applet in subprocess.check_output(["/bin/busybox", "--list"], text=True).split():
         if not (directory / "bin" / applet).exists():
             (directory / "bin" / applet).symlink_to("/bin/busybox")
-    host = make_host(PATH=path)
+    users = directory / "passwd"
+    setup = "sed 's#:[^:]*$#:/bin/sh#' /etc/passwd >%s && mount --bind %s /etc/passwd" % (users, users)
+    host = make_host(PATH=path, prefix=in_namespace(setup + " && mount --bind /bin/busybox /bin/sh"))
+    assert "BusyBox" in host.sshd.ssh("exec /bin/sh --help").stderr
     environment_at(host.home / "miniconda3")
     with laptop.opened("host") as run:
         assert api(run.url(), "status")["kernels"] == 0
     assert "Stopped" in laptop.run("host", "stop").stderr
 
 
-def test_prologue_in_busybox_sh(directory: Path) -> None:
-    if not os.path.exists("/bin/busybox"):
-        pytest.skip("this machine has no /bin/busybox")
-    command = rjupyter.agent_command().replace("exec /bin/sh", "exec /bin/busybox sh")
-    request = rjupyter.Request(nonce="n", action="open", path="nowhere")
-    answer = subprocess.run(
-        ["/bin/busybox", "sh", "-c", command],
-        input=rjupyter.agent_input(command, rjupyter.AgentSource().of(request.action), request),
-        capture_output=True,
-        env={"HOME": str(directory), "PATH": bare_python(directory / "bin")},
-    )
-    assert b"no such directory on the host" in answer.stdout
+SMUGGLED = ["/x; touch pwned", "$(touch pwned)", "x' ; touch pwned; '", "-c", "~", "/x\ntouch pwned"]
 
 
-def test_no_python_at_all(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    """A host without python3, as far as the prologue sees; then one where the user names where it is."""
-    python3 = Path(bare_python(directory / "bin")) / "python3"
-    named = str(python3.rename(python3.with_name("python3.named")))
-    monkeypatch.setattr(rjupyter, "PYTHONS", ["no-such-python", "/no/such/python3"])
-    request = rjupyter.Request(nonce="n", action="open", path="nowhere")
-    for python, words in (("", b"rjupyter: no python3\n"), (named, b"no such directory")):
-        command = rjupyter.agent_command(python)
-        data = rjupyter.agent_input(command, rjupyter.AgentSource().of(request.action), request)
-        answer = subprocess.run(["sh", "-c", command], input=data, capture_output=True, env={"HOME": str(directory)})
-        assert words in answer.stdout
-
-
-@pytest.mark.parametrize("smuggled", ["/x; touch pwned", "$(touch pwned)", "a b", "'", "-c", "/x'", "~", "/x\ny"])
-def test_python_named_by_the_user_cannot_smuggle(smuggled: str) -> None:
-    assert rjupyter.agent_command(smuggled) == rjupyter.agent_command()
+def test_no_python_at_all(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    """It is said; where the user names where one is, that is taken; and what is named is never a command."""
+    named = directory / "bin/python3.named"
+    named.parent.mkdir()
+    named.touch()
+    setup = 'mount --bind "$(readlink -f /usr/bin/python3)" %s; ' % named
+    setup += "for p in /usr/bin /usr/local/bin /opt/conda/bin; do "
+    setup += "[ ! -e $p/python3 ] || mount --bind /dev/null $p/python3; done"
+    make_host(path=str(named.parent), prefix=in_namespace(setup))
+    check_failure(laptop.run("host"), 3, "no python3 on host", "needs Python 3.6 or newer")
+    check_failure(laptop.run("--python", str(named), "host:nowhere"), 1, "no such directory on the host")
+    for smuggled in SMUGGLED:
+        assert "no python3 on host" in laptop.run("--python=" + smuggled, "host").stderr, smuggled
+    assert not list(directory.rglob("pwned"))
 
 
 # -- the laptop -------------------------------------------------------------------------------------------------------
