@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple
 
@@ -129,6 +130,28 @@ def standin_environment() -> Path:
         subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", str(packages)], check=True)
 
     return kept("standin-environment", source.read_text(), make)
+
+
+def standin_wheels() -> Path:
+    """Return a directory with wheels of the stand-in, named as those of Jupyter: what is installed from there."""
+    source = Path(__file__).with_name("standin_jupyter.py").read_text()
+
+    def make(directory: Path) -> None:
+        directory.mkdir()
+        for name, command, version in (("notebook", "jupyter-notebook", "7.9"), ("jupyterlab", "jupyter-lab", "4.9")):
+            facts = "%s-%s.dist-info" % (name, version)
+            files = {
+                name + "/__init__.py": source + "\n\ndef main() -> None:\n    serve(sys.argv[1:])\n",
+                facts + "/METADATA": "Metadata-Version: 2.1\nName: %s\nVersion: %s\n" % (name, version),
+                facts + "/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                facts + "/entry_points.txt": "[console_scripts]\n%s = %s:main\n" % (command, name),
+            }
+            files[facts + "/RECORD"] = "".join("%s,,\n" % file for file in [*files, facts + "/RECORD"])
+            with zipfile.ZipFile(directory / ("%s-%s-py3-none-any.whl" % (name, version)), "w") as wheel:
+                for file, text in files.items():
+                    wheel.writestr(file, text)
+
+    return kept("standin-wheels", source, make)
 
 
 def lighten(venv: Path) -> None:
