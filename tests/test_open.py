@@ -468,8 +468,8 @@ def test_no_jupyter_installs_a_private_one_by_uv(
 ) -> None:
     path = bare_python(directory / "bin")
     (directory / "bin" / "uv").symlink_to(VENV_BIN / "uv")
-    cache = {"UV_CACHE_DIR": str(CACHE / "uv"), "UV_LINK_MODE": "copy"}  # what was loaded from the index once
-    host = make_host(path=path, UV_SYSTEM_CERTS="1", UV_NATIVE_TLS="1", **cache)
+    cache = str(CACHE / "uv")  # what was loaded from the index once is linked from there
+    host = make_host(path=path, UV_SYSTEM_CERTS="1", UV_NATIVE_TLS="1", UV_CACHE_DIR=cache)
     url = installed(laptop, host, "uv")
     assert compute(url, "import sys; print(sys.prefix)") == "%s/.local/share/rjupyter/venv\n" % host.home
 

@@ -248,7 +248,7 @@ def test_stop_without_a_question(laptop: Laptop, host: Host, mark: str) -> None:
         busy_kernel(laptop.start("host:%d" % number, has_terminal=False).url())
     stop = laptop.run("host:0", "stop", "--yes", has_terminal=True)
     assert stop.status == 0 and "same?" not in stop.text
-    assert laptop.run("host:", "stop", "--all", "--yes").status == 0
+    assert laptop.run("host", "stop", "--all", "--yes").status == 0
     wait_until(lambda: not [w for w in processes_with(mark).values() if "ipykernel" in w], "no kernel")
 
 
