@@ -40,9 +40,9 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
         r"Launched Jupyter Notebook \d\S* in %s/work \(pid \d+, port \d+, \d+\.\d s\)\." % re.escape(str(host.home)),
         r"Forwarding 127\.0\.0\.1:\d+ to host:\d+\.",
         r"http://127\.0\.0\.1:\d+/tree\?token=[0-9a-f]{48}",
-        r"Ctrl-C closes the tunnel; the server keeps running\. To end it: rjupyter\.py -F \S+ host stop",
+        r"Ctrl-C closes the tunnel; the server keeps running\. To end it: \S*rjupyter\.py -F \S+ host stop",
         r"\^C",
-        r"Closed\. Back again with: rjupyter\.py -F \S+ host:work",
+        r"Closed\. Back again with: \S*rjupyter\.py -F \S+ host:work",
     ]
     assert len(lines) == len(patterns), lines
     for line, pattern in zip(lines, patterns):
@@ -383,6 +383,7 @@ def test_no_such_directory(laptop: Laptop, host: Host) -> None:
     check_failure(laptop.run("host:x.ipynb"), 1, "no such notebook")
 
 
+@pytest.mark.jupyter
 def test_jupyter_that_dies_at_start(laptop: Laptop, host: Host) -> None:
     run = laptop.run("--server-arg=--ServerApp.port=nonsense", "host")
     check_failure(run, 4, "Jupyter did not start", "exited with status 1", "nonsense", "failed.log")
@@ -489,10 +490,10 @@ def test_no_jupyter_installs_a_private_one_by_pip(
 
 
 def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
-    host = make_host(path=bare_python(directory / "bin"), PIP_INDEX_URL="http://127.0.0.1:1", PIP_RETRIES="0")
-    host.sshd.environment["PIP_NO_INDEX"] = "1"
-    host.sshd.stop()
-    host.sshd.start()
+    """By uv, whose environment is made at once."""
+    path = bare_python(directory / "bin")
+    (directory / "bin/uv").symlink_to(VENV_BIN / "uv")
+    make_host(path=path, UV_OFFLINE="1")
     check_failure(laptop.run("host"), 3, "could not be installed", "-m pip install")
 
 

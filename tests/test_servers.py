@@ -266,6 +266,7 @@ def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     assert not list(runtime_directory(host).glob("jpserver-*"))
 
 
+@pytest.mark.jupyter
 def test_logs(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     token = parse_qs(urlsplit(url).query)["token"][0]
@@ -298,6 +299,7 @@ def test_log_for_which_the_host_has_no_memory(laptop: Laptop, make_host: Callabl
     assert is_whole
 
 
+@pytest.mark.jupyter
 def test_logs_that_are_followed(laptop: Laptop, host: Host, mark: str) -> None:
     url = laptop.start("host", has_terminal=False).url()
     follow = laptop.start("host", "logs", "-f")
