@@ -494,7 +494,7 @@ def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], dire
     path = bare_python(directory / "bin")
     (directory / "bin/uv").symlink_to(VENV_BIN / "uv")
     make_host(path=path, UV_OFFLINE="1")
-    check_failure(laptop.run("host"), 3, "could not be installed", "-m pip install")
+    check_failure(laptop.run("host"), 3, "could not be installed", "bin/uv pip install --python ~/.local")
 
 
 def test_stranger_behind_the_port_is_not_opened(laptop: Laptop, host: Host) -> None:
