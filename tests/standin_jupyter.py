@@ -86,7 +86,14 @@ def serve(argv: List[str]) -> None:
             state = {"started": started, "last_activity": started, "connections": 0, "kernels": 0}
             facts: Any = {
                 "api": {"version": "2.99.0"},
-                "api/status": dict(state, node=os.uname().nodename, root_dir=root_dir),
+                "api/status": dict(
+                    state,
+                    node=os.uname().nodename,
+                    root_dir=root_dir,
+                    pid=os.getpid(),
+                    uid=os.getuid(),
+                    nice=os.nice(0),
+                ),
                 "api/kernels": [],
                 "api/sessions": [],
                 "api/kernelspecs": {"default": "python3", "kernelspecs": {}},
