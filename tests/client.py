@@ -85,6 +85,12 @@ def compute(url: str, code: str, kernel: str = "") -> str:
     return printed
 
 
+def whereabouts(url: str) -> str:
+    """Return on which node and in which directory the stand-in for Jupyter behind a printed URL runs."""
+    status = api(url, "status")
+    return "%s %s" % (status["node"], status["root_dir"])
+
+
 def busy_kernel(url: str) -> None:
     """Let a new kernel be busy until it is killed, at no cost, and wait until the server says so."""
     kernel = new_kernel(url)

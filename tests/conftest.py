@@ -109,8 +109,8 @@ def make_user(directory: Path) -> Iterator[Callable[[str], User]]:
 def make_host(
     directory: Path, mark: str, laptop: Laptop, make_user: Any, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., Host]]:
-    """Makes hosts; `path` in front of the system's is where Jupyter is, `settings` goes into sshd_config; `prefix` is a
-    command that starts sshd, as PrivateSshd has it."""
+    """Makes hosts; `path` in front of the system's is where Jupyter is, and `front` goes before that; `settings` goes
+    into sshd_config; `prefix` is a command that starts sshd, as PrivateSshd has it."""
     hosts = []
 
     def make(
@@ -119,10 +119,12 @@ def make_host(
         name: str = "host",
         user: Optional[User] = None,
         prefix: Sequence[str] = (),
+        front: str = "",
         **environment: str,
     ) -> Host:
         if not path:
             path = str(VENV_BIN if request.node.get_closest_marker("jupyter") else standin())
+        path = "%s:%s" % (front, path) if front else path
         base = directory / name
         base.mkdir()
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)

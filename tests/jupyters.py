@@ -83,17 +83,18 @@ def jupyter_as_installed() -> Path:
     return environment("whole", os.path.realpath(sys.executable), TODAY, is_light=False)
 
 
-def standin() -> Path:
+def standin(has_python: bool = False) -> Path:
     """Return the bin directory of the stand-in for Jupyter, under the system's Python: every user can run it.
 
     Its commands are scripts of sh, with no Python beside them: so nothing is recorded, which would take longer to start
-    than the stand-in does.
+    than the stand-in does. What runs inside something needs one that has the modules: `has_python`.
     """
     source = Path(__file__).with_name("standin_jupyter.py")
     script = (
         '#!/bin/sh\nexec /usr/bin/python3 -IS -c \'import sys; sys.path.insert(0, "%s"); import standin_jupyter; '
         'standin_jupyter.serve(sys.argv[2:])\' "$0" "$@"\n'
     )
+    python = '#!/bin/sh\nPYTHONPATH=%s exec /usr/bin/python3 -S "$@"\n'
 
     def make(prefix: Path) -> None:
         (prefix / "bin").mkdir(parents=True)
@@ -102,10 +103,15 @@ def standin() -> Path:
             program = prefix / "bin" / {"notebook": "jupyter-notebook", "jupyterlab": "jupyter-lab"}[name]
             program.write_text(script % (prefix / "lib"))
             program.chmod(0o755)
+            (prefix / "lib" / name).mkdir()
+            (prefix / "lib" / name / "__init__.py").touch()
+        if has_python:
+            (prefix / "bin/python").write_text(python % (prefix / "lib"))
+            (prefix / "bin/python").chmod(0o755)
         shutil.copy(source, prefix / "lib")
         subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", str(prefix / "lib")], check=True)
 
-    return kept("standin", source.read_text(), make) / "bin"
+    return kept("standin-with-python" if has_python else "standin", source.read_text(), make) / "bin"
 
 
 def standin_environment() -> Path:

@@ -26,7 +26,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 from private_sshd import children
 from sides import TOP
 
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # The first process of a machine: it says that the machine is up, and takes in what nobody waits for.

@@ -45,15 +45,17 @@ for ignored in (signal.SIGHUP, signal.SIGINT):  # as under nohup, or in the back
         signal.signal(ignored, signal.SIG_DFL)
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
-    """Poll until `condition` gives something true, and return it; fail after `timeout_s`."""
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S, pause_s: float = 0.02) -> Any:
+    """Poll until `condition` gives something true, and return it; fail after `timeout_s`.
+
+    What costs a command each time, and may take long, is asked with a longer pause."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = condition()
         if found:
             return found
         assert time.monotonic() < deadline, "not within %d s: %s" % (timeout_s, what)
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:

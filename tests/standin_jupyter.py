@@ -1,10 +1,10 @@
 """A stand-in for a Jupyter server, for the tests in which Jupyter is not the point: 50 ms in place of 1 s.
 
 It does what rjupyter.py asks of a server, and no more: it reads the command line and the token file, looks for its port
-as Jupyter does, writes the runtime file before it binds, answers `/api/status`, `/api/kernels` and `/api/sessions`
-(there are none), refuses who has no token, shows a page, ends by `/api/shutdown` or SIGTERM, and removes its files.
-It runs the user's configuration, of which it heeds no setting. It has no kernels, and nothing is recorded. A test that
-needs more is marked `jupyter`, and has the real one.
+as Jupyter does, writes the runtime file before it binds, answers `/api/status` (which says where it runs as well),
+`/api/kernels` and `/api/sessions` (there are none), refuses who has no token, shows a page, ends by `/api/shutdown` or
+SIGTERM, and removes its files. It runs the user's configuration, of which it heeds no setting. It has no kernels, and
+nothing is recorded. A test that needs more is marked `jupyter`, and has the real one.
 """
 
 import json
@@ -94,9 +94,17 @@ def serve(argv: List[str]) -> None:
                 else:
                     self.answer(302, b"", "text/html", Location=base_url + "login")
                 return
+            state = {"started": started, "last_activity": started, "connections": 0, "kernels": 0}
             facts: Any = {
                 "api": {"version": "2.99.0"},
-                "api/status": {"started": started, "last_activity": started, "connections": 0, "kernels": 0},
+                "api/status": dict(
+                    state,
+                    node=os.uname().nodename,
+                    root_dir=root_dir,
+                    pid=os.getpid(),
+                    uid=os.getuid(),
+                    nice=os.nice(0),
+                ),
                 "api/kernels": [],
                 "api/sessions": [],
                 "api/kernelspecs": {"default": "python3", "kernelspecs": {}},

@@ -12,13 +12,13 @@ from typing import Callable, Iterator, List
 
 import pytest
 import shim_scheduler
-from client import check_failure, compute, held, listed
-from jupyters import jupyter_for_everyone
+from client import check_failure, compute, held, listed, whereabouts
+from jupyters import jupyter_for_everyone, standin
 from notebooks import printed, write_notebook
 from private_gridengine import PrivateGridEngine, find_gridengine_obstacle
 from private_machines import Cluster, find_obstacle
 from readme import README
-from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until, without_port
+from sides import Host, Laptop, User, quiet_port, wait_until, without_port
 
 import rjupyter
 
@@ -39,13 +39,24 @@ def engine(directory: Path) -> Iterator[PrivateGridEngine]:
         engine.stop()
 
 
-@pytest.fixture
-def login(engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: Callable[[str], User]) -> Host:
-    """The login node, for a user whose login shell knows where Jupyter is."""
+def login_for(
+    engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: Callable[[str], User], jupyter: Path
+) -> Host:
+    """Return the login node, for a user whose login shell knows where Jupyter is."""
     user = make_user("/bin/bash")
-    user.write(".bash_profile", "export PATH=%s:$PATH\n" % jupyter_for_everyone())
+    user.write(".bash_profile", "export PATH=%s:$PATH\n" % jupyter)
     user.write("work/readme", "")
     return make_host(user=user, prefix=engine.login_prefix, **engine.environment())
+
+
+@pytest.fixture
+def login(engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: Callable[[str], User]) -> Host:
+    """The login node, with the stand-in for Jupyter."""
+    return login_for(engine, make_host, make_user, standin())
+
+
+def see_nothing_left(engine: PrivateGridEngine) -> None:
+    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20, 0.5)
 
 
 def nothing_left(engine: PrivateGridEngine) -> bool:
@@ -53,7 +64,11 @@ def nothing_left(engine: PrivateGridEngine) -> bool:
 
 
 @pytest.mark.jupyter
-def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
+def test_grid_engine_runs_the_server_and_a_notebook(
+    laptop: Laptop, engine: PrivateGridEngine, make_host: Callable[..., Host], make_user: Callable[[str], User]
+) -> None:
+    """And stop ends the server."""
+    login = login_for(engine, make_host, make_user, jupyter_for_everyone())
     with laptop.opened("--local-port", str(quiet_port()), *QSUB, "host:work") as run:
         url = run.url()
         assert compute(url, WHERE) == "node1 %s\n" % (login.home / "work")
@@ -65,24 +80,33 @@ def test_grid_engine_runs_the_server_and_stop_ends_it(laptop: Laptop, engine: Pr
         assert "Found Jupyter Notebook" in again.stderr
     stop = laptop.run("host", "stop")
     assert stop.status == 0, stop.text
-    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+    see_nothing_left(engine)
     assert not listed(laptop, "job")
+    write_notebook(laptop.home / "train.ipynb", WHERE, "print(6 * 7)")
+    run = laptop.run(*QSUB, "host:work", "execute", "train.ipynb")
+    assert run.status == 0, run.text
+    assert printed(laptop.home / "train.executed.ipynb") == ["node1 %s\n" % (login.home / "work"), "42\n"]
+    see_nothing_left(engine)
 
 
-@pytest.mark.jupyter
-def test_grid_engine_is_waited_for_and_a_job_that_is_deleted_is_said(
+def test_grid_engine_is_waited_for_and_a_job_that_ends_is_said(
     laptop: Laptop, engine: PrivateGridEngine, login: Host
 ) -> None:
+    """One that is deleted, and one whose time is up, wherever it is then."""
     blocking = engine.occupy()
     run = laptop.start(*QSUB, "host", has_terminal=False)
     run.expect(r"^Job 2 pending\.$")
     engine.cancel(blocking)
-    assert compute(run.url(), WHERE).startswith("node1 ")
+    assert whereabouts(run.url()).startswith("node1 ")
     engine.cancel(2)
     assert run.wait() == 4
     assert "job: it has ended: cancelled, failed or out of time" in run.stderr
     # Grid Engine kills the group of the job's process; Jupyter has one of its own, and ends all the same.
-    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
+    see_nothing_left(engine)
+    run = laptop.start("--submit", "qsub -o /dev/null -j y -l h_rt=0:00:12", "host", has_terminal=False)
+    assert run.wait() == 4
+    assert "job: it has ended: cancelled, failed or out of time" in run.stderr
+    see_nothing_left(engine)
 
 
 def test_grid_engine_holds_a_job_and_stop_deletes_it(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
@@ -95,23 +119,6 @@ def test_grid_engine_holds_a_job_and_stop_deletes_it(laptop: Laptop, engine: Pri
     assert (stop.status, "Cancelled job 1" in stop.stderr) == (0, True), stop.text
     assert not engine.qstat()
     check_failure(laptop.run("--submit", "qsub -q nosuch.q", "host"), 1, "qsub did not take the job", "nosuch.q")
-
-
-@pytest.mark.jupyter
-def test_grid_engine_executes_a_notebook(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
-    write_notebook(laptop.home / "train.ipynb", WHERE, "print(6 * 7)")
-    run = laptop.run(*QSUB, "host:work", "execute", "train.ipynb")
-    assert run.status == 0, run.text
-    assert printed(laptop.home / "train.executed.ipynb") == ["node1 %s\n" % (login.home / "work"), "42\n"]
-    wait_until(lambda: nothing_left(engine), "the end of its job", 20)
-
-
-def test_grid_engine_ends_a_job_whose_time_is_up(laptop: Laptop, engine: PrivateGridEngine, login: Host) -> None:
-    """Wherever it is then: Jupyter may still be starting on a machine that is busy."""
-    run = laptop.start("--submit", "qsub -o /dev/null -j y -l h_rt=0:00:12", "host", has_terminal=False)
-    assert run.wait() == 4
-    assert "job: it has ended: cancelled, failed or out of time" in run.stderr
-    wait_until(lambda: nothing_left(engine), "no job and no process of it", 20)
 
 
 # -- what they print --------------------------------------------------------------------------------------------------
@@ -145,12 +152,12 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "row", "word", "reason"), ROWS)
-def test_row_of_a_scheduler(command: str, row: str, word: str, reason: str) -> None:
-    record = rjupyter.JobRecord(number="123", command=command, created=0.0, node="login")
-    state = rjupyter.state_in(record, 2.0, "JOBID and a headline\n%s\n%s\n" % (row, row.replace("123", "1234", 1)))
-    assert (state.word, state.reason) == (word, reason)
-    assert (state.is_live, state.is_waiting) == (word in ("PENDING", "RUNNING"), word == "PENDING")
+def test_row_of_a_scheduler() -> None:
+    for command, row, word, reason in ROWS:
+        record = rjupyter.JobRecord(number="123", command=command, created=0.0, node="login")
+        state = rjupyter.state_in(record, 2.0, "JOBID and a headline\n%s\n%s\n" % (row, row.replace("123", "1234", 1)))
+        assert (state.word, state.reason) == (word, reason), row
+        assert (state.is_live, state.is_waiting) == (word in ("PENDING", "RUNNING"), word == "PENDING"), row
 
 
 @pytest.mark.parametrize(
@@ -168,26 +175,6 @@ def test_id_of_a_job(command: str, said: str) -> None:
     assert match is not None and match.group(1) == "123"
 
 
-def test_a_job_that_waits_is_shown_as_long_as_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sign of life says again how the job stands: it must not take that off the terminal."""
-    waiting = rjupyter.JobState(word="PENDING", reason="hqw")
-    looks = iter(range(5))
-
-    def job_state(record: rjupyter.JobRecord, max_age_s: float) -> rjupyter.JobState:
-        if next(looks) == 4:
-            (tmp_path / "said").write_text('{"kind": "reply", "reply": {}}\n')
-        return waiting
-
-    monkeypatch.setattr(rjupyter, "job_state", job_state)
-    monkeypatch.setattr(rjupyter, "HEARTBEAT_S", -1.0)
-    with (tmp_path / "sent").open("w") as stream:
-        job = rjupyter.JobRecord(number="7", command="qsub", created=0.0, node="login")
-        job.id, job.directory = "j1", str(tmp_path)
-        rjupyter.wait_for_job(job, rjupyter.Channel("", stream))
-    sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
-    assert [(message["kind"], message["word"]) for message in sent] == [("queue", "PENDING")] * 5 + [("queue", "")]
-
-
 # -- a job that was never taken ---------------------------------------------------------------------------------------
 
 REFUSALS = {
@@ -198,29 +185,29 @@ REFUSALS = {
 }
 
 
-def submits(laptop: Laptop, directory: Path, make_host: Callable[..., Host], command: str, script: str) -> List[str]:
-    """Make a host on which a command of a scheduler does this, and nothing tells of its jobs; return how it is used."""
-    (directory / "bin").mkdir()
+def submits(directory: Path, command: str, script: str) -> List[str]:
+    """Let a command of a scheduler do this, where nothing tells of its jobs; return how it is used."""
+    (directory / "bin").mkdir(exist_ok=True)
     if script:
         (directory / "bin" / command).write_text("#!/bin/sh\n%s\n" % script)
         (directory / "bin" / command).chmod(0o755)
-    make_host(path="%s:%s" % (directory / "bin", VENV_BIN))
     return ["--submit", "%s {script}" % (directory / "bin" / command), "host"]
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize("how", REFUSALS)
-@pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
+@pytest.mark.parametrize("action", ["open", pytest.param("execute", marks=pytest.mark.jupyter)])
 def test_of_a_job_that_was_not_taken_nothing_is_left(
-    laptop: Laptop, directory: Path, make_host: Callable[..., Host], how: str, action: List[str]
+    laptop: Laptop, directory: Path, make_host: Callable[..., Host], action: str
 ) -> None:
-    words = submits(laptop, directory, make_host, *REFUSALS[how])
+    host = make_host(front=str(directory / "bin"))
+    words = ["execute", "a.ipynb"] if action == "execute" else []
     write_notebook(laptop.home / "a.ipynb", "print(1)")
-    check_failure(laptop.run(*words, *action), 1, "did not take the job")
+    for how, (command, script) in REFUSALS.items():
+        run = laptop.run(*submits(directory, command, script), *words)
+        check_failure(run, 1, "did not take the job")
+        assert not list(host.home.glob(".local/state/rjupyter/jobs/*")), how
     assert not listed(laptop, "job")
-    assert not list(directory.glob("host/home/.local/state/rjupyter/jobs/*"))
-    run = laptop.run("host", *action) if action else held(laptop, "host")
-    assert ("Executed" if action else "Launched") in run.stderr and "Job" not in run.stderr, run.text
+    run = laptop.run("host", *words) if words else held(laptop, "host")
+    assert ("Executed" if words else "Launched") in run.stderr and "Job" not in run.stderr, run.text
 
 
 def test_a_submission_that_was_killed_is_not_waited_for(
@@ -229,7 +216,8 @@ def test_a_submission_that_was_killed_is_not_waited_for(
     """With all that the login had started, as its node does it that is started anew."""
     pids = directory / "pids"
     script = "test -e {0} && exit 1; echo $$ $PPID >{0}.new; mv {0}.new {0}; exec sleep 1000".format(pids)
-    words = submits(laptop, directory, make_host, "spool", script)
+    words = submits(directory, "spool", script)
+    make_host(front=str(directory / "bin"))
     run = laptop.start(*words, has_terminal=False)
     wait_until(pids.exists, "it is being submitted")
     for pid in reversed(pids.read_text().split()):
@@ -270,7 +258,7 @@ class Shims:
     def start(self, kind: str) -> Host:
         self.cluster.start_machines()
         binaries = shim_scheduler.install(self.directory, kind, self.cluster.machines["node1"].enter())
-        host = self.make_host(path="%s:%s" % (binaries, VENV_BIN), prefix=self.cluster.login_prefix)
+        host = self.make_host(front=str(binaries), prefix=self.cluster.login_prefix)
         (host.home / "work").mkdir()
         return host
 
@@ -294,17 +282,16 @@ def shims(directory: Path, make_host: Callable[..., Host]) -> Iterator[Shims]:
         shims.cluster.stop()
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize("kind", SHIMS)
 def test_shim_of_a_scheduler_runs_the_server_and_stop_cancels_it(laptop: Laptop, shims: Shims, kind: str) -> None:
     command, held, query, cancel = SHIMS[kind]
     login = shims.start(kind)
     (shims.directory / "held").touch()
-    options = ["--submit", command, "--python", str(VENV_BIN / "python")]
+    options = ["--submit", command, "--init", "export PATH=%s:%s:$PATH" % (shims.directory / "bin", standin())]
     run = laptop.start(*options, "host:work", has_terminal=False)
     run.expect(r"^Job 41 pending \(%s\)\.$" % held)
     (shims.directory / "go").touch()
-    assert compute(run.url(), WHERE) == "node1 %s\n" % (login.home / "work")
+    assert whereabouts(run.url()) == "node1 %s" % (login.home / "work")
     (job,) = listed(laptop, "job")
     assert (job["job"], job["word"], job["node"]) == ("41", "RUNNING", "node1")
     run.interrupt()
@@ -330,13 +317,12 @@ def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> Non
     assert "job 41 ended before it had started\n  why: job: it has ended: cancelled, failed or" in run.stderr
 
 
-@pytest.mark.jupyter
 def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
     shims.start("other")
     run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
     run.expect(r"^Job 41 submitted\.$")
     (shims.directory / "go").touch()
-    assert compute(run.url(), WHERE).startswith("node1 ")
+    assert whereabouts(run.url()).startswith("node1 ")
     stop = laptop.run("host", "stop")
     assert (stop.status, "Stopped Jupyter Notebook" in stop.stderr) == (0, True), stop.text
     assert run.wait() == 4

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, busy_kernel, check_failure, compute, events_of, held, listed, new_session
+from client import api, busy_kernel, check_failure, compute, events_of, held, listed, new_session, whereabouts
+from jupyters import standin
 from notebooks import printed, write_notebook
-from private_podman import IMAGE, TAR, PrivatePodman
+from private_podman import IMAGE, PrivatePodman, small_tar
 from private_slurm import PrivateSlurm
 from readme import README
 from sides import VENV_BIN, Host, Laptop, User, processes_with, quiet_port, wait_until, without_port
@@ -22,6 +23,19 @@ import rjupyter
 OWN_PIDS = ["--wrap", "bwrap --dev-bind / / --unshare-pid --proc /proc"]
 PIDS_OF_OTHERS = ["--wrap", "bwrap --dev-bind / / --unshare-pid"]  # and /proc is the host's
 PID = "import os; print(os.getpid())"
+
+
+@pytest.fixture
+def host(make_host: Callable[..., Host], request: pytest.FixtureRequest) -> Host:
+    """A host whose stand-in for Jupyter is taken for one inside something as well."""
+    return make_host(path="" if request.node.get_closest_marker("jupyter") else str(standin(has_python=True)))
+
+
+@pytest.fixture
+def login(slurm: PrivateSlurm, make_host: Callable[..., Host], request: pytest.FixtureRequest) -> Host:
+    """A login node with that stand-in."""
+    path = "" if request.node.get_closest_marker("jupyter") else str(standin(has_python=True))
+    return make_host(path=path, prefix=slurm.login_prefix, **slurm.environment())
 
 
 @pytest.fixture
@@ -103,22 +117,25 @@ def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: 
     is_clean(host, mark)
 
 
-@pytest.mark.parametrize("text", ["env 'A", "", "true; false", "true | cat", "a && b", "sleep 1 &"])
-def test_what_is_no_command(laptop: Laptop, text: str) -> None:
-    check_failure(laptop.run("--wrap", text, "nowhere.invalid"), 2, "--wrap")
+def test_what_is_no_command(laptop: Laptop) -> None:
+    for text in ("env 'A", "", "true; false", "true | cat", "a && b", "sleep 1 &"):
+        check_failure(laptop.run("--wrap", text, "nowhere.invalid"), 2, "--wrap")
 
 
-@pytest.mark.parametrize("text", ["env 'A=;' B='|'", "nice -n 5", "sh -c 'a; exec \"$@\"' x", "env X=$(id -u)"])
-def test_what_is_a_command(text: str) -> None:
-    assert rjupyter._wrap(text) == text
+def test_what_is_a_command(laptop: Laptop) -> None:
+    for text in ("env 'A=;' B='|'", "nice -n 5", "sh -c 'a; exec \"$@\"' x", "env X=$(id -u)"):
+        tried = laptop.run("-o", "ProxyCommand=echo closed >&2; false", "--wrap", text, "nowhere.invalid")
+        check_failure(tried, rjupyter.EXIT_SSH, "cannot connect")
 
 
-@pytest.mark.jupyter
 def test_wrapper_in_the_configuration(laptop: Laptop, host: Host) -> None:
     config = laptop.home / ".config/rjupyter/config"
     config.parent.mkdir(parents=True)
     config.write_text("[host]\nwrap = env A=of-the-file\n")
-    assert compute(held(laptop, "host").url(), "import os; print(os.environ['A'])").startswith("of-the-file")
+    held(laptop, "host")
+    (server,) = listed(laptop)
+    assert server["wrap"] == "env A=of-the-file"
+    assert b"A=of-the-file" in Path("/proc/%d/environ" % server["pid"]).read_bytes().split(b"\0")
     assert "env A=of-the-file" in laptop.run("host", "config").text
 
 
@@ -189,24 +206,17 @@ def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap:
 # -- what is not there ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize(
-    "wrap, words",
-    [
+@pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
+def test_wrapper_that_cannot_be_run(laptop: Laptop, host: Host, mark: str, action: List[str]) -> None:
+    write_notebook(laptop.home / "a.ipynb", "print(1)")
+    for wrap, words in (
         ("no-such-wrapper -x", "no-such-wrapper: not found"),
         ("""sh -c 'echo "no room: node7" >&2; exit 5'""", "no room: node7"),
         ("false", "it ended and said nothing"),
-    ],
-)
-@pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
-def test_wrapper_that_cannot_be_run(
-    laptop: Laptop, host: Host, mark: str, wrap: str, words: str, action: List[str]
-) -> None:
-    write_notebook(laptop.home / "a.ipynb", "print(1)")
-    failed = laptop.run("--wrap", wrap, "host", *action)
-    check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside " + wrap, words)
-    is_clean(host, mark)
-    assert not list(host.home.glob(".local/state/rjupyter/wrappers/*"))
+    ):
+        failed = laptop.run("--wrap", wrap, "host", *action)
+        check_failure(failed, rjupyter.EXIT_NO_JUPYTER, "nothing ran inside " + wrap, words)
+        is_clean(host, mark)
 
 
 @pytest.mark.jupyter
@@ -239,14 +249,14 @@ def test_script_whose_python_is_another_inside_is_passed_over(laptop: Laptop, ho
     assert "its Python has no such module in there" in run.text and "Launched" in run.text
 
 
-@pytest.mark.parametrize("place", [".", ".local", "work"])
-def test_directory_that_is_not_seen_inside(laptop: Laptop, bwrap: Host, mark: str, place: str) -> None:
+def test_directory_that_is_not_seen_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
     (bwrap.home / "work").mkdir()
     (bwrap.home / "work/data.csv").write_text("")
-    wrap = "%s --tmpfs %s" % (OWN_PIDS[1], bwrap.home / place)
-    failed = laptop.run("--wrap", wrap, "host:work")
-    check_failure(failed, 1 if place == "work" else 3, "inside bwrap", str(bwrap.home), "--bind")
-    is_clean(bwrap, mark)
+    for place in (".", ".local", "work"):
+        wrap = "%s --tmpfs %s" % (OWN_PIDS[1], bwrap.home / place)
+        failed = laptop.run("--wrap", wrap, "host:work")
+        check_failure(failed, 1 if place == "work" else 3, "inside bwrap", str(bwrap.home), "--bind")
+        is_clean(bwrap, mark)
 
 
 def test_state_that_cannot_be_written_inside(laptop: Laptop, bwrap: Host, mark: str) -> None:
@@ -387,7 +397,6 @@ def test_container(laptop: Laptop, boxed: Host, podman: PrivatePodman, mark: str
     is_clean(boxed, mark)
 
 
-@pytest.mark.jupyter
 def test_container_of_an_ordinary_user(
     laptop: Laptop, podman: PrivatePodman, make_host: Callable[..., Host], make_user: Callable[[str], User]
 ) -> None:
@@ -400,15 +409,16 @@ def test_container_of_an_ordinary_user(
     facts = {"XDG_RUNTIME_DIR": str(user.home / "run"), "CONTAINERS_CONF": podman.environment()["CONTAINERS_CONF"]}
     host = make_host(user=user, **facts)
     try:
-        imported = host.sshd.ssh("podman import --quiet %s rjupyter-test" % TAR)
+        imported = host.sshd.ssh("podman import --quiet %s rjupyter-test" % small_tar())
         assert imported.returncode == 0, imported.stderr
         tried = host.sshd.ssh("podman run --rm --network=host --userns=keep-id rjupyter-test true")
         if tried.returncode:
             pytest.skip("rootless podman runs nothing here: %s" % tried.stderr)
         run = held(laptop, "--container", "rjupyter-test", "host:work")
-        code = "import os; open('written', 'w'); print(os.getuid(), os.getcwd())"
-        assert compute(run.url(), code).split("\n")[0] == "%d %s/work" % (user.uid, user.home)
-        assert (user.home / "work/written").stat().st_uid == user.uid
+        status = api(run.url(), "status")
+        assert (status["uid"], status["root_dir"]) == (user.uid, str(user.home / "work"))
+        (written,) = user.home.glob(".local/state/rjupyter/**/jpserver-*.json")
+        assert written.stat().st_uid == user.uid
         assert laptop.run("host", "stop", "--yes").status == 0
         assert not host.sshd.ssh("podman ps --all --quiet").stdout
     finally:
@@ -524,16 +534,12 @@ def test_no_program_for_containers(laptop: Laptop, host: Host, mark: str) -> Non
 # -- a cluster --------------------------------------------------------------------------------------------------------
 
 
-WHERE = "import os; print(os.uname().nodename, os.getpid())"
-
-
-@pytest.mark.jupyter
 def test_srun_of_an_allocation(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
     """Jupyter is on another node, in a network and under a name of its own, and srun leads there."""
     (job, _) = slurm.occupy()
     run = held(laptop, "--wrap", "srun --overlap --jobid=%d" % job, "host")
     node = slurm.job(job)["NodeList"]
-    assert compute(run.url(), WHERE).split()[0] == node
+    assert whereabouts(run.url()).split()[0] == node
     assert "Jupyter is on %s, an address of %s" % (slurm.nodes[node], node) in run.text
     again = held(laptop, "host", "--local-port", str(quiet_port()))
     assert without_port(again.url()) == without_port(run.url())
@@ -547,13 +553,11 @@ def test_srun_that_is_refused(laptop: Laptop, login: Host, slurm: PrivateSlurm) 
     check_failure(laptop.run("--wrap", "srun --overlap --jobid=4711", "host"), 3, "inside srun", "nvalid job id")
 
 
-@pytest.mark.jupyter
 def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, mark: str) -> None:
     words = ["--slurm", "-t 10", "--wrap", "nice -n 3 unshare --pid --fork --mount-proc"]
     run = held(laptop, *words, "host")
-    node, pid = compute(run.url(), WHERE).split()[:2]
-    assert node in slurm.nodes and int(pid) < 100
-    assert compute(run.url(), "import os; print(os.nice(0))").split()[0] == "3"
+    status = api(run.url(), "status")
+    assert status["node"] in slurm.nodes and status["pid"] < 100 and status["nice"] == 3
     (server,) = listed(laptop)
     assert server["job"] and server["wrap"] == words[-1] and server["state"] == "live"
     assert "Launched" not in held(laptop, *words, "host", "--local-port", str(quiet_port())).text
