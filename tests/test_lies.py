@@ -321,7 +321,7 @@ def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_f
     monkeypatch.setattr(sys, "argv", ["rjupyter.py"])
 
 
-def many(count: int) -> Any:
+def many(count: int) -> settings:
     """Return hypothesis's settings for so many examples."""
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
