@@ -250,7 +250,7 @@ def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Lapto
     make_host(path=str(jupyter_of(age)))
     run = laptop.start("--socket", "host", has_terminal=False)
     run.expect(r"\(pid \d+, socket, ")
-    assert compute(run.url(), "print(1)") == "1\n"
+    assert compute(run.url(), "print(1)") == "1\n" if age == "lab-3.2" else is_up(run.url())
 
 
 @pytest.mark.jupyter
@@ -382,8 +382,8 @@ def ask_with(cookies: str, url: str, path: str, data: Optional[bytes] = None) ->
 @pytest.mark.jupyter
 @pytest.mark.parametrize(
     ("age", "options"),
-    [("", []), ("", ["--lab"]), ("notebook-6.4", []), ("lab-3.2", [])],
-    ids=["notebook", "lab", "notebook-6.4", "lab-3.2"],
+    [("", []), ("notebook-6.4", []), ("lab-3.2", ["--lab"])],
+    ids=["today", "notebook-6.4", "lab-3.2"],
 )
 def test_a_cookie_of_a_server_that_ended_opens_no_other(
     laptop: Laptop, make_host: Callable[..., Host], age: str, options: List[str]
