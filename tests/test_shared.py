@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from urllib.parse import urlsplit
 
 import pytest
-from client import api, base_url, check_failure, compute, is_up, listed, new_kernel, token_of
+from client import api, base_url, check_failure, compute, is_up, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of, standin
 from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until, without_port
 
@@ -245,15 +245,6 @@ def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Ho
 
 
 @pytest.mark.jupyter
-@pytest.mark.parametrize("age", ["notebook-6.4", "lab-3.2", "notebook-7.0"])
-def test_sockets_of_older_jupyters(make_host: Callable[..., Host], laptop: Laptop, age: str) -> None:
-    make_host(path=str(jupyter_of(age)))
-    run = laptop.start("--socket", "host", has_terminal=False)
-    run.expect(r"\(pid \d+, socket, ")
-    assert compute(run.url(), "print(1)") == "1\n" if age == "lab-3.2" else is_up(run.url())
-
-
-@pytest.mark.jupyter
 def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_the_argument(
     make_host: Callable[..., Host], laptop: Laptop, directory: Path
 ) -> None:
@@ -478,15 +469,18 @@ ioloop.PeriodicCallback = lambda function, time_ms, *more: PeriodicCallback(func
 
 
 @pytest.mark.jupyter
-@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
+@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2", "notebook-7.0"])
 def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(
     make_host: Callable[..., Host], laptop: Laptop, age: str
 ) -> None:
+    """The older ones listen on a socket."""
     host = make_host(path=str(jupyter_of(age))) if age else make_host()
     (host.home / ".jupyter").mkdir()
     (host.home / ".jupyter/jupyter_config.py").write_text(LOOKS_OFTEN)
-    run = laptop.start("--idle-timeout", "8s", "host", has_terminal=False)
-    new_kernel(run.url())
+    run = laptop.start(*(["--socket"] if age else []), "--idle-timeout", "25s", "host", has_terminal=False)
+    if age:
+        run.expect(r"\(pid \d+, socket, ")
+    assert compute(run.url(), "print(1)") == "1\n"
     assert api(run.url(), "kernels")
     assert run.wait(180) == 4, run.text
     assert "has ended" in run.stderr

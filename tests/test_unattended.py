@@ -442,7 +442,7 @@ def test_doctor_where_all_is_well(laptop: Laptop, host: Host, mode: List[str]) -
     lines = run.stdout.splitlines()
     assert all(re.match(r"ok    \w[\w ]{11} \S", line) for line in lines), run.stdout
     assert [line[6:18].strip() for line in lines if not line.startswith("ok    scheduler")] == NAMES.split(",")
-    assert run.stderr == ""
+    assert run.stderr in ("", "Looking around on the host...\n")  # the second, where that takes long
     assert host.servers() == []
     found = checks(laptop.run(*mode, "host", "doctor", "--json"))
     assert set(found) - {"scheduler"} == set(NAMES.split(","))
