@@ -9752,6 +9752,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
     recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
+    is_visible = place_of(record).is_here and not record.request.is_held  # in a wrapper, its pid is another one here
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
@@ -9764,7 +9765,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
 
     def look() -> str:
         nonlocal known, cell
-        is_lost = recorder and place_of(record).is_here and not is_same_process(recorder.pid, recorder.identity)
+        is_lost = is_visible and recorder and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
         for line in journal.lines():
             facts = facts_in(line)

@@ -92,6 +92,11 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def nicer(by: int) -> int:
+    """Return the nice value that `nice -n` gives here: the tests themselves may run under nice."""
+    return min(os.nice(0) + by, 19)
+
+
 def quiet_port() -> int:
     """Return a free port that no other test takes meanwhile: not near 8889, and not one that the kernel deals."""
     while True:

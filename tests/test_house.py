@@ -4,6 +4,7 @@ import ast
 import binascii
 import builtins
 import copy
+import functools
 import re
 import shlex
 import zlib
@@ -18,6 +19,7 @@ import rjupyter
 
 SOURCE = Path(rjupyter.__file__).read_text()
 TREE = ast.parse(SOURCE)
+ACTIONS = list(rjupyter.REQUESTS)
 
 
 def has_text(node: ast.AST) -> bool:
@@ -93,25 +95,25 @@ def test_no_room_uses_a_later_one() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def calls(name: str) -> Iterator[ast.Call]:
-    """Yield the calls of a method of this name."""
+def calls(names: Iterable[str]) -> Iterator[Tuple[str, ast.Call]]:
+    """Yield the calls of methods of these names."""
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
-            yield node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
+            yield node.func.attr, node
 
 
-@pytest.mark.parametrize(("method", "position"), [("step", 1), ("result", 1), ("event", 0)])
-def test_every_event_is_one_of_the_table(method: str, position: int) -> None:
-    seen: Set[str] = set()
-    for call in calls(method):
+def test_every_event_is_one_of_the_table() -> None:
+    seen: Set[Tuple[str, str]] = set()
+    positions = {"step": 1, "result": 1, "event": 0}
+    for method, call in calls(positions):
         arguments = [argument for argument in call.args if not isinstance(argument, ast.Starred)]
-        if len(arguments) <= position or not has_text(arguments[position]):
+        if len(arguments) <= positions[method] or not has_text(arguments[positions[method]]):
             continue
-        event = ast.literal_eval(arguments[position])
+        event = ast.literal_eval(arguments[positions[method]])
         keys = {keyword.arg for keyword in call.keywords if keyword.arg}
         assert keys <= set(rjupyter.EVENTS[event].keys), (call.lineno, event)
-        seen.add(event)
-    assert len(seen) > 1
+        seen.add((method, event))
+    assert all(len([event for by, event in seen if by == method]) > 1 for method in positions)
 
 
 def test_events_of_the_readme_are_the_rows() -> None:
@@ -143,13 +145,13 @@ def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]
     assert [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()] == list(rjupyter.EXITS)
 
 
-@pytest.mark.parametrize("name", [name for name in rjupyter.ACTIONS if name])
-def test_examples_of_an_action_are_lines_that_are_taken(name: str) -> None:
+def test_examples_of_an_action_are_lines_that_are_taken() -> None:
     """What stands behind a wide gap in an example is a remark."""
-    for example in rjupyter.ACTIONS[name].examples:
-        assert len("  rjupyter.py " + example) <= 80  # or it is broken in two in most terminals
-        words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
-        assert rjupyter.parse_arguments(["--no-config", *words]).action == name
+    for name in filter(None, rjupyter.ACTIONS):
+        for example in rjupyter.ACTIONS[name].examples:
+            assert len("  rjupyter.py " + example) <= 80, example  # or it is broken in two in most terminals
+            words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
+            assert rjupyter.parse_arguments(["--no-config", *words]).action == name, example
 
 
 def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
@@ -164,13 +166,10 @@ def test_actions_of_the_help_are_the_rows() -> None:
         assert name is None or action.help
 
 
-@pytest.mark.parametrize("ending", rjupyter.ENDINGS + rjupyter.ACCOUNTS, ids=lambda ending: str(ending.pattern))
-def test_pattern_of_what_ssh_says_takes_its_sample(ending: rjupyter.Ending) -> None:
-    assert re.match(ending.pattern, ending.sample)
-
-
 def test_what_ssh_says_as_it_ends_is_explained_by_its_own_row() -> None:
-    """No row that comes before has a pattern that takes its sample and tells more."""
+    """Its pattern takes its sample, and no row that comes before has one that takes it and tells more."""
+    for ending in rjupyter.ENDINGS + rjupyter.ACCOUNTS:
+        assert re.match(ending.pattern, ending.sample), ending.sample
     for ending in rjupyter.ENDINGS:
         first = next(
             row
@@ -180,6 +179,7 @@ def test_what_ssh_says_as_it_ends_is_explained_by_its_own_row() -> None:
         assert first is ending or not ending.is_telling, ending.sample
 
 
+@functools.lru_cache(maxsize=None)
 def agent_blocks() -> List[ast.stmt]:
     """Return the definitions between "agent begins" and "agent ends"."""
     inside: Set[int] = set()
@@ -203,9 +203,14 @@ def test_agent_uses_nothing_that_is_not_sent() -> None:
         assert not unknown, (getattr(block, "name", block.lineno), unknown)
 
 
-def sent(action: str) -> str:
-    """Return what the host gets for an action."""
-    return zlib.decompress(binascii.a2b_base64(rjupyter.AgentSource().of(action))).decode()
+@functools.lru_cache(maxsize=None)
+def sent(action: str) -> Tuple[str, ...]:
+    """Return the lines that the host gets for an action."""
+    text = zlib.decompress(binascii.a2b_base64(SENT.of(action))).decode()
+    return tuple(text.split("\n"))
+
+
+SENT = rjupyter.AgentSource()
 
 
 def without_words(node: ast.AST) -> str:
@@ -227,11 +232,40 @@ def members(node: ast.ClassDef) -> Dict[int, ast.stmt]:
     return {part.lineno: part for part in node.body[ast.get_docstring(node) is not None :]}
 
 
-@pytest.mark.parametrize("action", rjupyter.REQUESTS)
-def test_what_is_sent_is_what_stands_here_line_for_line(action: str) -> None:
+class Piece:
+    """A definition as it is sent: what it names, and the attributes in it."""
+
+    def __init__(self, text: str, line: int) -> None:
+        (self.node,) = ast.parse(text).body
+        ast.increment_lineno(self.node, line - 1)
+        self.names = {name.id for name in names_in(self.node)} - own_names(self.node)
+        self.attributes = {node.attr for node in ast.walk(self.node) if isinstance(node, ast.Attribute)}
+
+
+# Most actions are sent the same of a definition, and all of it: each is read, and compared, once.
+piece_of = functools.lru_cache(maxsize=None)(Piece)
+
+
+def pieces(action: str) -> List[Piece]:
+    """Return the definitions that are sent for an action; there is nothing else, but for the imports."""
+    lines = sent(action)
+    found = []
+    rest = set(range(3, len(lines) + 1)) - {number for number, line in enumerate(lines, 1) if not line}
+    for node in agent_blocks():
+        first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
+        inside = range(first, (node.end_lineno or 0) + 1)
+        if rest & set(inside):
+            found.append(piece_of("\n".join(lines[first - 1 : node.end_lineno]), first))
+            rest -= set(inside)
+    assert not rest, (action, rest)
+    return found
+
+
+def test_what_is_sent_is_what_stands_here_line_for_line() -> None:
+    """For each action."""
     ours = {node.lineno: node for node in agent_blocks()}
-    for node in ast.parse(sent(action)).body[1:]:  # after the imports
-        original = ours[node.lineno]
+    for piece in {piece for action in ACTIONS for piece in pieces(action)}:
+        node, original = piece.node, ours[piece.node.lineno]
         if isinstance(node, ast.ClassDef) and isinstance(original, ast.ClassDef):
             methods = members(original)
             for line, part in members(node).items():
@@ -242,29 +276,27 @@ def test_what_is_sent_is_what_stands_here_line_for_line(action: str) -> None:
             assert without_words(node) == without_words(original), ast.dump(node)[:100]
 
 
-@pytest.mark.parametrize("action", rjupyter.REQUESTS)
-def test_an_action_is_sent_all_that_it_comes_to(action: str) -> None:
+def test_an_action_is_sent_all_that_it_comes_to_and_not_what_others_do() -> None:
     """No name in what is sent, and no method that it calls, is one of those that stayed here."""
-    there = ast.parse(sent(action))
-    absent = set(definitions(agent_blocks())) - set(definitions(there.body))
-    for node in there.body:
-        assert not absent & ({name.id for name in names_in(node)} - own_names(node)), ast.dump(node)[:80]
-    attributes = {node.attr for node in ast.walk(there) if isinstance(node, ast.Attribute)}
-    absent_methods = methods_in(agent_blocks()) - methods_in(there.body)
-    assert not {pair for pair in absent_methods if pair[0] not in absent and pair[1] in attributes}
+    all_names, all_methods = set(definitions(agent_blocks())), methods_in(agent_blocks())
+    for action in ACTIONS:
+        there = pieces(action)
+        body = [piece.node for piece in there]
+        absent = all_names - set(definitions(body))
+        for piece in there:
+            assert not absent & piece.names, (action, ast.dump(piece.node)[:80])
+        attributes = set().union(*[piece.attributes for piece in there])
+        absent_methods = all_methods - methods_in(body)
+        unsent = {pair for pair in absent_methods if pair[0] not in absent and pair[1] in attributes}
+        assert not unsent, (action, unsent)
+    texts = {action: "\n".join(sent(action)) for action in ACTIONS}
+    assert "SCHEDULERS = {" in texts["list"]  # it tells of jobs
+    assert "def open_server" not in texts["list"]
+    assert "def open_server" in texts["open"]
+    assert 'REQUESTS["start_run"]' in texts["follow_grid"]  # what a grid begins in a job can be asked for there
 
 
 def methods_in(body: Iterable[ast.stmt]) -> Set[Tuple[str, str]]:
     """Return the class and the name of each method."""
     classes = [node for node in body if isinstance(node, ast.ClassDef)]
     return {(node.name, part.name) for node in classes for part in node.body if isinstance(part, ast.FunctionDef)}
-
-
-def test_an_action_is_not_sent_what_others_come_to() -> None:
-    assert "SCHEDULERS = {" in sent("list")  # it tells of jobs
-    assert "def open_server" not in sent("list")
-    assert "def open_server" in sent("open")
-
-
-def test_what_a_grid_begins_in_a_job_can_be_asked_for_there() -> None:
-    assert 'REQUESTS["start_run"]' in sent("follow_grid")

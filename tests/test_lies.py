@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 import zlib
@@ -320,7 +321,17 @@ def no_place_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_f
     monkeypatch.setattr(sys, "argv", ["rjupyter.py"])
 
 
-many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def many(count: int) -> settings:
+    """Return hypothesis's settings for so many examples."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def numbers_in(value: Any) -> Iterator[Tuple[Any, ...]]:
+    """Yield where a number stands in a reply."""
+    for path in places_in(value):
+        number: Any = functools.reduce(lambda inner, key: inner[key], path, value)
+        if not isinstance(number, bool) and isinstance(number, (int, float)):
+            yield path
 
 
 def test_the_truth_is_taken(tmp_path: Path) -> None:
@@ -338,12 +349,11 @@ def test_the_truth_is_taken(tmp_path: Path) -> None:
         assert action in asked or action == "describe_end"
 
 
-@pytest.mark.parametrize("form", ["", "--json"])
 @pytest.mark.parametrize("action", sorted(set(REPLIES) - {"describe_end"}))
-def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
-    @many
-    @given(lies_about(REPLIES[action]))
-    def lie(reply: Any) -> None:
+def test_reply_that_lies(action: str, tmp_path: Path) -> None:
+    @many(24)
+    @given(lies_about(REPLIES[action]), st.sampled_from(["", "--json"]))
+    def lie(reply: Any, form: str) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
             told = told_by(request["action"])
             truth = reply if request["action"] == action else REPLIES[request["action"]]
@@ -355,24 +365,24 @@ def test_reply_that_lies(action: str, form: str, tmp_path: Path) -> None:
     lie()
 
 
-@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda number: number[:9])
-def test_reply_whose_number_is_none(number: str, tmp_path: Path) -> None:
-    """In place of each number of each reply: refused, as what has no sense."""
-    for action in sorted(set(REPLIES) - {"describe_end"}):
-        for path in places_in(REPLIES[action]):
-            value: Any = functools.reduce(lambda inner, key: inner[key], path, REPLIES[action])
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
+def test_reply_whose_number_is_none(tmp_path: Path) -> None:
+    """In place of each number of each reply, by turns: refused, as what has no sense."""
+    rows = [
+        (action, path) for action in sorted(set(REPLIES) - {"describe_end"}) for path in numbers_in(REPLIES[action])
+    ]
+    assert len(rows) > 3 * len(NO_NUMBERS)
+    for row, (action, path) in enumerate(rows):
+        for number in (NO_NUMBERS[row % len(NO_NUMBERS)], NO_NUMBERS[(row + 3) % len(NO_NUMBERS)]):
 
-            def answer(request: Dict[str, Any], action: str = action, path: Tuple[Any, ...] = path) -> List[Any]:
+            def answer(request: Dict[str, Any], row: Any = (action, path), number: str = number) -> List[Any]:
                 truth = REPLIES[request["action"]]
-                reply = changed(truth, path, "number") if request["action"] == action else truth
+                reply = changed(truth, row[1], "number") if request["action"] == row[0] else truth
                 text = json.dumps({"kind": "reply", "reply": reply}).replace('"number"', number)
                 return [*told_by(request["action"]), text]
 
             status, out, err, _ = outcome(COMMANDS[action], answer, tmp_path)
             check(status, out, err)
-            assert status == 1 and "makes no sense" in out + err, (action, path, out + err)
+            assert status == 1 and "makes no sense" in out + err, (action, path, number[:9], out + err)
 
 
 def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) -> None:
@@ -390,24 +400,25 @@ def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) 
     assert "x/y" in out
 
 
-@pytest.mark.parametrize("size", [-1, 0, 1, 10240, 10**12])
-def test_host_that_never_has_what_goes_along(size: int, tmp_path: Path) -> None:
+def test_host_that_never_has_what_goes_along(tmp_path: Path) -> None:
     """It says so after each part: 10240 is all there is of it."""
+    for size in (-1, 0, 1, 10240, 10**12):
+        lies = {**REPLIES, "put_files": {"size": size, "is_whole": False}}
 
-    def answer(request: Dict[str, Any]) -> List[Any]:
-        lie = {"size": size, "is_whole": False}
-        return [{"kind": "reply", "reply": lie if request["action"] == "put_files" else REPLIES[request["action"]]}]
+        def answer(request: Dict[str, Any], lies: Dict[str, Any] = lies) -> List[Any]:
+            return [{"kind": "reply", "reply": lies[request["action"]]}]
 
-    status, out, err, _ = outcome(COMMANDS["put_files"], answer, tmp_path)
-    check(status, out, err)
-    assert status == 1 and "makes no sense" in err
+        status, out, err, _ = outcome(COMMANDS["put_files"], answer, tmp_path)
+        check(status, out, err)
+        assert status == 1 and "makes no sense" in err, size
 
 
-@pytest.mark.parametrize("action", ["open", "list", "stop", "start_run", "follow_grid", "start_grid"])
-def test_message_that_lies(action: str, tmp_path: Path) -> None:
-    @many
-    @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(["-v", "--json"]))
-    def lie(message: Any, form: str) -> None:
+def test_message_that_lies(tmp_path: Path) -> None:
+    actions = ["open", "list", "stop", "start_run", "follow_grid", "start_grid"]
+
+    @many(100)
+    @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(actions), st.sampled_from(["-v", "--json"]))
+    def lie(message: Any, action: str, form: str) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
             told = told_by(request["action"])
             return [message, *told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
@@ -417,35 +428,29 @@ def test_message_that_lies(action: str, tmp_path: Path) -> None:
     lie()
 
 
-@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "a.ipynb", "", ".", "\x1b[2J", "a\nb"])
-def test_tar_that_lies(name: str, tmp_path: Path) -> None:
+def test_tar_that_lies(tmp_path: Path) -> None:
     """What is brought comes to where the result is and nowhere else, over nothing, and drives no terminal."""
+    lies = {name: tar_of(name) for name in ("../out", "/tmp/out", "a/../../out", "a.ipynb", "", ".", "\x1b[2J", "a\nb")}
+    for data in (b"", b"x" * 5000, b"\0" * 10240, b"a" * 600 + b"\0" * 10000):  # no tars
+        part = base64.b64encode(zlib.compress(data)).decode()
+        lies["a tar of %r" % data[:9]] = [{"kind": "part", "file": "files", "data": part}]
+    for name, lie in lies.items():
 
-    def answer(request: Dict[str, Any]) -> List[Any]:
-        told = tar_of(name) if request["action"] == "bring_files" else told_by(request["action"])
-        return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+        def answer(request: Dict[str, Any], lie: List[Any] = lie) -> List[Any]:
+            told = lie if request["action"] == "bring_files" else told_by(request["action"])
+            return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
 
-    home = tmp_path / "home"
-    home.mkdir()
-    check(*outcome(COMMANDS["bring_files"], answer, home)[:3])
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    assert not os.path.exists("/tmp/out")
-    assert (home / "a.ipynb").read_text().startswith("{")
-
-
-@pytest.mark.parametrize("data", [b"", b"x" * 5000, b"\0" * 10240, b"a" * 600 + b"\0" * 10000])
-def test_tar_that_is_none(data: bytes, tmp_path: Path) -> None:
-    part = {"kind": "part", "file": "files", "data": base64.b64encode(zlib.compress(data)).decode()}
-
-    def answer(request: Dict[str, Any]) -> List[Any]:
-        told = [part] if request["action"] == "bring_files" else told_by(request["action"])
-        return [*told, {"kind": "reply", "reply": REPLIES[request["action"]]}]
-
-    check(*outcome(COMMANDS["bring_files"], answer, tmp_path)[:3])
+        place = tmp_path / "place"
+        (place / "home").mkdir(parents=True)
+        check(*outcome(COMMANDS["bring_files"], answer, place / "home")[:3])
+        assert [path.name for path in place.iterdir()] == ["home"], name
+        assert not os.path.exists("/tmp/out"), name
+        assert (place / "home/a.ipynb").read_text().startswith("{"), name
+        shutil.rmtree(place)
 
 
 def test_failure_that_lies(tmp_path: Path) -> None:
-    @many
+    @many(30)
     @given(lies_about({"kind": "reply", "failure": TROUBLE}))
     def lie(message: Any) -> None:
         status, out, err, _ = outcome(["host", "list"], lambda request: [message], tmp_path)
@@ -455,13 +460,14 @@ def test_failure_that_lies(tmp_path: Path) -> None:
     lie()
 
 
-@pytest.mark.parametrize("number", range(len(JOURNAL)))
-def test_journal_that_lies(number: int, tmp_path: Path) -> None:
-    @many
-    @given(lies_about(JOURNAL[number]))
-    def lie(entry: Any) -> None:
+def test_journal_that_lies(tmp_path: Path) -> None:
+    numbers = st.sampled_from(range(len(JOURNAL)))
+
+    @many(80)
+    @given(numbers.flatmap(lambda number: st.tuples(st.just(number), lies_about(JOURNAL[number]))))
+    def lie(lie: Tuple[int, Any]) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
-            journal = [*JOURNAL[:number], entry, *JOURNAL[number + 1 :]]
+            journal = [*JOURNAL[: lie[0]], lie[1], *JOURNAL[lie[0] + 1 :]]
             return [*parts(journal), {"kind": "reply", "reply": REPLIES["follow_run"]}]
 
         check(*outcome(["-v", *COMMANDS["follow_run"]], answer, tmp_path)[:3])
@@ -469,37 +475,33 @@ def test_journal_that_lies(number: int, tmp_path: Path) -> None:
     lie()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        '{"kind": 1}',
-        '{"kind": "reply"}',
-        "9" * 5000,
-        "[" * 100000,
-        '{"kind": "reply", "reply": 1}',
-    ]
-    + [json.dumps({"kind": "part", "file": "journal", "data": data}) for data in ("", "=", "AAAA", "eJw=", "ü")],
-)
-def test_line_that_is_no_message(line: str, tmp_path: Path) -> None:
-    for command in (["host", "list"], ["host", "execute", "--attach", "r07af"]):
-        status, out, err, _ = outcome(command, lambda request: [line], tmp_path)
-        check(status, out, err)
-        assert status > 0
+NO_MESSAGES = ["", "{", "[]", "null", '{"kind": 1}', '{"kind": "reply"}', "9" * 5000, "[" * 100000]
+NO_MESSAGES += ['{"kind": "reply", "reply": 1}']
+NO_MESSAGES += [
+    json.dumps({"kind": "part", "file": "journal", "data": data}) for data in ("", "=", "AAAA", "eJw=", "\u00fc")
+]
+
+
+def test_line_that_is_no_message(tmp_path: Path) -> None:
+    for line in NO_MESSAGES:
+        for command in (["host", "list"], ["host", "execute", "--attach", "r07af"]):
+            status, out, err, _ = outcome(command, lambda request, line=line: [line], tmp_path)  # type: ignore[misc]
+            check(status, out, err)
+            assert status > 0, line[:40]
 
 
 # -- the whole program, with a stub of ssh on PATH --------------------------------------------------------------------
 
-STUB = """#!%s -IS
-import base64, json, os, re, signal, sys, zlib
-if "-G" in sys.argv or "-O" in sys.argv:
-    sys.exit()
-if "-M" in sys.argv:
-    open(sys.argv[sys.argv.index("-S") + 1], "w").close()
-    signal.pause()
+STUB = """#!/bin/sh
+case " $* " in
+  *" -G "* | *" -O "*) exit ;;
+  *" -M "*)
+    while [ "$1" != -S ]; do shift; done
+    : >"$2"
+    exec sleep 1000 ;;
+esac
+exec /usr/bin/python3 -IS -c '
+import base64, json, os, sys, zlib
 words = sys.stdin.buffer.read().split()
 request = json.loads(zlib.decompress(base64.b64decode(words[-1]))) if words else sys.exit()
 with open(os.environ["LIES"]) as stream:
@@ -507,7 +509,18 @@ with open(os.environ["LIES"]) as stream:
         *actions, words = line.strip("\\n").split("\\t")  # the one that it answers, if not any
         if request.get("action", "open") in actions or not actions:
             print(request["nonce"] + " " + words, flush=True)
+'
 """
+
+
+def put_stub(laptop: Laptop) -> None:
+    """Put a stub of ssh on the laptop's PATH, and what the commands name into its home."""
+    stub = laptop.home / "bin/ssh"
+    write_files(laptop.home)
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
 
 
 LIES = [
@@ -522,23 +535,17 @@ LIES = [
 
 
 @pytest.mark.parametrize("way", ["--no-mux", ""], ids=["Direct", "Master"])
-@pytest.mark.parametrize("action", sorted(COMMANDS))
-def test_stub_of_ssh_whose_host_lies(laptop: Laptop, action: str, way: str) -> None:
-    """Each action is told two of the lies by one way of being connected, and two more by the other."""
-    stub = laptop.home / "bin/ssh"
-    write_files(laptop.home)
-    stub.parent.mkdir()
-    stub.write_text(STUB % sys.executable)
-    stub.chmod(0o755)
-    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
-    number = sorted(COMMANDS).index(action) + 3 * bool(way)
-    for lie in (LIES[number % len(LIES)], LIES[(number + 2) % len(LIES)]):
-        (laptop.home / "lies").write_text(json.dumps(lie) + "\n")
-        run = laptop.run(*([way] if way else []), *COMMANDS[action])
-        assert run.status in (0, 1, 255), run.text  # 0: a reply of another kind may be an empty list
-        assert "Traceback" not in run.text and "\x1b" not in run.text
-        assert len(re.findall("^(?:rjupyter:|FAIL)", run.text, re.MULTILINE)) == (run.status != 0), run.text
-        assert "http://" not in run.text
+def test_stub_of_ssh_whose_host_lies(laptop: Laptop, way: str) -> None:
+    """Each action is told one of the lies, and each lie is told to three actions; half of them by either way."""
+    put_stub(laptop)
+    for number, action in enumerate(sorted(COMMANDS)):
+        if number % 2 == bool(way):
+            (laptop.home / "lies").write_text(json.dumps(LIES[number % len(LIES)]) + "\n")
+            run = laptop.run(*([way] if way else []), *COMMANDS[action])
+            assert run.status in (0, 1, 255), run.text  # 0: a reply of another kind may be an empty list
+            assert "\x1b" not in run.text
+            assert len(re.findall("^(?:rjupyter:|FAIL)", run.text, re.MULTILINE)) == (run.status != 0), run.text
+            assert "http://" not in run.text
 
 
 # -- a host that means harm -------------------------------------------------------------------------------------------
@@ -566,11 +573,7 @@ def sparse_of(name: str, size: int) -> bytes:
 
 def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, Dict[str, Path]]:
     """Execute on a host that wants everything brought, and sends these; return the run, and what is new here."""
-    stub = laptop.home / "bin/ssh"
-    write_files(laptop.home)
-    stub.parent.mkdir()
-    stub.write_text(STUB % sys.executable)
-    stub.chmod(0o755)
+    put_stub(laptop)
     data = base64.b64encode(zlib.compress(b"".join(members) + b"\0" * 1024)).decode()
     told = {
         "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
@@ -579,7 +582,6 @@ def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, 
     }
     lines = ["%s\t%s\n" % (action, json.dumps(message)) for action in told for message in told[action]]
     (laptop.home / "lies").write_text("".join(lines))
-    laptop.environment.update(LIES=str(laptop.home / "lies"), PATH="%s:/usr/bin:/bin" % stub.parent)
     before = set(laptop.home.rglob("*"))
     run = laptop.run("--no-mux", "host", "execute", "a.ipynb", *arguments)
     names = {str(path.relative_to(laptop.home)): path for path in set(laptop.home.rglob("*")) - before}

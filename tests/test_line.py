@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 from client import check_failure, events_of, held, listed
 from notebooks import write_notebook
-from sides import SCRIPT, Host, Laptop, quiet_port, wait_until
+from sides import MODULE, SCRIPT, Host, Laptop, quiet_port, wait_until
 
 import rjupyter
 
@@ -72,9 +72,12 @@ def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
 )
 def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: List[str], words: List[str]) -> None:
     check_failure(laptop.run(*typed), rjupyter.EXIT_USAGE, *words)
-    failed = laptop.run("--json", *typed)
-    (failure,) = events_of(failed)
-    assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
+
+
+def test_line_that_is_none_is_told_as_an_event(laptop: Laptop) -> None:
+    for typed in (["list"], ["gpu1", "lst"], ["gpu1,gpu2"], ["--nwe", "gpu1"]):
+        (failure,) = events_of(laptop.run("--json", *typed))
+        assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
 
 
 def test_reason_is_in_words(laptop: Laptop) -> None:
@@ -145,6 +148,7 @@ def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Hos
     assert laptop.run("three.invalid,four.invalid", "list").status == rjupyter.EXIT_SSH
 
 
+@pytest.mark.jupyter
 def test_list_of_a_path_and_the_newest_executions(laptop: Laptop, host: Host) -> None:
     for name in ("work", "work/below", "other"):
         (host.home / name).mkdir()
@@ -152,12 +156,16 @@ def test_list_of_a_path_and_the_newest_executions(laptop: Laptop, host: Host) ->
         held(laptop, "host:" + name, "--local-port", str(quiet_port()))
     assert [server["root_dir"][-10:] for server in listed_in(laptop, "host:work")] == ["work/below"]
     assert len(listed(laptop)) == 2
-    source = write_notebook(laptop.home / "a.ipynb", "print(x)")
-    done = laptop.run("host", "execute", str(source), "--grid", "x=[1, 2, 3, 4, 5, 6, 7]", "-j", "4")
+    write_notebook(laptop.home / "many.ipynb", "1")
+    done = laptop.run("host", "execute", "many.ipynb")
     assert done.status == 0, done.text
+    (one,) = host.home.glob(".local/state/rjupyter/runs/*")
+    for number in range(6):  # as if there had been seven
+        shutil.copytree(one, one.with_name("%s%x" % (one.name[:-1], (int(one.name[-1], 16) + number + 1) % 16)))
     shown = laptop.run("host", "list")
-    assert shown.text.count("a.x=") == 5 and "2 ended executions more" in shown.text and "list --all" in shown.text
-    assert laptop.run("host", "list", "--all").text.count("a.x=") == 7
+    assert shown.text.count("many.ipynb") == 5 and "2 ended executions more" in shown.text
+    assert "list --all" in shown.text
+    assert laptop.run("host", "list", "--all").text.count("many.ipynb") == 7
 
 
 def listed_in(laptop: Laptop, destination: str) -> List[Dict[str, Any]]:
@@ -167,6 +175,7 @@ def listed_in(laptop: Laptop, destination: str) -> List[Dict[str, Any]]:
 # -- executions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_what_is_not_executed_is_named_and_what_runs_can_be_followed(laptop: Laptop, host: Host) -> None:
     for name, source in (("a", "1 / 0"), ("b", "2"), ("c", "3")):
         write_notebook(laptop.home / ("%s.ipynb" % name), source)
@@ -187,7 +196,7 @@ def test_what_is_not_executed_is_named_and_what_runs_can_be_followed(laptop: Lap
 
 def completed(laptop: Laptop, *words: str) -> List[str]:
     """Return what the program says that the last word may become."""
-    argv = [sys.executable, str(SCRIPT), "completion", "words", *words]
+    argv = [sys.executable, "-c", MODULE, str(SCRIPT), "completion", "words", *words]
     return subprocess.run(argv, env=laptop.environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 
 

@@ -4,8 +4,6 @@ import ast
 from pathlib import Path
 from typing import Iterator
 
-import pytest
-
 TESTS = Path(__file__).parent
 
 
@@ -18,8 +16,8 @@ def imported_by(file: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-@pytest.mark.parametrize("name", sorted(file.name for file in TESTS.glob("test_*.py")))
-def test_no_test_file_imports_another(name: str) -> None:
-    modules = list(imported_by(TESTS / name))
-    assert modules
-    assert not [module for module in modules if module == "conftest" or module.startswith("test_")]
+def test_no_test_file_imports_another() -> None:
+    for file in TESTS.glob("test_*.py"):
+        modules = list(imported_by(file))
+        assert modules, file
+        assert not [module for module in modules if module == "conftest" or module.startswith("test_")], file

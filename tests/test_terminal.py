@@ -9,8 +9,9 @@ from typing import Dict, List
 
 import pytest
 from execution import code, write_notebook
-from sides import SCRIPT, Host, Laptop, Run
+from sides import MODULE, SCRIPT, Host, Laptop, Run
 
+PROGRAM = [sys.executable, "-c", MODULE, str(SCRIPT)]
 HERE = {"PATH": os.environ["PATH"], "TERM": "xterm", "HOME": "/h"}
 
 
@@ -30,18 +31,18 @@ HELPS = {"all": ["--help"], "open": ["HOST", "--help"], "execute": ["HOST", "exe
 
 
 @pytest.mark.parametrize("words", HELPS.values(), ids=HELPS)
-@pytest.mark.parametrize("columns", [40, 60, 80, 200])
-def test_help_breaks_no_word(columns: int, words: List[str]) -> None:
-    python = [sys.executable, str(SCRIPT)]
-    lines = ended(in_terminal(columns, *python, *words))
-    assert not [
-        line for line in lines if len(line) > max(40, min(columns, 120)) and not re.match("usage:|scheduler", line)
-    ]
-    wide = " ".join(ended(in_terminal(400, *python, *words)))
-    if columns == 40:  # too narrow for the path of the configuration
-        assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", wide)
-    else:
-        assert " ".join(lines).split() == wide.split()
+def test_help_breaks_no_word(words: List[str]) -> None:
+    widths = (40, 60, 80, 200, 400)
+    runs = {columns: in_terminal(columns, *PROGRAM, *words) for columns in widths}
+    printed = {columns: ended(run) for columns, run in runs.items()}
+    wide = " ".join(printed.pop(400))
+    for columns, lines in printed.items():
+        widest = max(40, min(columns, 120))
+        assert not [line for line in lines if len(line) > widest and not re.match("usage:|scheduler", line)], columns
+        if columns == 40:  # too narrow for the path of the configuration
+            assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", wide)
+        else:
+            assert " ".join(lines).split() == wide.split(), columns
 
 
 SPINNER = """
@@ -68,13 +69,14 @@ def test_spinner_stays_on_one_line(columns: int) -> None:
 COLOURS: Dict[str, Dict[str, str]] = {"none wanted": {"NO_COLOR": "1"}, "none there": {"TERM": "dumb"}}
 
 
-@pytest.mark.parametrize("environment", COLOURS.values(), ids=COLOURS)
-def test_no_colour(environment: Dict[str, str]) -> None:
-    words = [sys.executable, str(SCRIPT), "--no-config", "--nosuch"]
+def test_no_colour() -> None:
+    words = [*PROGRAM, "--no-config", "--nosuch"]
     coloured = in_terminal(80, *words)
     assert coloured.wait() == 2 and "\x1b[31mrjupyter:\x1b[0m wrong usage" in coloured.text
-    plain = in_terminal(80, *words, **environment)
-    assert plain.wait() == 2 and plain.text.startswith("rjupyter: wrong usage") and "\x1b" not in plain.text
+    for name, environment in COLOURS.items():
+        plain = in_terminal(80, *words, **environment)
+        assert plain.wait() == 2 and plain.text.startswith("rjupyter: wrong usage"), name
+        assert "\x1b" not in plain.text, name
 
 
 def test_nothing_but_text_goes_into_a_pipe(laptop: Laptop, host: Host) -> None:
@@ -114,7 +116,7 @@ def check_lost(redirect: str, argv: List[str], environment: Dict[str, str]) -> N
 @pytest.mark.parametrize("words", ALONE)
 def test_result_that_cannot_be_written(words: str, tmp_path: Path) -> None:
     environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
-    argv = [sys.executable, str(SCRIPT), *words.split()]
+    argv = [*PROGRAM, *words.split()]
     for redirect in LOST:
         check_lost(redirect, argv, environment)
     shown = redirected("", argv, environment)
@@ -129,7 +131,7 @@ def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) ->
     write_notebook(laptop.home / "good.ipynb", code("print(6 * 7)"))
     write_notebook(laptop.home / "bad.ipynb", code("1 / 0"))
     with laptop.opened("host"):
-        argv = [laptop.python, str(SCRIPT), "-F", str(laptop.config)]
+        argv = [*PROGRAM, "-F", str(laptop.config)]
         good = str(laptop.home / "good.ipynb")
         check_lost(">/dev/full", [*argv, "host", "execute", good, "-q", "-o", "-"], laptop.environment)
         assert not (laptop.home / "good.executed.ipynb").exists()
@@ -158,9 +160,9 @@ def check_reader_that_has_left(argv: List[str], environment: Dict[str, str]) -> 
 @pytest.mark.parametrize("words", [["--help"], ["--help", "events"], ["completion", "bash"], ["tunnels"]], ids=" ".join)
 def test_reader_that_has_left(words: List[str], tmp_path: Path) -> None:
     environment = dict(HERE, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
-    check_reader_that_has_left([sys.executable, str(SCRIPT), *words], environment)
+    check_reader_that_has_left([*PROGRAM, *words], environment)
 
 
 def test_reader_of_a_list_that_has_left(laptop: Laptop, host: Host) -> None:
-    argv = [laptop.python, str(SCRIPT), "-F", str(laptop.config), "host", "list"]
+    argv = [*PROGRAM, "-F", str(laptop.config), "host", "list"]
     check_reader_that_has_left(argv, laptop.environment)

@@ -16,7 +16,7 @@ from notebooks import printed, write_notebook
 from private_podman import IMAGE, PrivatePodman, small_tar
 from private_slurm import PrivateSlurm
 from readme import README
-from sides import VENV_BIN, Host, Laptop, User, processes_with, quiet_port, wait_until, without_port
+from sides import VENV_BIN, Host, Laptop, User, nicer, processes_with, quiet_port, wait_until, without_port
 
 import rjupyter
 
@@ -99,7 +99,7 @@ def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: 
     destination = "host:it's here"
     url = held(laptop, *wraps, destination).url()
     code = "import os; print(os.environ['A'], os.environ['B'], os.nice(0), os.getcwd())"
-    assert compute(url, code).split("\n")[0] == "it's $HOME inner 7 %s/it's here" % host.home
+    assert compute(url, code).split("\n")[0] == "it's $HOME inner %d %s/it's here" % (nicer(7), host.home)
     (server,) = listed(laptop)
     assert server["wrap"] == " ".join([wraps[1], wraps[3]]) and server["state"] == "live"
     table = laptop.run("host", "list").stdout
@@ -334,7 +334,7 @@ def test_execution_inside_and_its_stop(laptop: Laptop, bwrap: Host, mark: str, w
     done = laptop.run(*wrap, "host", "execute", str(source))
     assert done.status == 0, done.text
     first, _, last = printed(laptop.home / "train.executed.ipynb")
-    assert (int(first) < 100) == ("bwrap" in wrap[1]) and last == ("10 1\n" if wrap[1] == "nice" else "0 1\n")
+    assert (int(first) < 100) == ("bwrap" in wrap[1]) and last == "%d 1\n" % nicer(10 * (wrap[1] == "nice"))
     endless = write_notebook(laptop.home / "endless.ipynb", "print('kept')", "import time; time.sleep(1000)")
     run = laptop.start(*wrap, "host", "execute", str(endless), has_terminal=False)
     run.expect("Cell 1/2")
@@ -557,7 +557,7 @@ def test_wrapper_inside_a_job(laptop: Laptop, login: Host, slurm: PrivateSlurm, 
     words = ["--slurm", "-t 10", "--wrap", "nice -n 3 unshare --pid --fork --mount-proc"]
     run = held(laptop, *words, "host")
     status = api(run.url(), "status")
-    assert status["node"] in slurm.nodes and status["pid"] < 100 and status["nice"] == 3
+    assert status["node"] in slurm.nodes and status["pid"] < 100 and status["nice"] == nicer(3)
     (server,) = listed(laptop)
     assert server["job"] and server["wrap"] == words[-1] and server["state"] == "live"
     assert "Launched" not in held(laptop, *words, "host", "--local-port", str(quiet_port())).text
@@ -572,7 +572,7 @@ def test_execution_in_a_wrapper_in_a_job(laptop: Laptop, login: Host, slurm: Pri
     done = laptop.run("--slurm", "-t 10", "--wrap", "nice -n 3", "host", "execute", str(source))
     assert done.status == 0, done.text
     nice, node = printed(laptop.home / "train.executed.ipynb")[0].split()
-    assert nice == "3" and node in slurm.nodes
+    assert nice == str(nicer(3)) and node in slurm.nodes
 
 
 # -- the README -------------------------------------------------------------------------------------------------------
