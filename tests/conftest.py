@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
-from jupyters import standin
+from jupyters import nbclient_alone, standin
 from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
@@ -122,7 +122,9 @@ def make_host(
         **environment: str,
     ) -> Host:
         if not path:
-            path = str(VENV_BIN if request.node.get_closest_marker("jupyter") else standin())
+            is_real = request.node.get_closest_marker("jupyter")
+            executes = request.node.get_closest_marker("nbclient")
+            path = str(VENV_BIN if is_real else nbclient_alone() if executes else standin())
         base = directory / name
         base.mkdir()
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)

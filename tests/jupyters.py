@@ -8,6 +8,7 @@ usage: jupyters.py VENV, to lighten that environment
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -107,6 +108,34 @@ def standin() -> Path:
     return kept("standin", source.read_text(), make) / "bin"
 
 
+def nbclient_alone() -> Path:
+    """Return the bin directory of an environment that executes notebooks: nbclient, and a stand-in for the kernel.
+
+    Without IPython, which jupyter_client would import, and without what Jupyter adds, a run takes half the time.
+    """
+    source = Path(__file__).with_name("standin_kernel.py")
+    packages = ["nbclient"]
+
+    def make(venv: Path) -> None:
+        install(venv, "/usr/bin/python3", packages)
+        (place,) = venv.glob("lib/python3*/site-packages")
+        shutil.copy(source, place)
+        for needless in place.glob("_virtualenv.*"):  # imported with each start, for distutils' sake
+            needless.unlink()
+        subprocess.run([venv / "bin/python", "-m", "compileall", "-q", str(place)], check=True)
+        kernel = venv / "share/jupyter/kernels/python3/kernel.json"
+        kernel.parent.mkdir(parents=True)
+        argv = standin_kernel(venv / "bin")
+        kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+
+    return kept("nbclient-alone", source.read_text() + repr(packages), make) / "bin"
+
+
+def standin_kernel(place: Path) -> List[str]:
+    """Return the command of the stand-in for the kernel, for a kernel.json."""
+    return [str(place / "python"), "-I", "-c", "import standin_kernel; standin_kernel.main()", "{connection_file}"]
+
+
 def lighten(venv: Path) -> None:
     """Let a Jupyter start sooner, as without Node.js: it looks for no language server, nor for yarn's settings.
 
@@ -125,13 +154,18 @@ def environment(name: str, python: str, packages: List[str], is_light: bool = Tr
     """Return the bin directory of a cached virtual environment, made when it is missing."""
 
     def make(venv: Path) -> None:
-        uv = Path(sys.executable).with_name("uv")
-        run([uv, "venv", "--quiet", "--python", python, venv])
-        run([uv, "pip", "install", "--quiet", "--link-mode=copy", "--python", venv / "bin/python", *packages])
+        install(venv, python, packages)
         if is_light:
             lighten(venv)
 
     return kept(name, repr((python, packages)), make) / "bin"
+
+
+def install(venv: Path, python: str, packages: List[str]) -> None:
+    """Make a virtual environment with these packages."""
+    uv = Path(sys.executable).with_name("uv")
+    run([uv, "venv", "--quiet", "--python", python, venv])
+    run([uv, "pip", "install", "--quiet", "--link-mode=copy", "--python", venv / "bin/python", *packages])
 
 
 def kept(name: str, what: str, make: Callable[[Path], object]) -> Path:
