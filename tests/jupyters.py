@@ -20,6 +20,8 @@ CACHE = Path("/var/tmp/rjupyter-tests-%d" % os.getuid())
 TODAY = ["notebook>=7.2", "jupyterlab>=4.2"]
 # From 4.25 on, Jupyter imports a parser with it: a second of a core, and the tests start Jupyter a thousand times.
 LIGHT = "jsonschema<4.25"
+# The stand-in for a kernel, as a kernel.json says it; jupyter_client puts the Python of its own environment there.
+STANDIN_KERNEL = ["python3", "-I", "-c", "import standin_kernel; standin_kernel.main()", "{connection_file}"]
 
 
 class Age(NamedTuple):
@@ -125,15 +127,9 @@ def nbclient_alone() -> Path:
         subprocess.run([venv / "bin/python", "-m", "compileall", "-q", str(place)], check=True)
         kernel = venv / "share/jupyter/kernels/python3/kernel.json"
         kernel.parent.mkdir(parents=True)
-        argv = standin_kernel(venv / "bin")
-        kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        kernel.write_text(json.dumps({"argv": STANDIN_KERNEL, "display_name": "Python 3", "language": "python"}))
 
-    return kept("nbclient-alone", source.read_text() + repr(packages), make) / "bin"
-
-
-def standin_kernel(place: Path) -> List[str]:
-    """Return the command of the stand-in for the kernel, for a kernel.json."""
-    return [str(place / "python"), "-I", "-c", "import standin_kernel; standin_kernel.main()", "{connection_file}"]
+    return kept("nbclient-alone", source.read_text() + repr((packages, STANDIN_KERNEL)), make) / "bin"
 
 
 def lighten(venv: Path) -> None:

@@ -18,7 +18,7 @@ from execution import (
     run_dirs,
     write_notebook,
 )
-from jupyters import environment, interpreters, nbclient_alone, standin_kernel
+from jupyters import STANDIN_KERNEL, environment, interpreters, nbclient_alone
 from sides import Host, Laptop
 
 pytestmark = pytest.mark.nbclient
@@ -94,7 +94,7 @@ def test_form_of_parameters(laptop: Laptop, host: Host) -> None:
     expected = {}
     for number, (language, lines) in enumerate(LITERALS):
         name = "other-1.%d" % number
-        add_kernel(host.home, name, standin_kernel(nbclient_alone()), language=language)
+        add_kernel(host.home, name, STANDIN_KERNEL, language=language)
         spec = {"name": name, "display_name": "Other", "language": language}
         write_notebook(laptop.home / (language + ".ipynb"), code("i = 0", "parameters"), "1", kernelspec=spec)
         expected[language] = lines
@@ -110,7 +110,7 @@ def test_form_of_parameters(laptop: Laptop, host: Host) -> None:
 
 def test_parameters_for_a_language_that_we_do_not_know(laptop: Laptop, host: Host) -> None:
     """Refused, with the language's name, before a cell runs; without -p the notebook runs as any. (G8)"""
-    add_kernel(host.home, "swipl", standin_kernel(nbclient_alone()), language="prolog")
+    add_kernel(host.home, "swipl", STANDIN_KERNEL, language="prolog")
     spec = {"name": "swipl", "display_name": "Prolog", "language": "prolog"}
     write_notebook(laptop.home / "p.ipynb", "open('ran', 'w')", kernelspec=spec)
     run = laptop.run("host", "execute", "p.ipynb", "-p", "x=1")
@@ -160,7 +160,7 @@ def test_kernel_is_compared_as_jupyter_client_does(laptop: Laptop, host: Host) -
     """Capitals do not count, in the notebook, in the name of the directory, and in --kernel. (G10)"""
     asked = {"MyEnv": "myenv", "Other": "Other", "third": "THIRD"}  # and how the directory is called
     for name, there in asked.items():
-        add_kernel(host.home, there, standin_kernel(nbclient_alone()), WHICH="the one that is meant for " + name)
+        add_kernel(host.home, there, STANDIN_KERNEL, WHICH="the one that is meant for " + name)
         spec = {"name": name, "display_name": name, "language": "python"}
         source = "import os; print(os.environ.get('WHICH'))"
         write_notebook(laptop.home / (name + ".ipynb"), source, kernelspec=spec)
@@ -170,7 +170,7 @@ def test_kernel_is_compared_as_jupyter_client_does(laptop: Laptop, host: Host) -
     for name in asked:
         said = printed(laptop.home / (name + ".executed.ipynb"))
         assert said == ["the one that is meant for %s\n" % name], name
-    add_kernel(host.home, "my.env-3", standin_kernel(nbclient_alone()), WHICH="the one of the option")
+    add_kernel(host.home, "my.env-3", STANDIN_KERNEL, WHICH="the one of the option")
     run = laptop.run("host", "execute", "Other.ipynb", "--kernel", "My.Env-3")
     assert run.status == 0 and "no kernel" not in run.stderr, run.text
     assert printed(laptop.home / "Other.executed.ipynb") == ["the one of the option\n"]
