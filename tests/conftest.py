@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
-from jupyters import standin
+from jupyters import nbclient_alone, standin
 from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
@@ -123,7 +123,9 @@ def make_host(
         **environment: str,
     ) -> Host:
         if not path:
-            path = str(VENV_BIN if request.node.get_closest_marker("jupyter") else standin())
+            is_real = request.node.get_closest_marker("jupyter")
+            executes = request.node.get_closest_marker("nbclient")
+            path = str(VENV_BIN if is_real else nbclient_alone() if executes else standin())
         path = "%s:%s" % (front, path) if front else path
         base = directory / name
         base.mkdir()

@@ -1,11 +1,12 @@
 """How an execution ends: in time, out of time, killed, told to; what is shown on the way; and what is left then."""
 
+import functools
 import json
 import os
 import re
 import signal
 import time
-from typing import Any, Dict, List
+from pathlib import Path
 
 import pytest
 from client import check_failure
@@ -15,6 +16,7 @@ from execution import (
     add_r,
     add_slow_kernel,
     cells_of,
+    code,
     listed_runs,
     printed,
     run_dirs,
@@ -25,70 +27,75 @@ from execution import (
 )
 from sides import ON_HOST, Host, Laptop, Run, processes_with, wait_until
 
-pytestmark = pytest.mark.jupyter
+pytestmark = pytest.mark.nbclient
 
 RESULT = "w.executed.ipynb"
-DISPLAYS = "from IPython.display import display, HTML\n"
 
 
 # -- G6, G15: limits --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["short cells", "cells that may fail", "a cell that catches"])
-def test_time_limit_is_for_the_whole(laptop: Laptop, host: Host, kind: str) -> None:
+def test_time_limit_is_for_the_whole(laptop: Laptop, host: Host) -> None:
     """Twelve cells, none of which takes as long as the limit, are over it together: status 6. (G6)
 
     Nor does a cell win time by what it makes of an interrupt.
     """
     sources = {
-        "short cells": "import time; time.sleep(2); print({0})",
-        "cells that may fail": "import time; time.sleep(2); print({0}); raise ValueError({0})",
-        "a cell that catches": "import time\ntry: time.sleep(2)\nexcept KeyboardInterrupt: time.sleep(1)\nprint({0})",
+        "short": "import time; time.sleep(2); print({0})",
+        "fail": "import time; time.sleep(2); print({0}); raise ValueError({0})",
+        "catch": "import time\ntry: time.sleep(2)\nexcept KeyboardInterrupt: time.sleep(1)\nprint({0})",
     }
-    cells = []
-    for number in range(12):
-        cell: Dict[str, Any] = {"cell_type": "code", "execution_count": None, "outputs": []}
-        cell["metadata"] = {"tags": ["raises-exception"]} if "fail" in kind else {}
-        cells.append(dict(cell, source=sources[kind].format(number)))
-    write_notebook(laptop.home / "w.ipynb", *cells)
-    run = laptop.run("host", "execute", "w.ipynb", "--timeout", "12")  # a kernel may take seconds to start
+    for kind, source in sources.items():
+        tags = ["raises-exception"] * (kind == "fail")
+        cells = [code(source.format(number), *tags) for number in range(12)]
+        write_notebook(laptop.home / (kind + ".ipynb"), *cells)
+    names = [kind + ".ipynb" for kind in sources]
+    # A kernel may take seconds to start.
+    run = laptop.run("host", "execute", "-j", "3", *names, "--timeout", "12")
     assert run.status == 6, run.text
-    assert re.search(r"why: its time ran out in cell \d+ of 12", run.stderr), run.stderr
-    said = printed(laptop.home / RESULT)
-    assert said[11] == "" and said == sorted(said, key=lambda words: not words)
+    for kind in sources:
+        words = r"%s\.ipynb took too long: its time ran out in cell \d+ of 12\n" % kind
+        assert re.search(words, run.stderr), run.stderr
+        said = printed(laptop.home / (kind + ".executed.ipynb"))
+        assert said[11] == "" and said == sorted(said, key=lambda words: not words), kind
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_time_limit_counts_the_start_of_the_kernel(laptop: Laptop, host: Host, is_alone: bool) -> None:
+def test_time_limit_counts_the_start_of_the_kernel(laptop: Laptop, host: Host) -> None:
     """A kernel that is slow to start is part of the whole; --start-timeout, when longer, does not prolong it. (G6)"""
+    add_kernel(host.home, "slow", ["/bin/sleep", "600"])
+    write_notebook(laptop.home / "w.ipynb", "print(1)")
+    began = time.monotonic()
+    both = [
+        laptop.start(*options, "host", "execute", "--overlap", "w.ipynb", *(["--kernel", "slow", "--timeout", "5"]),
+                     has_terminal=False)
+        for options in ([], ["--start-timeout", "80"])
+    ]  # fmt: skip
+    for run in both:
+        assert run.wait() == 6, run.text
+        assert "w.ipynb took too long" in run.stderr and "kernel" in run.stderr
+    assert time.monotonic() - began < 65
+
+
+def test_kernel_that_does_not_start(laptop: Laptop, host: Host, mark: str) -> None:
+    """`--start-timeout` holds for the kernel, too; the status is that of what did not start. (G15)
+
+    One is slow, one ends at once, one never answers.
+    """
     add_slow_kernel(host.home, "slow", 40)
-    write_notebook(laptop.home / "w.ipynb", "print(1)")
-    began = time.monotonic()
-    options = [] if is_alone else ["--start-timeout", "80"]
-    run = laptop.run(*options, "host", "execute", "w.ipynb", "--kernel", "slow", "--timeout", "5")
-    assert run.status == 6, run.text
-    assert "w.ipynb took too long" in run.stderr and "kernel" in run.stderr
-    assert time.monotonic() - began < 35
-
-
-@pytest.mark.parametrize("kind", ["slow", "ends at once", "never answers"])
-def test_kernel_that_does_not_start(laptop: Laptop, host: Host, kind: str, mark: str) -> None:
-    """`--start-timeout` holds for the kernel, too; the status is that of what did not start. (G15)"""
-    if kind == "slow":
-        add_slow_kernel(host.home, "odd", 40)
-    elif kind == "ends at once":
-        add_kernel(host.home, "odd", ["/bin/sh", "-c", "echo no such library: libodd >&2; exit 3", "{connection_file}"])
-    else:
-        add_kernel(host.home, "odd", ["/bin/sleep", "600"])
-    write_notebook(laptop.home / "w.ipynb", "print(1)")
-    began = time.monotonic()
-    run = laptop.run("--start-timeout", "6", "host", "execute", "w.ipynb", "--kernel", "odd")
-    assert run.status == 4, run.text
-    assert "kernel" in run.stderr and "AssertionError" not in run.stderr
-    assert ("libodd" in run.stderr) or kind != "ends at once", run.stderr
-    assert ("--start-timeout" in run.stderr) or kind == "ends at once", run.stderr
-    assert time.monotonic() - began < 36
-    wait_until(lambda: not processes_with(mark), "the kernel is gone", 15)
+    add_kernel(host.home, "ends", ["/bin/sh", "-c", "echo no such library: libodd >&2; exit 3", "{connection_file}"])
+    add_kernel(host.home, "never", ["/bin/sleep", "600"])
+    kinds = ("slow", "ends", "never")
+    for kind in kinds:
+        write_notebook(laptop.home / (kind + ".ipynb"), "print(1)")
+    words = ["--start-timeout", "6", "host", "execute"]
+    started = {
+        kind: laptop.start(*words, kind + ".ipynb", "--kernel", kind, has_terminal=False) for kind in kinds
+    }  # fmt: skip
+    for kind, run in started.items():
+        assert run.wait() == 4, run.text
+        assert "kernel" in run.stderr and "AssertionError" not in run.stderr
+        assert ("libodd" if kind == "ends" else "--start-timeout") in run.stderr, run.stderr
+    wait_until(lambda: not processes_with(mark), "the kernels are gone", 15)
 
 
 def test_kernel_that_takes_66_seconds(laptop: Laptop, host: Host) -> None:
@@ -137,46 +144,61 @@ def has_ended(run: Run) -> bool:
     return not run._fds
 
 
-@pytest.mark.parametrize("quiet", [["-q"], ["--json"]])
-def test_run_that_was_not_started_is_never_silent(laptop: Laptop, host: Host, quiet: List[str]) -> None:
+def test_run_that_was_not_started_is_never_silent(laptop: Laptop, host: Host) -> None:
     """The same run is in hand already: that is said under -q as well, for no result comes of it. (G7)"""
     run, identity = start_waiting(laptop)
-    second = laptop.run(*quiet, "host", "execute", "w.ipynb")
+    for quiet in ("-q", "--json"):
+        second = laptop.run(quiet, "host", "execute", "w.ipynb")
+        assert identity in (second.stderr if quiet == "-q" else second.stdout), second.text
+        assert second.stdout == "" or quiet == "--json"
     (host.home / "go").touch()
     assert run.wait() == 0
-    assert identity in (second.stderr if quiet == ["-q"] else second.stdout), second.text
-    assert second.stdout == "" or quiet == ["--json"]
 
 
 # -- G14: killed within a cell ----------------------------------------------------------------------------------------
 
-SAYS = {
-    "stream": ("", "waits\n"),
-    "display": (DISPLAYS + "display(HTML('<b>shown</b>'))\n", "<b>shown</b>"),
-    "no newline": ("print('half a line', end='', flush=True)\n", "half a line"),
-    "stderr": ("import sys; print('to stderr', file=sys.stderr, flush=True)\n", "to stderr"),
-    "cleared": ("from IPython.display import clear_output\nprint('gone')\nclear_output()\nprint('new')\n", "new"),
-}
+SAYS = """
+from IPython.display import HTML, clear_output, display
+import sys
+print('gone')
+clear_output()
+print('new')
+display(HTML('<b>shown</b>'))
+print('to stderr', file=sys.stderr, flush=True)
+print('half a line', end='', flush=True)
+"""
 
 
-@pytest.mark.parametrize("kind", list(SAYS))
-def test_run_that_is_killed_within_a_cell_keeps_what_the_cell_said(laptop: Laptop, host: Host, kind: str) -> None:
+def is_written(directory: Path, words: str) -> bool:
+    """True when a run's journal has these words."""
+    return words in (directory / "journal").read_text()
+
+
+@pytest.mark.jupyter
+def test_run_that_is_killed_within_a_cell_keeps_what_the_cell_said(laptop: Laptop, host: Host) -> None:
     """What a cell says is in the result while it runs; a killed run has it, and so has `logs ID`. (G14)"""
-    first, words = SAYS[kind]
-    write_notebook(laptop.home / "w.ipynb", "print('one')", first + waiting_for(), "print('never')")
-    run = laptop.start("host", "execute", "-v", "w.ipynb", has_terminal=False)
-    run.expect("waits$")
-    identity = run.expect(r"\((r[0-9a-f]{4})\)").group(1)
-    time.sleep(0.5)
-    os.killpg(runner_pid(host), signal.SIGKILL)
-    assert run.wait() == 1, run.text
-    assert printed(laptop.home / RESULT)[0] == "one\n"
-    said = json.dumps(cells_of(laptop.home / RESULT)[1]["outputs"])
-    assert words.strip() in said and "gone" not in said
-    assert cells_of(laptop.home / RESULT)[2]["outputs"] == []
-    logs = laptop.run("host", "logs", identity)
-    assert logs.status == 0, logs.text
-    assert "one" in logs.stdout and (words.strip() in logs.stdout or kind == "display")
+    write_notebook(laptop.home / "w.ipynb", "print('one')", waiting_for() + "\n", "print('never')")
+    write_notebook(laptop.home / "all.ipynb", "print('one')", SAYS + waiting_for(), "print('never')")
+    for name, shown in (("w", ["waits"]), ("all", ["new", "<b>shown</b>", "to stderr", "half a line"])):
+        run = laptop.start("host", "execute", "-v", name + ".ipynb", has_terminal=False)
+        identity = run.expect(r"\((r[0-9a-f]{4})\)").group(1)
+        run.expect("waits$")
+        directory = host.home / ".local/state/rjupyter/runs" / identity
+        wait_until(functools.partial(is_written, directory, "waits"), "it is written down")
+        os.killpg(json.loads((directory / "run.json").read_text())["pid"], signal.SIGKILL)
+        assert run.wait() == 1, run.text
+        assert "the execution of %s.ipynb ended early" % name in run.stderr
+        assert "it was killed, by hand or because memory ran out" in run.stderr
+        result = laptop.home / (name + ".executed.ipynb")
+        assert printed(result)[0] == "one\n"
+        said = json.dumps(cells_of(result)[1]["outputs"])
+        assert [words for words in shown if words not in said] == [] and "gone" not in said
+        assert cells_of(result)[2]["outputs"] == []
+        logs = laptop.run("host", "logs", identity)
+        assert logs.status == 0, logs.text
+        for words in ["one", *shown]:
+            assert words in logs.stdout or words == "<b>shown</b>", logs.stdout
+    assert [record["state"] for record in listed_runs(laptop)] == ["killed", "killed"]
 
 
 def test_logs_of_a_run_that_goes_on_and_of_one_that_has_ended(laptop: Laptop, host: Host) -> None:
@@ -194,8 +216,11 @@ def test_logs_of_a_run_that_goes_on_and_of_one_that_has_ended(laptop: Laptop, ho
 # -- G18: told to end -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("is_for_all", [False, True], ids=["the run", "run and kernel"])
+@pytest.mark.jupyter
+@pytest.mark.parametrize(
+    ("signum", "is_for_all"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGINT, True)],
+)
 def test_run_that_is_told_to_end(laptop: Laptop, host: Host, mark: str, signum: int, is_for_all: bool) -> None:
     """A shutdown of the host, or an administrator: it was ended, and by which signal; what there is, is kept. (G18)"""
     run, _ = start_waiting(laptop)
@@ -215,6 +240,7 @@ def test_run_that_is_told_to_end(laptop: Laptop, host: Host, mark: str, signum: 
 # -- G19: -v ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jupyter
 def test_what_cells_print_is_shown_as_a_terminal_shows_it(laptop: Laptop, host: Host) -> None:
     r"""Lines that end in \r\n, bars that move with \r, backspaces, a line that is only half overwritten. (G19)"""
     source = (
@@ -234,18 +260,19 @@ def test_what_cells_print_is_shown_as_a_terminal_shows_it(laptop: Laptop, host: 
     assert not [line for line in shown if line in ("", "XY", "ab", "all", "abcd")], run.stderr
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [("Password for x: ", "Password for x:"), ("progress...\\r", "progress"), ("\\33[1mbold", "bold")],
-)
-def test_text_without_a_newline_is_shown(laptop: Laptop, host: Host, source: str, words: str) -> None:
+def test_text_without_a_newline_is_shown(laptop: Laptop, host: Host) -> None:
     """It is shown while the cell runs, as a terminal would show it at once. (G19)"""
-    wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)"
-    write_notebook(laptop.home / "w.ipynb", "print('%s', end='', flush=True)\n%s" % (source, wait), "print('next')")
+    shows = {"Password for x: ": "Password for x:", "progress...\\r": "progress", "\\33[1mbold": "bold"}
+    cells = []
+    for number, source in enumerate(shows):
+        wait = "import os, time\nwhile not os.path.exists('go-%d'): time.sleep(0.01)" % number
+        cells += ["print('%s', end='', flush=True)\n%s" % (source, wait), "print('next %d')" % number]
+    write_notebook(laptop.home / "w.ipynb", *cells)
     run = laptop.start("host", "execute", "-v", "w.ipynb", has_terminal=False)
-    run.expect(words, 60)
-    (host.home / "go").touch()
-    run.expect("^next$")
+    for number, words in enumerate(shows.values()):
+        run.expect(words)
+        (host.home / ("go-%d" % number)).touch()
+        run.expect("^next %d$" % number)
     assert run.wait() == 0, run.text
 
 
@@ -301,24 +328,28 @@ def test_what_a_cell_started_ends_with_the_kernel_of_a_run_that_was_killed(
 # -- G22: sys.exit ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["import sys; sys.exit(0)", "import sys; sys.exit()", "raise SystemExit"])
-def test_exit_with_success_ends_the_notebook_well(laptop: Laptop, host: Host, source: str) -> None:
+@pytest.mark.jupyter
+def test_exit_with_success_ends_the_notebook_well(laptop: Laptop, host: Host) -> None:
     """Decided as papermill has it: sys.exit(0) ends the notebook there, and is no error. (G22)
 
     The cells behind it are not executed, status 0, and a line says where it ended. nbclient calls it a failed cell.
     """
-    write_notebook(laptop.home / "w.ipynb", "print('before')", source, "print('never')")
-    run = laptop.run("host", "execute", "w.ipynb")
-    assert (run.status, run.stdout) == (0, RESULT + "\n"), run.text
-    assert re.search(r"cell 2 (of|/) ?3|Cell 2/3.*exit|exit.*[Cc]ell 2", run.stderr), run.stderr
-    said = printed(laptop.home / RESULT)  # of the second cell, at most IPython's hint at its own ways to exit
-    assert (said[0], said[2]) == ("before\n", "")
-    assert cells_of(laptop.home / RESULT)[2]["execution_count"] is None
+    names = []
+    for number, source in enumerate(["import sys; sys.exit(0)", "import sys; sys.exit()", "raise SystemExit"]):
+        names.append("%d.ipynb" % number)
+        write_notebook(laptop.home / names[-1], "print('before')", source, "print('never')")
+    run = laptop.run("host", "execute", *names)  # none of them ends the row
+    assert (run.status, run.stdout) == (0, "0.executed.ipynb\n1.executed.ipynb\n2.executed.ipynb\n"), run.text
+    assert len(re.findall(r"cell 2 (?:of|/) ?3|Cell 2/3.*exit|exit.*[Cc]ell 2", run.stderr)) >= 3, run.stderr
+    for number in range(3):
+        result = laptop.home / ("%d.executed.ipynb" % number)
+        said = printed(result)  # of the second cell, at most IPython's hint at its own ways to exit
+        assert (said[0], said[2]) == ("before\n", "")
+        assert cells_of(result)[2]["execution_count"] is None
 
 
-@pytest.mark.parametrize("source", ["import sys; sys.exit(3)", "exit_ = 'no data'; raise SystemExit(exit_)"])
-def test_exit_with_anything_else_is_a_failure(laptop: Laptop, host: Host, source: str) -> None:
-    """What a shell would see as another status than 0. (G22)"""
-    write_notebook(laptop.home / "w.ipynb", source, "print('never')")
+def test_exit_with_anything_else_is_a_failure(laptop: Laptop, host: Host) -> None:
+    """What a shell would see as another status than 0; for sys.exit(3), see test_execute.py. (G22)"""
+    write_notebook(laptop.home / "w.ipynb", "exit_ = 'no data'; raise SystemExit(exit_)", "print('never')")
     run = laptop.run("host", "execute", "w.ipynb")
     assert run.status == 5, run.text

@@ -18,10 +18,10 @@ from execution import (
     run_dirs,
     write_notebook,
 )
-from jupyters import environment, interpreters
+from jupyters import STANDIN_KERNEL, environment, interpreters, nbclient_alone
 from sides import Host, Laptop
 
-pytestmark = pytest.mark.jupyter
+pytestmark = pytest.mark.nbclient
 
 RESULT = "p.executed.ipynb"
 
@@ -72,38 +72,45 @@ def test_parameters_for_r(laptop: Laptop, host: Host) -> None:
 
 LITERALS: List[Tuple[str, List[str]]] = [
     ("julia", ["# Parameters", "i = 3", "f = 1.5", 't = "it\'s \\"q\\""', "y = true", "n = nothing", 'l = [1, "a"]',
-               'd = Dict("k" => 1)', 'c = "cost \\$5"', "u = -Inf"]),
+               'd = Dict("k" => 1)', 'c = "cost \\$5"', "u = -Inf", "b = 3000000000"]),
     ("scala", ["// Parameters", "val i = 3", "val f = 1.5", 'val t = "it\'s \\"q\\""', "val y = true", "val n = None",
                'val l = Seq(1, "a")', 'val d = Map("k" -> 1)', 'val c = "cost $5"',
                "val u = Double.NegativeInfinity", "val b = 3000000000L"]),
     ("R", ["# Parameters", "i = 3", "f = 1.5", 't = "it\'s \\"q\\""', "y = TRUE", "n = NULL", 'l = list(1, "a")',
-           'd = list("k" = 1)', 'c = "cost $5"', "u = -Inf"]),
+           'd = list("k" = 1)', 'c = "cost $5"', "u = -Inf",
+           "b = 3000000000"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("language", "lines"), LITERALS, ids=[language for language, _ in LITERALS])
-@pytest.mark.parametrize("said_by", ["the notebook", "the kernel alone", "--kernel"])
-def test_form_of_parameters(laptop: Laptop, host: Host, language: str, lines: List[str], said_by: str) -> None:
+def test_form_of_parameters(laptop: Laptop, host: Host) -> None:
     """papermill's forms, for languages whose kernels are not here; what papermill gets wrong is what the language has:
     `$` in a Julia string, and infinity. The language is that of the kernel which is taken. (G8)
 
-    The kernel is Python's under another name, so the cell fails; it stands in the result as it was injected.
+    The kernel is Python's under another name, so the cell fails; it stands in the result as it was injected. The
+    language is said by the notebook, by the kernel alone, or the kernel by --kernel.
     """
-    add_kernel(host.home, "other-1.9", language=language)
-    spec = {"name": "other-1.9", "display_name": "Other"}
-    named = {"the notebook": dict(spec, language=language), "the kernel alone": spec}
-    metadata: Dict[str, Any] = {"kernelspec": named[said_by]} if said_by in named else {}
-    write_notebook(laptop.home / "p.ipynb", code("i = 0", "parameters"), "1", **metadata)
     values = {"i": "3", "f": "1.5", "t": 'it\'s "q"', "y": "true", "n": "null", "l": '[1, "a"]', "d": '{"k": 1}'}
-    values.update(c="cost $5", u="-.inf", **({"b": "3000000000"} if language == "scala" else {}))
-    kernel = ["--kernel", "other-1.9"] if said_by == "--kernel" else []
-    laptop.run("host", "execute", "p.ipynb", *kernel, *options(values))
-    assert injected(laptop.home / RESULT).split("\n") == lines
+    values.update(c="cost $5", u="-.inf", b="3000000000")
+    expected = {}
+    for number, (language, lines) in enumerate(LITERALS):
+        name = "other-1.%d" % number
+        add_kernel(host.home, name, STANDIN_KERNEL, language=language)
+        spec = {"name": name, "display_name": "Other", "language": language}
+        write_notebook(laptop.home / (language + ".ipynb"), code("i = 0", "parameters"), "1", kernelspec=spec)
+        expected[language] = lines
+    alone = {"name": "other-1.0", "display_name": "Other"}
+    write_notebook(laptop.home / "alone.ipynb", code("i = 0", "parameters"), "1", kernelspec=alone)
+    write_notebook(laptop.home / "option.ipynb", code("i = 0", "parameters"), "1")
+    laptop.run("host", "execute", "-j", "2", *[name + ".ipynb" for name in [*expected, "alone"]], *options(values))
+    laptop.run("host", "execute", "option.ipynb", "--kernel", "other-1.0", *options(values))
+    expected.update(alone=LITERALS[0][1], option=LITERALS[0][1])
+    for name, lines in expected.items():
+        assert injected(laptop.home / (name + ".executed.ipynb")).split("\n") == lines, name
 
 
 def test_parameters_for_a_language_that_we_do_not_know(laptop: Laptop, host: Host) -> None:
     """Refused, with the language's name, before a cell runs; without -p the notebook runs as any. (G8)"""
-    add_kernel(host.home, "swipl", language="prolog")
+    add_kernel(host.home, "swipl", STANDIN_KERNEL, language="prolog")
     spec = {"name": "swipl", "display_name": "Prolog", "language": "prolog"}
     write_notebook(laptop.home / "p.ipynb", "open('ran', 'w')", kernelspec=spec)
     run = laptop.run("host", "execute", "p.ipynb", "-p", "x=1")
@@ -149,26 +156,24 @@ def test_parameter_that_the_notebook_does_not_set(laptop: Laptop, host: Host) ->
 # -- G10: names of kernels --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("there", "asked", "option"),
-    [
-        ("myenv", "MyEnv", []),
-        ("MyEnv", "MyEnv", []),
-        ("MyEnv", "myenv", []),
-        ("my.env-3", "x", ["--kernel", "My.Env-3"]),
-    ],
-)
-def test_kernel_is_compared_as_jupyter_client_does(
-    laptop: Laptop, host: Host, there: str, asked: str, option: List[str]
-) -> None:
+def test_kernel_is_compared_as_jupyter_client_does(laptop: Laptop, host: Host) -> None:
     """Capitals do not count, in the notebook, in the name of the directory, and in --kernel. (G10)"""
-    add_kernel(host.home, there, WHICH="the one that is meant")
-    spec = {"name": asked, "display_name": asked, "language": "python"}
-    write_notebook(laptop.home / "p.ipynb", "import os; print(os.environ.get('WHICH'))", kernelspec=spec)
-    run = laptop.run("host", "execute", "p.ipynb", *option)
+    asked = {"MyEnv": "myenv", "Other": "Other", "third": "THIRD"}  # and how the directory is called
+    for name, there in asked.items():
+        add_kernel(host.home, there, STANDIN_KERNEL, WHICH="the one that is meant for " + name)
+        spec = {"name": name, "display_name": name, "language": "python"}
+        source = "import os; print(os.environ.get('WHICH'))"
+        write_notebook(laptop.home / (name + ".ipynb"), source, kernelspec=spec)
+    run = laptop.run("host", "execute", "-j", "3", *[name + ".ipynb" for name in asked])
     assert run.status == 0, run.text
     assert "no kernel" not in run.stderr
-    assert printed(laptop.home / RESULT) == ["the one that is meant\n"]
+    for name in asked:
+        said = printed(laptop.home / (name + ".executed.ipynb"))
+        assert said == ["the one that is meant for %s\n" % name], name
+    add_kernel(host.home, "my.env-3", STANDIN_KERNEL, WHICH="the one of the option")
+    run = laptop.run("host", "execute", "Other.ipynb", "--kernel", "My.Env-3")
+    assert run.status == 0 and "no kernel" not in run.stderr, run.text
+    assert printed(laptop.home / "Other.executed.ipynb") == ["the one of the option\n"]
 
 
 def test_kernel_of_r_with_a_capital_name(laptop: Laptop, host: Host) -> None:
@@ -180,37 +185,43 @@ def test_kernel_of_r_with_a_capital_name(laptop: Laptop, host: Host) -> None:
     assert printed(laptop.home / RESULT) == ["R"]
 
 
-@pytest.mark.parametrize("name", ["nothere", "../python3", "python 3"])
-def test_kernel_that_was_asked_for_and_is_not_there(laptop: Laptop, host: Host, name: str) -> None:
+def test_kernel_that_was_asked_for_and_is_not_there(laptop: Laptop, host: Host) -> None:
     """--kernel is not a wish: without that kernel nothing runs; the names that there are, are said. (G10)"""
     write_notebook(laptop.home / "p.ipynb", "open('ran', 'w')")
-    run = laptop.run("host", "execute", "p.ipynb", "--kernel", name)
-    assert run.status in (1, 2), run.text
-    check_failure(run, run.status, name, "python3")
+    for name in ("nothere", "../python3", "python 3"):
+        run = laptop.run("host", "execute", "p.ipynb", "--kernel", name)
+        assert run.status in (1, 2), run.text
+        check_failure(run, run.status, name, "python3")
     assert not (host.home / "ran").exists()
 
 
 # -- G11: an environment that can execute, and nothing else -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["PATH", "--python", "--env", ".venv"])
+@pytest.mark.parametrize("is_on_path", [True, False])
 def test_environment_with_nbclient_alone(
-    laptop: Laptop, make_host: Callable[..., Host], directory: Path, way: str
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, is_on_path: bool
 ) -> None:
-    """nbclient and a kernel are enough: no notebook, no lab. Nothing is installed for it. (G11)"""
+    """nbclient and a kernel are enough: no notebook, no lab. Nothing is installed for it. (G11)
+
+    It is found on PATH, with the kernel of today; else by --python, by --env, and as .venv.
+    """
     python = next((found for minor, found in sorted(interpreters().items()) if minor >= 9), "/usr/bin/python3")
-    bare = environment("nbclient", python, ["nbclient", "ipykernel"])
+    bare = environment("nbclient", python, ["nbclient", "ipykernel"]) if is_on_path else nbclient_alone()
     (directory / "bin").mkdir()
     (directory / "bin/python3").symlink_to(shutil.which("python3", path="/usr/bin:/usr/local/bin") or python)
-    host = make_host(path="%s:%s" % (bare if way == "PATH" else directory / "bin", directory / "bin"))
+    host = make_host(path="%s:%s" % (bare if is_on_path else directory / "bin", directory / "bin"))
     (host.home / "work").mkdir()
-    ways: Dict[str, List[str]] = {"--python": ["--python", str(bare / "python")], "--env": ["--env", str(bare.parent)]}
-    if way == ".venv":
-        (host.home / "work/.venv").symlink_to(bare.parent)
     write_notebook(laptop.home / "p.ipynb", "import sys; print(sys.prefix)")
-    run = laptop.run("--no-install", *ways.get(way, []), "host:work", "execute", "p.ipynb")
-    assert run.status == 0, run.text
-    assert Path(printed(laptop.home / RESULT)[0].strip()).resolve() == bare.parent.resolve()
+    by_option = [["--python", str(bare / "python")], ["--env", str(bare.parent)]]
+    for way in [[]] if is_on_path else [*by_option, []]:
+        if not way and not is_on_path:
+            (host.home / "work/.venv").symlink_to(bare.parent)
+        run = laptop.run("--no-install", *way, "host:work", "execute", "p.ipynb")
+        assert run.status == 0, (way, run.text)
+        result = laptop.home / RESULT
+        assert Path(printed(result)[0].strip()).resolve() == bare.parent.resolve(), way
+        result.unlink()
 
 
 # -- G21: values ------------------------------------------------------------------------------------------------------
@@ -223,6 +234,15 @@ VALUES: List[Tuple[str, Any]] = [
     ("[https://x.org:80/a, b]", ["https://x.org:80/a", "b"]),
     ("'[INFO] x'", "[INFO] x"), ("'None'", "None"), ('"nan"', "nan"), ("2024-01-01", "2024-01-01"),
     ("a: b", "a: b"), ("yes", "yes"), ("1_000", "1_000"), ("x # y", "x # y"), ("{a: }", {"a": None}),
+    ("", None), ("~", None), ("null", None), ("true", True), ("False", False), ("20", 20), ("-3", -3), ("0x1f", 31),
+    ("0o17", 15), ("1.5", 1.5), ("1e3", 1000.0), (".5", 0.5), ("-.inf", -math.inf), ("a=b", "a=b"), ("[1, 2]", [1, 2]),
+    ('{"a": 1}', {"a": 1}), ('"20"', "20"), ("'it\'\'s'", "it's"), ("1.2.3", "1.2.3"),
+    ("[[], {}]", [[], {}]), ("{a: {b: [c]}}", {"a": {"b": ["c"]}}), ('{"a":1,"b":[2]}', {"a": 1, "b": [2]}),
+    ("[a b, 'c, d', \"e]\"]", ["a b", "c, d", "e]"]), ("[x:y, a::b]", ["x:y", "a::b"]),
+    ("{a, b: }", {"a": None, "b": None}), ("[1,]", [1]), ("[None, ~, .inf]", [None, None, math.inf]),
+    ("['it\'\'s', - x]", ["it's", "- x"]),
+    ('{"a": [null, true, .inf, "it\'s \\"é\\"\\n"], "b": {"c": -1.5e300}}',
+     {"a": [None, True, math.inf, 'it\'s "é"\n'], "b": {"c": -1.5e300}}),
 ]  # fmt: skip
 
 
@@ -242,23 +262,26 @@ def test_values_as_yaml_has_them(laptop: Laptop, host: Host) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    ("value", "quoted"),
-    [
-        ("[INFO] x", "'[INFO] x'"),
-        ("[a, b", "'[a, b'"),
-        ("{a: 1}}", "'{a: 1}}'"),
-        ("[it's] x", "'[it''s] x'"),
-        ('"x" y', "'\"x\" y'"),
-        ("{a, b: [}", "'{a, b: [}'"),
-    ],
-)
-def test_value_that_is_not_what_it_begins_as(laptop: Laptop, host: Host, value: str, quoted: str) -> None:
+QUOTED = {
+    "[INFO] x": "'[INFO] x'",
+    "[a, b": "'[a, b'",
+    "{a: 1}}": "'{a: 1}}'",
+    "[it's] x": "'[it''s] x'",
+    '"x" y': "'\"x\" y'",
+    "{a, b: [}": "'{a, b: [}'",
+}
+NEITHER = ["[", "[,]", "[a b", "{a: 1", "{1: a}", "{[a]: 1}", "['a]", '["a]', "[a] b", "[a: b]", "[" * 5000]
+
+
+def test_value_that_is_not_what_it_begins_as(laptop: Laptop, host: Host) -> None:
     """Refused before anything is connected, with the same in quotes, which makes text of it. (G21)"""
-    write_notebook(laptop.home / "p.ipynb", "print(x)")
-    check_failure(laptop.run("host", "execute", "p.ipynb", "-p", "x=" + value), 2, quoted)
+    write_notebook(laptop.home / "p.ipynb", "print([globals()['v%%d' %% n] for n in range(%d)])" % len(QUOTED))
+    for value in [*QUOTED, *NEITHER]:
+        words = QUOTED.get(value, "begins like JSON or YAML, and is neither")
+        check_failure(laptop.run("host", "execute", "p.ipynb", "-p", "x=" + value), 2, words)
     assert host.sshd.logins() == 0
-    run = laptop.run("host", "execute", "p.ipynb", "-p", "x=" + quoted)
+    quoted = {"v%d" % number: text for number, text in enumerate(QUOTED.values())}
+    run = laptop.run("host", "execute", "p.ipynb", *options(quoted))
     assert run.status == 0, run.text
-    assert printed(laptop.home / RESULT)[-1] == value + "\n"
+    assert printed(laptop.home / RESULT)[-1] == "%s\n" % list(QUOTED)
     assert len(run_dirs(host)) == 1

@@ -32,12 +32,12 @@ from execution import (
     write_notebook,
     written_anywhere,
 )
-from jupyters import jupyter_for_everyone
+from jupyters import jupyter_for_everyone, nbclient_alone
 from sides import VENV_BIN, Host, Laptop, User
 
 # -- G1: a journal on a full disk -------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.jupyter
+pytestmark = pytest.mark.nbclient
 
 # Fill the disk but for 300 kB; the kernel's end makes room again.
 FILL = """
@@ -55,7 +55,7 @@ with open('fill', 'wb', 0) as fill:
     os.truncate('fill', os.stat('fill').st_size - 300000)
 """
 SAYS_1_MB = {
-    "display": "from IPython.display import display\ndisplay({'text/html': 'y' * 1000000}, raw=True)",
+    "display": "from IPython.display import display\ndisplay({'text/html': 'y' * 1000000}, raw=True)",  # by IPython
     "print": "print('y' * 1000000)",
     "error": "raise ValueError('y' * 1000000)",
 }
@@ -71,7 +71,7 @@ def test_disk_that_is_full_for_a_moment(
     """
     user = make_user("/bin/bash")
     with mounted(user.home, "-t", "tmpfs", "-o", "size=12m,mode=755,uid=%d" % user.uid, "tmpfs"):
-        user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+        user.write(".profile", "PATH=%s:$PATH\n" % (jupyter_for_everyone() if kind == "display" else nbclient_alone()))
         host = make_host(user=user)
         write_notebook(laptop.home / "a.ipynb", "print('before')", FILL + SAYS_1_MB[kind], "print('after')")
         run = laptop.run("host", "execute", "a.ipynb")
@@ -86,8 +86,7 @@ def test_disk_that_is_full_for_a_moment(
         assert printed(laptop.home / "late.ipynb") == printed(result)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 40, b'{"kind": "cell", "ind', b"\xff\xfe[]", b"[7]\n{}\n"])
-def test_bad_line_of_a_journal_costs_that_line(laptop: Laptop, host: Host, damage: bytes) -> None:
+def test_bad_line_of_a_journal_costs_that_line(laptop: Laptop, host: Host) -> None:
     """As after a crash of the machine: blocks of zeros, half a line, another's bytes. It is passed over, and said."""
     write_notebook(laptop.home / "a.ipynb", "print('one')", "print('two')", "print('three')")
     assert laptop.run("host", "execute", "a.ipynb").status == 0
@@ -95,12 +94,14 @@ def test_bad_line_of_a_journal_costs_that_line(laptop: Laptop, host: Host, damag
     lines = journal.read_bytes().splitlines()
     assert len(lines) > 4
     bad = next(number for number, line in enumerate(lines) if b"two\\n" in line and number)
-    lines[bad] = damage
-    journal.write_bytes(b"\n".join(lines) + b"\n")
-    late = laptop.run("host", "execute", "--attach", the_run(host).name, "-o", "late.ipynb")
-    assert late.status in (0, 1), late.text
-    assert [printed(laptop.home / "late.ipynb")[number] for number in (0, 2)] == ["one\n", "three\n"]
-    assert re.search(r"\bline|journal|damaged", late.stderr), late.stderr
+    for damage in (b"\0" * 40, b'{"kind": "cell", "ind', b"\xff\xfe[]", b"[7]\n{}\n"):
+        lines[bad] = damage
+        journal.write_bytes(b"\n".join(lines) + b"\n")
+        late = laptop.run("host", "execute", "--attach", the_run(host).name, "-o", "late.ipynb")
+        assert late.status in (0, 1), (damage, late.text)
+        assert [printed(laptop.home / "late.ipynb")[number] for number in (0, 2)] == ["one\n", "three\n"], damage
+        assert re.search(r"\bline|journal|damaged", late.stderr), (damage, late.stderr)
+        (laptop.home / "late.ipynb").unlink()
 
 
 # -- G2: two results of one name --------------------------------------------------------------------------------------
@@ -135,8 +136,7 @@ def answer_is_notebook(words: str) -> None:
     assert [cell["outputs"][0]["text"] for cell in notebook["cells"]] == [["1\n"]]
 
 
-@pytest.mark.parametrize("name", ["-", "link", "dir/link"])
-def test_result_on_stdout(laptop: Laptop, host: Host, name: str) -> None:
+def test_result_on_stdout(laptop: Laptop, host: Host) -> None:
     """`-o -` and what leads to /dev/stdout: the notebook is on stdout, and nothing else, for `| jq`. (G3)
 
     The link is one of the test's own: /dev/stdout itself, replaced, would be missed by the whole machine.
@@ -145,9 +145,10 @@ def test_result_on_stdout(laptop: Laptop, host: Host, name: str) -> None:
     for link in (laptop.home / "link", laptop.home / "dir/link"):
         link.symlink_to("/proc/self/fd/1")
     write_notebook(laptop.home / "a.ipynb", "print(1)")
-    run = laptop.run("host", "execute", "a.ipynb", "-o", name)
-    assert run.status == 0, run.text
-    answer_is_notebook(run.stdout)
+    for name in ("-", "link", "dir/link"):
+        run = laptop.run("host", "execute", "a.ipynb", "-o", name)
+        assert run.status == 0, (name, run.text)
+        answer_is_notebook(run.stdout)
     assert not (laptop.home / "-").exists()
     assert all(os.path.islink(laptop.home / link) for link in ("link", "dir/link"))
 
@@ -198,14 +199,14 @@ def test_links_on_the_host_are_written_through(laptop: Laptop, host: Host) -> No
     assert printed(host.home / "hard.ipynb") == ["1\n"]
 
 
-@pytest.mark.parametrize("arguments", [["--inplace", "a.ipynb"], ["b.ipynb", "-o", "a.ipynb"]])
-def test_read_only_file_is_an_error_before_the_run(laptop: Laptop, host: Host, arguments: List[str]) -> None:
+def test_read_only_file_is_an_error_before_the_run(laptop: Laptop, host: Host) -> None:
     """A notebook that may not be written is said to be so before anything runs. (G3)"""
     for name in ("a.ipynb", "b.ipynb"):
         write_notebook(laptop.home / name, "print(1)")
     (laptop.home / "a.ipynb").chmod(0o444)
     without_root_rights(laptop)
-    check_failure(laptop.run("host", "execute", *arguments), 1, "a.ipynb")
+    for arguments in (["--inplace", "a.ipynb"], ["b.ipynb", "-o", "a.ipynb"]):
+        check_failure(laptop.run("host", "execute", *arguments), 1, "a.ipynb")
     assert host.sshd.logins() == 0
 
 
@@ -264,16 +265,16 @@ def test_notebook_that_is_touched_while_it_runs(laptop: Laptop, host: Host) -> N
 # -- G12: what it costs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["widgets", "something else"])
-def test_cost_grows_with_what_is_new(laptop: Laptop, host: Host, kind: str) -> None:
-    """20 cells in a notebook with 3 MB of metadata, or with many small parts, take about as long as nbconvert. (G12)
+@pytest.mark.jupyter
+def test_cost_grows_with_what_is_new(laptop: Laptop, host: Host) -> None:
+    """20 cells in a notebook with 3 MB of metadata, many small parts among it, take about as long as nbconvert. (G12)
 
     `make bench` measures it; here the bound is wide: what was wrong was a factor of eight.
     """
     model = {"model_name": "HTMLModel", "model_module": "x", "model_module_version": "1", "state": {"value": "x" * 500}}
     states = {"%032x" % number: model for number in range(4500)}
     widgets = {"application/vnd.jupyter.widget-state+json": {"state": states, "version_major": 2, "version_minor": 0}}
-    metadata: Dict[str, Any] = {"widgets": widgets} if kind == "widgets" else {"mine": [[n, "x"] for n in range(90000)]}
+    metadata: Dict[str, Any] = {"widgets": widgets, "mine": [[number, "x"] for number in range(90000)]}
     path = write_notebook(laptop.home / "a.ipynb", *["print(%d)" % number for number in range(20)], **metadata)
     assert path.stat().st_size > 1000000
     argv = [
@@ -301,16 +302,19 @@ def test_cost_grows_with_what_is_new(laptop: Laptop, host: Host, kind: str) -> N
 # -- G13: where it runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "form", [":sub/rel.ipynb", ":{work}/sub/rel.ipynb", ":../work/sub/rel.ipynb", ":~/work/sub/rel.ipynb"]
-)
-def test_notebook_on_the_host_runs_in_its_own_directory(laptop: Laptop, host: Host, form: str) -> None:
+def test_notebook_on_the_host_runs_in_its_own_directory(laptop: Laptop, host: Host) -> None:
     """As nbconvert and jupyter execute have it: what lies beside the notebook is found. (G13)"""
-    write_notebook(host.home / "work/sub/rel.ipynb", "print(open('beside.txt').read())")
+    forms = [":sub/{0}.ipynb", ":{work}/sub/{0}.ipynb", ":../work/sub/{0}.ipynb", ":~/work/sub/{0}.ipynb"]
+    (host.home / "work/sub").mkdir(parents=True)
     (host.home / "work/sub/beside.txt").write_text("here")
-    run = laptop.run("host:work", "execute", form.format(work=host.home / "work"))
+    names = []
+    for number, form in enumerate(forms):
+        write_notebook(host.home / ("work/sub/rel%d.ipynb" % number), "print(open('beside.txt').read())")
+        names.append(form.format("rel%d" % number, work=host.home / "work"))
+    run = laptop.run("host:work", "execute", "-j", "2", *names)
     assert run.status == 0, run.text
-    assert printed(laptop.home / "rel.executed.ipynb") == ["here\n"]
+    for number, name in enumerate(names):
+        assert printed(laptop.home / ("rel%d.executed.ipynb" % number)) == ["here\n"], name
 
 
 # -- G16: --inplace on the host, and its place is gone ----------------------------------------------------------------
@@ -372,17 +376,18 @@ def test_outputs_of_last_year_are_not_in_the_result(laptop: Laptop, host: Host, 
     assert (cells_of(result)[2]["outputs"], cells_of(result)[2]["execution_count"]) == ([], None)
 
 
-@pytest.mark.parametrize("place", ["here", "there"])
-def test_old_outputs_do_not_travel(laptop: Laptop, host: Host, place: str) -> None:
+def test_old_outputs_do_not_travel(laptop: Laptop, host: Host) -> None:
     """12 MB of old outputs are not kept on the host, so they were not sent there, and do not come back. (G22)"""
     picture = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "x" * 6000000}}
     old = {"outputs": [stream("y" * 6000000), picture], "execution_count": 1}
-    home = laptop.home if place == "here" else host.home
-    write_notebook(home / "a.ipynb", code("print('new')", **old), code("1 / 0"), code("print(3)", **old))
-    run = laptop.run("host", "execute", "a.ipynb" if place == "here" else ":a.ipynb")
+    for name, home in (("here", laptop.home), ("there", host.home)):
+        write_notebook(home / (name + ".ipynb"), code("print('new')", **old), code("1 / 0"), code("print(3)", **old))
+    run = laptop.run("host", "execute", "-j", "2", "here.ipynb", ":there.ipynb")
     assert run.status == 5, run.text
-    assert (laptop.home / "a.executed.ipynb").stat().st_size < 100000
-    assert sum(path.stat().st_size for path in the_run(host).rglob("*") if path.is_file()) < 2000000
+    for name in ("here", "there"):
+        assert (laptop.home / (name + ".executed.ipynb")).stat().st_size < 100000
+    for directory in run_dirs(host):
+        assert sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) < 2000000
 
 
 # -- G21: a lone surrogate --------------------------------------------------------------------------------------------
@@ -390,47 +395,50 @@ def test_old_outputs_do_not_travel(laptop: Laptop, host: Host, place: str) -> No
 HALF = "half an emoji: \ud83d."
 
 
-@pytest.mark.parametrize("where", ["text", "source", "output", "metadata", "there"])
-def test_lone_surrogate_is_written(laptop: Laptop, host: Host, where: str) -> None:
+@pytest.mark.jupyter
+def test_lone_surrogate_is_written(laptop: Laptop, host: Host) -> None:
     r"""JSON can say "\ud83d", and notebooks do: it is written again as it came. (G21)
 
     Python's kernel cannot be sent it, so the cell that has it fails (5); that is in a result which is written, too.
     The output is one of a cell tagged skip-execution, which keeps what it has, as nbconvert does it.
     """
-    cells: List[Any] = [text(HALF if where in ("text", "there") else "x"), "print(1)"]
-    cells += ["x = 1  # " + HALF] * (where == "source")
-    cells += [code("x", "skip-execution", outputs=[stream(HALF)])] * (where == "output")
-    metadata: Dict[str, Any] = {"title": HALF} if where == "metadata" else {}
-    home = host.home if where == "there" else laptop.home
-    path = write_notebook(home / "a.ipynb", *cells, **metadata)
-    if where == "there":
-        run = laptop.run("host", "execute", ":a.ipynb", "--inplace")
-        result = path
-    else:
-        run = laptop.run("host", "execute", "a.ipynb")
-        result = laptop.home / "a.executed.ipynb"
-    assert run.status == (5 if where == "source" else 0), run.text
-    assert printed(result)[0] == "1\n"
-    assert HALF in json.dumps(notebook_of(result), ensure_ascii=False)
+    skipped = code("x", "skip-execution", outputs=[stream(HALF)])
+    write_notebook(laptop.home / "whole.ipynb", text(HALF + "text"), "print(1)", skipped, title=HALF + "title")
+    write_notebook(laptop.home / "source.ipynb", text("x"), "print(1)", "x = 1  # " + HALF)
+    there = write_notebook(host.home / "there.ipynb", text(HALF), "print(1)")
+    run = laptop.run("host", "execute", "-j", "2", "whole.ipynb", "source.ipynb")
+    assert run.status == 5 and "failed in source.ipynb" in run.stderr and "failed in whole" not in run.stderr, run.text
+    run = laptop.run("host", "execute", ":there.ipynb", "--inplace")
+    assert run.status == 0, run.text
+    results = {name: laptop.home / (name + ".executed.ipynb") for name in ("whole", "source")}
+    for name, result in dict(results, there=there).items():
+        assert printed(result)[0] == "1\n", name
+        written = notebook_of(result)
+        parts = {"whole": [HALF + "text", HALF + "title"], "source": ["x = 1  # " + HALF], "there": [HALF]}[name]
+        words = json.dumps(written, ensure_ascii=False)
+        assert [part for part in parts if part not in words] == [], name
+    assert HALF in json.dumps(cells_of(results["whole"])[1]["outputs"], ensure_ascii=False)
 
 
 # -- G22: names -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["out", "out/", "nowhere/", "."])
-def test_output_that_is_a_directory(laptop: Laptop, host: Host, name: str) -> None:
+def test_output_that_is_a_directory(laptop: Laptop, host: Host) -> None:
     """Refused before the run, or taken as `cp` does: into it, under the usual name. (G22)"""
     (laptop.home / "out").mkdir()
     write_notebook(laptop.home / "a.ipynb", "print(1)")
-    run = laptop.run("host", "execute", "a.ipynb", "-o", name)
-    if run.status == 0 and name != "nowhere/":
-        (result,) = results(laptop, run)
-        assert result.resolve() == (laptop.home / name / "a.executed.ipynb").resolve()
-        assert printed(result) == ["1\n"]
-    else:
-        assert run.status in (1, 2), run.text
-        check_failure(run, run.status, name.rstrip("/"))
-        assert host.sshd.logins() == 0
+    for name in ("nowhere/", "out", "out/", "."):
+        logins = host.sshd.logins()
+        run = laptop.run("host", "execute", "a.ipynb", "-o", name)
+        if run.status == 0 and name != "nowhere/":
+            (result,) = results(laptop, run)
+            assert result.resolve() == (laptop.home / name / "a.executed.ipynb").resolve()
+            assert printed(result) == ["1\n"], name
+            result.unlink()
+        else:
+            assert run.status in (1, 2), run.text
+            check_failure(run, run.status, name.rstrip("/"))
+            assert host.sshd.logins() == logins, name
 
 
 def test_notebook_without_its_suffix(laptop: Laptop, host: Host) -> None:

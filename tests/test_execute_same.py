@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from execution import add_bash, add_r, code, notebook_of, stream, text, write_notebook
+from jupyters import nbclient_alone
 from sides import VENV_BIN, Host, Laptop
 
 DIRECTORY = os.environ.get("RJUPYTER_NOTEBOOKS", "")
@@ -87,17 +88,6 @@ def widgets(path: Path, host: Host) -> None:
     write_notebook(path, "print(1)", comm, "print(2)", widgets=kept)
 
 
-def widgets_that_stay(path: Path, host: Host) -> None:
-    model = {"model_name": "M", "model_module": "x", "model_module_version": "1", "state": {"value": 1}}
-    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
-    metadata: Dict[str, Any] = {
-        "widgets": {"application/vnd.jupyter.widget-state+json": state},
-        "title": "é",
-        "x": [None],
-    }
-    write_notebook(path, "print(1)", **metadata)
-
-
 def asynchronous(path: Path, host: Host) -> None:
     task = "async def later():\n    await asyncio.sleep(0.1)\n    print('later')\nt = asyncio.create_task(later())"
     write_notebook(path, "import asyncio", "await asyncio.sleep(0); 1", task, "await t; print('after')")
@@ -116,11 +106,22 @@ def fails(path: Path, host: Host) -> None:
     write_notebook(path, "print('before')", "raise ValueError('one\\ntwo')", "print('never')")
 
 
+def exits(path: Path, host: Host) -> None:
+    write_notebook(path, "print('before')", "raise SystemExit", "print('never')")
+
+
 def no_kernel_is_named(path: Path, host: Host) -> None:
+    """Nor is there a widget, but the state of those of last year."""
+    model = {"model_name": "M", "model_module": "x", "model_module_version": "1", "state": {"value": 1}}
+    state = {"state": {"a" * 32: model}, "version_major": 2, "version_minor": 0}
     write_notebook(path, "print(1)", "'é日\U0001f600'")
     notebook = notebook_of(path)
-    notebook["metadata"] = {}
+    notebook["metadata"] = {"widgets": {"application/vnd.jupyter.widget-state+json": state}, "title": "é", "x": [None]}
     path.write_text(json.dumps(notebook))
+
+
+def many_cells(path: Path, host: Host) -> None:
+    write_notebook(path, *["print(%d)" % number for number in range(200)])
 
 
 def bash(path: Path, host: Host) -> None:
@@ -132,25 +133,31 @@ def r(path: Path, host: Host) -> None:
     write_notebook(path, *cells, kernelspec=add_r(host.home))
 
 
-KINDS: List[Callable[[Path, Host], None]] = [
-    format_3,
-    *[format_4(minor) for minor in range(6)],
-    tags,
-    displays,
-    widgets,
-]
-KINDS += [widgets_that_stay, asynchronous, shells_and_magics, long_output, fails, no_kernel_is_named, bash, r]
-NAMES = [kind.__name__ for kind in KINDS]
-if DIRECTORY:
-    NAMES = sorted(str(path.relative_to(DIRECTORY)) for path in Path(DIRECTORY).rglob("*.ipynb"))
+Kind = Callable[[Path, Host], None]
+FORMATS: List[Kind] = [format_3, *[format_4(minor) for minor in range(6)], many_cells]
+TOGETHER: List[Kind] = [tags, displays, asynchronous, shells_and_magics, long_output, widgets]
 
 
-def by_nbconvert(path: Path, home: Path) -> Path:
-    """Let nbconvert execute a notebook, errors allowed, and return the result."""
+def all_in_one(path: Path, host: Host) -> None:
+    """The kinds that can be one notebook are: each kernel takes a second."""
+    cells: List[Dict[str, Any]] = []
+    for kind in TOGETHER:
+        kind(path, host)
+        cells += notebook_of(path)["cells"]
+    write_notebook(path, *cells, **notebook_of(path)["metadata"])
+
+
+PYTHONS: List[Kind] = [all_in_one, fails, exits, no_kernel_is_named]
+THEIRS = sorted(str(path.relative_to(DIRECTORY)) for path in Path(DIRECTORY).rglob("*.ipynb")) if DIRECTORY else []
+
+
+def by_nbconvert(paths: List[Path], home: Path, **environment: str) -> List[Path]:
+    """Let nbconvert execute notebooks, errors allowed, and return the results."""
     argv = [str(VENV_BIN / "jupyter"), "nbconvert", "--execute", "--allow-errors", "--to", "notebook"]
-    environment = {"HOME": str(home), "PATH": "%s:/usr/local/bin:/usr/bin:/bin" % VENV_BIN, "LANG": "C.UTF-8"}
+    environment.update(HOME=str(home), PATH="%s:/usr/local/bin:/usr/bin:/bin" % VENV_BIN, LANG="C.UTF-8")
+    there = home.parent / "by_nbconvert"
     answer = subprocess.run(
-        [*argv, "--output", "by_nbconvert", str(path)],
+        [*argv, "--output-dir", str(there), *map(str, paths)],
         capture_output=True,
         text=True,
         env=environment,
@@ -158,7 +165,7 @@ def by_nbconvert(path: Path, home: Path) -> Path:
     )
     if answer.returncode:
         pytest.skip("nbconvert does not execute it: " + answer.stderr[-500:])
-    return path.with_name("by_nbconvert.ipynb")
+    return [there / path.name for path in paths]
 
 
 def plain(output: Dict[str, Any]) -> Dict[str, Any]:
@@ -194,39 +201,74 @@ def is_failure(cell: Dict[str, Any]) -> bool:
     return has_error and "raises-exception" not in cell["metadata"].get("tags", [])
 
 
-@pytest.mark.jupyter
-@pytest.mark.parametrize("name", NAMES)
-def test_same_as_nbconvert(laptop: Laptop, host: Host, name: str) -> None:
+def write_all(kinds: List[Kind], laptop: Laptop, host: Host) -> List[Path]:
+    paths = [laptop.home / (kind.__name__ + ".ipynb") for kind in kinds]
+    for kind, path in zip(kinds, paths):
+        kind(path, host)
+    return paths
+
+
+def compare(laptop: Laptop, host: Host, paths: List[Path], **environment: str) -> None:
     """Cell by cell, to the first that fails: type, source, metadata, number, outputs; and the notebook's metadata.
 
     Behind a cell that failed nothing is executed; nbconvert, which goes on, is not asked there.
     """
-    path = laptop.home / "a.ipynb"
-    if DIRECTORY:
-        shutil.copytree(Path(DIRECTORY, name).parent, laptop.home, dirs_exist_ok=True)
-        shutil.copytree(Path(DIRECTORY, name).parent, host.home, dirs_exist_ok=True)
+    all_theirs = by_nbconvert(paths, host.home, **environment)
+    run = laptop.start("host", "execute", "-j", "2", *[path.name for path in paths], has_terminal=False)
+    status = run.wait(TIMEOUT_S)
+    expected = 0
+    for path, theirs_path in zip(paths, all_theirs):
+        ours, theirs = notebook_of(path.with_name(path.stem + ".executed.ipynb")), notebook_of(theirs_path)
+        assert len(ours["cells"]) == len(theirs["cells"]), path.stem
+        # An error of a magic leaves no error output: which cell that was, our message says.
+        said = re.search(r"cell (\d+) of \d+ failed in " + re.escape(path.name), run.stderr)
+        code_cells = [
+            number
+            for number, cell in enumerate(theirs["cells"])
+            if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+        ]
+        silent = code_cells[int(said.group(1)) - 1] if said else -1
+        failed = False
+        for number, (our, their) in enumerate(zip(ours["cells"], theirs["cells"])):
+            where = "%s, cell %d" % (path.stem, number)
+            if failed:
+                assert (our["source"], our.get("outputs", [])) == (their["source"], []), where
+            else:
+                assert comparable(our) == comparable(their), where
+            failed = failed or is_failure(their) or number == silent
+        is_exit = "raise SystemExit" in json.dumps(theirs["cells"]) and not said  # with success: no failure
+        assert bool(said) == (failed and not is_exit), run.text
+        expected = 5 if said else expected
+        if not failed:
+            for part in ("metadata", "nbformat", "nbformat_minor"):
+                assert ours[part] == theirs[part], "%s: %s" % (path.stem, part)
+    assert status == expected, run.text
+
+
+@pytest.mark.nbclient
+def test_each_format_is_the_same_as_by_nbconvert(laptop: Laptop, host: Host) -> None:
+    """The formats of notebooks, and one of 200 cells; the kernel is the stand-in, in nbconvert's hands as in ours."""
+    compare(laptop, host, write_all(FORMATS, laptop, host), JUPYTER_PATH=str(nbclient_alone().parent / "share/jupyter"))
+
+
+@pytest.mark.jupyter
+def test_what_python_shows_is_the_same_as_by_nbconvert(laptop: Laptop, host: Host) -> None:
+    compare(laptop, host, write_all(PYTHONS, laptop, host))
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("kind", [bash, r])
+def test_other_kernels_say_the_same_as_by_nbconvert(laptop: Laptop, host: Host, kind: Kind) -> None:
+    compare(laptop, host, write_all([kind], laptop, host))
+
+
+if THEIRS:
+
+    @pytest.mark.jupyter
+    @pytest.mark.parametrize("name", THEIRS)
+    def test_notebook_of_yours_is_the_same_as_by_nbconvert(laptop: Laptop, host: Host, name: str) -> None:
+        for home in (laptop.home, host.home):
+            shutil.copytree(Path(DIRECTORY, name).parent, home, dirs_exist_ok=True)
+        path = laptop.home / "a.ipynb"
         shutil.copy(Path(DIRECTORY, name), path)
-    else:
-        KINDS[NAMES.index(name)](path, host)
-    theirs = notebook_of(by_nbconvert(path, host.home))
-    run = laptop.start("host", "execute", "a.ipynb", has_terminal=False)
-    assert run.wait(TIMEOUT_S) in (0, 5), run.text
-    ours = notebook_of(laptop.home / "a.executed.ipynb")
-    assert len(ours["cells"]) == len(theirs["cells"])
-    # An error of a magic leaves no error output: which cell that was, our message says.
-    said = re.search(r"cell (\d+) of \d+ failed", run.stderr)
-    code_cells = [
-        n for n, cell in enumerate(theirs["cells"]) if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
-    ]
-    silent = code_cells[int(said.group(1)) - 1] if said and run.status == 5 else -1
-    failed = False
-    for number, (our, their) in enumerate(zip(ours["cells"], theirs["cells"])):
-        if failed:
-            assert (our["source"], our.get("outputs", [])) == (their["source"], []), "cell %d" % number
-        else:
-            assert comparable(our) == comparable(their), "cell %d" % number
-        failed = failed or is_failure(their) or number == silent
-    assert run.status == (5 if failed else 0), run.text
-    if not failed:
-        assert (ours["metadata"], ours["nbformat"]) == (theirs["metadata"], theirs["nbformat"])
-        assert ours["nbformat_minor"] == theirs["nbformat_minor"]
+        compare(laptop, host, [path])
