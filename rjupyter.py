@@ -5,13 +5,32 @@
 # ///
 # fmt: off
 ''':'
-# For sh: so that a Ctrl-C leaves no traceback, even while Python compiles this. `python3 rjupyter.py` does the same.
+# For sh: started so, a copied file has Python's bytecode kept in ~/.cache/rjupyter, as a module has, where nobody else
+# can write; and a Ctrl-C leaves no traceback, even while Python compiles. `python3 rjupyter.py` does the same, slower.
 exec python3 -IS -c '
-import _signal, sys
+import _signal, os, sys
 _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
-__file__ = sys.argv[0]
-exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+path = os.path.realpath(sys.argv[0])
+cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rjupyter")
+try:
+    os.makedirs(cache, 0o700, exist_ok=True)
+    state = os.lstat(cache)
+    is_ours = (state.st_mode & 0o170022, state.st_uid) == (0o040000, os.getuid())
+except OSError:
+    is_ours = False
+if is_ours and os.path.isabs(cache):
+    import importlib.machinery
+    module = sys.modules["rjupyter"] = type(sys)("rjupyter")
+    module.__file__ = path
+    sys.pycache_prefix = cache
+    code = importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    sys.pycache_prefix = None
+    exec(code, module.__dict__)
+    module.command()
+else:
+    __file__ = path
+    exec(compile(open(path, "rb").read(), path, "exec"))
 ' "$0" "$@"
 '''  # noqa: D300
 # fmt: on
