@@ -125,8 +125,7 @@ def test_setup_enables_nothing_that_it_installs(tmp_path: Path) -> None:
     (checkout / "tests").mkdir(parents=True)
     (checkout / ".venv").mkdir()
     shutil.copy(TOP / "tests/setup.sh", checkout / "tests")
-    shutil.copy(TOP / "tests/requirements.txt", checkout / "tests")
-    shutil.copy(TOP / "tests/requirements.txt", checkout / ".venv/requirements.installed")
+    (checkout / "tests/requirements.txt").touch()
     binaries.mkdir()
     tools = ("sh", "env", "id", "mktemp", "ln", "cat", "chmod", "rm", "sed", "sort", "tr", "dirname", "cmp")
     for name in (*tools, "ssh", "ssh-keygen"):
