@@ -5,13 +5,32 @@
 # ///
 # fmt: off
 ''':'
-# For sh: so that a Ctrl-C leaves no traceback, even while Python compiles this. `python3 rjupyter.py` does the same.
+# For sh: started so, a copied file has Python's bytecode kept in ~/.cache/rjupyter, as a module has, where nobody else
+# can write; and a Ctrl-C leaves no traceback, even while Python compiles. `python3 rjupyter.py` does the same, slower.
 exec python3 -IS -c '
-import _signal, sys
+import _signal, os, sys
 _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
-__file__ = sys.argv[0]
-exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+path = os.path.realpath(sys.argv[0])
+cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rjupyter")
+try:
+    os.makedirs(cache, 0o700, exist_ok=True)
+    state = os.lstat(cache)
+    is_ours = (state.st_mode & 0o170022, state.st_uid) == (0o040000, os.getuid())
+except OSError:
+    is_ours = False
+if is_ours and os.path.isabs(cache):
+    import importlib.machinery
+    module = sys.modules["rjupyter"] = type(sys)("rjupyter")
+    module.__file__ = path
+    sys.pycache_prefix = cache
+    code = importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    sys.pycache_prefix = None
+    exec(code, module.__dict__)
+    module.command()
+else:
+    __file__ = path
+    exec(compile(open(path, "rb").read(), path, "exec"))
 ' "$0" "$@"
 '''  # noqa: D300
 # fmt: on
@@ -336,7 +355,7 @@ class Record:
 
     @classmethod
     def modern(cls, facts: "Json") -> "Json":
-        """Return the facts of an older or a foreign form under the names of this one."""
+        """Return the facts of a foreign form under the names of this one."""
         return facts
 
     def odd(self) -> "List[str]":
@@ -564,13 +583,6 @@ class Request(Record):
     allows_errors: bool = False
     offsets: "Dict[str, int]" = {}
 
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take what 0.1.0 wrote: what is None there is not asked for, and the scheduler's part stands in an object."""
-        facts = {name: value for name, value in facts.items() if value is not None}
-        scheduler = facts.get("scheduler")
-        return dict(scheduler, **facts) if isinstance(scheduler, dict) else facts
-
     def facts(self) -> "Json":
         """Return what is asked for, without what is as usual."""
         return {name: value for name, value in super().facts().items() if value != getattr(type(self), name)}
@@ -656,14 +668,6 @@ class ServerRecord(Kept):
     info: "Optional[RuntimeInfo]" = None  # what Jupyter's file said when it answered first
     manager: str = ""  # what else it belongs to: JupyterHub
 
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take the form of 0.1.0: "version" was the app's, and what had been asked for stood beside the rest."""
-        if type(facts.get("version")) is int:
-            return facts
-        facts = dict(facts, app_version=facts.get("version", ""), request=dict(facts))
-        return {name: value for name, value in facts.items() if name != "version"}
-
     def odd(self) -> "List[str]":
         """Return what is not as we write it; killpg of what a damaged file calls a pid would be a disaster."""
         return (["pid"] if self.pid < 2 else []) + (["app"] if self.app not in APPS else [])
@@ -698,11 +702,6 @@ class JobRecord(Kept):
     number: str  # empty as long as its submission has not told it
     command: str
     cluster: str = ""  # the one that took it, where its scheduler has several
-
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take the form of 0.1.0."""
-        return facts if "number" in facts else dict(facts, number=facts.get("job"), job="", request=facts.get("asked"))
 
 
 class WrapperRecord(Kept):
@@ -928,14 +927,6 @@ class OpenReply(RuntimeInfo):
     foreign: "List[str]" = []  # files of Jupyter's that another user owns
     scheduler: str = ""  # a scheduler's command that is there and was not used
     away: "List[Away]" = []
-
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take the reply of an agent of 0.1.0, which may wait in a job's file."""
-        if "app_version" in facts:
-            return facts
-        seconds = facts.get("start_s", facts.get("age_s", 0.0))
-        return dict({"seconds": seconds}, app_version=facts.get("version", ""), **facts)
 
 
 class ServerView(Record):
@@ -4452,7 +4443,7 @@ def server_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     Where Jupyter's own file is gone, what we wrote down leads there: on another node of a shared home, `jupyter server
     list` removes that file.
     """
-    info = runtime_info(record) or record.info or info_of_0_1_0(record)
+    info = runtime_info(record) or record.info
     return info and (info if place_of(record).is_here else from_elsewhere(record, info))
 
 
@@ -4476,19 +4467,6 @@ def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
         if record.pid == pid or (is_here and session_of(pid) == record.pid):
             return read_record(RuntimeInfo, path)
     return None
-
-
-def info_of_0_1_0(record: ServerRecord) -> "Optional[RuntimeInfo]":
-    """Return what leads to a server that 0.1.0 wrote down: its port stands there, and its token lies beside."""
-    try:
-        with open(os.path.join(record.directory, "token")) as stream:
-            token = stream.read().strip()
-    except OSError:
-        return None
-    if not record.has_answered or not record.port:
-        return None
-    facts = {"host": record.request.ip, "port": record.port, "root_dir": record.root_dir}
-    return RuntimeInfo(token=token, base_url="/", **facts)
 
 
 def is_configured(names: str) -> bool:
@@ -4965,8 +4943,8 @@ def seconds_since(moment: "Any") -> "Optional[float]":
 # ---------------------------------------------------------------------------------------------------------------------
 # host actions
 #
-# What the host can be asked: each is a function of a request and the channel, and a row of REQUESTS with the record of
-# its reply.
+# What the host can be asked: each is a function of a request and the channel, which returns the record of its reply,
+# and a row of REQUESTS.
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
@@ -5306,21 +5284,13 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     return facts
 
 
-class HostAction:
-    """A row of REQUESTS: what does it on the host, and the record of its reply."""
-
-    def __init__(self, function: "Callable[[Request, Channel], Record]", reply: "Type[Record]") -> None:
-        self.function = function
-        self.reply = reply
-
-
-REQUESTS = {}  # type: Dict[str, HostAction]
-REQUESTS["open"] = HostAction(open_server, OpenReply)
-REQUESTS["list"] = HostAction(list_all, ListReply)
-REQUESTS["logs"] = HostAction(follow_log, LogsReply)
-REQUESTS["stop"] = HostAction(stop_all, StopReply)
-REQUESTS["describe_end"] = HostAction(describe_end, EndReply)
-REQUESTS["examine"] = HostAction(examine_host, ExamineReply)
+REQUESTS = {}  # type: Dict[str, Callable[[Request, Channel], Record]]
+REQUESTS["open"] = open_server
+REQUESTS["list"] = list_all
+REQUESTS["logs"] = follow_log
+REQUESTS["stop"] = stop_all
+REQUESTS["describe_end"] = describe_end
+REQUESTS["examine"] = examine_host
 
 
 # agent ends
@@ -5368,7 +5338,7 @@ def perform(
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
     try:
-        reply = REQUESTS[request.action].function(prepare(request), channel)
+        reply = REQUESTS[request.action](prepare(request), channel)
         channel.reply(reply)
         return reply
     except Failure as failure:
@@ -6824,8 +6794,8 @@ def packed(part: bytes) -> str:
     return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
-REQUESTS["start_run"] = HostAction(start_run, StartReply)
-REQUESTS["follow_run"] = HostAction(follow_run, FollowReply)
+REQUESTS["start_run"] = start_run
+REQUESTS["follow_run"] = follow_run
 
 
 # -- several at once --------------------------------------------------------------------------------------------------
@@ -6978,8 +6948,8 @@ class Grid:
         return view.state not in GOING_ON
 
 
-REQUESTS["start_grid"] = HostAction(start_grid, StartReply)
-REQUESTS["follow_grid"] = HostAction(follow_grid, GridReply)
+REQUESTS["start_grid"] = start_grid
+REQUESTS["follow_grid"] = follow_grid
 
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
@@ -7068,8 +7038,8 @@ class Parts:
         return len(data)
 
 
-REQUESTS["put_files"] = HostAction(put_files, PutReply)
-REQUESTS["bring_files"] = HostAction(bring_files, BringReply)
+REQUESTS["put_files"] = put_files
+REQUESTS["bring_files"] = bring_files
 
 
 def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
@@ -9338,7 +9308,7 @@ def is_named(name: str, notebook: str, kernel: str) -> bool:
     return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
 
 
-REQUESTS["send_output"] = HostAction(send_output, OutputReply)
+REQUESTS["send_output"] = send_output
 
 
 # -- what it puts into the notebook -----------------------------------------------------------------------------------
@@ -9443,7 +9413,7 @@ def outputs_in_file(execution: CellOutput, count: "Optional[int]") -> "List[Json
     return found
 
 
-REQUESTS["save_output"] = HostAction(save_output, SaveReply)
+REQUESTS["save_output"] = save_output
 
 
 # agent ends
@@ -9833,11 +9803,11 @@ def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
     return EvalReply(kernel=kernel, state="interrupted")
 
 
-REQUESTS["eval_code"] = HostAction(eval_code, EvalReply)
-REQUESTS["interrupt_kernel"] = HostAction(interrupt_kernel, EvalReply)
-REQUESTS["list_kernels"] = HostAction(list_kernels, KernelsReply)
-REQUESTS["end_kernel"] = HostAction(end_kernel, EndKernelReply)
-REQUESTS["wait_for_kernel"] = HostAction(wait_for_kernel, WaitReply)
+REQUESTS["eval_code"] = eval_code
+REQUESTS["interrupt_kernel"] = interrupt_kernel
+REQUESTS["list_kernels"] = list_kernels
+REQUESTS["end_kernel"] = end_kernel
+REQUESTS["wait_for_kernel"] = wait_for_kernel
 
 
 # agent ends
@@ -10573,7 +10543,7 @@ def try_job(request: Request, channel: Channel) -> JobTrial:
     return trial
 
 
-REQUESTS["try_job"] = HostAction(try_job, JobTrial)
+REQUESTS["try_job"] = try_job
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
@@ -11113,7 +11083,7 @@ def examine_inside(request: Request, channel: Channel) -> ExamineReply:
     return reply
 
 
-REQUESTS["examine_inside"] = HostAction(examine_inside, ExamineReply)
+REQUESTS["examine_inside"] = examine_inside
 
 
 # agent ends

@@ -166,9 +166,14 @@ if [ -n "$missing" ]; then
         fi
         sudo=sudo
     fi
-    echo "setup: installing $wanted"
     if [ "$manager" = apt-get ]; then
         $sudo apt-get update -qq
+        # shellcheck disable=SC2086 # words on purpose
+        size=$($sudo apt-get install --assume-no --no-install-recommends $wanted 2>/dev/null |
+            sed -n 's/^After this operation, \(.*\) of additional.*/ (\1, some minutes)/p')
+    fi
+    echo "setup: installing into the system by $manager${size:-}: $wanted"
+    if [ "$manager" = apt-get ]; then
         # munge, Slurm and podman must not start a daemon of the system's on the developer's machine, now or at its next
         # boot. For this install, the programs by which a package starts one are found first in a directory where they do
         # nothing, and those by which it enables one leave disabled what is new, as its owner might have done: no upgrade
@@ -212,7 +217,7 @@ fi
 # tests that need it skip where there is none.
 gridengine=/var/tmp/rjupyter-tests-0/gridengine
 if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e $gridengine/complete ]; then
-    echo "setup: unpacking Grid Engine into $gridengine"
+    echo "setup: unpacking Grid Engine into $gridengine (50 MB, 10 s)"
     names="gridengine-master gridengine-exec gridengine-client gridengine-common libjemalloc2"
     # shellcheck disable=SC2086 # words on purpose
     if unpack $gridengine $names || { apt-get update -qq && unpack $gridengine $names; } 2>/dev/null; then
@@ -222,29 +227,25 @@ if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 
     fi
 fi
 
-# A demo needs Jupyter alone.
-if [ "$purpose" = demo ]; then
-    if [ ! -x .venv/bin/jupyter-notebook ]; then
-        echo "setup: installing Jupyter into .venv (a minute)"
-        [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-        grep -E '^(notebook|jupyterlab)\b' tests/requirements.txt >.venv/requirements.demo
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.demo
-    fi
-    exit
-fi
-
-# The stamp holds what was installed; a changed list installs again.
-if ! cmp -s tests/requirements.txt .venv/requirements.installed; then
-    echo "setup: installing Jupyter and the test tools into .venv (a minute or two)"
+# Into .venv comes what the target needs, and no more; the stamp holds what was installed: a changed list installs again.
+case $purpose in
+    lint) size="200 MB, half a minute" ;;
+    check) size="80 MB, half a minute" ;;
+    *) size="400 MB, a minute" ;;
+esac
+wanted=$(sed -n "/#.*\\b$purpose\\b/s/ *#.*//p" tests/requirements.txt)
+if [ "$(cat ".venv/requirements.$purpose" 2>/dev/null)" != "$wanted" ]; then
+    echo "setup: installing into .venv, for \`make $purpose\` ($size): $(echo "$wanted" | tr '\n' ' ')"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-    .venv/bin/python tests/jupyters.py .venv
-    cp tests/requirements.txt .venv/requirements.installed
+    # shellcheck disable=SC2086 # words on purpose
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $wanted
+    [ "$purpose" = demo ] || .venv/bin/python tests/jupyters.py .venv
+    echo "$wanted" >".venv/requirements.$purpose"
 fi
 
 image=/var/tmp/rjupyter-tests-0/image.tar
 if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null && [ ! -e $image ]; then
-    echo "setup: making an image for the tests of containers (a minute or two)"
+    echo "setup: making an image for the tests of containers, $image (370 MB, a minute)"
     sh tests/image.sh $image .venv/bin/python || echo "setup: no image; the tests that need it will skip" >&2
 fi
 
@@ -252,6 +253,6 @@ fi
 sid=/var/tmp/rjupyter-tests-0/sid
 if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null &&
     [ -z "$(find $sid/complete -mtime -30 2>/dev/null)" ]; then
-    echo "setup: making a Debian sid in $sid, with the newest Python and ssh (2 minutes, 1 GB with the tests' Jupyters)"
+    echo "setup: making a Debian sid in $sid, with the newest Python and ssh (700 MB with the tests' Jupyters, a minute)"
     sh tests/sid.sh $sid || echo "setup: no new Debian sid; without an older one, the tests that need it will skip" >&2
 fi

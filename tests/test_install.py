@@ -125,8 +125,7 @@ def test_setup_enables_nothing_that_it_installs(tmp_path: Path) -> None:
     (checkout / "tests").mkdir(parents=True)
     (checkout / ".venv").mkdir()
     shutil.copy(TOP / "tests/setup.sh", checkout / "tests")
-    shutil.copy(TOP / "tests/requirements.txt", checkout / "tests")
-    shutil.copy(TOP / "tests/requirements.txt", checkout / ".venv/requirements.installed")
+    (checkout / "tests/requirements.txt").touch()
     binaries.mkdir()
     tools = ("sh", "env", "id", "mktemp", "ln", "cat", "chmod", "rm", "sed", "sort", "tr", "dirname", "cmp")
     for name in (*tools, "ssh", "ssh-keygen"):
@@ -138,7 +137,7 @@ def test_setup_enables_nothing_that_it_installs(tmp_path: Path) -> None:
     for _ in range(2):  # the second time it is an upgrade
         argv = ["sh", str(checkout / "tests/setup.sh"), "lint"]
         run = subprocess.run(argv, env={"PATH": str(binaries)}, capture_output=True, text=True)
-        assert run.returncode == 0 and "installing shellcheck" in run.stdout, run.stdout + run.stderr
+        assert run.returncode == 0 and "apt-get: shellcheck" in run.stdout, run.stdout + run.stderr
         assert links(root) == enabled
     was_enabled = ["deb-systemd-helper", "--quiet", "was-enabled", "new.service"]
     assert subprocess.run(was_enabled, env=maintainer).returncode == 1  # what an upgrade by anyone else asks
