@@ -62,6 +62,12 @@ def new_session(url: str, path: str = "train.ipynb", name: str = "python3") -> s
     return str(api(url, "sessions", "POST", body)["kernel"]["id"])
 
 
+def end_kernels(url: str) -> None:
+    """End all kernels of a server."""
+    for kernel in api(url, "kernels"):
+        api(url, "kernels/" + kernel["id"], "DELETE")
+
+
 def held(laptop: Laptop, *arguments: str) -> Run:
     """Open, on a port that no other test takes, until the tunnel is up."""
     run = laptop.start("--local-port", str(quiet_port()), *arguments, has_terminal=False)

@@ -12,11 +12,12 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from browser import chromium
+from client import held
 from jupyters import nbclient_alone, standin
 from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
-from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, User, processes_with, wait_until
+from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, Shared, User, processes_with, wait_until
 
 sys.path.insert(0, str(TOP))
 
@@ -39,6 +40,8 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
                 item.add_marker(name)
         if not any(item.get_closest_marker(name) for name in PARTS):
             item.add_marker("unit")
+        if item.get_closest_marker("shared"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # one process has them all
 
 
 def pytest_report_header(config: pytest.Config) -> List[str]:
@@ -49,13 +52,8 @@ def pytest_report_header(config: pytest.Config) -> List[str]:
     return report(config.getoption("numprocesses", None) or 1)
 
 
-@pytest.fixture
-def mark() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def directory(mark: str) -> Iterator[Path]:
+@contextlib.contextmanager
+def fresh_directory(mark: str) -> Iterator[Path]:
     """A short temporary directory: a control socket must fit below it. Checks that the test leaves nothing running."""
     path = Path(tempfile.mkdtemp(prefix="rj-"))
     yield path
@@ -76,8 +74,8 @@ def directory(mark: str) -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-@pytest.fixture
-def laptop(directory: Path, mark: str, request: pytest.FixtureRequest) -> Iterator[Laptop]:
+@contextlib.contextmanager
+def fresh_laptop(directory: Path, mark: str, request: pytest.FixtureRequest) -> Iterator[Laptop]:
     laptop = Laptop(directory, mark)
     laptop.is_copied = request.path.stem in COPIED
     yield laptop
@@ -86,6 +84,62 @@ def laptop(directory: Path, mark: str, request: pytest.FixtureRequest) -> Iterat
         run.close()
     left = [str(path) for path in laptop.runtime.rglob("*") if not path.is_dir()]
     assert not left, "left in the runtime directory: %s" % left
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
+    """What a test of its own has, once for a file; what is left behind is looked for after the last of its tests."""
+    mark = uuid.uuid4().hex
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(fresh_directory(mark))
+        laptop = stack.enter_context(fresh_laptop(directory, mark, request))
+        yield Shared(mark, laptop, stack.enter_context(fresh_hosts(directory, mark, laptop, request))())
+
+
+@pytest.fixture(scope="module")
+def tunnel(shared: Shared) -> Iterator[Run]:
+    """A server on the shared host that is open until the last of the tests; and no trouble of ours is in its log.
+
+    Asked for its kernels while it starts one, Jupyter Server 2.21 fails with a traceback there.
+    """
+    yield held(shared.laptop, "host")
+    for log in shared.host.home.glob(".local/state/rjupyter/servers/*/log"):
+        assert "Uncaught exception" not in log.read_text()
+
+
+def shared_by(request: pytest.FixtureRequest) -> Optional[Shared]:
+    """Return what the test shares with others of its file, where it is marked so."""
+    return request.getfixturevalue("shared") if request.node.get_closest_marker("shared") else None
+
+
+@pytest.fixture
+def mark(request: pytest.FixtureRequest) -> str:
+    common = shared_by(request)
+    return common.mark if common else uuid.uuid4().hex
+
+
+@pytest.fixture
+def directory(mark: str, request: pytest.FixtureRequest) -> Iterator[Path]:
+    common = shared_by(request)
+    with contextlib.nullcontext(common.laptop.directory) if common else fresh_directory(mark) as directory:
+        yield directory
+
+
+@pytest.fixture
+def laptop(directory: Path, mark: str, request: pytest.FixtureRequest) -> Iterator[Laptop]:
+    common = shared_by(request)
+    if not common:
+        with fresh_laptop(directory, mark, request) as laptop:
+            yield laptop
+        return
+    before = list(common.laptop.runs)
+    yield common.laptop
+    for run in common.laptop.runs[len(before) :]:
+        if run.status is None:
+            run.interrupt()
+            run.wait(20)
+        run.close()
+    common.laptop.runs[:] = before
 
 
 @pytest.fixture
@@ -105,9 +159,9 @@ def make_user(directory: Path) -> Iterator[Callable[[str], User]]:
         user.remove()
 
 
-@pytest.fixture
-def make_host(
-    directory: Path, mark: str, laptop: Laptop, make_user: Any, request: pytest.FixtureRequest
+@contextlib.contextmanager
+def fresh_hosts(
+    directory: Path, mark: str, laptop: Laptop, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., Host]]:
     """Makes hosts; `path` in front of the system's is where Jupyter is, and `front` goes before that; `settings` goes
     into sshd_config; `prefix` is a command that starts sshd, as PrivateSshd has it."""
@@ -152,6 +206,18 @@ def make_host(
         host.sshd.stop()
         host.sshd.end_connections()
     assert not local, "left on the laptop: %s" % local
+
+
+@pytest.fixture
+def make_host(
+    directory: Path, mark: str, laptop: Laptop, make_user: Any, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Host]]:
+    common = shared_by(request)
+    if common:
+        yield lambda: common.host
+        return
+    with fresh_hosts(directory, mark, laptop, request) as make:
+        yield make
 
 
 @pytest.fixture

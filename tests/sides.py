@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
 from private_sshd import PrivateSshd
@@ -340,6 +340,14 @@ class User:
     def remove(self) -> None:
         subprocess.run(["userdel", "--force", self.name], check=True, capture_output=True)
         shutil.rmtree("/tmp/rjupyter-%d" % self.uid, ignore_errors=True)
+
+
+class Shared(NamedTuple):
+    """A laptop and a host that the tests of a file have in common, those that are marked `shared`."""
+
+    mark: str
+    laptop: Laptop
+    host: Host
 
 
 def ssh_of(mark: str) -> int:

@@ -1,35 +1,56 @@
 """Code in a kernel that lives: `eval`. What it prints comes as it is printed, and nothing is sent twice."""
 
-import json
 import os
 import re
 import signal
 import subprocess
+import uuid
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable
 
 import pytest
-from client import api, check_failure, compute, events_of, held, new_session, send
-from execution import add_bash, add_r
+from client import api, check_failure, compute, end_kernels, events_of, new_session, send
 from notebooks import write_notebook
 from readme import readme_block
-from sides import SCRIPT, Host, Laptop, Run, command_of, process_of, quiet_port, wait_until
+from sides import SCRIPT, Host, Laptop, Run, process_of, wait_until
 
-pytestmark = pytest.mark.jupyter
+pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 
 
 @pytest.fixture
-def run(laptop: Laptop, host: Host) -> Run:
+def run(tunnel: Run, host: Host) -> Run:
     write_notebook(host.home / "it's here.ipynb")
-    return held(laptop, "host")
+    return tunnel
 
 
 @pytest.fixture
 def kernel(run: Run) -> str:
-    """The kernel of a notebook, in which x is 42."""
-    kernel = new_session(run.url(), "it's here.ipynb")
-    compute(run.url(), "x = 42; n = 0", kernel)
+    """The only kernel, that of a notebook, in which x is 42: the one of the test before, where that is idle."""
+    sessions = api(run.url(), "sessions")
+    ours = [(session["kernel"]["id"], "idle") for session in sessions if session["path"] == "it's here.ipynb"]
+    if ours != [(each["id"], each["execution_state"]) for each in api(run.url(), "kernels")] or not ours:
+        end_kernels(run.url())
+        ours = [(new_session(run.url(), "it's here.ipynb"), "")]
+    kernel = str(ours[0][0])
+    compute(run.url(), "%xmode Minimal\nx = 42; n = 0", kernel)  # the word that begins the usual form is for failures
     return kernel
+
+
+@pytest.fixture
+def gate(host: Host) -> Path:
+    """A file for which code in a kernel can wait."""
+    return host.home / ("gate-" + uuid.uuid4().hex)
+
+
+@pytest.fixture
+def wait_until_sent(host: Host) -> Callable[[int], None]:
+    """Waits until so many pieces of code are in a kernel's queue."""
+
+    def sent() -> int:
+        return len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.asked")))
+
+    before = sent()
+    return lambda count: wait_until(lambda: sent() >= before + count, "the kernel was asked")
 
 
 def test_code_runs_in_the_kernel_that_lives(laptop: Laptop, run: Run, kernel: str) -> None:
@@ -39,14 +60,15 @@ def test_code_runs_in_the_kernel_that_lives(laptop: Laptop, run: Run, kernel: st
     assert "aside\n" in said.stderr
 
 
-@pytest.mark.parametrize("name", ["it's here.ipynb", "it's here", "id"])
-def test_the_kernel_is_named_where_there_are_several(laptop: Laptop, run: Run, kernel: str, name: str) -> None:
+def test_the_kernel_is_named_where_there_are_several(laptop: Laptop, run: Run, kernel: str) -> None:
     api(run.url(), "kernels", "POST", {})
     check_failure(laptop.run("host", "eval", "x"), 1, "several kernels could be meant")
-    assert laptop.run("host", "eval", "-k", kernel[:8] if name == "id" else name, "x").stdout == "42\n"
+    for name in ("it's here.ipynb", "it's here", kernel[:8]):
+        assert laptop.run("host", "eval", "-k", name, "x").stdout == "42\n", name
 
 
 def test_a_kernel_is_started_where_there_is_none_and_stays(laptop: Laptop, run: Run) -> None:
+    end_kernels(run.url())
     assert laptop.run("host", "eval", "y = 7").status == 0
     assert laptop.run("host", "eval", "y").stdout == "7\n"
     assert len(api(run.url(), "kernels")) == 1
@@ -78,10 +100,12 @@ def test_as_json(laptop: Laptop, run: Run, kernel: str) -> None:
 def test_20_mb_arrive_whole(laptop: Laptop, run: Run, kernel: str) -> None:
     said = laptop.run("host", "eval", "for i in range(200000): print('%08d' % i + 'x' * 91)").stdout
     assert [int(line[:8]) for line in said.splitlines()] == list(range(200000))
+    end_kernels(run.url())  # `output` would show all of it in the tests that come
 
 
-def test_nothing_is_sent_twice_when_the_connection_is_lost(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    gate = host.home / "gate"
+def test_nothing_is_sent_twice_when_the_connection_is_lost(
+    laptop: Laptop, host: Host, run: Run, kernel: str, gate: Path
+) -> None:
     code = (
         "import os, time\nn += 1\nprint('begun', flush=True)\nwhile not os.path.exists(%r): time.sleep(.05)\nprint(n)"
     )
@@ -94,7 +118,7 @@ def test_nothing_is_sent_twice_when_the_connection_is_lost(laptop: Laptop, host:
     assert asked.stdout == "begun\n1\n"
 
 
-def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, run: Run, kernel: str) -> None:
     code = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
     asked = laptop.start("host", "eval", code, has_terminal=False)
     asked.expect("begun")
@@ -110,18 +134,16 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, host: Ho
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it is interrupted")
 
 
-def test_interrupted_is_said_of_a_kernel_that_takes_it(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    gate = host.home / "gate"
-    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n"
-    page = send(run.url(), deaf + waits_for(gate, ""), kernel)
-    wait_until(lambda: "begun" in laptop.run("host", "output").stdout, "it computes")
+def test_interrupted_is_said_of_a_kernel_that_takes_it(laptop: Laptop, run: Run, kernel: str, gate: Path) -> None:
+    deaf = "import signal; heard = signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\n"
+    page = send(run.url(), deaf + waits_for(gate, "signal.signal(signal.SIGINT, heard)"), kernel)
+    wait_until(lambda: "deaf" in laptop.run("host", "output", kernel[:8]).stdout, "it computes")
     check_failure(laptop.run("host", "eval", "--interrupt"), 1, "the kernel was not interrupted", "computes on")
     gate.write_text("")
     page.close()
 
 
-def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    gate = host.home / "gate"
+def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, run: Run, kernel: str, gate: Path) -> None:
     asked = laptop.start(
         "host", "eval", "%xmode Minimal\nprint('begun')\nimport time; time.sleep(600)", has_terminal=False
     )
@@ -147,52 +169,27 @@ def waits_for(gate: Path, then: str) -> str:
     return "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n%s" % (str(gate), then)
 
 
-def wait_until_sent(host: Host, count: int = 1) -> None:
-    """Wait until so many pieces of code are in a kernel's queue."""
-    asked = ".local/state/rjupyter/servers/*/cells/*.asked"
-    wait_until(lambda: len(list(host.home.glob(asked))) >= count, "the kernel was asked")
-
-
-def test_code_behind_a_cell_that_fails_ends_at_once(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    page = send(run.url(), "%xmode Minimal\n" + waits_for(host.home / "gate", "1 / 0"), kernel)
+def test_code_behind_a_cell_that_fails_ends_at_once(
+    laptop: Laptop, run: Run, kernel: str, gate: Path, wait_until_sent: Callable[[int], None]
+) -> None:
+    page = send(run.url(), "%xmode Minimal\n" + waits_for(gate, "1 / 0"), kernel)
     asked = [laptop.start("host", "eval", "print('ran')", has_terminal=False) for _ in range(2)]
-    wait_until_sent(host, 2)
-    (host.home / "gate").write_text("")
+    wait_until_sent(2)
+    gate.write_text("")
     for run_of in asked:
         run_of.wait()
         check_failure(run_of, 1, "it was not run: a cell before it failed")
     page.close()
     assert laptop.run("host", "eval", "print(x)").stdout == "42\n"
-    assert "ran" not in laptop.run("host", "output").stdout
+    assert "ran\n" not in laptop.run("host", "output", kernel[:8]).stdout
 
 
-@pytest.mark.parametrize("add", [add_bash, add_r])
-def test_code_behind_a_cell_that_fails_in_another_language(
-    laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]]
+def test_code_behind_a_cell_that_is_interrupted(
+    laptop: Laptop, run: Run, kernel: str, wait_until_sent: Callable[[int], None]
 ) -> None:
-    name = add(host.home)["name"]
-    run = held(laptop, "host")
-    kernel = new_session(run.url(), name=name)
-    gate = host.home / "gate"
-    code = {
-        "bash": "while ! test -e '%s'; do sleep .05; done; false" % gate,
-        "ir": "while (!file.exists('%s')) Sys.sleep(.05)\nstop('no')" % gate,
-    }
-    page = send(run.url(), code[name], kernel)
-    asked = laptop.start("host", "eval", "1", has_terminal=False)
-    wait_until_sent(host)
-    gate.write_text("")
-    asked.wait()
-    check_failure(asked, 1, "it was not run: a cell before it failed")
-    page.close()
-    laptop.run("host", "stop", "--yes")  # R's kernel does not look whether its server is there
-    run.wait(20)
-
-
-def test_code_behind_a_cell_that_is_interrupted(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
     page = send(run.url(), "print('begun')\nimport time; time.sleep(600)", kernel)
     asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
-    wait_until_sent(host)
+    wait_until_sent(1)
     assert laptop.run("host", "eval", "--interrupt").status == 0
     asked.wait()
     check_failure(asked, 1, "it was not run: a cell before it failed")
@@ -202,13 +199,19 @@ def test_code_behind_a_cell_that_is_interrupted(laptop: Laptop, host: Host, run:
 @pytest.mark.parametrize("how", ["restarted", "killed"])
 @pytest.mark.parametrize("meanwhile", ["connected", "away"])
 def test_code_in_the_queue_of_a_kernel_that_goes(
-    laptop: Laptop, host: Host, run: Run, kernel: str, how: str, meanwhile: str
+    laptop: Laptop,
+    host: Host,
+    run: Run,
+    kernel: str,
+    wait_until_sent: Callable[[int], None],
+    how: str,
+    meanwhile: str,
 ) -> None:
     """Whoever comes back to it later finds another kernel, which has never heard of it."""
     page = send(run.url(), "import time; time.sleep(600)", kernel)
     pid = process_of(kernel)
     asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
-    wait_until_sent(host)
+    wait_until_sent(1)
     if meanwhile == "away":
         host.sshd.stop()
         host.sshd.end_connections(signal.SIGKILL)
@@ -225,57 +228,25 @@ def test_code_in_the_queue_of_a_kernel_that_goes(
     page.close()
 
 
-def kill_recorder(host: Host) -> None:
-    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
-    pid = json.loads(mark.read_text())["pid"]
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "agent.py" not in command_of(pid), "it is gone")
-
-
-def test_code_for_a_kernel_whose_recorder_was_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    kill_recorder(host)
-    assert laptop.run("host", "eval", "x").stdout == "42\n"
-
-
-def test_code_in_the_queue_when_the_recorder_is_killed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
-    page = send(run.url(), waits_for(host.home / "gate", ""), kernel)
-    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
-    wait_until_sent(host)
-    kill_recorder(host)
-    asked.wait()
-    check_failure(asked, 1, "it is not known what becomes of it", "the recorder on the host was killed")
-    (host.home / "gate").write_text("")
-    page.close()
-
-
 def test_an_error_does_not_cancel_what_the_page_has_asked_for(
-    laptop: Laptop, host: Host, run: Run, kernel: str
+    laptop: Laptop, run: Run, kernel: str, gate: Path, wait_until_sent: Callable[[int], None]
 ) -> None:
-    gate = host.home / "gate"
     code = "%xmode Minimal\nprint('begun', flush=True)\n" + waits_for(gate, "1 / 0")
     asked = laptop.start("host", "eval", code, has_terminal=False)
     asked.expect("begun")
     pages = [send(run.url(), cell, kernel) for cell in ("n = 10", "n += 1; print('page', n)")]
     other = laptop.start("host", "eval", "print('second', n)", has_terminal=False)
-    wait_until_sent(host, 2)
+    wait_until_sent(2)
     gate.write_text("")
     assert asked.wait() == 5, asked.text
     assert other.wait() == 0, other.text
     assert other.stdout == "second 11\n"
-    assert "page 11\n" in laptop.run("host", "output").stdout
+    assert "page 11\n" in laptop.run("host", "output", kernel[:8]).stdout
     for page in pages:
         page.close()
 
 
-def test_no_server_and_no_record(laptop: Laptop, host: Host) -> None:
-    check_failure(laptop.run("host", "eval", "1"), 1, "no server of yours runs there")
-    check_failure(laptop.run("host", "eval"), 2, "eval takes CODE")
-    with laptop.opened("--local-port", str(quiet_port()), "--no-record", "host") as run:
-        api(run.url(), "kernels", "POST", {})
-        check_failure(laptop.run("host", "eval", "1"), 1, "not recorded")
-
-
-def test_ten_lines_of_the_readme(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+def test_ten_lines_of_the_readme(laptop: Laptop, run: Run, kernel: str) -> None:
     """A program on the laptop works in the kernel, as the README shows it."""
     code = readme_block("def remote(code)").replace("rjupyter.py", str(SCRIPT)).replace("gpu1", "host")
     code = code.replace('["', '[%r, "' % laptop.python, 1).replace('"host"', '"-F", %r, "host"' % laptop.config)

@@ -1,26 +1,51 @@
 """One kernel at a time: `list --kernels`, `wait`, `stop KERNEL`."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
+import socket
+import uuid
+from pathlib import Path
+from typing import Iterator
 
 import pytest
-from client import api, check_failure, compute, events_of, held, new_session, send
+from client import api, check_failure, compute, end_kernels, events_of, new_session, send
 from notebooks import write_notebook
+from proxy import Proxy
 from sides import Host, Laptop, Run, process_of, wait_until
 
-pytestmark = pytest.mark.jupyter
+pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 
 
 @pytest.fixture
-def run(laptop: Laptop, host: Host) -> Run:
+def run(tunnel: Run, host: Host) -> Run:
+    """The server that the tests share, with no kernel."""
     write_notebook(host.home / "it's here.ipynb")
-    return held(laptop, "host")
+    end_kernels(tunnel.url())
+    return tunnel
+
+
+@pytest.fixture
+def tools(host: Host) -> Iterator[Path]:
+    """A directory of the user's own that is searched first for commands, for a while."""
+    tools = host.home / "bin"
+    tools.mkdir()
+    (host.home / ".bashrc").write_text("export PATH=%s:$PATH\n" % tools)
+    yield tools
+    (host.home / ".bashrc").unlink()
+    shutil.rmtree(tools)
+
+
+def write_tool(path: Path, script: str) -> None:
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
 
 
 def compute_until(run: Run, host: Host, kernel: str, then: str = "") -> str:
     """Let a kernel compute until a file is there, and then do something; return the file."""
-    gate = str(host.home / "gate")
+    gate = str(host.home / ("gate-" + uuid.uuid4().hex))
     send(run.url(), "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n%s" % (gate, then), kernel).close()
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "busy", "it computes")
     return gate
@@ -38,26 +63,40 @@ def test_list_of_kernels(laptop: Laptop, host: Host, run: Run) -> None:
     assert kernels[kernel]["memory"] > 200e6 > kernels[alone]["memory"] > 20e6
 
 
-def test_gpu_memory_is_what_a_stand_in_for_nvidia_smi_says(laptop: Laptop, host: Host, run: Run) -> None:
+def test_gpu_memory_is_what_a_stand_in_for_nvidia_smi_says(laptop: Laptop, run: Run, tools: Path) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
-    (host.home / "bin").mkdir()
-    tool = host.home / "bin/nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '%d, 1024'; echo '1, 77'; echo '[N/A], [N/A]'\n" % process_of(kernel))
-    tool.chmod(0o755)
-    (host.home / ".bashrc").write_text("export PATH=%s:$PATH\n" % (host.home / "bin"))
-    kernels = {event["id"]: event for event in events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]}
-    assert kernels[kernel]["gpu_memory"] == 1 << 30
-
-
-def test_a_tool_that_hangs_is_waited_for_and_the_agent_is_heard_to_live(laptop: Laptop, host: Host, run: Run) -> None:
-    """For a minute: nvidia-smi does so where a driver is stuck, ps where a process is."""
-    kernel = new_session(run.url(), "it's here.ipynb")
-    (host.home / "bin").mkdir()
-    for name in ("ps", "nvidia-smi"):
-        (host.home / "bin" / name).write_text("#!/bin/sh\nexec sleep 600\n")
-        (host.home / "bin" / name).chmod(0o755)
-    (host.home / ".bashrc").write_text("export PATH=%s:$PATH\n" % (host.home / "bin"))
+    write_tool(tools / "nvidia-smi", "echo '%d, 1024'; echo '1, 77'; echo '[N/A], [N/A]'\n" % process_of(kernel))
     (event,) = events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]
+    assert (event["id"], event["gpu_memory"]) == (kernel, 1 << 30)
+
+
+class HearingProxy(Proxy):
+    """Counts what comes from the host."""
+
+    heard = 0
+
+    def _take(self, source: socket.socket) -> None:
+        self.heard += source.getsockname()[1] != self.port
+        super()._take(source)
+
+
+def test_a_tool_that_hangs_is_given_up_and_the_agent_is_heard_to_live(
+    laptop: Laptop, host: Host, run: Run, tools: Path
+) -> None:
+    """As nvidia-smi does where a driver is stuck, which is given up, and ps where a process is."""
+    kernel = new_session(run.url(), "it's here.ipynb")
+    gate, begun = host.home / "gate of tools", host.home / "begun"
+    write_tool(tools / "ps", "touch %s; while ! test -e '%s'; do sleep .1; done; exit 1\n" % (begun, gate))
+    write_tool(tools / "nvidia-smi", "touch %s; exec sleep 600\n" % begun)
+    with contextlib.closing(HearingProxy(host.sshd.port)) as proxy:
+        through = [*proxy.ssh_options(), "-o", "ServerAliveInterval=600"]  # ssh itself is silent
+        listing = laptop.start(*through, "--json", "host", "list", "--kernels", has_terminal=False)
+        wait_until(begun.exists, "a tool hangs")
+        before = proxy.heard
+        wait_until(lambda: proxy.heard >= before + 2, "the agent is heard, twice")
+        gate.write_text("")
+        listing.wait()
+    (event,) = events_of(listing)[1:]
     assert (event["id"], event["gpu_memory"]) == (kernel, None)
 
 

@@ -7,12 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List
 
 import pytest
-from client import check_failure, compute, new_session
+from client import check_failure, compute, is_up, new_session
 from execution import printed, write_notebook
 from jupyters import LIGHT, interpreters
 from private_sid import TREE, find_sid_obstacle, in_sid, sid_pythons, sid_ssh_version, sshd_in_sid, write_program
@@ -99,7 +98,8 @@ def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
     run.expect("^Launched Jupyter Notebook")
     run.expect("To end it")
     prefix = "import os, sys; print(os.path.realpath(sys.prefix))"
-    assert compute(url, prefix, new_session(url, "n.ipynb")) == where + "\n"
+    kernel = new_session(url, "n.ipynb")
+    assert compute(url, prefix, kernel) == where + "\n"
     assert laptop.run("host", "eval", "-k", "n.ipynb", "print(6 * 7)").stdout == "42\n"
     assert "42\n" in laptop.run("host", "output", "n.ipynb").stdout
     (row,) = [row for row in laptop.run("host", "list").stdout.splitlines() if "/work" in row]
@@ -107,7 +107,7 @@ def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
     assert "n.ipynb" in laptop.run("host", "list", "--kernels").stdout
     host.sshd.end_connections()
     run.expect("^Connected to host again")
-    assert compute(url, "print(1)") == "1\n"
+    assert compute(url, "print(1)", kernel) == "1\n"
     run.interrupt()
     assert run.wait() == 0, run.text
 
@@ -116,7 +116,7 @@ def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
     browser.chmod(0o755)
     with laptop.opened("--browser", str(browser), "host:work", has_terminal=True) as again:
         assert "Found Jupyter Notebook" in again.text
-        assert compute(again.url(), "print(2)") == "2\n"
+        assert compute(again.url(), "print(2)", kernel) == "2\n"
     browser.unlink()
     assert laptop.run("host", "doctor").status == 0
     write_notebook(laptop.home / "e.ipynb", prefix)
@@ -128,24 +128,22 @@ def check_all_day(laptop: Laptop, host: Host, where: str) -> None:
     assert laptop.run("host", "list").stdout.count("live") == 0
 
 
-@in_a_sid
-@pytest.mark.parametrize("minor", sorted(sid_pythons()) or [0])
-def test_newest_python_and_ssh_here(laptop: Laptop, host: Host, minor: int) -> None:
-    put_laptop_into_sid(laptop, minor)
-    check_all_day(laptop, host, os.path.realpath(sys.prefix))
+# Who is where: each of sid's Pythons once here and once on the host, and the newest with a laptop as it is today. (A
+# host as it is today with a laptop in sid is below.) Where both sides are in sid, the copied file, Python and ssh are
+# all that there is, on either.
+PYTHONS = sorted(sid_pythons()) or [0]
+PAIRS = [*zip(PYTHONS, PYTHONS[1:] + PYTHONS[:1]), (0, PYTHONS[-1])]
 
 
 @in_a_sid
-@pytest.mark.parametrize("minor", sorted(sid_pythons()) or [0])
-@pytest.mark.parametrize("is_here_too", [False, True], ids=["there", "on both sides"])
-def test_newest_python_and_sshd(
-    laptop: Laptop, make_host_with_ours: Callable[[int], Host], is_here_too: bool, minor: int
+@pytest.mark.parametrize(("here", "there"), PAIRS)
+def test_newest_python_and_ssh(
+    laptop: Laptop, make_host_with_ours: Callable[[int], Host], here: int, there: int
 ) -> None:
-    """Where it is on both sides, the copied file, Python and ssh are all that there is, on either."""
-    if is_here_too:
-        put_laptop_into_sid(laptop, minor)
-    host = make_host_with_ours(minor)
-    check_all_day(laptop, host, "/home/jupyter-3.%d/%s" % (minor, OURS))
+    if here:
+        put_laptop_into_sid(laptop, here)
+    host = make_host_with_ours(there)
+    check_all_day(laptop, host, "/home/jupyter-3.%d/%s" % (there, OURS))
 
 
 # -- what a new ssh says of an old sshd -------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ def test_old_key_exchange_is_warned_of_once(
     os.kill(ssh_of(mark), signal.SIGKILL)  # it says nothing of its end
     run.expect(r"is lost \(ssh ended without a message\)")
     run.expect("^Connected to host again", times=3)
-    assert compute(url, "print(1)") == "1\n"
+    assert is_up(url)
     run.interrupt()
     assert run.wait() == 0
     check_warned_once(run)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from client import api, check_failure, compute, events_of, held, listed, new_session, send
+from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_session, send
+from jupyters import standin
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
 
-import rjupyter
-
 pytestmark = pytest.mark.jupyter
+
+KEPT_S = 7 * 86400  # a week
 
 
 def journal(host: Host, kernel: str) -> List[Dict[str, Any]]:
@@ -25,9 +26,19 @@ def journal(host: Host, kernel: str) -> List[Dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def journal_of(host: Host, kernel: str) -> Path:
+    """Return the file in which a kernel is written down."""
+    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel)
+    return path
+
+
 def wait_for_end(host: Host, kernel: str, count: int = 1) -> None:
     """Wait until that many cells have ended, by the journal."""
     wait_until(lambda: [e["kind"] for e in journal(host, kernel)].count("finished") >= count, "the cell has ended", 60)
+
+
+def wait_until_printed(host: Host, kernel: str, words: str) -> None:
+    wait_until(lambda: words in str([e.get("content") for e in journal(host, kernel)]), "it is written down")
 
 
 def recorders(mark: str) -> List[int]:
@@ -35,16 +46,17 @@ def recorders(mark: str) -> List[int]:
 
 
 @pytest.fixture
-def run(laptop: Laptop, host: Host) -> Run:
-    for name in ("train.ipynb", "it's here.ipynb"):
-        write_notebook(host.home / name)
-    return held(laptop, "host")
+def run(tunnel: Run, host: Host) -> Run:
+    """The server that the tests share, with no kernel."""
+    write_notebook(host.home / "train.ipynb")
+    end_kernels(tunnel.url())
+    return tunnel
 
 
-def test_recorder_sleeps_where_there_is_no_kernel(laptop: Laptop, host: Host, mark: str) -> None:
+@pytest.mark.shared
+def test_recorder_sleeps_where_there_is_no_kernel(run: Run, mark: str) -> None:
     """pyzmq's poll returns at once where it has nothing to look at."""
-    held(laptop, "host")
-    (pid,) = recorders(mark)
+    (pid,) = wait_until(lambda: recorders(mark), "it runs")
 
     def pauses() -> int:
         text = Path("/proc/%d/status" % pid).read_text()
@@ -54,15 +66,23 @@ def test_recorder_sleeps_where_there_is_no_kernel(laptop: Laptop, host: Host, ma
     wait_until(lambda: pauses() >= before + 8, "it sleeps between two looks", 20)
 
 
+@pytest.mark.shared
 def test_output_shows_what_a_cell_printed_with_no_page(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "train.ipynb")
+    kernel = new_session(run.url(), "it's here.ipynb")
     compute(run.url(), "for i in range(3): print('line', i)\n6 * 7", kernel)
     wait_for_end(host, kernel)
-    shown = laptop.run("host", "output", "train.ipynb")
-    assert re.fullmatch(r"In \[\d+\]  \d\d:\d\d, 0 s\nline 0\nline 1\nline 2\n42\n", shown.stdout), shown.text
-    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
+    shown = laptop.run("host", "output", "it's here.ipynb")
+    assert re.fullmatch(r"In \[\d+\]  \d\d:\d\d, \d+ s\nline 0\nline 1\nline 2\n42\n", shown.stdout), shown.text
+    path = journal_of(host, kernel)
     assert path.stat().st_mode & 0o077 == 0
     assert path.parent.stat().st_mode & 0o077 == 0
+    # A name that is nowhere is told with those that are.
+    other = laptop.run("host", "output", "other.ipynb")
+    check_failure(other, 1, "nothing is recorded of other.ipynb", "it's here.ipynb")
+    # A damaged line is passed over.
+    path.write_text('{"kind": "beg\n[]\n{}\n{"kind": "begun"}\n' + path.read_text())
+    shown = laptop.run("host", "output", "it's here.ipynb")
+    assert shown.status == 0 and "line 2\n42\n" in shown.stdout
 
 
 CELLS = {
@@ -87,17 +107,22 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_output_is_as_the_page_would_show_it(laptop: Laptop, host: Host, run: Run, name: str) -> None:
-    code, wanted = CELLS[name]
-    kernel = new_session(run.url(), "it's here.ipynb")
-    compute(run.url(), code, kernel)
-    wait_for_end(host, kernel)
-    shown = laptop.run("host", "output", "it's here").stdout
-    assert re.fullmatch("In [^\n]*\n" + wanted, shown, re.DOTALL), shown
-    assert ("failed" in shown.split("\n")[0]) == (name == "error")
+@pytest.mark.shared
+def test_output_is_as_the_page_would_show_it(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "page.ipynb")
+    for code, _ in CELLS.values():
+        compute(run.url(), code, kernel)
+    wait_for_end(host, kernel, len(CELLS))
+    shown = laptop.run("host", "output", "page").stdout
+    cells = re.split(r"\n(?=In \[)", shown)
+    assert len(cells) == len(CELLS), shown
+    for (name, (_, wanted)), cell in zip(CELLS.items(), cells):
+        head, _, printed = cell.partition("\n")
+        assert re.fullmatch(wanted, printed), (name, shown)
+        assert head.endswith(", failed") == (name == "error"), (name, shown)
 
 
+@pytest.mark.shared
 def test_output_as_json(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "train.ipynb")
     compute(run.url(), "print('hello')", kernel)
@@ -108,13 +133,14 @@ def test_output_as_json(laptop: Laptop, host: Host, run: Run) -> None:
     assert (last["event"], last["is_done"], last["cell"]) == ("finished", True, first["cell"])
 
 
+@pytest.mark.shared
 def test_output_is_followed_while_the_cell_runs(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "train.ipynb")
-    gate = host.home / "gate"
+    gate = host.home / "gate of the followed"
     code = "import os, time\nprint('first', flush=True)\nwhile not os.path.exists(%r): time.sleep(.05)\nprint('last')"
     connection = send(run.url(), code % str(gate), kernel)
     connection.close()
-    following = laptop.start("host", "output", "-f", has_terminal=False)
+    following = laptop.start("host", "output", kernel[:8], "-f", has_terminal=False)
     following.expect("first\n")
     gate.write_text("")
     following.expect(r"last\n(.|\n)*In \[\d+\] done after")
@@ -122,7 +148,8 @@ def test_output_is_followed_while_the_cell_runs(laptop: Laptop, host: Host, run:
     assert following.wait() == 0
 
 
-def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host, run: Run) -> None:
+def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host) -> None:
+    run = held(laptop, "host")
     kernel = new_session(run.url(), "train.ipynb")
     gate = host.home / "gate"
     code = "import os, time\nprint(1)\nwhile not os.path.exists(%r): time.sleep(.05)\nprint(2)"
@@ -140,16 +167,6 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     assert not told.search(held(laptop, "--local-port", str(quiet_port()), "host").text)
 
 
-def test_the_log_of_jupyter_has_no_trouble_of_ours(laptop: Laptop, host: Host, run: Run) -> None:
-    """Asked for its kernels while it starts one, Jupyter Server 2.21 fails with a traceback in its log."""
-    kernels = [new_session(run.url(), "%d.ipynb" % number) for number in range(12)]  # the moment is short: 20 ms
-    for kernel in kernels[-2:]:
-        compute(run.url(), "print(1)", kernel)
-        wait_for_end(host, kernel)
-    (log,) = host.home.glob(".local/state/rjupyter/servers/*/log")
-    assert "Uncaught exception" not in log.read_text()
-
-
 def shut_down(laptop: Laptop, run: Run, pid: int) -> None:
     api(run.url(), "shutdown", "POST")
 
@@ -162,86 +179,70 @@ def stop(laptop: Laptop, run: Run, pid: int) -> None:
     assert laptop.run("host", "stop", "--yes").status == 0
 
 
-@pytest.mark.parametrize("end", [shut_down, kill, stop])
-def test_what_was_recorded_is_kept_when_its_server_ends(
-    laptop: Laptop, host: Host, run: Run, mark: str, end: Callable[[Laptop, Run, int], None]
-) -> None:
-    """For a week, as a log is, with no secret beside it; also of a cell that ran at that moment."""
-    wait_until(lambda: len(recorders(mark)) == 1, "it runs")
-    kernel = new_session(run.url(), "train.ipynb")
-    send(run.url(), "%xmode Minimal\nimport time; print('kept', flush=True); time.sleep(600)", kernel).close()
-    wait_until(lambda: "kept" in str([e.get("content") for e in journal(host, kernel)]), "it is written down")
-    (record,) = host.servers()
-    end(laptop, run, record["pid"])
-    wait_until(lambda: not recorders(mark), "the recorder has ended", 20)
-    for words in (["host"], ["host:"], ["host:train.ipynb"]):
-        shown = laptop.run(*words, "output")
-        assert re.fullmatch(r"In \[\d+\] [^\n]*, failed\n(.*\n)?kept\n(.*Interrupt.*\n)?", shown.stdout), shown.text
-    check_failure(laptop.run("host:it's here.ipynb", "output"), 1, "nothing is recorded of it's here.ipynb")
-    assert [server["state"] for server in listed(laptop)] == ([] if end is stop else ["ended"])
-    directory = host.home / ".local/state/rjupyter/servers" / record["id"]
-    assert "Serving notebooks" in (directory / "log").read_text()
-    if end is stop:
-        assert {path.name for path in directory.iterdir()} == {"cells", "log", "server.json", "stop"}
-    assert run.wait(60) == 4  # why it ended is told all the same
-    assert ("it was stopped" in run.stderr) == (end is stop)
+def test_what_was_recorded_is_kept_when_its_server_ends(laptop: Laptop, host: Host, mark: str) -> None:
+    """For a week from the end, as a log is, with no secret beside it; also of a cell that ran at that moment."""
+    past = time.time() - 2 * KEPT_S
+    directories = []
+    for number, end in enumerate([shut_down, kill, stop]):
+        name = end.__name__
+        (host.home / name).mkdir()
+        for notebook in ("train.ipynb", "it's here.ipynb"):
+            write_notebook(host.home / name / notebook)
+        run = held(laptop, "--local-port", str(quiet_port()), "host:" + name)
+        wait_until(lambda: len(recorders(mark)) == 1, "it runs: " + name)
+        kernel = new_session(run.url(), "train.ipynb")
+        send(run.url(), "%xmode Minimal\nimport time; print('kept', flush=True); time.sleep(600)", kernel).close()
+        wait_until_printed(host, kernel, "kept")
+        (record,) = [server for server in host.servers() if server["root_dir"] == str(host.home / name)]
+        directories.append(host.home / ".local/state/rjupyter/servers" / record["id"])
+        os.utime(directories[-1], (past, past))  # it has run for months
+        end(laptop, run, record["pid"])
+        wait_until(lambda: not recorders(mark), "the recorder has ended: " + name, 20)
+        words = ["host:" + name, "host:%s/train.ipynb" % name, *(["host", "host:"] if number == 0 else [])]
+        for place in words:
+            shown = laptop.run(place, "output")
+            assert re.fullmatch(r"In \[\d+\] [^\n]*, failed\n(.*\n)?kept\n(.*Interrupt.*\n)?", shown.stdout), shown.text
+        said = laptop.run("host:%s/it's here.ipynb" % name, "output")
+        check_failure(said, 1, "nothing is recorded of it's here.ipynb")
+        assert "Serving notebooks" in (directories[-1] / "log").read_text()
+        assert run.wait(60) == 4  # why it ended is told all the same
+        assert ("it was stopped" in run.stderr) == (end is stop), run.text
+    assert {path.name for path in directories[-1].iterdir()} == {"cells", "log", "server.json", "stop"}
+    assert [server["state"] for server in listed(laptop)] == ["ended", "ended"]  # not the one that was stopped
     held(laptop, "host")
-    assert directory.exists()
-    past = time.time() - rjupyter.KEEP_ENDED_S - 60
-    os.utime(directory, (past, past))
-    held(laptop, "--new", "host")
-    assert not directory.exists()
-
-
-def test_what_was_recorded_is_kept_for_a_week_from_the_end(laptop: Laptop, host: Host, run: Run, mark: str) -> None:
-    """Not from the start: a server may run for months."""
-    kernel = new_session(run.url(), "train.ipynb")
-    compute(run.url(), "print('kept')", kernel)
-    wait_for_end(host, kernel)
-    (record,) = host.servers()
-    directory = host.home / ".local/state/rjupyter/servers" / record["id"]
-    past = time.time() - 2 * rjupyter.KEEP_ENDED_S
-    os.utime(directory, (past, past))
-    os.kill(record["pid"], signal.SIGKILL)
-    wait_until(lambda: not recorders(mark), "the recorder has ended", 20)
-    run.wait(60)
-    held(laptop, "host")
-    assert "kept" in laptop.run("host", "output", "train.ipynb").stdout
-
-
-def test_a_server_that_was_stopped_and_ran_no_cell_leaves_nothing(laptop: Laptop, host: Host, run: Run) -> None:
-    new_session(run.url(), "train.ipynb")
-    assert laptop.run("host", "stop").status == 0
+    assert all(directory.exists() for directory in directories)
+    past = time.time() - KEPT_S - 60
+    for directory in directories:
+        os.utime(directory, (past, past))
+    last = held(laptop, "--local-port", str(quiet_port()), "--new", "host")
+    assert not any(directory.exists() for directory in directories)
+    # One that was stopped and ran no cell leaves nothing.
+    new_session(last.url(), "train.ipynb")
+    assert laptop.run("host", "stop", "--all", "--yes").status == 0
     assert not list(host.home.glob(".local/state/rjupyter/servers/*"))
 
 
 def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> None:
+    check_failure(laptop.run("host", "eval", "1"), 1, "no server of yours runs there")
     run = held(laptop, "--no-record", "host")
     compute(run.url(), "print(1)")
     assert not recorders(mark)
     check_failure(laptop.run("host", "output"), 1, "nothing is recorded", "--no-record")
+    check_failure(laptop.run("host", "eval", "1"), 1, "not recorded")
 
 
-def test_a_name_that_is_nowhere_is_told_with_those_that_are(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "it's here.ipynb")
-    compute(run.url(), "print(1)", kernel)
-    wait_for_end(host, kernel)
-    check_failure(
-        laptop.run("host", "output", "other.ipynb"), 1, "nothing is recorded of other.ipynb", "it's here.ipynb"
-    )
-
-
+@pytest.mark.shared
 def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "train.ipynb")
+    kernel = new_session(run.url(), "long.ipynb")
     code = "for i in range(1000000): print('%08d' % i + 'x' * 91)"
-    compute(run.url(), code, kernel)
+    send(run.url(), code, kernel).close()  # a page would be slower
     wait_until(lambda: "finished" in tail(host, kernel), "it has ended", 120)
-    shown = laptop.run("host", "output", "train.ipynb").stdout
+    shown = laptop.run("host", "output", "long.ipynb").stdout
     numbers = [int(line[:8]) for line in shown.splitlines() if re.match(r"\d{8}x", line)]
     assert numbers[-1] == 999999
     assert numbers == list(range(numbers[0], 1000000))
     assert "older output was dropped" in shown
-    sizes = [path.stat().st_size for path in host.home.glob(".local/state/rjupyter/servers/*/cells/*")]
+    sizes = [path.stat().st_size for path in host.home.glob(".local/state/rjupyter/servers/*/cells/%s*" % kernel)]
     assert 32e6 < sum(sizes) < 70e6
 
 
@@ -254,20 +255,22 @@ def tail(host: Host, kernel: str) -> str:
     return ""
 
 
+@pytest.mark.shared
 def test_a_kernel_that_is_restarted_goes_on_in_the_same_journal(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "train.ipynb")
+    kernel = new_session(run.url(), "again.ipynb")
     compute(run.url(), "print('before')", kernel)
     api(run.url(), "kernels/%s/restart" % kernel, "POST", {})
     compute(run.url(), "print('after')", kernel)
     wait_for_end(host, kernel, 2)
-    shown = laptop.run("host", "output", "train.ipynb").stdout
+    shown = laptop.run("host", "output", "again.ipynb").stdout
     assert re.search(r"before\n\nIn .*\nafter\n", shown), shown
 
 
+@pytest.mark.shared
 def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -> None:
     (host.home / "other").mkdir()
     write_notebook(host.home / "other/train.ipynb")
-    second = held(laptop, "--new", "host:other")
+    second = held(laptop, "--local-port", str(quiet_port()), "--new", "host:other")
     kernels = [new_session(each.url(), "train.ipynb") for each in (run, second)]
     for each, kernel, word in zip((run, second), kernels, ("one", "two")):
         compute(each.url(), "print(%r)" % word, kernel)
@@ -276,34 +279,35 @@ def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -
     for kernel, word in zip(kernels, ("one", "two")):
         assert len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel))) == 1
         assert word in laptop.run("host", "output", kernel).stdout
+    assert laptop.run("host:other", "stop", "--yes").status == 0
 
 
-def test_a_page_whose_link_died_is_soon_taken_for_gone(laptop: Laptop, host: Host, run: Run) -> None:
-    """It answers no ping; Jupyter's own patience is 90 s, and it would send into the void until then."""
-    kernel = new_session(run.url(), "train.ipynb")
-    connection = send(run.url(), "print(1)", kernel)
-    wait_until(lambda: api(run.url(), "kernels/" + kernel)["connections"] == 0, "the page is gone", 25)
-    connection.close()
+def test_pings_of_the_user_s_own_stay(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    host = make_host(path=str(standin()))
 
+    def words_of_server(*arguments: str) -> str:
+        held(laptop, "--new", "--local-port", str(quiet_port()), *arguments, "host")
+        words = Path("/proc/%d/cmdline" % host.servers()[0]["pid"]).read_text()
+        assert laptop.run("host", "stop").status == 0
+        return words
 
-@pytest.mark.parametrize("where", ["configuration", "argument"])
-def test_pings_of_the_user_s_own_stay(laptop: Laptop, host: Host, where: str) -> None:
+    assert "ws_ping" in words_of_server()
+    assert "ws_ping" not in words_of_server("--server-arg=--ServerApp.tornado_settings={'x': 1}")
     (host.home / ".jupyter").mkdir(exist_ok=True)
-    if where == "configuration":
-        path = host.home / ".jupyter/jupyter_server_config.py"
-        path.write_text("c.ServerApp.tornado_settings = {'ws_ping_interval': 7000}\n")
-    arguments = [] if where == "configuration" else ["--server-arg=--ServerApp.tornado_settings={'x': 1}"]
-    held(laptop, *arguments, "host")
-    words = Path("/proc/%d/cmdline" % host.servers()[0]["pid"]).read_text()
-    assert "ws_ping" not in words
+    path = host.home / ".jupyter/jupyter_server_config.py"
+    path.write_text("c.ServerApp.tornado_settings = {'ws_ping_interval': 7000}\n")
+    assert "ws_ping" not in words_of_server()
 
 
+@pytest.mark.shared
 def test_a_cell_that_ended_into_a_dead_link_is_told_of(laptop: Laptop, host: Host, run: Run) -> None:
+    """The page answers no ping; Jupyter's own patience is 90 s, and it would send into the void until then."""
     kernel = new_session(run.url(), "train.ipynb")
     connection = send(run.url(), "print(1)", kernel)  # which hears nothing from now on
     wait_for_end(host, kernel)
     assert journal(host, kernel)[-1]["connections"] == 1
-    wait_until(lambda: list(host.home.glob(".local/state/rjupyter/servers/*/cells/*.away")), "it is known", 30)
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["connections"] == 0, "the page is gone", 30)
+    wait_until(lambda: list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s*.away" % kernel)), "it is known")
     connection.close()
     assert "While you were away: train.ipynb In [" in held(laptop, "host", "--local-port", str(quiet_port())).text
 
@@ -330,49 +334,44 @@ def texts(cell: Dict[str, Any]) -> List[str]:
     return ["".join(output.get("text", "")) or output["output_type"] for output in cell["outputs"]]
 
 
+@pytest.mark.shared
 def test_outputs_are_saved_into_the_cells_that_still_have_the_code(laptop: Laptop, host: Host, run: Run) -> None:
     equal = "n = globals().get('n', 0) + 1; print('run', n)"
     sources = [equal, "1 + 1", "%xmode Minimal\n1 / 0", equal, "'never run'", "'edited since'"]
-    write_notebook(host.home / "train.ipynb", *sources)
-    kernel = new_session(run.url(), "train.ipynb")
+    write_notebook(host.home / "saved.ipynb", *sources)
+    kernel = new_session(run.url(), "saved.ipynb")
     for count, source in enumerate([*sources[:4], "'edited'"], 1):
         compute(run.url(), source, kernel)
         wait_for_end(host, kernel, count)
-    before = cells_of(host, "train.ipynb")
-    saved = laptop.run("host", "output", "train.ipynb", "--save")
-    assert "Saved the outputs of 4 cells into train.ipynb." in saved.stderr, saved.text
-    after = cells_of(host, "train.ipynb")
+    before = cells_of(host, "saved.ipynb")
+    saved = laptop.run("host", "output", "saved.ipynb", "--save")
+    assert "Saved the outputs of 4 cells into saved.ipynb." in saved.stderr, saved.text
+    after = cells_of(host, "saved.ipynb")
     assert [texts(cell) for cell in after[:2]] == [["run 1\n"], ["execute_result"]]
     assert texts(after[2])[-1] == "error"
     assert texts(after[3]) == ["run 2\n"]
     assert after[4:] == before[4:]
-    assert "Saved the outputs of 0 cells" in laptop.run("host", "output", "train.ipynb", "--save").stderr
+    assert "Saved the outputs of 0 cells" in laptop.run("host", "output", "saved.ipynb", "--save").stderr
 
 
+@pytest.mark.shared
 def test_nothing_is_saved_under_an_open_page(laptop: Laptop, host: Host, run: Run) -> None:
-    write_notebook(host.home / "train.ipynb", "print(1)")
-    kernel = new_session(run.url(), "train.ipynb")
-    before = (host.home / "train.ipynb").read_text()
+    write_notebook(host.home / "open.ipynb", "print(1)")
+    kernel = new_session(run.url(), "open.ipynb")
+    before = (host.home / "open.ipynb").read_text()
     connection = send(run.url(), "print(1)", kernel)
     wait_for_end(host, kernel)
-    check_failure(laptop.run("host", "output", "--save"), 1, "train.ipynb is open", "close its page")
-    assert (host.home / "train.ipynb").read_text() == before
+    check_failure(laptop.run("host", "output", kernel[:8], "--save"), 1, "open.ipynb is open", "close its page")
+    assert (host.home / "open.ipynb").read_text() == before
     connection.close()
 
 
+@pytest.mark.shared
 def test_nothing_is_saved_into_a_notebook_that_is_gone(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "train.ipynb")
+    write_notebook(host.home / "gone.ipynb")
+    kernel = new_session(run.url(), "gone.ipynb")
     compute(run.url(), "print(1)", kernel)
     wait_for_end(host, kernel)
-    (host.home / "train.ipynb").unlink()
-    check_failure(laptop.run("host", "output", "--save"), 1, "cannot read the notebook", "it is no longer there")
-
-
-def test_a_damaged_line_of_a_journal_is_passed_over(laptop: Laptop, host: Host, run: Run) -> None:
-    kernel = new_session(run.url(), "train.ipynb")
-    compute(run.url(), "print('kept')", kernel)
-    wait_for_end(host, kernel)
-    (path,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
-    path.write_text('{"kind": "beg\n[]\n{}\n{"kind": "begun"}\n' + path.read_text())
-    shown = laptop.run("host", "output")
-    assert shown.status == 0 and "kept" in shown.stdout
+    (host.home / "gone.ipynb").unlink()
+    said = laptop.run("host", "output", kernel[:8], "--save")
+    check_failure(said, 1, "cannot read the notebook", "it is no longer there")

@@ -10,10 +10,10 @@ from typing import Callable, Dict, List
 
 import pytest
 from browser import chromium, patience, run_first_cell, shown_in
-from client import api, compute, held, new_session, send
+from client import api, check_failure, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
 from notebooks import write_notebook
-from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
+from sides import Host, Laptop, Run, command_of, quiet_port, ssh_of, wait_until
 
 pytestmark = pytest.mark.jupyter
 
@@ -26,8 +26,9 @@ for i in range(%d):
 print("the end")""" % LINES  # fmt: skip
 
 
-def kinds(host: Host) -> List[str]:
-    files = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
+def kinds(host: Host, kernel: str = "*") -> List[str]:
+    """Return the kinds of what is written down, of a kernel or of all."""
+    files = host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel)
     return [json.loads(line)["kind"] for file in files for line in file.read_text().splitlines()]
 
 
@@ -38,25 +39,30 @@ def has_all(text: str) -> bool:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["closed", "reloaded"])
-def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, how: str, tmp_path: Path) -> None:
-    write_notebook(host.home / "train.ipynb", CODE)
-    run = held(laptop, "host:train.ipynb")
+def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, tmp_path: Path) -> None:
+    for name in ("closed", "reloaded"):
+        write_notebook(host.home / (name + ".ipynb"), CODE)
+    run = held(laptop, "host:closed.ipynb")
+    pages = {name: run.url().replace("closed.ipynb", name + ".ipynb") for name in ("closed", "reloaded")}
     with chromium(laptop) as driver:
-        run_first_cell(driver, run.url(), "line 9")
-        if how == "reloaded":
-            driver.refresh()
-    wait_until(lambda: api(run.url(), "kernels")[0]["connections"] == 0, "the page is gone")
+        run_first_cell(driver, pages["closed"], "line 9")
+        driver.switch_to.new_window("tab")
+        run_first_cell(driver, pages["reloaded"], "line 9")
+        driver.refresh()
+    wait_until(lambda: [each["connections"] for each in api(run.url(), "kernels")] == [0, 0], "the pages are gone")
     (host.home / "gate").write_text("")
-    wait_until(lambda: "finished" in kinds(host), "the cell has ended", 60)
-    assert has_all(laptop.run("host", "output", "train.ipynb").stdout)
-    assert "While you were away: train.ipynb In [" in held(laptop, "host", "--local-port", str(quiet_port())).text
-    saved = laptop.run("host", "output", "train.ipynb", "--save")
-    assert "Saved the outputs of 1 cell into train.ipynb." in saved.stderr, saved.text
+    wait_until(lambda: kinds(host).count("finished") == 2, "the cells have ended", 60)
+    told = held(laptop, "host", "--local-port", str(quiet_port())).text
+    for name in pages:
+        assert has_all(laptop.run("host", "output", name + ".ipynb").stdout), name
+        assert "While you were away: %s.ipynb In [" % name in told, told
+        saved = laptop.run("host", "output", name + ".ipynb", "--save")
+        assert "Saved the outputs of 1 cell into %s.ipynb." % name in saved.stderr, saved.text
     with chromium(laptop) as driver:
-        driver.get(run.url())
-        patience(driver).until(lambda _: has_all(shown_in(driver)))
-        driver.save_screenshot(str(tmp_path / "reopened.png"))
+        for name, url in pages.items():
+            driver.get(url)
+            patience(driver).until(lambda _: has_all(shown_in(driver)))
+            driver.save_screenshot(str(tmp_path / (name + ".png")))
 
 
 # -- the link, and us -------------------------------------------------------------------------------------------------
@@ -73,28 +79,42 @@ def kill_us(run: Run, mark: str) -> Callable[[], None]:
     return lambda: None
 
 
-@pytest.mark.parametrize("fault", [freeze_ssh, kill_us])
-def test_link_that_died_in_the_middle_of_a_cell(
-    laptop: Laptop, host: Host, mark: str, fault: Callable[[Run, str], Callable[[], None]]
-) -> None:
-    run = held(laptop, "host")
-    kernel = new_session(run.url())
-    page = send(run.url(), CODE, kernel)
-    wait_until(lambda: kinds(host).count("printed") > 0, "it prints")
-    mend = fault(run, mark)
-    try:
-        there = re.sub(r":\d+/", ":%d/" % host.servers()[0]["port"], run.url())  # past the tunnel
-        wait_until(lambda: api(there, "kernels/" + kernel)["connections"] == 0, "Jupyter knows it", 40)
-        (host.home / "gate").write_text("")
-        wait_until(lambda: "finished" in kinds(host), "the cell has ended")
-    finally:
-        mend()
-    page.close()
-    shown = laptop.run("host", "output")
-    assert has_all(shown.stdout), shown.text
-    assert (
-        "While you were away: train.ipynb" in held(laptop, "host", "--local-port", str(quiet_port()), "--no-mux").text
-    )
+def test_link_that_died_in_the_middle_of_a_cell(laptop: Laptop, host: Host, mark: str) -> None:
+    port = 0
+    for fault in (freeze_ssh, kill_us):
+        name = fault.__name__
+        run = held(laptop, "host")
+        kernel = new_session(run.url(), name + ".ipynb")
+        port = port or host.servers()[0]["port"]
+        there = re.sub(r":\d+/", ":%d/" % port, run.url())  # past the tunnel
+        gate = host.home / (name + ".gate")
+        page = send(run.url(), CODE.replace('"gate")', repr(str(gate)) + ")"), kernel)
+        wait_until_printed(host, kernel)
+        mend = fault(run, mark)
+        try:
+            wait_until_gone(there, kernel)
+            gate.write_text("")
+            wait_until_ended(host, kernel)
+        finally:
+            mend()
+        page.close()
+        shown = laptop.run("host", "output", name + ".ipynb")
+        assert has_all(shown.stdout), shown.text
+        again = held(laptop, "host", "--local-port", str(quiet_port()), "--no-mux")
+        assert "While you were away: %s.ipynb" % name in again.text, again.text
+        laptop.end_runs()
+
+
+def wait_until_printed(host: Host, kernel: str) -> None:
+    wait_until(lambda: "printed" in kinds(host, kernel), "it prints")
+
+
+def wait_until_ended(host: Host, kernel: str, count: int = 1) -> None:
+    wait_until(lambda: kinds(host, kernel).count("finished") == count, "the cell has ended")
+
+
+def wait_until_gone(url: str, kernel: str) -> None:
+    wait_until(lambda: api(url, "kernels/" + kernel)["connections"] == 0, "Jupyter knows it", 40)
 
 
 # -- the host ---------------------------------------------------------------------------------------------------------
@@ -131,18 +151,38 @@ def fill(path: Path) -> None:
                 continue
 
 
-@pytest.mark.parametrize(("add", "code"), [(add_bash, "echo from afar"), (add_r, "cat('from afar\\n')")])
-def test_a_kernel_in_another_language(
-    laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]], code: str
-) -> None:
+AFAR = {"bash": "echo from afar", "ir": "cat('from afar\\n')"}
+FAILS = {
+    "bash": "while ! test -e '%s'; do sleep .05; done; false",
+    "ir": "while (!file.exists('%s')) Sys.sleep(.05)\nstop('no')",
+}
+
+
+@pytest.mark.parametrize("add", [add_bash, add_r])
+def test_a_kernel_in_another_language(laptop: Laptop, host: Host, add: Callable[[Path], Dict[str, str]]) -> None:
+    """Its cells are recorded; and code that is behind one that fails is told that it was not run."""
     name = add(host.home)["name"]
     run = held(laptop, "host")
     kernel = new_session(run.url(), name=name)
-    compute(run.url(), code, kernel)
-    wait_until(lambda: "finished" in kinds(host), "the cell has ended")
+    compute(run.url(), AFAR[name], kernel)
+    wait_until_ended(host, kernel)
     assert "from afar\n" in laptop.run("host", "output").stdout
+    gate = host.home / "gate"
+    page = send(run.url(), FAILS[name] % gate, kernel)
+    asked = laptop.start("host", "eval", "1", has_terminal=False)
+    wait_until_sent(host)
+    gate.write_text("")
+    asked.wait()
+    check_failure(asked, 1, "it was not run: a cell before it failed")
+    page.close()
     laptop.run("host", "stop", "--yes")  # R's kernel does not look whether its server is there
     run.wait(20)
+
+
+def wait_until_sent(host: Host) -> None:
+    """Wait until code of ours is in a kernel's queue."""
+    asked = ".local/state/rjupyter/servers/*/cells/*.asked"
+    wait_until(lambda: list(host.home.glob(asked)), "the kernel was asked")
 
 
 def leave_connection_files(host: Host, count: int) -> None:
@@ -155,51 +195,52 @@ def leave_connection_files(host: Host, count: int) -> None:
         (runtime / ("kernel-%s.json" % uuid.uuid4())).write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_files_that_other_kernels_left_cost_nothing(laptop: Laptop, host: Host, when: str) -> None:
-    """With three sockets for each, 342 such files were the end of the recorder; what is its own is recorded whole."""
-    if when == "before":
-        leave_connection_files(host, 600)
+def test_files_that_other_kernels_left_cost_nothing(laptop: Laptop, host: Host) -> None:
+    """With three sockets for each, 342 such files were the end of the recorder; what is its own is recorded whole.
+
+    Some are there before it starts, and as many again come while it works.
+    """
+    leave_connection_files(host, 600)
     run = held(laptop, "host")
-    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
-    pid = json.loads(mark.read_text())["pid"]
-    if when == "meanwhile":
-        assert compute(run.url(), "print('first')") == "first\n"
-        leave_connection_files(host, 600)
+    pid = recorder_pid(host)
+    assert compute(run.url(), "print('first')") == "first\n"
+    wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
+    leave_connection_files(host, 600)
     kernel = str(api(run.url(), "kernels", "POST", {})["id"])  # of no notebook, and used as soon as it is there
     most = 0
 
     def has_ended() -> bool:
         nonlocal most
         most = max(most, len(os.listdir("/proc/%d/fd" % pid)))
-        return kinds(host).count("finished") == (1 if when == "before" else 2)
+        return kinds(host).count("finished") == 2
 
     compute(run.url(), "for i in range(%d): print('line', i)\nprint('the end')" % LINES, kernel)
     wait_until(has_ended, "the cell has ended")
     assert has_all(laptop.run("host", "output", kernel).stdout)
-    assert most < 60
+    assert 0 < most < 60
+
+
+def recorder_pid(host: Host) -> int:
+    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
+    return int(json.loads(mark.read_text())["pid"])
 
 
 # -- what ends before its cell does -----------------------------------------------------------------------------------
 
 
-def test_a_kernel_that_dies_in_its_cell_is_told_of(laptop: Laptop, host: Host) -> None:
+def test_a_kernel_and_then_its_server_that_die_in_a_cell(laptop: Laptop, host: Host) -> None:
     run = held(laptop, "host")
-    kernel = new_session(run.url())
+    kernel = new_session(run.url(), "dies.ipynb")
     send(run.url(), "import os, time\nprint('last words', flush=True)\ntime.sleep(.5)\nos._exit(1)", kernel).close()
     wait_until(lambda: "finished" in kinds(host), "it is known", 30)
     shown = laptop.run("host", "output").stdout
     assert re.match(r"In \[\d+\]  \d\d:\d\d, \d+ s, failed\nlast words\n", shown), shown
-
-
-def test_a_server_that_is_killed_in_a_cell(laptop: Laptop, host: Host) -> None:
-    run = held(laptop, "host")
-    kernel = new_session(run.url())
-    send(run.url(), "import time\nprint('last words', flush=True)\ntime.sleep(600)", kernel).close()
-    wait_until(lambda: "printed" in kinds(host), "it prints")
+    other = new_session(run.url(), "killed.ipynb")
+    send(run.url(), "import time\nprint('other words', flush=True)\ntime.sleep(600)", other).close()
+    wait_until(lambda: "printed" in kinds(host, other), "it prints")
     os.kill(host.servers()[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: "finished" in kinds(host), "it is known", 30)
-    assert ", failed\nlast words\n" in laptop.run("host", "output").stdout
+    wait_until(lambda: "finished" in kinds(host, other), "it is known", 30)
+    assert ", failed\nother words\n" in laptop.run("host", "output", "killed.ipynb").stdout
 
 
 def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: Laptop, host: Host) -> None:
@@ -207,8 +248,7 @@ def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: L
     kernel = new_session(run.url())
     compute(run.url(), "print('before')", kernel)
     wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
-    (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
-    os.kill(json.loads(mark.read_text())["pid"], signal.SIGKILL)
+    kill_recorder(host)
     compute(run.url(), "print('lost')", kernel)
     held(laptop, "host", "--local-port", str(quiet_port()))
     wait_until(lambda: "gap" in kinds(host), "there is another")
@@ -216,3 +256,26 @@ def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: L
     wait_until(lambda: kinds(host).count("finished") == 2, "it is written down")
     shown = laptop.run("host", "output").stdout
     assert re.search(r"before\n\n\[the output printed here is lost: .*\]\n\nIn .*\nafter\n", shown), shown
+
+
+def kill_recorder(host: Host) -> None:
+    pid = recorder_pid(host)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "agent.py" not in command_of(pid), "it is gone")
+
+
+def test_code_in_the_queue_when_the_recorder_is_killed_and_code_that_comes_later(laptop: Laptop, host: Host) -> None:
+    run = held(laptop, "host")
+    kernel = new_session(run.url())
+    gate = host.home / "gate"
+    page = send(run.url(), "x = 42\nimport os, time\nwhile not os.path.exists(%r): time.sleep(.05)" % str(gate), kernel)
+    asked = laptop.start("host", "eval", "print('ran')", has_terminal=False)
+    wait_until_sent(host)
+    kill_recorder(host)
+    asked.wait()
+    check_failure(asked, 1, "it is not known what becomes of it", "the recorder on the host was killed")
+    gate.write_text("")
+    page.close()
+    assert "42\n" in laptop.run("host", "eval", "print(x)").stdout
+    kill_recorder(host)
+    assert laptop.run("host", "eval", "x").stdout == "42\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple
 
 import pytest
-from client import check_failure, compute
-from jupyters import jupyter_for_everyone
+from client import api, check_failure, compute
+from jupyters import jupyter_for_everyone, standin
 from sides import Host, Laptop, User, processes_with
 
 DECOY_REPLY = 'rjupyter-0011223344556677 {"kind": "reply", "reply": {"id": "dead", "port": 1, "token": "decoy"}}'
@@ -55,9 +55,9 @@ SHELLS = {
 def make_shell_host(
     make_user: Callable[[str], User], make_host: Callable[..., Host], directory: Path
 ) -> Callable[..., Host]:
-    """Makes a host whose user has the given shell and start-up files."""
+    """Makes a host whose user has the given shell and start-up files; Jupyter is real, or is not."""
 
-    def make(shell: str, files: Dict[str, str], **options: Any) -> Host:
+    def make(shell: str, files: Dict[str, str], is_real: bool = False, **options: Any) -> Host:
         program = shell if os.path.isabs(shell) else str(directory / shell)
         if os.path.isabs(shell) and not os.path.exists(shell):
             pytest.skip("this machine has no " + shell)
@@ -65,35 +65,41 @@ def make_shell_host(
             os.symlink("/bin/busybox", program)
         user = make_user(program)
         for name, text in files.items():
-            user.write(name, text.replace("%s", str(jupyter_for_everyone())))
+            user.write(name, text.replace("%s", str(jupyter_for_everyone() if is_real else standin())))
         return make_host(user=user, **options)
 
     return make
 
 
 def check_open(laptop: Laptop, host: Host, *arguments: str) -> str:
-    """Open, compute in a kernel as that user, and return what was said on the way."""
+    """Open, look at what runs as that user, or compute in its kernel, and return what was said on the way."""
     run = laptop.start(*arguments, "host", has_terminal=False)
     url = run.url()
     assert "decoy" not in url
+    assert host.sshd.logins() == 1
+    (record,) = host.servers()
+    process = Path("/proc/%d" % record["pid"])
+    assert (process.owner(), os.readlink(process / "cwd")) == (host.sshd.user, str(host.home))
+    if str(standin()) in (process / "cmdline").read_text():
+        assert api(url, "status")
+        return run.stderr
     code = "import os, pwd, sys; print(pwd.getpwuid(os.getuid()).pw_name, os.getcwd(), sys.prefix)"
     assert compute(url, code).split() == [host.sshd.user, str(host.home), str(jupyter_for_everyone().parent)]
-    assert host.sshd.logins() == 1
     return run.stderr
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize("name", SHELLS)
 def test_login_shell_that_prints_and_hides_jupyter(
     laptop: Laptop, make_shell_host: Callable[..., Host], name: str
 ) -> None:
-    host = make_shell_host(*SHELLS[name])
+    is_real = name == "bash"  # the others have the stand-in, which is there sooner
+    host = make_shell_host(*SHELLS[name], is_real=is_real)
     said = check_open(laptop, host)
-    assert "Using %s/jupyter-notebook (the login shell's PATH)." % jupyter_for_everyone() in said
+    where = jupyter_for_everyone() if is_real else standin()
+    assert "Using %s/jupyter-notebook (the login shell's PATH)." % where in said
     assert "Welcome" not in said and "decoy" not in said  # noise is for -v
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize("name", SHELLS)
 def test_init_in_the_users_own_shell(laptop: Laptop, make_shell_host: Callable[..., Host], name: str) -> None:
     """`module` in a login shell is a function or an alias; here it is one that puts Jupyter on PATH."""
@@ -123,7 +129,6 @@ START_UPS = {
 }
 
 
-@pytest.mark.jupyter
 @pytest.mark.parametrize("what", START_UPS)
 def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host], mark: str, what: str) -> None:
     files = {".bashrc": START_UPS[what], ".profile": ". ~/.bashrc\n"}
@@ -134,13 +139,12 @@ def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host]
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.jupyter
 def test_start_up_file_that_never_ends_is_given_up(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
     files = {".profile": "case $- in *i*) while :; do sleep 1; done ;; esac\n"}
     host = make_shell_host("/bin/bash", files)
     user_bin = host.home / ".local/bin"
     user_bin.mkdir(parents=True)
-    (user_bin / "jupyter-notebook").symlink_to(jupyter_for_everyone() / "jupyter-notebook")
+    (user_bin / "jupyter-notebook").symlink_to(standin() / "jupyter-notebook")
     for path in (host.home / ".local", user_bin):
         shutil.chown(path, host.sshd.user)
     said = check_open(laptop, host, "-v")

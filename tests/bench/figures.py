@@ -18,7 +18,9 @@ class Row(NamedTuple):
 
 
 def spread(values: Sequence[float], form: str = "%.2f", unit: str = "") -> str:
-    """Return the median of `values`, with the least and the greatest where there are several."""
+    """Return the median of `values`, with the least and the greatest where there are several; "-" for none."""
+    if not values:
+        return "-"
     if len(values) == 1:
         return form % values[0] + unit
     shown = tuple(form % value for value in (statistics.median(values), min(values), max(values)))
@@ -27,6 +29,8 @@ def spread(values: Sequence[float], form: str = "%.2f", unit: str = "") -> str:
 
 def judged(values: Sequence[float], limit: float, form: str = "%.2f", unit: str = "", is_least: bool = False) -> str:
     """Return the median, and say when it misses the target: it may be `limit` at most, or with `is_least` at least."""
+    if not values:
+        return "-"
     median = statistics.median(values)
     is_missed = median < limit if is_least else median > limit
     return spread(values, form, unit) + (", **missed**" if is_missed else "")

@@ -3,6 +3,7 @@
 Each interleaves all that it compares (A B C A B C ...), and divides round by round: machines are noisy.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -14,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List
+from typing import Any, Callable, ContextManager, DefaultDict, Dict, Iterator, List, Set
 
 from browser import chromium
 from client import compute
@@ -27,7 +29,7 @@ from sides import ON_HOST, processes_with, quiet_port, wait_until
 
 import rjupyter
 
-Samples = Dict[str, List[float]]
+Samples = DefaultDict[str, List[float]]
 DELAYS_S = [0.0, 0.025, 0.05]  # each way
 IDLE_S = 40.0
 BULK_MB = 100
@@ -35,8 +37,34 @@ BUSY_PORTS = 1000
 MANY_SERVERS = 50
 
 
+def no_samples() -> Samples:
+    return collections.defaultdict(list)
+
+
 def sample(samples: Samples, name: str, value: float) -> None:
-    samples.setdefault(name, []).append(value)
+    samples[name].append(value)
+
+
+class Others:
+    """What we are measured beside. One that fails has no figures, is not tried again, and costs us none of ours."""
+
+    def __init__(self, *samples: Samples) -> None:
+        self._samples = samples
+        self._failed: Set[str] = set()
+
+    def measure(self, do: Callable[[], object], *names: str) -> None:
+        """Take the samples of these names, as `do` does."""
+        if not self._failed.isdisjoint(names):
+            return
+        try:
+            do()
+        except Exception:
+            traceback.print_exc()
+            print("%s failed: it is left out" % names[0], file=sys.stderr, flush=True)
+            self._failed.update(names)
+            for samples in self._samples:
+                for name in names:
+                    samples.pop(name, None)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -44,8 +72,10 @@ def sample(samples: Samples, name: str, value: float) -> None:
 
 def measure_cold(rig: Rig, rounds: int) -> List[Row]:
     """Cold start, reattach, and the logins that they need."""
-    times: Samples = {}
-    logins: Samples = {}
+    times: Samples = no_samples()
+    logins: Samples = no_samples()
+
+    others = Others(times, logins)
 
     @contextlib.contextmanager
     def measured(name: str, open_: Callable[[int], ContextManager[Opened]]) -> Iterator[Opened]:
@@ -54,6 +84,16 @@ def measure_cold(rig: Rig, rounds: int) -> List[Row]:
             sample(times, name, opened.seconds)
             yield opened
         sample(logins, name, rig.sshd.logins() - before)
+
+    def by_hand() -> None:
+        with measured("by hand", rig.open_by_hand):
+            pass
+
+    def by_jupyter_forward() -> None:
+        with measured("jupyter-forward", rig.open_by_jupyter_forward) as opened:
+            began = time.monotonic()
+            opened.run.expect("Jupyter Lab URL")
+            sample(times, "its browser", opened.seconds + time.monotonic() - began)
 
     open_installed = functools.partial(rig.open_ours, is_installed=True)
     for _ in range(rounds):
@@ -72,13 +112,9 @@ def measure_cold(rig: Rig, rounds: int) -> List[Row]:
         with measured("installed", open_installed):
             pass
         rig.end_servers()
-        with measured("by hand", rig.open_by_hand):
-            pass
+        others.measure(by_hand, "by hand")
         rig.end_servers()
-        with measured("jupyter-forward", rig.open_by_jupyter_forward) as opened:
-            began = time.monotonic()
-            opened.run.expect("Jupyter Lab URL")
-            sample(times, "its browser", opened.seconds + time.monotonic() - began)
+        others.measure(by_jupyter_forward, "jupyter-forward", "its browser")
         rig.end_servers()
     return cold_rows(times, logins)
 
@@ -90,7 +126,8 @@ def cold_rows(times: Samples, logins: Samples) -> List[Row]:
         name: spread(ratios(times[name], times["by hand"])) for name in ("jupyter-forward", "its browser")
     }
     words = "jupyter-forward %(jupyter-forward)s to HTTP, %(its browser)s to its browser"
-    counts = {name: "%g" % max(values) for name, values in logins.items()}
+    counts = {name: "%g" % max(logins[name], default=0) for name in ("ours", "again")}
+    counts.update({name: "%g" % max(logins[name]) if logins[name] else "-" for name in ("by hand", "jupyter-forward")})
     return [
         Row(
             "cold start to the first answer through the tunnel / (Jupyter alone, without ssh + `ssh HOST true`)",
@@ -131,8 +168,15 @@ def cold_rows(times: Samples, logins: Samples) -> List[Row]:
 
 def measure_trips(rig: Rig, rounds: int) -> List[Row]:
     """Round trips: how much longer each takes for each second that the way there and back takes longer."""
-    times: Samples = {}
+    times: Samples = no_samples()
     trips: List[float] = []
+    others = Others(times)
+    ways = {"by hand": rig.open_by_hand, "jupyter-forward": rig.open_by_jupyter_forward}
+
+    def open_by(name: str, port: int) -> None:
+        with ways[name](port) as opened:
+            sample(times, name, opened.seconds)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(rig.instant_jupyter())
         proxies = [stack.enter_context(contextlib.closing(Proxy(rig.sshd.port, delay_s))) for delay_s in DELAYS_S]
@@ -144,12 +188,9 @@ def measure_trips(rig: Rig, rounds: int) -> List[Row]:
                     with rig.open_ours(proxy.port) as opened:
                         sample(times, name, opened.seconds)
                 rig.end_servers()
-                with rig.open_by_hand(proxy.port) as opened:
-                    sample(times, "by hand", opened.seconds)
-                rig.end_servers()
-                with rig.open_by_jupyter_forward(proxy.port) as opened:
-                    sample(times, "jupyter-forward", opened.seconds)
-                rig.end_servers()
+                for name in ways:
+                    others.measure(functools.partial(open_by, name, proxy.port), name)
+                    rig.end_servers()
     more = {name: round_trips(trips, values) - round_trips(trips, times["true"]) for name, values in times.items()}
     return [
         Row(
@@ -157,7 +198,7 @@ def measure_trips(rig: Rig, rounds: int) -> List[Row]:
             "(the fastest run at each; a stand-in for Jupyter that starts at once)",
             "<= 3",
             "cold %s, reattach %s" % (judged([more["ours"]], 3, "%.1f"), judged([more["again"]], 3, "%.1f")),
-            "by hand %(by hand).1f, jupyter-forward %(jupyter-forward).1f" % more,
+            ", ".join("%s %s" % (name, spread([more[name]] if name in more else [], "%.1f")) for name in ways),
         )
     ]
 
@@ -180,8 +221,15 @@ def measure_tunnel(rig: Rig, rounds: int) -> List[Row]:
     config = rig.sshd.home / ".jupyter/jupyter_server_config.py"
     before = config.read_text()
     config.write_text(before + "c.ServerApp.extra_static_paths = [%r]\n" % str(static))
-    rates: Samples = {}
-    waits: Samples = {}
+    rates: Samples = no_samples()
+    waits: Samples = no_samples()
+
+    def by_jupyter_forward() -> None:
+        with rig.open_by_jupyter_forward(rig.port) as opened:
+            for _ in range(3):
+                sample(rates, "jupyter-forward", megabytes_per_s(opened.port))
+                sample(waits, "jupyter-forward", new_connection_s(opened.port))
+
     try:
         with rig.open_ours(rig.port) as ours, rig.plain_tunnel(server_port(rig)) as plain_port:
             for _ in range(rounds):
@@ -189,16 +237,16 @@ def measure_tunnel(rig: Rig, rounds: int) -> List[Row]:
                     sample(rates, name, megabytes_per_s(port))
                     sample(waits, name, new_connection_s(port))
         rig.end_servers()
-        with rig.open_by_jupyter_forward(rig.port) as opened:
-            for _ in range(3):
-                sample(rates, "jupyter-forward", megabytes_per_s(opened.port))
-                sample(waits, "jupyter-forward", new_connection_s(opened.port))
+        Others(rates, waits).measure(by_jupyter_forward, "jupyter-forward")
     finally:
         rig.end_servers()
         config.write_text(before)
         shutil.rmtree(static)
     jupyter_forward = spread(ratios(rates["jupyter-forward"], rates["plain"]))
-    milliseconds = {name: spread([1000 * wait for wait in values], "%.1f", " ms") for name, values in waits.items()}
+    milliseconds = {
+        name: spread([1000 * wait for wait in waits[name]], "%.1f", " ms")
+        for name in ("ours", "plain", "direct", "jupyter-forward")
+    }
     return [
         Row(
             "throughput of the tunnel / plain `ssh -L` (a static file of %d MB from Jupyter)" % BULK_MB,
@@ -306,7 +354,7 @@ def resident_mb_of_bare_python() -> float:
 
 def measure_redial(rig: Rig, rounds: int) -> List[Row]:
     """Kill ssh, and wait until the same tunnel leads to the server again."""
-    times: Samples = {}
+    times: Samples = no_samples()
     with rig.open_ours(rig.port) as opened:
         opened.run.expect("To end it")
         for done in range(rounds):
@@ -326,7 +374,7 @@ def measure_redial(rig: Rig, rounds: int) -> List[Row]:
 
 def measure_list(rig: Rig, rounds: int) -> List[Row]:
     """`list` with one server, and with many: stand-ins, which cost the host next to nothing."""
-    times: Samples = {}
+    times: Samples = no_samples()
     for _ in range(rounds):
         for count in (1, MANY_SERVERS):
             with stand_ins(rig, count):
@@ -342,7 +390,7 @@ def ours_argv(rig: Rig, *action: str, is_installed: bool = False) -> List[str]:
 
 def measure_joined(rig: Rig, rounds: int) -> List[Row]:
     """`list` while a tunnel of ours is up, beside a session through the same control socket; and what it sends."""
-    times: Samples = {}
+    times: Samples = no_samples()
     run = rig.laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     rig.laptop.runs.remove(run)
     try:
@@ -397,7 +445,7 @@ def stand_ins(rig: Rig, count: int) -> Iterator[None]:
 
 def measure_ports(rig: Rig, rounds: int) -> List[Row]:
     """The search for a free port, behind many that are busy."""
-    times: Samples = {}
+    times: Samples = no_samples()
     with contextlib.ExitStack() as stack:
         first = busy_ports(stack)
         for _ in range(rounds):
@@ -445,7 +493,7 @@ def seconds_of(function: Callable[[], Any]) -> float:
 def measure_page(rig: Rig, rounds: int) -> List[Row]:
     """Time until the page shows the files, in a browser that was never there, over a slow link; with -C and without."""
     (rig.sshd.home / "work").mkdir(exist_ok=True)
-    times: Samples = {}
+    times: Samples = no_samples()
     with contextlib.closing(Proxy(rig.sshd.port, delay_s=0.025, bytes_per_s=20e6 / 8)) as proxy:
         for _ in range(max(2, rounds // 2)):
             for name, options in (("plain", []), ("-C", ["-C"])):
@@ -487,7 +535,7 @@ def measure_execute(rig: Rig, rounds: int) -> List[Row]:
         widgets={view: {"state": states, "version_major": 2, "version_minor": 0}},
     )
     nbconvert = [str(rig.jupyter / "jupyter"), "nbconvert", "--execute", "--to", "notebook", "--output", "theirs"]
-    times: Samples = {}
+    times: Samples = no_samples()
     for _ in range(max(2, rounds // 2)):
         sample(times, "nbconvert", rig.time([*nbconvert, str(path)]))
         sample(times, "ours", rig.time(ours_argv(rig, "execute", str(path))))
@@ -502,7 +550,7 @@ def measure_execute(rig: Rig, rounds: int) -> List[Row]:
 
 def measure_start(rig: Rig, rounds: int) -> List[Row]:
     """How long the script takes to come to its first line."""
-    times: Samples = {}
+    times: Samples = no_samples()
     for _ in range(3 * rounds):
         sample(times, "ours", rig.time([*rig.program(), "--version"]))
         sample(times, "installed", rig.time([*rig.program(is_installed=True), "--version"]))
