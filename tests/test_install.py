@@ -73,7 +73,7 @@ def test_the_file_says_which_python_it_takes() -> None:
 
 # What dpkg does for a package, in a root of its own: the words of its maintainer script, as debhelper writes them.
 APT_GET = """#!/bin/sh
-case "$*" in *" install "* | install*) ;; *) exit 0 ;; esac
+case "$*" in *--assume-no*) exit 1 ;; *" install "* | install*) ;; *) exit 0 ;; esac
 for word; do case $word in DPkg::Path=*) PATH=${word#DPkg::Path=} ;; esac; done
 export PATH DPKG_ROOT=%s DPKG_MAINTSCRIPT_PACKAGE=shellcheck DPKG_MAINTSCRIPT_NAME=postinst
 for unit in new old; do
