@@ -224,6 +224,7 @@ def test_what_was_recorded_is_kept_when_its_server_ends(laptop: Laptop, host: Ho
 
 def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> None:
     check_failure(laptop.run("host", "eval", "1"), 1, "no server of yours runs there")
+    check_failure(laptop.run("host", "eval"), 2, "eval takes CODE")
     run = held(laptop, "--no-record", "host")
     compute(run.url(), "print(1)")
     assert not recorders(mark)
