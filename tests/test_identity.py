@@ -16,7 +16,7 @@ from client import api, check_failure
 from jupyters import LIGHT, TODAY, environment, standin
 from private_machines import find_namespaces_obstacle
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
-from test_servers import counting_ps, leave_runtime_files
+from strangers import counting_ps, leave_runtime_files
 
 OBSTACLE = find_namespaces_obstacle()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)

@@ -17,6 +17,7 @@ from client import api, busy_kernel, check_failure, compute, listed
 from execution import code, printed, write_notebook
 from jupyters import standin
 from sides import VENV_BIN, Host, Laptop, processes_with, quiet_port, wait_until
+from strangers import counting_ps, leave_runtime_files, runtime_directory
 
 
 def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host) -> None:
@@ -40,10 +41,6 @@ def test_notebook_whose_state_directory_is_named_from_home(laptop: Laptop, host:
     assert executed.status == 0 and printed(laptop.home / "a.executed.ipynb") == ["42\n"], executed.text
     assert (host.home / "scratch/my state").is_dir()
     assert not [path for path in host.home.rglob("scratch") if path.parent != host.home]
-
-
-def runtime_directory(host: Host) -> Path:
-    return host.home / ".local/share/jupyter/runtime"
 
 
 @pytest.fixture
@@ -162,22 +159,6 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
     again.expect("Found Jupyter")
     assert laptop.run("host", "stop", "--all").status == 0
     assert (odd / "jpserver-12.json").exists()  # not ours to remove
-
-
-def leave_runtime_files(host: Host, count: int) -> None:
-    """Put there what servers leave that nobody could end: VS Code's, those of a host that was started anew."""
-    runtime_directory(host).mkdir(parents=True, exist_ok=True)
-    facts = {"hostname": "localhost", "port": 9, "token": "t", "base_url": "/", "root_dir": str(host.home)}
-    for pid in range(5000000, 5000000 + count):  # more than there can be: proc(5), pid_max
-        (runtime_directory(host) / ("jpserver-%d.json" % pid)).write_text(json.dumps(dict(facts, pid=pid)))
-
-
-def counting_ps(directory: Path, ps: str = "/bin/ps") -> Path:
-    """Make a directory with a ps that leaves a line in the file `asked` beside it, and return that file."""
-    directory.mkdir(exist_ok=True)
-    (directory / "ps").write_text('#!/bin/sh\necho "$@" >>%s/asked\nexec %s "$@"\n' % (directory, ps))
-    (directory / "ps").chmod(0o755)
-    return directory / "asked"
 
 
 def test_files_that_other_servers_left_cost_no_process(
