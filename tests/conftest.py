@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             item.add_marker("unit")
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))  # one process has them all
+    # What waits longest begins first, and what never waits comes last: the cores are busy to the end.
+    items.sort(key=lambda item: 2 * bool(item.get_closest_marker("unit")) - bool(item.get_closest_marker("cluster")))
 
 
 def pytest_report_header(config: pytest.Config) -> List[str]:

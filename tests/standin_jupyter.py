@@ -141,6 +141,8 @@ def serve(argv: List[str]) -> None:
     def end(*_: Any) -> None:
         server.shutdown()
 
+    if not settings["port"].isdigit():
+        sys.exit("[C] Bad config encountered during initialization: the 'port' trait expected an int")
     port = int(settings["port"])
     if not settings["sock"]:
         with socket.socket() as probe:  # Jupyter looks in the same way, and takes another port, before it binds

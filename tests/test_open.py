@@ -176,6 +176,7 @@ def test_kill_9_leaves_nothing_on_the_laptop(laptop: Laptop, host: Host, mark: s
     assert again.url() == url
 
 
+@pytest.mark.jupyter
 def test_ctrl_c_before_there_is_a_result(laptop: Laptop, host: Host) -> None:
     run = laptop.start("host")
     run.expect("Launching Jupyter")
