@@ -144,7 +144,7 @@ def bytes_read(pid: int) -> int:
 
 def test_ctrl_c_while_python_reads_the_file(laptop: Laptop) -> None:
     """Started by its path; a Ctrl-C each time a little later, from when Python compiles it."""
-    words = [str(SCRIPT), "-o", "ProxyCommand=cat >/dev/null", "host", "list"]
+    words = [str(SCRIPT), "-o", "ProxyCommand=cat 3>&1 >/dev/null", "host", "list"]
     environment = dict(laptop.environment, PATH="%s:%s" % (VENV_BIN, SYSTEM_PATH))
     for number in range(15):
         run = Run(words, environment, has_terminal=False, cwd=str(laptop.home))
