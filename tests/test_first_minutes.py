@@ -222,7 +222,8 @@ def test_ctrl_c_before_we_read_that_something_was_launched(
     run = laptop.start(*mode, "host", has_terminal=False)
     run.expect("Connected to host")
     os.kill(run.pid, signal.SIGSTOP)
-    wait_until(host.servers, "it is launched")
+    # What was announced before is on the laptop by then, also where that is busy.
+    wait_until(lambda: any(server["has_answered"] for server in host.servers()), "it is launched, and answers")
     os.kill(run.pid, signal.SIGINT)
     os.kill(run.pid, signal.SIGCONT)
     check_what_goes_on(laptop, run, lambda: [w for w in processes_with(mark).values() if "jupyter-notebook" in w])
