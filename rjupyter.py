@@ -2476,6 +2476,7 @@ class Child:
             if shown:
                 os.close(theirs)
         self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
+        self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
         self.read_at = time.monotonic()  # when it said something last, if only a part of a line
         self._open_streams = 0
         terminal = os.fdopen(ours, "rb", 0) if shown else None
@@ -2505,7 +2506,9 @@ class Child:
         self._lines.put(None)
 
     def _put(self, name: str, pieces: List[bytes]) -> None:
-        self._lines.put((name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r")))
+        line = (name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r"))
+        self.last_lines = [*self.last_lines[-9:], line]
+        self._lines.put(line)
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
         """Return the next line, or None when `timeout_s` passed or the last stream has ended."""
@@ -5785,7 +5788,9 @@ class Agent:
 
     def _hear_what_begins(self, child: Child, nonce: str, show: Show) -> None:
         """Take what the host had announced before we leave: it is on its way to us, perhaps."""
-        for _, line in child.remaining_lines(LAST_WORDS_S):
+        for _ in child.remaining_lines(LAST_WORDS_S):
+            pass  # they are among the last lines; so is one that was taken as the signal came
+        for _, line in child.last_lines:
             with contextlib.suppress(ValueError, RecursionError, Failure):
                 message = json.loads(line[len(nonce) + 1 :]) if line.startswith(nonce + " ") else {}
                 self._take(message, Record, show, {"launching": self._handlers["launching"]})

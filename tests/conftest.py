@@ -223,6 +223,18 @@ def make_host(
 
 
 @pytest.fixture
+def slow_host(make_host: Callable[..., Host], directory: Path, request: pytest.FixtureRequest) -> Host:
+    """A host whose Jupyter starts when there is the file `go` in home."""
+    programs = Path(VENV_BIN) if request.node.get_closest_marker("jupyter") else standin()
+    command = directory / "bin/jupyter-notebook"
+    command.parent.mkdir()
+    wait = 'while ! test -e "$HOME/go"; do sleep 0.05; done'
+    command.write_text('#!/bin/sh\n%s\nexec %s "$@"\n' % (wait, programs / "jupyter-notebook"))
+    command.chmod(0o755)
+    return make_host(path=str(command.parent))
+
+
+@pytest.fixture
 def slurm(directory: Path) -> Iterator[PrivateSlurm]:
     """A Slurm with two idle nodes."""
     obstacle = find_slurm_obstacle()

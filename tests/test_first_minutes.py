@@ -13,7 +13,7 @@ from typing import Any, Callable, List
 
 import pytest
 from client import compute
-from jupyters import jupyter_for_everyone, standin, standin_environment
+from jupyters import jupyter_for_everyone, standin_environment
 from sides import (
     ON_HOST,
     SCRIPT,
@@ -176,17 +176,6 @@ def check_what_goes_on(laptop: Laptop, run: Run, goes_on: Callable[[], Any]) -> 
         laptop.config = ""
         assert laptop.run(*words_of(said.group(1))).status == 0
     wait_until(lambda: not goes_on(), "nothing goes on that was not said: " + run.text, 20)
-
-
-@pytest.fixture
-def slow_host(make_host: Callable[..., Host], directory: Path) -> Host:
-    """A host whose Jupyter starts when there is the file `go` in home."""
-    command = directory / "bin/jupyter-notebook"
-    command.parent.mkdir()
-    wait = 'while ! test -e "$HOME/go"; do sleep 0.05; done'
-    command.write_text('#!/bin/sh\n%s\nexec %s "$@"\n' % (wait, standin() / "jupyter-notebook"))
-    command.chmod(0o755)
-    return make_host(path=str(command.parent))
 
 
 @pytest.mark.parametrize(
