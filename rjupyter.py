@@ -2222,173 +2222,74 @@ class HostRefused(NotConnected):
 
 
 class Ending(NamedTuple):
-    """A row of ENDINGS: a line that ssh says as it gives up, as a pattern with a sample, and what that means.
+    """A row of ENDINGS: a pattern of what ssh says as it gives up, which failure that is, what to try, and why.
 
-    `why` and `try_` are for where the line itself does not say it: {host}, {ssh} (the plain ssh to it), {login} (the
-    same, for a shell) and {removal} (of its key) stand in them; `unattended` is tried where nobody can be asked. An
-    echo only repeats that the connection has ended: the cause is the line before.
+    `why` stands for the line where that does not say it. {host}, {ssh} (the plain ssh to it), {verbose} (the same, and
+    it tells more) and {removal} (of its key) stand in them.
     """
 
     pattern: str
-    sample: str
-    kind: Type[NotConnected] = NotConnected
+    kind: Type[NotConnected]
+    try_: str
     why: str = ""
-    try_: str = ""
-    unattended: str = ""
-    is_echo: bool = False
-
-    @property
-    def is_telling(self) -> bool:
-        """True when there is more to say than the line."""
-        return bool(self.why or self.try_ or self.kind is not NotConnected)
 
 
-OTHER_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
-REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
-UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
+CHANGED_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
 ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
 ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
 CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
+SILENT = "{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)"
 SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
 
-# What ssh says just before it gives up (the sources of OpenSSH 10.5; measured with 9.2). Such lines are kept for our
-# own error; all others pass at once, because a banner or the text of a second factor must be read before the prompt
-# that follows. The first row that something said matches explains the end, so what tells more comes first.
+# What explains the end of an ssh (the sources of OpenSSH 10.5; measured with 9.2): the first row that something it said
+# matches, so what tells more comes first.
 ENDINGS = [
     Ending(
         ".*(HOST IDENTIFICATION HAS CHANGED|has changed and you have requested)",
-        "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @",
         HostRefused,
-        OTHER_KEY,
-        REMOVE_KEY,
+        "ask the host's administrator whether the key is new; if so:\n{removal}",
+        CHANGED_KEY,
     ),
     Ending(
         ".*REVOKED HOST KEY",
-        "@       WARNING: REVOKED HOST KEY DETECTED!               @",
         HostRefused,
-        "the host key of {host} is revoked here (RevokedHostKeys)",
         "ask the host's administrator for its new key",
+        "the host key of {host} is revoked here (RevokedHostKeys)",
     ),
     Ending(
         "Host key verification failed",
-        "Host key verification failed.",
         HostRefused,
-        UNKNOWN_KEY,
         "{ssh}   (once, in a terminal: it shows the key and asks)",
+        "the host key of {host} is not known here, and it was not accepted",
     ),
-    Ending(
-        "(Received disconnect .*)?Too many auth",
-        "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures",
-        LoginRefused,
-        try_=ONE_KEY,
-    ),
-    Ending(
-        "Received disconnect .*:1[34]: ",
-        "Received disconnect from 192.0.2.1 port 22:14: No supported authentication methods available",
-        LoginRefused,
-        try_="{ssh}",
-    ),
-    Ending(
-        "Unable to negotiate",
-        "Unable to negotiate with 192.0.2.1 port 22: no matching host key type found. Their offer: ssh-rsa",
-        HostRefused,
-        try_=ALGORITHMS,
-    ),
-    Ending(
-        "Protocol major versions differ",
-        "Protocol major versions differ: 2 vs. 1",
-        HostRefused,
-        try_="{ssh}   (is this the port of its sshd?)",
-    ),
-    Ending(
-        "(sign_and_send_pubkey: )?signing failed for",
-        'sign_and_send_pubkey: signing failed for ED25519-SK "/home/ana/.ssh/id_sk": device not found',
-        LoginRefused,
-        try_=SIGN,
-    ),
-    Ending(
-        'Load key ".*": bad permissions',
-        'Load key "/home/ana/.ssh/id_ed25519": bad permissions',
-        LoginRefused,
-        try_="chmod 600, for the file of the key",
-    ),
-    Ending(
-        r".*Permission denied \(",
-        "ana@gpu1: Permission denied (publickey,password).",
-        LoginRefused,
-        try_="{verbose}   (shows the keys offered)",
-        unattended="a key without a question: ssh-keygen, ssh-copy-id, ssh-agent",
-    ),
-    Ending(
-        "Authentication failed", "Authentication failed.", LoginRefused, try_="{verbose}   (shows the keys offered)"
-    ),
-    Ending(
-        ".*account has expired",
-        "Your account has expired; please contact your system administrator.",
-        LoginRefused,
-        try_="ask the host's administrator",
-    ),
-    Ending(
-        "ssh: connect to .*refused",
-        "ssh: connect to host gpu1 port 22: Connection refused",
-        try_="{ssh}   (is sshd running there, and is this its port?)",
-    ),
-    Ending(
-        "Connection timed out during banner",
-        "Connection timed out during banner exchange",
-        try_="{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)",
-    ),
-    Ending("ssh: ", "ssh: Could not resolve hostname gpu1: Name or service not known"),
-    Ending("Too many logins", "Too many logins for 'ana'.", try_="end other sessions of yours there, or wait"),
-    Ending(
-        "kex_exchange_identification: (Connection closed|read: )",
-        "kex_exchange_identification: Connection closed by remote host",
-        try_=CROWDED,
-        is_echo=True,
-    ),
-    Ending("ssh_", "ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect"),
-    Ending("kex_", "kex_exchange_identification: banner line contains invalid characters"),
-    Ending("banner exchange", "banner exchange: Connection to 192.0.2.1 port 22: could not read protocol version"),
-    Ending("mux", "mux_client_request_session: session request failed: Session open refused by peer"),
-    Ending("unix_listener", 'unix_listener: path "/a/long/one" too long for Unix domain socket'),
-    Ending("bind ", "bind [127.0.0.1]:8889: Address already in use"),
-    Ending("channel", "channel 2: open failed: administratively prohibited: open failed"),
-    Ending("Could not request", "Could not request local forwarding."),
-    Ending("@@@", "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@", is_echo=True),
-    Ending("Host key", "Host key fingerprint is SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I"),
-    Ending("Timeout,", "Timeout, server gpu1 not responding."),
-    Ending("Connection (closed|reset|timed out)", "Connection closed by 192.0.2.1 port 22", is_echo=True),
-    Ending("Connection to .* (closed|timed out)", "Connection to gpu1 closed by remote host.", is_echo=True),
-    Ending("Received disconnect", "Received disconnect from 192.0.2.1 port 22:11: disconnected by user"),
-    Ending("Disconnected from", "Disconnected from 192.0.2.1 port 22", is_echo=True),
-    Ending("Someone could be", "Someone could be eavesdropping on you right now (man-in-the-middle attack)!"),
-    Ending("It is also possible", "It is also possible that a host key has just been changed."),
-    Ending("The fingerprint for", "The fingerprint for the ED25519 key sent by the remote host is"),
-    Ending("Please contact your", "Please contact your system administrator."),
-    Ending("Add correct host", "Add correct host key in /home/ana/.ssh/known_hosts to get rid of this message."),
-    Ending("Offending", "Offending ED25519 key in /home/ana/.ssh/known_hosts:3"),
-    Ending("remove with", "remove with:"),
-    Ending("  ssh-keygen", "  ssh-keygen -f '/home/ana/.ssh/known_hosts' -R 'gpu1'"),
-    Ending("Bad ", "Bad owner or permissions on /home/ana/.ssh/config"),
-    Ending("command-line", "command-line: line 0: Bad configuration option: nosuch"),
-    Ending("Unsupported option", 'Unsupported option "gssapiauthentication"'),
-    Ending(".*terminating", "/home/ana/.ssh/config: terminating, 1 bad configuration options"),
-    Ending("client_loop", "client_loop: send disconnect: Broken pipe"),
-    Ending("no matching", "no matching cipher found: client aes128-ctr server aes256-cbc"),
-    Ending("Their offer", "Their offer: ssh-rsa,ssh-dss"),
-    Ending("SHA256:", "SHA256:0eWmtT0HqYXPzKzJYZmyvqWlzBf3r2bSLwPYQbQyX9I."),
-    Ending(
-        "Password authentication is disabled", "Password authentication is disabled to avoid man-in-the-middle attacks."
-    ),
-    Ending(".* host key for .* has changed", "Warning: the ECDSA host key for gpu1 has changed"),
-    Ending("You have requested strict", "You have requested strict checking."),
-    Ending("stdio forwarding", "stdio forwarding failed", is_echo=True),
-    Ending(
-        "Keyboard-interactive authentication is", "Keyboard-interactive authentication is disabled to avoid attacks."
-    ),
+    Ending("(Received disconnect .*)?Too many auth", LoginRefused, ONE_KEY),
+    Ending("Received disconnect .*:1[34]: ", LoginRefused, "{ssh}"),
+    Ending("Unable to negotiate", HostRefused, ALGORITHMS),
+    Ending("Protocol major versions differ", HostRefused, "{ssh}   (is this the port of its sshd?)"),
+    Ending("(sign_and_send_pubkey: )?signing failed for", LoginRefused, SIGN),
+    Ending('Load key ".*": bad permissions', LoginRefused, "chmod 600, for the file of the key"),
+    Ending(r".*Permission denied \(|Authentication failed", LoginRefused, "{verbose}   (shows the keys offered)"),
+    Ending(".*account has expired", LoginRefused, "ask the host's administrator"),
+    Ending("ssh: connect to .*refused", NotConnected, "{ssh}   (is sshd running there, and is this its port?)"),
+    Ending("Connection timed out during banner", NotConnected, SILENT),
+    Ending("Too many logins", NotConnected, "end other sessions of yours there, or wait"),
+    Ending("kex_exchange_identification: (Connection closed|read: )", NotConnected, CROWDED),
 ]
-FATAL_WORDS = "|".join(ending.pattern for ending in ENDINGS)
-ECHOES = "|".join(ending.pattern for ending in ENDINGS if ending.is_echo)
+# All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
+# banner or the text of a second factor must be read before the prompt that follows.
+FATAL_WORDS = "|".join(
+    [
+        *(ending.pattern for ending in ENDINGS if not ending.why),
+        "ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad |client_loop",
+        "Timeout,|stdio forwarding|Received disconnect|Disconnected from",
+        "Connection (closed|reset|timed out|to .* (closed|timed out))",
+    ]
+)
+# Of that, what only repeats that the connection has ended: the cause is the line before.
+ECHOES = (
+    "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
+    "Connection (closed|reset|timed out|to .* (closed|timed out))"
+)
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
 WARNINGS = (
     r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
@@ -2821,22 +2722,21 @@ class Ssh:
         facts = {
             "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
             "ssh": self.plain_command,
-            "login": self.login_command,
             "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
             "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
         }
         cause = cause_of(words)
         what = "cannot connect to " + self.destination
         if self.asked:
-            try_ = "{login}   (in a terminal, where someone can do that)".format(**facts)
+            try_ = self.login_command + "   (in a terminal, where someone can do that)"
             return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
-        telling = ((ending, line) for ending in ENDINGS for line in words if re.match(ending.pattern, line))
-        ending, line = next(((e, line) for e, line in telling if e.is_telling), (Ending("", ""), cause))
-        why = ending.why.format(**facts) or (cause if ending.is_echo else line.strip())
-        try_ = (ending.try_ or "{ssh}").format(**facts)
-        if ending.unattended and not self.can_ask:
+        told = ((ending, line) for ending in ENDINGS for line in words if re.match(ending.pattern, line))
+        ending, line = next(told, (Ending("", NotConnected, "{ssh}"), cause))
+        why = ending.why.format(**facts) or (cause if re.match(ECHOES, line) else line.strip())
+        try_ = ending.try_.format(**facts)
+        if "Permission denied (" in line and not self.can_ask:
             why += "\nthere is no terminal here to ask for a password or a second factor"
-            try_ = ending.unattended
+            try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
         return ending.kind(what, why, try_, EXIT_SSH)
 
     def no_login(self, timeout_s: float) -> NotConnected:
@@ -5625,22 +5525,6 @@ STOPPED_TEXTS = {
 }
 
 
-ANOTHER_ACCOUNT = "an account there that may run commands; {ssh} says the same"
-# What an account says that runs no command of ours, and no other: the words of login(1) and shells for that.
-ACCOUNTS = [
-    Ending(
-        ".*(password has expired|Password change required)",
-        "Password change required but no TTY available.",
-        try_="{login}   (once, in a terminal: it asks for a new password)",
-    ),
-    Ending("This account is", "This account is currently not available.", try_=ANOTHER_ACCOUNT),
-    Ending("fatal: .*(unrecognized command|git shell)", "fatal: unrecognized command 'true'", try_=ANOTHER_ACCOUNT),
-    Ending("This service allows", "This service allows sftp connections only.", try_=ANOTHER_ACCOUNT),
-    Ending("Please login as", 'Please login as the user "ubuntu" rather than the user "root".', try_=ANOTHER_ACCOUNT),
-    Ending(".*does not provide shell", "GitHub does not provide shell access.", try_=ANOTHER_ACCOUNT),
-]
-
-
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
@@ -5900,13 +5784,11 @@ class Agent:
         """Return why the account did not come to our command: in the host's words where it has said any."""
         what = "the agent did not run on " + self.ssh.destination
         try_ = self.ssh.plain_command + "   (must succeed)"
-        for ending in ACCOUNTS:
-            if any(re.match(ending.pattern, line) for line in noise):
-                facts = {"login": self.ssh.login_command, "ssh": self.ssh.plain_command}
-                return Failure(what, why, ending.try_.format(**facts))
-        if not noise:
+        if complaints:  # of an expired password, say: in a terminal it is changed
+            try_ = self.ssh.login_command + "   (in a terminal: it tells more, or asks)"
+        elif not noise:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
-        elif not complaints:
+        elif "This account is" not in why:  # nologin(8) says that on stdout
             why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
         return Failure(what, why, try_)
 

@@ -166,19 +166,6 @@ def test_actions_of_the_help_are_the_rows() -> None:
         assert name is None or action.help
 
 
-def test_what_ssh_says_as_it_ends_is_explained_by_its_own_row() -> None:
-    """Its pattern takes its sample, and no row that comes before has one that takes it and tells more."""
-    for ending in rjupyter.ENDINGS + rjupyter.ACCOUNTS:
-        assert re.match(ending.pattern, ending.sample), ending.sample
-    for ending in rjupyter.ENDINGS:
-        first = next(
-            row
-            for row in rjupyter.ENDINGS
-            if (row.is_telling and re.match(row.pattern, ending.sample)) or row is ending
-        )
-        assert first is ending or not ending.is_telling, ending.sample
-
-
 @functools.lru_cache(maxsize=None)
 def agent_blocks() -> List[ast.stmt]:
     """Return the definitions between "agent begins" and "agent ends"."""

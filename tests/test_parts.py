@@ -165,6 +165,48 @@ def test_agent_answers_under_python_3(minor: int, tmp_path: Path) -> None:
     assert answer.stderr == b""
 
 
+# What ssh says as it gives up (the sources of OpenSSH 10.5), and a word of what is then said to be tried, or why.
+LAST_WORDS = [
+    ("@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @", "ssh-keygen -R"),
+    ("Host key for gpu1 has changed and you have requested strict checking.", "ssh-keygen -R"),
+    ("@       WARNING: REVOKED HOST KEY DETECTED!               @", "RevokedHostKeys"),
+    ("Host key verification failed.", "it shows the key and asks"),
+    ("Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures", "IdentitiesOnly"),
+    ("Received disconnect from 192.0.2.1 port 22:14: No supported authentication methods available", "true"),
+    ("Unable to negotiate with 192.0.2.1 port 22: no matching host key type found. Their offer: ssh-rsa", "Kex"),
+    ("Protocol major versions differ: 2 vs. 1", "the port of its sshd"),
+    ('sign_and_send_pubkey: signing failed for ED25519-SK "/home/ana/.ssh/id_sk": device not found', "touch the key"),
+    ('Load key "/home/ana/.ssh/id_ed25519": bad permissions', "chmod 600"),
+    ("ana@gpu1: Permission denied (publickey,password).", "a key without a question"),
+    ("Authentication failed.", "ssh -v gpu1 true"),
+    ("Your account has expired; please contact your system administrator.", "administrator"),
+    ("ssh: connect to host gpu1 port 22: Connection refused", "is sshd running there"),
+    ("Connection timed out during banner exchange", "says nothing"),
+    ("Too many logins for 'ana'.", "end other sessions"),
+    ("kex_exchange_identification: Connection closed by remote host", "in a minute"),
+    ("ssh: Could not resolve hostname gpu1: Name or service not known", "true"),
+    ("ssh_dispatch_run_fatal: Connection to 192.0.2.1 port 22: message authentication code incorrect", "true"),
+    ("kex_exchange_identification: banner line contains invalid characters", "true"),
+    ("banner exchange: Connection to 192.0.2.1 port 22: could not read protocol version", "true"),
+    ("mux_client_request_session: session request failed: Session open refused by peer", "true"),
+    ('unix_listener: path "/a/long/one" too long for Unix domain socket', "true"),
+    ("Could not request local forwarding.", "true"),
+    ("Timeout, server gpu1 not responding.", "true"),
+    ("Connection closed by 192.0.2.1 port 22", "true"),
+    ("Connection to gpu1 closed by remote host.", "true"),
+    ("Received disconnect from 192.0.2.1 port 22:11: disconnected by user", "true"),
+    ("client_loop: send disconnect: Broken pipe", "true"),
+]
+
+
+@pytest.mark.parametrize(("line", "advice"), LAST_WORDS)
+def test_what_ssh_says_as_it_ends_is_explained_whatever_a_host_says_before(line: str, advice: str) -> None:
+    ssh = rjupyter.Ssh("gpu1", [], False, rjupyter.Messages(quiet=True))
+    failure = ssh.connect_failure(["Welcome to gpu1", line, "Connection closed by 192.0.2.1 port 22"])
+    assert advice in failure.why + failure.try_, failure
+    assert advice != "true" or line in failure.why, failure
+
+
 class EndsBehindOurBack(rjupyter.Child):
     """A child that replies and ends when a first wait for it has just run out."""
 
