@@ -119,6 +119,7 @@ from typing import (
     Tuple,
     Type,
     TypeVar,
+    Union,
 )
 
 if sys.version_info < (3, 8):
@@ -2172,10 +2173,10 @@ def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> N
 # ---------------------------------------------------------------------------------------------------------------------
 # ssh
 #
-# `Ssh` is the connection to one destination. Its way is one of three classes with the same methods: a Master of ours,
-# the user's own master that is Borrowed, or Direct, where each step logs in by itself. Every ssh argv is made here;
-# nothing below this room names an ssh option. ssh itself keeps everything about connections: host keys, passwords,
-# second factors, jump hosts, ~/.ssh/config.
+# `Ssh` is the connection to one destination. Its way is one of two classes with the same methods: Mux, through the
+# control socket of a master, ours or one that was there; or Direct, where each step logs in by itself. Every ssh argv
+# is made here; nothing below this room names an ssh option. ssh itself keeps everything about connections: host keys,
+# passwords, second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
 
 # On every call: no agent and no X11 on the way to a shared host, and no terminal there.
@@ -2310,10 +2311,6 @@ def cause_of(words: List[str]) -> str:
     return before[-1] if is_told or not echoes else echoes[-1]
 
 
-class NotThisWay(Exception):
-    """A way of being connected is not to be had; the message says why, or nothing where nobody needs to know."""
-
-
 @contextlib.contextmanager
 def signals_left_to_us() -> Iterator[None]:
     """Start children under this: Ctrl-C and a closed terminal reach the whole group, but we end our children.
@@ -2356,10 +2353,16 @@ class Child:
         can_ask: bool = True,
         is_shown: bool = False,
     ) -> None:
-        ours, theirs = new_terminal() if is_shown else (-1, -1)
-        shown = theirs if theirs >= 0 else None
-        try:
-            with signals_left_to_us():
+        self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
+        self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
+        self.read_at = time.monotonic()  # when it said something last, if only a part of a line
+        self._open_streams = 0
+        ours, theirs = -1, -1
+        with signals_left_to_us():
+            with contextlib.suppress(AttributeError, OSError):  # Windows; none left
+                ours, theirs = os.openpty() if is_shown else (-1, -1)
+            shown = theirs if theirs >= 0 else None
+            try:
                 self.process = subprocess.Popen(
                     argv,
                     stdin=stdin or subprocess.DEVNULL,
@@ -2368,31 +2371,25 @@ class Child:
                     start_new_session=not can_ask,
                     env=None if can_ask else dict(os.environ, SSH_ASKPASS_REQUIRE="never", SSH_ASKPASS=""),
                 )
-        except (KeyboardInterrupt, Terminated):
-            if hasattr(self, "process"):  # it came as the child started: nobody else knows of it
-                with self.process:
-                    self.process.kill()
-            raise
-        finally:
-            if shown:
-                os.close(theirs)
-        self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
-        self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
-        self.read_at = time.monotonic()  # when it said something last, if only a part of a line
-        self._open_streams = 0
-        terminal = os.fdopen(ours, "rb", 0) if shown else None
-        for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
-            if stream is not None:
-                self._open_streams += 1
-                start_thread(self._read, name, stream, is_merged)
+            finally:
+                if shown:
+                    os.close(theirs)
+            terminal = os.fdopen(ours, "rb", 0) if shown else None
+            for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
+                if stream is not None:
+                    self._open_streams += 1
+                    start_thread(self._read, name, stream, is_merged)
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
+        import select
+
         begun: List[bytes] = []  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
-                if begun and (is_merged or name == "stderr") and is_quiet(stream):
-                    self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
-                    begun = []
+                if begun and (is_merged or name == "stderr") and os.name == "posix":
+                    if not select.select([stream], [], [], ASKING_S / 4)[0]:
+                        self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
+                        begun = []
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
@@ -2470,42 +2467,24 @@ class Child:
             self.process.wait()
 
 
-def new_terminal() -> Tuple[int, int]:
-    """Return both ends of a new terminal, ours first, or -1 twice where there is none; it controls nobody."""
-    try:
-        return os.openpty()
-    except (AttributeError, OSError):  # Windows; none left
-        return -1, -1
-
-
-def is_quiet(stream: Any) -> bool:
-    """True when a stream has no more to read for a moment; False where that cannot be told."""
-    import select
-
-    return os.name == "posix" and not select.select([stream], [], [], ASKING_S / 4)[0]
-
-
 class Ssh:
     """The connection to one destination: logs in, once; lets commands and forwards through; tells why it ended.
 
-    `options` are the user's own, passed on as they are. `can_ask` is False where nobody could answer a question.
-    `ways` are the ways to be connected that may be tried, best first.
+    `options` are the user's own, passed on as they are. `can_ask` is False where nobody could answer a question. Where
+    it may not be multiplexed, each step logs in by itself.
     """
 
-    def __init__(
-        self,
-        destination: str,
-        options: List[str],
-        can_ask: bool,
-        messages: Messages,
-        ways: "Optional[List[Type[Direct]]]" = None,
-    ) -> None:
+    def __init__(self, destination: str, options: List[str], can_ask: bool, messages: Messages, is_mux: bool) -> None:
         self.destination = destination
         self.options = options
         self.can_ask = can_ask
         self.messages = messages
-        self.ways = ways or WAYS
-        self.way: Direct = Direct(self)
+        self.is_mux = is_mux
+        self.masters = list(MASTERS)  # where there may be one to go through
+        self.way: "Union[Mux, Direct]" = Direct(self)
+        self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
+        self._guard: "Optional[subprocess.Popen[bytes]]" = None
+        self._is_again = False  # the connection was lost
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config = SshConfig()  # what `ssh -G` says of the destination
         self.config_text = ""  # all of it
@@ -2562,21 +2541,92 @@ class Ssh:
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def connect(self, is_again: bool = False) -> None:
-        """Log in, once, in the best way that is to be had. Silent when it `is_again`.
+        """Log in, once, where that can be: through a master that is there, or a new one. Silent when it `is_again`.
 
         Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
         self.config = self._read_config()
         self._is_woken = False
-        for kind in self.ways:
-            self.way = kind(self, is_again)
-            try:
-                self.way.connect()
+        self._is_again = is_again
+        for find in self.masters if self.is_mux else []:
+            path = find(self)
+            if path:
+                self.way = Mux(self, path)
                 return
-            except NotThisWay as reason:
-                if str(reason):
-                    self.messages.note("No multiplexing (%s): each step logs in by itself." % reason)
-                    self.ways = [Direct]
+        if self.is_mux:
+            self._start_master()
+
+    def _start_master(self) -> None:
+        """Start a master in the foreground, the process that Ctrl-C ends, and wait until its control socket appears."""
+        try:
+            path = new_control_path()
+        except Failure as failure:
+            why = "%s: %s" % (failure.what, failure.why)
+        else:
+            self.way = Mux(self, path)
+            doing = "Connecting to " + self.destination
+            try:  # the socket appears in one piece, when it has logged in
+                self.dial(self.way.master_argv(), doing, lambda line: not line and os.path.exists(path))
+                self.end_login()
+                return
+            except Failure:
+                # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
+                words = [line for line in self.words if line.startswith(("unix_listener", "muxserver_listen"))]
+                if not words:
+                    raise
+                why = words[-1]
+                self.close()
+        self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
+        self.is_mux = False
+
+    def dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
+        """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
+
+        Raises Failure (255) when it ends before.
+        """
+        self.log_argv(argv)
+        self.begin_login()
+        with signals_left_to_us():
+            # Our own end by kill -9 must end ssh too. The guard knows ssh's pid before ssh is ssh, for a shell tells it
+            # and becomes ssh then: there is no moment without. CONT, because a stopped ssh does not take TERM.
+            stdin = self.start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
+            if stdin:
+                argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
+            self.process = Child(argv, stdin, is_merged=True, can_ask=self.can_ask, is_shown=has_terminal())
+        self.meanwhile()
+        deadline = None if self.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
+        with self.messages.working("" if self._is_again else doing, is_animated=not self.can_ask):
+            while True:
+                line = self.process.next_line(0.01)
+                if is_ready(line[1] if line else ""):
+                    return
+                self.hear_login(line, is_first=not self._is_again)
+                if self.process.has_ended:
+                    self.words += [text for _, text in self.process.remaining_lines()]
+                    raise self.connect_failure(self.words)
+                if deadline and time.monotonic() > deadline:
+                    raise self.no_login()
+
+    def start_guard(self, script: str, *arguments: str) -> Any:
+        """Start a shell that runs `script` when this program is gone, however it went (kill -9 as well).
+
+        It waits on a pipe whose other end only we hold, which is returned.
+        """
+        if os.name != "posix":
+            return None
+        argv = ["/bin/sh", "-c", "exec 2>/dev/null; " + script, "sh", *arguments]
+        self._end_guard()
+        with signals_left_to_us():
+            self._guard = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        return self._guard.stdin
+
+    def _end_guard(self) -> None:
+        if self._guard is not None:
+            with self._guard:  # closes its pipe as well
+                self._guard.kill()
+            self._guard = None
 
     def reconnect(self, why: str, resume: Callable[[], bool], local_port: Optional[int] = None) -> None:
         """Connect again, at once and then after growing delays, until `resume` says that all goes on.
@@ -2627,9 +2677,14 @@ class Ssh:
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
                 self.can_ask = False
 
-    def leave_way(self) -> None:
-        """Log in by another way than this one, from now on."""
-        self.ways = [kind for kind in self.ways if not isinstance(self.way, kind)] or [Direct]
+    @property
+    def can_leave(self) -> bool:
+        """True while we go through a master that is not ours, and that carries no forward of ours."""
+        return isinstance(self.way, Mux) and self.process is None and not self.way.forwards
+
+    def leave(self) -> None:
+        """Log in by ourselves instead, from now on."""
+        self.masters = []
         self.close()
         self.connect()
 
@@ -2668,8 +2723,20 @@ class Ssh:
 
     def close(self) -> None:
         """End the connection, and with it every forward; a master that was not ours stays."""
-        self.way.close()
+        if isinstance(self.way, Mux) and self.process is None:
+            for spec in sorted(self.way.forwards):
+                self.way.cancel(spec)
+        self.hang_up()
         self.way = Direct(self)
+
+    def hang_up(self) -> None:
+        """End the process that is the connection."""
+        if self.process is not None:
+            self.process.end()
+            with contextlib.suppress(OSError):
+                os.unlink(self.way.control_path)  # if it was killed
+            self.process = None
+        self._end_guard()  # to the last: a second Ctrl-C may come while ours is ended
 
     # -- what ssh says ------------------------------------------------------------------------------------------------
 
@@ -2739,9 +2806,9 @@ class Ssh:
             try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
         return ending.kind(what, why, try_, EXIT_SSH)
 
-    def no_login(self, timeout_s: float) -> NotConnected:
+    def no_login(self) -> NotConnected:
         """Return the failure of a login that took too long: for want of a person, when it asked for one."""
-        why = "no login within %d s" % timeout_s
+        why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
         if self.asked:
             return self.connect_failure([why])
         return NotConnected("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
@@ -2797,7 +2864,7 @@ class Ssh:
         """
         self.words = []
         can_reach, words = self.call(self.way.session_argv("-W", target))
-        if not can_reach and self.way.process is not None:
+        if not can_reach and self.process is not None:
             self.wait(0.2)  # the reason is told to the master, not to the session
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
         return can_reach, words
@@ -2805,38 +2872,48 @@ class Ssh:
     def wait(self, timeout_s: float) -> bool:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
         deadline = time.monotonic() + timeout_s
-        process = self.way.process
-        while self.way.stands and not self._is_woken and time.monotonic() < deadline:
+        process = self.process
+        while self.stands and not self._is_woken and time.monotonic() < deadline:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
                 self._bell.acquire(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
         self._is_woken = False
-        stands = self.way.stands
+        stands = self.stands
         if process is not None and not stands:
             for line in process.remaining_lines():  # it says why as it ends
                 self.take_words(line)
         return stands
+
+    @property
+    def stands(self) -> bool:
+        """True while the connection stands, as far as can be seen without asking."""
+        if self.process is not None:
+            return not self.process.has_ended
+        return not self.way.control_path or os.path.exists(self.way.control_path)
 
     def wake(self) -> None:
         """Let `wait` return now; from any thread."""
         self._is_woken = True
         if self._bell.locked():
             self._bell.release()
-        if self.way.process is not None:
-            self.way.process.wake()
+        if self.process is not None:
+            self.process.wake()
 
     def call(self, argv: List[str]) -> Tuple[bool, str]:
         """Run an ssh that takes no time; return whether it succeeded, and what it printed."""
         self.log_argv(argv)
-        child = Child(argv, is_merged=True, can_ask=self.can_ask)
+        child = None
         try:
+            with signals_held():
+                child = Child(argv, is_merged=True, can_ask=self.can_ask)
             words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
             if not child.has_ended:
                 return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
             return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
         finally:
-            child.end()
+            if child:
+                child.end()
 
     def log_argv(self, argv: List[str]) -> None:
         """Show a command where -v asks for it."""
@@ -2845,21 +2922,13 @@ class Ssh:
 
 
 class Direct:
-    """A way of being connected: without a master. Each step logs in by itself, and the tunnel is `ssh -N -L` literally.
-
-    The other ways differ from it in their methods. `process` is the ssh that is the connection, as far as it is ours.
-    """
+    """A way without a master: each step logs in by itself, and the tunnel is `ssh -N -L` literally."""
 
     has_login = False  # true when connect() has logged in, and nothing after it asks for more
+    control_path = ""
 
-    def __init__(self, ssh: Ssh, is_again: bool = False) -> None:
+    def __init__(self, ssh: Ssh) -> None:
         self.ssh = ssh
-        self.process: Optional[Child] = None
-        self._is_again = is_again
-        self._guard: "Optional[subprocess.Popen[bytes]]" = None
-
-    def connect(self) -> None:
-        """Log in where this way does so once; raises NotThisWay where it is not to be had, Failure (255)."""
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session, which logs in."""
@@ -2876,97 +2945,39 @@ class Direct:
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
         """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
         ready = "rjupyter-" + os.urandom(8).hex()
-        self._start(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
+        self.ssh.dial(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
         self.ssh.end_login()
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
                 if spec is specs[0]:
-                    self.close()
+                    self.ssh.hang_up()
                     return False, "forwarding request failed: " + words
                 raise cannot_forward(spec, words)
         return True, ""
 
     def cancel(self, spec: str) -> None:
         """End the tunnel: it holds nothing else."""
-        self.close()
-
-    def explain(self, status: int, words: List[str]) -> Optional[Failure]:
-        """Return why a session did not come to its command, as far as its own ssh tells: its login failed."""
-        return self.ssh.connect_failure(words) if self.is_lost(status, words) else None
+        self.ssh.hang_up()
 
     def is_lost(self, status: int, words: List[str]) -> bool:
-        """True when a session that had begun ended with the connection, and not for a reason of its own."""
+        """True when a session ended with its connection, or had none, and not for a reason of its own."""
         return status == EXIT_SSH and any(re.match(FATAL_WORDS, line) for line in words)
 
-    def can_be_left(self) -> bool:
-        """True when another way may have room for a session where this one has none."""
-        return False
 
-    def tell(self, seconds: float) -> str:
-        """Say how we are connected."""
-        return "each step logs in by itself"
-
-    def quicken(self) -> None:
-        """Do what lets the answers through a forward come at once."""
-
-    @property
-    def stands(self) -> bool:
-        """True while the connection stands, as far as can be seen without asking."""
-        return self.process is None or not self.process.has_ended
-
-    def close(self) -> None:
-        """End the connection."""
-        if self.process is not None:
-            self.process.end()
-            self.process = None
-        self._end_guard()  # to the last: a second Ctrl-C may come while ours is ended
-
-    def _end_guard(self) -> None:
-        if self._guard is not None:
-            with self._guard:  # closes its pipe as well
-                self._guard.kill()
-            self._guard = None
-
-    def _start(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
-        """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
-
-        Raises Failure (255) when it ends before.
-        """
-        ssh = self.ssh
-        ssh.log_argv(argv)
-        ssh.begin_login()
-        with signals_left_to_us():
-            # Our own end by kill -9 must end ssh too. The guard is a shell that waits on a pipe which only we hold. It
-            # knows ssh's pid before ssh is ssh, for a shell tells it and becomes ssh then: there is no moment without.
-            # CONT, because a stopped ssh does not take TERM.
-            self._guard = start_guard('read pid; read _; kill "$pid"; kill -CONT "$pid"')
-            if self._guard is None:
-                self.process = Child(argv, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
-            else:
-                argv = ["/bin/sh", "-c", 'echo $$ >&0; exec "$@" </dev/null', "sh", *argv]
-                stdin = self._guard.stdin
-                self.process = Child(argv, stdin, is_merged=True, can_ask=ssh.can_ask, is_shown=has_terminal())
-        ssh.meanwhile()
-        deadline = None if ssh.can_ask else time.monotonic() + BATCH_LOGIN_TIMEOUT_S
-        with ssh.messages.working("" if self._is_again else doing, is_animated=not ssh.can_ask):
-            while True:
-                line = self.process.next_line(0.01)
-                if is_ready(line[1] if line else ""):
-                    return
-                ssh.hear_login(line, is_first=not self._is_again)
-                if self.process.has_ended:
-                    ssh.words += [text for _, text in self.process.remaining_lines()]
-                    raise ssh.connect_failure(ssh.words)
-                if deadline and time.monotonic() > deadline:
-                    raise ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
-
-
-class Multiplexed(Direct):
-    """Everything goes through the control socket of a master."""
+class Mux:
+    """A way through the control socket of a master: ours, `ssh -M -N`, or one that was there before us and stays."""
 
     has_login = True
-    control_path = ""
+
+    def __init__(self, ssh: Ssh, control_path: str) -> None:
+        self.ssh = ssh
+        self.control_path = control_path
+        self.forwards: Set[str] = set()
+
+    def master_argv(self) -> List[str]:
+        """Return the argv of a master of ours."""
+        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session through the master.
@@ -2983,136 +2994,44 @@ class Multiplexed(Direct):
         argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
         return argv + list(specific) + ["--", self.ssh.destination]
 
-    def forward_argv(self, spec: str, ready: str = "") -> List[str]:
+    def forward_argv(self, spec: str) -> List[str]:
         """Return the argv that adds a local forward to the master."""
         return self.control_argv("forward", *local_forwards([spec]))
 
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Add the forwards to the master."""
+        """Add the forwards to the master; one that is not ours loses them when we are gone, however we went."""
         for spec in specs:
+            self.forwards.add(spec)
             is_open, words = self.ssh.call(self.forward_argv(spec))
-            if not is_open and spec is specs[0]:
-                return False, words
             if not is_open:
+                self.forwards.remove(spec)
+                if spec is specs[0]:
+                    return False, words
                 raise cannot_forward(spec, words)
+        if self.ssh.process is None:
+            self.ssh.start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(specs)))
         return True, ""
 
     def cancel(self, spec: str) -> None:
         """Take a forward away from the master."""
+        self.forwards.discard(spec)
         self.ssh.call(self.control_argv("cancel", *local_forwards([spec])))
-
-    def explain(self, status: int, words: List[str]) -> Optional[Failure]:
-        """Return nothing: what a session says here is not about a login."""
-        return None
 
     def is_lost(self, status: int, words: List[str]) -> bool:
         """True when a session ended with the connection, which may end a moment later."""
         return not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0)
 
-    def quicken(self) -> None:
-        """Run a session that does nothing: before its first session on a connection, sshd holds small packets back.
 
-        Each answer through a forward is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
-        """
-        self.ssh.run("true")
-
-
-class Master(Multiplexed):
-    """A master of ours, in the foreground: `ssh -M -N`, the process that Ctrl-C ends."""
-
-    def master_argv(self) -> List[str]:
-        """Return the argv of the master."""
-        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
-
-    def choose_path(self) -> None:
-        """Choose the place of the control socket; raises NotThisWay where there is none."""
-        try:
-            directory = private_runtime_dir()
-        except Failure as failure:
-            raise NotThisWay("%s: %s" % (failure.what, failure.why)) from None
-        remove_stale_sockets(directory)
-        self.control_path = os.path.join(directory, "%x.ctl" % os.getpid())
-
-    def connect(self) -> None:
-        """Start the master, and wait until its control socket appears: in one piece, when it has logged in."""
-        self.choose_path()
-        doing = "Connecting to " + self.ssh.destination
-        try:
-            self._start(self.master_argv(), doing, lambda line: not line and os.path.exists(self.control_path))
-            self.ssh.end_login()
-        except Failure:
-            # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
-            words = [line for line in self.ssh.words if line.startswith(("unix_listener", "muxserver_listen"))]
-            if not words:
-                raise
-            self.close()
-            raise NotThisWay(words[-1]) from None
-
-    def close(self) -> None:
-        """End the master, and with it every forward."""
-        if self.process is not None:
-            self.process.end()
-            with contextlib.suppress(OSError):
-                os.unlink(self.control_path)
-        super().close()
-
-    def tell(self, seconds: float) -> str:
-        """Say how we are connected."""
-        return "logged in after %.1f s (multiplexed)" % seconds
+def own_master(ssh: Ssh) -> str:
+    """Return the control socket of the user's own live master for this destination: no login at all."""
+    path = ssh.config.controlpath
+    if path == "none" or not ssh.call(ssh.argv(ASKING, "-O", "check"))[0]:
+        return ""
+    ssh.messages.detail("Using your own control master at %s." % path)
+    return path
 
 
-class Borrowed(Multiplexed):
-    """The user's own live master for this destination, which was there before us and stays: no login at all."""
-
-    def __init__(self, ssh: Ssh, is_again: bool = False) -> None:
-        super().__init__(ssh, is_again)
-        self._forwards: List[str] = []
-
-    def connect(self) -> None:
-        """Look whether there is one that lives."""
-        path = self.ssh.config.controlpath
-        if path == "none" or not self.ssh.call(self.ssh.argv(ASKING, "-O", "check"))[0]:
-            raise NotThisWay()
-        self.control_path = path
-        self.ssh.messages.detail("Using your own control master at %s." % path)
-
-    def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Add the forwards to the master; they are taken away again when we are gone, however we went."""
-        self._forwards = list(specs)
-        is_open, words = super().forward(specs)
-        self._end_guard()
-        if is_open:
-            self._guard = start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(specs)))
-        else:
-            self._forwards = []
-        return is_open, words
-
-    def cancel(self, spec: str) -> None:
-        """Take a forward away from the master."""
-        self._forwards.remove(spec)
-        super().cancel(spec)
-
-    def close(self) -> None:
-        """Take our forwards away; the master stays."""
-        for spec in list(self._forwards):
-            self.cancel(spec)
-        super().close()
-
-    def can_be_left(self) -> bool:
-        """True while it carries no forward of ours: a login of our own has room for a session."""
-        return not self._forwards
-
-    @property
-    def stands(self) -> bool:
-        """True while its control socket is there."""
-        return os.path.exists(self.control_path)
-
-    def tell(self, seconds: float) -> str:
-        """Say how we are connected."""
-        return "logged in after %.1f s (your own master)" % seconds
-
-
-WAYS: List[Type[Direct]] = [Borrowed, Master, Direct]
+MASTERS: List[Callable[[Ssh], str]] = [own_master]
 
 
 def cannot_forward(spec: str, words: str) -> Failure:
@@ -3139,18 +3058,6 @@ def pairs_of(options: List[str]) -> List[List[str]]:
     return pairs
 
 
-def start_guard(script: str, *arguments: str) -> "Optional[subprocess.Popen[bytes]]":
-    """Start a shell that runs `script` when this program is gone, however it went (kill -9 as well).
-
-    The shell waits on a pipe whose other end only we hold.
-    """
-    if os.name != "posix":
-        return None
-    with signals_left_to_us():
-        argv = ["/bin/sh", "-c", "exec 2>/dev/null; " + script, "sh", *arguments]
-        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 # -- our directory here -----------------------------------------------------------------------------------------------
 
 
@@ -3173,6 +3080,13 @@ def private_runtime_dir() -> str:
         except OSError as error:
             reasons.append(str(error))
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
+
+
+def new_control_path() -> str:
+    """Return the place of a control socket of ours; raises Failure where there is none."""
+    directory = private_runtime_dir()
+    remove_stale_sockets(directory)
+    return os.path.join(directory, "%x.ctl" % os.getpid())
 
 
 def record_dirs() -> List[str]:
@@ -5586,22 +5500,28 @@ class Agent:
         while True:
             may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
-                child = self.ssh.session(command)
+                child = None
                 try:
-                    child.send(agent_input(command, self.packed(request.action), request))  # Python starts meanwhile
+                    with signals_held():  # until it is known here, and is given all
+                        child = self.ssh.session(command)
+                        child.send(
+                            agent_input(command, self.packed(request.action), request)
+                        )  # Python starts meanwhile
                     return self._hear(
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
                 except SessionRefused:
-                    if time.monotonic() > until_s and not self.ssh.way.can_be_left():
+                    if time.monotonic() > until_s and not self.ssh.can_leave:
                         raise
                 except (KeyboardInterrupt, Terminated):
-                    self._hear_what_begins(child, request.nonce, show)
+                    if child:
+                        self._hear_what_begins(child, request.nonce, show)
                     raise
                 finally:
-                    child.end()
+                    if child:
+                        child.end()
             if time.monotonic() > until_s:
-                self.ssh.leave_way()
+                self.ssh.leave()
             time.sleep(POLL_S)
 
     def ask_on(
@@ -5687,7 +5607,7 @@ class Agent:
 
     def _silence(self, silence_s: float) -> NotConnected:
         if self.ssh.asked:
-            return self.ssh.no_login(BATCH_LOGIN_TIMEOUT_S)
+            return self.ssh.no_login()
         why = "the agent said nothing for %d s" % silence_s
         try_ = self.ssh.plain_command + "   (does it answer?)"
         return NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
@@ -5771,9 +5691,8 @@ class Agent:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
-        explained = way.explain(status, noise)
-        if explained:
-            return explained
+        if not way.has_login and way.is_lost(status, noise):
+            return self.ssh.connect_failure(noise)
         if not self.ssh.wait(0.2):
             return self.ssh.lost()
         if any("Session open refused" in text or "session request failed" in text for text in noise):
@@ -6044,7 +5963,10 @@ class Tunnel:
                 return False
 
             self.ssh.reconnect(why, resume, local_port=self.local_port)
-        self.ssh.way.quicken()
+        # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
+        # 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
+        if self.ssh.way.has_login:
+            self.ssh.run("true")
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
@@ -6193,35 +6115,21 @@ def end_tunnel(record: TunnelRecord) -> None:
         raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
 
 
-class Joined(Borrowed):
-    """The connection of a tunnel of ours that is up: no login either.
+def master_of_a_tunnel(ssh: Ssh) -> str:
+    """Return the control socket of a tunnel of ours that is up: no login either.
 
     It has the same destination and the same options, and `ssh -G` says of them, word for word, what it said then: so it
     leads where a login of our own would. That it lives, only an answer through it proves.
     """
-
-    def connect(self) -> None:
-        """Look whether there is one that lives."""
-        ssh = self.ssh
-        for record in tunnels():
-            is_same = (record.destination, record.ssh, record.config) == (ssh.destination, ssh.options, ssh.config_text)
-            if is_same and record.pid != os.getpid() and os.path.exists(record.control) and does_answer(record):
-                self.control_path = record.control
-                ssh.messages.detail("Using the connection of the tunnel that is up (pid %d)." % record.pid)
-                return
-        raise NotThisWay()
-
-    def tell(self, seconds: float) -> str:
-        """Say how we are connected."""
-        return "through a tunnel that is up"
+    for record in tunnels():
+        is_same = (record.destination, record.ssh, record.config) == (ssh.destination, ssh.options, ssh.config_text)
+        if is_same and record.pid != os.getpid() and os.path.exists(record.control) and does_answer(record):
+            ssh.messages.detail("Using the connection of the tunnel that is up (pid %d)." % record.pid)
+            return record.control
+    return ""
 
 
-WAYS.insert(WAYS.index(Master), Joined)
-
-
-def log_in_ourselves(ssh: Ssh) -> None:
-    """Take no connection of another copy of us."""
-    ssh.ways = [kind for kind in ssh.ways if kind is not Joined]
+MASTERS.append(master_of_a_tunnel)
 
 
 def does_answer(record: TunnelRecord) -> bool:
@@ -10574,7 +10482,7 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.ways)
+    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
     return there
 
@@ -11829,7 +11737,7 @@ def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, ur
         url=url,
         local_port=tunnel.local_port,
         id=tunnel.server.id,
-        control=tunnel.ssh.way.control_path if isinstance(tunnel.ssh.way, Master) else "",
+        control=tunnel.ssh.way.control_path if tunnel.ssh.process else "",
         config=tunnel.ssh.config_text,
     )
 
@@ -12285,7 +12193,9 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         text = "Ended the kernel of %s." % kernel.title
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
-    log_in_ourselves(ssh)  # a tunnel to what is ended ends as well, and with it would our own connection
+    ssh.masters.remove(
+        master_of_a_tunnel
+    )  # a tunnel to what is ended ends as well, and with it would our own connection
     request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
         reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
@@ -12538,7 +12448,7 @@ class Check(NamedTuple):
 
 def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
-    log_in_ourselves(ssh)  # the login is one of the steps
+    ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
     failures = 0
     try:
         for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
@@ -12558,7 +12468,7 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
 
     yield Check("ssh", ssh.version())
     try:
-        yield Check("runtime dir", private_runtime_dir() if Master in ssh.ways else "not needed without multiplexing")
+        yield Check("runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing")
     except Failure as failure:
         yield Check("runtime dir", in_one_line(failure.why), failure.try_)
     yield Check("local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT))
@@ -12576,7 +12486,8 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     try:
         ssh.connect()
         if ssh.way.has_login:
-            yield Check("connection", ssh.way.tell(time.monotonic() - began))
+            how = "multiplexed" if ssh.process else "your own master"
+            yield Check("connection", "logged in after %.1f s (%s)" % (time.monotonic() - began, how))
             step = "command"
         is_inside = bool(args.wrap or args.container) and not submit_words(args)
         asked = request_of(args, "examine")
@@ -12587,7 +12498,7 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
         yield Check(step, why, failure.try_ or "-v, which shows more")
         return
     if not ssh.way.has_login:
-        yield Check("connection", ssh.way.tell(time.monotonic() - began))
+        yield Check("connection", "each step logs in by itself")
     yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello.user, agent.hello.node))
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
@@ -12836,13 +12747,11 @@ def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int
         messages.note("%s runs no ssh." % args.action)
         return EXIT_OK
     commands = [ssh.config_argv()]
-    way = Direct(ssh)
-    with contextlib.suppress(NotThisWay):  # where there is no place for a socket, each step logs in by itself
-        if Master in ssh.ways:
-            master = Master(ssh)
-            master.choose_path()
-            commands.append(master.master_argv())
-            way = master
+    way = ssh.way
+    with contextlib.suppress(Failure):  # where there is no place for a socket, each step logs in by itself
+        if ssh.is_mux:
+            way = Mux(ssh, new_control_path())
+            commands.append(way.master_argv())
     commands.append(way.session_argv(command=agent_command(args.python or "")))
     spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
     if action.run is run_open:
@@ -13047,8 +12956,8 @@ def carry_out(words: List[str]) -> int:
             return EXIT_OK
         args = parse_arguments(words)
         messages = Messages(args.quiet, args.verbose, args.json)
-        ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
-        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
+        is_mux = os.name == "posix" and not args.no_mux
+        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
         if args.dry_run:
             return show_commands(args, ssh, messages)

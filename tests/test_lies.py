@@ -290,7 +290,7 @@ def outcome(
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             args = rjupyter.parse_arguments(["--no-config", "--no-reconnect", *command])
             messages = rjupyter.Messages(args.quiet, args.verbose, args.json)
-            ssh = LyingSsh("host", [], False, messages, [rjupyter.Direct])
+            ssh = LyingSsh("host", [], False, messages, False)
             ssh.answer = answer_to
             try:
                 status = rjupyter.ACTIONS[args.action].run(args, ssh, rjupyter.Agent(ssh, messages), messages)

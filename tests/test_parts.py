@@ -201,7 +201,7 @@ LAST_WORDS = [
 
 @pytest.mark.parametrize(("line", "advice"), LAST_WORDS)
 def test_what_ssh_says_as_it_ends_is_explained_whatever_a_host_says_before(line: str, advice: str) -> None:
-    ssh = rjupyter.Ssh("gpu1", [], False, rjupyter.Messages(quiet=True))
+    ssh = rjupyter.Ssh("gpu1", [], False, rjupyter.Messages(quiet=True), False)
     failure = ssh.connect_failure(["Welcome to gpu1", line, "Connection closed by 192.0.2.1 port 22"])
     assert advice in failure.why + failure.try_, failure
     assert advice != "true" or line in failure.why, failure
@@ -235,7 +235,7 @@ def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     messages = rjupyter.Messages(quiet=True)
-    agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, [rjupyter.Direct]), messages)
+    agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, False), messages)
     assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).grids == []
 
 
@@ -304,6 +304,25 @@ def test_signal_while_a_child_starts_is_not_lost_and_does_not_reach_the_child() 
     blocked = int(re.findall(r"SigBlk:\s+(\w+)", status)[0], 16)
     assert [bool(blocked & 1 << signum - 1) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)] == [1, 1, 0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_signal_as_a_child_is_made_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    start = rjupyter.start_thread
+
+    def start_interrupted(do: Any, *arguments: Any) -> threading.Thread:
+        made.append(do.__self__)
+        os.kill(os.getpid(), signal.SIGINT)
+        return start(do, *arguments)
+
+    monkeypatch.setattr(rjupyter, "start_thread", start_interrupted)
+    before = signal.signal(signal.SIGINT, rjupyter.Signals.take)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rjupyter.Ssh("host", [], False, rjupyter.Messages(quiet=True), False).call(["sleep", "60"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [child.process.returncode for child in made] == [-signal.SIGTERM]
 
 
 def test_system_without_fork_has_no_background(monkeypatch: pytest.MonkeyPatch) -> None:

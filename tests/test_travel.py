@@ -44,7 +44,7 @@ def agent(laptop: Laptop, host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(laptop.home)
     messages = rjupyter.Messages(quiet=True)
-    with rjupyter.Ssh("host", ["-F", laptop.config], False, messages) as ssh:
+    with rjupyter.Ssh("host", ["-F", laptop.config], False, messages, True) as ssh:
         yield rjupyter.Agent(ssh, messages)
 
 
@@ -138,9 +138,8 @@ def test_destination(laptop: Laptop, directory: Path, no_canary: Callable[[], No
     config.write_text(
         "Match exec \"echo '%h' '%r' >/dev/null\"\n  ConnectTimeout 1\nHost *\n  ProxyCommand false %h %r\n"
     )
-    ssh = rjupyter.Ssh(destination.host, ["-F", str(config)], False, rjupyter.Messages(quiet=True))
-    master = rjupyter.Master(ssh)
-    master.control_path = str(directory / "s")
+    ssh = rjupyter.Ssh(destination.host, ["-F", str(config)], False, rjupyter.Messages(quiet=True), True)
+    master = rjupyter.Mux(ssh, str(directory / "s"))
     for argv in (master.master_argv(), master.session_argv(command="true"), master.control_argv("check")):
         at = argv.index("--")
         assert argv[at + 1] == destination.host and not argv[at + 1].startswith("-")
