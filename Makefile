@@ -11,7 +11,8 @@ define LAUNCHER
 #!/bin/sh
 exec python3 -IS -c '
 import _signal, os, sys
-_signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
+if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
 del sys.argv[0]
 top = os.path.dirname(os.path.dirname(os.path.realpath(sys.argv[0])))
 sys.path.insert(0, os.path.join(top, "lib", "rjupyter"))

@@ -9,7 +9,8 @@
 # can write; and a Ctrl-C leaves no traceback, even while Python compiles. `python3 rjupyter.py` does the same, slower.
 exec python3 -IS -c '
 import _signal, os, sys
-_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:  # as under nohup
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 del sys.argv[0]
 path = os.path.realpath(sys.argv[0])
 cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rjupyter")
@@ -90,7 +91,7 @@ if __name__ == "__main__":
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
 
 import argparse
@@ -2222,19 +2223,10 @@ class HostRefused(NotConnected):
     """The host and ssh do not agree on who or what it is: another attempt ends alike."""
 
 
-class Ending(NamedTuple):
-    """A row of ENDINGS: a pattern of what ssh says as it gives up, which failure that is, what to try, and why.
-
-    `why` stands for the line where that does not say it. {host}, {ssh} (the plain ssh to it), {verbose} (the same, and
-    it tells more) and {removal} (of its key) stand in them.
-    """
-
-    pattern: str
-    kind: Type[NotConnected]
-    try_: str
-    why: str = ""
-
-
+REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
+ASK_FOR_KEY = "ask the host's administrator for its new key"
+UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
+ACCEPT_KEY = "{ssh}   (once, in a terminal: it shows the key and asks)"
 CHANGED_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
 ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
 ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
@@ -2242,45 +2234,32 @@ CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an addre
 SILENT = "{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)"
 SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
 
-# What explains the end of an ssh (the sources of OpenSSH 10.5; measured with 9.2): the first row that something it said
-# matches, so what tells more comes first.
-ENDINGS = [
-    Ending(
-        ".*(HOST IDENTIFICATION HAS CHANGED|has changed and you have requested)",
-        HostRefused,
-        "ask the host's administrator whether the key is new; if so:\n{removal}",
-        CHANGED_KEY,
-    ),
-    Ending(
-        ".*REVOKED HOST KEY",
-        HostRefused,
-        "ask the host's administrator for its new key",
-        "the host key of {host} is revoked here (RevokedHostKeys)",
-    ),
-    Ending(
-        "Host key verification failed",
-        HostRefused,
-        "{ssh}   (once, in a terminal: it shows the key and asks)",
-        "the host key of {host} is not known here, and it was not accepted",
-    ),
-    Ending("(Received disconnect .*)?Too many auth", LoginRefused, ONE_KEY),
-    Ending("Received disconnect .*:1[34]: ", LoginRefused, "{ssh}"),
-    Ending("Unable to negotiate", HostRefused, ALGORITHMS),
-    Ending("Protocol major versions differ", HostRefused, "{ssh}   (is this the port of its sshd?)"),
-    Ending("(sign_and_send_pubkey: )?signing failed for", LoginRefused, SIGN),
-    Ending('Load key ".*": bad permissions', LoginRefused, "chmod 600, for the file of the key"),
-    Ending(r".*Permission denied \(|Authentication failed", LoginRefused, "{verbose}   (shows the keys offered)"),
-    Ending(".*account has expired", LoginRefused, "ask the host's administrator"),
-    Ending("ssh: connect to .*refused", NotConnected, "{ssh}   (is sshd running there, and is this its port?)"),
-    Ending("Connection timed out during banner", NotConnected, SILENT),
-    Ending("Too many logins", NotConnected, "end other sessions of yours there, or wait"),
-    Ending("kex_exchange_identification: (Connection closed|read: )", NotConnected, CROWDED),
+# What explains the end of an ssh (the sources of OpenSSH 10.5; measured with 9.2): a pattern of what it says, which
+# failure that is, what to try, and why, where the line does not say it. The first row that anything it said matches
+# holds, so what tells more comes first. {host}, {ssh} (the plain ssh to it), {verbose} (the same with -v) and {removal}
+# (of its key) stand in them.
+ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
+    (".*(HOST IDENTIFICATION HAS CHANGED|has changed and you have req)", HostRefused, REMOVE_KEY, CHANGED_KEY),
+    (".*REVOKED HOST KEY", HostRefused, ASK_FOR_KEY, "the host key of {host} is revoked here (RevokedHostKeys)"),
+    ("Host key verification failed", HostRefused, ACCEPT_KEY, UNKNOWN_KEY),
+    ("(Received disconnect .*)?Too many auth", LoginRefused, ONE_KEY, ""),
+    ("Received disconnect .*:1[34]: ", LoginRefused, "{ssh}", ""),
+    ("Unable to negotiate", HostRefused, ALGORITHMS, ""),
+    ("Protocol major versions differ", HostRefused, "{ssh}   (is this the port of its sshd?)", ""),
+    ("(sign_and_send_pubkey: )?signing failed for", LoginRefused, SIGN, ""),
+    ('Load key ".*": bad permissions', LoginRefused, "chmod 600, for the file of the key", ""),
+    (r".*Permission denied \(|Authentication failed", LoginRefused, "{verbose}   (shows the keys offered)", ""),
+    (".*account has expired", LoginRefused, "ask the host's administrator", ""),
+    ("ssh: connect to .*refused", NotConnected, "{ssh}   (is sshd running there, and is this its port?)", ""),
+    ("Connection timed out during banner", NotConnected, SILENT, ""),
+    ("Too many logins", NotConnected, "end other sessions of yours there, or wait", ""),
+    ("kex_exchange_identification: (Connection closed|read: )", NotConnected, CROWDED, ""),
 ]
 # All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
 # banner or the text of a second factor must be read before the prompt that follows.
 FATAL_WORDS = "|".join(
     [
-        *(ending.pattern for ending in ENDINGS if not ending.why),
+        *(pattern for pattern, _, _, why in ENDINGS if not why),
         "ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad |client_loop",
         "Timeout,|stdio forwarding|Received disconnect|Disconnected from",
         "Connection (closed|reset|timed out|to .* (closed|timed out))",
@@ -2497,8 +2476,6 @@ class Ssh:
         self._warned: List[str] = []
         self._heard_at = 0.0
         self._is_woken = False
-        self._bell = threading.Lock()  # free for a moment when we are woken; a signal leaves it whole, but no Event
-        self._bell.acquire()
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2559,23 +2536,21 @@ class Ssh:
     def _start_master(self) -> None:
         """Start a master in the foreground, the process that Ctrl-C ends, and wait until its control socket appears."""
         try:
-            path = new_control_path()
+            self.way = way = Mux(self, new_control_path())
+            doing = "Connecting to " + self.destination
+            # The socket appears in one piece, when it has logged in.
+            self.dial(way.master_argv(), doing, lambda line: not line and os.path.exists(way.control_path))
+            self.end_login()
+            return
+        except NotConnected:
+            # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
+            words = [line for line in self.words if line.startswith(("unix_listener", "muxserver_listen"))]
+            if not words:
+                raise
+            why = words[-1]
+            self.close()
         except Failure as failure:
             why = "%s: %s" % (failure.what, failure.why)
-        else:
-            self.way = Mux(self, path)
-            doing = "Connecting to " + self.destination
-            try:  # the socket appears in one piece, when it has logged in
-                self.dial(self.way.master_argv(), doing, lambda line: not line and os.path.exists(path))
-                self.end_login()
-                return
-            except Failure:
-                # It had logged in, and could not listen (no Unix sockets there, or as on Windows none at all).
-                words = [line for line in self.words if line.startswith(("unix_listener", "muxserver_listen"))]
-                if not words:
-                    raise
-                why = words[-1]
-                self.close()
         self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
         self.is_mux = False
 
@@ -2602,7 +2577,8 @@ class Ssh:
                     return
                 self.hear_login(line, is_first=not self._is_again)
                 if self.process.has_ended:
-                    self.words += [text for _, text in self.process.remaining_lines()]
+                    for last in self.process.remaining_lines():
+                        self.hear_login(last, is_first=not self._is_again)
                     raise self.connect_failure(self.words)
                 if deadline and time.monotonic() > deadline:
                     raise self.no_login()
@@ -2759,19 +2735,20 @@ class Ssh:
         if text:
             self._heard_at = time.monotonic()
             self.words = (self.words + [text])[-30:]
-            is_warning = bool(re.match(WARNINGS, text))
             if re.match(FATAL_WORDS, text) or text in self._warned:
                 self.messages.detail("ssh: " + text)
             elif is_first or self.can_ask:
                 self.messages.note(text)
-                self._warned += [text] if is_warning else []
+                self._warned += [text] if re.match(WARNINGS, text) else []
         elif self.words and not (is_first or self.can_ask) and time.monotonic() - self._heard_at > ASKING_S:
-            spoken = [word for word in self.words if not re.match(FATAL_WORDS, word) and not re.match(WARNINGS, word)]
-            wanted = [word for word in spoken if re.search(WANTS_PERSON, word)]
-            for word in [word for word in wanted if word not in self._shown]:
-                self.messages.note(word)
-                self._shown.append(word)
-            self.asked = [word for word in wanted if word not in self.greeting]
+            for word in self.words:
+                if re.match(FATAL_WORDS + "|" + WARNINGS, word) or not re.search(WANTS_PERSON, word):
+                    continue
+                if word not in self._shown:
+                    self.messages.note(word)
+                    self._shown.append(word)
+                if word not in self.greeting + self.asked:
+                    self.asked.append(word)
 
     def begin_login(self) -> None:
         """Forget what the login before said, which did not go through, or an end of what is over."""
@@ -2797,14 +2774,16 @@ class Ssh:
         if self.asked:
             try_ = self.login_command + "   (in a terminal, where someone can do that)"
             return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
-        told = ((ending, line) for ending in ENDINGS for line in words if re.match(ending.pattern, line))
-        ending, line = next(told, (Ending("", NotConnected, "{ssh}"), cause))
-        why = ending.why.format(**facts) or (cause if re.match(ECHOES, line) else line.strip())
-        try_ = ending.try_.format(**facts)
-        if "Permission denied (" in line and not self.can_ask:
+        told = (
+            (kind, try_, why, line) for start, kind, try_, why in ENDINGS for line in words if re.match(start, line)
+        )
+        kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
+        why = why.format(**facts) or (cause if re.match(ECHOES, line) else line.strip())
+        try_ = try_.format(**facts)
+        if "Permission denied (" in line and kind is LoginRefused and not self.can_ask:
             why += "\nthere is no terminal here to ask for a password or a second factor"
             try_ = "a key without a question: ssh-keygen, ssh-copy-id, ssh-agent"
-        return ending.kind(what, why, try_, EXIT_SSH)
+        return kind(what, why, try_, EXIT_SSH)
 
     def no_login(self) -> NotConnected:
         """Return the failure of a login that took too long: for want of a person, when it asked for one."""
@@ -2877,7 +2856,7 @@ class Ssh:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
-                self._bell.acquire(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+                time.sleep(max(0.0, min(0.1, deadline - time.monotonic())))
         self._is_woken = False
         stands = self.stands
         if process is not None and not stands:
@@ -2890,13 +2869,11 @@ class Ssh:
         """True while the connection stands, as far as can be seen without asking."""
         if self.process is not None:
             return not self.process.has_ended
-        return not self.way.control_path or os.path.exists(self.way.control_path)
+        return not isinstance(self.way, Mux) or self.way.identity == identity_of_file(self.way.control_path) != ()
 
     def wake(self) -> None:
-        """Let `wait` return now; from any thread."""
+        """Let `wait` return now, or soon; from any thread."""
         self._is_woken = True
-        if self._bell.locked():
-            self._bell.release()
         if self.process is not None:
             self.process.wake()
 
@@ -2973,6 +2950,7 @@ class Mux:
     def __init__(self, ssh: Ssh, control_path: str) -> None:
         self.ssh = ssh
         self.control_path = control_path
+        self.identity = identity_of_file(control_path)  # of a master that was there before us
         self.forwards: Set[str] = set()
 
     def master_argv(self) -> List[str]:
@@ -3019,7 +2997,18 @@ class Mux:
 
     def is_lost(self, status: int, words: List[str]) -> bool:
         """True when a session ended with the connection, which may end a moment later."""
-        return not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0)
+        if not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0):
+            return True
+        return status == EXIT_SSH and not self.ssh.call(self.control_argv("check"))[0]  # a killed one leaves its socket
+
+
+def identity_of_file(path: str) -> Tuple[int, ...]:
+    """Return what tells a file from a later one in its place; nothing when there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns
 
 
 def own_master(ssh: Ssh) -> str:
@@ -3085,7 +3074,11 @@ def private_runtime_dir() -> str:
 def new_control_path() -> str:
     """Return the place of a control socket of ours; raises Failure where there is none."""
     directory = private_runtime_dir()
-    remove_stale_sockets(directory)
+    for name in os.listdir(directory):  # also of runs that are gone: its name is the pid, which may be ours again
+        match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
+        if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
     return os.path.join(directory, "%x.ctl" % os.getpid())
 
 
@@ -3099,16 +3092,6 @@ def record_dirs() -> List[str]:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
                 found.append(path)
     return found
-
-
-def remove_stale_sockets(directory: str) -> None:
-    """Remove the control sockets of runs that are gone: their name is the pid. Ours may be one with the same pid."""
-    for name in os.listdir(directory):
-        pid, _, ending = name.partition(".")
-        if ending == "ctl" and re.fullmatch(r"[0-9a-f]{1,8}", pid):
-            if int(pid, 16) == os.getpid() or not process_identity(int(pid, 16)):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(directory, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5558,16 +5541,24 @@ class Agent:
         heard_at = time.monotonic()
         self.ssh.begin_login()
         while True:
-            silent_s = time.monotonic() - heard_at
-            line = child.next_line(min(ASKING_S, self._patience_s(silence_s, is_login) - silent_s))
+            patience_s = silence_s
+            if is_login and self.ssh.can_ask:
+                patience_s = float("inf")  # it may wait for a person, who is here
+            elif self.ssh.asked:
+                patience_s = BATCH_LOGIN_TIMEOUT_S  # one who may see what it shows
+            line = child.next_line(min(ASKING_S, patience_s - (time.monotonic() - heard_at)))
             if line is None and child.has_ended:
                 line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
             if has_begun:
                 heard_at = max(heard_at, child.read_at)  # what it has to say may be long, and the link slow
-            if line is None and time.monotonic() - heard_at >= self._patience_s(silence_s, is_login):
-                raise self._silence(silence_s)
+            if line is None and time.monotonic() - heard_at >= patience_s:
+                if self.ssh.asked:
+                    raise self.ssh.no_login()
+                why = "the agent said nothing for %d s" % silence_s
+                try_ = self.ssh.plain_command + "   (does it answer?)"
+                raise NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
                 heard_at = time.monotonic()
                 if is_login:  # what it said is no cause of what may come
@@ -5598,19 +5589,6 @@ class Agent:
             with contextlib.suppress(ValueError, RecursionError, Failure):
                 message = json.loads(line[len(nonce) + 1 :]) if line.startswith(nonce + " ") else {}
                 self._take(message, Record, show, {"launching": self._handlers["launching"]})
-
-    def _patience_s(self, silence_s: float, is_login: bool) -> float:
-        """Return how long silence is borne: a login may wait for a person, who is here, or may see what it shows."""
-        if not is_login:
-            return silence_s
-        return float("inf") if self.ssh.can_ask else BATCH_LOGIN_TIMEOUT_S if self.ssh.asked else silence_s
-
-    def _silence(self, silence_s: float) -> NotConnected:
-        if self.ssh.asked:
-            return self.ssh.no_login()
-        why = "the agent said nothing for %d s" % silence_s
-        try_ = self.ssh.plain_command + "   (does it answer?)"
-        return NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
@@ -5756,17 +5734,11 @@ class Server(OpenReply):
         app = APPS[self.app]
         page = app.page
         if self.file:
-            page = (app.notebook_page if self.file.endswith(".ipynb") else app.file_page) % quote_name(self.file)
+            page = app.notebook_page if self.file.endswith(".ipynb") else app.file_page
+            page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
         query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
         scheme = "https" if self.is_secure else "http"
         return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
-
-
-def quote_name(name: str) -> str:
-    """Return a file name percent-encoded for a URL, byte by byte where it is not UTF-8."""
-    from urllib.parse import quote
-
-    return quote(name.encode("utf-8", "surrogateescape"), safe="")
 
 
 class Tunnel:
@@ -5784,7 +5756,8 @@ class Tunnel:
 
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other, or the first free one."""
-        port = fixed_port or self._usual_port()
+        usual = self.server.local_port
+        port = fixed_port or (usual if find_free_port(usual) == usual else LOCAL_PORT)
         while True:
             if not fixed_port:
                 port = find_free_port(port)
@@ -5804,10 +5777,6 @@ class Tunnel:
     def close(self) -> None:
         """Take the forward away; the connection stays."""
         self.ssh.cancel(self.local_port, self.server.target)
-
-    def _usual_port(self) -> int:
-        usual = self.server.local_port
-        return usual if find_free_port(usual) == usual else LOCAL_PORT
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -6062,13 +6031,12 @@ def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
 @contextlib.contextmanager
 def written_down(record: TunnelRecord) -> Iterator[None]:
     """Keep a record of our tunnel while it is up, for a second copy of us and for `close`; where there is a place."""
-    try:
+    path = ""
+    with contextlib.suppress(Failure):
         path = os.path.join(private_runtime_dir(), "%d.json" % os.getpid())
-    except Failure:
-        yield
-        return
     try:
-        write_whole(path, json.dumps(record.facts()))
+        if path:
+            write_whole(path, json.dumps(record.facts()))
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -12193,9 +12161,8 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         text = "Ended the kernel of %s." % kernel.title
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
-    ssh.masters.remove(
-        master_of_a_tunnel
-    )  # a tunnel to what is ended ends as well, and with it would our own connection
+    # Through a tunnel to what is ended, which ends as well, we would cut ourselves off.
+    ssh.masters.remove(master_of_a_tunnel)
     request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
     with ssh:
         reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")

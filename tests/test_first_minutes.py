@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
-from client import compute
+from client import compute, is_up
 from jupyters import jupyter_for_everyone, standin_environment
 from sides import (
     ON_HOST,
@@ -24,6 +24,7 @@ from sides import (
     Run,
     bare_python,
     processes_with,
+    quiet_port,
     wait_until,
     words_of,
 )
@@ -153,6 +154,24 @@ def test_ctrl_c_while_python_reads_the_file(laptop: Laptop) -> None:
         time.sleep(number * 0.03)  # not a wait: it is what is varied
         run.interrupt()
         assert run.wait(20) in (130, -signal.SIGINT) and not run.text, run.text
+
+
+def test_ctrl_c_that_was_ignored_as_we_were_started_is_none(laptop: Laptop, host: Host) -> None:
+    """As under nohup, or in the background of a script."""
+    started = laptop.home / "started"
+    started.write_text("#!/bin/sh\ntrap '' INT\nexec %s \"$@\"\n" % SCRIPT)
+    started.chmod(0o755)
+    laptop.installed = str(started)
+    port = str(quiet_port())
+    run = laptop.start("--local-port", port, "host", has_terminal=False, PATH="%s:%s" % (VENV_BIN, SYSTEM_PATH))
+    url = run.url()
+    run.expect("To end it")
+    run.interrupt()
+    with pytest.raises(AssertionError):
+        run.expect("Closed", 2)
+    assert is_up(url)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(30) == 0, run.text
 
 
 def test_ctrl_c_at_the_question_for_a_host_key(laptop: Laptop, host: Host, mark: str) -> None:

@@ -55,6 +55,19 @@ def test_a_second_open_goes_through_the_first_and_outlives_it(laptop: Laptop, ho
     assert host.sshd.logins() == before + 1
 
 
+def test_what_goes_through_a_tunnel_that_connects_again_does_so_too(
+    laptop: Laptop, host: Host, mark: str, tunnel: Run
+) -> None:
+    """Its session is lost, although the control socket is there again as we look."""
+    follow = laptop.start("host", "logs", "-f", has_terminal=False)
+    follow.expect("is running at")
+    os.kill(ssh_of(mark), signal.SIGKILL)
+    tunnel.expect("Connected to host again")
+    follow.expect("Connected to host again")
+    follow.interrupt()
+    follow.wait(20)
+
+
 def test_the_forward_of_a_second_open_goes_with_it(laptop: Laptop, host: Host, tunnel: Run) -> None:
     (host.sshd.home / "other").mkdir()
     second = laptop.start("--local-port", str(quiet_port()), "--new", "host:other", has_terminal=False)
