@@ -2255,20 +2255,19 @@ ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
     ("Too many logins", NotConnected, "end other sessions of yours there, or wait", ""),
     ("kex_exchange_identification: (Connection closed|read: )", NotConnected, CROWDED, ""),
 ]
+# What only repeats that the connection has ended: the cause is the line before.
+ECHOES = (
+    "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
+    "Connection (closed|reset|timed out|to .* (closed|timed out))"
+)
 # All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
 # banner or the text of a second factor must be read before the prompt that follows.
 FATAL_WORDS = "|".join(
     [
         *(pattern for pattern, _, _, why in ENDINGS if not why),
         "ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad |client_loop",
-        "Timeout,|stdio forwarding|Received disconnect|Disconnected from",
-        "Connection (closed|reset|timed out|to .* (closed|timed out))",
+        "Timeout,|Received disconnect|" + ECHOES,
     ]
-)
-# Of that, what only repeats that the connection has ended: the cause is the line before.
-ECHOES = (
-    "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
-    "Connection (closed|reset|timed out|to .* (closed|timed out))"
 )
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
 WARNINGS = (
@@ -2322,6 +2321,8 @@ class Child:
     When it `is_merged`, both streams are one, in the order in which the child wrote. Without `can_ask` it has neither
     a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does. With `is_shown` its
     stderr is a terminal of ours, for ssh says nowhere else that it waits for a touch (OpenSSH readpass.c).
+
+    Make one under signals_held, and end it: one that a signal took from us is waited for by nobody.
     """
 
     def __init__(
@@ -2657,12 +2658,6 @@ class Ssh:
     def can_leave(self) -> bool:
         """True while we go through a master that is not ours, and that carries no forward of ours."""
         return isinstance(self.way, Mux) and self.process is None and not self.way.forwards
-
-    def leave(self) -> None:
-        """Log in by ourselves instead, from now on."""
-        self.masters = []
-        self.close()
-        self.connect()
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -5485,11 +5480,11 @@ class Agent:
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = None
                 try:
-                    with signals_held():  # until it is known here, and is given all
+                    with (
+                        signals_held()
+                    ):  # until it is known here, and has what it is for; Python starts there meanwhile
                         child = self.ssh.session(command)
-                        child.send(
-                            agent_input(command, self.packed(request.action), request)
-                        )  # Python starts meanwhile
+                        child.send(agent_input(command, self.packed(request.action), request))
                     return self._hear(
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
@@ -5503,8 +5498,10 @@ class Agent:
                 finally:
                     if child:
                         child.end()
-            if time.monotonic() > until_s:
-                self.ssh.leave()
+            if time.monotonic() > until_s:  # a master that is not ours has no room: we log in by ourselves, from now on
+                self.ssh.masters = []
+                self.ssh.close()
+                self.ssh.connect()
             time.sleep(POLL_S)
 
     def ask_on(
@@ -5681,11 +5678,11 @@ class Agent:
         """Return why the account did not come to our command: in the host's words where it has said any."""
         what = "the agent did not run on " + self.ssh.destination
         try_ = self.ssh.plain_command + "   (must succeed)"
-        if complaints:  # of an expired password, say: in a terminal it is changed
-            try_ = self.ssh.login_command + "   (in a terminal: it tells more, or asks)"
-        elif not noise:
+        if re.search("password has expired|Password change required", why):
+            try_ = self.ssh.login_command + "   (once, in a terminal: it asks for a new password)"
+        if not noise:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
-        elif "This account is" not in why:  # nologin(8) says that on stdout
+        elif not complaints and "This account is" not in why:  # nologin(8) says that on stdout
             why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
         return Failure(what, why, try_)
 
