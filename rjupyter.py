@@ -1237,19 +1237,6 @@ class TunnelRecord(Record):
     config: str = ""  # what `ssh -G` said when it connected
 
 
-class TunnelView(Record):
-    """A tunnel that is up here, as `rjupyter.py` alone shows it."""
-
-    destination: str
-    path: "Optional[str]" = None
-    local_port: int
-    id: str
-    state: str
-    is_background: bool
-    tunnel_pid: int
-    age_s: float
-
-
 class Event(NamedTuple):
     """A kind of object that --json prints: when it comes, and its keys. A value is null where there is no such fact."""
 
@@ -1270,7 +1257,10 @@ EVENTS = {
     "reconnected": Event("it is back", ("seconds", "local_port")),
     "silent": Event("Jupyter does not answer, although the connection works", ("id",)),
     "answering": Event("it answers again", ("id",)),
-    "tunnel": Event("a tunnel that is up here, without a host", tuple(TunnelView.fields)),
+    "tunnel": Event(
+        "a tunnel that is up here, without a host",
+        ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
+    ),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
     "stopped": Event("`stop` ended a server, a run or a job", tuple(Stopped.fields)),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
@@ -2143,12 +2133,12 @@ COLUMNS = {
         Column("AGE", lambda grid: duration(grid.age_s)),
     ],
     "tunnel": [
-        Column("HOST", lambda tunnel: tunnel.destination),
-        Column("PATH", lambda tunnel: "~" if tunnel.path is None else tunnel.path),
-        Column("STATE", lambda tunnel: tunnel.state),
-        Column("LOCAL PORT", lambda tunnel: tunnel.local_port),
-        Column("UP", lambda tunnel: duration(tunnel.age_s)),
-        Column("CLOSED BY", lambda tunnel: "close" if tunnel.is_background else "Ctrl-C (pid %d)" % tunnel.tunnel_pid),
+        Column("HOST", lambda row: row["destination"]),
+        Column("PATH", lambda row: "~" if row["path"] is None else row["path"]),
+        Column("STATE", lambda row: row["state"]),
+        Column("LOCAL PORT", lambda row: row["local_port"]),
+        Column("UP", lambda row: duration(row["age_s"])),
+        Column("CLOSED BY", lambda row: "close" if row["is_background"] else "Ctrl-C (pid %d)" % row["tunnel_pid"]),
     ],
     "option": [
         Column("OPTION", lambda row: row[0]),
@@ -2638,21 +2628,19 @@ class Ssh:
                     self.connect(is_again=True)
                     if resume():
                         return
-            except LoginRefused as failure:
-                self.messages.detail("%s: %s" % (failure.what, failure.why))
-                denials += 1
-                if denials >= DENIALS_MAX or self.can_ask:
-                    raise
-                if has_terminal():  # the next attempt may ask, once
-                    ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
-                    self._shown.clear()
-                    self.can_ask = True
-                    delay_s = 0.0
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
                 self.messages.detail("%s: %s" % (failure.what, failure.why))
-                self.can_ask = False
+                is_denied = isinstance(failure, LoginRefused)
+                denials += is_denied
+                if is_denied and (denials >= DENIALS_MAX or self.can_ask):
+                    raise
+                self.can_ask = is_denied and has_terminal()  # the next attempt may ask, once
+                if self.can_ask:
+                    ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
+                    self._shown.clear()
+                    delay_s = 0.0
 
     @property
     def can_leave(self) -> bool:
@@ -6056,19 +6044,6 @@ def tunnels() -> List[TunnelRecord]:
         elif record and not match.group(2):
             records.append(record)
     return records
-
-
-def close_tunnels(destination: Optional[str], path: Optional[str], messages: Messages) -> None:
-    """End the background tunnels to `destination`, or to any; those for `path` alone when there is one."""
-    closed = 0
-    for record in tunnels():
-        if record.is_background and destination in (None, record.destination) and path in (None, record.path):
-            end_tunnel(record)
-            text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
-            messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
-            closed += 1
-    if not closed:
-        messages.note("No tunnel to %s in the background." % (destination or "any host"))
 
 
 def end_tunnel(record: TunnelRecord) -> None:
@@ -12189,32 +12164,36 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
         raise Failure(
             "wrong usage", "close whose tunnels?", command_line("close", "--all") + ", or HOST close", EXIT_USAGE
         )
-    close_tunnels(None if is_alone else args.destination.host, args.destination.path, messages)
+    closed = 0
+    for record in tunnels():
+        is_there = is_alone or record.destination == args.destination.host
+        if record.is_background and is_there and args.destination.path in (None, record.path):
+            end_tunnel(record)
+            text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
+            messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
+            closed += 1
+    if not closed:
+        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.destination.host))
     return EXIT_OK
 
 
 def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
     records = sorted(tunnels(), key=lambda record: record.created)
-    views = [view_of(record) for record in records]
-    for view in views:
-        messages.event("tunnel", **view.facts())
-    if not views:
+    rows: List[Json] = []
+    for record in records:
+        row = {name: getattr(record, name) for name in ("destination", "path", "local_port", "id", "is_background")}
+        row.update(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid)
+        rows.append(dict(row, age_s=max(0.0, time.time() - record.created)))
+        messages.event("tunnel", **rows[-1])
+    if not rows:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
-        print_table(COLUMNS["tunnel"], views, messages)
+        print_table(COLUMNS["tunnel"], rows, messages)
         newest = records[-1]
         back = command_line(*newest.ssh, Destination(newest.destination, newest.path).text())
         messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
     return EXIT_OK
-
-
-def view_of(record: TunnelRecord) -> TunnelView:
-    """Return what `tunnels` shows of a tunnel."""
-    names = ("destination", "path", "local_port", "id", "is_background")
-    facts = {name: getattr(record, name) for name in names}
-    age_s = max(0.0, time.time() - record.created) if record.created else 0.0
-    return TunnelView(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid, age_s=age_s, **facts)
 
 
 # -- execute ----------------------------------------------------------------------------------------------------------

@@ -348,7 +348,9 @@ def test_unknown_host(laptop: Laptop) -> None:
 
 def test_refused(laptop: Laptop, host: Host) -> None:
     host.sshd.stop()
-    check_failure(laptop.run("host"), 255, "cannot connect to host", "Connection refused", "try: ssh -F")
+    run = laptop.run("host")
+    check_failure(run, 255, "cannot connect to host", "Connection refused", "try: ssh -F")
+    assert run.text.count("refused") == 1  # although what ssh says passes as it comes
 
 
 def test_wrong_key(laptop: Laptop, host: Host) -> None:
@@ -363,7 +365,9 @@ def test_changed_host_key(laptop: Laptop, host: Host) -> None:
     words = known.read_text().split()
     other = (host.sshd.directory / "user_key.pub").read_text().split()[1]
     known.write_text(" ".join([words[0], words[1], other]) + "\n")
-    check_failure(laptop.run("host"), 255, "host key of host is not the one known here", "ssh-keygen")
+    run = laptop.run("host")
+    check_failure(run, 255, "host key of host is not the one known here", "ssh-keygen")
+    assert run.text.index("@@@") < run.text.index("Offending") < run.text.index("rjupyter: ")  # all that ssh says of it
 
 
 def test_unknown_host_key_without_a_terminal(laptop: Laptop, host: Host) -> None:
