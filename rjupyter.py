@@ -5468,9 +5468,8 @@ class Agent:
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = None
                 try:
-                    with (
-                        signals_held()
-                    ):  # until it is known here, and has what it is for; Python starts there meanwhile
+                    # Until it is known here, and has what it is for; Python starts there meanwhile.
+                    with signals_held():
                         child = self.ssh.session(command)
                         child.send(agent_input(command, self.packed(request.action), request))
                     return self._hear(
