@@ -121,9 +121,6 @@ from typing import (
     TypeVar,
 )
 
-if sys.version_info < (3, 8):
-    sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
-
 __version__ = "0.1.0"
 
 
@@ -229,7 +226,6 @@ WARN_BEFORE_END_S = 600  # of the time limit of a server's job
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
-AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time"
 # agent begins
 
 STATE_DIR = "~/.local/state/rjupyter"
@@ -5309,15 +5305,15 @@ REQUESTS["examine"] = examine_host
 
 
 class Left:
-    """The source of this agent, for what is to run on the host after it."""
+    """The source of this file, where it is not kept: for what is to run on the host after this agent."""
 
-    source = ""
+    source = b""
 
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     take_out(os.environ)
-    Left.source = source.decode("utf-8")
+    Left.source = source
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
 
@@ -5355,13 +5351,22 @@ def perform(
     return None
 
 
-def leave_agent(directory: str, main: "Callable[[str], None]", request: Request) -> str:
-    """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
+def leave_agent(directory: str, main: "Callable[[str], None]", request: Request, is_elsewhere: bool = False) -> str:
+    """Leave a program in a directory, with a request beside it, and return its path: it calls `main` with that.
 
-    It calls `main` with the directory.
+    This file goes there as well where it is not kept, or where the program runs `is_elsewhere`, in a job or a
+    container, which may not see the place.
     """
+    path = os.path.abspath(__file__)
+    if is_elsewhere or Left.source:
+        source = Left.source
+        if not source:
+            with open(path, "rb") as stream:
+                source = stream.read()
+        path = os.path.join(directory, "rjupyter.py")
+        write_whole(path, source.decode("utf-8"))
     program = os.path.join(directory, "agent.py")
-    write_whole(program, "%s\n%s(%r)\n" % (Left.source, main.__name__, directory))
+    write_whole(program, "%sload(%r).%s(%r)\n" % (LOAD, path, main.__name__, directory))
     write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
     return program
 
@@ -5439,27 +5444,85 @@ PYTHONS = [
     "python3",
     "/usr/bin/python3",
     "/usr/local/bin/python3",
-    '"$HOME"/miniconda3/bin/python3',
-    '"$HOME"/anaconda3/bin/python3',
-    '"$HOME"/miniforge3/bin/python3',
+    '"$HOME"/*3/bin/python3',  # miniconda3, anaconda3, miniforge3
     '"$HOME"/mambaforge/bin/python3',
     "/opt/conda/bin/python3",
     '"$HOME"/.pyenv/versions/*/bin/python3',
     "/opt/homebrew/bin/python3",
     "/usr/libexec/platform-python",
 ]
-# Takes the last two words of stdin, or of its own arguments: the agent and the request. -I and -S: nothing of the
-# user's site gets in, and half of the interpreter's start is saved. There is no quote in it, for it is quoted twice on
-# its way: "exec" is the name of exec, and the name of the source stands in its first line, for tracebacks.
+# Takes its own arguments, or what stands behind the command in stdin; the last word but one is a program that takes
+# the rest. -I and -S: nothing of the user's site gets in, and half of the interpreter's start is saved. There is no
+# quote in it, for it is quoted twice on its way.
 BOOTSTRAP = (
-    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, contextlib, json, socket, zlib; "
-    "decode = binascii.a2b_base64; "
-    "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
-    "source, request = [zlib.decompress(decode(word)) for word in words]; "
-    "exec(compile(source, source[2:13], exec.__name__)); agent_main(source, request)"
+    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; "
+    "decode = lambda word: zlib.decompress(binascii.a2b_base64(word)); "
+    "words = sys.argv[1:] or sys.stdin.buffer.read().decode().split() or sys.exit(0); exec(decode(words[-2]))"
 )
-SOURCE_NAME = "# rjupyter.py"
 NO_PYTHON = "rjupyter: no python3"
+# Imports a file as a module, whose bytecode Python keeps beside it.
+LOAD = """import importlib.machinery, sys
+def load(path, code=None):
+    module = sys.modules["rjupyter"] = type(sys)("rjupyter")
+    module.__file__ = path
+    code = code or importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    exec(code, module.__dict__)
+    return module
+"""
+# The host keeps this file in a directory where nobody else can write, by its digest.
+FIND = (
+    LOAD
+    + """import os
+digest, _, request = words[-3:]
+request = decode(request)
+cache = os.environ.get("XDG_CACHE_HOME", "")
+cache = (cache if cache[:1] == "/" else os.path.expanduser("~/.cache")) + "/rjupyter"
+path = "%s/agent-%s.py" % (cache, digest)
+def check():
+    state = os.lstat(cache)
+    if state.st_mode & 0o170022 != 0o040000 or state.st_uid != os.getuid():
+        raise OSError("others can write there")
+"""
+)
+RUN = (
+    FIND
+    + """try:
+    check()
+    module = load(path)
+except Exception:
+    import json
+    print(json.loads(request.decode())["nonce"], '{"kind": "absent"}')
+    sys.exit()
+module.agent_main(b"", request)
+"""
+)
+# With the last few versions of it; it runs from memory where it cannot be kept.
+KEEP = (
+    FIND
+    + """import glob
+source = decode("".join(words[words.index("sh") + 1 if "sh" in words else 0 : -3]))
+new = "%s.%d" % (path, os.getpid())
+try:
+    os.makedirs(cache, 0o700, exist_ok=True)
+    check()
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(source)
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.unlink(new)
+    for old in sorted(glob.glob(cache + "/agent-*.py"), key=os.path.getmtime)[:-5]:
+        for name in [old, *glob.glob("%s/__pycache__/%s.*" % (cache, os.path.basename(old)[:-3]))]:
+            os.unlink(name)
+    module = load(path)
+    source = b""
+except Exception:
+    module = load("rjupyter.py", compile(source, "rjupyter.py", "exec"))
+module.agent_main(source, request)
+"""
+)
+WORD_MAX = 100000  # bytes: Linux takes 128 KiB in an argument
 
 
 def agent_command(python: str = "") -> str:
@@ -5472,140 +5535,43 @@ def agent_command(python: str = "") -> str:
     return "exec /bin/sh -c '%s' sh" % (loop % (" ".join(pythons), BOOTSTRAP, NO_PYTHON))
 
 
-class Piece:
-    """A definition of the agent's, or a method: the numbers of its lines, and the words that all must call for it."""
-
-    def __init__(self, words: Set[str]) -> None:
-        self.words = words
-        self.numbers: List[int] = []
-
-
-class AgentSource:
-    """The agent's parts of this file, read once: this file may be replaced while we run.
-
-    An action is sent what it comes to. A definition is needed when a needed line has its name, and a method when its
-    class is needed as well. What is added to a table belongs to the table; but a row of REQUESTS is for one action.
-    """
-
-    def __init__(self) -> None:
-        with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-            self._text = stream.read()
-
-    def of(self, action: str) -> bytes:
-        """Return the agent for an action as one word, compressed. A line has the number there that it has here."""
-        import binascii
-        import zlib
-
-        lines = agent_lines(self._text.split("\n"))
-        waiting = agent_pieces(lines)
-        sent = [SOURCE_NAME, AGENT_IMPORTS] + [""] * (len(lines) - 2)
-        words = {"agent_main", 'action="%s' % action}
-        found = waiting[:1]
-        while found:
-            found = [piece for piece in waiting if piece.words <= words]
-            waiting = [piece for piece in waiting if not piece.words <= words]
-            numbers = [number for piece in found for number in piece.numbers]
-            for number in numbers:
-                sent[number] = lines[number]
-            words |= words_in("\n".join(sent[number] for number in numbers))
-        return binascii.b2a_base64(zlib.compress("\n".join(sent).encode("utf-8"), 9), newline=False)
-
-
-def agent_lines(lines: List[str]) -> List[str]:
-    """Return the lines of this file, blank but for what runs on the host, and without what only people read.
-
-    That is comments, docstrings, most of the indentation, and what the types of arguments and results are.
-    """
-    code = [""] * len(lines)
-    is_agent = is_quoted = False
-    last, quoted = "", 0  # the last line of code; and of a docstring after it, the number of its first line
-    for number, line in enumerate(lines):
-        is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
-        word = line.lstrip()
-        if not is_agent or not word or word.startswith("#"):
-            continue
-        if is_quoted or (word.startswith('"""') and last.endswith(":")):
-            quoted = quoted if is_quoted else number
-            is_quoted = not word.endswith('"""')
-            continue
-        if quoted and indent_of(line) <= indent_of(last):  # there was nothing else in that body
-            code[quoted] = " " * (indent_of(last) // 4 + 1) + "pass"
-        quoted, last = 0, line
-        if word.count('"', 0, word.find("  # ")) % 2 == 0:
-            word = word.partition("  # ")[0]
-        if word.startswith(("def ", ")")):
-            word = re.sub(r" -> [^:]+:$", ":", word)
-        if word.startswith("def "):
-            word = re.sub(r'(\w): ("[^"]*"|\w+)', r"\1", word)
-        code[number] = " " * (indent_of(line) // 4) + word
-    return code
-
-
-def indent_of(line: str) -> int:
-    """Return how many blanks a line begins with."""
-    return len(line) - len(line.lstrip())
-
-
-def agent_pieces(lines: List[str]) -> List[Piece]:
-    """Return the definitions of the agent, and the methods of its classes, each with its decorators."""
-    current = parent = Piece(set())
-    pieces = [current]
-    owner = ""  # the class that we are in; its `parent` has what is no method
-    is_decorated = False
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        if line[0].isalpha() or line[0] in "@_":
-            names = re.findall(r"\w+", line[:100])
-            if not is_decorated:
-                current = parent = Piece(set())
-                pieces.append(current)
-            is_definition = names[0] in ("class", "def")
-            owner = names[1] if names[0] == "class" else ""
-            current.words = {'action="' + names[1]} if names[0] == "REQUESTS" and "[" in line else set()
-            current.words.add(names[is_definition])
-            is_decorated = line[0] == "@"
-        elif owner and line.startswith((" @", " def ")):
-            if not is_decorated:
-                current = Piece({owner})
-                pieces.append(current)
-            is_decorated = line[1] == "@"
-            if line.startswith(" def ") and not line.startswith(" def __"):
-                current.words.add("." + line[5:].partition("(")[0])
-        elif owner and line[1] not in " )]}":
-            current = parent
-        current.numbers.append(number)
-    return pieces
-
-
-WORDS = r"""(?m)^ \w+: |action="\w+|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\.?\b[^\W\d]\w*\b(?!=| = )"""
-
-
-def words_in(text: str) -> Set[str]:
-    """Return what lines of the agent call for: names, `.attributes`, `action="..."`, and in quotes, records.
-
-    What is assigned to, and the name of a field or of an argument, calls for nothing.
-    """
-    words = set(re.findall(WORDS, text))
-    types = [word for word in words if word[0] == '"' and re.fullmatch(r'"[A-Z]\w*(\[.*\])?"', word)]
-    return words.union(*(re.findall(r"\w+", word) for word in types))
-
-
-def agent_input(command: str, source: bytes, request: Request) -> bytes:
-    """Return what `command` reads: one line whose last words are the agent and the request.
-
-    It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that takes
-    stdin for its script; and blank lines come first, because a start-up file may read one.
-    """
+def word_of(data: bytes) -> bytes:
+    """Return data as one word, compressed."""
     import binascii
     import zlib
 
-    packed = binascii.b2a_base64(zlib.compress(json.dumps(request.facts()).encode()), newline=False)
-    words = [command.encode(), source, packed]
-    return b"\n\n%s\n" % b" ".join(words)
+    return binascii.b2a_base64(zlib.compress(data, 9), newline=False)
+
+
+class AgentFile:
+    """What goes to the host: this file, which is read once, for it may be replaced while we run."""
+
+    def __init__(self) -> None:
+        import hashlib
+
+        with open(os.path.abspath(__file__), "rb") as stream:
+            self._source = stream.read()
+        self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
+
+    def input_of(self, command: str, request: Request, is_whole: bool) -> bytes:
+        """Return what `command` reads: one line, whose last words are the file, if it `is_whole`, and the request.
+
+        It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that
+        takes stdin for its script; and blank lines come first, because a start-up file may read one.
+        """
+        source = word_of(self._source) if is_whole else b""
+        words = [source[at : at + WORD_MAX] for at in range(0, len(source), WORD_MAX)]
+        program = word_of((KEEP if is_whole else RUN).encode())
+        words += [self._digest, program, word_of(json.dumps(request.facts()).encode())]
+        return b"\n\n%s %s\n" % (command.encode(), b" ".join(words))
 
 
 # -- the conversation -------------------------------------------------------------------------------------------------
+
+
+class AgentAbsent(Exception):
+    """The host does not have this file yet."""
+
 
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
@@ -5644,19 +5610,18 @@ ACCOUNTS = [
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
-    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "", action: str = "open") -> None:
+    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "") -> None:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
-        self.action = action  # of REQUESTS, the one that is asked for first
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
         self.installing = ""  # the name of the step, while Jupyter is installed
-        self._source: Optional[AgentSource] = None
-        self._packed: Dict[str, bytes] = {}  # for each action that was asked for
+        self._file: Optional[AgentFile] = None
+        self._absences = 0  # how often the host has said that it does not have it
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text, self.installing),
@@ -5671,18 +5636,11 @@ class Agent:
         ssh.meanwhile = self.get_ready
 
     def get_ready(self) -> None:
-        """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
-        self.packed(self.action)
+        """Do what can be done while ssh logs in: read what the host may lack, import what comes next."""
+        self._file = self._file or AgentFile()
         for name in ("json", "socket"):
             with signals_held():
                 __import__(name)
-
-    def packed(self, action: str) -> bytes:
-        """Return the source for an action."""
-        self._source = self._source or AgentSource()
-        if action not in self._packed:
-            self._packed[action] = self._source.of(action)
-        return self._packed[action]
 
     def ask(
         self,
@@ -5698,16 +5656,24 @@ class Agent:
         """
         request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
+        self._file = self._file or AgentFile()
+        is_whole = False
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
+            # Each session may be a login; and a host that was sent the file and lacks it again cannot keep it.
+            is_whole = is_whole or not self.ssh.way.has_login or self._absences > 1
             may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = self.ssh.session(command)
                 try:
-                    child.send(agent_input(command, self.packed(request.action), request))  # Python starts meanwhile
+                    child.send(self._file.input_of(command, request, is_whole))  # Python starts meanwhile
                     return self._hear(
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
+                except AgentAbsent:
+                    self._absences += 1
+                    is_whole = True
+                    continue
                 except SessionRefused:
                     if time.monotonic() > until_s and not self.ssh.way.can_be_left():
                         raise
@@ -5813,6 +5779,8 @@ class Agent:
         said = Said.read(message)
         if said.kind == "reply":
             return reply.read(said.result())
+        if said.kind == "absent":
+            raise AgentAbsent
         if said.kind in handlers:
             handlers[said.kind](MESSAGES[said.kind].read(message), show)
         return None
@@ -8912,7 +8880,7 @@ class RecordedKernel:
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, BegunCell]
-        self._failed = set()  # type: Set[str]
+        self._failed: "Set[str]" = set()
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
@@ -10229,7 +10197,7 @@ def write_script(record: JobRecord, request: Request) -> str:
 
     facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
     inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(record.directory, job_main, inner)
+    program = leave_agent(record.directory, job_main, inner, is_elsewhere=True)
     script = os.path.join(record.directory, record.id + ".sh")
     words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
@@ -10562,8 +10530,6 @@ def job_main(directory: str) -> None:
     import signal
 
     request = left_request(directory)
-    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
-        Left.source = stream.read().rpartition("\njob_main(")[0]
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
     early = "../../%s.out" % os.path.basename(directory)  # nothing more comes there
@@ -10811,7 +10777,7 @@ class WrapperKind(Kind):
         within = within.but(
             path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
         )
-        program = leave_agent(directory, wrapper_main, within)
+        program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
         command = " ".join(["exec", *[native(words) for words in request.wrap], *container_words(record, environment)])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
@@ -11036,8 +11002,6 @@ def wrapper_main(directory: str) -> None:
     import signal
 
     request = left_request(directory)
-    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
-        Left.source = stream.read().rpartition("\nwrapper_main(")[0]
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
     assert record is not None  # it was written before we were started
@@ -13171,7 +13135,7 @@ def carry_out(words: List[str]) -> int:
         if args.dry_run:
             return show_commands(args, ssh, messages)
         action = ACTIONS[args.action]
-        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
+        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
@@ -13193,6 +13157,8 @@ def take_closed_streams() -> None:
 
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    if sys.version_info < (3, 8):
+        sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
     take_closed_streams()
     try:
         status = main()
