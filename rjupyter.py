@@ -5488,12 +5488,12 @@ RUN = (
     FIND
     + """try:
     check()
-    module = load(path)
+    main = load(path).agent_main
 except Exception:
     import json
     print(json.loads(request.decode())["nonce"], '{"kind": "absent"}')
     sys.exit()
-module.agent_main(b"", request)
+main(b"", request)
 """
 )
 # With the last few versions of it; it runs from memory where it cannot be kept.
@@ -5508,6 +5508,8 @@ try:
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(source)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(new, path)
     finally:
         if os.path.exists(new):
