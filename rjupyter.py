@@ -10291,7 +10291,8 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     scheduler = SCHEDULERS[record.command]
     row = row_of(record, output)
     is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-    if not row and is_unseen and may_be_taken(record):
+    has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
+    if not row and is_unseen and not has_gone and may_be_taken(record):
         return JobState()
     if not row:
         return JobState(is_live=False, is_waiting=False, word="ended")

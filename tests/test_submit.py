@@ -317,6 +317,18 @@ def test_shim_of_lsf_loses_a_job_that_waits(laptop: Laptop, shims: Shims) -> Non
     assert "job 41 ended before it had started\n  why: job: it has ended: cancelled, failed or" in run.stderr
 
 
+def test_shim_of_a_scheduler_that_shows_jobs_late_and_one_that_is_killed_before(laptop: Laptop, shims: Shims) -> None:
+    """It was in no answer yet as its time was up: that it ran, and gives no sign of life any more, is the end."""
+    shims.start("pbs")
+    (shims.directory / "bin/qstat").write_text("#!/bin/sh\n")
+    (shims.directory / "go").touch()
+    run = laptop.start("--submit", SHIMS["pbs"][0], "host", has_terminal=False)
+    assert whereabouts(run.url()).startswith("node1 ")
+    shims.cluster.machines["node1"].run("pkill", "-9", "-f", "agent.py|jupyter")
+    assert run.wait() == 4
+    assert "job: it has ended: cancelled, failed or out of time" in run.stderr
+
+
 def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
     shims.start("other")
     run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
