@@ -9797,44 +9797,26 @@ REQUESTS["wait_for_kernel"] = wait_for_kernel
 # agent begins
 
 
-class Row(Record):
-    """What an answer of a scheduler says of one job; `mark` is what a job has beside its number: its script, a date."""
-
-    id: str
-    state: str
-    reason: str = ""
-    start: str = ""
-    node: str = ""
-    left: str = ""
-    mark: str = ""
-
-
 class Scheduler(Record):
-    """A scheduler, by the command that submits; all but its commands are regular expressions.
+    """A scheduler, by the command that submits: how it names a job, what lists the user's jobs, and what cancels one.
 
     In the commands, {id} is the scheduler's number of a job, {user} the user, {cluster} the one that took the job: a
     word with that is left out where there is none.
     """
 
-    id: str  # the line by which a submission names the job, and its cluster; the last such one, for sites print more
-    query: "List[str]"  # asks for the user's jobs
-    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left, mark
-    waits: str  # the states of a job that waits
-    runs: str  # of one that runs; any other, and no row at all: it has ended
+    id: str  # a pattern: the line by which a submission names the job, and its cluster; the last, for sites print more
+    query: "List[str]"  # of a job that waits, the line that begins with its number is shown as it stands
     cancel: "List[str]"
-    plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
     variables: str = "$"  # of the user's, which would change what these commands do or print
     forecast: "List[str]" = []  # options that let a submission say when a job would start, and take none
     limits: "List[str]" = []  # asks what the site allows
-    past: "List[str]" = []  # asks how a job ended that the query tells no more; rows of words and `|`, the state second
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
 SEVERAL = "it starts several"
 RETURNS = "it does not return before the job has ended"
 SCHEDULERS = {
-    # squeue(1), sacct(1). %o is the script's full path; %V, when it was submitted, may change when it is queued again.
     "sbatch": Scheduler(
         id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
         query=[
@@ -9845,24 +9827,11 @@ SCHEDULERS = {
             "--states=all",
             "--format=%i|%T|%r|%S|%N|%L|%o",
         ],
-        row=r"(?m)^(?P<id>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
-        r"\|(?P<left>[^|]*)(?:\|(?P<mark>.*))?$",
-        waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
-        runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         cancel=["scancel", "--clusters={cluster}", "{id}"],
         variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
         r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
         forecast=["--test-only", "--wrap=true"],
         limits=["sinfo", "--clusters={cluster}", "--noheader", "--format=%P up to %l, %D nodes"],
-        past=[
-            "sacct",
-            "--clusters={cluster}",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            "--jobs={id}",
-            "--format=JobIDRaw,State",
-        ],
         refused={
             "-a|--array": "a job array: " + SEVERAL,
             ":$": "a heterogeneous job: " + SEVERAL,
@@ -9871,17 +9840,10 @@ SCHEDULERS = {
             "--test-only$": "nothing is started",
         },
     ),
-    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted). A name may hold blanks in PBS; what
-    # follows the state is a queue, or a date. In Grid Engine the state has several letters: hqw, Eqw, Rr, dr. In PBS, M
-    # is a job that another server has, B an array that has begun; T is one that PBS moves, or a suspended one.
+    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted).
     "qsub": Scheduler(
         id=r'(?m)^(?:Your job )?(?P<id>\d+)(?:\[\d*\])?(?:\.[\w.-]+| \(".*"\) has been submitted)?\s*$',
         query=["qstat"],
-        row=r"(?m)^\s*(?P<id>\d+)\S*\s+(?:\d+\.\d+\s+)?(?P<mark>\S.*?)\s+\S+\s+(?:[\d:]+\s+)?(?P<state>[A-Za-z]+)"
-        r"\s+(?:\d+/.*|\S+\s*)$",
-        plain=r"Q|qw",
-        waits=r"[QHWT]|\w*[qw]\w*",
-        runs=r"[BEMRSU]|[dhR]*[rstST]+",
         cancel=["qdel", "{id}"],
         refused={"-[tJ]$": "a job array: " + SEVERAL, "-sync$|block=": RETURNS},
     ),
@@ -9889,55 +9851,40 @@ SCHEDULERS = {
         id=r"(?m)^Job <(?P<id>\d+)> is submitted\b",
         query=["bjobs", "-w"],
         none=r"No unfinished job found",
-        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)\s.*?(?P<mark>\w+\s+\d+\s+\d+:\d+)?\s*$",
-        plain=r"PEND",
-        waits=r"PEND|PSUSP|WAIT",
-        runs=r"RUN|PROV|USUSP|SSUSP|UNKWN",
         cancel=["bkill", "{id}"],
         refused={r".*\[\d": "a job array: " + SEVERAL, "-K$": RETURNS},
     ),
-    # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
     "condor_submit": Scheduler(
         id=r"(?m)^(?:\d+ job\(s\) submitted to cluster )?(?P<id>\d+)\.(?:\d+ - \d+\.\d+)?\s*$",
-        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason", "QDate"],
-        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*?\S))(?:[ \t]+(?P<mark>\d{9,}))?$",
-        plain=r"1",
-        waits=r"[15]",
-        runs=r"[267]",
+        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
         cancel=["condor_rm", "{id}"],
     ),
-    # flux-jobs(1): states in words; an id has two spellings, of which one is plain ASCII.
+    # flux-jobs(1): an id has two spellings, of which one is plain ASCII.
     "flux": Scheduler(
         id=r"(?m)^(?P<id>[f\u0192][1-9A-HJ-NP-Za-km-z]+)\s*$",
-        query=[
-            "flux",
-            "jobs",
-            "-a",
-            "--no-header",
-            "--since=-1d",
-            "-o",
-            "{id.f58plain}|{status}|{nodelist}|{t_remaining}|{t_submit}",
-        ],
-        row=r"(?m)^(?P<id>f\w+)\|(?P<state>\w+)\|(?P<node>[^|]*)\|(?P<left>[^|]*)\|(?P<mark>.*)$",
-        plain=r"SCHED|S",
-        waits=r"DEPEND|PRIORITY|SCHED|[DPS]",
-        runs=r"RUN|CLEANUP|[RC]",
+        query=["flux", "jobs", "--no-header", "-o", "{id.f58plain} {status}"],
         cancel=["flux", "cancel", "{id}"],
         variables=r"FLUX_JOBS_FORMAT_DEFAULT",
     ),
-    # oarstat(1): letters in its table, words elsewhere; a row ends with the date of the submission, letter and queue.
     "oarsub": Scheduler(
         id=r"(?m)^\[?OAR_JOB_ID=(?P<id>\d+)\s*$",
         query=["oarstat", "-u"],
-        row=r"(?m)^(?P<id>\d+)\s.*?(?P<mark>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\s+(?P<state>\w)\s+\S+\s*$",
-        plain=r"W",
-        waits=r"[WHL]|Waiting|Hold|toLaunch|toAckReservation|Launching",
-        runs=r"[RSF]|Running|Suspended|Resuming|Finishing",
         cancel=["oardel", "{id}"],
         variables=r"OAR_OARSTAT_OUTPUT_FORMAT",
         refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it waits for a terminal"},
     ),
 }
+# A row of our query to Slurm, squeue(1): %o is the script's full path, whose name is our id. A job is live in these
+# states; in any other it has ended, and sacct(1) tells how, where squeue does not any more.
+SLURM_ROW = (
+    r"(?m)^(?P<number>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
+    r"\|(?P<left>[^|]*)(?:\|(?P<script>.*))?$"
+)
+SLURM_WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+SLURM_RUNS = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STOPPED")
+SACCT = ["sacct", "--clusters={cluster}", "--allocations", "--noheader", "--parsable2"]
+SACCT += ["--jobs={id}", "--format=JobIDRaw,State"]
+ENDED = JobState(is_live=False, is_waiting=False, word="ended")
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
 JOB_ENDS = {
     "TIMEOUT": "its time ran out",
@@ -10045,7 +9992,7 @@ class JobKind(Kind):
             if request.is_done_by(job.request)
             and job.request.via_node >= request.via_node
             and not is_marked(job, "unwanted")
-            and not reply_of(job)
+            and not reply_in(job)
         ]
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
@@ -10055,7 +10002,7 @@ class JobKind(Kind):
     def replied(self, record: JobRecord) -> "Optional[Json]":
         """Return what the agent in a job replied, if it has; raises Failure where it failed, or the job did before."""
         state = job_state(record)
-        message = reply_of(record)
+        message = reply_in(record)
         if not message and not state.is_live:
             raise no_begin(record)
         return Said.read(message).result() if message else None
@@ -10086,17 +10033,16 @@ class InJob(Elsewhere):
         return kept_record(KINDS["job"], record.job) is not None
 
     def is_running(self) -> bool:
-        """True when its process runs on this node, or elsewhere its job does, and was not queued again since."""
+        """True when its process runs on this node, or elsewhere its job does."""
         if self.is_here:
             return Here(self.record).is_running()
         state = self._state()
-        begun = begun_of(self.job) if self.job else None
-        return state.is_live and not state.is_waiting and self.record.created >= (begun.created if begun else 0)
+        return state.is_live and not state.is_waiting
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
         state = self._state()
-        if state.word in JOB_ENDS or state.is_waiting or "received signal" in log:
+        if state.word in JOB_ENDS or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
@@ -10210,32 +10156,26 @@ def write_script(record: JobRecord, request: Request) -> str:
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
-    Five know something: what was written down of its end, which is final; our own word that we cancelled it; the
-    scheduler's answer, which may be some seconds old, or a minute; and the job itself, which writes down when it began
-    and when it ended. A job that waits after it has ended was queued again.
+    What was written down of its end is final. Slurm knows of a job whether it is live; of others only a job that waits
+    is looked for in the queue, and one that has begun says itself that it lives. An answer may be a minute old.
     """
     end = read_record(JobState, os.path.join(record.directory, "end.json"))
     if end:
         return end
-    looked = time.time()
-    if record.command in SCHEDULERS:
-        looked, output = query(record, max_age_s)
-        state = state_in(record, looked, output)
-    else:
-        has_begun = begun_of(record) is not None
-        is_there = has_begun or may_be_taken(record)
-        state = JobState(is_waiting=not has_begun and is_there, is_live=is_there and gives_signs(record))
     begun = begun_of(record)
-    ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
+    if record.command in SCHEDULERS and (record.command == "sbatch" or not begun):
+        state = state_in(record, *query(record, max_age_s))
+    elif begun:
+        state = JobState() if gives_signs(record) else ENDED
+    else:
+        state = JobState() if may_be_taken(record) and gives_signs(record) else ENDED
     if state.is_live and is_marked(record, "cancelled"):
-        state = JobState(is_live=False, is_waiting=False, word="CANCELLED")
-    elif state.is_live and ended_at and not (state.is_waiting and looked > ended_at + 1):
-        state = JobState(is_live=False, is_waiting=False, word="ended")
-    elif state.is_live and begun and not ended_at:
-        is_late = state.is_waiting and looked < begun.created + UNSEEN_S
-        if is_late or not (state.is_waiting or state.node):
-            left_s = begun.ends_at - time.time() if begun.ends_at else None
-            state = state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+        state = ENDED.but(word="CANCELLED")
+    elif state.is_live and is_marked(record, "ended"):
+        state = ENDED
+    elif state.is_live and begun and not state.node and gives_signs(record):  # its row is older, or does not tell
+        left_s = begun.ends_at - time.time() if begun.ends_at else None
+        state = JobState(is_waiting=False, word="RUNNING", node=begun.node, left_s=left_s)
     if not state.is_live:
         note_end(record, state)
     return state
@@ -10252,64 +10192,52 @@ def begun_of(record: JobRecord) -> "Optional[JobBegun]":
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
-    """Write down how a job ended where that is final; not where it may be queued again, or is only missed so far."""
+    """Write down how a job ended where that is final; not where it is only missed so far."""
     is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-    is_final = is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)
-    if record.directory and is_final and "--requeue" not in record.request.submit:
+    if record.directory and (is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)):
         with contextlib.suppress(OSError):
             write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
 
 
-def row_of(record: JobRecord, output: str) -> "Optional[Row]":
-    """Return what a scheduler's answer says about our job; None if it does not know it.
-
-    A number may be another's: two clusters behind one login node, a new one on an old home. The name of our script has
-    our id in it; where the answer does not show it, what was first seen beside the number must be there again.
-    """
+def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
+    """Return what an answer says about our job, the whole line as its `reason` where the scheduler is not Slurm."""
     import re
 
-    seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
-    rows = [Row.read(match.groupdict("")) for match in re.finditer(SCHEDULERS[record.command].row, output)]
-    for row in reversed(rows):
-        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh\b" % record.id, row.mark))
-        if is_named or (row.id == record.number and seen in ("", row.mark)):
-            record.number = row.id  # where the submission did not tell it
-            if record.directory and not seen:
-                with contextlib.suppress(OSError):
-                    write_whole(os.path.join(record.directory, "seen"), row.mark)
-            return row
+    if record.command != "sbatch":
+        line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output)
+        return {"reason": " ".join(line.group().split())} if line and record.number else None
+    for match in re.finditer(SLURM_ROW, output):
+        if re.search(r"\b%s(/job)?\.sh$" % record.id, match.group("script") or "") and record.id:
+            record.number = match.group("number")  # where the submission did not tell it
+        if match.group("number") == record.number:
+            return match.groupdict("")
     return None
 
 
 def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     """Return what an answer of a scheduler, given at `looked`, says of a job; 0 when it did not answer."""
-    import re
-
     if not looked:
         is_there = may_be_taken(record)
         return JobState(is_live=is_there, is_waiting=is_there, word="unknown", reason="the scheduler does not answer")
-    scheduler = SCHEDULERS[record.command]
     row = row_of(record, output)
-    is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-    has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
-    if not row and is_unseen and not has_gone and may_be_taken(record):
-        return JobState()
     if not row:
-        return JobState(is_live=False, is_waiting=False, word="ended")
-    word, reason = row.state, row.reason
-    waits, runs = (bool(re.match("(%s)\\Z" % states, word)) for states in (scheduler.waits, scheduler.runs))
-    if scheduler.plain and (waits or runs):
-        if waits and not reason and not re.match("(%s)\\Z" % scheduler.plain, word):
-            reason = word
-        word = "PENDING" if waits else "RUNNING"
+        is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
+        has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
+        return JobState() if is_unseen and not has_gone and may_be_taken(record) else ENDED
+    if record.directory:
+        with contextlib.suppress(OSError):
+            mark(record, "seen")
+    if record.command != "sbatch":
+        return JobState(word="PENDING", reason=row["reason"])
+    waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
     return JobState(
         is_live=waits or runs,
         is_waiting=waits,
-        word=word,
-        reason=reason,
-        start=row.start,
-        node=row.node,
-        left_s=seconds_of(row.left) if runs else None,
+        word=row["state"],
+        reason=row["reason"],
+        start=row["start"],
+        node=row["node"],
+        left_s=seconds_of(row["left"]) if runs else None,
     )
 
 
@@ -10385,15 +10313,12 @@ def ask_scheduler(record: JobRecord) -> str:
 
 
 def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds), or Flux (seconds), in seconds.
-
-    None for UNLIMITED and the like.
-    """
+    """Return a time as Slurm writes it, [days-][hours:]minutes:seconds, in seconds; None for UNLIMITED and the like."""
     import re
 
     match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
     if not match:
-        return (float(text) or None) if re.match(r"\d+\.\d+\Z", text) else None
+        return None
     days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
@@ -10452,24 +10377,19 @@ def no_begin(job: JobRecord) -> Failure:
     return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
-def reply_of(job: JobRecord) -> "Optional[Json]":
-    """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
-    return None if job_state(job).is_waiting else reply_in(job)
-
-
 def end_of_job(job: JobRecord) -> str:
-    """Return the word for how a job ended; one that its scheduler lists no more is looked up in its history."""
-    has_past = job.command in SCHEDULERS and bool(SCHEDULERS[job.command].past)
+    """Return the word for how a job ended; one that Slurm lists no more is looked up in its history."""
 
     def look() -> str:
-        state = job_state(job)
-        if state.is_waiting:
-            return "queued again"
-        is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-        return state.word if is_told else past_word(job) if has_past else ""
+        word = job_state(job).word
+        if job.command == "sbatch" and word not in JOB_ENDS and word != "COMPLETED":
+            _, rows, _ = run_scheduler(job, SACCT, QUERY_TIMEOUT_S)
+            words = [row.split("|")[1].split()[:1] for row in rows.splitlines() if row.startswith(job.number + "|")]
+            word = "".join(words[-1]) if words else ""
+        return word if word in JOB_ENDS or word == "COMPLETED" else ""
 
-    word = until(look, SETTLE_S if has_past else 0, slowest_s=1.0) or "ended"
-    note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    word = until(look, SETTLE_S if job.command == "sbatch" else 0, slowest_s=1.0) or "ended"
+    note_end(job, ENDED.but(word=word))
     return word
 
 
@@ -10478,15 +10398,7 @@ def why_job_ended(job: JobRecord) -> str:
     word = end_of_job(job)
     if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(word, "it was queued again" if word == "queued again" else "it has ended")
-
-
-def past_word(job: JobRecord) -> str:
-    """Return the word of a scheduler's history for the end of a job; empty where it tells none, or not yet."""
-    _, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
-    words = [row.split("|")[1].split() for row in rows.splitlines() if row.startswith(job.number + "|")]
-    found = words[-1][0] if words and words[-1] else ""
-    return found if found in JOB_ENDS or found == "COMPLETED" else ""
+    return "job: " + JOB_ENDS.get(word, "it has ended")
 
 
 def try_job(request: Request, channel: Channel) -> JobTrial:
@@ -10528,17 +10440,17 @@ REQUESTS["try_job"] = try_job
 def job_main(directory: str) -> None:
     """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
 
-    That it ends is written down, also when its scheduler ends it; a job that was queued again begins anew.
+    That it ends is written down, also when its scheduler ends it. One that was queued again has nothing more to do.
     """
     import signal
 
     request = left_request(directory)
+    if os.path.exists(os.path.join(directory, "begun.json")):
+        return
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
-    early = "../../%s.out" % os.path.basename(directory)  # nothing more comes there
-    for name in ("ended", "begun.json", "alive", "said", early):
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(directory, name))
+    with contextlib.suppress(OSError):  # nothing more comes there
+        os.unlink(os.path.join(directory, "../../%s.out" % os.path.basename(directory)))
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         if not os.path.exists(os.path.join(directory, "unwanted")):
@@ -10563,7 +10475,7 @@ def note_begin(directory: str, request: Request) -> None:
     """Write down that the job has begun, where, and when its time will be up."""
     job = read_record(JobRecord, os.path.join(directory, "job.json"))
     left_s = None
-    if job and job.command in SCHEDULERS:
+    if job and job.command == "sbatch":
         job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
         left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
     begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)

@@ -789,7 +789,6 @@ def test_job_that_is_queued_again(
         how(slurm, job)
         assert run.wait() == 4
         slurm.wait_for_state(job, "PENDING")
-        assert re.search("queued again|requeued|another job took its place", run.stderr), run.stderr
         time.sleep(6)  # an answer of the scheduler's serves for five seconds
         found = things(laptop)
         jobs = [(thing["word"], thing["is_waiting"]) for thing in found if thing["event"] == "job"]
