@@ -10200,17 +10200,22 @@ def note_end(record: JobRecord, state: JobState) -> None:
 
 
 def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
-    """Return what an answer says about our job, the whole line as its `reason` where the scheduler is not Slurm."""
+    """Return what an answer says about our job, the whole line as its `reason` where the scheduler is not Slurm.
+
+    A number of Slurm's may come again, on a new cluster: then the script is another one than was first seen with it.
+    """
     import re
 
     if record.command != "sbatch":
-        line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output)
-        return {"reason": " ".join(line.group().split())} if line and record.number else None
-    for match in re.finditer(SLURM_ROW, output):
-        if re.search(r"\b%s(/job)?\.sh$" % record.id, match.group("script") or "") and record.id:
-            record.number = match.group("number")  # where the submission did not tell it
-        if match.group("number") == record.number:
-            return match.groupdict("")
+        line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output) if record.number else None
+        return {"script": "a line", "reason": " ".join(line.group().split())} if line else None
+    seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
+    for match in reversed(list(re.finditer(SLURM_ROW, output))):
+        row = match.groupdict("")
+        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh$" % record.id, row["script"]))
+        if is_named or (row["number"] == record.number and seen in ("", row["script"])):
+            record.number = row["number"]  # where the submission did not tell it
+            return row
     return None
 
 
@@ -10224,9 +10229,9 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
         has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
         return JobState() if is_unseen and not has_gone and may_be_taken(record) else ENDED
-    if record.directory:
+    if record.directory and not is_marked(record, "seen"):
         with contextlib.suppress(OSError):
-            mark(record, "seen")
+            write_whole(os.path.join(record.directory, "seen"), row["script"])
     if record.command != "sbatch":
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
