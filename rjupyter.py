@@ -4596,10 +4596,14 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     """
     # It may have been launched by a client that has gone since. One that has answered once gets no patience.
     patience_s = 0.0 if record.has_answered else max(0.0, start_timeout_s - record.age_s())
+    place = place_of(record)
     info = wait_for_server(record, patience_s, channel)
-    if info or not place_of(record).is_running():
+    if info or not place.is_running():
         return info
     info = server_info(record)
+    if info and place.settle_s and can_ask_server(record, info) and not listens(info):
+        until(lambda: not place.is_running(), LIFE_S)  # it has ended with its job; that is known a little later
+        return info if place.is_running() else None
     status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
     if info and not runtime_info(record) and (status or not listens(info)):
         return None  # it is about to end, and its port is another's already, or nobody's

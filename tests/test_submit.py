@@ -293,6 +293,18 @@ def test_shim_of_a_scheduler_that_shows_jobs_late_and_one_that_is_killed_before(
     assert "job: it has ended: cancelled, failed or out of time" in run.stderr
 
 
+def test_shim_of_a_job_that_was_killed_a_moment_ago_is_not_returned_to(laptop: Laptop, shims: Shims) -> None:
+    """Nothing listens there any more, but that the job has ended is not known yet."""
+    shims.start("pbs")
+    (shims.directory / "go").touch()
+    with laptop.opened("--submit", SHIMS["pbs"][0], "host") as run:
+        run.url()
+    shims.cluster.machines["node1"].run("pkill", "-9", "-f", "agent.py|jupyter")
+    with laptop.opened("--submit", SHIMS["pbs"][0], "host") as again:
+        assert without_port(again.url()) != without_port(run.url())
+        assert "Job 42 submitted" in again.stderr
+
+
 def test_shim_of_a_scheduler_that_we_know_nothing_of(laptop: Laptop, shims: Shims) -> None:
     shims.start("other")
     run = laptop.start("--submit", "spool {script}", "host", has_terminal=False)
