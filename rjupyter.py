@@ -123,9 +123,6 @@ from typing import (
     Union,
 )
 
-if sys.version_info < (3, 8):
-    sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
-
 __version__ = "0.1.0"
 
 
@@ -231,7 +228,6 @@ WARN_BEFORE_END_S = 600  # of the time limit of a server's job
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
-AGENT_IMPORTS = "import contextlib, errno, json, os, socket, stat, struct, sys, time"
 # agent begins
 
 STATE_DIR = "~/.local/state/rjupyter"
@@ -4380,10 +4376,14 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     """
     # It may have been launched by a client that has gone since. One that has answered once gets no patience.
     patience_s = 0.0 if record.has_answered else max(0.0, start_timeout_s - record.age_s())
+    place = place_of(record)
     info = wait_for_server(record, patience_s, channel)
-    if info or not place_of(record).is_running():
+    if info or not place.is_running():
         return info
     info = server_info(record)
+    if info and place.settle_s and can_ask_server(record, info) and not listens(info):
+        until(lambda: not place.is_running(), LIFE_S)  # it has ended with its job; that is known a little later
+        return info if place.is_running() else None
     status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
     if info and not runtime_info(record) and (status or not listens(info)):
         return None  # it is about to end, and its port is another's already, or nobody's
@@ -5089,15 +5089,15 @@ REQUESTS["examine"] = examine_host
 
 
 class Left:
-    """The source of this agent, for what is to run on the host after it."""
+    """The source of this file, where it is not kept: for what is to run on the host after this agent."""
 
-    source = ""
+    source = b""
 
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     take_out(os.environ)
-    Left.source = source.decode("utf-8")
+    Left.source = source
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
 
@@ -5135,13 +5135,22 @@ def perform(
     return None
 
 
-def leave_agent(directory: str, main: "Callable[[str], None]", request: Request) -> str:
-    """Leave our own source in a directory of a run or a job, with a request beside it, and return the program.
+def leave_agent(directory: str, main: "Callable[[str], None]", request: Request, is_elsewhere: bool = False) -> str:
+    """Leave a program in a directory, with a request beside it, and return its path: it calls `main` with that.
 
-    It calls `main` with the directory.
+    This file goes there as well where it is not kept, or where the program runs `is_elsewhere`, in a job or a
+    container, which may not see the place.
     """
+    path = os.path.abspath(__file__)
+    if is_elsewhere or Left.source:
+        source = Left.source
+        if not source:
+            with open(path, "rb") as stream:
+                source = stream.read()
+        path = os.path.join(directory, "rjupyter.py")
+        write_whole(path, source.decode("utf-8"))
     program = os.path.join(directory, "agent.py")
-    write_whole(program, "%s\n%s(%r)\n" % (Left.source, main.__name__, directory))
+    write_whole(program, "%sload(%r).%s(%r)\n" % (LOAD, path, main.__name__, directory))
     write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
     return program
 
@@ -5219,27 +5228,87 @@ PYTHONS = [
     "python3",
     "/usr/bin/python3",
     "/usr/local/bin/python3",
-    '"$HOME"/miniconda3/bin/python3',
-    '"$HOME"/anaconda3/bin/python3',
-    '"$HOME"/miniforge3/bin/python3',
+    '"$HOME"/*3/bin/python3',  # miniconda3, anaconda3, miniforge3
     '"$HOME"/mambaforge/bin/python3',
     "/opt/conda/bin/python3",
     '"$HOME"/.pyenv/versions/*/bin/python3',
     "/opt/homebrew/bin/python3",
     "/usr/libexec/platform-python",
 ]
-# Takes the last two words of stdin, or of its own arguments: the agent and the request. -I and -S: nothing of the
-# user's site gets in, and half of the interpreter's start is saved. There is no quote in it, for it is quoted twice on
-# its way: "exec" is the name of exec, and the name of the source stands in its first line, for tracebacks.
+# Takes its own arguments, or what stands behind the command in stdin; the last word but one is a program that takes
+# the rest. -I and -S: nothing of the user's site gets in, and half of the interpreter's start is saved. There is no
+# quote in it, for it is quoted twice on its way.
 BOOTSTRAP = (
-    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, contextlib, json, socket, zlib; "
-    "decode = binascii.a2b_base64; "
-    "words = sys.argv[1:] or sys.stdin.buffer.read().split()[-2:] or sys.exit(0); "
-    "source, request = [zlib.decompress(decode(word)) for word in words]; "
-    "exec(compile(source, source[2:13], exec.__name__)); agent_main(source, request)"
+    "import sys; sys.version_info < (3, 6) and sys.exit(99); import binascii, zlib; "
+    "decode = lambda word: zlib.decompress(binascii.a2b_base64(word)); "
+    "words = sys.argv[1:] or sys.stdin.buffer.read().decode().split() or sys.exit(0); exec(decode(words[-2]))"
 )
-SOURCE_NAME = "# rjupyter.py"
 NO_PYTHON = "rjupyter: no python3"
+# Imports a file as a module, whose bytecode Python keeps beside it.
+LOAD = """import importlib.machinery, sys
+def load(path, code=None):
+    module = sys.modules["rjupyter"] = type(sys)("rjupyter")
+    module.__file__ = path
+    code = code or importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    exec(code, module.__dict__)
+    return module
+"""
+# The host keeps this file in a directory where nobody else can write, by its digest.
+FIND = (
+    LOAD
+    + """import os
+digest, _, request = words[-3:]
+request = decode(request)
+cache = os.environ.get("XDG_CACHE_HOME", "")
+cache = (cache if cache[:1] == "/" else os.path.expanduser("~/.cache")) + "/rjupyter"
+path = "%s/agent-%s.py" % (cache, digest)
+def check():
+    state = os.lstat(cache)
+    if state.st_mode & 0o170022 != 0o040000 or state.st_uid != os.getuid():
+        raise OSError("others can write there")
+"""
+)
+RUN = (
+    FIND
+    + """try:
+    check()
+    main = load(path).agent_main
+except Exception:
+    import json
+    print(json.loads(request.decode())["nonce"], '{"kind": "absent"}')
+    sys.exit()
+main(b"", request)
+"""
+)
+# With the last few versions of it; it runs from memory where it cannot be kept.
+KEEP = (
+    FIND
+    + """import glob
+source = decode("".join(words[words.index("sh") + 1 if "sh" in words else 0 : -3]))
+new = "%s.%d" % (path, os.getpid())
+try:
+    os.makedirs(cache, 0o700, exist_ok=True)
+    check()
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(source)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.unlink(new)
+    for old in sorted(glob.glob(cache + "/agent-*.py"), key=os.path.getmtime)[:-5]:
+        for name in [old, *glob.glob("%s/__pycache__/%s.*" % (cache, os.path.basename(old)[:-3]))]:
+            os.unlink(name)
+    module = load(path)
+    source = b""
+except Exception:
+    module = load("rjupyter.py", compile(source, "rjupyter.py", "exec"))
+module.agent_main(source, request)
+"""
+)
+WORD_MAX = 100000  # bytes: Linux takes 128 KiB in an argument
 
 
 def agent_command(python: str = "") -> str:
@@ -5252,140 +5321,43 @@ def agent_command(python: str = "") -> str:
     return "exec /bin/sh -c '%s' sh" % (loop % (" ".join(pythons), BOOTSTRAP, NO_PYTHON))
 
 
-class Piece:
-    """A definition of the agent's, or a method: the numbers of its lines, and the words that all must call for it."""
-
-    def __init__(self, words: Set[str]) -> None:
-        self.words = words
-        self.numbers: List[int] = []
-
-
-class AgentSource:
-    """The agent's parts of this file, read once: this file may be replaced while we run.
-
-    An action is sent what it comes to. A definition is needed when a needed line has its name, and a method when its
-    class is needed as well. What is added to a table belongs to the table; but a row of REQUESTS is for one action.
-    """
-
-    def __init__(self) -> None:
-        with open(os.path.abspath(__file__), encoding="utf-8") as stream:
-            self._text = stream.read()
-
-    def of(self, action: str) -> bytes:
-        """Return the agent for an action as one word, compressed. A line has the number there that it has here."""
-        import binascii
-        import zlib
-
-        lines = agent_lines(self._text.split("\n"))
-        waiting = agent_pieces(lines)
-        sent = [SOURCE_NAME, AGENT_IMPORTS] + [""] * (len(lines) - 2)
-        words = {"agent_main", 'action="%s' % action}
-        found = waiting[:1]
-        while found:
-            found = [piece for piece in waiting if piece.words <= words]
-            waiting = [piece for piece in waiting if not piece.words <= words]
-            numbers = [number for piece in found for number in piece.numbers]
-            for number in numbers:
-                sent[number] = lines[number]
-            words |= words_in("\n".join(sent[number] for number in numbers))
-        return binascii.b2a_base64(zlib.compress("\n".join(sent).encode("utf-8"), 9), newline=False)
-
-
-def agent_lines(lines: List[str]) -> List[str]:
-    """Return the lines of this file, blank but for what runs on the host, and without what only people read.
-
-    That is comments, docstrings, most of the indentation, and what the types of arguments and results are.
-    """
-    code = [""] * len(lines)
-    is_agent = is_quoted = False
-    last, quoted = "", 0  # the last line of code; and of a docstring after it, the number of its first line
-    for number, line in enumerate(lines):
-        is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
-        word = line.lstrip()
-        if not is_agent or not word or word.startswith("#"):
-            continue
-        if is_quoted or (word.startswith('"""') and last.endswith(":")):
-            quoted = quoted if is_quoted else number
-            is_quoted = not word.endswith('"""')
-            continue
-        if quoted and indent_of(line) <= indent_of(last):  # there was nothing else in that body
-            code[quoted] = " " * (indent_of(last) // 4 + 1) + "pass"
-        quoted, last = 0, line
-        if word.count('"', 0, word.find("  # ")) % 2 == 0:
-            word = word.partition("  # ")[0]
-        if word.startswith(("def ", ")")):
-            word = re.sub(r" -> [^:]+:$", ":", word)
-        if word.startswith("def "):
-            word = re.sub(r'(\w): ("[^"]*"|\w+)', r"\1", word)
-        code[number] = " " * (indent_of(line) // 4) + word
-    return code
-
-
-def indent_of(line: str) -> int:
-    """Return how many blanks a line begins with."""
-    return len(line) - len(line.lstrip())
-
-
-def agent_pieces(lines: List[str]) -> List[Piece]:
-    """Return the definitions of the agent, and the methods of its classes, each with its decorators."""
-    current = parent = Piece(set())
-    pieces = [current]
-    owner = ""  # the class that we are in; its `parent` has what is no method
-    is_decorated = False
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        if line[0].isalpha() or line[0] in "@_":
-            names = re.findall(r"\w+", line[:100])
-            if not is_decorated:
-                current = parent = Piece(set())
-                pieces.append(current)
-            is_definition = names[0] in ("class", "def")
-            owner = names[1] if names[0] == "class" else ""
-            current.words = {'action="' + names[1]} if names[0] == "REQUESTS" and "[" in line else set()
-            current.words.add(names[is_definition])
-            is_decorated = line[0] == "@"
-        elif owner and line.startswith((" @", " def ")):
-            if not is_decorated:
-                current = Piece({owner})
-                pieces.append(current)
-            is_decorated = line[1] == "@"
-            if line.startswith(" def ") and not line.startswith(" def __"):
-                current.words.add("." + line[5:].partition("(")[0])
-        elif owner and line[1] not in " )]}":
-            current = parent
-        current.numbers.append(number)
-    return pieces
-
-
-WORDS = r"""(?m)^ \w+: |action="\w+|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\.?\b[^\W\d]\w*\b(?!=| = )"""
-
-
-def words_in(text: str) -> Set[str]:
-    """Return what lines of the agent call for: names, `.attributes`, `action="..."`, and in quotes, records.
-
-    What is assigned to, and the name of a field or of an argument, calls for nothing.
-    """
-    words = set(re.findall(WORDS, text))
-    types = [word for word in words if word[0] == '"' and re.fullmatch(r'"[A-Z]\w*(\[.*\])?"', word)]
-    return words.union(*(re.findall(r"\w+", word) for word in types))
-
-
-def agent_input(command: str, source: bytes, request: Request) -> bytes:
-    """Return what `command` reads: one line whose last words are the agent and the request.
-
-    It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that takes
-    stdin for its script; and blank lines come first, because a start-up file may read one.
-    """
+def word_of(data: bytes) -> bytes:
+    """Return data as one word, compressed."""
     import binascii
     import zlib
 
-    packed = binascii.b2a_base64(zlib.compress(json.dumps(request.facts()).encode()), newline=False)
-    words = [command.encode(), source, packed]
-    return b"\n\n%s\n" % b" ".join(words)
+    return binascii.b2a_base64(zlib.compress(data, 9), newline=False)
+
+
+class AgentFile:
+    """What goes to the host: this file, which is read once, for it may be replaced while we run."""
+
+    def __init__(self) -> None:
+        import hashlib
+
+        with open(os.path.abspath(__file__), "rb") as stream:
+            self._source = stream.read()
+        self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
+
+    def input_of(self, command: str, request: Request, is_whole: bool) -> bytes:
+        """Return what `command` reads: one line, whose last words are the file, if it `is_whole`, and the request.
+
+        It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that
+        takes stdin for its script; and blank lines come first, because a start-up file may read one.
+        """
+        source = word_of(self._source) if is_whole else b""
+        words = [source[at : at + WORD_MAX] for at in range(0, len(source), WORD_MAX)]
+        program = word_of((KEEP if is_whole else RUN).encode())
+        words += [self._digest, program, word_of(json.dumps(request.facts()).encode())]
+        return b"\n\n%s %s\n" % (command.encode(), b" ".join(words))
 
 
 # -- the conversation -------------------------------------------------------------------------------------------------
+
+
+class AgentAbsent(Exception):
+    """The host does not have this file yet."""
+
 
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
@@ -5408,19 +5380,18 @@ STOPPED_TEXTS = {
 class Agent:
     """Runs actions on the host through the connection, and tells the user how they go."""
 
-    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "", action: str = "open") -> None:
+    def __init__(self, ssh: Ssh, messages: Messages, state_dir: str = "") -> None:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
-        self.action = action  # of REQUESTS, the one that is asked for first
         self.hello = Hello(user="", node="", python="")
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
         self.installing = ""  # the name of the step, while Jupyter is installed
-        self._source: Optional[AgentSource] = None
-        self._packed: Dict[str, bytes] = {}  # for each action that was asked for
+        self._file: Optional[AgentFile] = None
+        self._absences = 0  # how often the host has said that it does not have it
         self._handlers: Dict[str, Handler] = {
             "hello": self._say_hello,
             "progress": lambda message, show: show(message.text, self.installing),
@@ -5435,18 +5406,11 @@ class Agent:
         ssh.meanwhile = self.get_ready
 
     def get_ready(self) -> None:
-        """Do what can be done while ssh logs in: make the source for the first question, import what comes next."""
-        self.packed(self.action)
+        """Do what can be done while ssh logs in: read what the host may lack, import what comes next."""
+        self._file = self._file or AgentFile()
         for name in ("json", "socket"):
             with signals_held():
                 __import__(name)
-
-    def packed(self, action: str) -> bytes:
-        """Return the source for an action."""
-        self._source = self._source or AgentSource()
-        if action not in self._packed:
-            self._packed[action] = self._source.of(action)
-        return self._packed[action]
 
     def ask(
         self,
@@ -5462,8 +5426,12 @@ class Agent:
         """
         request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
+        self._file = self._file or AgentFile()
+        is_whole = False
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
+            # Each session may be a login; and a host that was sent the file and lacks it again cannot keep it.
+            is_whole = is_whole or not self.ssh.way.has_login or self._absences > 1
             may_be_asked = self.ssh.can_ask and not self.ssh.way.has_login  # ssh logs in, and has the terminal
             with self.messages.working(doing, is_animated=not may_be_asked) as show:
                 child = None
@@ -5471,10 +5439,14 @@ class Agent:
                     # Until it is known here, and has what it is for; Python starts there meanwhile.
                     with signals_held():
                         child = self.ssh.session(command)
-                        child.send(agent_input(command, self.packed(request.action), request))
+                        child.send(self._file.input_of(command, request, is_whole))
                     return self._hear(
                         child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
                     )
+                except AgentAbsent:
+                    self._absences += 1
+                    is_whole = True
+                    continue
                 except SessionRefused:
                     if time.monotonic() > until_s and not self.ssh.can_leave:
                         raise
@@ -5579,6 +5551,8 @@ class Agent:
         said = Said.read(message)
         if said.kind == "reply":
             return reply.read(said.result())
+        if said.kind == "absent":
+            raise AgentAbsent
         if said.kind in handlers:
             handlers[said.kind](MESSAGES[said.kind].read(message), show)
         return None
@@ -8641,7 +8615,7 @@ class RecordedKernel:
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, BegunCell]
-        self._failed = set()  # type: Set[str]
+        self._failed: "Set[str]" = set()
         self._lines = {}  # type: Dict[str, int]
         self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
         self._ended_at = 0.0
@@ -9556,44 +9530,26 @@ REQUESTS["wait_for_kernel"] = wait_for_kernel
 # agent begins
 
 
-class Row(Record):
-    """What an answer of a scheduler says of one job; `mark` is what a job has beside its number: its script, a date."""
-
-    id: str
-    state: str
-    reason: str = ""
-    start: str = ""
-    node: str = ""
-    left: str = ""
-    mark: str = ""
-
-
 class Scheduler(Record):
-    """A scheduler, by the command that submits; all but its commands are regular expressions.
+    """A scheduler, by the command that submits: how it names a job, what lists the user's jobs, and what cancels one.
 
     In the commands, {id} is the scheduler's number of a job, {user} the user, {cluster} the one that took the job: a
     word with that is left out where there is none.
     """
 
-    id: str  # the line by which a submission names the job, and its cluster; the last such one, for sites print more
-    query: "List[str]"  # asks for the user's jobs
-    row: str  # a row of the answer: id, state, and as far as it tells them reason, start, node, left, mark
-    waits: str  # the states of a job that waits
-    runs: str  # of one that runs; any other, and no row at all: it has ended
+    id: str  # a pattern: the line by which a submission names the job, and its cluster; the last, for sites print more
+    query: "List[str]"  # of a job that waits, the line that begins with its number is shown as it stands
     cancel: "List[str]"
-    plain: str = ""  # where states are letters or digits: those of a job that just waits, with nothing more to say
     none: str = ""  # what a query that fails says for want of jobs
     variables: str = "$"  # of the user's, which would change what these commands do or print
     forecast: "List[str]" = []  # options that let a submission say when a job would start, and take none
     limits: "List[str]" = []  # asks what the site allows
-    past: "List[str]" = []  # asks how a job ended that the query tells no more; rows of words and `|`, the state second
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
 SEVERAL = "it starts several"
 RETURNS = "it does not return before the job has ended"
 SCHEDULERS = {
-    # squeue(1), sacct(1). %o is the script's full path; %V, when it was submitted, may change when it is queued again.
     "sbatch": Scheduler(
         id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
         query=[
@@ -9604,24 +9560,11 @@ SCHEDULERS = {
             "--states=all",
             "--format=%i|%T|%r|%S|%N|%L|%o",
         ],
-        row=r"(?m)^(?P<id>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
-        r"\|(?P<left>[^|]*)(?:\|(?P<mark>.*))?$",
-        waits=r"PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT",
-        runs=r"RUNNING|SUSPENDED|RESIZING|SIGNALING|STOPPED",
         cancel=["scancel", "--clusters={cluster}", "{id}"],
         variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
         r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
         forecast=["--test-only", "--wrap=true"],
         limits=["sinfo", "--clusters={cluster}", "--noheader", "--format=%P up to %l, %D nodes"],
-        past=[
-            "sacct",
-            "--clusters={cluster}",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            "--jobs={id}",
-            "--format=JobIDRaw,State",
-        ],
         refused={
             "-a|--array": "a job array: " + SEVERAL,
             ":$": "a heterogeneous job: " + SEVERAL,
@@ -9630,17 +9573,10 @@ SCHEDULERS = {
             "--test-only$": "nothing is started",
         },
     ),
-    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted). A name may hold blanks in PBS; what
-    # follows the state is a queue, or a date. In Grid Engine the state has several letters: hqw, Eqw, Rr, dr. In PBS, M
-    # is a job that another server has, B an array that has begun; T is one that PBS moves, or a suspended one.
+    # PBS (123.server) and Grid Engine (Your job 123 ("name") has been submitted).
     "qsub": Scheduler(
         id=r'(?m)^(?:Your job )?(?P<id>\d+)(?:\[\d*\])?(?:\.[\w.-]+| \(".*"\) has been submitted)?\s*$',
         query=["qstat"],
-        row=r"(?m)^\s*(?P<id>\d+)\S*\s+(?:\d+\.\d+\s+)?(?P<mark>\S.*?)\s+\S+\s+(?:[\d:]+\s+)?(?P<state>[A-Za-z]+)"
-        r"\s+(?:\d+/.*|\S+\s*)$",
-        plain=r"Q|qw",
-        waits=r"[QHWT]|\w*[qw]\w*",
-        runs=r"[BEMRSU]|[dhR]*[rstST]+",
         cancel=["qdel", "{id}"],
         refused={"-[tJ]$": "a job array: " + SEVERAL, "-sync$|block=": RETURNS},
     ),
@@ -9648,55 +9584,40 @@ SCHEDULERS = {
         id=r"(?m)^Job <(?P<id>\d+)> is submitted\b",
         query=["bjobs", "-w"],
         none=r"No unfinished job found",
-        row=r"(?m)^(?P<id>\d+)\s+\S+\s+(?P<state>\w+)\s.*?(?P<mark>\w+\s+\d+\s+\d+:\d+)?\s*$",
-        plain=r"PEND",
-        waits=r"PEND|PSUSP|WAIT",
-        runs=r"RUN|PROV|USUSP|SSUSP|UNKWN",
         cancel=["bkill", "{id}"],
         refused={r".*\[\d": "a job array: " + SEVERAL, "-K$": RETURNS},
     ),
-    # 1 idle, 2 running, 5 held, 6 bringing its output, 7 suspended.
     "condor_submit": Scheduler(
         id=r"(?m)^(?:\d+ job\(s\) submitted to cluster )?(?P<id>\d+)\.(?:\d+ - \d+\.\d+)?\s*$",
-        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason", "QDate"],
-        row=r"(?m)^(?P<id>\d+)[ \t]+(?P<state>\d)[ \t]+(?:undefined\b|(?P<reason>.*?\S))(?:[ \t]+(?P<mark>\d{9,}))?$",
-        plain=r"1",
-        waits=r"[15]",
-        runs=r"[267]",
+        query=["condor_q", "-autoformat", "ClusterId", "JobStatus", "HoldReason"],
         cancel=["condor_rm", "{id}"],
     ),
-    # flux-jobs(1): states in words; an id has two spellings, of which one is plain ASCII.
+    # flux-jobs(1): an id has two spellings, of which one is plain ASCII.
     "flux": Scheduler(
         id=r"(?m)^(?P<id>[f\u0192][1-9A-HJ-NP-Za-km-z]+)\s*$",
-        query=[
-            "flux",
-            "jobs",
-            "-a",
-            "--no-header",
-            "--since=-1d",
-            "-o",
-            "{id.f58plain}|{status}|{nodelist}|{t_remaining}|{t_submit}",
-        ],
-        row=r"(?m)^(?P<id>f\w+)\|(?P<state>\w+)\|(?P<node>[^|]*)\|(?P<left>[^|]*)\|(?P<mark>.*)$",
-        plain=r"SCHED|S",
-        waits=r"DEPEND|PRIORITY|SCHED|[DPS]",
-        runs=r"RUN|CLEANUP|[RC]",
+        query=["flux", "jobs", "--no-header", "-o", "{id.f58plain} {status}"],
         cancel=["flux", "cancel", "{id}"],
         variables=r"FLUX_JOBS_FORMAT_DEFAULT",
     ),
-    # oarstat(1): letters in its table, words elsewhere; a row ends with the date of the submission, letter and queue.
     "oarsub": Scheduler(
         id=r"(?m)^\[?OAR_JOB_ID=(?P<id>\d+)\s*$",
         query=["oarstat", "-u"],
-        row=r"(?m)^(?P<id>\d+)\s.*?(?P<mark>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\s+(?P<state>\w)\s+\S+\s*$",
-        plain=r"W",
-        waits=r"[WHL]|Waiting|Hold|toLaunch|toAckReservation|Launching",
-        runs=r"[RSF]|Running|Suspended|Resuming|Finishing",
         cancel=["oardel", "{id}"],
         variables=r"OAR_OARSTAT_OUTPUT_FORMAT",
         refused={"--array": "a job array: " + SEVERAL, "-I$|--interactive$": "it waits for a terminal"},
     ),
 }
+# A row of our query to Slurm, squeue(1): %o is the script's full path, whose name is our id. A job is live in these
+# states; in any other it has ended, and sacct(1) tells how, where squeue does not any more.
+SLURM_ROW = (
+    r"(?m)^(?P<number>\d+)(?:[_+][^|]*)?\|(?P<state>\w+)\|(?P<reason>[^|]*)\|(?P<start>[^|]*)\|(?P<node>[^|]*)"
+    r"\|(?P<left>[^|]*)(?:\|(?P<script>.*))?$"
+)
+SLURM_WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+SLURM_RUNS = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STOPPED")
+SACCT = ["sacct", "--clusters={cluster}", "--allocations", "--noheader", "--parsable2"]
+SACCT += ["--jobs={id}", "--format=JobIDRaw,State"]
+ENDED = JobState(is_live=False, is_waiting=False, word="ended")
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
 JOB_ENDS = {
     "TIMEOUT": "its time ran out",
@@ -9804,7 +9725,7 @@ class JobKind(Kind):
             if request.is_done_by(job.request)
             and job.request.via_node >= request.via_node
             and not is_marked(job, "unwanted")
-            and not reply_of(job)
+            and not reply_in(job)
         ]
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
@@ -9814,7 +9735,7 @@ class JobKind(Kind):
     def replied(self, record: JobRecord) -> "Optional[Json]":
         """Return what the agent in a job replied, if it has; raises Failure where it failed, or the job did before."""
         state = job_state(record)
-        message = reply_of(record)
+        message = reply_in(record)
         if not message and not state.is_live:
             raise no_begin(record)
         return Said.read(message).result() if message else None
@@ -9845,17 +9766,16 @@ class InJob(Elsewhere):
         return kept_record(KINDS["job"], record.job) is not None
 
     def is_running(self) -> bool:
-        """True when its process runs on this node, or elsewhere its job does, and was not queued again since."""
+        """True when its process runs on this node, or elsewhere its job does."""
         if self.is_here:
             return Here(self.record).is_running()
         state = self._state()
-        begun = begun_of(self.job) if self.job else None
-        return state.is_live and not state.is_waiting and self.record.created >= (begun.created if begun else 0)
+        return state.is_live and not state.is_waiting
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
         state = self._state()
-        if state.word in JOB_ENDS or state.is_waiting or "received signal" in log:
+        if state.word in JOB_ENDS or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
@@ -9958,7 +9878,7 @@ def write_script(record: JobRecord, request: Request) -> str:
 
     facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
     inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(record.directory, job_main, inner)
+    program = leave_agent(record.directory, job_main, inner, is_elsewhere=True)
     script = os.path.join(record.directory, record.id + ".sh")
     words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
     # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
@@ -9969,32 +9889,26 @@ def write_script(record: JobRecord, request: Request) -> str:
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
-    Five know something: what was written down of its end, which is final; our own word that we cancelled it; the
-    scheduler's answer, which may be some seconds old, or a minute; and the job itself, which writes down when it began
-    and when it ended. A job that waits after it has ended was queued again.
+    What was written down of its end is final. Slurm knows of a job whether it is live; of others only a job that waits
+    is looked for in the queue, and one that has begun says itself that it lives. An answer may be a minute old.
     """
     end = read_record(JobState, os.path.join(record.directory, "end.json"))
     if end:
         return end
-    looked = time.time()
-    if record.command in SCHEDULERS:
-        looked, output = query(record, max_age_s)
-        state = state_in(record, looked, output)
-    else:
-        has_begun = begun_of(record) is not None
-        is_there = has_begun or may_be_taken(record)
-        state = JobState(is_waiting=not has_begun and is_there, is_live=is_there and gives_signs(record))
     begun = begun_of(record)
-    ended_at = time_of(os.path.join(record.directory, "ended")) if record.directory else 0.0
+    if record.command in SCHEDULERS and (record.command == "sbatch" or not begun):
+        state = state_in(record, *query(record, max_age_s))
+    elif begun:
+        state = JobState() if gives_signs(record) else ENDED
+    else:
+        state = JobState() if may_be_taken(record) and gives_signs(record) else ENDED
     if state.is_live and is_marked(record, "cancelled"):
-        state = JobState(is_live=False, is_waiting=False, word="CANCELLED")
-    elif state.is_live and ended_at and not (state.is_waiting and looked > ended_at + 1):
-        state = JobState(is_live=False, is_waiting=False, word="ended")
-    elif state.is_live and begun and not ended_at:
-        is_late = state.is_waiting and looked < begun.created + UNSEEN_S
-        if is_late or not (state.is_waiting or state.node):
-            left_s = begun.ends_at - time.time() if begun.ends_at else None
-            state = state.but(is_waiting=False, word="RUNNING", reason="", node=begun.node, left_s=left_s)
+        state = ENDED.but(word="CANCELLED")
+    elif state.is_live and is_marked(record, "ended"):
+        state = ENDED
+    elif state.is_live and begun and not state.node and gives_signs(record):  # its row is older, or does not tell
+        left_s = begun.ends_at - time.time() if begun.ends_at else None
+        state = JobState(is_waiting=False, word="RUNNING", node=begun.node, left_s=left_s)
     if not state.is_live:
         note_end(record, state)
     return state
@@ -10011,63 +9925,57 @@ def begun_of(record: JobRecord) -> "Optional[JobBegun]":
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
-    """Write down how a job ended where that is final; not where it may be queued again, or is only missed so far."""
+    """Write down how a job ended where that is final; not where it is only missed so far."""
     is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-    is_final = is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)
-    if record.directory and is_final and "--requeue" not in record.request.submit:
+    if record.directory and (is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)):
         with contextlib.suppress(OSError):
             write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
 
 
-def row_of(record: JobRecord, output: str) -> "Optional[Row]":
-    """Return what a scheduler's answer says about our job; None if it does not know it.
+def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
+    """Return what an answer says about our job, the whole line as its `reason` where the scheduler is not Slurm.
 
-    A number may be another's: two clusters behind one login node, a new one on an old home. The name of our script has
-    our id in it; where the answer does not show it, what was first seen beside the number must be there again.
+    A number of Slurm's may come again, on a new cluster: then the script is another one than was first seen with it.
     """
     import re
 
+    if record.command != "sbatch":
+        line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output) if record.number else None
+        return {"script": "a line", "reason": " ".join(line.group().split())} if line else None
     seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
-    rows = [Row.read(match.groupdict("")) for match in re.finditer(SCHEDULERS[record.command].row, output)]
-    for row in reversed(rows):
-        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh\b" % record.id, row.mark))
-        if is_named or (row.id == record.number and seen in ("", row.mark)):
-            record.number = row.id  # where the submission did not tell it
-            if record.directory and not seen:
-                with contextlib.suppress(OSError):
-                    write_whole(os.path.join(record.directory, "seen"), row.mark)
+    for match in reversed(list(re.finditer(SLURM_ROW, output))):
+        row = match.groupdict("")
+        is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh$" % record.id, row["script"]))
+        if is_named or (row["number"] == record.number and seen in ("", row["script"])):
+            record.number = row["number"]  # where the submission did not tell it
             return row
     return None
 
 
 def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     """Return what an answer of a scheduler, given at `looked`, says of a job; 0 when it did not answer."""
-    import re
-
     if not looked:
         is_there = may_be_taken(record)
         return JobState(is_live=is_there, is_waiting=is_there, word="unknown", reason="the scheduler does not answer")
-    scheduler = SCHEDULERS[record.command]
     row = row_of(record, output)
-    is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-    if not row and is_unseen and may_be_taken(record):
-        return JobState()
     if not row:
-        return JobState(is_live=False, is_waiting=False, word="ended")
-    word, reason = row.state, row.reason
-    waits, runs = (bool(re.match("(%s)\\Z" % states, word)) for states in (scheduler.waits, scheduler.runs))
-    if scheduler.plain and (waits or runs):
-        if waits and not reason and not re.match("(%s)\\Z" % scheduler.plain, word):
-            reason = word
-        word = "PENDING" if waits else "RUNNING"
+        is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
+        has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
+        return JobState() if is_unseen and not has_gone and may_be_taken(record) else ENDED
+    if record.directory and not is_marked(record, "seen"):
+        with contextlib.suppress(OSError):
+            write_whole(os.path.join(record.directory, "seen"), row["script"])
+    if record.command != "sbatch":
+        return JobState(word="PENDING", reason=row["reason"])
+    waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
     return JobState(
         is_live=waits or runs,
         is_waiting=waits,
-        word=word,
-        reason=reason,
-        start=row.start,
-        node=row.node,
-        left_s=seconds_of(row.left) if runs else None,
+        word=row["state"],
+        reason=row["reason"],
+        start=row["start"],
+        node=row["node"],
+        left_s=seconds_of(row["left"]) if runs else None,
     )
 
 
@@ -10143,15 +10051,12 @@ def ask_scheduler(record: JobRecord) -> str:
 
 
 def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it ([days-][hours:]minutes:seconds), or Flux (seconds), in seconds.
-
-    None for UNLIMITED and the like.
-    """
+    """Return a time as Slurm writes it, [days-][hours:]minutes:seconds, in seconds; None for UNLIMITED and the like."""
     import re
 
     match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
     if not match:
-        return (float(text) or None) if re.match(r"\d+\.\d+\Z", text) else None
+        return None
     days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
@@ -10210,24 +10115,19 @@ def no_begin(job: JobRecord) -> Failure:
     return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
 
 
-def reply_of(job: JobRecord) -> "Optional[Json]":
-    """Return the message in which the agent in a job replied; None when it has not yet, or waits to do it again."""
-    return None if job_state(job).is_waiting else reply_in(job)
-
-
 def end_of_job(job: JobRecord) -> str:
-    """Return the word for how a job ended; one that its scheduler lists no more is looked up in its history."""
-    has_past = job.command in SCHEDULERS and bool(SCHEDULERS[job.command].past)
+    """Return the word for how a job ended; one that Slurm lists no more is looked up in its history."""
 
     def look() -> str:
-        state = job_state(job)
-        if state.is_waiting:
-            return "queued again"
-        is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-        return state.word if is_told else past_word(job) if has_past else ""
+        word = job_state(job).word
+        if job.command == "sbatch" and word not in JOB_ENDS and word != "COMPLETED":
+            _, rows, _ = run_scheduler(job, SACCT, QUERY_TIMEOUT_S)
+            words = [row.split("|")[1].split()[:1] for row in rows.splitlines() if row.startswith(job.number + "|")]
+            word = "".join(words[-1]) if words else ""
+        return word if word in JOB_ENDS or word == "COMPLETED" else ""
 
-    word = until(look, SETTLE_S if has_past else 0, slowest_s=1.0) or "ended"
-    note_end(job, JobState(is_live=False, is_waiting=False, word=word))
+    word = until(look, SETTLE_S if job.command == "sbatch" else 0, slowest_s=1.0) or "ended"
+    note_end(job, ENDED.but(word=word))
     return word
 
 
@@ -10236,15 +10136,7 @@ def why_job_ended(job: JobRecord) -> str:
     word = end_of_job(job)
     if word == "ended":
         return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(word, "it was queued again" if word == "queued again" else "it has ended")
-
-
-def past_word(job: JobRecord) -> str:
-    """Return the word of a scheduler's history for the end of a job; empty where it tells none, or not yet."""
-    _, rows, _ = run_scheduler(job, SCHEDULERS[job.command].past, QUERY_TIMEOUT_S)
-    words = [row.split("|")[1].split() for row in rows.splitlines() if row.startswith(job.number + "|")]
-    found = words[-1][0] if words and words[-1] else ""
-    return found if found in JOB_ENDS or found == "COMPLETED" else ""
+    return "job: " + JOB_ENDS.get(word, "it has ended")
 
 
 def try_job(request: Request, channel: Channel) -> JobTrial:
@@ -10286,19 +10178,17 @@ REQUESTS["try_job"] = try_job
 def job_main(directory: str) -> None:
     """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
 
-    That it ends is written down, also when its scheduler ends it; a job that was queued again begins anew.
+    That it ends is written down, also when its scheduler ends it. One that was queued again has nothing more to do.
     """
     import signal
 
     request = left_request(directory)
-    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
-        Left.source = stream.read().rpartition("\njob_main(")[0]
+    if os.path.exists(os.path.join(directory, "begun.json")):
+        return
     if request.shell:  # a scheduler may name the shell of its queue instead, or none
         os.environ["SHELL"] = request.shell
-    early = "../../%s.out" % os.path.basename(directory)  # nothing more comes there
-    for name in ("ended", "begun.json", "alive", "said", early):
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(directory, name))
+    with contextlib.suppress(OSError):  # nothing more comes there
+        os.unlink(os.path.join(directory, "../../%s.out" % os.path.basename(directory)))
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         if not os.path.exists(os.path.join(directory, "unwanted")):
@@ -10323,7 +10213,7 @@ def note_begin(directory: str, request: Request) -> None:
     """Write down that the job has begun, where, and when its time will be up."""
     job = read_record(JobRecord, os.path.join(directory, "job.json"))
     left_s = None
-    if job and job.command in SCHEDULERS:
+    if job and job.command == "sbatch":
         job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
         left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
     begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)
@@ -10540,7 +10430,7 @@ class WrapperKind(Kind):
         within = within.but(
             path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
         )
-        program = leave_agent(directory, wrapper_main, within)
+        program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
         command = " ".join(["exec", *[native(words) for words in request.wrap], *container_words(record, environment)])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
@@ -10765,8 +10655,6 @@ def wrapper_main(directory: str) -> None:
     import signal
 
     request = left_request(directory)
-    with open(os.path.join(directory, "agent.py"), encoding="utf-8") as stream:
-        Left.source = stream.read().rpartition("\nwrapper_main(")[0]
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
     assert record is not None  # it was written before we were started
@@ -12904,7 +12792,7 @@ def carry_out(words: List[str]) -> int:
         if args.dry_run:
             return show_commands(args, ssh, messages)
         action = ACTIONS[args.action]
-        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
+        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
@@ -12926,6 +12814,8 @@ def take_closed_streams() -> None:
 
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    if sys.version_info < (3, 8):
+        sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
     take_closed_streams()
     try:
         status = main()

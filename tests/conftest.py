@@ -31,6 +31,15 @@ PARTS = {
 COPIED = {"test_terminal"}
 
 
+# Where there is what the first host of this process kept of ours: the later ones have it from the start.
+KEPT: List[Path] = []
+
+
+def pytest_unconfigure() -> None:
+    for path in KEPT:
+        shutil.rmtree(path)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     for item in items:
@@ -188,6 +197,8 @@ def fresh_hosts(
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)
         if user:
             sshd.serve(user.name, user.home)
+        elif KEPT:
+            shutil.copytree(KEPT[0], sshd.home / ".cache/rjupyter", copy_function=os.link)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
@@ -204,6 +215,9 @@ def fresh_hosts(
         wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
     local = processes_with(mark, without=ON_HOST)
     for host in hosts:
+        if not KEPT and list(host.home.glob(".cache/rjupyter/__pycache__/*")):
+            KEPT.append(Path(tempfile.mkdtemp(prefix="rj-kept-")))
+            shutil.copytree(host.home / ".cache/rjupyter", KEPT[0], dirs_exist_ok=True)
         host.end_servers()
         host.sshd.stop()
         host.sshd.end_connections()

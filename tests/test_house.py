@@ -1,15 +1,10 @@
 """The house: the source of rjupyter.py keeps the rules that stand at its head."""
 
 import ast
-import binascii
-import builtins
-import copy
-import functools
 import re
 import shlex
-import zlib
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Set, Tuple
+from typing import Dict, Iterable, Iterator, Set, Tuple
 
 import pytest
 from readme import README, readme_events
@@ -19,7 +14,6 @@ import rjupyter
 
 SOURCE = Path(rjupyter.__file__).read_text()
 TREE = ast.parse(SOURCE)
-ACTIONS = list(rjupyter.REQUESTS)
 
 
 def has_text(node: ast.AST) -> bool:
@@ -164,126 +158,3 @@ def test_actions_of_the_help_are_the_rows() -> None:
     for name, action in rjupyter.ACTIONS.items():
         assert name is None or action.usage in text
         assert name is None or action.help
-
-
-@functools.lru_cache(maxsize=None)
-def agent_blocks() -> List[ast.stmt]:
-    """Return the definitions between "agent begins" and "agent ends"."""
-    inside: Set[int] = set()
-    is_agent = False
-    for number, line in enumerate(SOURCE.split("\n"), 1):
-        is_agent = (is_agent or line == "# agent begins") and line != "# agent ends"
-        if is_agent:
-            inside.add(number)
-    return [node for node in TREE.body if node.lineno in inside]
-
-
-def test_agent_uses_nothing_that_is_not_sent() -> None:
-    """What the agent's functions name is a builtin, imported for the agent, or stands in its own parts."""
-    blocks = agent_blocks()
-    sent = {
-        name for name, line in definitions().items() if any(b.lineno <= line <= (b.end_lineno or 0) for b in blocks)
-    }
-    known = sent | set(dir(builtins)) | set(re.findall(r"\w+", rjupyter.AGENT_IMPORTS)) | {"__name__"}
-    for block in blocks:
-        unknown = {name.id for name in names_in(block)} - own_names(block) - known
-        assert not unknown, (getattr(block, "name", block.lineno), unknown)
-
-
-@functools.lru_cache(maxsize=None)
-def sent(action: str) -> Tuple[str, ...]:
-    """Return the lines that the host gets for an action."""
-    text = zlib.decompress(binascii.a2b_base64(SENT.of(action))).decode()
-    return tuple(text.split("\n"))
-
-
-SENT = rjupyter.AgentSource()
-
-
-def without_words(node: ast.AST) -> str:
-    """Return what a definition does, without docstrings and without the types of arguments and results."""
-    node = copy.deepcopy(node)
-    for part in ast.walk(node):
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-            is_documented = ast.get_docstring(part) is not None
-            part.body = part.body[is_documented:] or [ast.Pass()]
-        if isinstance(part, ast.FunctionDef):
-            part.returns = None
-        if isinstance(part, ast.arg):
-            part.annotation = None
-    return ast.dump(node)
-
-
-def members(node: ast.ClassDef) -> Dict[int, ast.stmt]:
-    """Return what stands in a class, by line."""
-    return {part.lineno: part for part in node.body[ast.get_docstring(node) is not None :]}
-
-
-class Piece:
-    """A definition as it is sent: what it names, and the attributes in it."""
-
-    def __init__(self, text: str, line: int) -> None:
-        (self.node,) = ast.parse(text).body
-        ast.increment_lineno(self.node, line - 1)
-        self.names = {name.id for name in names_in(self.node)} - own_names(self.node)
-        self.attributes = {node.attr for node in ast.walk(self.node) if isinstance(node, ast.Attribute)}
-
-
-# Most actions are sent the same of a definition, and all of it: each is read, and compared, once.
-piece_of = functools.lru_cache(maxsize=None)(Piece)
-
-
-def pieces(action: str) -> List[Piece]:
-    """Return the definitions that are sent for an action; there is nothing else, but for the imports."""
-    lines = sent(action)
-    found = []
-    rest = set(range(3, len(lines) + 1)) - {number for number, line in enumerate(lines, 1) if not line}
-    for node in agent_blocks():
-        first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
-        inside = range(first, (node.end_lineno or 0) + 1)
-        if rest & set(inside):
-            found.append(piece_of("\n".join(lines[first - 1 : node.end_lineno]), first))
-            rest -= set(inside)
-    assert not rest, (action, rest)
-    return found
-
-
-def test_what_is_sent_is_what_stands_here_line_for_line() -> None:
-    """For each action."""
-    ours = {node.lineno: node for node in agent_blocks()}
-    for piece in {piece for action in ACTIONS for piece in pieces(action)}:
-        node, original = piece.node, ours[piece.node.lineno]
-        if isinstance(node, ast.ClassDef) and isinstance(original, ast.ClassDef):
-            methods = members(original)
-            for line, part in members(node).items():
-                assert isinstance(part, ast.Pass) or without_words(part) == without_words(methods[line]), node.name
-            left = {part for line, part in methods.items() if line not in members(node)}
-            assert all(isinstance(part, ast.FunctionDef) for part in left), node.name
-        else:
-            assert without_words(node) == without_words(original), ast.dump(node)[:100]
-
-
-def test_an_action_is_sent_all_that_it_comes_to_and_not_what_others_do() -> None:
-    """No name in what is sent, and no method that it calls, is one of those that stayed here."""
-    all_names, all_methods = set(definitions(agent_blocks())), methods_in(agent_blocks())
-    for action in ACTIONS:
-        there = pieces(action)
-        body = [piece.node for piece in there]
-        absent = all_names - set(definitions(body))
-        for piece in there:
-            assert not absent & piece.names, (action, ast.dump(piece.node)[:80])
-        attributes = set().union(*[piece.attributes for piece in there])
-        absent_methods = all_methods - methods_in(body)
-        unsent = {pair for pair in absent_methods if pair[0] not in absent and pair[1] in attributes}
-        assert not unsent, (action, unsent)
-    texts = {action: "\n".join(sent(action)) for action in ACTIONS}
-    assert "SCHEDULERS = {" in texts["list"]  # it tells of jobs
-    assert "def open_server" not in texts["list"]
-    assert "def open_server" in texts["open"]
-    assert 'REQUESTS["start_run"]' in texts["follow_grid"]  # what a grid begins in a job can be asked for there
-
-
-def methods_in(body: Iterable[ast.stmt]) -> Set[Tuple[str, str]]:
-    """Return the class and the name of each method."""
-    classes = [node for node in body if isinstance(node, ast.ClassDef)]
-    return {(node.name, part.name) for node in classes for part in node.body if isinstance(part, ast.FunctionDef)}

@@ -148,7 +148,7 @@ def test_remote_command_is_valid_in_every_shell() -> None:
 
 def agent_input(command: str) -> bytes:
     request = rjupyter.Request(nonce="n", action="open", path="nowhere")
-    return rjupyter.agent_input(command, rjupyter.AgentSource().of(request.action), request)
+    return rjupyter.AgentFile().input_of(command, request, is_whole=True)
 
 
 @pytest.mark.parametrize("minor", sorted(interpreters()))

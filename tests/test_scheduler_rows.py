@@ -1,7 +1,6 @@
-"""What schedulers print, and what the table SCHEDULERS makes of it: ids and states, from samples of real forms."""
+"""What schedulers print, and what we make of it: ids, states of Slurm, and lines, from samples of real forms."""
 
 import re
-from typing import Any
 
 import pytest
 
@@ -38,60 +37,42 @@ def test_id_that_is_named(command: str, said: str, number: str) -> None:
     assert next(group for group in found[-1].groups() if group) == number
 
 
-PBS = "123.pbs-server    %-16s ana                      %s %s workq"
 SLURM = "%s|%s|None|2026-11-25T19:58:41|node1|59:58"
 ROWS = [
-    ("qsub", PBS % ("my job", "0", "Q"), "PENDING"),
-    ("qsub", PBS % ("my own job", "00:00:01", "R"), "RUNNING"),
-    ("qsub", PBS % ("R 12 Q", "0", "H"), "PENDING"),
-    ("qsub", PBS % ("job.sh", "0", "B"), "RUNNING"),
-    ("qsub", PBS % ("job.sh", "0", "M"), "RUNNING"),
-    ("qsub", PBS % ("job.sh", "0", "T"), "PENDING"),
-    ("qsub", PBS.replace("123.pbs-server ", "123[].pbs-server") % ("job.sh", "0", "B"), "RUNNING"),
-    ("qsub", PBS % ("job.sh", "0", "X"), "X"),
-    ("sbatch", SLURM % ("123", "PREEMPTED"), "PREEMPTED"),
-    ("sbatch", SLURM % ("123", "REQUEUED"), "REQUEUED"),
-    ("sbatch", SLURM % ("123", "COMPLETING"), "COMPLETING"),
-    ("sbatch", SLURM % ("123_0", "RUNNING"), "RUNNING"),
-    ("sbatch", SLURM % ("123_[1-3%1]", "PENDING"), "PENDING"),
-    ("sbatch", SLURM % ("123+0", "RUNNING"), "RUNNING"),
-    ("sbatch", SLURM % ("123+0", "PENDING"), "PENDING"),
+    ("123", "PREEMPTED"),
+    ("123", "REQUEUED"),
+    ("123", "COMPLETING"),
+    ("123_0", "RUNNING"),
+    ("123_[1-3%1]", "PENDING"),
+    ("123+0", "RUNNING"),
+    ("123+0", "PENDING"),
 ]
 LIVE = ("PENDING", "RUNNING", "REQUEUED")
 
 
-@pytest.mark.parametrize(("command", "row", "word"), ROWS)
-def test_row_that_is_read(command: str, row: str, word: str) -> None:
+@pytest.mark.parametrize(("number", "word"), ROWS)
+def test_row_of_slurm(number: str, word: str) -> None:
     """A job of our number beside one whose number begins with ours."""
-    record = rjupyter.JobRecord(number="123", command=command, created=0.0, node="login")
+    record = rjupyter.JobRecord(number="123", command="sbatch", created=0.0, node="login")
+    row = SLURM % (number, word)
     state = rjupyter.state_in(record, 2000.0, "%s\n%s\n" % (row, row.replace("123", "1234", 1)))
     assert (state.word, state.is_live) == (word, word in LIVE)
 
 
-# Which states wait and which run; any other has ended.
-STATES = [
-    ("flux", "waits", ("DEPEND", "PRIORITY", "SCHED")),
-    ("flux", "runs", ("RUN", "CLEANUP")),
-    ("flux", "", ("COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "INACTIVE")),
-    ("oarsub", "waits", ("Waiting", "Hold", "toLaunch", "toAckReservation", "Launching")),
-    ("oarsub", "runs", ("Running", "Suspended", "Resuming", "Finishing")),
-    ("oarsub", "", ("Terminated", "Error", "toError")),
+LINES = [
+    "123.pbs-server    my own job       ana                      0 H workq",
+    "123[].pbs-server  job.sh           ana                      0 B workq",
+    "    123 0.55500 job.sh     ana          hqw   11/24/2026 22:40:30 main.q@node1    1        ",
+    "123     ana     PSUSP normal     login       node1       /home/ana/job.sh Nov 24 22:22",
+    "123 5 The job exceeded its memory (code 34)",
 ]
 
 
-@pytest.mark.parametrize(("command", "kind", "words"), STATES)
-def test_state_of_a_scheduler(command: str, kind: str, words: Any) -> None:
-    """In words, or in the letters that stand for them."""
-    table = rjupyter.SCHEDULERS[command]
-    letters = {"flux": {"DEPEND": "D", "PRIORITY": "P", "SCHED": "S", "RUN": "R", "CLEANUP": "C"}}
-    for word in words:
-        forms = [word, letters.get(command, {}).get(word, word)]
-        for name in ("waits", "runs"):
-            matches = [bool(re.fullmatch(getattr(table, name), form)) for form in forms]
-            assert any(matches) if name == kind else not matches[0], (word, name)
-
-
-@pytest.mark.parametrize("command", ["flux", "oarsub"])
-def test_scheduler_that_has_a_row(command: str) -> None:
-    scheduler = rjupyter.SCHEDULERS[command]
-    assert all([scheduler.id, scheduler.query, scheduler.row, scheduler.waits, scheduler.runs, scheduler.cancel])
+@pytest.mark.parametrize("line", LINES)
+def test_line_of_another_scheduler(line: str) -> None:
+    """It is shown as it stands; a job whose number begins with ours is another one."""
+    record = rjupyter.JobRecord(number="123", command="qsub", created=0.0, node="login")
+    answer = "JOBID and a headline\n%s\n%s\n" % (line.replace("123", "1234", 1), line)
+    state = rjupyter.state_in(record, 2000.0, answer)
+    assert (state.word, state.reason, state.is_waiting) == ("PENDING", " ".join(line.split()), True)
+    assert not rjupyter.state_in(record, 2000.0, answer.replace(line, "")).is_live

@@ -789,15 +789,13 @@ def test_job_that_is_queued_again(
         how(slurm, job)
         assert run.wait() == 4
         slurm.wait_for_state(job, "PENDING")
-        assert re.search("queued again|requeued|another job took its place", run.stderr), run.stderr
         time.sleep(6)  # an answer of the scheduler's serves for five seconds
         found = things(laptop)
         jobs = [(thing["word"], thing["is_waiting"]) for thing in found if thing["event"] == "job"]
         assert jobs in ([], [("PENDING", True)])
         servers = [thing["state"] for thing in found if thing["event"] == "server"]
         assert not [state for state in servers if state in ("live", "starting")]
-        laptop.run("host", "stop", "--all")
-        wait_until(lambda: slurm.squeue()[job] not in LIVE, "the end of the job", 20)  # noqa: B023
+        slurm.cancel(job)
 
 
 # -- B6: where the scheduler's commands are ---------------------------------------------------------------------------
