@@ -714,16 +714,12 @@ class WrapperRecord(Kept):
     remove: "List[str]" = []  # the command that removes its container; empty for none
 
 
-class JobTrial(Record):
-    """What a job did that was submitted to see whether one can be used (`doctor`)."""
+class JobForecast(Record):
+    """What a scheduler says of a job that is only asked about (`doctor`), and what its site allows."""
 
-    forecast: str = ""  # what the scheduler said of it without taking it
+    said: str = ""
+    is_refused: bool = False
     limits: str = ""
-    number: str = ""
-    has_ended: bool = False  # before it started, as far as the login node sees
-    state: str = ""  # where it stood at last, when it did not begin in time
-    node: str = ""
-    trouble: str = ""  # why the login node does not reach the node; empty where it does
 
 
 class JobState(Record):
@@ -1295,7 +1291,6 @@ EVENTS = {
     "gap": Event("something is missing in `output`", ("why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
     "option": Event("one line of `config`", ("option", "value", "source")),
-    "command": Event("one line of `--dry-run`", ("argv",)),
     "failure": Event("what the exit status means", ("what", "why", "try", "status")),
 }
 
@@ -9986,7 +9981,6 @@ QUERY_TIMEOUT_S = 20
 SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries again and again
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
-TRIAL_S = 60  # for a job of `doctor` to begin
 
 
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
@@ -10518,37 +10512,20 @@ def past_word(job: JobRecord) -> str:
     return found if found in JOB_ENDS or found == "COMPLETED" else ""
 
 
-def try_job(request: Request, channel: Channel) -> JobTrial:
-    """Submit a job that only looks around on its node, and say what came of it within TRIAL_S; it is cancelled then."""
-    trial = JobTrial()
+def forecast_job(request: Request, channel: Channel) -> JobForecast:
+    """Ask the scheduler what it would do with a job, and what its site allows; nothing is submitted."""
     command = os.path.basename(request.submit[0])
     scheduler = SCHEDULERS.get(command)
+    if not scheduler or not scheduler.forecast:
+        return JobForecast()
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
-    if scheduler and scheduler.forecast:
-        words = [native(word) for word in request.submit if word != "{script}"]
-        trial.forecast = portable(run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)[2].strip())
-        trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
-    job = JobKind().begin(request.but(action="examine", may_install=False), channel)
-    trial.number = job.number
-    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, FOLLOW_MAX_S)
-    begun, state = begun_of(job), job_state(job)
-    trial.has_ended = not state.is_live
-    trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
-    if begun:
-        trial.node = begun.node
-        try:
-            socket.create_connection((begun.address, DEFAULT_PORT), timeout=ASK_TIMEOUT_S).close()
-        except ConnectionRefusedError:
-            pass  # its node said so itself
-        except OSError as error:
-            trial.trouble = "%s: %s" % (begun.address or begun.node, error)
-    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, FOLLOW_MAX_S)
-    if job_state(job).is_live:
-        KINDS["job"].end(job)
-    return trial
+    words = [native(word) for word in request.submit if word != "{script}"]
+    status, _, said = run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)
+    limits = run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1]
+    return JobForecast(said=portable(said.strip()), is_refused=status != 0, limits=portable(limits.strip()))
 
 
-REQUESTS["try_job"] = try_job
+REQUESTS["forecast_job"] = forecast_job
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
@@ -11464,7 +11441,6 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-q --quiet", "the address and errors only"),
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
-        Option("--dry-run", "print the ssh commands and run none"),
         Option("--no-config", "do not read " + config_path(), chooses="host"),
         Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
         Option("-h --help", "print this help", how={"action": "help"}),
@@ -12734,25 +12710,16 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
 
 
 def check_job(args: argparse.Namespace, agent: Agent) -> Iterator[Check]:
-    """Check by a job of its own, a short one, what a job of ours needs."""
+    """Say what the scheduler would do with a job of ours, and what the site allows; none is submitted."""
     try:
-        trial = agent.ask(request_of(args, "try_job"), JobTrial, "Submitting a short job")
+        forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
     except Failure as failure:
-        yield Check("job", in_one_line("%s: %s" % (failure.what, failure.why)), "other options in --slurm or --submit")
-        return
-    if trial.limits:
-        yield Check("limits", in_one_line(trial.limits))
-    if trial.forecast:
-        yield Check("forecast", in_one_line(trial.forecast))
-    if not trial.node:
-        lost = "--state-dir PATH: a directory that the nodes see and can write"
-        what = "left no word" if trial.has_ended else "was cancelled again"
-        text = "job %s %s, and %s" % (trial.number, trial.state, what)
-        yield Check("job", text, lost if trial.has_ended else "a shorter time limit, or another partition")
-        return
-    yield Check("job", "%s began on %s, which sees our state" % (trial.number, trial.node))
-    other = "--via-node, or --node-address NAME" if trial.trouble else ""
-    yield Check("node", trial.trouble or "the login node reaches it", other)
+        forecast = JobForecast(said="%s: %s" % (failure.what, failure.why), is_refused=True)
+    if forecast.limits:
+        yield Check("limits", in_one_line(forecast.limits))
+    if forecast.said:
+        other = "other options in --slurm or --submit"
+        yield Check("forecast", in_one_line(forecast.said), other if forecast.is_refused else "")
 
 
 def check_sessions(ssh: Ssh) -> Check:
@@ -12924,7 +12891,7 @@ def keep_listed(listed: ListedIds) -> None:
         write_whole(ids_path(), json.dumps(listed.facts()))
 
 
-# -- config and --dry-run ---------------------------------------------------------------------------------------------
+# -- config -----------------------------------------------------------------------------------------------------------
 
 
 def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -12947,31 +12914,6 @@ def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     return EXIT_OK
 
 
-def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int:
-    """Print the ssh commands of an action, quoted for pasting, without running one."""
-    action = ACTIONS[args.action]
-    if not action.runs_ssh:
-        messages.note("%s runs no ssh." % args.action)
-        return EXIT_OK
-    commands = [ssh.config_argv()]
-    way = Direct(ssh)
-    with contextlib.suppress(NotThisWay):  # where there is no place for a socket, each step logs in by itself
-        if Master in ssh.ways:
-            master = Master(ssh)
-            master.choose_path()
-            commands.append(master.master_argv())
-            way = master
-    commands.append(way.session_argv(command=agent_command(args.python or "")))
-    spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
-    if action.run is run_open:
-        commands.append(way.forward_argv(spec))
-    if action.run is run_doctor:
-        commands.append(way.session_argv("-W", "127.0.0.1:22"))
-    for argv in commands:
-        messages.result(shlex.join(argv), "command", argv=argv)
-    return EXIT_OK
-
-
 # -- actions and main -------------------------------------------------------------------------------------------------
 
 
@@ -12982,7 +12924,6 @@ class Action(NamedTuple):
     help: str = ""
     usage: str = ""
     arguments: Sequence[Option] = ()
-    runs_ssh: bool = True
     alone: bool = False  # it needs no host
     examples: Sequence[str] = ()  # for its help
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
@@ -13106,17 +13047,15 @@ ACTIONS: Dict[Optional[str], Action] = {
         "close the tunnels that are in the background",
         "close [--all]",
         [Option("--all", "those to any host")],
-        runs_ssh=False,
         alone=True,
         examples=["gpu1 close", "close --all"],
     ),
-    "tunnels": Action(run_tunnels, "the tunnels that are up here", "tunnels", runs_ssh=False, alone=True),
+    "tunnels": Action(run_tunnels, "the tunnels that are up here", "tunnels", alone=True),
     "completion": Action(
         run_completion,
         "print what completes lines in a shell",
         "completion SHELL",
         [Option("shell", "bash, zsh or fish", "SHELL", how={"choices": list(COMPLETIONS)})],
-        runs_ssh=False,
         alone=True,
         examples=["completion fish | source"],
     ),
@@ -13125,13 +13064,12 @@ ACTIONS: Dict[Optional[str], Action] = {
         "check every step, and say what is wrong",
         "doctor",
         asks="examine",
-        examples=["gpu1 doctor", '--slurm "-t 5" login doctor     with a short job'],
+        examples=["gpu1 doctor", '--slurm "-t 5" login doctor'],
     ),
     "config": Action(
         run_config,
         CONFIG_HELP,
         "config",
-        runs_ssh=False,
         examples=["gpu1 config"],
     ),
 }
@@ -13168,8 +13106,6 @@ def carry_out(words: List[str]) -> int:
         ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
         ssh.further = args.further
-        if args.dry_run:
-            return show_commands(args, ssh, messages)
         action = ACTIONS[args.action]
         return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
     except Failure as failure:
