@@ -93,7 +93,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -102,6 +101,7 @@ import re
 import stat
 import threading
 import time
+import types
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -11140,27 +11140,12 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
-# -- how a value is read ----------------------------------------------------------------------------------------------
-
-
-class _SshOption(argparse.Action):
-    """Collects ssh's own options, in the order in which they came."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
-        words = [option_string or ""] + ([values] if isinstance(values, str) else [])
-        setattr(namespace, self.dest, getattr(namespace, self.dest, []) + words)
-
-
-def _destination(text: str) -> Destination:
-    try:
-        return parse_destination(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+# -- how a value is read: each of these raises ValueError with what is wrong ------------------------------------------
 
 
 def _text(text: str) -> str:
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("needs a value")
+        raise ValueError("needs a value")
     return text
 
 
@@ -11171,32 +11156,29 @@ def _wrap(text: str) -> str:
         lexer.commenters = ""
         words = list(lexer)
     except ValueError as error:
-        raise argparse.ArgumentTypeError("%s: %s" % (str(error).lower(), text)) from None
+        raise ValueError("%s: %s" % (str(error).lower(), text)) from None
     if not words or "\0" in text or any(word.strip(";&|") == "" and word for word in words):
-        raise argparse.ArgumentTypeError("a wrapper is one command, not %r" % text)
+        raise ValueError("a wrapper is one command, not %r" % text)
     return text
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
-        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
+        raise ValueError("a port is a number from 1 to 65535, not %r" % text)
     return int(text)
 
 
 def _address(text: str) -> str:
     import ipaddress
 
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError("%r is not an address" % text) from None
+    return str(ipaddress.ip_address(text))
 
 
 def _forward(text: str) -> str:
     """Check a local forward; one without an address here gets 127.0.0.1, and no second one on ::1."""
     match = re.fullmatch(r"(?:(127\.0\.0\.\d+|localhost):)?(\d+):(/[^:\s]+|(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+)", text)
     if not match:
-        raise argparse.ArgumentTypeError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
+        raise ValueError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
     address = match.group(1) if match.group(1) not in (None, "localhost") else "127.0.0.1"
     return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
 
@@ -11205,7 +11187,7 @@ def _duration_s(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,9})(|s|m|min|h|d)", text.strip())
     seconds = int(match.group(1)) * {"m": 60, "min": 60, "h": 3600, "d": 86400}.get(match.group(2), 1) if match else 0
     if not seconds:
-        raise argparse.ArgumentTypeError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
+        raise ValueError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
     return seconds
 
 
@@ -11217,7 +11199,7 @@ def _seconds(text: str) -> float:
 
 def _pattern(text: str) -> str:
     if not text or text.startswith(("/", "~")) or ".." in text.split("/") or "\0" in text:
-        raise argparse.ArgumentTypeError("a pattern is of names below the run's directory, not %r" % text)
+        raise ValueError("a pattern is of names below the run's directory, not %r" % text)
     return text
 
 
@@ -11225,35 +11207,27 @@ def _moment(text: str) -> float:
     """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
     import datetime
 
-    with contextlib.suppress(argparse.ArgumentTypeError):
+    with contextlib.suppress(ValueError):
         return time.time() - _duration_s(text)
-    today = datetime.date.today().isoformat()
-    for words in (text, "%s %s" % (today, text)):
+    for words in (text, "%s %s" % (datetime.date.today().isoformat(), text)):
         with contextlib.suppress(ValueError):
             return datetime.datetime.fromisoformat(words).timestamp()
-    raise argparse.ArgumentTypeError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
+    raise ValueError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
 
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
-        raise argparse.ArgumentTypeError("a number from 1 to 999, not %r" % text)
+        raise ValueError("a number from 1 to 999, not %r" % text)
     return int(text)
 
 
 def _grid(text: str) -> Tuple[str, List[Any]]:
-    name, values = _parameter(text)
+    name, values = parse_parameter(text)
     if not isinstance(values, list) or not values:
-        raise argparse.ArgumentTypeError("a grid is NAME=[VALUE, ...], not %r" % text)
+        raise ValueError("a grid is NAME=[VALUE, ...], not %r" % text)
     if len({repr(value) for value in values}) < len(values):
-        raise argparse.ArgumentTypeError("a value stands twice in %r" % text)
+        raise ValueError("a value stands twice in %r" % text)
     return name, values
-
-
-def _parameter(text: str) -> Tuple[str, Any]:
-    try:
-        return parse_parameter(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -11265,41 +11239,13 @@ def config_path() -> str:
     return os.path.join(home, "rjupyter", "config")
 
 
-ATTACH_HELP = "come back to this server; `list` shows the ids"
-PORT_HELP = "first port to try on the host (%d)" % DEFAULT_PORT
-IP_HELP = "address that Jupyter binds (127.0.0.1)"
-STOP_HELP = "which one (that of PATH, or the only one); a notebook: only its kernel"
-SINCE_HELP = "only what ended after 14:02, 2026-11-26, or 2h ago"
-IDLE_HELP = "end the server after this long without use (12h)"
-START_HELP = "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S
-ENV_HELP = "environment: conda or mamba by name, any by path"
-INIT_HELP = "run this in your shell there first; repeatable"
-WRAP_HELP = "run Jupyter inside this command; repeatable"
-CONTAINER_HELP = "run it in a container: IMAGE, or docker://IMAGE"
-INSTALL_HELP = "install Jupyter if there is none (the default)"
-NO_INSTALL_HELP = "do not install Jupyter; print how to"
-SLURM_HELP = "run it in a Slurm job with these options of sbatch"
-SUBMIT_HELP = "run it in a job that this command submits (qsub)"
-NODE_HELP = "interface or name of the job's node to connect to"
-STATE_HELP = "where our files are there (~/.local/state/rjupyter)"
-LOCAL_HELP = "local port (the first free one from %d up)" % LOCAL_PORT
-FORWARD_HELP = "another forward, as for ssh; repeatable"
-GRID_HELP = "run it for each of these values; repeatable, for each combination"
-FILE_HELP = "a JSON or YAML file of variables; repeatable"
-WITH_HELP = "a file or directory that it needs there; repeatable"
-BRING_HELP = "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable"
-PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
-CONFIG_HELP = "the defaults that apply to the host"
-LIMIT_HELP = "how long one notebook may take (no limit)"
-MAY_INSTALL: Dict[str, Any] = {"dest": "may_install", "action": "store_true", "default": True}
-
-
 class Option(NamedTuple):
     """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
 
-    `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. `how` is
-    what else argparse is told. An option that `chooses` goes with the commands that we tell people to type: "host" with
-    each of them, "server" with those that open.
+    `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. Its value
+    is kept under its long name, or as `dest`; of a switch it is `const`. What an action takes that is no option has no
+    dash in its `flags`, and `many` says how many of them: "*", "?", or one. An option that `chooses` goes with the
+    commands that we tell people to type: "host" with each of them, "server" with those that open.
     """
 
     flags: str
@@ -11308,8 +11254,11 @@ class Option(NamedTuple):
     read: Callable[[str], Any] = str
     default: Any = None
     field: str = ""
+    dest: str = ""
+    const: Any = True
+    choices: Sequence[str] = ()
+    many: str = ""
     apart: str = ""
-    how: Dict[str, Any] = {}
     chooses: str = ""
 
     @property
@@ -11318,68 +11267,79 @@ class Option(NamedTuple):
         return next((flag[2:] for flag in self.flags.split() if flag.startswith("--")), "")
 
     @property
-    def dest(self) -> str:
-        """The name under which argparse keeps its value."""
-        return str(self.how.get("dest") or self.name.replace("-", "_") or self.flags)
+    def key(self) -> str:
+        """The name under which its value is kept."""
+        return self.dest or self.name.replace("-", "_") or self.flags
+
+    def nothing(self) -> Any:
+        """Return its value where it was not given."""
+        if isinstance(self.default, list) or self.many == "*":
+            return list(self.default or ())
+        return self.default if self.metavar or self.default is not None else False
+
+    def put(self, text: Optional[str], values: Dict[str, Any]) -> None:
+        """Put what was typed behind it among the values; raises ValueError with what is wrong."""
+        if bool(self.metavar) != (text is not None):
+            raise ValueError("expected one argument" if self.metavar else "it takes no value, not %r" % text)
+        value = self.const if text is None else self.read(text)
+        if self.choices and value not in self.choices:
+            raise ValueError("invalid choice: %r (choose from %s)" % (value, ", ".join(map(repr, self.choices))))
+        if self.key == "ssh":
+            values["ssh"] = [*values.get("ssh", []), self.flags, *([] if text is None else [text])]
+        elif isinstance(self.default, list) or self.many == "*":
+            values[self.key] = [*values.get(self.key, []), value]
+        else:
+            values[self.key] = value
 
     def words(self, value: Any) -> List[str]:
         """Return it as it is typed for a value."""
-        if self.dest == "ssh":
+        if self.key == "ssh":
             return list(value)
         flag = self.flags.split()[-1]
         if not self.metavar:
-            return [flag] if value == self.how.get("const", True) else []
+            return [flag] if value == self.const else []
         if value is None or value == self.default:
             return []
         values = [str(one) for one in (value if isinstance(value, list) else [value])]
         is_one = flag.startswith("--") and flag not in JOINED
         return [w for v in values for w in (["%s=%s" % (flag, v)] if is_one and v.startswith("-") else [flag, v])]
 
-    def add_to(self, group: Any) -> None:
-        """Add it to a parser, or to a group of one."""
-        how: Dict[str, Any] = {"action": "store_true"}
-        if self.metavar:
-            how = {"metavar": self.metavar, "type": self.read, "default": self.default}
-            how["action"] = "append" if isinstance(self.default, list) else "store"
-        group.add_argument(*self.flags.split(), **dict(how, help=self.help, **self.how))
-
 
 def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
     """Return the row of an option that ssh has under the same letter."""
-    how: Dict[str, Any] = {"dest": "ssh", "action": _SshOption, "default": []}
-    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0), chooses="host")
+    return Option("-" + letter, help_, metavar, default=[], dest="ssh", chooses="host")
 
 
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
         Option(
-            "--app",
-            "what to open (notebook)",
-            "APP",
-            default="",
-            field="app",
-            how={"choices": list(APPS)},
-            chooses="server",
+            "--app", "what to open (notebook)", "APP", default="", field="app", choices=list(APPS), chooses="server"
         ),
-        Option(
-            "--lab",
-            "the same as --app lab",
-            how={"dest": "app", "action": "store_const", "const": "lab"},
-            chooses="server",
-        ),
+        Option("--lab", "the same as --app lab", dest="app", const="lab", default="", chooses="server"),
         Option("--new", "start another server instead of coming back", field="is_new", apart="which"),
-        Option("--attach", ATTACH_HELP, "ID", _text, field="attach", apart="which", chooses="server"),
-        Option("--stop-on-exit", "end the server together with the tunnel"),
-        Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
-        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
         Option(
-            "--socket",
-            "listen on a Unix socket of yours, not on a port",
-            field="socket",
+            "--attach",
+            "come back to this server; `list` shows the ids",
+            "ID",
+            _text,
+            field="attach",
+            apart="which",
             chooses="server",
         ),
+        Option("--stop-on-exit", "end the server together with the tunnel"),
+        Option("--port", "first port to try on the host (%d)" % DEFAULT_PORT, "N", _port, 0, "port", chooses="server"),
+        Option("--ip", "address that Jupyter binds (127.0.0.1)", "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
+        Option("--socket", "listen on a Unix socket of yours, not on a port", field="socket", chooses="server"),
         Option("--no-record", "do not keep what cells print", field="no_record"),
-        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
+        Option(
+            "--idle-timeout",
+            "end the server after this long without use (12h)",
+            "DURATION",
+            _duration_s,
+            0,
+            "idle_timeout_s",
+            chooses="server",
+        ),
         Option(
             "--server-arg",
             "an argument for Jupyter itself; repeatable",
@@ -11389,41 +11349,91 @@ OPTIONS: Dict[str, List[Option]] = {
             "server_args",
             chooses="server",
         ),
-        Option("--state-dir", STATE_HELP, "PATH", _text, field="state_dir", chooses="host"),
-        Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
+        Option(
+            "--state-dir",
+            "where our files are there (~/.local/state/rjupyter)",
+            "PATH",
+            _text,
+            field="state_dir",
+            chooses="host",
+        ),
+        Option(
+            "--start-timeout",
+            "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S,
+            "S",
+            _seconds,
+            float(START_TIMEOUT_S),
+            "start_timeout_s",
+        ),
     ],
     "environment on the host": [
-        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python", chooses="server"),
-        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env", chooses="server"),
-        Option("--init", INIT_HELP, "COMMAND", _text, [], "init", chooses="server"),
-        Option("--wrap", WRAP_HELP, "COMMAND", _wrap, [], "wrap", chooses="server"),
-        Option("--container", CONTAINER_HELP, "IMAGE", _text, field="container", chooses="server"),
-        Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
+        Option("--python", "run Jupyter under this interpreter", "PATH", _text, None, "python", chooses="server"),
+        Option(
+            "--env",
+            "environment: conda or mamba by name, any by path",
+            "NAME_OR_PATH",
+            _text,
+            field="env",
+            chooses="server",
+        ),
+        Option(
+            "--init", "run this in your shell there first; repeatable", "COMMAND", _text, [], "init", chooses="server"
+        ),
+        Option("--wrap", "run Jupyter inside this command; repeatable", "COMMAND", _wrap, [], "wrap", chooses="server"),
+        Option(
+            "--container",
+            "run it in a container: IMAGE, or docker://IMAGE",
+            "IMAGE",
+            _text,
+            field="container",
+            chooses="server",
+        ),
+        Option(
+            "--install",
+            "install Jupyter if there is none (the default)",
+            field="may_install",
+            apart="install",
+            dest="may_install",
+            default=True,
+        ),
         Option(
             "--no-install",
-            NO_INSTALL_HELP,
+            "do not install Jupyter; print how to",
             apart="install",
-            how=dict(MAY_INSTALL, action="store_false"),
+            dest="may_install",
+            const=False,
+            default=True,
         ),
     ],
     "scheduler, on a host that is a login node": [
-        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how", chooses="server"),
-        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how", chooses="server"),
         Option(
-            "--via-node",
-            "end the tunnel on the job's node itself",
-            field="via_node",
+            "--slurm", "run it in a Slurm job with these options of sbatch", "OPTIONS", apart="how", chooses="server"
+        ),
+        Option(
+            "--submit",
+            "run it in a job that this command submits (qsub)",
+            "COMMAND",
+            _text,
+            apart="how",
             chooses="server",
         ),
-        Option("--node-address", NODE_HELP, "NAME", _text, field="node_address", chooses="server"),
+        Option("--via-node", "end the tunnel on the job's node itself", field="via_node", chooses="server"),
+        Option(
+            "--node-address",
+            "interface or name of the job's node to connect to",
+            "NAME",
+            _text,
+            field="node_address",
+            chooses="server",
+        ),
     ],
     "tunnel and browser": [
-        Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
+        Option("--local-port", "local port (the first free one from %d up)" % LOCAL_PORT, "N", _port, chooses="server"),
         Option("--no-browser", "print the address only"),
         Option("--browser", "browser to open (the system's)", "COMMAND"),
-        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}, chooses="server"),
+        Option("-L", "another forward, as for ssh; repeatable", "SPEC", _forward, [], dest="further", chooses="server"),
         Option("--no-reconnect", "end when the connection is lost"),
-        Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
+        Option("-f", "go to the background once the tunnel is up", dest="background"),
     ],
     "ssh, letter for letter": [
         ssh_option("F", "configuration file (~/.ssh/config)", "FILE"),
@@ -11442,11 +11452,14 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
         Option("--no-config", "do not read " + config_path(), chooses="host"),
-        Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
-        Option("-h --help", "print this help", how={"action": "help"}),
+        Option("--version", "print the version"),
+        Option("-h --help", "print this help"),
     ],
 }
+JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
 NOT_IN_CONFIG = ("help", "version", "no-config")
+SHARED = ("help", "quiet", "verbose", "json")  # options of the output that the help of an action shows, too
+NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
 def options() -> Iterator[Option]:
@@ -11455,15 +11468,8 @@ def options() -> Iterator[Option]:
 
 
 def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
-    """Return rows of options by each of their flags; a positional argument has none."""
+    """Return rows of options by each of their flags; what is no option has none."""
     return {flag: option for option in rows for flag in option.flags.split() if flag.startswith("-")}
-
-
-def all_options() -> Iterator[Option]:
-    """Yield those of every group, and those of every action."""
-    yield from options()
-    for action in ACTIONS.values():
-        yield from action.arguments
 
 
 def nearest(word: str, words: List[str]) -> str:
@@ -11474,19 +11480,7 @@ def nearest(word: str, words: List[str]) -> str:
     return min(begun, key=len) if begun else (difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
 
 
-HELP_END = "`--help events` lists what --json prints, `--help status` the exit statuses."
-
-
-def help_on_events() -> str:
-    """Return what --json prints, a line for each kind of object."""
-    width = max(len(name) for name in EVENTS)
-    return "\n".join("%-*s  %s: %s" % (width, n, event.when, ", ".join(event.keys)) for n, event in EVENTS.items())
-
-
-def help_on_status() -> str:
-    """Return the exit statuses."""
-    return "\n".join("%3d  %s" % row for row in EXITS.items())
-
+# -- help -------------------------------------------------------------------------------------------------------------
 
 EXITS = {
     EXIT_OK: "done; also Ctrl-C on an open tunnel",
@@ -11499,232 +11493,287 @@ EXITS = {
     EXIT_INTERRUPTED: "Ctrl-C before there was a result",
     EXIT_SSH: "ssh could not connect or log in",
 }
-TOPICS = {"events": help_on_events, "status": help_on_status}  # of --help
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the docstring as far as the terminal has room for them, and leaves room for the options."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=max(40, min(120, terminal_width())))
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        import textwrap  # as argparse does, when there is help to print
-
-        lines = super()._fill_text(text, width, indent).splitlines()
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent=" " * 6 if line.startswith(" ") else "") for line in lines
-        )
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors in our own form, and points at --help."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        Messages().line(message, end="", is_clean=True)  # --help and --version are results, too
-
-    def error(self, message: str) -> NoReturn:
-        """Raise Failure (2); for a word that is nearly one of ours, with that."""
-        unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
-        near = nearest(unknown.group(1), list(by_flag(all_options()))) if unknown else ""
-        try_ = "did you mean %s?" % near if near else command_line("--help")
-        raise Failure("wrong usage", message, try_, EXIT_USAGE)
+def help_text(topic: str = "") -> str:
+    """Return what --help prints: of the whole, of an action, or one of its topics."""
+    if topic == "events":
+        longest = max(map(len, EVENTS))
+        return "".join("%-*s  %s: %s\n" % (longest, n, e.when, ", ".join(e.keys)) for n, e in EVENTS.items())
+    if topic == "status":
+        return "".join("%3d  %s\n" % row for row in EXITS.items())
+    if topic == "version":
+        return "rjupyter %s\n" % __version__
+    if topic:
+        action = ACTIONS[topic]
+        usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
+        shared = [option for option in OPTIONS["output"] if option.name in SHARED]
+        rows = [*shared[-1:], *action.arguments, *shared[:-1]]
+        groups = {"positional arguments": [row for row in rows if row.flags[0] != "-"]}
+        groups["options"] = [row for row in rows if row.flags[0] == "-"]
+        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in action.examples)])
+    else:
+        usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
+        last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
+        last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
+        last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
+    parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), refilled(about)]
+    column = min(max(len(typed_as(row)) for rows in groups.values() for row in rows) + 2, 28)
+    parts += ["%s:\n%s" % (title, help_of_rows(rows, column)) for title, rows in groups.items() if rows]
+    return "\n\n".join([*parts, *([refilled(last)] if last != "examples:" else [])]) + "\n"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser that the rows of OPTIONS and ACTIONS make."""
-    lines = ["  %-32s %s" % (action.usage, action.help) for action in ACTIONS.values() if action.usage]
-    parser = Parser(
-        usage="%(prog)s [options] HOST[:PATH] [action]",
-        description=__doc__,
-        epilog="actions, behind the host; `HOST ACTION --help` tells more of one:\n%s\n\n%s"
-        % ("\n".join(lines), HELP_END),
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("destination", metavar="DESTINATION[:PATH]", type=_destination, help=argparse.SUPPRESS)
-    for title, rows in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        apart: Dict[str, Any] = {}
-        for option in rows:
-            if option.apart and option.apart not in apart:
-                apart[option.apart] = group.add_mutually_exclusive_group()
-            option.add_to(apart.get(option.apart, group))
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, help=argparse.SUPPRESS)
-    for name, action in ACTIONS.items():
-        if name is None:
-            continue
-        examples = "examples:\n" + "\n".join("  rjupyter.py " + example for example in action.examples)
-        parsed = actions.add_parser(
-            name,
-            help=action.help,
-            usage="%%(prog)s HOST[:PATH] %s" % action.usage,
-            prog="rjupyter.py",
-            description=action.help[:1].upper() + action.help[1:] + ".",
-            epilog=examples if action.examples else None,
-            allow_abbrev=False,
-        )
-        for option in action.arguments:
-            option.add_to(parsed)
-        for option in OPTIONS["output"]:
-            if option.name in SHARED:
-                parsed.add_argument(
-                    *option.flags.split(), action="store_true", default=argparse.SUPPRESS, help=option.help
-                )
-    return parser
+def help_width() -> int:
+    """Return the columns that help may take."""
+    return max(40, min(120, terminal_width()))
 
 
-def parse_arguments(argv: List[str]) -> argparse.Namespace:
-    """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
+def refilled(text: str) -> str:
+    """Return the lines of a text as far as the terminal has room for them."""
+    import textwrap
 
-    Raises Failure (2).
-    """
-    line = CommandLine(joined_arguments(argv))
-    line.put_in_order()
-    argv = line.words()
-    args = build_parser().parse_args(argv)
-    args.line = line
-    if "," in args.destination.host and args.action != "list":
-        raise Failure(
-            "wrong usage", "only list takes several hosts", command_line(args.line.destination, "list"), EXIT_USAGE
-        )
-    args.sources = {}
-    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
-    if not defaults and args.action != "config":
-        return args
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # then only what was typed is there
-    given = vars(parser.parse_args(argv))
-    args.sources = dict.fromkeys(given, "command line")
-    for dest, (value, source) in defaults.items():
-        if dest not in given:
-            setattr(args, dest, value)
-            args.sources[dest] = source
-    return args
+    lines = text.splitlines()
+    return "\n".join(textwrap.fill(x, help_width(), subsequent_indent=" " * 6 * x.startswith(" ")) for x in lines)
+
+
+def typed_as(row: Option) -> str:
+    """Return how an option is typed, as --help shows it."""
+    flags = row.flags.split() if row.flags[0] == "-" else [""]
+    return "  " + ", ".join((flag + " " + row.metavar).strip() for flag in flags)
+
+
+def help_of_rows(rows: List[Option], column: int) -> str:
+    """Return a group of options as --help shows it; what they do begins in a column."""
+    import textwrap
+
+    lines = []
+    for row in rows:
+        head = typed_as(row)
+        is_long = len(head) > column - 2
+        lines += [head] if is_long else []
+        first = ("" if is_long else head).ljust(column)
+        lines += textwrap.wrap(row.help, help_width(), initial_indent=first, subsequent_indent=" " * column)
+    return "\n".join(lines)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+class Typed(NamedTuple):
+    """An option as it was typed: its row, if it is one of ours, its flag, its value, its words."""
+
+    option: Optional[Option]
+    flag: str
+    value: Optional[str]
+    words: List[str]
+
+    def is_of_ssh(self) -> bool:
+        """True for a letter that an action has too, with a value that ssh takes."""
+        value = self.value or ""
+        return value.isdigit() if self.flag == "-p" else self.flag == "-o" and bool(re.search("[= ]", value))
 
 
 class CommandLine:
-    """A command line in its parts: options, destination, action, and what comes after the action."""
+    """A command line, split: options before the action, destination, action, and what stands behind the action.
+
+    A letter that both have is the action's there. Options and operands may be mixed.
+    """
 
     def __init__(self, argv: List[str]) -> None:
-        self.before: List[List[str]] = []  # each option with its value
+        self.argv = argv
+        self.before: List[Typed] = []
         self.destination = ""
         self.action = ""
-        self.behind: List[List[str]] = []
-        self.rest: List[str] = []  # from -- on
-        if "--" in argv:
-            at = argv.index("--")
-            argv, self.rest = argv[:at], argv[at:]
-        own = by_flag(options())
-        words = iter(argv)
-        for word in words:
-            if word.startswith("-") and word != "-":
-                option = own.get(word)
-                value = next(words, None) if option and option.metavar else None
-                (self.behind if self.action else self.before).append([word] if value is None else [word, value])
+        self.behind: List[Typed] = []
+        self.operands: List[str] = []
+        self.host_at = len(argv)  # where the destination stands
+        self.known = by_flag(options())
+        rest = list(argv)
+        is_over = False
+        while rest:
+            word = rest.pop(0)
+            if word == "--" and not is_over:
+                is_over = True
+            elif self._is_option(word) and not is_over:
+                (self.behind if self.action else self.before).append(self._typed(word, rest))
             elif not self.destination:
-                self.destination = word
+                self.destination, self.host_at = word, len(argv) - len(rest) - 1
             elif not self.action:
                 self.action = word
-                own = {**own, **self.options_of_action()}
+                self.known.update(by_flag(ACTIONS[word].arguments if word in ACTIONS else ()))
             else:
-                self.behind.append([word])
+                self.operands.append(word)
 
-    def options_of_action(self) -> Dict[str, Option]:
-        """Return the options of the action, by their flags."""
-        row = ACTIONS.get(self.action or None)
-        arguments = row.arguments if row and self.action else ()
-        shared = [option for option in OPTIONS["output"] if option.name in SHARED]
-        both = [*arguments, *shared, Option("-h --help", "")]
-        return by_flag(both)
+    def _is_option(self, word: str) -> bool:
+        """True for what begins with a dash; with a space in it, only if it begins with one of ours."""
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+        return word[:1] == "-" and word != "-" and (" " not in word or flag in self.known)
+
+    def _typed(self, word: str, rest: List[str]) -> Typed:
+        """Return an option, with its value; of switches in one word, the next one stays in the rest."""
+        value: Optional[str]
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            is_given = "=" in word
+        else:
+            flag, value = word[:2], word[2:]
+            is_given = bool(value)
+        option = self.known.get(flag)
+        if option and not option.metavar and is_given and not word.startswith("--"):  # as in -qv
+            rest.insert(0, "-%s" % value)
+            return Typed(option, flag, None, [flag])
+        is_next = bool(rest) and (flag in JOINED or not self._is_option(rest[0]))
+        if option and option.metavar and not is_given and is_next:
+            value = rest.pop(0)
+            return Typed(option, flag, value, ["%s=%s" % (flag, value)] if flag in JOINED else [flag, value])
+        return Typed(option, flag, value if is_given else None, [word])
 
     def words(self, destination: str = "") -> List[str]:
         """Return the whole, for another destination if one is given."""
-        found = [word for words in self.before for word in words]
-        found += [word for word in (destination or self.destination, self.action) if word]
-        return found + [word for words in self.behind for word in words] + self.rest
+        return [
+            *(word for typed in self.before for word in typed.words),
+            *filter(None, (destination or self.destination, self.action)),
+            *(word for typed in self.behind for word in typed.words),
+            *(["--"] if any(word[:1] == "-" for word in self.operands) else []),
+            *self.operands,
+        ]
 
-    def put_in_order(self) -> None:
-        """Put each option where it belongs; raises Failure (2), with the line as it should be, for what is no line."""
-        how = set(by_flag(OPTIONS["output"])) - {"-h", "--help", "--version"}
-        if not (self.destination or self.rest or {words[0] for words in self.before} - how - {"-F"}):
-            self.destination = "tunnels"
-        if self.destination in ACTIONS and self.action not in ACTIONS:
-            self._put_host_first()
-        if self.action not in ACTIONS and self.action:
-            raise self._no_action()
-        theirs = self.options_of_action() if self.action else {}
-        own = by_flag(options())
-        moved = [words for words in self.behind if flag_of(words[0], own) and flag_of(words[0], theirs) not in theirs]
-        self.behind = [words for words in self.behind if words not in moved]
-        stays = [words for words in self.before if not self._is_meant_for_action(words, theirs)]
-        self.behind = [words for words in self.before if words not in stays] + self.behind
-        self.before = stays + moved
+    def help_topic(self) -> Optional[str]:
+        """Return what help_text is asked for, which is empty for the whole; None where it is not."""
+        for typed in [*self.before, *self.behind]:
+            if typed.option and typed.option.name in ("help", "version"):
+                return "version" if typed.option.name == "version" else self.action if typed in self.behind else ""
+        return None
 
-    @staticmethod
-    def _is_meant_for_action(words: List[str], theirs: Dict[str, Option]) -> bool:
-        """True for a letter that ssh has too, with a value that ssh would not take, or that only an open has."""
-        if words[0] not in theirs or words[0] not in ("-f", "-p", "-o", "--attach"):
-            return False
-        value = words[-1]
-        return not (value.isdigit() if words[0] == "-p" else words[0] == "-o" and re.search("[= ]", value))
+    def values(self) -> Dict[str, Any]:
+        """Return the values of what was typed; raises Failure (2)."""
+        values: Dict[str, Any] = {}
+        given: Dict[str, Option] = {}
+        unknown = []
+        for option, flag, value, words in [*self.before, *self.behind]:
+            if not option:
+                unknown.append(words[0])
+                continue
+            other = given.setdefault(option.apart, option) if option.apart else option
+            if other != option:
+                raise wrong_usage("argument %s: not allowed with argument %s" % (flag, other.flags))
+            put(option, value, values)
+        rows = [row for row in ACTIONS[self.action or None].arguments if row.flags[0] != "-"]
+        taken = self.operands if rows and rows[0].many == "*" else self.operands[: len(rows)]
+        unknown += self.operands[len(taken) :]
+        for word in taken:
+            put(rows[0], word, values)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = list(by_flag([*options(), *(row for action in ACTIONS.values() for row in action.arguments)]))
+            near = nearest(flag, known) if flag.startswith("-") else ""
+            raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
+        missing = rows[0].metavar if rows and not rows[0].many and not taken else ""
+        missing = missing if self.destination else "DESTINATION[:PATH]"
+        if missing:
+            raise wrong_usage("the following arguments are required: " + missing)
+        return values
 
-    def _put_host_first(self) -> None:
-        """Take `ACTION --help`, and what needs no host; raises Failure (2) with the line as it should be for others."""
-        action = self.destination
-        plain = [word for word in [self.action, *[words[0] for words in self.behind]] if word and word[0] != "-"]
-        if ["--help"] in self.before or ["-h"] in self.before:
-            self.destination, self.action, self.before, self.behind = "HOST", action, [], [["--help"]]
-            return
-        if ACTIONS[action].alone:
-            self.destination, self.action = NO_HOST, action
-            self.behind = [[word] for word in plain] + [words for words in self.before if words != ["--json"]]
-            self.before = [words for words in self.before if words == ["--json"]]
-            return
+    def without_host(self) -> Failure:
+        """Return the failure of an action where the host stands: with the line as it should be."""
+        plain = [word for word in [self.action, *self.operands] if word]
         host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
-        others = [word for word in plain if word != host]
-        options_ = [word for words in self.before for word in words]
-        right = command_line(*options_, host, action, *others)
-        raise Failure("wrong usage", "%s is an action: the host comes before it" % action, right, EXIT_USAGE)
+        options_ = [word for typed in self.before for word in typed.words]
+        right = command_line(*options_, host, self.destination, *(word for word in plain if word != host))
+        return wrong_usage("%s is an action: the host comes before it" % self.destination, right)
 
-    def _no_action(self) -> Failure:
+    def without_action(self) -> Failure:
         """Return the failure of a second word that is no action: what may be meant instead."""
         actions = [name for name in ACTIONS if name]
-        near = nearest(self.action, actions)
-        swapped = "" if near else nearest(self.destination, actions)
-        if swapped:  # as in `lsit gpu1`
-            self.destination, self.action, near = self.action, self.destination, swapped
-        options_ = [word for words in self.before for word in words]
-        right = command_line(*options_, self.destination, near) if near else command_line("--help")
-        if not near and ("/" in self.action or "." in self.action):
-            right = command_line(*options_, "%s:%s" % (self.destination, self.action))
-        why = "there is no action %s; there are %s" % (self.action, ", ".join(actions))
-        return Failure("wrong usage", why, ("did you mean: " if near else "") + right, EXIT_USAGE)
+        options_ = [word for typed in self.before for word in typed.words]
+        word, near = self.action, nearest(self.action, actions)
+        right = command_line(*options_, self.destination, near)
+        if not near:  # as in `lsit gpu1`
+            near = nearest(self.destination, actions)
+            word = self.destination if near else word
+            right = command_line(*options_, self.action, near)
+        right = "did you mean: " + right if near else ""
+        if not near and ("/" in word or "." in word):
+            right = command_line(*options_, "%s:%s" % (self.destination, word))
+        return wrong_usage("there is no action %s; there are %s" % (word, ", ".join(actions)), right)
+
+    def misplaced(self, typed: Typed, row: Option, action: str) -> Failure:
+        """Return the failure of an option of an action that stands before the host: with the line as it should be."""
+        right = command_line("HOST", action, typed.flag, row.metavar)
+        if action == self.action and (typed.option or not row.metavar):
+            others = [word for other in self.before if other is not typed for word in other.words]
+            words = [word for word in (self.destination, action) if word != NO_HOST]
+            behind = [word for other in self.behind for word in other.words]
+            right = command_line(*others, *words, *typed.words, *behind, *self.operands)
+        return wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, action), right)
 
 
-def flag_of(word: str, known: Dict[str, Option]) -> str:
-    """Return the option that a word is, perhaps with its value in it (--port=1, -p1); empty for none of those known."""
-    flag = word.partition("=")[0] if word.startswith("--") else word[:2]
-    return flag if flag in known and (word == flag or known[flag].metavar) else ""
+def wrong_usage(why: str, try_: str = "") -> Failure:
+    """Return the failure of a line that is none, with what leads on."""
+    return Failure("wrong usage", why, try_ or command_line("--help"), EXIT_USAGE)
 
 
-NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
-SHARED = ("json", "quiet", "verbose")  # options of the output that are taken behind an action, too
-JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
+def put(option: Option, text: Optional[str], values: Dict[str, Any]) -> None:
+    """Put what was typed behind an option among the values; raises Failure (2)."""
+    try:
+        option.put(text, values)
+    except ValueError as error:
+        name = "/".join(option.flags.split()) if option.flags[0] == "-" else option.metavar
+        raise wrong_usage("argument %s: %s" % (name, error)) from None
 
 
-def joined_arguments(argv: List[str]) -> List[str]:
-    """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
-    joined: List[str] = []
-    words = iter(argv)
-    for word in words:
-        value = next(words, None) if word in JOINED else None
-        joined.append(word if value is None else "%s=%s" % (word, value))
-    return joined
+def in_order(argv: List[str]) -> CommandLine:
+    """Split a command line; raises Failure (2), with the line as it should be, for what is no line.
+
+    `ACTION --help`, and what needs no host, is taken without one.
+    """
+    line = CommandLine(argv)
+    output = [option for option in OPTIONS["output"] if option.name not in ("help", "version")]
+    if not line.destination and all(typed.option in output or typed.flag == "-F" for typed in line.before):
+        line = CommandLine([*argv, "tunnels"])
+    if line.destination in ACTIONS and line.action not in ACTIONS:
+        if line.help_topic() == "":
+            return CommandLine([NO_HOST, line.destination, "--help"])
+        if not ACTIONS[line.destination].alone:
+            raise line.without_host()
+        line = CommandLine([*line.argv[: line.host_at], NO_HOST, *line.argv[line.host_at :]])
+    for typed in line.before:
+        for name in [line.action] if line.action in ACTIONS else [name for name in ACTIONS if name]:
+            row = by_flag(ACTIONS[name].arguments).get(typed.flag)
+            if row and not (typed.option and (typed.is_of_ssh() or name != line.action)):
+                raise line.misplaced(typed, row, name)
+    if line.action and line.action not in ACTIONS:
+        raise line.without_action()
+    return line
+
+
+class Args(types.SimpleNamespace):
+    """What a command line says: the value of each option by its key, and what it is done to.
+
+    What was `typed` alone goes with the commands that we tell people to type; `sources` says where the rest is from.
+    """
+
+    def __init__(self, line: CommandLine, destination: Destination, typed: Dict[str, Any]) -> None:
+        rows = [*options(), *ACTIONS[line.action or None].arguments]
+        nothing = {row.key: row.nothing() for row in reversed(rows) if row.name not in ("help", "version")}
+        found = {} if "no_config" in typed else config_defaults(config_path(), destination.host)
+        configured = {key: value for key, (value, _) in found.items()}
+        super().__init__(**{**nothing, **configured, **typed})
+        self.line, self.destination, self.action, self.typed = line, destination, line.action or None, typed
+        self.sources = {**{key: source for key, (_, source) in found.items()}, **dict.fromkeys(typed, "command line")}
+
+
+def parse_arguments(argv: List[str]) -> Args:
+    """Read a command line over the defaults of the configuration file; raises Failure (2)."""
+    line = in_order(argv)
+    typed = line.values()
+    try:
+        destination = parse_destination(line.destination)
+    except ValueError as error:
+        raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
+    if "," in destination.host and line.action != "list":
+        raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
+    return Args(line, destination, typed)
 
 
 # -- the configuration file -------------------------------------------------------------------------------------------
@@ -11734,7 +11783,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
 
     Sections are patterns as in ssh_config's Host; of several values, the first one holds. A line is read as the option
-    of its name would be, by the same parser, so that it is checked alike. Raises Failure (2).
+    of its name would be, and one that is repeatable has a value a line. Raises Failure (2).
     """
     if not os.path.exists(path):
         return {}
@@ -11749,39 +11798,27 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    parser = build_parser()
-    nothing = vars(parser.parse_args(["host"]))
+    rows = {option.name: option for option in options() if option.name not in NOT_IN_CONFIG}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
-        if not matches_host(section, destination):
-            continue
-        for key, value in config.items(section):
+        for name, text in config.items(section) if matches_host(section, destination) else ():
+            values: Dict[str, Any] = {}
             try:
-                parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
-            except Failure as failure:
-                why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
+                if not name or name not in rows:
+                    raise ValueError("there is no option --%s" % name)
+                if rows[name].metavar:
+                    for line in (text or "").strip().split("\n"):
+                        rows[name].put(line, values)
+                elif text in (None, "yes", "true", "on"):
+                    rows[name].put(None, values)
+                elif text not in ("no", "false", "off"):
+                    raise ValueError("yes or no, not %r" % text)
+            except ValueError as error:
+                why = "%s, [%s], %s: %s" % (path, section, name, error)
                 raise Failure("wrong configuration", why, "fix it, or --no-config", EXIT_USAGE) from None
-            dest = _option(parser, key).dest
-            found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
+            value = values.get(rows[name].key, rows[name].nothing())
+            found.setdefault(rows[name].key, (value, "[%s] %s" % (section, path)))
     return found
-
-
-def _option(parser: argparse.ArgumentParser, key: str) -> Any:
-    """Return the option of a long name; raises Failure (2)."""
-    for action in parser._actions:
-        if "--" + key in action.option_strings and key not in NOT_IN_CONFIG:
-            return action
-    raise Failure("wrong usage", "there is no option --%s" % key, "", EXIT_USAGE)
-
-
-def _config_words(parser: argparse.ArgumentParser, key: str, value: Optional[str]) -> List[str]:
-    """Return the command line that a line of the configuration stands for; repeatable options have a value a line."""
-    if _option(parser, key).nargs == 0:
-        answers_ = {None: True, "yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-        if value not in answers_:
-            raise Failure("wrong usage", "yes or no, not %r" % value, "", EXIT_USAGE)
-        return ["--" + key] if answers_[value] else []
-    return ["--%s=%s" % (key, line) for line in (value or "").strip().split("\n")]
 
 
 def matches_host(patterns: str, destination: str) -> bool:
@@ -11799,9 +11836,9 @@ def matches_host(patterns: str, destination: str) -> bool:
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> Request:
+def request_of(args: Args, action: str = "open", **facts: Any) -> Request:
     """Return the request that the options make; raises Failure (2) where they do not go together."""
-    asked = {option.field: getattr(args, option.dest) for option in options() if option.field}
+    asked = {option.field: getattr(args, option.key) for option in options() if option.field}
     named = {field: value for field, value in asked.items() if value is not None}
     submit = submit_words(args)
     if submit and args.socket and not args.via_node:
@@ -11814,7 +11851,7 @@ def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> 
 SBATCH = ["sbatch", "--job-name=rjupyter", "--output={output}", "--no-requeue"]
 
 
-def submit_words(args: argparse.Namespace) -> List[str]:
+def submit_words(args: Args) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         words = shlex.split(args.submit or "")
@@ -11826,21 +11863,20 @@ def submit_words(args: argparse.Namespace) -> List[str]:
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
-def back_again(args: argparse.Namespace, *action: str) -> str:
+def back_again(args: Args, *action: str) -> str:
     """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
     opens = not action or action[0].startswith("-")
     words: Dict[str, List[str]] = {}
     for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_typed = args.sources.get(option.dest, "command line") == "command line"  # or not given at all
-        is_dropped = option.dest == "attach" and "--new" in action
-        if is_typed and not is_dropped and (opens or option.chooses == "host"):
-            words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
+        is_dropped = option.key == "attach" and "--new" in action
+        if option.key in args.typed and not is_dropped and (opens or option.chooses == "host"):
+            words[option.key] = option.words(args.typed[option.key]) or words.get(option.key, [])
     chosen = [word for group in words.values() for word in group]
     destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
     return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
 
 
-def hint_of(args: argparse.Namespace) -> Callable[..., str]:
+def hint_of(args: Args) -> Callable[..., str]:
     """Return what makes the commands that we tell people to type."""
     return lambda *action: back_again(args, *action)
 
@@ -11848,7 +11884,7 @@ def hint_of(args: argparse.Namespace) -> Callable[..., str]:
 # -- open -------------------------------------------------------------------------------------------------------------
 
 
-def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold.
 
     Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
@@ -11897,7 +11933,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages) -> None:
+def say_how_to_end(args: Args, tunnel: Tunnel, messages: Messages) -> None:
     """Say what Ctrl-C will do, and how the server is ended."""
     if args.background:
         messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
@@ -11908,7 +11944,7 @@ def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages)
         messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
 
 
-def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
+def tunnel_record(args: Args, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
     """Return what is written down of our tunnel."""
     return TunnelRecord(
         created=time.time(),
@@ -11928,7 +11964,7 @@ def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, ur
     )
 
 
-def tunnel_that_is_up(args: argparse.Namespace, request: Request) -> Optional[TunnelRecord]:
+def tunnel_that_is_up(args: Args, request: Request) -> Optional[TunnelRecord]:
     """Return the record of a tunnel that is up already and does what is asked for, if there is one."""
     for record in [] if args.new else tunnels():
         is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
@@ -11937,7 +11973,7 @@ def tunnel_that_is_up(args: argparse.Namespace, request: Request) -> Optional[Tu
     return None
 
 
-def join(record: TunnelRecord, args: argparse.Namespace, messages: Messages) -> int:
+def join(record: TunnelRecord, args: Args, messages: Messages) -> int:
     """Say that the tunnel is up already, and show its page again; nothing is connected."""
     messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
     messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
@@ -11946,9 +11982,7 @@ def join(record: TunnelRecord, args: argparse.Namespace, messages: Messages) -> 
     return EXIT_OK
 
 
-def open_tunnel(
-    server: Server, args: argparse.Namespace, request: Request, ssh: Ssh, agent: Agent, messages: Messages
-) -> Tunnel:
+def open_tunnel(server: Server, args: Args, request: Request, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
     """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place.
 
     That can be seen only when the server is there: it is stopped, and launched anew. One that ran before is left alone.
@@ -11979,7 +12013,7 @@ def open_tunnel(
     return tunnel
 
 
-def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
+def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
@@ -11995,17 +12029,15 @@ def get_server(args: argparse.Namespace, request: Request, agent: Agent, message
     return server
 
 
-def take_over(args: argparse.Namespace, server: Server) -> None:
+def take_over(args: Args, server: Server) -> None:
     """From now on, print commands that choose what the server was launched with, even if this open did not ask for it.
 
     Else the line that starts such another one would start it in another environment, or outside of a job.
     """
-    facts = args_of_request(server.request)
-    for option in options():
-        is_free = getattr(args, option.dest, None) in (None, False, []) and option.chooses == "server"
-        if is_free and option.dest in facts:
-            setattr(args, option.dest, facts[option.dest])
-            args.sources[option.dest] = "command line"
+    for key, value in args_of_request(server.request).items():
+        if getattr(args, key) in (None, False, []):
+            setattr(args, key, value)
+            args.typed[key] = value
 
 
 def args_of_request(request: Request) -> Dict[str, Any]:
@@ -12025,7 +12057,7 @@ def how_to_own(paths: List[str], user: str) -> str:
     return "sudo chown -R %s" % shlex.join([user, *paths])
 
 
-def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
+def warn_of_address(args: Args, host: str, messages: Messages) -> None:
     """Say who can connect to Jupyter when it is not on a loopback."""
     import ipaddress
 
@@ -12037,7 +12069,7 @@ def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> 
         )
 
 
-def say_server(server: Server, request: Request, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
+def say_server(server: Server, request: Request, args: Args, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what the user should know about it."""
     destination = agent.ssh.destination
     verb, seconds = (
@@ -12076,7 +12108,7 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
 
-def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
+def say_away(away: Away, args: Args, messages: Messages) -> None:
     """Say how the last cell of a notebook ended while no page was connected."""
     ending = ending_of(away.count, away.is_done, away.seconds)
     see = back_again(args, "output", away.notebook)
@@ -12084,7 +12116,7 @@ def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
     messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
 
 
-def wants_browser(args: argparse.Namespace) -> bool:
+def wants_browser(args: Args) -> bool:
     """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
     if args.no_browser:
         return False
@@ -12094,7 +12126,7 @@ def wants_browser(args: argparse.Namespace) -> bool:
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
 
 
-def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     if "," in args.destination.host:
         return list_hosts(args, messages)
@@ -12137,7 +12169,7 @@ LISTED = {
 }  # type: Dict[str, Type[Record]]
 
 
-def list_hosts(args: argparse.Namespace, messages: Messages) -> int:
+def list_hosts(args: Args, messages: Messages) -> int:
     """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
     import subprocess
 
@@ -12217,7 +12249,7 @@ def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
     return EXIT_OK
 
 
-def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     began = time.monotonic()
     request = Request(action="wait_for_kernel", name=args.name, path=args.destination.path)
@@ -12239,7 +12271,7 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
 
-def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
     request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
     hint = hint_of(args)
@@ -12300,7 +12332,7 @@ class PrintedCell:
 
 
 @contextlib.contextmanager
-def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
+def following(args: Args, messages: Messages) -> Iterator[None]:
     """Within this, Ctrl-C ends what -f follows, with status 0."""
     try:
         yield
@@ -12310,7 +12342,7 @@ def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
         messages.end_line()
 
 
-def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
     held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
@@ -12341,7 +12373,7 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
     if args.saves:
         return save_outputs(args, ssh, agent, messages)
@@ -12357,7 +12389,7 @@ def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     return EXIT_OK
 
 
-def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def save_outputs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Put what the cells of a notebook printed into it, there."""
     with ssh:
         request = Request(action="save_output", name=args.name, path=args.destination.path)
@@ -12367,7 +12399,7 @@ def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mes
     return EXIT_OK
 
 
-def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_stop(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Stop servers on the host; ask before one whose kernels compute. Or one kernel.
 
     Raises Failure where there is something to ask, and nobody who could answer.
@@ -12402,7 +12434,7 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_close(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
@@ -12413,7 +12445,7 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
     return EXIT_OK
 
 
-def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
     records = sorted(tunnels(), key=lambda record: record.created)
     views = [view_of(record) for record in records]
@@ -12440,7 +12472,7 @@ def view_of(record: TunnelRecord) -> TunnelView:
 # -- execute ----------------------------------------------------------------------------------------------------------
 
 
-def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Execute notebooks on the host, and bring their results.
 
     One after the other, the first failure ends it; with -j or --grid several at once, each of them to its end.
@@ -12476,7 +12508,7 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     return EXIT_OK
 
 
-def check_execute(args: argparse.Namespace) -> None:
+def check_execute(args: Args) -> None:
     """Raise Failure (2) where the options do not go together."""
     names = [name for name, _ in args.grid]
     given = names + [name for name, _ in args.parameters]
@@ -12497,7 +12529,7 @@ def check_execute(args: argparse.Namespace) -> None:
         raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
 
 
-def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List[Task]:
+def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
     """Return what is executed of a notebook: once, or once for each combination of the grid's values."""
     request = request.but(
         notebook=source.text and without_old_outputs(source.text),
@@ -12524,7 +12556,7 @@ def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List
     return tasks
 
 
-def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> str:
+def start_sweep(tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> str:
     """Write down several executions on the host, and return their common id."""
     name = " ".join(dict.fromkeys(os.path.basename(name.lstrip(":")) for name in args.notebooks))
     facts = {"tasks": [task.request for task in tasks], "width": args.at_once or 1}
@@ -12536,7 +12568,7 @@ def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiti
     return identity
 
 
-def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
+def follow_sweep(identity: str, tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow several executions to their ends; when we leave before, a line says how to go on."""
     try:
         brings = brings_of(args, agent.ssh.destination, identity)
@@ -12576,7 +12608,7 @@ def read_parameter_file(path: str) -> List[str]:
     return [path, text]
 
 
-def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting: Queue) -> Optional[Execution]:
+def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Optional[Execution]:
     """Start to execute a notebook on the host; None if it is being executed already, and no overlap was asked for."""
     messages = agent.messages
     with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
@@ -12592,7 +12624,7 @@ def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting:
     return Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
 
 
-def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
+def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
         execution.overwrites = args.force
@@ -12609,7 +12641,7 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
         raise
 
 
-def brings_of(args: argparse.Namespace, host: str, identity: str) -> List[str]:
+def brings_of(args: Args, host: str, identity: str) -> List[str]:
     """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
     kept = read_record(ListedIds, ids_path()) or ListedIds()
     key = "%s %s" % (host, identity)
@@ -12630,7 +12662,7 @@ class Check(NamedTuple):
     try_: str = ""
 
 
-def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_doctor(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
     log_in_ourselves(ssh)  # the login is one of the steps
     failures = 0
@@ -12662,7 +12694,7 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
         yield Check("browser", "none found; the address is printed")
 
 
-def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[Check]:
+def checks_there(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
     """Check the connection and the host; the first step that fails is the last one that is tried."""
     began = time.monotonic()
     step = "connection"
@@ -12709,7 +12741,7 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
 
 
-def check_job(args: argparse.Namespace, agent: Agent) -> Iterator[Check]:
+def check_job(args: Args, agent: Agent) -> Iterator[Check]:
     """Say what the scheduler would do with a job of ours, and what the site allows; none is submitted."""
     try:
         forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
@@ -12752,7 +12784,7 @@ def check_jupyter(facts: ExamineReply) -> Check:
     return Check("jupyter", "none; an open installs it for you alone")
 
 
-def check_inside(args: argparse.Namespace, agent: Agent) -> Check:
+def check_inside(args: Args, agent: Agent) -> Check:
     """Say which Jupyter an open would run inside a wrapper."""
     try:
         facts = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
@@ -12800,7 +12832,7 @@ complete -c rjupyter -a '(__rjupyter)'
 }
 
 
-def run_completion(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_completion(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what makes a shell complete our command lines."""
     messages.line(COMPLETIONS[args.shell].rstrip())
     return EXIT_OK
@@ -12810,12 +12842,13 @@ def candidates(words: List[str]) -> List[str]:
     """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
     *typed, current = words or [""]
     line = CommandLine(typed)
-    own = by_flag(options())
-    known = {**({} if line.action else own), **line.options_of_action()}
+    row = ACTIONS.get(line.action or None)
+    shared = [option for option in OPTIONS["output"] if option.name in SHARED]
+    known = by_flag([*(shared if line.action else options()), *(row.arguments if row else ())])
     last = known.get(typed[-1]) if typed else None
-    config = next((words[-1] for words in line.before if words[0] == "-F"), "")
-    if last and last.metavar and typed[-1].startswith("-"):
-        found = list(last.how.get("choices", ()))
+    config = next((option.value for option in line.before if option.flag == "-F"), "")
+    if last and last.metavar:
+        found = list(last.choices)
         found += kept_ids(line.destination) if last.metavar == "ID" else []
     elif current.startswith("-"):
         found = [flag for flag in known if flag.startswith("--")]
@@ -12828,7 +12861,6 @@ def candidates(words: List[str]) -> List[str]:
     elif not line.action:
         found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
     else:
-        row = ACTIONS.get(line.action)
         found = kept_ids(line.destination) if row and any(option.metavar == "ID" for option in row.arguments) else []
     return sorted({word for word in found if word.startswith(current)})
 
@@ -12894,16 +12926,16 @@ def keep_listed(listed: ListedIds) -> None:
 # -- config -----------------------------------------------------------------------------------------------------------
 
 
-def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
     rows = []
     seen = set()
     for option in options():
-        if not option.name or not hasattr(args, option.dest) or option.dest in seen:
+        if not option.name or not hasattr(args, option.key) or option.key in seen:
             continue
-        seen.add(option.dest)
-        value = getattr(args, option.dest)
-        source = args.sources.get(option.dest, "default")
+        seen.add(option.key)
+        value = getattr(args, option.key)
+        source = args.sources.get(option.key, "default")
         messages.event("option", option=option.name, value=value, source=source)
         if isinstance(value, list):
             value = " ".join(value)
@@ -12920,7 +12952,7 @@ def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
 class Action(NamedTuple):
     """A row of ACTIONS: what does it, its line in the help, its own options."""
 
-    run: Callable[[argparse.Namespace, Ssh, Agent, Messages], int]
+    run: Callable[[Args, Ssh, Agent, Messages], int]
     help: str = ""
     usage: str = ""
     arguments: Sequence[Option] = ()
@@ -12929,7 +12961,7 @@ class Action(NamedTuple):
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
 
 
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"})
+FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
     "execute": Action(
@@ -12937,28 +12969,43 @@ ACTIONS: Dict[Optional[str], Action] = {
         "run notebooks there, and bring the results",
         "execute NOTEBOOK ...",
         [
-            Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", how={"nargs": "*"}),
+            Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", many="*"),
             Option("-o --output", "where the result goes (NOTEBOOK.executed.ipynb)", "FILE", _text),
             Option("--inplace", "the result replaces the notebook"),
-            Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
-            Option("--parameters-file", FILE_HELP, "FILE", _text, [], how={"dest": "parameters_files"}),
-            Option("--with", WITH_HELP, "PATH", _text, [], how={"dest": "along"}),
-            Option("--bring", BRING_HELP, "GLOB", _pattern, []),
+            Option(
+                "-p",
+                "a variable for the notebook, as YAML reads it; repeatable",
+                "NAME=VALUE",
+                parse_parameter,
+                [],
+                dest="parameters",
+            ),
+            Option(
+                "--parameters-file",
+                "a JSON or YAML file of variables; repeatable",
+                "FILE",
+                _text,
+                [],
+                dest="parameters_files",
+            ),
+            Option("--with", "a file or directory that it needs there; repeatable", "PATH", _text, [], dest="along"),
+            Option(
+                "--bring",
+                "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable",
+                "GLOB",
+                _pattern,
+                [],
+            ),
             Option("--force", "what is brought replaces what is here"),
-            Option("--grid", GRID_HELP, "NAME=[...]", _grid, []),
-            Option("-j", "execute this many at the same time", "N", _count, 0, how={"dest": "at_once"}),
+            Option(
+                "--grid", "run it for each of these values; repeatable, for each combination", "NAME=[...]", _grid, []
+            ),
+            Option("-j", "execute this many at the same time", "N", _count, 0, dest="at_once"),
             Option("--kernel", "kernel to use (the notebook's)", "NAME", default=""),
-            Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
+            Option("--timeout", "how long one notebook may take (no limit)", "S", _duration_s, 0, dest="time_limit"),
             Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
             Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
-            Option(
-                "--attach",
-                "follow this run, and bring its result",
-                "ID",
-                _text,
-                how={"dest": "run_id"},
-                chooses="server",
-            ),
+            Option("--attach", "follow this run, and bring its result", "ID", _text, dest="run_id"),
             Option("--overlap", "even if the notebook is being executed already"),
         ],
         asks="start_run",
@@ -12985,8 +13032,8 @@ ACTIONS: Dict[Optional[str], Action] = {
         "wait until a kernel is idle",
         "wait [NOTEBOOK] [--timeout S]",
         [
-            Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", how={"nargs": "?"}),
-            Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, how={"dest": "time_limit"}),
+            Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", many="?"),
+            Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, dest="time_limit"),
         ],
         asks="wait_for_kernel",
         examples=[
@@ -12999,7 +13046,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "the log of a server, a job or an execution",
         "logs [ID] [-f]",
         [
-            Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
+            Option("id", "of which server or run (the newest server)", "ID", default="", many="?"),
             FOLLOW,
         ],
         asks="logs",
@@ -13010,10 +13057,10 @@ ACTIONS: Dict[Optional[str], Action] = {
         "what the cells of a notebook printed",
         "output [NOTEBOOK] [-f] [--save]",
         [
-            Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
+            Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", many="?"),
             FOLLOW,
-            Option("--save", "put it into the notebook, there", how={"dest": "saves"}),
-            Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
+            Option("--save", "put it into the notebook, there", dest="saves"),
+            Option("--since", "only what ended after 14:02, 2026-11-26, or 2h ago", "TIME", _moment, 0.0),
         ],
         asks="send_output",
         examples=["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
@@ -13023,9 +13070,9 @@ ACTIONS: Dict[Optional[str], Action] = {
         "run code in a kernel",
         "eval [-k NOTEBOOK] CODE",
         [
-            Option("code", "what it executes; - reads it from stdin", "CODE", default=None, how={"nargs": "?"}),
-            Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", how={"dest": "name"}),
-            Option("--interrupt", "interrupt it", how={"dest": "interrupts"}),
+            Option("code", "what it executes; - reads it from stdin", "CODE", default=None, many="?"),
+            Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", dest="name"),
+            Option("--interrupt", "interrupt it", dest="interrupts"),
         ],
         asks="eval_code",
         examples=['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
@@ -13035,7 +13082,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "end servers on the host",
         "stop [ID ...] [--all] [--yes]",
         [
-            Option("ids", STOP_HELP, "ID", how={"nargs": "*"}),
+            Option("ids", "which one (that of PATH, or the only one); a notebook: only its kernel", "ID", many="*"),
             Option("--all", "all of yours there"),
             Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
         ],
@@ -13055,7 +13102,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         run_completion,
         "print what completes lines in a shell",
         "completion SHELL",
-        [Option("shell", "bash, zsh or fish", "SHELL", how={"choices": list(COMPLETIONS)})],
+        [Option("shell", "bash, zsh or fish", "SHELL", choices=list(COMPLETIONS))],
         alone=True,
         examples=["completion fish | source"],
     ),
@@ -13068,7 +13115,7 @@ ACTIONS: Dict[Optional[str], Action] = {
     ),
     "config": Action(
         run_config,
-        CONFIG_HELP,
+        "the defaults that apply to the host",
         "config",
         examples=["gpu1 config"],
     ),
@@ -13092,14 +13139,18 @@ def main(argv: Optional[List[str]] = None) -> int:
 def carry_out(words: List[str]) -> int:
     """Do what a command line says, and return the exit status; a failure is told."""
     messages = Messages(as_json="--json" in words)  # until they are read
-    args: Optional[argparse.Namespace] = None
+    args: Optional[Args] = None
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
             for word in candidates(words[2:]):
                 messages.line(word)
             return EXIT_OK
-        if words[:1] in (["--help"], ["-h"]) and words[1:] and words[1] in TOPICS:
-            messages.line(TOPICS[words[1]]())
+        if words[:1] in (["--help"], ["-h"]) and words[1:] in (["events"], ["status"]):
+            messages.line(help_text(words[1]), end="")
+            return EXIT_OK
+        topic = in_order(words).help_topic()
+        if topic is not None:
+            messages.line(help_text(topic), end="")
             return EXIT_OK
         args = parse_arguments(words)
         messages = Messages(args.quiet, args.verbose, args.json)
@@ -13133,8 +13184,6 @@ def command() -> NoReturn:
     try:
         status = main()
         Signals.depth += 1  # to the end: nobody is left to take one
-    except SystemExit as wanted:  # argparse, after --help and --version
-        status = int(wanted.code or 0)
     except (KeyboardInterrupt, Terminated):  # one more, as the first was answered
         status = EXIT_INTERRUPTED
     os._exit(status)  # all that was written is flushed

@@ -136,7 +136,7 @@ def test_picture_of_the_readme_is_there() -> None:
 
 
 def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]) -> None:
-    text = rjupyter.build_parser().format_help()
+    text = rjupyter.help_text()
     assert len(text.splitlines()) <= 90 and text.index("gpu1:work") < text.index("server:")
     assert rjupyter.main(["--help", "events"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -160,7 +160,7 @@ def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
 
 
 def test_actions_of_the_help_are_the_rows() -> None:
-    text = rjupyter.build_parser().format_help()
+    text = rjupyter.help_text()
     for name, action in rjupyter.ACTIONS.items():
         assert name is None or action.usage in text
         assert name is None or action.help
