@@ -11240,41 +11240,48 @@ def config_path() -> str:
 
 
 class Option(NamedTuple):
-    """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
+    """A row of OPTIONS. It is a switch without a METAVAR behind its flags; with a list for a default, it is repeatable.
 
-    `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. Its value
-    is kept under its long name, or as `dest`; of a switch it is `const`. What an action takes that is no option has no
-    dash in its `flags`, and `many` says how many of them: "*", "?", or one. An option that `chooses` goes with the
-    commands that we tell people to type: "host" with each of them, "server" with those that open.
+    An option that `chooses` goes with the commands that we tell people to type: "host" with each of them, "server" with
+    those that open. Its value is kept under its long name, or as `dest`; of a switch it is `const`. What an action
+    takes that is no option has no dash, and `many` says how many of them: "*", "?", or one.
     """
 
-    flags: str
+    typed: str
     help: str
-    metavar: str = ""
     read: Callable[[str], Any] = str
     default: Any = None
-    field: str = ""
+    chooses: str = ""
     dest: str = ""
     const: Any = True
     choices: Sequence[str] = ()
     many: str = ""
-    apart: str = ""
-    chooses: str = ""
+
+    @property
+    def flags(self) -> List[str]:
+        """Its letter and its long name, as far as it has them."""
+        return [word for word in self.typed.split() if word[0] == "-"]
+
+    @property
+    def metavar(self) -> str:
+        """What its value is called; empty for a switch."""
+        last = self.typed.split()[-1]
+        return last if last[0] != "-" else ""
 
     @property
     def name(self) -> str:
         """Its long name, as the configuration file has it; empty where it has none."""
-        return next((flag[2:] for flag in self.flags.split() if flag.startswith("--")), "")
+        return next((flag[2:] for flag in self.flags if flag.startswith("--")), "")
 
     @property
     def key(self) -> str:
         """The name under which its value is kept."""
-        return self.dest or self.name.replace("-", "_") or self.flags
+        return self.dest or self.name.replace("-", "_")
 
     def nothing(self) -> Any:
         """Return its value where it was not given."""
-        if isinstance(self.default, list) or self.many == "*":
-            return list(self.default or ())
+        if isinstance(self.default, list):
+            return list(self.default)
         return self.default if self.metavar or self.default is not None else False
 
     def put(self, text: Optional[str], values: Dict[str, Any]) -> None:
@@ -11285,8 +11292,8 @@ class Option(NamedTuple):
         if self.choices and value not in self.choices:
             raise ValueError("invalid choice: %r (choose from %s)" % (value, ", ".join(map(repr, self.choices))))
         if self.key == "ssh":
-            values["ssh"] = [*values.get("ssh", []), self.flags, *([] if text is None else [text])]
-        elif isinstance(self.default, list) or self.many == "*":
+            values["ssh"] = [*values.get("ssh", []), *self.flags, *([] if text is None else [text])]
+        elif isinstance(self.default, list):
             values[self.key] = [*values.get(self.key, []), value]
         else:
             values[self.key] = value
@@ -11295,156 +11302,87 @@ class Option(NamedTuple):
         """Return it as it is typed for a value."""
         if self.key == "ssh":
             return list(value)
-        flag = self.flags.split()[-1]
         if not self.metavar:
-            return [flag] if value == self.const else []
-        if value is None or value == self.default:
-            return []
-        values = [str(one) for one in (value if isinstance(value, list) else [value])]
-        is_one = flag.startswith("--") and flag not in JOINED
-        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_one and v.startswith("-") else [flag, v])]
+            return self.flags[-1:] if value == self.const else []
+        values = value if isinstance(value, list) else [] if value in (None, self.default) else [value]
+        return [word for one in values for word in as_words(self.flags[-1], str(one))]
 
 
-def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
+def as_words(flag: str, value: Optional[str]) -> List[str]:
+    """Return an option as it is typed: in one word, where its value would be taken for an option."""
+    if value is not None and value[:1] == "-" and flag[:2] == "--" and flag not in JOINED:
+        return ["%s=%s" % (flag, value)]
+    return [flag] if value is None else [flag, value]
+
+
+def ssh_option(typed: str, help_: str) -> Option:
     """Return the row of an option that ssh has under the same letter."""
-    return Option("-" + letter, help_, metavar, default=[], dest="ssh", chooses="host")
+    return Option(typed, help_, str, [], "host", "ssh")
 
 
+JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
-        Option(
-            "--app", "what to open (notebook)", "APP", default="", field="app", choices=list(APPS), chooses="server"
-        ),
-        Option("--lab", "the same as --app lab", dest="app", const="lab", default="", chooses="server"),
-        Option("--new", "start another server instead of coming back", field="is_new", apart="which"),
-        Option(
-            "--attach",
-            "come back to this server; `list` shows the ids",
-            "ID",
-            _text,
-            field="attach",
-            apart="which",
-            chooses="server",
-        ),
+        Option("--app APP", "what to open (notebook)", default="", choices=list(APPS), chooses="server"),
+        Option("--lab", "the same as --app lab", default="", chooses="server", dest="app", const="lab"),
+        Option("--new", "start another server instead of coming back", dest="is_new"),
+        Option("--attach ID", "come back to this server; `list` shows the ids", _text, None, "server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
-        Option("--port", "first port to try on the host (%d)" % DEFAULT_PORT, "N", _port, 0, "port", chooses="server"),
-        Option("--ip", "address that Jupyter binds (127.0.0.1)", "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
-        Option("--socket", "listen on a Unix socket of yours, not on a port", field="socket", chooses="server"),
-        Option("--no-record", "do not keep what cells print", field="no_record"),
+        Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
+        Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
+        Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
+        Option("--no-record", "do not keep what cells print"),
         Option(
-            "--idle-timeout",
+            "--idle-timeout DURATION",
             "end the server after this long without use (12h)",
-            "DURATION",
             _duration_s,
             0,
+            "server",
             "idle_timeout_s",
-            chooses="server",
         ),
+        Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
+        Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
         Option(
-            "--server-arg",
-            "an argument for Jupyter itself; repeatable",
-            "ARG",
-            str,
-            [],
-            "server_args",
-            chooses="server",
-        ),
-        Option(
-            "--state-dir",
-            "where our files are there (~/.local/state/rjupyter)",
-            "PATH",
-            _text,
-            field="state_dir",
-            chooses="host",
-        ),
-        Option(
-            "--start-timeout",
+            "--start-timeout S",
             "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S,
-            "S",
             _seconds,
             float(START_TIMEOUT_S),
-            "start_timeout_s",
+            dest="start_timeout_s",
         ),
     ],
     "environment on the host": [
-        Option("--python", "run Jupyter under this interpreter", "PATH", _text, None, "python", chooses="server"),
-        Option(
-            "--env",
-            "environment: conda or mamba by name, any by path",
-            "NAME_OR_PATH",
-            _text,
-            field="env",
-            chooses="server",
-        ),
-        Option(
-            "--init", "run this in your shell there first; repeatable", "COMMAND", _text, [], "init", chooses="server"
-        ),
-        Option("--wrap", "run Jupyter inside this command; repeatable", "COMMAND", _wrap, [], "wrap", chooses="server"),
-        Option(
-            "--container",
-            "run it in a container: IMAGE, or docker://IMAGE",
-            "IMAGE",
-            _text,
-            field="container",
-            chooses="server",
-        ),
-        Option(
-            "--install",
-            "install Jupyter if there is none (the default)",
-            field="may_install",
-            apart="install",
-            dest="may_install",
-            default=True,
-        ),
-        Option(
-            "--no-install",
-            "do not install Jupyter; print how to",
-            apart="install",
-            dest="may_install",
-            const=False,
-            default=True,
-        ),
+        Option("--python PATH", "run Jupyter under this interpreter", _text, None, "server"),
+        Option("--env NAME_OR_PATH", "environment: conda or mamba by name, any by path", _text, None, "server"),
+        Option("--init COMMAND", "run this in your shell there first; repeatable", _text, [], "server"),
+        Option("--wrap COMMAND", "run Jupyter inside this command; repeatable", _wrap, [], "server"),
+        Option("--container IMAGE", "run it in a container: IMAGE, or docker://IMAGE", _text, None, "server"),
+        Option("--install", "install Jupyter if there is none (the default)", default=True, dest="may_install"),
+        Option("--no-install", "do not install Jupyter; print how to", default=True, dest="may_install", const=False),
     ],
     "scheduler, on a host that is a login node": [
-        Option(
-            "--slurm", "run it in a Slurm job with these options of sbatch", "OPTIONS", apart="how", chooses="server"
-        ),
-        Option(
-            "--submit",
-            "run it in a job that this command submits (qsub)",
-            "COMMAND",
-            _text,
-            apart="how",
-            chooses="server",
-        ),
-        Option("--via-node", "end the tunnel on the job's node itself", field="via_node", chooses="server"),
-        Option(
-            "--node-address",
-            "interface or name of the job's node to connect to",
-            "NAME",
-            _text,
-            field="node_address",
-            chooses="server",
-        ),
+        Option("--slurm OPTIONS", "run it in a Slurm job with these options of sbatch", str, None, "server"),
+        Option("--submit COMMAND", "run it in a job that this command submits (qsub)", _text, None, "server"),
+        Option("--via-node", "end the tunnel on the job's node itself", chooses="server"),
+        Option("--node-address NAME", "interface or name of the job's node to connect to", _text, None, "server"),
     ],
     "tunnel and browser": [
-        Option("--local-port", "local port (the first free one from %d up)" % LOCAL_PORT, "N", _port, chooses="server"),
+        Option("--local-port N", "local port (the first free one from %d up)" % LOCAL_PORT, _port, None, "server"),
         Option("--no-browser", "print the address only"),
-        Option("--browser", "browser to open (the system's)", "COMMAND"),
-        Option("-L", "another forward, as for ssh; repeatable", "SPEC", _forward, [], dest="further", chooses="server"),
+        Option("--browser COMMAND", "browser to open (the system's)"),
+        Option("-L SPEC", "another forward, as for ssh; repeatable", _forward, [], "server", "further"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", dest="background"),
     ],
     "ssh, letter for letter": [
-        ssh_option("F", "configuration file (~/.ssh/config)", "FILE"),
-        ssh_option("i", "private key", "KEY"),
-        ssh_option("J", "jump host", "HOST"),
-        ssh_option("l", "user to log in as", "USER"),
-        ssh_option("o", "any option of ssh_config(5)", "OPTION"),
-        ssh_option("p", "port of sshd", "PORT"),
-        ssh_option("4", "IPv4 only"),
-        ssh_option("6", "IPv6 only"),
-        ssh_option("C", "compress"),
+        ssh_option("-F FILE", "configuration file (~/.ssh/config)"),
+        ssh_option("-i KEY", "private key"),
+        ssh_option("-J HOST", "jump host"),
+        ssh_option("-l USER", "user to log in as"),
+        ssh_option("-o OPTION", "any option of ssh_config(5)"),
+        ssh_option("-p PORT", "port of sshd"),
+        ssh_option("-4", "IPv4 only"),
+        ssh_option("-6", "IPv6 only"),
+        ssh_option("-C", "compress"),
         Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
     ],
     "output": [
@@ -11456,9 +11394,8 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-h --help", "print this help"),
     ],
 }
-JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
+APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
 NOT_IN_CONFIG = ("help", "version", "no-config")
-SHARED = ("help", "quiet", "verbose", "json")  # options of the output that the help of an action shows, too
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -11469,7 +11406,7 @@ def options() -> Iterator[Option]:
 
 def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
     """Return rows of options by each of their flags; what is no option has none."""
-    return {flag: option for option in rows for flag in option.flags.split() if flag.startswith("-")}
+    return {flag: option for option in rows for flag in option.flags}
 
 
 def nearest(word: str, words: List[str]) -> str:
@@ -11504,102 +11441,80 @@ def help_text(topic: str = "") -> str:
         return "".join("%3d  %s\n" % row for row in EXITS.items())
     if topic == "version":
         return "rjupyter %s\n" % __version__
+    import textwrap
+
+    width = max(40, min(120, terminal_width()))
+
+    def filled(text: str) -> str:
+        """Return its lines, which stay as far as the terminal has room for them."""
+        lines = text.splitlines()
+        return "\n".join(textwrap.fill(x, width, subsequent_indent=" " * 6 * x.startswith(" ")) for x in lines)
+
     if topic:
         action = ACTIONS[topic]
         usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
-        shared = [option for option in OPTIONS["output"] if option.name in SHARED]
-        rows = [*shared[-1:], *action.arguments, *shared[:-1]]
-        groups = {"positional arguments": [row for row in rows if row.flags[0] != "-"]}
-        groups["options"] = [row for row in rows if row.flags[0] == "-"]
+        rows = [OPTIONS["output"][-1], *action.arguments, *OPTIONS["output"][:3]]
+        groups = {"positional arguments": [row for row in rows if not row.flags]}
+        groups["options"] = [row for row in rows if row.flags]
         last = "\n".join(["examples:", *("  rjupyter.py " + example for example in action.examples)])
     else:
         usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
         last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
         last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
         last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
-    parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), refilled(about)]
-    column = min(max(len(typed_as(row)) for rows in groups.values() for row in rows) + 2, 28)
-    parts += ["%s:\n%s" % (title, help_of_rows(rows, column)) for title, rows in groups.items() if rows]
-    return "\n\n".join([*parts, *([refilled(last)] if last != "examples:" else [])]) + "\n"
-
-
-def help_width() -> int:
-    """Return the columns that help may take."""
-    return max(40, min(120, terminal_width()))
-
-
-def refilled(text: str) -> str:
-    """Return the lines of a text as far as the terminal has room for them."""
-    import textwrap
-
-    lines = text.splitlines()
-    return "\n".join(textwrap.fill(x, help_width(), subsequent_indent=" " * 6 * x.startswith(" ")) for x in lines)
-
-
-def typed_as(row: Option) -> str:
-    """Return how an option is typed, as --help shows it."""
-    flags = row.flags.split() if row.flags[0] == "-" else [""]
-    return "  " + ", ".join((flag + " " + row.metavar).strip() for flag in flags)
-
-
-def help_of_rows(rows: List[Option], column: int) -> str:
-    """Return a group of options as --help shows it; what they do begins in a column."""
-    import textwrap
-
-    lines = []
-    for row in rows:
-        head = typed_as(row)
-        is_long = len(head) > column - 2
-        lines += [head] if is_long else []
-        first = ("" if is_long else head).ljust(column)
-        lines += textwrap.wrap(row.help, help_width(), initial_indent=first, subsequent_indent=" " * column)
-    return "\n".join(lines)
+    parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
+    heads = {}
+    for row in itertools.chain.from_iterable(groups.values()):
+        heads[row.typed] = "  " + ", ".join(" ".join(filter(None, (flag, row.metavar))) for flag in row.flags or [""])
+    column = min(max(map(len, heads.values())) + 2, 28)
+    for title, rows in groups.items():
+        lines = [title + ":"] if rows else []
+        for row in rows:
+            head = heads[row.typed]
+            lines += [head] if len(head) > column - 2 else []
+            head = ("" if head in lines else head).ljust(column)
+            lines += textwrap.wrap(row.help, width, initial_indent=head, subsequent_indent=" " * column)
+        parts.append("\n".join(lines))
+    return "\n\n".join(filter(None, [*parts, "" if last == "examples:" else filled(last)])) + "\n"
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
 class Typed(NamedTuple):
-    """An option as it was typed: its row, if it is one of ours, its flag, its value, its words."""
+    """An option as it was typed: its row, if it is one of ours, its flag, its value."""
 
     option: Optional[Option]
     flag: str
     value: Optional[str]
-    words: List[str]
-
-    def is_of_ssh(self) -> bool:
-        """True for a letter that an action has too, with a value that ssh takes."""
-        value = self.value or ""
-        return value.isdigit() if self.flag == "-p" else self.flag == "-o" and bool(re.search("[= ]", value))
 
 
 class CommandLine:
     """A command line, split: options before the action, destination, action, and what stands behind the action.
 
-    A letter that both have is the action's there. Options and operands may be mixed.
+    A letter that both have is the action's there. Options and operands may be mixed. What needs no host has none.
     """
 
     def __init__(self, argv: List[str]) -> None:
-        self.argv = argv
         self.before: List[Typed] = []
         self.destination = ""
         self.action = ""
         self.behind: List[Typed] = []
         self.operands: List[str] = []
-        self.host_at = len(argv)  # where the destination stands
         self.known = by_flag(options())
-        rest = list(argv)
+        self.rest = list(argv)
         is_over = False
-        while rest:
-            word = rest.pop(0)
+        while self.rest:
+            word = self.rest.pop(0)
+            is_alone = word in ACTIONS and ACTIONS[word].alone and not set(self.rest) & set(ACTIONS)
             if word == "--" and not is_over:
                 is_over = True
             elif self._is_option(word) and not is_over:
-                (self.behind if self.action else self.before).append(self._typed(word, rest))
-            elif not self.destination:
-                self.destination, self.host_at = word, len(argv) - len(rest) - 1
+                (self.behind if self.action else self.before).append(self._option(word))
+            elif not self.destination and not is_alone:
+                self.destination = word
             elif not self.action:
-                self.action = word
+                self.destination, self.action = self.destination or NO_HOST, word
                 self.known.update(by_flag(ACTIONS[word].arguments if word in ACTIONS else ()))
             else:
                 self.operands.append(word)
@@ -11609,142 +11524,103 @@ class CommandLine:
         flag = word.partition("=")[0] if word.startswith("--") else word[:2]
         return word[:1] == "-" and word != "-" and (" " not in word or flag in self.known)
 
-    def _typed(self, word: str, rest: List[str]) -> Typed:
+    def _option(self, word: str) -> Typed:
         """Return an option, with its value; of switches in one word, the next one stays in the rest."""
-        value: Optional[str]
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            is_given = "=" in word
-        else:
-            flag, value = word[:2], word[2:]
-            is_given = bool(value)
+        is_long = word.startswith("--")
+        flag, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:])
         option = self.known.get(flag)
-        if option and not option.metavar and is_given and not word.startswith("--"):  # as in -qv
-            rest.insert(0, "-%s" % value)
-            return Typed(option, flag, None, [flag])
-        is_next = bool(rest) and (flag in JOINED or not self._is_option(rest[0]))
-        if option and option.metavar and not is_given and is_next:
-            value = rest.pop(0)
-            return Typed(option, flag, value, ["%s=%s" % (flag, value)] if flag in JOINED else [flag, value])
-        return Typed(option, flag, value if is_given else None, [word])
+        if option and option.metavar and not equals and self.rest:
+            if flag in JOINED or not self._is_option(self.rest[0]):
+                return Typed(option, flag, self.rest.pop(0))
+        elif option and not option.metavar and not is_long and value:  # as in -qv
+            self.rest.insert(0, "-" + value)
+            return Typed(option, flag, None)
+        return Typed(option, flag, value if equals else None)
 
-    def words(self, destination: str = "") -> List[str]:
-        """Return the whole, for another destination if one is given."""
-        return [
-            *(word for typed in self.before for word in typed.words),
-            *filter(None, (destination or self.destination, self.action)),
-            *(word for typed in self.behind for word in typed.words),
-            *(["--"] if any(word[:1] == "-" for word in self.operands) else []),
-            *self.operands,
-        ]
+    def words(self, destination: str, action: str, moved: Optional[Typed] = None) -> List[str]:
+        """Return the words of another line, with the same options and operands; one of them moved behind the action."""
+        before = [typed for typed in self.before if typed is not moved]
+        behind = [*([moved] if moved else []), *self.behind]
+        places = [word for word in (destination, action) if word not in ("", NO_HOST)]
+        options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
+        end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
+        return [*options_[0], *places, *options_[1], *end, *self.operands]
 
-    def help_topic(self) -> Optional[str]:
+    def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
         for typed in [*self.before, *self.behind]:
-            if typed.option and typed.option.name in ("help", "version"):
-                return "version" if typed.option.name == "version" else self.action if typed in self.behind else ""
+            if typed.option and typed.option.name == "version":
+                return "version"
+            if typed.option and typed.option.name == "help":
+                name = self.action if typed in self.behind else self.destination
+                return name if name in ACTIONS else ""
         return None
 
     def values(self) -> Dict[str, Any]:
-        """Return the values of what was typed; raises Failure (2)."""
+        """Return the values of what was typed; raises Failure (2), with the line as it should be, for what is none."""
+        self._check()
+        typed = [*self.before, *self.behind]
+        for pair in APART:
+            both = [flag for option, flag, _ in typed if flag in pair and option in (*options(),)]
+            if len(set(both)) > 1:
+                raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
-        given: Dict[str, Option] = {}
-        unknown = []
-        for option, flag, value, words in [*self.before, *self.behind]:
-            if not option:
-                unknown.append(words[0])
-                continue
-            other = given.setdefault(option.apart, option) if option.apart else option
-            if other != option:
-                raise wrong_usage("argument %s: not allowed with argument %s" % (flag, other.flags))
-            put(option, value, values)
-        rows = [row for row in ACTIONS[self.action or None].arguments if row.flags[0] != "-"]
-        taken = self.operands if rows and rows[0].many == "*" else self.operands[: len(rows)]
+        unknown = [flag for option, flag, _ in typed if not option]
+        row = next((row for row in ACTIONS[self.action or None].arguments if not row.flags), None)
+        taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
+        given = [(option, text) for option, _, text in typed if option] + [(row, word) for word in taken if row]
+        for option, text in given:
+            try:
+                option.put(text, values)
+            except ValueError as error:
+                raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
-        for word in taken:
-            put(rows[0], word, values)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            known = list(by_flag([*options(), *(row for action in ACTIONS.values() for row in action.arguments)]))
-            near = nearest(flag, known) if flag.startswith("-") else ""
+            known = by_flag([*options(), *(row for action in ACTIONS.values() for row in action.arguments)])
+            near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
             raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
-        missing = rows[0].metavar if rows and not rows[0].many and not taken else ""
-        missing = missing if self.destination else "DESTINATION[:PATH]"
-        if missing:
-            raise wrong_usage("the following arguments are required: " + missing)
+        missing = row.metavar if row and not row.many and not taken else ""
+        if missing or not self.destination:
+            required = missing if self.destination else "DESTINATION[:PATH]"
+            raise wrong_usage("the following arguments are required: " + required)
         return values
 
-    def without_host(self) -> Failure:
-        """Return the failure of an action where the host stands: with the line as it should be."""
-        plain = [word for word in [self.action, *self.operands] if word]
-        host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
-        options_ = [word for typed in self.before for word in typed.words]
-        right = command_line(*options_, host, self.destination, *(word for word in plain if word != host))
-        return wrong_usage("%s is an action: the host comes before it" % self.destination, right)
-
-    def without_action(self) -> Failure:
-        """Return the failure of a second word that is no action: what may be meant instead."""
+    def _check(self) -> None:
+        """Raise Failure (2) for what stands where it does not belong. No words at all show the tunnels."""
+        is_plain = all(typed.flag in ("-F", *by_flag(OPTIONS["output"][:4])) for typed in self.before)
+        if not self.destination and is_plain:
+            self.destination, self.action = NO_HOST, "tunnels"
         actions = [name for name in ACTIONS if name]
-        options_ = [word for typed in self.before for word in typed.words]
-        word, near = self.action, nearest(self.action, actions)
-        right = command_line(*options_, self.destination, near)
-        if not near:  # as in `lsit gpu1`
-            near = nearest(self.destination, actions)
-            word = self.destination if near else word
-            right = command_line(*options_, self.action, near)
-        right = "did you mean: " + right if near else ""
-        if not near and ("/" in word or "." in word):
-            right = command_line(*options_, "%s:%s" % (self.destination, word))
-        return wrong_usage("there is no action %s; there are %s" % (word, ", ".join(actions)), right)
-
-    def misplaced(self, typed: Typed, row: Option, action: str) -> Failure:
-        """Return the failure of an option of an action that stands before the host: with the line as it should be."""
-        right = command_line("HOST", action, typed.flag, row.metavar)
-        if action == self.action and (typed.option or not row.metavar):
-            others = [word for other in self.before if other is not typed for word in other.words]
-            words = [word for word in (self.destination, action) if word != NO_HOST]
-            behind = [word for other in self.behind for word in other.words]
-            right = command_line(*others, *words, *typed.words, *behind, *self.operands)
-        return wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, action), right)
+        if self.destination in actions and self.action not in actions:
+            plain = [word for word in [self.action, *self.operands] if word]
+            host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
+            self.operands = [word for word in plain if word != host]
+            right = command_line(*self.words(host, self.destination))
+            raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
+        for typed in self.before:
+            for name in [self.action] if self.action in actions else actions:
+                row = by_flag(ACTIONS[name].arguments).get(typed.flag)
+                value = typed.value or ""
+                is_of_ssh = value.isdigit() if typed.flag == "-p" else typed.flag == "-o" and re.search("[= ]", value)
+                if row and not (typed.option and (is_of_ssh or name != self.action)):
+                    right = command_line("HOST", name, typed.flag, row.metavar)
+                    if name == self.action and (typed.option or not row.metavar):
+                        right = command_line(*self.words(self.destination, name, typed))
+                    raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
+        if self.action and self.action not in actions:
+            destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
+            swapped = nearest(destination, actions)
+            if swapped and not near:  # as in `lsit gpu1`
+                destination, wrong, near = wrong, destination, swapped
+            right = "did you mean: " + command_line(*self.words(destination, near)) if near else ""
+            if not near and ("/" in wrong or "." in wrong):
+                right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
+            raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
 
 
 def wrong_usage(why: str, try_: str = "") -> Failure:
     """Return the failure of a line that is none, with what leads on."""
     return Failure("wrong usage", why, try_ or command_line("--help"), EXIT_USAGE)
-
-
-def put(option: Option, text: Optional[str], values: Dict[str, Any]) -> None:
-    """Put what was typed behind an option among the values; raises Failure (2)."""
-    try:
-        option.put(text, values)
-    except ValueError as error:
-        name = "/".join(option.flags.split()) if option.flags[0] == "-" else option.metavar
-        raise wrong_usage("argument %s: %s" % (name, error)) from None
-
-
-def in_order(argv: List[str]) -> CommandLine:
-    """Split a command line; raises Failure (2), with the line as it should be, for what is no line.
-
-    `ACTION --help`, and what needs no host, is taken without one.
-    """
-    line = CommandLine(argv)
-    output = [option for option in OPTIONS["output"] if option.name not in ("help", "version")]
-    if not line.destination and all(typed.option in output or typed.flag == "-F" for typed in line.before):
-        line = CommandLine([*argv, "tunnels"])
-    if line.destination in ACTIONS and line.action not in ACTIONS:
-        if line.help_topic() == "":
-            return CommandLine([NO_HOST, line.destination, "--help"])
-        if not ACTIONS[line.destination].alone:
-            raise line.without_host()
-        line = CommandLine([*line.argv[: line.host_at], NO_HOST, *line.argv[line.host_at :]])
-    for typed in line.before:
-        for name in [line.action] if line.action in ACTIONS else [name for name in ACTIONS if name]:
-            row = by_flag(ACTIONS[name].arguments).get(typed.flag)
-            if row and not (typed.option and (typed.is_of_ssh() or name != line.action)):
-                raise line.misplaced(typed, row, name)
-    if line.action and line.action not in ACTIONS:
-        raise line.without_action()
-    return line
 
 
 class Args(types.SimpleNamespace):
@@ -11755,7 +11631,7 @@ class Args(types.SimpleNamespace):
 
     def __init__(self, line: CommandLine, destination: Destination, typed: Dict[str, Any]) -> None:
         rows = [*options(), *ACTIONS[line.action or None].arguments]
-        nothing = {row.key: row.nothing() for row in reversed(rows) if row.name not in ("help", "version")}
+        nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
         found = {} if "no_config" in typed else config_defaults(config_path(), destination.host)
         configured = {key: value for key, (value, _) in found.items()}
         super().__init__(**{**nothing, **configured, **typed})
@@ -11765,7 +11641,7 @@ class Args(types.SimpleNamespace):
 
 def parse_arguments(argv: List[str]) -> Args:
     """Read a command line over the defaults of the configuration file; raises Failure (2)."""
-    line = in_order(argv)
+    line = CommandLine(argv)
     typed = line.values()
     try:
         destination = parse_destination(line.destination)
@@ -11838,7 +11714,8 @@ def matches_host(patterns: str, destination: str) -> bool:
 
 def request_of(args: Args, action: str = "open", **facts: Any) -> Request:
     """Return the request that the options make; raises Failure (2) where they do not go together."""
-    asked = {option.field: getattr(args, option.key) for option in options() if option.field}
+    keys = {option.key for option in options()} & set(Request.fields) - {"submit", "local_port"}
+    asked = {key: getattr(args, key) for key in keys}
     named = {field: value for field, value in asked.items() if value is not None}
     submit = submit_words(args)
     if submit and args.socket and not args.via_node:
@@ -11966,7 +11843,7 @@ def tunnel_record(args: Args, request: Request, tunnel: Tunnel, url: str) -> Tun
 
 def tunnel_that_is_up(args: Args, request: Request) -> Optional[TunnelRecord]:
     """Return the record of a tunnel that is up already and does what is asked for, if there is one."""
-    for record in [] if args.new else tunnels():
+    for record in [] if args.is_new else tunnels():
         is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
             return record
@@ -12085,7 +11962,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         warn_of_address(args, destination, messages)
     else:
         fields = request.too_late(server.request)
-        ignored = ["--" + option.name for option in options() if option.field in fields]
+        ignored = ["--" + option.name for option in options() if option.key in fields]
         messages.step(text, "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
@@ -12179,7 +12056,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
     asked = {}
     try:
         for host in hosts:
-            words = args.line.words(Destination(host, args.destination.path).text())
+            words = args.line.words(Destination(host, args.destination.path).text(), "list")
             asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
         rows = [
@@ -12843,8 +12720,7 @@ def candidates(words: List[str]) -> List[str]:
     *typed, current = words or [""]
     line = CommandLine(typed)
     row = ACTIONS.get(line.action or None)
-    shared = [option for option in OPTIONS["output"] if option.name in SHARED]
-    known = by_flag([*(shared if line.action else options()), *(row.arguments if row else ())])
+    known = by_flag([*(OPTIONS["output"] if line.action else options()), *(row.arguments if row else ())])
     last = known.get(typed[-1]) if typed else None
     config = next((option.value for option in line.before if option.flag == "-F"), "")
     if last and last.metavar:
@@ -12856,7 +12732,7 @@ def candidates(words: List[str]) -> List[str]:
         found = ssh_hosts(config or os.path.expanduser("~/.ssh/config")) + [
             n for n in ACTIONS if n and ACTIONS[n].alone
         ]
-    elif line.destination == "completion":
+    elif line.action == "completion":
         found = list(COMPLETIONS)
     elif not line.action:
         found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
@@ -12969,43 +12845,35 @@ ACTIONS: Dict[Optional[str], Action] = {
         "run notebooks there, and bring the results",
         "execute NOTEBOOK ...",
         [
-            Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", many="*"),
-            Option("-o --output", "where the result goes (NOTEBOOK.executed.ipynb)", "FILE", _text),
+            Option("NOTEBOOK", "one here; one on the host with : before it", str, [], dest="notebooks", many="*"),
+            Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
             Option("--inplace", "the result replaces the notebook"),
             Option(
-                "-p",
+                "-p NAME=VALUE",
                 "a variable for the notebook, as YAML reads it; repeatable",
-                "NAME=VALUE",
                 parse_parameter,
                 [],
                 dest="parameters",
             ),
             Option(
-                "--parameters-file",
+                "--parameters-file FILE",
                 "a JSON or YAML file of variables; repeatable",
-                "FILE",
                 _text,
                 [],
                 dest="parameters_files",
             ),
-            Option("--with", "a file or directory that it needs there; repeatable", "PATH", _text, [], dest="along"),
+            Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], dest="along"),
             Option(
-                "--bring",
-                "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable",
-                "GLOB",
-                _pattern,
-                [],
+                "--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []
             ),
             Option("--force", "what is brought replaces what is here"),
-            Option(
-                "--grid", "run it for each of these values; repeatable, for each combination", "NAME=[...]", _grid, []
-            ),
-            Option("-j", "execute this many at the same time", "N", _count, 0, dest="at_once"),
-            Option("--kernel", "kernel to use (the notebook's)", "NAME", default=""),
-            Option("--timeout", "how long one notebook may take (no limit)", "S", _duration_s, 0, dest="time_limit"),
-            Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
+            Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
+            Option("-j N", "execute this many at the same time", _count, 0, dest="at_once"),
+            Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
+            Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
+            Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
             Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
-            Option("--attach", "follow this run, and bring its result", "ID", _text, dest="run_id"),
+            Option("--attach ID", "follow this run, and bring its result", _text, dest="run_id"),
             Option("--overlap", "even if the notebook is being executed already"),
         ],
         asks="start_run",
@@ -13032,8 +12900,8 @@ ACTIONS: Dict[Optional[str], Action] = {
         "wait until a kernel is idle",
         "wait [NOTEBOOK] [--timeout S]",
         [
-            Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", many="?"),
-            Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, dest="time_limit"),
+            Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", dest="name", many="?"),
+            Option("--timeout S", "how long at most (no limit)", _duration_s, 0, dest="time_limit"),
         ],
         asks="wait_for_kernel",
         examples=[
@@ -13046,7 +12914,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         "the log of a server, a job or an execution",
         "logs [ID] [-f]",
         [
-            Option("id", "of which server or run (the newest server)", "ID", default="", many="?"),
+            Option("ID", "of which server or run (the newest server)", default="", dest="id", many="?"),
             FOLLOW,
         ],
         asks="logs",
@@ -13057,10 +12925,10 @@ ACTIONS: Dict[Optional[str], Action] = {
         "what the cells of a notebook printed",
         "output [NOTEBOOK] [-f] [--save]",
         [
-            Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", many="?"),
+            Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", dest="name", many="?"),
             FOLLOW,
             Option("--save", "put it into the notebook, there", dest="saves"),
-            Option("--since", "only what ended after 14:02, 2026-11-26, or 2h ago", "TIME", _moment, 0.0),
+            Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
         ],
         asks="send_output",
         examples=["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
@@ -13070,8 +12938,8 @@ ACTIONS: Dict[Optional[str], Action] = {
         "run code in a kernel",
         "eval [-k NOTEBOOK] CODE",
         [
-            Option("code", "what it executes; - reads it from stdin", "CODE", default=None, many="?"),
-            Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", dest="name"),
+            Option("CODE", "what it executes; - reads it from stdin", dest="code", many="?"),
+            Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", dest="name"),
             Option("--interrupt", "interrupt it", dest="interrupts"),
         ],
         asks="eval_code",
@@ -13082,7 +12950,14 @@ ACTIONS: Dict[Optional[str], Action] = {
         "end servers on the host",
         "stop [ID ...] [--all] [--yes]",
         [
-            Option("ids", "which one (that of PATH, or the only one); a notebook: only its kernel", "ID", many="*"),
+            Option(
+                "ID",
+                "which one (that of PATH, or the only one); a notebook: only its kernel",
+                str,
+                [],
+                dest="ids",
+                many="*",
+            ),
             Option("--all", "all of yours there"),
             Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
         ],
@@ -13102,7 +12977,7 @@ ACTIONS: Dict[Optional[str], Action] = {
         run_completion,
         "print what completes lines in a shell",
         "completion SHELL",
-        [Option("shell", "bash, zsh or fish", "SHELL", choices=list(COMPLETIONS))],
+        [Option("SHELL", "bash, zsh or fish", dest="shell", choices=list(COMPLETIONS))],
         alone=True,
         examples=["completion fish | source"],
     ),
@@ -13148,7 +13023,7 @@ def carry_out(words: List[str]) -> int:
         if words[:1] in (["--help"], ["-h"]) and words[1:] in (["events"], ["status"]):
             messages.line(help_text(words[1]), end="")
             return EXIT_OK
-        topic = in_order(words).help_topic()
+        topic = CommandLine(words).topic()
         if topic is not None:
             messages.line(help_text(topic), end="")
             return EXIT_OK
