@@ -1908,9 +1908,7 @@ class Messages:
 
     def warn(self, text: str) -> None:
         """Say what must not be missed, also under -q."""
-        quiet, self.quiet = self.quiet, False
-        self.note(text)
-        self.quiet = quiet
+        self._say(text)
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
@@ -2045,16 +2043,6 @@ def says_yes(question: str) -> bool:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def kernels_of_view(server: ServerView) -> str:
-    """Return how many kernels a server has, and how many of them compute."""
-    return "%d (%d busy)" % (server.kernels, server.busy) if server.busy else str(server.kernels)
-
-
-def state_of_job(job: JobView) -> str:
-    """Return the state of a job, with the reason why it waits."""
-    return job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else "")
-
-
 def shortened(text: str) -> str:
     """Return a text as it fits into a column."""
     return text if len(text) <= COLUMN_WIDTH else text[: COLUMN_WIDTH - 3] + "..."
@@ -2062,105 +2050,94 @@ def shortened(text: str) -> str:
 
 STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
 COLUMN_WIDTH = 40
-
-
-class Column(NamedTuple):
-    """A column of a table for people: its title, and what it says of a record."""
-
-    title: str
-    cell: Callable[[Any], object]
-
-    def behind_host(self) -> "Column":
-        """Return the same for a HostRow."""
-        return Column(self.title, lambda row: self.cell(row.record))
-
-
+# What each table shows of a row, by the title of its column.
 COLUMNS = {
-    "server": [
-        Column("ID", lambda server: server.id),
-        Column("STATE", lambda server: server.state),
-        Column("APP", lambda server: APPS[server.app].title if server.app in APPS else server.app and "?"),
-        Column("DIRECTORY", lambda server: server.root_dir),
-        Column("NODE", lambda server: server.node if server.job else ""),
-        Column("JOB", lambda server: server.job),
-        Column("INSIDE", lambda server: shortened(server.wrap)),
-        Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
-        Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
-        Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
-        Column("AGE", lambda server: "-" if server.id == "-" else duration(server.age_s)),
-        Column("", lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter")),
-    ],
-    "run": [
-        Column("ID", lambda run: run.id),
-        Column("STATE", lambda run: run.state),
-        Column("CELL", lambda run: "%d/%d" % (run.cell, run.count)),
-        Column("NOTEBOOK", lambda run: run.name),
-        Column("DIRECTORY", lambda run: run.root_dir),
-        Column("NODE", lambda run: run.node if run.job else ""),
-        Column("JOB", lambda run: run.job),
-        Column("INSIDE", lambda run: shortened(run.wrap)),
-        Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
-        Column("AGE", lambda run: duration(run.age_s)),
-    ],
-    "job": [
-        Column("ID", lambda job: job.id),
-        Column("JOB", lambda job: job.job),
-        Column("STATE", state_of_job),
-        Column("NODE", lambda job: job.node or "-"),
-        Column("LEFT", lambda job: duration(job.left_s) or "-"),
-        Column("FOR", lambda job: STARTED.get(job.action, "?")),
-        Column("PATH", lambda job: job.path or "~"),
-        Column("AGE", lambda job: duration(job.age_s)),
-    ],
-    "wrapper": [
-        Column("ID", lambda wrapper: wrapper.id),
-        Column("STARTS INSIDE", lambda wrapper: shortened(wrapper.wrap)),
-        Column("FOR", lambda wrapper: STARTED.get(wrapper.action, "?")),
-        Column("PATH", lambda wrapper: wrapper.path or "~"),
-        Column("AGE", lambda wrapper: duration(wrapper.age_s)),
-    ],
-    "kernel": [
-        Column("KERNEL", lambda kernel: kernel.id[:8]),
-        Column("STATE", lambda kernel: kernel.state),
-        Column("SINCE", lambda kernel: duration(kernel.idle_s) + " ago" if duration(kernel.idle_s) else "-"),
-        Column("NOTEBOOK", lambda kernel: kernel.notebook or "-"),
-        Column("PAGES", lambda kernel: kernel.connections),
-        Column("MEMORY", lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6)),
-        Column("GPU", lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6)),
-        Column("SERVER", lambda kernel: kernel.server),
-    ],
-    "grid": [
-        Column("ID", lambda grid: grid.id),
-        Column("STATE", lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended)),
-        Column("NOTEBOOK", lambda grid: grid.name),
-        Column("AGE", lambda grid: duration(grid.age_s)),
-    ],
-    "tunnel": [
-        Column("HOST", lambda tunnel: tunnel.destination),
-        Column("PATH", lambda tunnel: "~" if tunnel.path is None else tunnel.path),
-        Column("STATE", lambda tunnel: tunnel.state),
-        Column("LOCAL PORT", lambda tunnel: tunnel.local_port),
-        Column("UP", lambda tunnel: duration(tunnel.age_s)),
-        Column("CLOSED BY", lambda tunnel: "close" if tunnel.is_background else "Ctrl-C (pid %d)" % tunnel.tunnel_pid),
-    ],
-    "option": [
-        Column("OPTION", lambda row: row[0]),
-        Column("VALUE", lambda row: row[1]),
-        Column("FROM", lambda row: row[2]),
-    ],
-}
+    "server": {
+        "ID": lambda server: server.id,
+        "STATE": lambda server: server.state,
+        "APP": lambda server: APPS[server.app].title if server.app in APPS else server.app and "?",
+        "DIRECTORY": lambda server: server.root_dir,
+        "NODE": lambda server: server.node if server.job else "",
+        "JOB": lambda server: server.job,
+        "INSIDE": lambda server: shortened(server.wrap),
+        "PORT": lambda server: "socket" if server.sock else server.port or "-",
+        "KERNELS": lambda s: (
+            "-" if s.state != "live" else "%d (%d busy)" % (s.kernels, s.busy) if s.busy else s.kernels
+        ),
+        "ACTIVE": lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-",
+        "AGE": lambda server: "-" if server.id == "-" else duration(server.age_s),
+        "": lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter"),
+    },
+    "run": {
+        "ID": lambda run: run.id,
+        "STATE": lambda run: run.state,
+        "CELL": lambda run: "%d/%d" % (run.cell, run.count),
+        "NOTEBOOK": lambda run: run.name,
+        "DIRECTORY": lambda run: run.root_dir,
+        "NODE": lambda run: run.node if run.job else "",
+        "JOB": lambda run: run.job,
+        "INSIDE": lambda run: shortened(run.wrap),
+        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6),
+        "AGE": lambda run: duration(run.age_s),
+    },
+    "job": {
+        "ID": lambda job: job.id,
+        "JOB": lambda job: job.job,
+        "STATE": lambda job: job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else ""),
+        "NODE": lambda job: job.node or "-",
+        "LEFT": lambda job: duration(job.left_s) or "-",
+        "FOR": lambda job: STARTED.get(job.action, "?"),
+        "PATH": lambda job: job.path or "~",
+        "AGE": lambda job: duration(job.age_s),
+    },
+    "wrapper": {
+        "ID": lambda wrapper: wrapper.id,
+        "STARTS INSIDE": lambda wrapper: shortened(wrapper.wrap),
+        "FOR": lambda wrapper: STARTED.get(wrapper.action, "?"),
+        "PATH": lambda wrapper: wrapper.path or "~",
+        "AGE": lambda wrapper: duration(wrapper.age_s),
+    },
+    "kernel": {
+        "KERNEL": lambda kernel: kernel.id[:8],
+        "STATE": lambda kernel: kernel.state,
+        "SINCE": lambda kernel: duration(kernel.idle_s) + " ago" if duration(kernel.idle_s) else "-",
+        "NOTEBOOK": lambda kernel: kernel.notebook or "-",
+        "PAGES": lambda kernel: kernel.connections,
+        "MEMORY": lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6),
+        "GPU": lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6),
+        "SERVER": lambda kernel: kernel.server,
+    },
+    "grid": {
+        "ID": lambda grid: grid.id,
+        "STATE": lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended),
+        "NOTEBOOK": lambda grid: grid.name,
+        "AGE": lambda grid: duration(grid.age_s),
+    },
+    "tunnel": {
+        "HOST": lambda tunnel: tunnel.destination,
+        "PATH": lambda tunnel: "~" if tunnel.path is None else tunnel.path,
+        "STATE": lambda tunnel: tunnel.state,
+        "LOCAL PORT": lambda tunnel: tunnel.local_port,
+        "UP": lambda tunnel: duration(tunnel.age_s),
+        "CLOSED BY": lambda tunnel: "close" if tunnel.is_background else "Ctrl-C (pid %d)" % tunnel.tunnel_pid,
+    },
+    "option": {
+        "OPTION": lambda row: row[0],
+        "VALUE": lambda row: row[1],
+        "FROM": lambda row: row[2],
+    },
+}  # type: Dict[str, Dict[str, Callable[[Any], object]]]
 
 
-def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> None:
+def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], messages: Messages) -> None:
     """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
 
     A column that says nothing of any is left out.
     """
-    columns = [column for column in columns if any(str(column.cell(row)) for row in rows)]
-    cells = [[column.title for column in columns]]
-    cells += [[str(column.cell(row)).replace("\n", "?") for column in columns] for row in rows]
-    widths = [max(len(printable(line[i])) for line in cells) for i in range(len(columns))]
-    for line in cells:
+    table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
+    table = [column for column in table if any(column[1:])]
+    widths = [max(len(printable(cell)) for cell in column) for column in table]
+    for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
@@ -11096,6 +11073,15 @@ class Destination(NamedTuple):
         return "%s%s%s:%s" % (user, at, "[%s]" % address if ":" in address else address, self.path)
 
 
+def is_ipv6(text: str) -> bool:
+    """True for an address of IPv6, perhaps with its interface."""
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(text.partition("%")[0]).version == 6
+    return False
+
+
 def parse_destination(text: str) -> Destination:
     """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
 
@@ -11112,7 +11098,7 @@ def parse_destination(text: str) -> Destination:
         match = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
         if match:
             host, path = match.group(1) + match.group(2), match.group(3)
-        elif text.count(":") > 1 and _is_ipv6(text.rsplit("@", 1)[-1]):
+        elif text.count(":") > 1 and is_ipv6(text.rsplit("@", 1)[-1]):
             host = text
         else:
             host, colon, rest = text.partition(":")
@@ -11129,15 +11115,6 @@ def parse_destination(text: str) -> Destination:
     if path is not None and "\0" in path:
         raise ValueError("a path cannot hold a NUL")
     return Destination(host, path)
-
-
-def _is_ipv6(text: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(text.partition("%")[0]).version == 6
-    except ValueError:
-        return False
 
 
 # -- how a value is read: each of these raises ValueError with what is wrong ------------------------------------------
@@ -11162,9 +11139,9 @@ def _wrap(text: str) -> str:
     return text
 
 
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
-        raise ValueError("a port is a number from 1 to 65535, not %r" % text)
+def _port(text: str, most: int = 65535, what: str = "a port is a number") -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
+        raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
     return int(text)
 
 
@@ -11213,12 +11190,6 @@ def _moment(text: str) -> float:
         with contextlib.suppress(ValueError):
             return datetime.datetime.fromisoformat(words).timestamp()
     raise ValueError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
-        raise ValueError("a number from 1 to 999, not %r" % text)
-    return int(text)
 
 
 def _grid(text: str) -> Tuple[str, List[Any]]:
@@ -11453,10 +11424,10 @@ def help_text(topic: str = "") -> str:
     if topic:
         action = ACTIONS[topic]
         usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
-        rows = [OPTIONS["output"][-1], *action.arguments, *OPTIONS["output"][:3]]
+        rows = [OPTIONS["output"][-1], *OPTIONS_OF.get(topic, ()), *OPTIONS["output"][:3]]
         groups = {"positional arguments": [row for row in rows if not row.flags]}
         groups["options"] = [row for row in rows if row.flags]
-        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in action.examples)])
+        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in EXAMPLES.get(topic, ()))])
     else:
         usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
         last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
@@ -11515,7 +11486,7 @@ class CommandLine:
                 self.destination = word
             elif not self.action:
                 self.destination, self.action = self.destination or NO_HOST, word
-                self.known.update(by_flag(ACTIONS[word].arguments if word in ACTIONS else ()))
+                self.known.update(by_flag(OPTIONS_OF.get(word, ())))
             else:
                 self.operands.append(word)
 
@@ -11566,7 +11537,7 @@ class CommandLine:
                 raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
         unknown = [flag for option, flag, _ in typed if not option]
-        row = next((row for row in ACTIONS[self.action or None].arguments if not row.flags), None)
+        row = next((row for row in OPTIONS_OF.get(self.action, ()) if not row.flags), None)
         taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
         given = [(option, text) for option, _, text in typed if option] + [(row, word) for word in taken if row]
         for option, text in given:
@@ -11576,7 +11547,7 @@ class CommandLine:
                 raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
         if unknown:
-            known = by_flag([*options(), *(row for action in ACTIONS.values() for row in action.arguments)])
+            known = by_flag(itertools.chain(options(), *OPTIONS_OF.values()))
             near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
             raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
         missing = row.metavar if row and not row.many and not taken else ""
@@ -11599,7 +11570,7 @@ class CommandLine:
             raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
         for typed in self.before:
             for name in [self.action] if self.action in actions else actions:
-                row = by_flag(ACTIONS[name].arguments).get(typed.flag)
+                row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
                 value = typed.value or ""
                 is_of_ssh = value.isdigit() if typed.flag == "-p" else typed.flag == "-o" and re.search("[= ]", value)
                 if row and not (typed.option and (is_of_ssh or name != self.action)):
@@ -11624,32 +11595,40 @@ def wrong_usage(why: str, try_: str = "") -> Failure:
 
 
 class Args(types.SimpleNamespace):
-    """What a command line says: the value of each option by its key, and what it is done to.
+    """What a command line says: the value of each option by its key, and what it is done to. Raises Failure (2).
 
-    What was `typed` alone goes with the commands that we tell people to type; `sources` says where the rest is from.
+    What was `typed` alone goes with the commands that we tell people to type; `sources` says where each value is from.
     """
 
-    def __init__(self, line: CommandLine, destination: Destination, typed: Dict[str, Any]) -> None:
-        rows = [*options(), *ACTIONS[line.action or None].arguments]
+    def __init__(self, argv: List[str]) -> None:
+        self.line = CommandLine(argv)
+        self.typed = self.line.values()
+        self.action = self.line.action or None
+        try:
+            self.destination = parse_destination(self.line.destination)
+        except ValueError as error:
+            raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
+        host = self.destination.host
+        if "," in host and self.action != "list":
+            raise wrong_usage("only list takes several hosts", command_line(self.line.destination, "list"))
+        found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
+        self.sources = {key: source for key, (_, source) in found.items()}
+        self.sources.update(dict.fromkeys(self.typed, "command line"))
+        rows = itertools.chain(options(), OPTIONS_OF.get(self.line.action, ()))
         nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
-        found = {} if "no_config" in typed else config_defaults(config_path(), destination.host)
-        configured = {key: value for key, (value, _) in found.items()}
-        super().__init__(**{**nothing, **configured, **typed})
-        self.line, self.destination, self.action, self.typed = line, destination, line.action or None, typed
-        self.sources = {**{key: source for key, (_, source) in found.items()}, **dict.fromkeys(typed, "command line")}
+        super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
 
-
-def parse_arguments(argv: List[str]) -> Args:
-    """Read a command line over the defaults of the configuration file; raises Failure (2)."""
-    line = CommandLine(argv)
-    typed = line.values()
-    try:
-        destination = parse_destination(line.destination)
-    except ValueError as error:
-        raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
-    if "," in destination.host and line.action != "list":
-        raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
-    return Args(line, destination, typed)
+    def again(self, *action: str) -> str:
+        """Return a command to type: it opens the same again, with all that chooses it, or does another action there."""
+        opens = not action or action[0].startswith("-")
+        words: Dict[str, List[str]] = {}
+        for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
+            is_dropped = option.key == "attach" and "--new" in action
+            if option.key in self.typed and not is_dropped and (opens or option.chooses == "host"):
+                words[option.key] = option.words(self.typed[option.key]) or words.get(option.key, [])
+        chosen = [word for group in words.values() for word in group]
+        destination = self.destination if opens or action[0] == "close" else Destination(self.destination.host, None)
+        return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
 
 
 # -- the configuration file -------------------------------------------------------------------------------------------
@@ -11670,8 +11649,6 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     try:
         with open(path, encoding="utf-8") as stream:
             config.read_file(stream)
-    except FileNotFoundError:
-        return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
     rows = {option.name: option for option in options() if option.name not in NOT_IN_CONFIG}
@@ -11715,13 +11692,11 @@ def matches_host(patterns: str, destination: str) -> bool:
 def request_of(args: Args, action: str = "open", **facts: Any) -> Request:
     """Return the request that the options make; raises Failure (2) where they do not go together."""
     keys = {option.key for option in options()} & set(Request.fields) - {"submit", "local_port"}
-    asked = {key: getattr(args, key) for key in keys}
-    named = {field: value for field, value in asked.items() if value is not None}
+    asked = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     submit = submit_words(args)
     if submit and args.socket and not args.via_node:
-        why = "a socket can be reached only on its own node"
-        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
-    return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
+        raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
+    return Request(action=action, path=args.destination.path, submit=submit, **dict(asked, **facts))
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
@@ -11740,24 +11715,6 @@ def submit_words(args: Args) -> List[str]:
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
-def back_again(args: Args, *action: str) -> str:
-    """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
-    opens = not action or action[0].startswith("-")
-    words: Dict[str, List[str]] = {}
-    for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_dropped = option.key == "attach" and "--new" in action
-        if option.key in args.typed and not is_dropped and (opens or option.chooses == "host"):
-            words[option.key] = option.words(args.typed[option.key]) or words.get(option.key, [])
-    chosen = [word for group in words.values() for word in group]
-    destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
-    return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
-
-
-def hint_of(args: Args) -> Callable[..., str]:
-    """Return what makes the commands that we tell people to type."""
-    return lambda *action: back_again(args, *action)
-
-
 # -- open -------------------------------------------------------------------------------------------------------------
 
 
@@ -11767,9 +11724,8 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
     """
     request = request_of(args)
-    record = tunnel_that_is_up(args, request)
-    if record:
-        return join(record, args, messages)
+    if joins_tunnel(args, request, messages):
+        return EXIT_OK
     background = Background() if args.background else None
     if background and background.pid:
         return background.wait()
@@ -11781,14 +11737,35 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
             ssh = move_to_node(ssh, server)
             begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
             agent.greets, agent.launching = False, begun
-        tunnel = open_tunnel(server, args, request, ssh, agent, messages)
-        server = tunnel.server
+        tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
         messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        with written_down(tunnel_record(args, request, tunnel, url)):
-            say_how_to_end(args, tunnel, messages)
+        record = TunnelRecord(
+            created=time.time(),
+            pid=os.getpid(),
+            identity=process_identity(os.getpid()),
+            destination=args.destination.host,
+            path=args.destination.path,
+            ssh=args.ssh,
+            further=args.further,
+            request=request,
+            is_background=args.background,
+            url=url,
+            local_port=tunnel.local_port,
+            id=server.id,
+            control=ssh.way.control_path if isinstance(ssh.way, Master) else "",
+            config=ssh.config_text,
+        )
+        with written_down(record):
+            if args.background:
+                messages.note("The tunnel is in the background. To close it: %s" % args.again("close"))
+            elif args.stop_on_exit:
+                messages.note("Ctrl-C closes the tunnel and ends the server.")
+            else:
+                stop = args.again("stop", *([] if server.is_only else [server.id]))
+                messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
             if background:
                 background.detach()
                 ssh.can_ask = can_ask()
@@ -11802,7 +11779,7 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         messages.end_line()
         if args.stop_on_exit:
             agent.ask(Request(action="stop", ids=[tunnel.server.id]), StopReply, "Stopping")
-        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args)
+        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
         return EXIT_OK
     finally:
@@ -11810,74 +11787,25 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     return EXIT_OK
 
 
-def say_how_to_end(args: Args, tunnel: Tunnel, messages: Messages) -> None:
-    """Say what Ctrl-C will do, and how the server is ended."""
-    if args.background:
-        messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
-    elif args.stop_on_exit:
-        messages.note("Ctrl-C closes the tunnel and ends the server.")
-    else:
-        stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
-        messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
-
-
-def tunnel_record(args: Args, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
-    """Return what is written down of our tunnel."""
-    return TunnelRecord(
-        created=time.time(),
-        pid=os.getpid(),
-        identity=process_identity(os.getpid()),
-        destination=args.destination.host,
-        path=args.destination.path,
-        ssh=args.ssh,
-        further=args.further,
-        request=request,
-        is_background=args.background,
-        url=url,
-        local_port=tunnel.local_port,
-        id=tunnel.server.id,
-        control=tunnel.ssh.way.control_path if isinstance(tunnel.ssh.way, Master) else "",
-        config=tunnel.ssh.config_text,
-    )
-
-
-def tunnel_that_is_up(args: Args, request: Request) -> Optional[TunnelRecord]:
-    """Return the record of a tunnel that is up already and does what is asked for, if there is one."""
+def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
+    """True when a tunnel is up already that does what is asked for: its page is shown again, and nothing connected."""
     for record in [] if args.is_new else tunnels():
         is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
-            return record
-    return None
+            messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
+            messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
+            if wants_browser(args):
+                open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
+            return True
+    return False
 
 
-def join(record: TunnelRecord, args: Args, messages: Messages) -> int:
-    """Say that the tunnel is up already, and show its page again; nothing is connected."""
-    messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
-    messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
-    if wants_browser(args):
-        open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
-    return EXIT_OK
-
-
-def open_tunnel(server: Server, args: Args, request: Request, ssh: Ssh, agent: Agent, messages: Messages) -> Tunnel:
-    """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place.
-
-    That can be seen only when the server is there: it is stopped, and launched anew. One that ran before is left alone.
-    """
-    tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
+def open_tunnel(server: Server, args: Args, agent: Agent, messages: Messages) -> Tunnel:
+    """Open a checked tunnel to a server."""
+    ssh = agent.ssh
+    tunnel = Tunnel(ssh, agent, server, messages, args.again)
     tunnel.open(args.local_port)
-    try:
-        tunnel.check()
-    except Failure:
-        if not (server.sock and server.is_launched and ssh.wait(0)):
-            raise
-        no_socket = "sshd on %s forwards none (AllowStreamLocalForwarding)" % ssh.destination
-        tunnel.close()
-        agent.ask(Request(action="stop", ids=[server.id]), StopReply, "Stopping")
-        server = get_server(args, request.but(no_socket=no_socket), agent, messages)
-        tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
-        tunnel.open(args.local_port)
-        tunnel.check()
+    tunnel.check()
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
     if server.job and not args.via_node:
         where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
@@ -11894,39 +11822,29 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    hint = hint_of(args)
-    waiting = Queue(agent, messages, hint, lambda identity: hint())
+    hint = args.again
+    waiting = Queue(agent, messages, hint, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
-    take_over(args, server)
-    say_server(server, request, args, agent, messages)
-    return server
-
-
-def take_over(args: Args, server: Server) -> None:
-    """From now on, print commands that choose what the server was launched with, even if this open did not ask for it.
-
-    Else the line that starts such another one would start it in another environment, or outside of a job.
-    """
-    for key, value in args_of_request(server.request).items():
-        if getattr(args, key) in (None, False, []):
+    # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
+    # else the line that starts such another one would start it in another environment, or outside of a job.
+    asked = server.request
+    names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
+    launched_with = {name: getattr(asked, name) for name in names}
+    words = [word for word in asked.submit if word != "{script}"]
+    if words[: len(SBATCH)] == SBATCH:
+        launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
+    elif words:
+        launched_with["submit"] = shlex.join(asked.submit)
+    for key, value in launched_with.items():
+        if value and getattr(args, key) in (None, False, []):
             setattr(args, key, value)
             args.typed[key] = value
-
-
-def args_of_request(request: Request) -> Dict[str, Any]:
-    """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
-    names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
-    found = {name: getattr(request, name) for name in names}
-    words = [word for word in request.submit if word != "{script}"]
-    if words[: len(SBATCH)] == SBATCH:
-        found["slurm"] = shlex.join(words[len(SBATCH) :])
-    elif words:
-        found["submit"] = shlex.join(request.submit)
-    return {name: value for name, value in found.items() if value}
+    say_server(server, request, args, agent, messages)
+    return server
 
 
 def how_to_own(paths: List[str], user: str) -> str:
@@ -11934,20 +11852,10 @@ def how_to_own(paths: List[str], user: str) -> str:
     return "sudo chown -R %s" % shlex.join([user, *paths])
 
 
-def warn_of_address(args: Args, host: str, messages: Messages) -> None:
-    """Say who can connect to Jupyter when it is not on a loopback."""
-    import ipaddress
-
-    if not ipaddress.ip_address(args.ip).is_loopback:
-        where = "any address of " + host if ipaddress.ip_address(args.ip).is_unspecified else args.ip
-        messages.note(
-            "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
-            % (args.ip, where)
-        )
-
-
 def say_server(server: Server, request: Request, args: Args, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what the user should know about it."""
+    import ipaddress
+
     destination = agent.ssh.destination
     verb, seconds = (
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
@@ -11959,14 +11867,18 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
         messages.step(text, "launched", **facts)
-        warn_of_address(args, destination, messages)
+        address = ipaddress.ip_address(args.ip)
+        if not address.is_loopback:
+            where = "any address of " + destination if address.is_unspecified else args.ip
+            text = "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
+            messages.note(text % (args.ip, where))
     else:
         fields = request.too_late(server.request)
         ignored = ["--" + option.name for option in options() if option.key in fields]
         messages.step(text, "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
-            messages.note(text % (", ".join(ignored), back_again(args, "--new")))
+            messages.note(text % (", ".join(ignored), args.again("--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     is_near = server.host.startswith("127.") or server.host == "::1"
@@ -11980,17 +11892,11 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
     for away in server.away:
-        say_away(away, args, messages)
+        text = "While you were away: %s %s (%s). To see it: %s"
+        ending, see = ending_of(away.count, away.is_done, away.seconds), args.again("output", away.notebook)
+        messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
     if server.is_launched and agent.hello.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
-
-
-def say_away(away: Away, args: Args, messages: Messages) -> None:
-    """Say how the last cell of a notebook ended while no page was connected."""
-    ending = ending_of(away.count, away.is_done, away.seconds)
-    see = back_again(args, "output", away.notebook)
-    text = "While you were away: %s %s (%s). To see it: %s"
-    messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
 
 
 def wants_browser(args: Args) -> bool:
@@ -12010,12 +11916,21 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     with ssh:
         if args.kernels:
             request = Request(action="list_kernels", path=args.destination.path)
-            return show_kernels(agent.ask(request, KernelsReply, "Asking the servers").kernels, messages)
+            kernels = agent.ask(request, KernelsReply, "Asking the servers").kernels
+            for kernel in kernels:
+                messages.event("kernel", **kernel.facts())
+            if not kernels:
+                messages.note("No kernel of yours runs there.")
+            elif not args.json:
+                print_table(COLUMNS["kernel"], kernels, messages)
+            return EXIT_OK
         request = Request(action="list", path=args.destination.path)
         reply = agent.ask(request, ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
     views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
-    keep_ids(ssh.destination, [view.id for _, found in views for view in found])
+    listed, ids = listed_ids(), [view.id for _, found in views for view in found]
+    if listed.hosts.get(ssh.destination) != ids:
+        keep_listed(listed.but(hosts={**listed.hosts, ssh.destination: ids}))
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
@@ -12028,7 +11943,7 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
             print_table(COLUMNS[event], [view for view in found if view not in hidden], messages)
         if hidden:
             messages.note(
-                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), hint_of(args)("list", "--all"))
+                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), args.again("list", "--all"))
             )
         elif event == "server" and not found:
             messages.note("No server of yours runs there.")
@@ -12036,94 +11951,53 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 
 
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
-LISTED = {
-    "job": JobView,
-    "server": ServerView,
-    "wrapper": WrapperView,
-    "grid": GridView,
-    "run": RunView,
-    "kernel": KernelState,
-}  # type: Dict[str, Type[Record]]
 
 
 def list_hosts(args: Args, messages: Messages) -> int:
     """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
     import subprocess
 
-    hosts = list(dict.fromkeys(filter(None, args.destination.host.split(","))))
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked = {}
+    found: Dict[str, List[Any]] = {}  # by their event
+    is_one_reached = False
     try:
-        for host in hosts:
+        for host in dict.fromkeys(filter(None, args.destination.host.split(","))):
             words = args.line.words(Destination(host, args.destination.path).text(), "list")
             asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
-        rows = [
-            row for host, child in asked.items() for row in rows_of(host, child, until_s - time.monotonic(), messages)
-        ]
+        for host, child in asked.items():
+            why, said = "no answer within %d s" % HOSTS_TIMEOUT_S, b""
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said, _ = child.communicate(timeout=max(0.1, until_s - time.monotonic()))
+                why = "it ended with status %d" % child.returncode if child.returncode else ""
+            events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
+            failed = next((facts for facts in events if facts.get("event") == "failure"), None)
+            why = in_one_line(str(failed.get("why") or failed.get("what"))) if failed else why
+            messages.event("host", host=host, is_reached=not why, why=why or None)
+            rows = [facts for facts in events if facts.get("event") in COLUMNS]
+            for facts in rows:
+                messages.event(**facts)
+            is_one_reached = is_one_reached or not why or bool(rows)
+            if why or not rows:
+                nothing = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
+                view = ServerView(manager=why, state="not reached" if why else "none", **nothing)
+                rows.append(dict(view.facts(), event="server"))
+            for facts in rows:
+                found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
     finally:
         for child in asked.values():
             if child.poll() is None:
                 child.terminate()
                 child.wait()
-    for event in LISTED if not args.json else ():
-        found = [row for row in rows if row.event == event]
-        columns = [Column("HOST", lambda row: row.host), *[column.behind_host() for column in COLUMNS[event]]]
-        if found:
-            print_table(columns, found, messages)
-    return EXIT_OK if any(getattr(row.record, "state", "") != UNREACHED for row in rows) else EXIT_SSH
-
-
-UNREACHED = "not reached"
-
-
-class HostRow(NamedTuple):
-    """One line of `list` for several hosts: the host, the event, and what it told."""
-
-    host: str
-    event: str
-    record: Record
-
-
-def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[HostRow]:
-    """Return what one of these processes said about a host; with --json, print it."""
-    import subprocess
-
-    why = "no answer within %d s" % HOSTS_TIMEOUT_S
-    said = b""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        said, _ = child.communicate(timeout=max(0.1, timeout_s))
-        why = "" if not child.returncode else "it ended with status %d" % child.returncode
-    rows: List[HostRow] = []
-    for line in said.decode("utf-8", "replace").splitlines():
-        facts = facts_in(line)
-        event = str(facts.pop("event", ""))
-        why = in_one_line(str(facts.get("why") or facts.get("what"))) if event == "failure" else why
-        if event in LISTED:
-            rows.append(HostRow(host, event, LISTED[event].read(facts)))
-    messages.event("host", host=host, is_reached=not why, why=why or None)
-    for row in rows:
-        messages.event(row.event, **row.record.facts())
-    if why or not rows:
-        facts = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
-        view = ServerView(**dict(facts, state=UNREACHED if why else "none", manager=why))
-        rows.append(HostRow(host, "server", view))
-    return rows
+    for event in ("job", "server", "wrapper", "grid", "run", "kernel"):
+        if event in found and not args.json:
+            print_table({"HOST": lambda row: row.behind, **COLUMNS[event]}, found[event], messages)
+    return EXIT_OK if is_one_reached else EXIT_SSH
 
 
 ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
-
-
-def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
-    """Show the kernels of the user's servers."""
-    for kernel in kernels:
-        messages.event("kernel", **kernel.facts())
-    if not kernels:
-        messages.note("No kernel of yours runs there.")
-    elif not messages.as_json:
-        print_table(COLUMNS["kernel"], kernels, messages)
-    return EXIT_OK
 
 
 def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
@@ -12151,14 +12025,14 @@ def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
     request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
-    hint = hint_of(args)
-    if args.interrupts:
+    hint = args.again
+    if args.interrupt:
         with ssh:
             kernel = agent.ask(request.but(action="interrupt_kernel"), EvalReply).kernel
         messages.note("Interrupted the kernel of %s." % kernel.title)
         return EXIT_OK
     if args.code is None:
-        raise Failure("wrong usage", "eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"), EXIT_USAGE)
+        raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"))
     code = sys.stdin.read() if args.code == "-" else args.code
     printed = PrintedCell(messages)
     agent.launching = ""
@@ -12252,8 +12126,13 @@ def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 
 def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
-    if args.saves:
-        return save_outputs(args, ssh, agent, messages)
+    if args.save:
+        with ssh:
+            saved = Request(action="save_output", name=args.name, path=args.destination.path)
+            reply = agent.ask(saved, SaveReply, "Saving")
+        text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
+        messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
+        return EXIT_OK
     shown = ShownCells(messages, args.since)
     request = Request(action="send_output", name=args.name, path=args.destination.path, is_followed=args.is_followed)
 
@@ -12263,16 +12142,6 @@ def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     with following(args, messages), ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(ask, OutputReply, handlers={"recorded": shown.take}, redials=redials)
-    return EXIT_OK
-
-
-def save_outputs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Put what the cells of a notebook printed into it, there."""
-    with ssh:
-        request = Request(action="save_output", name=args.name, path=args.destination.path)
-        reply = agent.ask(request, SaveReply, "Saving")
-    text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
-    messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
     return EXIT_OK
 
 
@@ -12315,9 +12184,7 @@ def run_close(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
-        raise Failure(
-            "wrong usage", "close whose tunnels?", command_line("close", "--all") + ", or HOST close", EXIT_USAGE
-        )
+        raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
     close_tunnels(None if is_alone else args.destination.host, args.destination.path, messages)
     return EXIT_OK
 
@@ -12325,7 +12192,12 @@ def run_close(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
     records = sorted(tunnels(), key=lambda record: record.created)
-    views = [view_of(record) for record in records]
+    views = []
+    for record in records:
+        facts = {name: getattr(record, name) for name in ("destination", "path", "local_port", "id", "is_background")}
+        age_s = max(0.0, time.time() - record.created) if record.created else 0.0
+        state = "up" if does_answer(record) else "no answer"
+        views.append(TunnelView(state=state, tunnel_pid=record.pid, age_s=age_s, **facts))
     for view in views:
         messages.event("tunnel", **view.facts())
     if not views:
@@ -12336,14 +12208,6 @@ def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         back = command_line(*newest.ssh, Destination(newest.destination, newest.path).text())
         messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
     return EXIT_OK
-
-
-def view_of(record: TunnelRecord) -> TunnelView:
-    """Return what `tunnels` shows of a tunnel."""
-    names = ("destination", "path", "local_port", "id", "is_background")
-    facts = {name: getattr(record, name) for name in names}
-    age_s = max(0.0, time.time() - record.created) if record.created else 0.0
-    return TunnelView(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid, age_s=age_s, **facts)
 
 
 # -- execute ----------------------------------------------------------------------------------------------------------
@@ -12358,11 +12222,11 @@ def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
-    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_files])
+    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
     alongs = [along_with(source, args.along) for source in sources]
     requests = [request.but(files=along.digest) if along else request for along in alongs]
     tasks = [task for s, r in zip(sources, requests) for task in tasks_of(s, args, r)]
-    hint = hint_of(args)
+    hint = args.again
     waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
     with ssh:
         for along in filter(None, alongs):
@@ -12389,21 +12253,18 @@ def check_execute(args: Args) -> None:
     """Raise Failure (2) where the options do not go together."""
     names = [name for name, _ in args.grid]
     given = names + [name for name, _ in args.parameters]
-    wrong = ""
-    if bool(args.notebooks) == bool(args.run_id):
-        wrong = "execute takes notebooks, or --attach ID"
-    elif args.output and (args.inplace or len(args.notebooks) > 1):
-        wrong = "-o goes with one notebook, and not with --inplace"
-    elif args.inplace and args.run_id:
-        wrong = "--attach brings the result of one run; -o says where it goes"
-    elif names and (args.inplace or args.output):
-        wrong = "--grid has many results, each named by its values; neither -o nor --inplace goes with it"
-    elif any(given.count(name) > 1 for name in names):
-        wrong = "a name of --grid has its values there alone, and once"
-    elif args.run_id and (names or args.at_once):
-        wrong = "--attach follows what was started with --grid and -j; it takes neither"
-    if wrong:
-        raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
+    wrong = {
+        "execute takes notebooks, or --attach ID": bool(args.notebooks) == bool(args.run_id),
+        "-o goes with one notebook, and not with --inplace": args.output and (args.inplace or len(args.notebooks) > 1),
+        "--attach brings the result of one run; -o says where it goes": args.inplace and args.run_id,
+        "--grid has many results, each named by its values; neither -o nor --inplace goes with it": names
+        and (args.inplace or args.output),
+        "a name of --grid has its values there alone, and once": any(given.count(name) > 1 for name in names),
+        "--attach follows what was started with --grid and -j; it takes neither": args.run_id
+        and (names or args.at_once),
+    }
+    for why in filter(wrong.get, wrong):
+        raise wrong_usage(why, args.again("execute", "--help"))
 
 
 def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
@@ -12453,8 +12314,8 @@ def follow_sweep(identity: str, tasks: List[Task], args: Args, agent: Agent, wai
     except (KeyboardInterrupt, Terminated):
         agent.messages.end_line()
         text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
-        again = back_again(args, "execute", "--attach", identity)
-        agent.messages.note(text % (again, back_again(args, "stop", identity)))
+        again = args.again("execute", "--attach", identity)
+        agent.messages.note(text % (again, args.again("stop", identity)))
         raise
 
 
@@ -12493,7 +12354,7 @@ def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Opt
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
-        again = back_again(args, "execute", "--attach", reply.id)
+        again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
         return None
@@ -12512,15 +12373,15 @@ def follow(execution: Execution, waiting: Queue, args: Args) -> None:
         if waiting.state.is_waiting:
             raise
         execution.messages.end_line()
-        again = back_again(args, "execute", "--attach", execution.id)
+        again = args.again("execute", "--attach", execution.id)
         text = "%s keeps running. To follow it again: %s   To end it: %s"
-        execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
+        execution.messages.note(text % (execution.name, again, args.again("stop", execution.id)))
         raise
 
 
 def brings_of(args: Args, host: str, identity: str) -> List[str]:
     """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
-    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    kept = listed_ids()
     key = "%s %s" % (host, identity)
     if not args.bring or kept.brings.get(key) == args.bring:
         return kept.brings.get(key, [])
@@ -12544,7 +12405,7 @@ def run_doctor(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     log_in_ourselves(ssh)  # the login is one of the steps
     failures = 0
     try:
-        for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
+        for check in checks(args, ssh, agent):
             failures += bool(check.try_)
             label = "FAIL" if check.try_ else "ok  "
             text = "%s  %-12s %s" % (label, check.name, check.text)
@@ -12555,8 +12416,8 @@ def run_doctor(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     return EXIT_FAILURE if failures else EXIT_OK
 
 
-def checks_here(ssh: Ssh) -> Iterator[Check]:
-    """Check this machine: ssh, its configuration, the place for sockets, the local port, the browser."""
+def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
+    """Check this machine, the connection and the host; the first step there that fails is the last one."""
     import webbrowser
 
     yield Check("ssh", ssh.version())
@@ -12569,10 +12430,6 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
         yield Check("browser", type(webbrowser.get()).__name__)
     except webbrowser.Error:
         yield Check("browser", "none found; the address is printed")
-
-
-def checks_there(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
-    """Check the connection and the host; the first step that fails is the last one that is tried."""
     began = time.monotonic()
     step = "connection"
     agent.greets = False  # the lines below say it
@@ -12595,9 +12452,23 @@ def checks_there(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
     yield Check("python", agent.hello.python)
-    yield check_sessions(ssh)
-    yield check_inside(args, agent) if is_inside else check_jupyter(facts)
-    yield check_disk(facts)
+    yield Check("sessions", check_sessions(ssh))
+    if is_inside:
+        try:
+            facts_inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+            none = Check("jupyter", "none in there", "another image or command")
+            yield check_jupyter(facts_inside) if facts_inside.jupyter else none
+        except Failure as failure:
+            why = in_one_line("%s: %s" % (failure.what, failure.why))
+            yield Check("jupyter", why, failure.try_ or "another one")
+    else:
+        yield check_jupyter(facts)
+    free_gb = facts.free_bytes / 1e9
+    if facts.state_trouble:
+        yield Check("disk", in_one_line(facts.state_trouble.why), facts.state_trouble.try_)
+    else:
+        text = "%.1f GB free at %s" % (free_gb, facts.state)
+        yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
     if facts.foreign:
         yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
     yield Check("port", "%d is free on the host" % facts.port)
@@ -12613,28 +12484,23 @@ def checks_there(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
     who = "1 other user runs" if others == 1 else "%d other users run" % others
     yield Check("other users", shared % who if others else "nobody else runs anything there")
     if args.slurm is not None or args.submit:
-        yield from check_job(args, agent)
+        try:
+            forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
+        except Failure as failure:
+            forecast = JobForecast(said="%s: %s" % (failure.what, failure.why), is_refused=True)
+        if forecast.limits:
+            yield Check("limits", in_one_line(forecast.limits))
+        if forecast.said:
+            other = "other options in --slurm or --submit" if forecast.is_refused else ""
+            yield Check("forecast", in_one_line(forecast.said), other)
     elif facts.scheduler:
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
 
 
-def check_job(args: Args, agent: Agent) -> Iterator[Check]:
-    """Say what the scheduler would do with a job of ours, and what the site allows; none is submitted."""
-    try:
-        forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
-    except Failure as failure:
-        forecast = JobForecast(said="%s: %s" % (failure.what, failure.why), is_refused=True)
-    if forecast.limits:
-        yield Check("limits", in_one_line(forecast.limits))
-    if forecast.said:
-        other = "other options in --slurm or --submit"
-        yield Check("forecast", in_one_line(forecast.said), other if forecast.is_refused else "")
-
-
-def check_sessions(ssh: Ssh) -> Check:
+def check_sessions(ssh: Ssh) -> str:
     """Say whether the connection carries a second session; an open needs one at a time."""
     if not ssh.way.has_login:
-        return Check("sessions", "each one is a login of its own")
+        return "each one is a login of its own"
     first = ssh.session("exec cat")
     try:
         first.send(b"open\n", is_last=False)
@@ -12643,7 +12509,7 @@ def check_sessions(ssh: Ssh) -> Check:
     finally:
         first.send(b"")
         first.end()
-    return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
+    return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
 
 
 def check_jupyter(facts: ExamineReply) -> Check:
@@ -12659,25 +12525,6 @@ def check_jupyter(facts: ExamineReply) -> Check:
         why = "none, and Python has no ensurepip to install it"
         return Check("jupyter", why, "sudo apt install python3-venv, there")
     return Check("jupyter", "none; an open installs it for you alone")
-
-
-def check_inside(args: Args, agent: Agent) -> Check:
-    """Say which Jupyter an open would run inside a wrapper."""
-    try:
-        facts = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
-    except Failure as failure:
-        return Check("jupyter", in_one_line("%s: %s" % (failure.what, failure.why)), failure.try_ or "another one")
-    return check_jupyter(facts) if facts.jupyter else Check("jupyter", "none in there", "another image or command")
-
-
-def check_disk(facts: ExamineReply) -> Check:
-    """Say whether there is room for our state on the host."""
-    trouble = facts.state_trouble
-    if trouble:
-        return Check("disk", in_one_line(trouble.why), trouble.try_)
-    free_gb = facts.free_bytes / 1e9
-    text = "%.1f GB free at %s" % (free_gb, facts.state)
-    return Check("disk", text, "make room there" if free_gb < 0.05 else "")
 
 
 # -- completion -------------------------------------------------------------------------------------------------------
@@ -12719,25 +12566,24 @@ def candidates(words: List[str]) -> List[str]:
     """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
     *typed, current = words or [""]
     line = CommandLine(typed)
-    row = ACTIONS.get(line.action or None)
-    known = by_flag([*(OPTIONS["output"] if line.action else options()), *(row.arguments if row else ())])
+    own = OPTIONS_OF.get(line.action, [])
+    known = by_flag([*(OPTIONS["output"] if line.action else options()), *own])
+    ids = listed_ids().hosts.get(line.destination.partition(":")[0], [])
     last = known.get(typed[-1]) if typed else None
     config = next((option.value for option in line.before if option.flag == "-F"), "")
     if last and last.metavar:
-        found = list(last.choices)
-        found += kept_ids(line.destination) if last.metavar == "ID" else []
+        found = ids if last.metavar == "ID" else list(last.choices)
     elif current.startswith("-"):
         found = [flag for flag in known if flag.startswith("--")]
     elif not line.destination:
-        found = ssh_hosts(config or os.path.expanduser("~/.ssh/config")) + [
-            n for n in ACTIONS if n and ACTIONS[n].alone
-        ]
+        found = [name for name in ACTIONS if name and ACTIONS[name].alone]
+        found += ssh_hosts(config or os.path.expanduser("~/.ssh/config"))
     elif line.action == "completion":
         found = list(COMPLETIONS)
     elif not line.action:
         found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
     else:
-        found = kept_ids(line.destination) if row and any(option.metavar == "ID" for option in row.arguments) else []
+        found = ids if any(option.metavar == "ID" for option in own) else []
     return sorted({word for word in found if word.startswith(current)})
 
 
@@ -12779,17 +12625,9 @@ class ListedIds(Record):
 BRINGS_KEPT = 100  # of the executions that were begun last
 
 
-def kept_ids(host: str) -> List[str]:
-    """Return the ids that the last `list` of a host showed."""
-    kept = read_record(ListedIds, ids_path())
-    return kept.hosts.get(host.partition(":")[0], []) if kept else []
-
-
-def keep_ids(host: str, ids: List[str]) -> None:
-    """Keep the ids that `list` shows, where there is a place."""
-    kept = read_record(ListedIds, ids_path()) or ListedIds()
-    if kept.hosts.get(host) != ids:
-        keep_listed(kept.but(hosts={**kept.hosts, host: ids}))
+def listed_ids() -> ListedIds:
+    """Return what is kept here."""
+    return read_record(ListedIds, ids_path()) or ListedIds()
 
 
 def keep_listed(listed: ListedIds) -> None:
@@ -12826,174 +12664,117 @@ def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 
 
 class Action(NamedTuple):
-    """A row of ACTIONS: what does it, its line in the help, its own options."""
+    """A row of ACTIONS: what does it, and its line in the help."""
 
     run: Callable[[Args, Ssh, Agent, Messages], int]
-    help: str = ""
     usage: str = ""
-    arguments: Sequence[Option] = ()
-    alone: bool = False  # it needs no host
-    examples: Sequence[str] = ()  # for its help
+    help: str = ""
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
+    alone: bool = False  # it needs no host
 
 
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(
-        run_execute,
-        "run notebooks there, and bring the results",
-        "execute NOTEBOOK ...",
-        [
-            Option("NOTEBOOK", "one here; one on the host with : before it", str, [], dest="notebooks", many="*"),
-            Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
-            Option("--inplace", "the result replaces the notebook"),
-            Option(
-                "-p NAME=VALUE",
-                "a variable for the notebook, as YAML reads it; repeatable",
-                parse_parameter,
-                [],
-                dest="parameters",
-            ),
-            Option(
-                "--parameters-file FILE",
-                "a JSON or YAML file of variables; repeatable",
-                _text,
-                [],
-                dest="parameters_files",
-            ),
-            Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], dest="along"),
-            Option(
-                "--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []
-            ),
-            Option("--force", "what is brought replaces what is here"),
-            Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-            Option("-j N", "execute this many at the same time", _count, 0, dest="at_once"),
-            Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
-            Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
-            Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
-            Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
-            Option("--attach ID", "follow this run, and bring its result", _text, dest="run_id"),
-            Option("--overlap", "even if the notebook is being executed already"),
-        ],
-        asks="start_run",
-        examples=[
-            "gpu1:work execute train.ipynb -p epochs=20",
-            "gpu1:work execute :train.ipynb            one that is there",
-            "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
-            "gpu1 execute --attach r5d98               follow it again",
-        ],
-    ),
-    "list": Action(
-        run_list,
-        "the servers on the host, or their kernels",
-        "list [--kernels] [--all]",
-        [
-            Option("--kernels", "the kernels: notebook, state, memory"),
-            Option("--all", "also executions that ended long ago"),
-        ],
-        asks="list",
-        examples=["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
-    ),
-    "wait": Action(
-        run_wait,
-        "wait until a kernel is idle",
-        "wait [NOTEBOOK] [--timeout S]",
-        [
-            Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", dest="name", many="?"),
-            Option("--timeout S", "how long at most (no limit)", _duration_s, 0, dest="time_limit"),
-        ],
-        asks="wait_for_kernel",
-        examples=[
-            "gpu1 wait train.ipynb && notify-send done",
-            "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
-        ],
-    ),
-    "logs": Action(
-        run_logs,
-        "the log of a server, a job or an execution",
-        "logs [ID] [-f]",
-        [
-            Option("ID", "of which server or run (the newest server)", default="", dest="id", many="?"),
-            FOLLOW,
-        ],
-        asks="logs",
-        examples=["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
-    ),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results", "start_run"),
+    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels", "list"),
+    "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle", "wait_for_kernel"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution", "logs"),
     "output": Action(
-        run_output,
-        "what the cells of a notebook printed",
-        "output [NOTEBOOK] [-f] [--save]",
-        [
-            Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", dest="name", many="?"),
-            FOLLOW,
-            Option("--save", "put it into the notebook, there", dest="saves"),
-            Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
-        ],
-        asks="send_output",
-        examples=["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
+        run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed", "send_output"
     ),
-    "eval": Action(
-        run_eval,
-        "run code in a kernel",
-        "eval [-k NOTEBOOK] CODE",
-        [
-            Option("CODE", "what it executes; - reads it from stdin", dest="code", many="?"),
-            Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", dest="name"),
-            Option("--interrupt", "interrupt it", dest="interrupts"),
-        ],
-        asks="eval_code",
-        examples=['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
-    ),
-    "stop": Action(
-        run_stop,
-        "end servers on the host",
-        "stop [ID ...] [--all] [--yes]",
-        [
-            Option(
-                "ID",
-                "which one (that of PATH, or the only one); a notebook: only its kernel",
-                str,
-                [],
-                dest="ids",
-                many="*",
-            ),
-            Option("--all", "all of yours there"),
-            Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
-        ],
-        asks="stop",
-        examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
-    ),
-    "close": Action(
-        run_close,
-        "close the tunnels that are in the background",
-        "close [--all]",
-        [Option("--all", "those to any host")],
-        alone=True,
-        examples=["gpu1 close", "close --all"],
-    ),
-    "tunnels": Action(run_tunnels, "the tunnels that are up here", "tunnels", alone=True),
-    "completion": Action(
-        run_completion,
-        "print what completes lines in a shell",
-        "completion SHELL",
-        [Option("SHELL", "bash, zsh or fish", dest="shell", choices=list(COMPLETIONS))],
-        alone=True,
-        examples=["completion fish | source"],
-    ),
-    "doctor": Action(
-        run_doctor,
-        "check every step, and say what is wrong",
-        "doctor",
-        asks="examine",
-        examples=["gpu1 doctor", '--slurm "-t 5" login doctor'],
-    ),
-    "config": Action(
-        run_config,
-        "the defaults that apply to the host",
-        "config",
-        examples=["gpu1 config"],
-    ),
+    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel", "eval_code"),
+    "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host", "stop"),
+    "close": Action(run_close, "close [--all]", "close the tunnels that are in the background", alone=True),
+    "tunnels": Action(run_tunnels, "tunnels", "the tunnels that are up here", alone=True),
+    "completion": Action(run_completion, "completion SHELL", "print what completes lines in a shell", alone=True),
+    "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong", "examine"),
+    "config": Action(run_config, "config", "the defaults that apply to the host"),
+}
+FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
+OPTIONS_OF: Dict[str, List[Option]] = {
+    "execute": [
+        Option("NOTEBOOK", "one here; one on the host with : before it", str, [], dest="notebooks", many="*"),
+        Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
+        Option("--inplace", "the result replaces the notebook"),
+        Option(
+            "-p NAME=VALUE",
+            "a variable for the notebook, as YAML reads it; repeatable",
+            parse_parameter,
+            [],
+            dest="parameters",
+        ),
+        Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
+        Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], dest="along"),
+        Option(
+            "--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []
+        ),
+        Option("--force", "what is brought replaces what is here"),
+        Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
+        Option(
+            "-j N", "execute this many at the same time", lambda text: _port(text, 999, "a number"), 0, dest="at_once"
+        ),
+        Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
+        Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
+        Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
+        Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
+        Option("--attach ID", "follow this run, and bring its result", _text, dest="run_id"),
+        Option("--overlap", "even if the notebook is being executed already"),
+    ],
+    "list": [
+        Option("--kernels", "the kernels: notebook, state, memory"),
+        Option("--all", "also executions that ended long ago"),
+    ],
+    "wait": [
+        Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", dest="name", many="?"),
+        Option("--timeout S", "how long at most (no limit)", _duration_s, 0, dest="time_limit"),
+    ],
+    "logs": [Option("ID", "of which server or run (the newest server)", default="", dest="id", many="?"), FOLLOW],
+    "output": [
+        Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", dest="name", many="?"),
+        FOLLOW,
+        Option("--save", "put it into the notebook, there"),
+        Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
+    ],
+    "eval": [
+        Option("CODE", "what it executes; - reads it from stdin", dest="code", many="?"),
+        Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", dest="name"),
+        Option("--interrupt", "interrupt it"),
+    ],
+    "stop": [
+        Option(
+            "ID",
+            "which one (that of PATH, or the only one); a notebook: only its kernel",
+            default=[],
+            dest="ids",
+            many="*",
+        ),
+        Option("--all", "all of yours there"),
+        Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
+    ],
+    "close": [Option("--all", "those to any host")],
+    "completion": [Option("SHELL", "bash, zsh or fish", dest="shell", choices=list(COMPLETIONS))],
+}
+# For the help of an action. What stands behind a wide gap is a remark.
+EXAMPLES = {
+    "execute": [
+        "gpu1:work execute train.ipynb -p epochs=20",
+        "gpu1:work execute :train.ipynb            one that is there",
+        "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
+        "gpu1 execute --attach r5d98               follow it again",
+    ],
+    "list": ["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
+    "wait": [
+        "gpu1 wait train.ipynb && notify-send done",
+        "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
+    ],
+    "logs": ["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
+    "output": ["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
+    "eval": ['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
+    "stop": ["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
+    "close": ["gpu1 close", "close --all"],
+    "completion": ["completion fish | source"],
+    "doctor": ["gpu1 doctor", '--slurm "-t 5" login doctor'],
+    "config": ["gpu1 config"],
 }
 
 
@@ -13027,7 +12808,7 @@ def carry_out(words: List[str]) -> int:
         if topic is not None:
             messages.line(help_text(topic), end="")
             return EXIT_OK
-        args = parse_arguments(words)
+        args = Args(words)
         messages = Messages(args.quiet, args.verbose, args.json)
         ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
@@ -13043,19 +12824,13 @@ def carry_out(words: List[str]) -> int:
         return failure.status
 
 
-def take_closed_streams() -> None:
-    """Open what was closed as we were started (>&-), or the next file would get its number.
-
-    What is said on a stderr that is closed is lost; a result on a closed stdout is an error when it is written.
-    """
+def command() -> NoReturn:
+    """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
+    # What was closed as we were started (>&-) is opened, or the next file would get its number. What is said on a
+    # stderr that is closed is lost; a result on a closed stdout is an error when it is written.
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
-
-
-def command() -> NoReturn:
-    """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
-    take_closed_streams()
     try:
         status = main()
         Signals.depth += 1  # to the end: nobody is left to take one

@@ -148,10 +148,10 @@ def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]
 def test_examples_of_an_action_are_lines_that_are_taken() -> None:
     """What stands behind a wide gap in an example is a remark."""
     for name in filter(None, rjupyter.ACTIONS):
-        for example in rjupyter.ACTIONS[name].examples:
+        for example in rjupyter.EXAMPLES.get(name, ()):
             assert len("  rjupyter.py " + example) <= 80, example  # or it is broken in two in most terminals
             words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
-            assert rjupyter.parse_arguments(["--no-config", *words]).action == name, example
+            assert rjupyter.Args(["--no-config", *words]).action == name, example
 
 
 def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
