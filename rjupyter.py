@@ -94,7 +94,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -103,6 +102,7 @@ import re
 import stat
 import threading
 import time
+import types
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -712,16 +712,12 @@ class WrapperRecord(Kept):
     remove: "List[str]" = []  # the command that removes its container; empty for none
 
 
-class JobTrial(Record):
-    """What a job did that was submitted to see whether one can be used (`doctor`)."""
+class JobForecast(Record):
+    """What a scheduler says of a job that is only asked about (`doctor`), and what its site allows."""
 
-    forecast: str = ""  # what the scheduler said of it without taking it
+    said: str = ""
+    is_refused: bool = False
     limits: str = ""
-    number: str = ""
-    has_ended: bool = False  # before it started, as far as the login node sees
-    state: str = ""  # where it stood at last, when it did not begin in time
-    node: str = ""
-    trouble: str = ""  # why the login node does not reach the node; empty where it does
 
 
 class JobState(Record):
@@ -1283,7 +1279,6 @@ EVENTS = {
     "gap": Event("something is missing in `output`", ("why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
     "option": Event("one line of `config`", ("option", "value", "source")),
-    "command": Event("one line of `--dry-run`", ("argv",)),
     "failure": Event("what the exit status means", ("what", "why", "try", "status")),
 }
 
@@ -1901,9 +1896,7 @@ class Messages:
 
     def warn(self, text: str) -> None:
         """Say what must not be missed, also under -q."""
-        quiet, self.quiet = self.quiet, False
-        self.note(text)
-        self.quiet = quiet
+        self._say(text)
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
@@ -2038,16 +2031,6 @@ def says_yes(question: str) -> bool:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def kernels_of_view(server: ServerView) -> str:
-    """Return how many kernels a server has, and how many of them compute."""
-    return "%d (%d busy)" % (server.kernels, server.busy) if server.busy else str(server.kernels)
-
-
-def state_of_job(job: JobView) -> str:
-    """Return the state of a job, with the reason why it waits."""
-    return job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else "")
-
-
 def shortened(text: str) -> str:
     """Return a text as it fits into a column."""
     return text if len(text) <= COLUMN_WIDTH else text[: COLUMN_WIDTH - 3] + "..."
@@ -2055,105 +2038,94 @@ def shortened(text: str) -> str:
 
 STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
 COLUMN_WIDTH = 40
-
-
-class Column(NamedTuple):
-    """A column of a table for people: its title, and what it says of a record."""
-
-    title: str
-    cell: Callable[[Any], object]
-
-    def behind_host(self) -> "Column":
-        """Return the same for a HostRow."""
-        return Column(self.title, lambda row: self.cell(row.record))
-
-
+# What each table shows of a row, by the title of its column.
 COLUMNS = {
-    "server": [
-        Column("ID", lambda server: server.id),
-        Column("STATE", lambda server: server.state),
-        Column("APP", lambda server: APPS[server.app].title if server.app in APPS else server.app and "?"),
-        Column("DIRECTORY", lambda server: server.root_dir),
-        Column("NODE", lambda server: server.node if server.job else ""),
-        Column("JOB", lambda server: server.job),
-        Column("INSIDE", lambda server: shortened(server.wrap)),
-        Column("PORT", lambda server: "socket" if server.sock else server.port or "-"),
-        Column("KERNELS", lambda server: kernels_of_view(server) if server.state == "live" else "-"),
-        Column("ACTIVE", lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-"),
-        Column("AGE", lambda server: "-" if server.id == "-" else duration(server.age_s)),
-        Column("", lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter")),
-    ],
-    "run": [
-        Column("ID", lambda run: run.id),
-        Column("STATE", lambda run: run.state),
-        Column("CELL", lambda run: "%d/%d" % (run.cell, run.count)),
-        Column("NOTEBOOK", lambda run: run.name),
-        Column("DIRECTORY", lambda run: run.root_dir),
-        Column("NODE", lambda run: run.node if run.job else ""),
-        Column("JOB", lambda run: run.job),
-        Column("INSIDE", lambda run: shortened(run.wrap)),
-        Column("SIZE", lambda run: "%.1f MB" % (run.size / 1e6)),
-        Column("AGE", lambda run: duration(run.age_s)),
-    ],
-    "job": [
-        Column("ID", lambda job: job.id),
-        Column("JOB", lambda job: job.job),
-        Column("STATE", state_of_job),
-        Column("NODE", lambda job: job.node or "-"),
-        Column("LEFT", lambda job: duration(job.left_s) or "-"),
-        Column("FOR", lambda job: STARTED.get(job.action, "?")),
-        Column("PATH", lambda job: job.path or "~"),
-        Column("AGE", lambda job: duration(job.age_s)),
-    ],
-    "wrapper": [
-        Column("ID", lambda wrapper: wrapper.id),
-        Column("STARTS INSIDE", lambda wrapper: shortened(wrapper.wrap)),
-        Column("FOR", lambda wrapper: STARTED.get(wrapper.action, "?")),
-        Column("PATH", lambda wrapper: wrapper.path or "~"),
-        Column("AGE", lambda wrapper: duration(wrapper.age_s)),
-    ],
-    "kernel": [
-        Column("KERNEL", lambda kernel: kernel.id[:8]),
-        Column("STATE", lambda kernel: kernel.state),
-        Column("SINCE", lambda kernel: duration(kernel.idle_s) + " ago" if duration(kernel.idle_s) else "-"),
-        Column("NOTEBOOK", lambda kernel: kernel.notebook or "-"),
-        Column("PAGES", lambda kernel: kernel.connections),
-        Column("MEMORY", lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6)),
-        Column("GPU", lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6)),
-        Column("SERVER", lambda kernel: kernel.server),
-    ],
-    "grid": [
-        Column("ID", lambda grid: grid.id),
-        Column("STATE", lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended)),
-        Column("NOTEBOOK", lambda grid: grid.name),
-        Column("AGE", lambda grid: duration(grid.age_s)),
-    ],
-    "tunnel": [
-        Column("HOST", lambda row: row["destination"]),
-        Column("PATH", lambda row: "~" if row["path"] is None else row["path"]),
-        Column("STATE", lambda row: row["state"]),
-        Column("LOCAL PORT", lambda row: row["local_port"]),
-        Column("UP", lambda row: duration(row["age_s"])),
-        Column("CLOSED BY", lambda row: "close" if row["is_background"] else "Ctrl-C (pid %d)" % row["tunnel_pid"]),
-    ],
-    "option": [
-        Column("OPTION", lambda row: row[0]),
-        Column("VALUE", lambda row: row[1]),
-        Column("FROM", lambda row: row[2]),
-    ],
-}
+    "server": {
+        "ID": lambda server: server.id,
+        "STATE": lambda server: server.state,
+        "APP": lambda server: APPS[server.app].title if server.app in APPS else server.app and "?",
+        "DIRECTORY": lambda server: server.root_dir,
+        "NODE": lambda server: server.node if server.job else "",
+        "JOB": lambda server: server.job,
+        "INSIDE": lambda server: shortened(server.wrap),
+        "PORT": lambda server: "socket" if server.sock else server.port or "-",
+        "KERNELS": lambda s: (
+            "-" if s.state != "live" else "%d (%d busy)" % (s.kernels, s.busy) if s.busy else s.kernels
+        ),
+        "ACTIVE": lambda server: duration(server.idle_s) + " ago" if duration(server.idle_s) else "-",
+        "AGE": lambda server: "-" if server.id == "-" else duration(server.age_s),
+        "": lambda server: server.manager or ("" if server.is_ours else "not started by rjupyter"),
+    },
+    "run": {
+        "ID": lambda run: run.id,
+        "STATE": lambda run: run.state,
+        "CELL": lambda run: "%d/%d" % (run.cell, run.count),
+        "NOTEBOOK": lambda run: run.name,
+        "DIRECTORY": lambda run: run.root_dir,
+        "NODE": lambda run: run.node if run.job else "",
+        "JOB": lambda run: run.job,
+        "INSIDE": lambda run: shortened(run.wrap),
+        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6),
+        "AGE": lambda run: duration(run.age_s),
+    },
+    "job": {
+        "ID": lambda job: job.id,
+        "JOB": lambda job: job.job,
+        "STATE": lambda job: job.word.lower() + (" (%s)" % job.reason if job.is_waiting and job.reason else ""),
+        "NODE": lambda job: job.node or "-",
+        "LEFT": lambda job: duration(job.left_s) or "-",
+        "FOR": lambda job: STARTED.get(job.action, "?"),
+        "PATH": lambda job: job.path or "~",
+        "AGE": lambda job: duration(job.age_s),
+    },
+    "wrapper": {
+        "ID": lambda wrapper: wrapper.id,
+        "STARTS INSIDE": lambda wrapper: shortened(wrapper.wrap),
+        "FOR": lambda wrapper: STARTED.get(wrapper.action, "?"),
+        "PATH": lambda wrapper: wrapper.path or "~",
+        "AGE": lambda wrapper: duration(wrapper.age_s),
+    },
+    "kernel": {
+        "KERNEL": lambda kernel: kernel.id[:8],
+        "STATE": lambda kernel: kernel.state,
+        "SINCE": lambda kernel: duration(kernel.idle_s) + " ago" if duration(kernel.idle_s) else "-",
+        "NOTEBOOK": lambda kernel: kernel.notebook or "-",
+        "PAGES": lambda kernel: kernel.connections,
+        "MEMORY": lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6),
+        "GPU": lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6),
+        "SERVER": lambda kernel: kernel.server,
+    },
+    "grid": {
+        "ID": lambda grid: grid.id,
+        "STATE": lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended),
+        "NOTEBOOK": lambda grid: grid.name,
+        "AGE": lambda grid: duration(grid.age_s),
+    },
+    "tunnel": {
+        "HOST": lambda row: row["destination"],
+        "PATH": lambda row: "~" if row["path"] is None else row["path"],
+        "STATE": lambda row: row["state"],
+        "LOCAL PORT": lambda row: row["local_port"],
+        "UP": lambda row: duration(row["age_s"]),
+        "CLOSED BY": lambda row: "close" if row["is_background"] else "Ctrl-C (pid %d)" % row["tunnel_pid"],
+    },
+    "option": {
+        "OPTION": lambda row: row[0],
+        "VALUE": lambda row: row[1],
+        "FROM": lambda row: row[2],
+    },
+}  # type: Dict[str, Dict[str, Callable[[Any], object]]]
 
 
-def print_table(columns: List[Column], rows: List[Any], messages: Messages) -> None:
+def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], messages: Messages) -> None:
     """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
 
     A column that says nothing of any is left out.
     """
-    columns = [column for column in columns if any(str(column.cell(row)) for row in rows)]
-    cells = [[column.title for column in columns]]
-    cells += [[str(column.cell(row)).replace("\n", "?") for column in columns] for row in rows]
-    widths = [max(len(printable(line[i])) for line in cells) for i in range(len(columns))]
-    for line in cells:
+    table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
+    table = [column for column in table if any(column[1:])]
+    widths = [max(len(printable(cell)) for cell in column) for column in table]
+    for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
@@ -9636,7 +9608,6 @@ QUERY_TIMEOUT_S = 20
 SUBMIT_TIMEOUT_S = 40  # longer than a busy scheduler takes: sbatch itself tries again and again
 SETTLE_S = 2 * QUERY_MIN_S  # in which a scheduler comes to know what happened
 UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers of qstat and squeue for a minute
-TRIAL_S = 60  # for a job of `doctor` to begin
 
 
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
@@ -10139,37 +10110,20 @@ def why_job_ended(job: JobRecord) -> str:
     return "job: " + JOB_ENDS.get(word, "it has ended")
 
 
-def try_job(request: Request, channel: Channel) -> JobTrial:
-    """Submit a job that only looks around on its node, and say what came of it within TRIAL_S; it is cancelled then."""
-    trial = JobTrial()
+def forecast_job(request: Request, channel: Channel) -> JobForecast:
+    """Ask the scheduler what it would do with a job, and what its site allows; nothing is submitted."""
     command = os.path.basename(request.submit[0])
     scheduler = SCHEDULERS.get(command)
+    if not scheduler or not scheduler.forecast:
+        return JobForecast()
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
-    if scheduler and scheduler.forecast:
-        words = [native(word) for word in request.submit if word != "{script}"]
-        trial.forecast = portable(run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)[2].strip())
-        trial.limits = portable(run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1].strip())
-    job = JobKind().begin(request.but(action="examine", may_install=False), channel)
-    trial.number = job.number
-    until(lambda: begun_of(job) or not job_state(job).is_live, TRIAL_S, FOLLOW_MAX_S)
-    begun, state = begun_of(job), job_state(job)
-    trial.has_ended = not state.is_live
-    trial.state = " ".join([state.word.lower(), "(%s)" % state.reason if state.reason else ""]).strip()
-    if begun:
-        trial.node = begun.node
-        try:
-            socket.create_connection((begun.address, DEFAULT_PORT), timeout=ASK_TIMEOUT_S).close()
-        except ConnectionRefusedError:
-            pass  # its node said so itself
-        except OSError as error:
-            trial.trouble = "%s: %s" % (begun.address or begun.node, error)
-    until(lambda: not job_state(job).is_live, LATE_S if begun else 0, FOLLOW_MAX_S)
-    if job_state(job).is_live:
-        KINDS["job"].end(job)
-    return trial
+    words = [native(word) for word in request.submit if word != "{script}"]
+    status, _, said = run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)
+    limits = run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1]
+    return JobForecast(said=portable(said.strip()), is_refused=status != 0, limits=portable(limits.strip()))
 
 
-REQUESTS["try_job"] = try_job
+REQUESTS["forecast_job"] = forecast_job
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
@@ -10736,6 +10690,15 @@ class Destination(NamedTuple):
         return "%s%s%s:%s" % (user, at, "[%s]" % address if ":" in address else address, self.path)
 
 
+def is_ipv6(text: str) -> bool:
+    """True for an address of IPv6, perhaps with its interface."""
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(text.partition("%")[0]).version == 6
+    return False
+
+
 def parse_destination(text: str) -> Destination:
     """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
 
@@ -10752,7 +10715,7 @@ def parse_destination(text: str) -> Destination:
         match = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
         if match:
             host, path = match.group(1) + match.group(2), match.group(3)
-        elif text.count(":") > 1 and _is_ipv6(text.rsplit("@", 1)[-1]):
+        elif text.count(":") > 1 and is_ipv6(text.rsplit("@", 1)[-1]):
             host = text
         else:
             host, colon, rest = text.partition(":")
@@ -10771,36 +10734,12 @@ def parse_destination(text: str) -> Destination:
     return Destination(host, path)
 
 
-def _is_ipv6(text: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(text.partition("%")[0]).version == 6
-    except ValueError:
-        return False
-
-
-# -- how a value is read ----------------------------------------------------------------------------------------------
-
-
-class _SshOption(argparse.Action):
-    """Collects ssh's own options, in the order in which they came."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
-        words = [option_string or ""] + ([values] if isinstance(values, str) else [])
-        setattr(namespace, self.dest, getattr(namespace, self.dest, []) + words)
-
-
-def _destination(text: str) -> Destination:
-    try:
-        return parse_destination(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+# -- how a value is read: each of these raises ValueError with what is wrong ------------------------------------------
 
 
 def _text(text: str) -> str:
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("needs a value")
+        raise ValueError("needs a value")
     return text
 
 
@@ -10811,32 +10750,29 @@ def _wrap(text: str) -> str:
         lexer.commenters = ""
         words = list(lexer)
     except ValueError as error:
-        raise argparse.ArgumentTypeError("%s: %s" % (str(error).lower(), text)) from None
+        raise ValueError("%s: %s" % (str(error).lower(), text)) from None
     if not words or "\0" in text or any(word.strip(";&|") == "" and word for word in words):
-        raise argparse.ArgumentTypeError("a wrapper is one command, not %r" % text)
+        raise ValueError("a wrapper is one command, not %r" % text)
     return text
 
 
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
-        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
+def _port(text: str, most: int = 65535, what: str = "a port is a number") -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
+        raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
     return int(text)
 
 
 def _address(text: str) -> str:
     import ipaddress
 
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError("%r is not an address" % text) from None
+    return str(ipaddress.ip_address(text))
 
 
 def _forward(text: str) -> str:
     """Check a local forward; one without an address here gets 127.0.0.1, and no second one on ::1."""
     match = re.fullmatch(r"(?:(127\.0\.0\.\d+|localhost):)?(\d+):(/[^:\s]+|(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+)", text)
     if not match:
-        raise argparse.ArgumentTypeError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
+        raise ValueError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
     address = match.group(1) if match.group(1) not in (None, "localhost") else "127.0.0.1"
     return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
 
@@ -10845,7 +10781,7 @@ def _duration_s(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,9})(|s|m|min|h|d)", text.strip())
     seconds = int(match.group(1)) * {"m": 60, "min": 60, "h": 3600, "d": 86400}.get(match.group(2), 1) if match else 0
     if not seconds:
-        raise argparse.ArgumentTypeError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
+        raise ValueError("a duration is a number with s, m, h or d, as in 90m, not %r" % text)
     return seconds
 
 
@@ -10857,7 +10793,7 @@ def _seconds(text: str) -> float:
 
 def _pattern(text: str) -> str:
     if not text or text.startswith(("/", "~")) or ".." in text.split("/") or "\0" in text:
-        raise argparse.ArgumentTypeError("a pattern is of names below the run's directory, not %r" % text)
+        raise ValueError("a pattern is of names below the run's directory, not %r" % text)
     return text
 
 
@@ -10865,35 +10801,21 @@ def _moment(text: str) -> float:
     """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
     import datetime
 
-    with contextlib.suppress(argparse.ArgumentTypeError):
+    with contextlib.suppress(ValueError):
         return time.time() - _duration_s(text)
-    today = datetime.date.today().isoformat()
-    for words in (text, "%s %s" % (today, text)):
+    for words in (text, "%s %s" % (datetime.date.today().isoformat(), text)):
         with contextlib.suppress(ValueError):
             return datetime.datetime.fromisoformat(words).timestamp()
-    raise argparse.ArgumentTypeError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
-        raise argparse.ArgumentTypeError("a number from 1 to 999, not %r" % text)
-    return int(text)
+    raise ValueError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
 
 
 def _grid(text: str) -> Tuple[str, List[Any]]:
-    name, values = _parameter(text)
+    name, values = parse_parameter(text)
     if not isinstance(values, list) or not values:
-        raise argparse.ArgumentTypeError("a grid is NAME=[VALUE, ...], not %r" % text)
+        raise ValueError("a grid is NAME=[VALUE, ...], not %r" % text)
     if len({repr(value) for value in values}) < len(values):
-        raise argparse.ArgumentTypeError("a value stands twice in %r" % text)
+        raise ValueError("a value stands twice in %r" % text)
     return name, values
-
-
-def _parameter(text: str) -> Tuple[str, Any]:
-    try:
-        return parse_parameter(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -10905,189 +10827,164 @@ def config_path() -> str:
     return os.path.join(home, "rjupyter", "config")
 
 
-ATTACH_HELP = "come back to this server; `list` shows the ids"
-PORT_HELP = "first port to try on the host (%d)" % DEFAULT_PORT
-IP_HELP = "address that Jupyter binds (127.0.0.1)"
-STOP_HELP = "which one (that of PATH, or the only one); a notebook: only its kernel"
-SINCE_HELP = "only what ended after 14:02, 2026-11-26, or 2h ago"
-IDLE_HELP = "end the server after this long without use (12h)"
-START_HELP = "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S
-ENV_HELP = "environment: conda or mamba by name, any by path"
-INIT_HELP = "run this in your shell there first; repeatable"
-WRAP_HELP = "run Jupyter inside this command; repeatable"
-CONTAINER_HELP = "run it in a container: IMAGE, or docker://IMAGE"
-INSTALL_HELP = "install Jupyter if there is none (the default)"
-NO_INSTALL_HELP = "do not install Jupyter; print how to"
-SLURM_HELP = "run it in a Slurm job with these options of sbatch"
-SUBMIT_HELP = "run it in a job that this command submits (qsub)"
-NODE_HELP = "interface or name of the job's node to connect to"
-STATE_HELP = "where our files are there (~/.local/state/rjupyter)"
-LOCAL_HELP = "local port (the first free one from %d up)" % LOCAL_PORT
-FORWARD_HELP = "another forward, as for ssh; repeatable"
-GRID_HELP = "run it for each of these values; repeatable, for each combination"
-FILE_HELP = "a JSON or YAML file of variables; repeatable"
-WITH_HELP = "a file or directory that it needs there; repeatable"
-BRING_HELP = "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable"
-PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
-CONFIG_HELP = "the defaults that apply to the host"
-LIMIT_HELP = "how long one notebook may take (no limit)"
-MAY_INSTALL: Dict[str, Any] = {"dest": "may_install", "action": "store_true", "default": True}
-
-
 class Option(NamedTuple):
-    """A row of OPTIONS. Without a `metavar` it is a switch; with a list for a default it can be repeated.
+    """A row of OPTIONS. It is a switch without a METAVAR behind its flags; with a list for a default, it is repeatable.
 
-    `field` is where a Request keeps it. Of the options that are `apart` by the same word, one can be given. `how` is
-    what else argparse is told. An option that `chooses` goes with the commands that we tell people to type: "host" with
-    each of them, "server" with those that open.
+    An option that `chooses` goes with the commands that we tell people to type: "host" with each of them, "server" with
+    those that open. Its value is kept under its long name, or as `dest`; of a switch it is `const`. What an action
+    takes that is no option has no dash, and `many` says how many of them: "*", "?", or one.
     """
 
-    flags: str
+    typed: str
     help: str
-    metavar: str = ""
     read: Callable[[str], Any] = str
     default: Any = None
-    field: str = ""
-    apart: str = ""
-    how: Dict[str, Any] = {}
     chooses: str = ""
+    dest: str = ""
+    const: Any = True
+    choices: Sequence[str] = ()
+    many: str = ""
+
+    @property
+    def flags(self) -> List[str]:
+        """Its letter and its long name, as far as it has them."""
+        return [word for word in self.typed.split() if word[0] == "-"]
+
+    @property
+    def metavar(self) -> str:
+        """What its value is called; empty for a switch."""
+        last = self.typed.split()[-1]
+        return last if last[0] != "-" else ""
 
     @property
     def name(self) -> str:
         """Its long name, as the configuration file has it; empty where it has none."""
-        return next((flag[2:] for flag in self.flags.split() if flag.startswith("--")), "")
+        return next((flag[2:] for flag in self.flags if flag.startswith("--")), "")
 
     @property
-    def dest(self) -> str:
-        """The name under which argparse keeps its value."""
-        return str(self.how.get("dest") or self.name.replace("-", "_") or self.flags)
+    def key(self) -> str:
+        """The name under which its value is kept."""
+        return self.dest or self.name.replace("-", "_")
+
+    def nothing(self) -> Any:
+        """Return its value where it was not given."""
+        if isinstance(self.default, list):
+            return list(self.default)
+        return self.default if self.metavar or self.default is not None else False
+
+    def put(self, text: Optional[str], values: Dict[str, Any]) -> None:
+        """Put what was typed behind it among the values; raises ValueError with what is wrong."""
+        if bool(self.metavar) != (text is not None):
+            raise ValueError("expected one argument" if self.metavar else "it takes no value, not %r" % text)
+        value = self.const if text is None else self.read(text)
+        if self.choices and value not in self.choices:
+            raise ValueError("invalid choice: %r (choose from %s)" % (value, ", ".join(map(repr, self.choices))))
+        if self.key == "ssh":
+            values["ssh"] = [*values.get("ssh", []), *self.flags, *([] if text is None else [text])]
+        elif isinstance(self.default, list):
+            values[self.key] = [*values.get(self.key, []), value]
+        else:
+            values[self.key] = value
 
     def words(self, value: Any) -> List[str]:
         """Return it as it is typed for a value."""
-        if self.dest == "ssh":
+        if self.key == "ssh":
             return list(value)
-        flag = self.flags.split()[-1]
         if not self.metavar:
-            return [flag] if value == self.how.get("const", True) else []
-        if value is None or value == self.default:
-            return []
-        values = [str(one) for one in (value if isinstance(value, list) else [value])]
-        is_one = flag.startswith("--") and flag not in JOINED
-        return [w for v in values for w in (["%s=%s" % (flag, v)] if is_one and v.startswith("-") else [flag, v])]
-
-    def add_to(self, group: Any) -> None:
-        """Add it to a parser, or to a group of one."""
-        how: Dict[str, Any] = {"action": "store_true"}
-        if self.metavar:
-            how = {"metavar": self.metavar, "type": self.read, "default": self.default}
-            how["action"] = "append" if isinstance(self.default, list) else "store"
-        group.add_argument(*self.flags.split(), **dict(how, help=self.help, **self.how))
+            return self.flags[-1:] if value == self.const else []
+        values = value if isinstance(value, list) else [] if value in (None, self.default) else [value]
+        return [word for one in values for word in as_words(self.flags[-1], str(one))]
 
 
-def ssh_option(letter: str, help_: str, metavar: str = "") -> Option:
+def as_words(flag: str, value: Optional[str]) -> List[str]:
+    """Return an option as it is typed: in one word, where its value would be taken for an option."""
+    if value is not None and value[:1] == "-" and flag[:2] == "--" and flag not in JOINED:
+        return ["%s=%s" % (flag, value)]
+    return [flag] if value is None else [flag, value]
+
+
+def ssh_option(typed: str, help_: str) -> Option:
     """Return the row of an option that ssh has under the same letter."""
-    how: Dict[str, Any] = {"dest": "ssh", "action": _SshOption, "default": []}
-    return Option("-" + letter, help_, metavar, how=how if metavar else dict(how, nargs=0), chooses="host")
+    return Option(typed, help_, str, [], "host", "ssh")
 
 
+JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
-        Option(
-            "--app",
-            "what to open (notebook)",
-            "APP",
-            default="",
-            field="app",
-            how={"choices": list(APPS)},
-            chooses="server",
-        ),
-        Option(
-            "--lab",
-            "the same as --app lab",
-            how={"dest": "app", "action": "store_const", "const": "lab"},
-            chooses="server",
-        ),
-        Option("--new", "start another server instead of coming back", field="is_new", apart="which"),
-        Option("--attach", ATTACH_HELP, "ID", _text, field="attach", apart="which", chooses="server"),
+        Option("--app APP", "what to open (notebook)", default="", choices=list(APPS), chooses="server"),
+        Option("--lab", "the same as --app lab", default="", chooses="server", dest="app", const="lab"),
+        Option("--new", "start another server instead of coming back", dest="is_new"),
+        Option("--attach ID", "come back to this server; `list` shows the ids", _text, None, "server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
-        Option("--port", PORT_HELP, "N", _port, 0, "port", chooses="server"),
-        Option("--ip", IP_HELP, "ADDR", _address, "127.0.0.1", "ip", chooses="server"),
+        Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
+        Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
+        Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
+        Option("--no-record", "do not keep what cells print"),
         Option(
-            "--socket",
-            "listen on a Unix socket of yours, not on a port",
-            field="socket",
-            chooses="server",
+            "--idle-timeout DURATION",
+            "end the server after this long without use (12h)",
+            _duration_s,
+            0,
+            "server",
+            "idle_timeout_s",
         ),
-        Option("--no-record", "do not keep what cells print", field="no_record"),
-        Option("--idle-timeout", IDLE_HELP, "DURATION", _duration_s, 0, "idle_timeout_s", chooses="server"),
+        Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
+        Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
         Option(
-            "--server-arg",
-            "an argument for Jupyter itself; repeatable",
-            "ARG",
-            str,
-            [],
-            "server_args",
-            chooses="server",
+            "--start-timeout S",
+            "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S,
+            _seconds,
+            float(START_TIMEOUT_S),
+            dest="start_timeout_s",
         ),
-        Option("--state-dir", STATE_HELP, "PATH", _text, field="state_dir", chooses="host"),
-        Option("--start-timeout", START_HELP, "S", _seconds, float(START_TIMEOUT_S), "start_timeout_s"),
     ],
     "environment on the host": [
-        Option("--python", "run Jupyter under this interpreter", "PATH", _text, field="python", chooses="server"),
-        Option("--env", ENV_HELP, "NAME_OR_PATH", _text, field="env", chooses="server"),
-        Option("--init", INIT_HELP, "COMMAND", _text, [], "init", chooses="server"),
-        Option("--wrap", WRAP_HELP, "COMMAND", _wrap, [], "wrap", chooses="server"),
-        Option("--container", CONTAINER_HELP, "IMAGE", _text, field="container", chooses="server"),
-        Option("--install", INSTALL_HELP, field="may_install", apart="install", how=MAY_INSTALL),
-        Option(
-            "--no-install",
-            NO_INSTALL_HELP,
-            apart="install",
-            how=dict(MAY_INSTALL, action="store_false"),
-        ),
+        Option("--python PATH", "run Jupyter under this interpreter", _text, None, "server"),
+        Option("--env NAME_OR_PATH", "environment: conda or mamba by name, any by path", _text, None, "server"),
+        Option("--init COMMAND", "run this in your shell there first; repeatable", _text, [], "server"),
+        Option("--wrap COMMAND", "run Jupyter inside this command; repeatable", _wrap, [], "server"),
+        Option("--container IMAGE", "run it in a container: IMAGE, or docker://IMAGE", _text, None, "server"),
+        Option("--install", "install Jupyter if there is none (the default)", default=True, dest="may_install"),
+        Option("--no-install", "do not install Jupyter; print how to", default=True, dest="may_install", const=False),
     ],
     "scheduler, on a host that is a login node": [
-        Option("--slurm", SLURM_HELP, "OPTIONS", apart="how", chooses="server"),
-        Option("--submit", SUBMIT_HELP, "COMMAND", _text, apart="how", chooses="server"),
-        Option(
-            "--via-node",
-            "end the tunnel on the job's node itself",
-            field="via_node",
-            chooses="server",
-        ),
-        Option("--node-address", NODE_HELP, "NAME", _text, field="node_address", chooses="server"),
+        Option("--slurm OPTIONS", "run it in a Slurm job with these options of sbatch", str, None, "server"),
+        Option("--submit COMMAND", "run it in a job that this command submits (qsub)", _text, None, "server"),
+        Option("--via-node", "end the tunnel on the job's node itself", chooses="server"),
+        Option("--node-address NAME", "interface or name of the job's node to connect to", _text, None, "server"),
     ],
     "tunnel and browser": [
-        Option("--local-port", LOCAL_HELP, "N", _port, chooses="server"),
+        Option("--local-port N", "local port (the first free one from %d up)" % LOCAL_PORT, _port, None, "server"),
         Option("--no-browser", "print the address only"),
-        Option("--browser", "browser to open (the system's)", "COMMAND"),
-        Option("-L", FORWARD_HELP, "SPEC", _forward, [], how={"dest": "further"}, chooses="server"),
+        Option("--browser COMMAND", "browser to open (the system's)"),
+        Option("-L SPEC", "another forward, as for ssh; repeatable", _forward, [], "server", "further"),
         Option("--no-reconnect", "end when the connection is lost"),
-        Option("-f", "go to the background once the tunnel is up", how={"dest": "background"}),
+        Option("-f", "go to the background once the tunnel is up", dest="background"),
     ],
     "ssh, letter for letter": [
-        ssh_option("F", "configuration file (~/.ssh/config)", "FILE"),
-        ssh_option("i", "private key", "KEY"),
-        ssh_option("J", "jump host", "HOST"),
-        ssh_option("l", "user to log in as", "USER"),
-        ssh_option("o", "any option of ssh_config(5)", "OPTION"),
-        ssh_option("p", "port of sshd", "PORT"),
-        ssh_option("4", "IPv4 only"),
-        ssh_option("6", "IPv6 only"),
-        ssh_option("C", "compress"),
+        ssh_option("-F FILE", "configuration file (~/.ssh/config)"),
+        ssh_option("-i KEY", "private key"),
+        ssh_option("-J HOST", "jump host"),
+        ssh_option("-l USER", "user to log in as"),
+        ssh_option("-o OPTION", "any option of ssh_config(5)"),
+        ssh_option("-p PORT", "port of sshd"),
+        ssh_option("-4", "IPv4 only"),
+        ssh_option("-6", "IPv6 only"),
+        ssh_option("-C", "compress"),
         Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
     ],
     "output": [
         Option("-q --quiet", "the address and errors only"),
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
-        Option("--dry-run", "print the ssh commands and run none"),
         Option("--no-config", "do not read " + config_path(), chooses="host"),
-        Option("--version", "print the version", how={"action": "version", "version": "rjupyter " + __version__}),
-        Option("-h --help", "print this help", how={"action": "help"}),
+        Option("--version", "print the version"),
+        Option("-h --help", "print this help"),
     ],
 }
+APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
 NOT_IN_CONFIG = ("help", "version", "no-config")
+NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
 def options() -> Iterator[Option]:
@@ -11096,15 +10993,8 @@ def options() -> Iterator[Option]:
 
 
 def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
-    """Return rows of options by each of their flags; a positional argument has none."""
-    return {flag: option for option in rows for flag in option.flags.split() if flag.startswith("-")}
-
-
-def all_options() -> Iterator[Option]:
-    """Yield those of every group, and those of every action."""
-    yield from options()
-    for action in ACTIONS.values():
-        yield from action.arguments
+    """Return rows of options by each of their flags; what is no option has none."""
+    return {flag: option for option in rows for flag in option.flags}
 
 
 def nearest(word: str, words: List[str]) -> str:
@@ -11115,19 +11005,7 @@ def nearest(word: str, words: List[str]) -> str:
     return min(begun, key=len) if begun else (difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
 
 
-HELP_END = "`--help events` lists what --json prints, `--help status` the exit statuses."
-
-
-def help_on_events() -> str:
-    """Return what --json prints, a line for each kind of object."""
-    width = max(len(name) for name in EVENTS)
-    return "\n".join("%-*s  %s: %s" % (width, n, event.when, ", ".join(event.keys)) for n, event in EVENTS.items())
-
-
-def help_on_status() -> str:
-    """Return the exit statuses."""
-    return "\n".join("%3d  %s" % row for row in EXITS.items())
-
+# -- help -------------------------------------------------------------------------------------------------------------
 
 EXITS = {
     EXIT_OK: "done; also Ctrl-C on an open tunnel",
@@ -11140,232 +11018,234 @@ EXITS = {
     EXIT_INTERRUPTED: "Ctrl-C before there was a result",
     EXIT_SSH: "ssh could not connect or log in",
 }
-TOPICS = {"events": help_on_events, "status": help_on_status}  # of --help
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the docstring as far as the terminal has room for them, and leaves room for the options."""
+def help_text(topic: str = "") -> str:
+    """Return what --help prints: of the whole, of an action, or one of its topics."""
+    if topic == "events":
+        longest = max(map(len, EVENTS))
+        return "".join("%-*s  %s: %s\n" % (longest, n, e.when, ", ".join(e.keys)) for n, e in EVENTS.items())
+    if topic == "status":
+        return "".join("%3d  %s\n" % row for row in EXITS.items())
+    if topic == "version":
+        return "rjupyter %s\n" % __version__
+    import textwrap
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=max(40, min(120, terminal_width())))
+    width = max(40, min(120, terminal_width()))
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        import textwrap  # as argparse does, when there is help to print
+    def filled(text: str) -> str:
+        """Return its lines, which stay as far as the terminal has room for them."""
+        lines = text.splitlines()
+        return "\n".join(textwrap.fill(x, width, subsequent_indent=" " * 6 * x.startswith(" ")) for x in lines)
 
-        lines = super()._fill_text(text, width, indent).splitlines()
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent=" " * 6 if line.startswith(" ") else "") for line in lines
-        )
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors in our own form, and points at --help."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=HelpFormatter, **options)  # argparse's own imports shutil
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        Messages().line(message, end="", is_clean=True)  # --help and --version are results, too
-
-    def error(self, message: str) -> NoReturn:
-        """Raise Failure (2); for a word that is nearly one of ours, with that."""
-        unknown = re.match(r"unrecognized arguments: (-[^ =]+)", message)
-        near = nearest(unknown.group(1), list(by_flag(all_options()))) if unknown else ""
-        try_ = "did you mean %s?" % near if near else command_line("--help")
-        raise Failure("wrong usage", message, try_, EXIT_USAGE)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser that the rows of OPTIONS and ACTIONS make."""
-    lines = ["  %-32s %s" % (action.usage, action.help) for action in ACTIONS.values() if action.usage]
-    parser = Parser(
-        usage="%(prog)s [options] HOST[:PATH] [action]",
-        description=__doc__,
-        epilog="actions, behind the host; `HOST ACTION --help` tells more of one:\n%s\n\n%s"
-        % ("\n".join(lines), HELP_END),
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("destination", metavar="DESTINATION[:PATH]", type=_destination, help=argparse.SUPPRESS)
-    for title, rows in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        apart: Dict[str, Any] = {}
-        for option in rows:
-            if option.apart and option.apart not in apart:
-                apart[option.apart] = group.add_mutually_exclusive_group()
-            option.add_to(apart.get(option.apart, group))
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=Parser, help=argparse.SUPPRESS)
-    for name, action in ACTIONS.items():
-        if name is None:
-            continue
-        examples = "examples:\n" + "\n".join("  rjupyter.py " + example for example in action.examples)
-        parsed = actions.add_parser(
-            name,
-            help=action.help,
-            usage="%%(prog)s HOST[:PATH] %s" % action.usage,
-            prog="rjupyter.py",
-            description=action.help[:1].upper() + action.help[1:] + ".",
-            epilog=examples if action.examples else None,
-            allow_abbrev=False,
-        )
-        for option in action.arguments:
-            option.add_to(parsed)
-        for option in OPTIONS["output"]:
-            if option.name in SHARED:
-                parsed.add_argument(
-                    *option.flags.split(), action="store_true", default=argparse.SUPPRESS, help=option.help
-                )
-    return parser
+    if topic:
+        action = ACTIONS[topic]
+        usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
+        rows = [OPTIONS["output"][-1], *OPTIONS_OF.get(topic, ()), *OPTIONS["output"][:3]]
+        groups = {"positional arguments": [row for row in rows if not row.flags]}
+        groups["options"] = [row for row in rows if row.flags]
+        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in EXAMPLES.get(topic, ()))])
+    else:
+        usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
+        last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
+        last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
+        last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
+    parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
+    heads = {}
+    for row in itertools.chain.from_iterable(groups.values()):
+        heads[row.typed] = "  " + ", ".join(" ".join(filter(None, (flag, row.metavar))) for flag in row.flags or [""])
+    column = min(max(map(len, heads.values())) + 2, 28)
+    for title, rows in groups.items():
+        lines = [title + ":"] if rows else []
+        for row in rows:
+            head = heads[row.typed]
+            lines += [head] if len(head) > column - 2 else []
+            head = ("" if head in lines else head).ljust(column)
+            lines += textwrap.wrap(row.help, width, initial_indent=head, subsequent_indent=" " * column)
+        parts.append("\n".join(lines))
+    return "\n\n".join(filter(None, [*parts, "" if last == "examples:" else filled(last)])) + "\n"
 
 
-def parse_arguments(argv: List[str]) -> argparse.Namespace:
-    """Parse the command line over the defaults of the configuration file; `sources` says where each value is from.
+# -- the command line -------------------------------------------------------------------------------------------------
 
-    Raises Failure (2).
-    """
-    line = CommandLine(joined_arguments(argv))
-    line.put_in_order()
-    argv = line.words()
-    args = build_parser().parse_args(argv)
-    args.line = line
-    if "," in args.destination.host and args.action != "list":
-        raise Failure(
-            "wrong usage", "only list takes several hosts", command_line(args.line.destination, "list"), EXIT_USAGE
-        )
-    args.sources = {}
-    defaults = {} if args.no_config else config_defaults(config_path(), args.destination.host)
-    if not defaults and args.action != "config":
-        return args
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # then only what was typed is there
-    given = vars(parser.parse_args(argv))
-    args.sources = dict.fromkeys(given, "command line")
-    for dest, (value, source) in defaults.items():
-        if dest not in given:
-            setattr(args, dest, value)
-            args.sources[dest] = source
-    return args
+
+class Typed(NamedTuple):
+    """An option as it was typed: its row, if it is one of ours, its flag, its value."""
+
+    option: Optional[Option]
+    flag: str
+    value: Optional[str]
 
 
 class CommandLine:
-    """A command line in its parts: options, destination, action, and what comes after the action."""
+    """A command line, split: options before the action, destination, action, and what stands behind the action.
+
+    A letter that both have is the action's there. Options and operands may be mixed. What needs no host has none.
+    """
 
     def __init__(self, argv: List[str]) -> None:
-        self.before: List[List[str]] = []  # each option with its value
+        self.before: List[Typed] = []
         self.destination = ""
         self.action = ""
-        self.behind: List[List[str]] = []
-        self.rest: List[str] = []  # from -- on
-        if "--" in argv:
-            at = argv.index("--")
-            argv, self.rest = argv[:at], argv[at:]
-        own = by_flag(options())
-        words = iter(argv)
-        for word in words:
-            if word.startswith("-") and word != "-":
-                option = own.get(word)
-                value = next(words, None) if option and option.metavar else None
-                (self.behind if self.action else self.before).append([word] if value is None else [word, value])
-            elif not self.destination:
+        self.behind: List[Typed] = []
+        self.operands: List[str] = []
+        self.known = by_flag(options())
+        self.rest = list(argv)
+        is_over = False
+        while self.rest:
+            word = self.rest.pop(0)
+            is_alone = word in ACTIONS and ACTIONS[word].alone and not set(self.rest) & set(ACTIONS)
+            if word == "--" and not is_over:
+                is_over = True
+            elif self._is_option(word) and not is_over:
+                (self.behind if self.action else self.before).append(self._option(word))
+            elif not self.destination and not is_alone:
                 self.destination = word
             elif not self.action:
-                self.action = word
-                own = {**own, **self.options_of_action()}
+                self.destination, self.action = self.destination or NO_HOST, word
+                self.known.update(by_flag(OPTIONS_OF.get(word, ())))
             else:
-                self.behind.append([word])
+                self.operands.append(word)
 
-    def options_of_action(self) -> Dict[str, Option]:
-        """Return the options of the action, by their flags."""
-        row = ACTIONS.get(self.action or None)
-        arguments = row.arguments if row and self.action else ()
-        shared = [option for option in OPTIONS["output"] if option.name in SHARED]
-        both = [*arguments, *shared, Option("-h --help", "")]
-        return by_flag(both)
+    def _is_option(self, word: str) -> bool:
+        """True for what begins with a dash; with a space in it, only if it begins with one of ours."""
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+        return word[:1] == "-" and word != "-" and (" " not in word or flag in self.known)
 
-    def words(self, destination: str = "") -> List[str]:
-        """Return the whole, for another destination if one is given."""
-        found = [word for words in self.before for word in words]
-        found += [word for word in (destination or self.destination, self.action) if word]
-        return found + [word for words in self.behind for word in words] + self.rest
+    def _option(self, word: str) -> Typed:
+        """Return an option, with its value; of switches in one word, the next one stays in the rest."""
+        is_long = word.startswith("--")
+        flag, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:])
+        option = self.known.get(flag)
+        if option and option.metavar and not equals and self.rest:
+            if flag in JOINED or not self._is_option(self.rest[0]):
+                return Typed(option, flag, self.rest.pop(0))
+        elif option and not option.metavar and not is_long and value:  # as in -qv
+            self.rest.insert(0, "-" + value)
+            return Typed(option, flag, None)
+        return Typed(option, flag, value if equals else None)
 
-    def put_in_order(self) -> None:
-        """Put each option where it belongs; raises Failure (2), with the line as it should be, for what is no line."""
-        how = set(by_flag(OPTIONS["output"])) - {"-h", "--help", "--version"}
-        if not (self.destination or self.rest or {words[0] for words in self.before} - how - {"-F"}):
-            self.destination = "tunnels"
-        if self.destination in ACTIONS and self.action not in ACTIONS:
-            self._put_host_first()
-        if self.action not in ACTIONS and self.action:
-            raise self._no_action()
-        theirs = self.options_of_action() if self.action else {}
-        own = by_flag(options())
-        moved = [words for words in self.behind if flag_of(words[0], own) and flag_of(words[0], theirs) not in theirs]
-        self.behind = [words for words in self.behind if words not in moved]
-        stays = [words for words in self.before if not self._is_meant_for_action(words, theirs)]
-        self.behind = [words for words in self.before if words not in stays] + self.behind
-        self.before = stays + moved
+    def words(self, destination: str, action: str, moved: Optional[Typed] = None) -> List[str]:
+        """Return the words of another line, with the same options and operands; one of them moved behind the action."""
+        before = [typed for typed in self.before if typed is not moved]
+        behind = [*([moved] if moved else []), *self.behind]
+        places = [word for word in (destination, action) if word not in ("", NO_HOST)]
+        options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
+        end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
+        return [*options_[0], *places, *options_[1], *end, *self.operands]
 
-    @staticmethod
-    def _is_meant_for_action(words: List[str], theirs: Dict[str, Option]) -> bool:
-        """True for a letter that ssh has too, with a value that ssh would not take, or that only an open has."""
-        if words[0] not in theirs or words[0] not in ("-f", "-p", "-o", "--attach"):
-            return False
-        value = words[-1]
-        return not (value.isdigit() if words[0] == "-p" else words[0] == "-o" and re.search("[= ]", value))
+    def topic(self) -> Optional[str]:
+        """Return what help_text is asked for, which is empty for the whole; None where it is not."""
+        for typed in [*self.before, *self.behind]:
+            if typed.option and typed.option.name == "version":
+                return "version"
+            if typed.option and typed.option.name == "help":
+                name = self.action if typed in self.behind else self.destination
+                return name if name in ACTIONS else ""
+        return None
 
-    def _put_host_first(self) -> None:
-        """Take `ACTION --help`, and what needs no host; raises Failure (2) with the line as it should be for others."""
-        action = self.destination
-        plain = [word for word in [self.action, *[words[0] for words in self.behind]] if word and word[0] != "-"]
-        if ["--help"] in self.before or ["-h"] in self.before:
-            self.destination, self.action, self.before, self.behind = "HOST", action, [], [["--help"]]
-            return
-        if ACTIONS[action].alone:
-            self.destination, self.action = NO_HOST, action
-            self.behind = [[word] for word in plain] + [words for words in self.before if words != ["--json"]]
-            self.before = [words for words in self.before if words == ["--json"]]
-            return
-        host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
-        others = [word for word in plain if word != host]
-        options_ = [word for words in self.before for word in words]
-        right = command_line(*options_, host, action, *others)
-        raise Failure("wrong usage", "%s is an action: the host comes before it" % action, right, EXIT_USAGE)
+    def values(self) -> Dict[str, Any]:
+        """Return the values of what was typed; raises Failure (2), with the line as it should be, for what is none."""
+        self._check()
+        typed = [*self.before, *self.behind]
+        for pair in APART:
+            both = [flag for option, flag, _ in typed if flag in pair and option in (*options(),)]
+            if len(set(both)) > 1:
+                raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
+        values: Dict[str, Any] = {}
+        unknown = [flag for option, flag, _ in typed if not option]
+        row = next((row for row in OPTIONS_OF.get(self.action, ()) if not row.flags), None)
+        taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
+        given = [(option, text) for option, _, text in typed if option] + [(row, word) for word in taken if row]
+        for option, text in given:
+            try:
+                option.put(text, values)
+            except ValueError as error:
+                raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
+        unknown += self.operands[len(taken) :]
+        if unknown:
+            known = by_flag(itertools.chain(options(), *OPTIONS_OF.values()))
+            near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
+            raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
+        missing = row.metavar if row and not row.many and not taken else ""
+        if missing or not self.destination:
+            required = missing if self.destination else "DESTINATION[:PATH]"
+            raise wrong_usage("the following arguments are required: " + required)
+        return values
 
-    def _no_action(self) -> Failure:
-        """Return the failure of a second word that is no action: what may be meant instead."""
+    def _check(self) -> None:
+        """Raise Failure (2) for what stands where it does not belong. No words at all show the tunnels."""
+        is_plain = all(typed.flag in ("-F", *by_flag(OPTIONS["output"][:4])) for typed in self.before)
+        if not self.destination and is_plain:
+            self.destination, self.action = NO_HOST, "tunnels"
         actions = [name for name in ACTIONS if name]
-        near = nearest(self.action, actions)
-        swapped = "" if near else nearest(self.destination, actions)
-        if swapped:  # as in `lsit gpu1`
-            self.destination, self.action, near = self.action, self.destination, swapped
-        options_ = [word for words in self.before for word in words]
-        right = command_line(*options_, self.destination, near) if near else command_line("--help")
-        if not near and ("/" in self.action or "." in self.action):
-            right = command_line(*options_, "%s:%s" % (self.destination, self.action))
-        why = "there is no action %s; there are %s" % (self.action, ", ".join(actions))
-        return Failure("wrong usage", why, ("did you mean: " if near else "") + right, EXIT_USAGE)
+        if self.destination in actions and self.action not in actions:
+            plain = [word for word in [self.action, *self.operands] if word]
+            host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
+            self.operands = [word for word in plain if word != host]
+            right = command_line(*self.words(host, self.destination))
+            raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
+        for typed in self.before:
+            for name in [self.action] if self.action in actions else actions:
+                row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
+                value = typed.value or ""
+                is_of_ssh = value.isdigit() if typed.flag == "-p" else typed.flag == "-o" and re.search("[= ]", value)
+                if row and not (typed.option and (is_of_ssh or name != self.action)):
+                    right = command_line("HOST", name, typed.flag, row.metavar)
+                    if name == self.action and (typed.option or not row.metavar):
+                        right = command_line(*self.words(self.destination, name, typed))
+                    raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
+        if self.action and self.action not in actions:
+            destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
+            swapped = nearest(destination, actions)
+            if swapped and not near:  # as in `lsit gpu1`
+                destination, wrong, near = wrong, destination, swapped
+            right = "did you mean: " + command_line(*self.words(destination, near)) if near else ""
+            if not near and ("/" in wrong or "." in wrong):
+                right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
+            raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
 
 
-def flag_of(word: str, known: Dict[str, Option]) -> str:
-    """Return the option that a word is, perhaps with its value in it (--port=1, -p1); empty for none of those known."""
-    flag = word.partition("=")[0] if word.startswith("--") else word[:2]
-    return flag if flag in known and (word == flag or known[flag].metavar) else ""
+def wrong_usage(why: str, try_: str = "") -> Failure:
+    """Return the failure of a line that is none, with what leads on."""
+    return Failure("wrong usage", why, try_ or command_line("--help"), EXIT_USAGE)
 
 
-NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
-SHARED = ("json", "quiet", "verbose")  # options of the output that are taken behind an action, too
-JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options
+class Args(types.SimpleNamespace):
+    """What a command line says: the value of each option by its key, and what it is done to. Raises Failure (2).
 
+    What was `typed` alone goes with the commands that we tell people to type; `sources` says where each value is from.
+    """
 
-def joined_arguments(argv: List[str]) -> List[str]:
-    """Join the options whose value is made of options, with an equals sign: argparse takes it for ours otherwise."""
-    joined: List[str] = []
-    words = iter(argv)
-    for word in words:
-        value = next(words, None) if word in JOINED else None
-        joined.append(word if value is None else "%s=%s" % (word, value))
-    return joined
+    def __init__(self, argv: List[str]) -> None:
+        self.line = CommandLine(argv)
+        self.typed = self.line.values()
+        self.action = self.line.action or None
+        try:
+            self.destination = parse_destination(self.line.destination)
+        except ValueError as error:
+            raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
+        host = self.destination.host
+        if "," in host and self.action != "list":
+            raise wrong_usage("only list takes several hosts", command_line(self.line.destination, "list"))
+        found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
+        self.sources = {key: source for key, (_, source) in found.items()}
+        self.sources.update(dict.fromkeys(self.typed, "command line"))
+        rows = itertools.chain(options(), OPTIONS_OF.get(self.line.action, ()))
+        nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
+        super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
+
+    def again(self, *action: str) -> str:
+        """Return a command to type: it opens the same again, with all that chooses it, or does another action there."""
+        opens = not action or action[0].startswith("-")
+        words: Dict[str, List[str]] = {}
+        for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
+            is_dropped = option.key == "attach" and "--new" in action
+            if option.key in self.typed and not is_dropped and (opens or option.chooses == "host"):
+                words[option.key] = option.words(self.typed[option.key]) or words.get(option.key, [])
+        chosen = [word for group in words.values() for word in group]
+        destination = self.destination if opens or action[0] == "close" else Destination(self.destination.host, None)
+        return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
 
 
 # -- the configuration file -------------------------------------------------------------------------------------------
@@ -11375,7 +11255,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
 
     Sections are patterns as in ssh_config's Host; of several values, the first one holds. A line is read as the option
-    of its name would be, by the same parser, so that it is checked alike. Raises Failure (2).
+    of its name would be, and one that is repeatable has a value a line. Raises Failure (2).
     """
     if not os.path.exists(path):
         return {}
@@ -11386,43 +11266,29 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     try:
         with open(path, encoding="utf-8") as stream:
             config.read_file(stream)
-    except FileNotFoundError:
-        return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    parser = build_parser()
-    nothing = vars(parser.parse_args(["host"]))
+    rows = {option.name: option for option in options() if option.name not in NOT_IN_CONFIG}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
-        if not matches_host(section, destination):
-            continue
-        for key, value in config.items(section):
+        for name, text in config.items(section) if matches_host(section, destination) else ():
+            values: Dict[str, Any] = {}
             try:
-                parsed = vars(parser.parse_args([*_config_words(parser, key, value), "host"]))
-            except Failure as failure:
-                why = "%s, [%s], %s: %s" % (path, section, key, failure.why)
+                if not name or name not in rows:
+                    raise ValueError("there is no option --%s" % name)
+                if rows[name].metavar:
+                    for line in (text or "").strip().split("\n"):
+                        rows[name].put(line, values)
+                elif text in (None, "yes", "true", "on"):
+                    rows[name].put(None, values)
+                elif text not in ("no", "false", "off"):
+                    raise ValueError("yes or no, not %r" % text)
+            except ValueError as error:
+                why = "%s, [%s], %s: %s" % (path, section, name, error)
                 raise Failure("wrong configuration", why, "fix it, or --no-config", EXIT_USAGE) from None
-            dest = _option(parser, key).dest
-            found.setdefault(dest, (parsed[dest] if dest in parsed else nothing[dest], "[%s] %s" % (section, path)))
+            value = values.get(rows[name].key, rows[name].nothing())
+            found.setdefault(rows[name].key, (value, "[%s] %s" % (section, path)))
     return found
-
-
-def _option(parser: argparse.ArgumentParser, key: str) -> Any:
-    """Return the option of a long name; raises Failure (2)."""
-    for action in parser._actions:
-        if "--" + key in action.option_strings and key not in NOT_IN_CONFIG:
-            return action
-    raise Failure("wrong usage", "there is no option --%s" % key, "", EXIT_USAGE)
-
-
-def _config_words(parser: argparse.ArgumentParser, key: str, value: Optional[str]) -> List[str]:
-    """Return the command line that a line of the configuration stands for; repeatable options have a value a line."""
-    if _option(parser, key).nargs == 0:
-        answers_ = {None: True, "yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-        if value not in answers_:
-            raise Failure("wrong usage", "yes or no, not %r" % value, "", EXIT_USAGE)
-        return ["--" + key] if answers_[value] else []
-    return ["--%s=%s" % (key, line) for line in (value or "").strip().split("\n")]
 
 
 def matches_host(patterns: str, destination: str) -> bool:
@@ -11440,22 +11306,21 @@ def matches_host(patterns: str, destination: str) -> bool:
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def request_of(args: argparse.Namespace, action: str = "open", **facts: Any) -> Request:
+def request_of(args: Args, action: str = "open", **facts: Any) -> Request:
     """Return the request that the options make; raises Failure (2) where they do not go together."""
-    asked = {option.field: getattr(args, option.dest) for option in options() if option.field}
-    named = {field: value for field, value in asked.items() if value is not None}
+    keys = {option.key for option in options()} & set(Request.fields) - {"submit", "local_port"}
+    asked = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     submit = submit_words(args)
     if submit and args.socket and not args.via_node:
-        why = "a socket can be reached only on its own node"
-        raise Failure("wrong usage", why, "--via-node, or no --socket", EXIT_USAGE)
-    return Request(action=action, path=args.destination.path, submit=submit, **dict(named, **facts))
+        raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
+    return Request(action=action, path=args.destination.path, submit=submit, **dict(asked, **facts))
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
 SBATCH = ["sbatch", "--job-name=rjupyter", "--output={output}", "--no-requeue"]
 
 
-def submit_words(args: argparse.Namespace) -> List[str]:
+def submit_words(args: Args) -> List[str]:
     """Return the command that submits a job, {script} in it; none where no job is asked for. Raises Failure (2)."""
     try:
         words = shlex.split(args.submit or "")
@@ -11467,37 +11332,17 @@ def submit_words(args: argparse.Namespace) -> List[str]:
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
-def back_again(args: argparse.Namespace, *action: str) -> str:
-    """Return a command to type: one that opens the same again, with all that chooses it, or another action there."""
-    opens = not action or action[0].startswith("-")
-    words: Dict[str, List[str]] = {}
-    for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-        is_typed = args.sources.get(option.dest, "command line") == "command line"  # or not given at all
-        is_dropped = option.dest == "attach" and "--new" in action
-        if is_typed and not is_dropped and (opens or option.chooses == "host"):
-            words[option.dest] = option.words(getattr(args, option.dest)) or words.get(option.dest, [])
-    chosen = [word for group in words.values() for word in group]
-    destination = args.destination if opens or action[0] == "close" else Destination(args.destination.host, None)
-    return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
-
-
-def hint_of(args: argparse.Namespace) -> Callable[..., str]:
-    """Return what makes the commands that we tell people to type."""
-    return lambda *action: back_again(args, *action)
-
-
 # -- open -------------------------------------------------------------------------------------------------------------
 
 
-def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold.
 
     Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
     """
     request = request_of(args)
-    record = tunnel_that_is_up(args, request)
-    if record:
-        return join(record, args, messages)
+    if joins_tunnel(args, request, messages):
+        return EXIT_OK
     background = Background() if args.background else None
     if background and background.pid:
         return background.wait()
@@ -11509,14 +11354,35 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             ssh = move_to_node(ssh, server)
             begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
             agent.greets, agent.launching = False, begun
-        tunnel = open_tunnel(server, args, request, ssh, agent, messages)
-        server = tunnel.server
+        tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
         messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        with written_down(tunnel_record(args, request, tunnel, url)):
-            say_how_to_end(args, tunnel, messages)
+        record = TunnelRecord(
+            created=time.time(),
+            pid=os.getpid(),
+            identity=process_identity(os.getpid()),
+            destination=args.destination.host,
+            path=args.destination.path,
+            ssh=args.ssh,
+            further=args.further,
+            request=request,
+            is_background=args.background,
+            url=url,
+            local_port=tunnel.local_port,
+            id=server.id,
+            control=ssh.way.control_path if ssh.process else "",
+            config=ssh.config_text,
+        )
+        with written_down(record):
+            if args.background:
+                messages.note("The tunnel is in the background. To close it: %s" % args.again("close"))
+            elif args.stop_on_exit:
+                messages.note("Ctrl-C closes the tunnel and ends the server.")
+            else:
+                stop = args.again("stop", *([] if server.is_only else [server.id]))
+                messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
             if background:
                 background.detach()
                 ssh.can_ask = can_ask()
@@ -11530,7 +11396,7 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         messages.end_line()
         if args.stop_on_exit:
             agent.ask(Request(action="stop", ids=[tunnel.server.id]), StopReply, "Stopping")
-        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % back_again(args)
+        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
         return EXIT_OK
     finally:
@@ -11538,76 +11404,25 @@ def run_open(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def say_how_to_end(args: argparse.Namespace, tunnel: Tunnel, messages: Messages) -> None:
-    """Say what Ctrl-C will do, and how the server is ended."""
-    if args.background:
-        messages.note("The tunnel is in the background. To close it: %s" % back_again(args, "close"))
-    elif args.stop_on_exit:
-        messages.note("Ctrl-C closes the tunnel and ends the server.")
-    else:
-        stop = back_again(args, "stop", *([] if tunnel.server.is_only else [tunnel.server.id]))
-        messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
-
-
-def tunnel_record(args: argparse.Namespace, request: Request, tunnel: Tunnel, url: str) -> TunnelRecord:
-    """Return what is written down of our tunnel."""
-    return TunnelRecord(
-        created=time.time(),
-        pid=os.getpid(),
-        identity=process_identity(os.getpid()),
-        destination=args.destination.host,
-        path=args.destination.path,
-        ssh=args.ssh,
-        further=args.further,
-        request=request,
-        is_background=args.background,
-        url=url,
-        local_port=tunnel.local_port,
-        id=tunnel.server.id,
-        control=tunnel.ssh.way.control_path if tunnel.ssh.process else "",
-        config=tunnel.ssh.config_text,
-    )
-
-
-def tunnel_that_is_up(args: argparse.Namespace, request: Request) -> Optional[TunnelRecord]:
-    """Return the record of a tunnel that is up already and does what is asked for, if there is one."""
-    for record in [] if args.new else tunnels():
+def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
+    """True when a tunnel is up already that does what is asked for: its page is shown again, and nothing connected."""
+    for record in [] if args.is_new else tunnels():
         is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
-            return record
-    return None
+            messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
+            messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
+            if wants_browser(args):
+                open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
+            return True
+    return False
 
 
-def join(record: TunnelRecord, args: argparse.Namespace, messages: Messages) -> int:
-    """Say that the tunnel is up already, and show its page again; nothing is connected."""
-    messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
-    messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
-    if wants_browser(args):
-        open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
-    return EXIT_OK
-
-
-def open_tunnel(
-    server: Server, args: argparse.Namespace, request: Request, ssh: Ssh, agent: Agent, messages: Messages
-) -> Tunnel:
-    """Open a checked tunnel to a server; where sshd forwards to no socket, to one on a port in its place.
-
-    That can be seen only when the server is there: it is stopped, and launched anew. One that ran before is left alone.
-    """
-    tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
+def open_tunnel(server: Server, args: Args, agent: Agent, messages: Messages) -> Tunnel:
+    """Open a checked tunnel to a server."""
+    ssh = agent.ssh
+    tunnel = Tunnel(ssh, agent, server, messages, args.again)
     tunnel.open(args.local_port)
-    try:
-        tunnel.check()
-    except Failure:
-        if not (server.sock and server.is_launched and ssh.wait(0)):
-            raise
-        no_socket = "sshd on %s forwards none (AllowStreamLocalForwarding)" % ssh.destination
-        tunnel.close()
-        agent.ask(Request(action="stop", ids=[server.id]), StopReply, "Stopping")
-        server = get_server(args, request.but(no_socket=no_socket), agent, messages)
-        tunnel = Tunnel(ssh, agent, server, messages, hint_of(args))
-        tunnel.open(args.local_port)
-        tunnel.check()
+    tunnel.check()
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
     if server.job and not args.via_node:
         where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
@@ -11620,45 +11435,33 @@ def open_tunnel(
     return tunnel
 
 
-def get_server(args: argparse.Namespace, request: Request, agent: Agent, messages: Messages) -> Server:
+def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -> Server:
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    hint = hint_of(args)
-    waiting = Queue(agent, messages, hint, lambda identity: hint())
+    hint = args.again
+    waiting = Queue(agent, messages, hint, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
-    take_over(args, server)
+    # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
+    # else the line that starts such another one would start it in another environment, or outside of a job.
+    asked = server.request
+    names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
+    launched_with = {name: getattr(asked, name) for name in names}
+    words = [word for word in asked.submit if word != "{script}"]
+    if words[: len(SBATCH)] == SBATCH:
+        launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
+    elif words:
+        launched_with["submit"] = shlex.join(asked.submit)
+    for key, value in launched_with.items():
+        if value and getattr(args, key) in (None, False, []):
+            setattr(args, key, value)
+            args.typed[key] = value
     say_server(server, request, args, agent, messages)
     return server
-
-
-def take_over(args: argparse.Namespace, server: Server) -> None:
-    """From now on, print commands that choose what the server was launched with, even if this open did not ask for it.
-
-    Else the line that starts such another one would start it in another environment, or outside of a job.
-    """
-    facts = args_of_request(server.request)
-    for option in options():
-        is_free = getattr(args, option.dest, None) in (None, False, []) and option.chooses == "server"
-        if is_free and option.dest in facts:
-            setattr(args, option.dest, facts[option.dest])
-            args.sources[option.dest] = "command line"
-
-
-def args_of_request(request: Request) -> Dict[str, Any]:
-    """Return the options that a request was made of, as far as they say where and in what Jupyter runs."""
-    names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
-    found = {name: getattr(request, name) for name in names}
-    words = [word for word in request.submit if word != "{script}"]
-    if words[: len(SBATCH)] == SBATCH:
-        found["slurm"] = shlex.join(words[len(SBATCH) :])
-    elif words:
-        found["submit"] = shlex.join(request.submit)
-    return {name: value for name, value in found.items() if value}
 
 
 def how_to_own(paths: List[str], user: str) -> str:
@@ -11666,20 +11469,10 @@ def how_to_own(paths: List[str], user: str) -> str:
     return "sudo chown -R %s" % shlex.join([user, *paths])
 
 
-def warn_of_address(args: argparse.Namespace, host: str, messages: Messages) -> None:
-    """Say who can connect to Jupyter when it is not on a loopback."""
+def say_server(server: Server, request: Request, args: Args, agent: Agent, messages: Messages) -> None:
+    """Say which server it is, and what the user should know about it."""
     import ipaddress
 
-    if not ipaddress.ip_address(args.ip).is_loopback:
-        where = "any address of " + host if ipaddress.ip_address(args.ip).is_unspecified else args.ip
-        messages.note(
-            "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
-            % (args.ip, where)
-        )
-
-
-def say_server(server: Server, request: Request, args: argparse.Namespace, agent: Agent, messages: Messages) -> None:
-    """Say which server it is, and what the user should know about it."""
     destination = agent.ssh.destination
     verb, seconds = (
         ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
@@ -11691,14 +11484,18 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
         messages.step(text, "launched", **facts)
-        warn_of_address(args, destination, messages)
+        address = ipaddress.ip_address(args.ip)
+        if not address.is_loopback:
+            where = "any address of " + destination if address.is_unspecified else args.ip
+            text = "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
+            messages.note(text % (args.ip, where))
     else:
         fields = request.too_late(server.request)
-        ignored = ["--" + option.name for option in options() if option.field in fields]
+        ignored = ["--" + option.name for option in options() if option.key in fields]
         messages.step(text, "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
-            messages.note(text % (", ".join(ignored), back_again(args, "--new")))
+            messages.note(text % (", ".join(ignored), args.again("--new")))
     if args.socket and server.no_socket:
         messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     is_near = server.host.startswith("127.") or server.host == "::1"
@@ -11712,20 +11509,14 @@ def say_server(server: Server, request: Request, args: argparse.Namespace, agent
         text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
     for away in server.away:
-        say_away(away, args, messages)
+        text = "While you were away: %s %s (%s). To see it: %s"
+        ending, see = ending_of(away.count, away.is_done, away.seconds), args.again("output", away.notebook)
+        messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
     if server.is_launched and agent.hello.is_root:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
 
-def say_away(away: Away, args: argparse.Namespace, messages: Messages) -> None:
-    """Say how the last cell of a notebook ended while no page was connected."""
-    ending = ending_of(away.count, away.is_done, away.seconds)
-    see = back_again(args, "output", away.notebook)
-    text = "While you were away: %s %s (%s). To see it: %s"
-    messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
-
-
-def wants_browser(args: argparse.Namespace) -> bool:
+def wants_browser(args: Args) -> bool:
     """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
     if args.no_browser:
         return False
@@ -11735,19 +11526,28 @@ def wants_browser(args: argparse.Namespace) -> bool:
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
 
 
-def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
     if "," in args.destination.host:
         return list_hosts(args, messages)
     with ssh:
         if args.kernels:
             request = Request(action="list_kernels", path=args.destination.path)
-            return show_kernels(agent.ask(request, KernelsReply, "Asking the servers").kernels, messages)
+            kernels = agent.ask(request, KernelsReply, "Asking the servers").kernels
+            for kernel in kernels:
+                messages.event("kernel", **kernel.facts())
+            if not kernels:
+                messages.note("No kernel of yours runs there.")
+            elif not args.json:
+                print_table(COLUMNS["kernel"], kernels, messages)
+            return EXIT_OK
         request = Request(action="list", path=args.destination.path)
         reply = agent.ask(request, ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
     views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
-    keep_ids(ssh.destination, [view.id for _, found in views for view in found])
+    listed, ids = listed_ids(), [view.id for _, found in views for view in found]
+    if listed.hosts.get(ssh.destination) != ids:
+        keep_listed(listed.but(hosts={**listed.hosts, ssh.destination: ids}))
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
@@ -11760,7 +11560,7 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
             print_table(COLUMNS[event], [view for view in found if view not in hidden], messages)
         if hidden:
             messages.note(
-                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), hint_of(args)("list", "--all"))
+                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), args.again("list", "--all"))
             )
         elif event == "server" and not found:
             messages.note("No server of yours runs there.")
@@ -11768,97 +11568,56 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
 
 
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
-LISTED = {
-    "job": JobView,
-    "server": ServerView,
-    "wrapper": WrapperView,
-    "grid": GridView,
-    "run": RunView,
-    "kernel": KernelState,
-}  # type: Dict[str, Type[Record]]
 
 
-def list_hosts(args: argparse.Namespace, messages: Messages) -> int:
+def list_hosts(args: Args, messages: Messages) -> int:
     """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
     import subprocess
 
-    hosts = list(dict.fromkeys(filter(None, args.destination.host.split(","))))
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked = {}
+    found: Dict[str, List[Any]] = {}  # by their event
+    is_one_reached = False
     try:
-        for host in hosts:
-            words = args.line.words(Destination(host, args.destination.path).text())
+        for host in dict.fromkeys(filter(None, args.destination.host.split(","))):
+            words = args.line.words(Destination(host, args.destination.path).text(), "list")
             asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
-        rows = [
-            row for host, child in asked.items() for row in rows_of(host, child, until_s - time.monotonic(), messages)
-        ]
+        for host, child in asked.items():
+            why, said = "no answer within %d s" % HOSTS_TIMEOUT_S, b""
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said, _ = child.communicate(timeout=max(0.1, until_s - time.monotonic()))
+                why = "it ended with status %d" % child.returncode if child.returncode else ""
+            events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
+            failed = next((facts for facts in events if facts.get("event") == "failure"), None)
+            why = in_one_line(str(failed.get("why") or failed.get("what"))) if failed else why
+            messages.event("host", host=host, is_reached=not why, why=why or None)
+            rows = [facts for facts in events if facts.get("event") in COLUMNS]
+            for facts in rows:
+                messages.event(**facts)
+            is_one_reached = is_one_reached or not why or bool(rows)
+            if why or not rows:
+                nothing = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
+                view = ServerView(manager=why, state="not reached" if why else "none", **nothing)
+                rows.append(dict(view.facts(), event="server"))
+            for facts in rows:
+                found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
     finally:
         for child in asked.values():
             if child.poll() is None:
                 child.terminate()
                 child.wait()
-    for event in LISTED if not args.json else ():
-        found = [row for row in rows if row.event == event]
-        columns = [Column("HOST", lambda row: row.host), *[column.behind_host() for column in COLUMNS[event]]]
-        if found:
-            print_table(columns, found, messages)
-    return EXIT_OK if any(getattr(row.record, "state", "") != UNREACHED for row in rows) else EXIT_SSH
-
-
-UNREACHED = "not reached"
-
-
-class HostRow(NamedTuple):
-    """One line of `list` for several hosts: the host, the event, and what it told."""
-
-    host: str
-    event: str
-    record: Record
-
-
-def rows_of(host: str, child: Any, timeout_s: float, messages: Messages) -> List[HostRow]:
-    """Return what one of these processes said about a host; with --json, print it."""
-    import subprocess
-
-    why = "no answer within %d s" % HOSTS_TIMEOUT_S
-    said = b""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        said, _ = child.communicate(timeout=max(0.1, timeout_s))
-        why = "" if not child.returncode else "it ended with status %d" % child.returncode
-    rows: List[HostRow] = []
-    for line in said.decode("utf-8", "replace").splitlines():
-        facts = facts_in(line)
-        event = str(facts.pop("event", ""))
-        why = in_one_line(str(facts.get("why") or facts.get("what"))) if event == "failure" else why
-        if event in LISTED:
-            rows.append(HostRow(host, event, LISTED[event].read(facts)))
-    messages.event("host", host=host, is_reached=not why, why=why or None)
-    for row in rows:
-        messages.event(row.event, **row.record.facts())
-    if why or not rows:
-        facts = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
-        view = ServerView(**dict(facts, state=UNREACHED if why else "none", manager=why))
-        rows.append(HostRow(host, "server", view))
-    return rows
+    for event in ("job", "server", "wrapper", "grid", "run", "kernel"):
+        if event in found and not args.json:
+            print_table({"HOST": lambda row: row.behind, **COLUMNS[event]}, found[event], messages)
+    return EXIT_OK if is_one_reached else EXIT_SSH
 
 
 ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 
 
-def show_kernels(kernels: List[KernelState], messages: Messages) -> int:
-    """Show the kernels of the user's servers."""
-    for kernel in kernels:
-        messages.event("kernel", **kernel.facts())
-    if not kernels:
-        messages.note("No kernel of yours runs there.")
-    elif not messages.as_json:
-        print_table(COLUMNS["kernel"], kernels, messages)
-    return EXIT_OK
-
-
-def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     began = time.monotonic()
     request = Request(action="wait_for_kernel", name=args.name, path=args.destination.path)
@@ -11880,17 +11639,17 @@ def run_wait(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
 
-def run_eval(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
     request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
-    hint = hint_of(args)
-    if args.interrupts:
+    hint = args.again
+    if args.interrupt:
         with ssh:
             kernel = agent.ask(request.but(action="interrupt_kernel"), EvalReply).kernel
         messages.note("Interrupted the kernel of %s." % kernel.title)
         return EXIT_OK
     if args.code is None:
-        raise Failure("wrong usage", "eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"), EXIT_USAGE)
+        raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"))
     code = sys.stdin.read() if args.code == "-" else args.code
     printed = PrintedCell(messages)
     agent.launching = ""
@@ -11941,7 +11700,7 @@ class PrintedCell:
 
 
 @contextlib.contextmanager
-def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
+def following(args: Args, messages: Messages) -> Iterator[None]:
     """Within this, Ctrl-C ends what -f follows, with status 0."""
     try:
         yield
@@ -11951,7 +11710,7 @@ def following(args: argparse.Namespace, messages: Messages) -> Iterator[None]:
         messages.end_line()
 
 
-def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
     held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
@@ -11982,10 +11741,15 @@ def run_logs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
-    if args.saves:
-        return save_outputs(args, ssh, agent, messages)
+    if args.save:
+        with ssh:
+            saved = Request(action="save_output", name=args.name, path=args.destination.path)
+            reply = agent.ask(saved, SaveReply, "Saving")
+        text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
+        messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
+        return EXIT_OK
     shown = ShownCells(messages, args.since)
     request = Request(action="send_output", name=args.name, path=args.destination.path, is_followed=args.is_followed)
 
@@ -11998,17 +11762,7 @@ def run_output(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     return EXIT_OK
 
 
-def save_outputs(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
-    """Put what the cells of a notebook printed into it, there."""
-    with ssh:
-        request = Request(action="save_output", name=args.name, path=args.destination.path)
-        reply = agent.ask(request, SaveReply, "Saving")
-    text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
-    messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
-    return EXIT_OK
-
-
-def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_stop(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Stop servers on the host; ask before one whose kernels compute. Or one kernel.
 
     Raises Failure where there is something to ask, and nobody who could answer.
@@ -12044,13 +11798,11 @@ def run_stop(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
     return EXIT_OK
 
 
-def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_close(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
-        raise Failure(
-            "wrong usage", "close whose tunnels?", command_line("close", "--all") + ", or HOST close", EXIT_USAGE
-        )
+        raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
     closed = 0
     for record in tunnels():
         is_there = is_alone or record.destination == args.destination.host
@@ -12064,7 +11816,7 @@ def run_close(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messag
     return EXIT_OK
 
 
-def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
     records = sorted(tunnels(), key=lambda record: record.created)
     rows: List[Json] = []
@@ -12086,7 +11838,7 @@ def run_tunnels(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
 # -- execute ----------------------------------------------------------------------------------------------------------
 
 
-def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Execute notebooks on the host, and bring their results.
 
     One after the other, the first failure ends it; with -j or --grid several at once, each of them to its end.
@@ -12095,11 +11847,11 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     request = request_of(args, "start_run")
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
-    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_files])
+    request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
     alongs = [along_with(source, args.along) for source in sources]
     requests = [request.but(files=along.digest) if along else request for along in alongs]
     tasks = [task for s, r in zip(sources, requests) for task in tasks_of(s, args, r)]
-    hint = hint_of(args)
+    hint = args.again
     waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
     with ssh:
         for along in filter(None, alongs):
@@ -12122,28 +11874,25 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     return EXIT_OK
 
 
-def check_execute(args: argparse.Namespace) -> None:
+def check_execute(args: Args) -> None:
     """Raise Failure (2) where the options do not go together."""
     names = [name for name, _ in args.grid]
     given = names + [name for name, _ in args.parameters]
-    wrong = ""
-    if bool(args.notebooks) == bool(args.run_id):
-        wrong = "execute takes notebooks, or --attach ID"
-    elif args.output and (args.inplace or len(args.notebooks) > 1):
-        wrong = "-o goes with one notebook, and not with --inplace"
-    elif args.inplace and args.run_id:
-        wrong = "--attach brings the result of one run; -o says where it goes"
-    elif names and (args.inplace or args.output):
-        wrong = "--grid has many results, each named by its values; neither -o nor --inplace goes with it"
-    elif any(given.count(name) > 1 for name in names):
-        wrong = "a name of --grid has its values there alone, and once"
-    elif args.run_id and (names or args.at_once):
-        wrong = "--attach follows what was started with --grid and -j; it takes neither"
-    if wrong:
-        raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
+    wrong = {
+        "execute takes notebooks, or --attach ID": bool(args.notebooks) == bool(args.run_id),
+        "-o goes with one notebook, and not with --inplace": args.output and (args.inplace or len(args.notebooks) > 1),
+        "--attach brings the result of one run; -o says where it goes": args.inplace and args.run_id,
+        "--grid has many results, each named by its values; neither -o nor --inplace goes with it": names
+        and (args.inplace or args.output),
+        "a name of --grid has its values there alone, and once": any(given.count(name) > 1 for name in names),
+        "--attach follows what was started with --grid and -j; it takes neither": args.run_id
+        and (names or args.at_once),
+    }
+    for why in filter(wrong.get, wrong):
+        raise wrong_usage(why, args.again("execute", "--help"))
 
 
-def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List[Task]:
+def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
     """Return what is executed of a notebook: once, or once for each combination of the grid's values."""
     request = request.but(
         notebook=source.text and without_old_outputs(source.text),
@@ -12170,7 +11919,7 @@ def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List
     return tasks
 
 
-def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> str:
+def start_sweep(tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> str:
     """Write down several executions on the host, and return their common id."""
     name = " ".join(dict.fromkeys(os.path.basename(name.lstrip(":")) for name in args.notebooks))
     facts = {"tasks": [task.request for task in tasks], "width": args.at_once or 1}
@@ -12182,7 +11931,7 @@ def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiti
     return identity
 
 
-def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
+def follow_sweep(identity: str, tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow several executions to their ends; when we leave before, a line says how to go on."""
     try:
         brings = brings_of(args, agent.ssh.destination, identity)
@@ -12190,8 +11939,8 @@ def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, age
     except (KeyboardInterrupt, Terminated):
         agent.messages.end_line()
         text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
-        again = back_again(args, "execute", "--attach", identity)
-        agent.messages.note(text % (again, back_again(args, "stop", identity)))
+        again = args.again("execute", "--attach", identity)
+        agent.messages.note(text % (again, args.again("stop", identity)))
         raise
 
 
@@ -12222,7 +11971,7 @@ def read_parameter_file(path: str) -> List[str]:
     return [path, text]
 
 
-def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting: Queue) -> Optional[Execution]:
+def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Optional[Execution]:
     """Start to execute a notebook on the host; None if it is being executed already, and no overlap was asked for."""
     messages = agent.messages
     with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
@@ -12230,7 +11979,7 @@ def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting:
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
-        again = back_again(args, "execute", "--attach", reply.id)
+        again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
         return None
@@ -12238,7 +11987,7 @@ def start_execution(task: Task, args: argparse.Namespace, agent: Agent, waiting:
     return Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
 
 
-def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> None:
+def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     try:
         execution.overwrites = args.force
@@ -12249,15 +11998,15 @@ def follow(execution: Execution, waiting: Queue, args: argparse.Namespace) -> No
         if waiting.state.is_waiting:
             raise
         execution.messages.end_line()
-        again = back_again(args, "execute", "--attach", execution.id)
+        again = args.again("execute", "--attach", execution.id)
         text = "%s keeps running. To follow it again: %s   To end it: %s"
-        execution.messages.note(text % (execution.name, again, back_again(args, "stop", execution.id)))
+        execution.messages.note(text % (execution.name, again, args.again("stop", execution.id)))
         raise
 
 
-def brings_of(args: argparse.Namespace, host: str, identity: str) -> List[str]:
+def brings_of(args: Args, host: str, identity: str) -> List[str]:
     """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
-    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    kept = listed_ids()
     key = "%s %s" % (host, identity)
     if not args.bring or kept.brings.get(key) == args.bring:
         return kept.brings.get(key, [])
@@ -12276,12 +12025,12 @@ class Check(NamedTuple):
     try_: str = ""
 
 
-def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_doctor(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
     ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
     failures = 0
     try:
-        for check in itertools.chain(checks_here(ssh), checks_there(args, ssh, agent)):
+        for check in checks(args, ssh, agent):
             failures += bool(check.try_)
             label = "FAIL" if check.try_ else "ok  "
             text = "%s  %-12s %s" % (label, check.name, check.text)
@@ -12292,8 +12041,8 @@ def run_doctor(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     return EXIT_FAILURE if failures else EXIT_OK
 
 
-def checks_here(ssh: Ssh) -> Iterator[Check]:
-    """Check this machine: ssh, its configuration, the place for sockets, the local port, the browser."""
+def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
+    """Check this machine, the connection and the host; the first step there that fails is the last one."""
     import webbrowser
 
     yield Check("ssh", ssh.version())
@@ -12306,10 +12055,6 @@ def checks_here(ssh: Ssh) -> Iterator[Check]:
         yield Check("browser", type(webbrowser.get()).__name__)
     except webbrowser.Error:
         yield Check("browser", "none found; the address is printed")
-
-
-def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[Check]:
-    """Check the connection and the host; the first step that fails is the last one that is tried."""
     began = time.monotonic()
     step = "connection"
     agent.greets = False  # the lines below say it
@@ -12333,9 +12078,23 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
     yield Check("python", agent.hello.python)
-    yield check_sessions(ssh)
-    yield check_inside(args, agent) if is_inside else check_jupyter(facts)
-    yield check_disk(facts)
+    yield Check("sessions", check_sessions(ssh))
+    if is_inside:
+        try:
+            facts_inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+            none = Check("jupyter", "none in there", "another image or command")
+            yield check_jupyter(facts_inside) if facts_inside.jupyter else none
+        except Failure as failure:
+            why = in_one_line("%s: %s" % (failure.what, failure.why))
+            yield Check("jupyter", why, failure.try_ or "another one")
+    else:
+        yield check_jupyter(facts)
+    free_gb = facts.free_bytes / 1e9
+    if facts.state_trouble:
+        yield Check("disk", in_one_line(facts.state_trouble.why), facts.state_trouble.try_)
+    else:
+        text = "%.1f GB free at %s" % (free_gb, facts.state)
+        yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
     if facts.foreign:
         yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
     yield Check("port", "%d is free on the host" % facts.port)
@@ -12351,37 +12110,23 @@ def checks_there(args: argparse.Namespace, ssh: Ssh, agent: Agent) -> Iterator[C
     who = "1 other user runs" if others == 1 else "%d other users run" % others
     yield Check("other users", shared % who if others else "nobody else runs anything there")
     if args.slurm is not None or args.submit:
-        yield from check_job(args, agent)
+        try:
+            forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
+        except Failure as failure:
+            forecast = JobForecast(said="%s: %s" % (failure.what, failure.why), is_refused=True)
+        if forecast.limits:
+            yield Check("limits", in_one_line(forecast.limits))
+        if forecast.said:
+            other = "other options in --slurm or --submit" if forecast.is_refused else ""
+            yield Check("forecast", in_one_line(forecast.said), other)
     elif facts.scheduler:
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
 
 
-def check_job(args: argparse.Namespace, agent: Agent) -> Iterator[Check]:
-    """Check by a job of its own, a short one, what a job of ours needs."""
-    try:
-        trial = agent.ask(request_of(args, "try_job"), JobTrial, "Submitting a short job")
-    except Failure as failure:
-        yield Check("job", in_one_line("%s: %s" % (failure.what, failure.why)), "other options in --slurm or --submit")
-        return
-    if trial.limits:
-        yield Check("limits", in_one_line(trial.limits))
-    if trial.forecast:
-        yield Check("forecast", in_one_line(trial.forecast))
-    if not trial.node:
-        lost = "--state-dir PATH: a directory that the nodes see and can write"
-        what = "left no word" if trial.has_ended else "was cancelled again"
-        text = "job %s %s, and %s" % (trial.number, trial.state, what)
-        yield Check("job", text, lost if trial.has_ended else "a shorter time limit, or another partition")
-        return
-    yield Check("job", "%s began on %s, which sees our state" % (trial.number, trial.node))
-    other = "--via-node, or --node-address NAME" if trial.trouble else ""
-    yield Check("node", trial.trouble or "the login node reaches it", other)
-
-
-def check_sessions(ssh: Ssh) -> Check:
+def check_sessions(ssh: Ssh) -> str:
     """Say whether the connection carries a second session; an open needs one at a time."""
     if not ssh.way.has_login:
-        return Check("sessions", "each one is a login of its own")
+        return "each one is a login of its own"
     first = ssh.session("exec cat")
     try:
         first.send(b"open\n", is_last=False)
@@ -12390,7 +12135,7 @@ def check_sessions(ssh: Ssh) -> Check:
     finally:
         first.send(b"")
         first.end()
-    return Check("sessions", "several at a time" if has_two else "one at a time (MaxSessions), which is enough")
+    return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
 
 
 def check_jupyter(facts: ExamineReply) -> Check:
@@ -12406,25 +12151,6 @@ def check_jupyter(facts: ExamineReply) -> Check:
         why = "none, and Python has no ensurepip to install it"
         return Check("jupyter", why, "sudo apt install python3-venv, there")
     return Check("jupyter", "none; an open installs it for you alone")
-
-
-def check_inside(args: argparse.Namespace, agent: Agent) -> Check:
-    """Say which Jupyter an open would run inside a wrapper."""
-    try:
-        facts = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
-    except Failure as failure:
-        return Check("jupyter", in_one_line("%s: %s" % (failure.what, failure.why)), failure.try_ or "another one")
-    return check_jupyter(facts) if facts.jupyter else Check("jupyter", "none in there", "another image or command")
-
-
-def check_disk(facts: ExamineReply) -> Check:
-    """Say whether there is room for our state on the host."""
-    trouble = facts.state_trouble
-    if trouble:
-        return Check("disk", in_one_line(trouble.why), trouble.try_)
-    free_gb = facts.free_bytes / 1e9
-    text = "%.1f GB free at %s" % (free_gb, facts.state)
-    return Check("disk", text, "make room there" if free_gb < 0.05 else "")
 
 
 # -- completion -------------------------------------------------------------------------------------------------------
@@ -12456,7 +12182,7 @@ complete -c rjupyter -a '(__rjupyter)'
 }
 
 
-def run_completion(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_completion(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print what makes a shell complete our command lines."""
     messages.line(COMPLETIONS[args.shell].rstrip())
     return EXIT_OK
@@ -12466,26 +12192,24 @@ def candidates(words: List[str]) -> List[str]:
     """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
     *typed, current = words or [""]
     line = CommandLine(typed)
-    own = by_flag(options())
-    known = {**({} if line.action else own), **line.options_of_action()}
+    own = OPTIONS_OF.get(line.action, [])
+    known = by_flag([*(OPTIONS["output"] if line.action else options()), *own])
+    ids = listed_ids().hosts.get(line.destination.partition(":")[0], [])
     last = known.get(typed[-1]) if typed else None
-    config = next((words[-1] for words in line.before if words[0] == "-F"), "")
-    if last and last.metavar and typed[-1].startswith("-"):
-        found = list(last.how.get("choices", ()))
-        found += kept_ids(line.destination) if last.metavar == "ID" else []
+    config = next((option.value for option in line.before if option.flag == "-F"), "")
+    if last and last.metavar:
+        found = ids if last.metavar == "ID" else list(last.choices)
     elif current.startswith("-"):
         found = [flag for flag in known if flag.startswith("--")]
     elif not line.destination:
-        found = ssh_hosts(config or os.path.expanduser("~/.ssh/config")) + [
-            n for n in ACTIONS if n and ACTIONS[n].alone
-        ]
-    elif line.destination == "completion":
+        found = [name for name in ACTIONS if name and ACTIONS[name].alone]
+        found += ssh_hosts(config or os.path.expanduser("~/.ssh/config"))
+    elif line.action == "completion":
         found = list(COMPLETIONS)
     elif not line.action:
         found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
     else:
-        row = ACTIONS.get(line.action)
-        found = kept_ids(line.destination) if row and any(option.metavar == "ID" for option in row.arguments) else []
+        found = ids if any(option.metavar == "ID" for option in own) else []
     return sorted({word for word in found if word.startswith(current)})
 
 
@@ -12527,17 +12251,9 @@ class ListedIds(Record):
 BRINGS_KEPT = 100  # of the executions that were begun last
 
 
-def kept_ids(host: str) -> List[str]:
-    """Return the ids that the last `list` of a host showed."""
-    kept = read_record(ListedIds, ids_path())
-    return kept.hosts.get(host.partition(":")[0], []) if kept else []
-
-
-def keep_ids(host: str, ids: List[str]) -> None:
-    """Keep the ids that `list` shows, where there is a place."""
-    kept = read_record(ListedIds, ids_path()) or ListedIds()
-    if kept.hosts.get(host) != ids:
-        keep_listed(kept.but(hosts={**kept.hosts, host: ids}))
+def listed_ids() -> ListedIds:
+    """Return what is kept here."""
+    return read_record(ListedIds, ids_path()) or ListedIds()
 
 
 def keep_listed(listed: ListedIds) -> None:
@@ -12547,19 +12263,19 @@ def keep_listed(listed: ListedIds) -> None:
         write_whole(ids_path(), json.dumps(listed.facts()))
 
 
-# -- config and --dry-run ---------------------------------------------------------------------------------------------
+# -- config -----------------------------------------------------------------------------------------------------------
 
 
-def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
     rows = []
     seen = set()
     for option in options():
-        if not option.name or not hasattr(args, option.dest) or option.dest in seen:
+        if not option.name or not hasattr(args, option.key) or option.key in seen:
             continue
-        seen.add(option.dest)
-        value = getattr(args, option.dest)
-        source = args.sources.get(option.dest, "default")
+        seen.add(option.key)
+        value = getattr(args, option.key)
+        source = args.sources.get(option.key, "default")
         messages.event("option", option=option.name, value=value, source=source)
         if isinstance(value, list):
             value = " ".join(value)
@@ -12570,191 +12286,121 @@ def run_config(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Messa
     return EXIT_OK
 
 
-def show_commands(args: argparse.Namespace, ssh: Ssh, messages: Messages) -> int:
-    """Print the ssh commands of an action, quoted for pasting, without running one."""
-    action = ACTIONS[args.action]
-    if not action.runs_ssh:
-        messages.note("%s runs no ssh." % args.action)
-        return EXIT_OK
-    commands = [ssh.config_argv()]
-    way = ssh.way
-    with contextlib.suppress(Failure):  # where there is no place for a socket, each step logs in by itself
-        if ssh.is_mux:
-            way = Mux(ssh, new_control_path())
-            commands.append(way.master_argv())
-    commands.append(way.session_argv(command=agent_command(args.python or "")))
-    spec = "127.0.0.1:%d:127.0.0.1:%d" % (args.local_port or LOCAL_PORT, args.port or DEFAULT_PORT)
-    if action.run is run_open:
-        commands.append(way.forward_argv(spec))
-    if action.run is run_doctor:
-        commands.append(way.session_argv("-W", "127.0.0.1:22"))
-    for argv in commands:
-        messages.result(shlex.join(argv), "command", argv=argv)
-    return EXIT_OK
-
-
 # -- actions and main -------------------------------------------------------------------------------------------------
 
 
 class Action(NamedTuple):
-    """A row of ACTIONS: what does it, its line in the help, its own options."""
+    """A row of ACTIONS: what does it, and its line in the help."""
 
-    run: Callable[[argparse.Namespace, Ssh, Agent, Messages], int]
-    help: str = ""
+    run: Callable[[Args, Ssh, Agent, Messages], int]
     usage: str = ""
-    arguments: Sequence[Option] = ()
-    runs_ssh: bool = True
-    alone: bool = False  # it needs no host
-    examples: Sequence[str] = ()  # for its help
+    help: str = ""
     asks: str = "open"  # what it asks the host for first: a row of REQUESTS
+    alone: bool = False  # it needs no host
 
 
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", how={"dest": "is_followed"})
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(
-        run_execute,
-        "run notebooks there, and bring the results",
-        "execute NOTEBOOK ...",
-        [
-            Option("notebooks", "one here; one on the host with : before it", "NOTEBOOK", how={"nargs": "*"}),
-            Option("-o --output", "where the result goes (NOTEBOOK.executed.ipynb)", "FILE", _text),
-            Option("--inplace", "the result replaces the notebook"),
-            Option("-p", PARAMETER_HELP, "NAME=VALUE", _parameter, [], how={"dest": "parameters"}),
-            Option("--parameters-file", FILE_HELP, "FILE", _text, [], how={"dest": "parameters_files"}),
-            Option("--with", WITH_HELP, "PATH", _text, [], how={"dest": "along"}),
-            Option("--bring", BRING_HELP, "GLOB", _pattern, []),
-            Option("--force", "what is brought replaces what is here"),
-            Option("--grid", GRID_HELP, "NAME=[...]", _grid, []),
-            Option("-j", "execute this many at the same time", "N", _count, 0, how={"dest": "at_once"}),
-            Option("--kernel", "kernel to use (the notebook's)", "NAME", default=""),
-            Option("--timeout", LIMIT_HELP, "S", _duration_s, 0, how={"dest": "time_limit"}),
-            Option("--cell-timeout", "how long one cell may take (no limit)", "S", _duration_s, 0),
-            Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
-            Option(
-                "--attach",
-                "follow this run, and bring its result",
-                "ID",
-                _text,
-                how={"dest": "run_id"},
-                chooses="server",
-            ),
-            Option("--overlap", "even if the notebook is being executed already"),
-        ],
-        asks="start_run",
-        examples=[
-            "gpu1:work execute train.ipynb -p epochs=20",
-            "gpu1:work execute :train.ipynb            one that is there",
-            "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
-            "gpu1 execute --attach r5d98               follow it again",
-        ],
-    ),
-    "list": Action(
-        run_list,
-        "the servers on the host, or their kernels",
-        "list [--kernels] [--all]",
-        [
-            Option("--kernels", "the kernels: notebook, state, memory"),
-            Option("--all", "also executions that ended long ago"),
-        ],
-        asks="list",
-        examples=["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
-    ),
-    "wait": Action(
-        run_wait,
-        "wait until a kernel is idle",
-        "wait [NOTEBOOK] [--timeout S]",
-        [
-            Option("name", "of which notebook or kernel (the only one)", "NOTEBOOK", default="", how={"nargs": "?"}),
-            Option("--timeout", "how long at most (no limit)", "S", _duration_s, 0, how={"dest": "time_limit"}),
-        ],
-        asks="wait_for_kernel",
-        examples=[
-            "gpu1 wait train.ipynb && notify-send done",
-            "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
-        ],
-    ),
-    "logs": Action(
-        run_logs,
-        "the log of a server, a job or an execution",
-        "logs [ID] [-f]",
-        [
-            Option("id", "of which server or run (the newest server)", "ID", default="", how={"nargs": "?"}),
-            FOLLOW,
-        ],
-        asks="logs",
-        examples=["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
-    ),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results", "start_run"),
+    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels", "list"),
+    "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle", "wait_for_kernel"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution", "logs"),
     "output": Action(
-        run_output,
-        "what the cells of a notebook printed",
-        "output [NOTEBOOK] [-f] [--save]",
-        [
-            Option("name", "of which notebook or kernel (the newest one)", "NOTEBOOK", default="", how={"nargs": "?"}),
-            FOLLOW,
-            Option("--save", "put it into the notebook, there", how={"dest": "saves"}),
-            Option("--since", SINCE_HELP, "TIME", _moment, 0.0),
-        ],
-        asks="send_output",
-        examples=["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
+        run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed", "send_output"
     ),
-    "eval": Action(
-        run_eval,
-        "run code in a kernel",
-        "eval [-k NOTEBOOK] CODE",
-        [
-            Option("code", "what it executes; - reads it from stdin", "CODE", default=None, how={"nargs": "?"}),
-            Option("-k", "in the kernel of this notebook, or of this id", "NOTEBOOK", default="", how={"dest": "name"}),
-            Option("--interrupt", "interrupt it", how={"dest": "interrupts"}),
-        ],
-        asks="eval_code",
-        examples=['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
-    ),
-    "stop": Action(
-        run_stop,
-        "end servers on the host",
-        "stop [ID ...] [--all] [--yes]",
-        [
-            Option("ids", STOP_HELP, "ID", how={"nargs": "*"}),
-            Option("--all", "all of yours there"),
-            Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
-        ],
-        asks="stop",
-        examples=["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
-    ),
-    "close": Action(
-        run_close,
-        "close the tunnels that are in the background",
-        "close [--all]",
-        [Option("--all", "those to any host")],
-        runs_ssh=False,
-        alone=True,
-        examples=["gpu1 close", "close --all"],
-    ),
-    "tunnels": Action(run_tunnels, "the tunnels that are up here", "tunnels", runs_ssh=False, alone=True),
-    "completion": Action(
-        run_completion,
-        "print what completes lines in a shell",
-        "completion SHELL",
-        [Option("shell", "bash, zsh or fish", "SHELL", how={"choices": list(COMPLETIONS)})],
-        runs_ssh=False,
-        alone=True,
-        examples=["completion fish | source"],
-    ),
-    "doctor": Action(
-        run_doctor,
-        "check every step, and say what is wrong",
-        "doctor",
-        asks="examine",
-        examples=["gpu1 doctor", '--slurm "-t 5" login doctor     with a short job'],
-    ),
-    "config": Action(
-        run_config,
-        CONFIG_HELP,
-        "config",
-        runs_ssh=False,
-        examples=["gpu1 config"],
-    ),
+    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel", "eval_code"),
+    "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host", "stop"),
+    "close": Action(run_close, "close [--all]", "close the tunnels that are in the background", alone=True),
+    "tunnels": Action(run_tunnels, "tunnels", "the tunnels that are up here", alone=True),
+    "completion": Action(run_completion, "completion SHELL", "print what completes lines in a shell", alone=True),
+    "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong", "examine"),
+    "config": Action(run_config, "config", "the defaults that apply to the host"),
+}
+FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
+OPTIONS_OF: Dict[str, List[Option]] = {
+    "execute": [
+        Option("NOTEBOOK", "one here; one on the host with : before it", str, [], dest="notebooks", many="*"),
+        Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
+        Option("--inplace", "the result replaces the notebook"),
+        Option(
+            "-p NAME=VALUE",
+            "a variable for the notebook, as YAML reads it; repeatable",
+            parse_parameter,
+            [],
+            dest="parameters",
+        ),
+        Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
+        Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], dest="along"),
+        Option(
+            "--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []
+        ),
+        Option("--force", "what is brought replaces what is here"),
+        Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
+        Option(
+            "-j N", "execute this many at the same time", lambda text: _port(text, 999, "a number"), 0, dest="at_once"
+        ),
+        Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
+        Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
+        Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
+        Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
+        Option("--attach ID", "follow this run, and bring its result", _text, dest="run_id"),
+        Option("--overlap", "even if the notebook is being executed already"),
+    ],
+    "list": [
+        Option("--kernels", "the kernels: notebook, state, memory"),
+        Option("--all", "also executions that ended long ago"),
+    ],
+    "wait": [
+        Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", dest="name", many="?"),
+        Option("--timeout S", "how long at most (no limit)", _duration_s, 0, dest="time_limit"),
+    ],
+    "logs": [Option("ID", "of which server or run (the newest server)", default="", dest="id", many="?"), FOLLOW],
+    "output": [
+        Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", dest="name", many="?"),
+        FOLLOW,
+        Option("--save", "put it into the notebook, there"),
+        Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
+    ],
+    "eval": [
+        Option("CODE", "what it executes; - reads it from stdin", dest="code", many="?"),
+        Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", dest="name"),
+        Option("--interrupt", "interrupt it"),
+    ],
+    "stop": [
+        Option(
+            "ID",
+            "which one (that of PATH, or the only one); a notebook: only its kernel",
+            default=[],
+            dest="ids",
+            many="*",
+        ),
+        Option("--all", "all of yours there"),
+        Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
+    ],
+    "close": [Option("--all", "those to any host")],
+    "completion": [Option("SHELL", "bash, zsh or fish", dest="shell", choices=list(COMPLETIONS))],
+}
+# For the help of an action. What stands behind a wide gap is a remark.
+EXAMPLES = {
+    "execute": [
+        "gpu1:work execute train.ipynb -p epochs=20",
+        "gpu1:work execute :train.ipynb            one that is there",
+        "gpu1 execute train.ipynb --grid 'lr=[0.1, 0.01]' -j 2",
+        "gpu1 execute --attach r5d98               follow it again",
+    ],
+    "list": ["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
+    "wait": [
+        "gpu1 wait train.ipynb && notify-send done",
+        "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
+    ],
+    "logs": ["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
+    "output": ["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
+    "eval": ['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
+    "stop": ["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
+    "close": ["gpu1 close", "close --all"],
+    "completion": ["completion fish | source"],
+    "doctor": ["gpu1 doctor", '--slurm "-t 5" login doctor'],
+    "config": ["gpu1 config"],
 }
 
 
@@ -12775,22 +12421,24 @@ def main(argv: Optional[List[str]] = None) -> int:
 def carry_out(words: List[str]) -> int:
     """Do what a command line says, and return the exit status; a failure is told."""
     messages = Messages(as_json="--json" in words)  # until they are read
-    args: Optional[argparse.Namespace] = None
+    args: Optional[Args] = None
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
             for word in candidates(words[2:]):
                 messages.line(word)
             return EXIT_OK
-        if words[:1] in (["--help"], ["-h"]) and words[1:] and words[1] in TOPICS:
-            messages.line(TOPICS[words[1]]())
+        if words[:1] in (["--help"], ["-h"]) and words[1:] in (["events"], ["status"]):
+            messages.line(help_text(words[1]), end="")
             return EXIT_OK
-        args = parse_arguments(words)
+        topic = CommandLine(words).topic()
+        if topic is not None:
+            messages.line(help_text(topic), end="")
+            return EXIT_OK
+        args = Args(words)
         messages = Messages(args.quiet, args.verbose, args.json)
         is_mux = os.name == "posix" and not args.no_mux
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
-        if args.dry_run:
-            return show_commands(args, ssh, messages)
         action = ACTIONS[args.action]
         return action.run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
     except Failure as failure:
@@ -12802,26 +12450,18 @@ def carry_out(words: List[str]) -> int:
         return failure.status
 
 
-def take_closed_streams() -> None:
-    """Open what was closed as we were started (>&-), or the next file would get its number.
-
-    What is said on a stderr that is closed is lost; a result on a closed stdout is an error when it is written.
-    """
-    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
-
-
 def command() -> NoReturn:
     """Run the program, and leave at once: to take the interpreter apart first takes 5 ms, and nobody needs it."""
     if sys.version_info < (3, 8):
         sys.exit("rjupyter needs Python 3.8 or newer on this side; this is %s" % sys.version.split()[0])
-    take_closed_streams()
+    # What was closed as we were started (>&-) is opened, or the next file would get its number. What is said on a
+    # stderr that is closed is lost; a result on a closed stdout is an error when it is written.
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
     try:
         status = main()
         Signals.depth += 1  # to the end: nobody is left to take one
-    except SystemExit as wanted:  # argparse, after --help and --version
-        status = int(wanted.code or 0)
     except (KeyboardInterrupt, Terminated):  # one more, as the first was answered
         status = EXIT_INTERRUPTED
     os._exit(status)  # all that was written is flushed

@@ -130,7 +130,7 @@ def test_picture_of_the_readme_is_there() -> None:
 
 
 def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]) -> None:
-    text = rjupyter.build_parser().format_help()
+    text = rjupyter.help_text()
     assert len(text.splitlines()) <= 90 and text.index("gpu1:work") < text.index("server:")
     assert rjupyter.main(["--help", "events"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -142,10 +142,10 @@ def test_help_fits_two_screens_and_has_topics(capsys: pytest.CaptureFixture[str]
 def test_examples_of_an_action_are_lines_that_are_taken() -> None:
     """What stands behind a wide gap in an example is a remark."""
     for name in filter(None, rjupyter.ACTIONS):
-        for example in rjupyter.ACTIONS[name].examples:
+        for example in rjupyter.EXAMPLES.get(name, ()):
             assert len("  rjupyter.py " + example) <= 80, example  # or it is broken in two in most terminals
             words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
-            assert rjupyter.parse_arguments(["--no-config", *words]).action == name, example
+            assert rjupyter.Args(["--no-config", *words]).action == name, example
 
 
 def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
@@ -154,7 +154,7 @@ def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:
 
 
 def test_actions_of_the_help_are_the_rows() -> None:
-    text = rjupyter.build_parser().format_help()
+    text = rjupyter.help_text()
     for name, action in rjupyter.ACTIONS.items():
         assert name is None or action.usage in text
         assert name is None or action.help

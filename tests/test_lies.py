@@ -91,7 +91,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
     "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
     "follow_grid": {"count": 1},
-    "try_job": {"forecast": "soon", "limits": "main", "number": "7", "state": "running", "node": "n1", "trouble": ""},
+    "forecast_job": {"said": "soon", "is_refused": True, "limits": "main"},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
 JOURNAL: List[Dict[str, Any]] = [
@@ -148,7 +148,7 @@ COMMANDS: Dict[str, List[str]] = {
     "describe_end": ["host", "execute", "--attach", "r07af"],
     "examine": ["host", "doctor"],
     "examine_inside": ["--wrap", "nice", "host", "doctor"],
-    "try_job": ["--slurm", "-t 5", "host", "doctor"],
+    "forecast_job": ["--slurm", "-t 5", "host", "doctor"],
     "start_run": ["host", "execute", ":a.ipynb"],
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
@@ -288,7 +288,7 @@ def outcome(
     os.chdir(directory)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            args = rjupyter.parse_arguments(["--no-config", "--no-reconnect", *command])
+            args = rjupyter.Args(["--no-config", "--no-reconnect", *command])
             messages = rjupyter.Messages(args.quiet, args.verbose, args.json)
             ssh = LyingSsh("host", [], False, messages, False)
             ssh.answer = answer_to

@@ -18,35 +18,41 @@ import rjupyter
 # -- order ------------------------------------------------------------------------------------------------------------
 
 
-def put_in_order(*words: str) -> List[str]:
-    line = rjupyter.CommandLine(rjupyter.joined_arguments(list(words)))
-    line.put_in_order()
-    return line.words()
+def read(line: str) -> Dict[str, Any]:
+    """Return what a line is read as."""
+    args = vars(rjupyter.Args(["--no-config", *line.split()]))
+    return {name: value for name, value in args.items() if name != "line"}
 
 
 @pytest.mark.parametrize(
     "typed, right",
     [
-        ("gpu1 stop --dry-run", "--dry-run gpu1 stop"),
         ("gpu1 list --lab -J jump", "--lab -J jump gpu1 list"),
+        ("gpu1 --lab list", "--lab gpu1 list"),
+        ("gpu1 stop -qv --json", "--json -q -v gpu1 stop"),
         ("gpu1:work execute a.ipynb --python /opt/python", "--python /opt/python gpu1:work execute a.ipynb"),
-        ("-p x=1 gpu1 execute a.ipynb", "gpu1 execute -p x=1 a.ipynb"),
-        ("-p 22 gpu1 execute a.ipynb -p x=1", "-p 22 gpu1 execute a.ipynb -p x=1"),
-        ("-o out.ipynb gpu1 execute a.ipynb", "gpu1 execute -o out.ipynb a.ipynb"),
-        ("-o User=ann gpu1 execute a.ipynb", "-o User=ann gpu1 execute a.ipynb"),
-        ("-f gpu1 logs", "gpu1 logs -f"),
-        ("-f gpu1", "-f gpu1"),
-        ("--attach r12ab gpu1 execute", "gpu1 execute --attach r12ab"),
-        ("--attach 12ab gpu1", "--attach 12ab gpu1"),
-        ("execute --help", "HOST execute --help"),
-        ("gpu1 eval -- -1", "gpu1 eval -- -1"),
-        ("gpu1 eval -4+5", "gpu1 eval -4+5"),
+        ("gpu1 execute a.ipynb -p x=1 b.ipynb", "gpu1 execute -p x=1 a.ipynb b.ipynb"),
+        ("-p22 gpu1 execute a.ipynb -p x=1", "-p 22 gpu1 execute a.ipynb -px=1"),
+        ("gpu1 execute a.ipynb -p x=1 -p y=-1", "gpu1 execute -p x=1 -p y=-1 -- a.ipynb"),
         ("gpu1 eval -k a.ipynb -4", "-4 gpu1 eval -k a.ipynb"),
-        ("gpu1 list --slurm=-t5 -Jjump", "--slurm=-t5 -Jjump gpu1 list"),
+        ("gpu1 list --slurm -t5 -Jjump", "--slurm=-t5 -J jump gpu1 list"),
+        ("-o A=b gpu1 list -l ann -o C=d", "-o A=b -l ann -o C=d gpu1 list"),
+        ("-- gpu1 list", "gpu1 -- list"),
     ],
 )
-def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
-    assert put_in_order(*typed.split()) == right.split()
+def test_line_in_another_order_is_read_alike(typed: str, right: str) -> None:
+    assert read(typed) == read(right)
+
+
+def test_a_letter_of_both_is_the_actions_behind_it() -> None:
+    both = read("-p 22 -o User=ann gpu1 execute a.ipynb -p x=1 -o b.ipynb")
+    assert (both["ssh"], both["output"]) == (["-p", "22", "-o", "User=ann"], "b.ipynb")
+    assert both["parameters"] == [("x", 1)]
+    assert read("-f gpu1")["background"] and read("--attach 12ab gpu1")["attach"] == "12ab"
+    logs = read("gpu1 logs -f")
+    assert (logs["is_followed"], logs["background"]) == (True, False)
+    assert read("gpu1 eval -- -1")["code"] == "-1"
+    assert rjupyter.Args(["--no-config", "gpu1", "eval", "-1 + 2"]).code == "-1 + 2"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,20 @@ def test_words_are_put_where_they_belong(typed: str, right: str) -> None:
         (["gpu1", "stop", "--a"], ["unrecognized arguments: --a"]),
         (["gpu1,gpu2"], ["only list takes several hosts", "gpu1,gpu2 list"]),
         (["close"], ["close whose tunnels?", "close --all"]),
+        (["--lab"], ["required: DESTINATION[:PATH]"]),
+        (["gpu1", "list", "gpu2"], ["unrecognized arguments: gpu2"]),
+        (["completion", "ksh"], ["argument SHELL: invalid choice: 'ksh'"]),
+        (["gpu1", "execute", "-o"], ["argument -o/--output: expected one argument"]),
+        (["--port", "--lab", "gpu1"], ["argument --port: expected one argument"]),
+        (["--lab=yes", "gpu1"], ["argument --lab: "]),
+        (["--slurm", "", "gpu1", "list", "--submit", "qsub"], ["argument --submit: not allowed with argument --slurm"]),
+        (["--no-install", "gpu1", "--install"], ["argument --install: not allowed with argument --no-install"]),
+        (["-p", "x=1", "gpu1", "execute", "a.ipynb"], ["-p is an option of execute", "gpu1 execute -p x=1 a.ipynb"]),
+        (["-o", "b", "--lab", "gpu1", "execute", "a"], ["-o is an option of execute", "--lab gpu1 execute -o b a"]),
+        (["-f", "gpu1", "logs"], ["-f is an option of logs", "gpu1 logs -f"]),
+        (["--attach", "r12ab", "gpu1", "execute"], ["gpu1 execute --attach r12ab"]),
+        (["--all", "close"], ["--all is an option of close", "close --all"]),
+        (["--grid", "x=[1]", "gpu1", "execute"], ["--grid is an option of execute", "HOST execute --grid"]),
     ],
 )
 def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: List[str], words: List[str]) -> None:
@@ -78,6 +98,13 @@ def test_line_that_is_none_is_told_as_an_event(laptop: Laptop) -> None:
     for typed in (["list"], ["gpu1", "lst"], ["gpu1,gpu2"], ["--nwe", "gpu1"]):
         (failure,) = events_of(laptop.run("--json", *typed))
         assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
+
+
+def test_help_of_an_action_needs_no_host(laptop: Laptop) -> None:
+    for words in (["execute", "--help"], ["--help", "execute"], ["-h", "execute"], ["gpu1", "execute", "-h"]):
+        assert "-p NAME=VALUE" in laptop.run(*words).stdout
+    assert "--slurm" in laptop.run("--help", "gpu1", "execute").stdout
+    assert laptop.run("gpu1", "list", "--version").stdout == "rjupyter %s\n" % rjupyter.__version__
 
 
 def test_reason_is_in_words(laptop: Laptop) -> None:

@@ -203,8 +203,9 @@ def is_known(keyword: str) -> bool:
 
 @BOTH_MODES
 def test_keywords_that_are_ours_are_set_in_each_call(laptop: Laptop, host: Host, mode: List[str]) -> None:
-    """Each ssh of --dry-run is given to `ssh -G`, with a configuration that says something else."""
-    text = laptop.run(*mode, "--dry-run", "host").text
+    """Each ssh that -v prints is given to `ssh -G`, with a configuration that says something else."""
+    with laptop.opened(*mode, "-v", "--no-browser", "host", has_terminal=False) as run:
+        text = run.text
     known = [keyword for keyword in OURS if is_known(keyword)]
     assert len(known) > 6
     of_ssh(laptop, *["%s %s" % (keyword, OURS[keyword][0]) for keyword in known])

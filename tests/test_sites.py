@@ -916,31 +916,13 @@ def test_end_of_a_job_that_left_squeue(laptop: Laptop, slurm: PrivateSlurm, site
 # -- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_tries_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+def test_doctor_asks_the_scheduler_without_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     doctor = laptop.run("--slurm", "-t 5", "host", "doctor")
     assert doctor.status == 0, doctor.text
     assert re.search(r"limits +main\S* up to ", doctor.text), doctor.text
-    assert re.search(r"job +\d+ began on node\d, which sees our state", doctor.text), doctor.text
-    assert "the login node reaches it" in doctor.text
-    assert [state for state in slurm.squeue().values() if state in LIVE] == []
-
-
-@pytest.mark.parametrize("what", ["partition and queue", "home", "port"])
-def test_doctor_names_what_a_job_lacks(laptop: Laptop, slurm: PrivateSlurm, login: Host, what: str) -> None:
-    tried = [("-t 5", ["pending", "a shorter time limit, or another partition"])]
-    if what == "partition and queue":
-        tried.append(("-p nosuch", ["invalid partition", "other options in --slurm"]))
-    for node in slurm.nodes:
-        if what == "home":
-            cover_home(slurm.machines[node], login.home, "local")
-            tried = [("-t 5", ["left no word", "--state-dir PATH"])]
-        elif what == "port":
-            slurm.machines[node].run("ip", "route", "add", "blackhole", slurm.login_address + "/32")
-            tried = [("-t 5", ["timed out", "--via-node"])]
-        else:
-            slurm.drain(node)
-    for options, words in tried:
-        doctor = laptop.run("--slurm", options, "host", "doctor")
-        assert doctor.status == 1
-        assert all(word in doctor.text for word in words), doctor.text
-        wait_until(lambda: [s for s in slurm.squeue().values() if s in LIVE] == [], "no job is left", 20)
+    assert re.search(r"ok +forecast +sbatch: Job \d+ to start at ", doctor.text), doctor.text
+    refused = laptop.run("--slurm", "-p nosuch", "host", "doctor")
+    assert refused.status == 1
+    assert re.search(r"FAIL +forecast .*invalid partition", refused.text), refused.text
+    assert "other options in --slurm" in refused.text
+    assert slurm.squeue() == {}

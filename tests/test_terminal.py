@@ -93,7 +93,6 @@ ALONE = [
     "--help status",
     "completion bash",
     "h config",
-    "-F x --dry-run h",
 ]
 
 

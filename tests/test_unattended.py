@@ -1,4 +1,4 @@
-"""With nobody watching: cron, launchd, systemd; and what is asked where somebody is. Doctor, config, --json, --dry-run.
+"""With nobody watching: cron, launchd, systemd; and what is asked where somebody is. Doctor, config, --json.
 
 The crontab line, the plist, the unit and the tables are the README's own.
 """
@@ -28,7 +28,6 @@ from sides import (
     MARK,
     ON_HOST,
     SCRIPT,
-    SYSTEM_PATH,
     Host,
     Laptop,
     Run,
@@ -188,7 +187,7 @@ def test_crontab_line(bare: Laptop, host: Host, installed: Path, mark: str) -> N
 
 def check_command(words: List[str]) -> None:
     """A command that the README gives to a service manager is one that we take, and it asks for nothing."""
-    args = rjupyter.build_parser().parse_args(words[1:])
+    args = rjupyter.Args(["--no-config", *words[1:]])
     assert (args.destination.host, args.local_port, args.background) == ("gpu1", 8889, False)
 
 
@@ -666,7 +665,7 @@ def test_json_events_are_the_ones_of_the_readme(
     assert run.wait() == 0
     assert run.stderr == ""
     seen += events_of(run)
-    for arguments in (["host", "stop"], ["--dry-run", "host"], ["host", "logs", "zzzz"]):
+    for arguments in (["host", "stop"], ["host", "logs", "zzzz"]):
         seen += events_of(laptop.run("--json", "-q", *arguments))
     back = laptop.start("--json", "-q", "host", has_terminal=False)
     back.expect('"open"')
@@ -728,40 +727,3 @@ def test_verbose_prints_commands_that_can_be_pasted(laptop: Laptop, host: Host) 
     # The last word is the remote command, whole: it runs anywhere, and waits for the agent.
     argv = ["/bin/sh", "-c", session[-1]]
     assert subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
-
-
-@BOTH_MODES
-def test_dry_run_runs_nothing(laptop: Laptop, directory: Path, mode: List[str]) -> None:
-    """Whatever it would run comes from PATH, and what is there writes down that it ran."""
-    stubs = directory / "stubs"
-    stubs.mkdir()
-    log = directory / "ran"
-    for name in ("ssh", "sh", "ps", "python3", "uv"):
-        (stubs / name).write_text('#!/bin/sh\necho "$0 $@" >>%s\n' % log)
-        (stubs / name).chmod(0o755)
-    for action in ([], ["list"], ["stop"], ["logs"], ["doctor"], ["config"], ["close"]):
-        run = laptop.run("--dry-run", *mode, "gpu1", *action, PATH=str(stubs))
-        assert run.status == 0, run.text
-        assert not log.exists(), log.read_text()
-        commands = [shlex.split(line) for line in run.stdout.splitlines()]
-        assert all(argv[0] == "ssh" and "gpu1" in argv for argv in commands), action
-        assert bool(commands) == (action not in (["config"], ["close"])), action
-        if commands:
-            assert any("-M" in argv for argv in commands) == (not mode), action
-            assert (any("-L" in argv for argv in commands)) == (action == []), action
-    laptop.environment["PATH"] = "%s:%s" % (stubs, SYSTEM_PATH)
-    laptop.run(*mode, "gpu1", "list")
-    assert log.exists()  # the stubs do write
-
-
-def test_dry_run_names_the_commands_that_an_open_runs(laptop: Laptop, host: Host) -> None:
-    """Those of -v in a real open, but for the pid in the socket's name and the ports that turn out."""
-
-    def shape(line: str) -> str:
-        return re.sub(r"rjupyter/[0-9a-f]+\.ctl", "SOCKET", re.sub(r"127\.0\.0\.1:\d+", "PORT", line))
-
-    dry = laptop.run("--dry-run", "host").stdout.splitlines()
-    run = laptop.start("-v", "host", has_terminal=False)
-    run.expect("To end it")
-    really = [line[2:] for line in run.stderr.splitlines() if line.startswith("+ ")]
-    assert [shape(line) for line in dry if " -G " not in line] == [shape(line) for line in really]
