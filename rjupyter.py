@@ -2807,7 +2807,7 @@ class Ssh:
             if process is not None:
                 self.take_words(process.next_line(deadline - time.monotonic()))
             else:
-                time.sleep(max(0.0, min(0.1, deadline - time.monotonic())))
+                until(lambda: self._is_woken or not self.stands, deadline - time.monotonic(), slowest_s=0.1)
         self._is_woken = False
         stands = self.stands
         if process is not None and not stands:
@@ -12295,25 +12295,22 @@ class Action(NamedTuple):
     run: Callable[[Args, Ssh, Agent, Messages], int]
     usage: str = ""
     help: str = ""
-    asks: str = "open"  # what it asks the host for first: a row of REQUESTS
     alone: bool = False  # it needs no host
 
 
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results", "start_run"),
-    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels", "list"),
-    "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle", "wait_for_kernel"),
-    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution", "logs"),
-    "output": Action(
-        run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed", "send_output"
-    ),
-    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel", "eval_code"),
-    "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host", "stop"),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results"),
+    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels"),
+    "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution"),
+    "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed"),
+    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel"),
+    "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host"),
     "close": Action(run_close, "close [--all]", "close the tunnels that are in the background", alone=True),
     "tunnels": Action(run_tunnels, "tunnels", "the tunnels that are up here", alone=True),
     "completion": Action(run_completion, "completion SHELL", "print what completes lines in a shell", alone=True),
-    "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong", "examine"),
+    "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong"),
     "config": Action(run_config, "config", "the defaults that apply to the host"),
 }
 FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
