@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import pytest
 from browser import chromium
 from client import held
-from jupyters import nbclient_alone, standin
+from jupyters import kept_agent, nbclient_alone, standin
 from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
@@ -29,15 +29,6 @@ PARTS = {
 }
 # The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
 COPIED = {"test_terminal"}
-
-
-# Where there is what the first host of this process kept of ours: the later ones have it from the start.
-KEPT: List[Path] = []
-
-
-def pytest_unconfigure() -> None:
-    for path in KEPT:
-        shutil.rmtree(path)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
@@ -197,8 +188,8 @@ def fresh_hosts(
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)
         if user:
             sshd.serve(user.name, user.home)
-        elif KEPT:
-            shutil.copytree(KEPT[0], sshd.home / ".cache/rjupyter", copy_function=os.link)
+        else:
+            shutil.copytree(kept_agent(), sshd.home / ".cache/rjupyter", ignore=shutil.ignore_patterns("complete"))
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
@@ -215,9 +206,6 @@ def fresh_hosts(
         wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
     local = processes_with(mark, without=ON_HOST)
     for host in hosts:
-        if not KEPT and list(host.home.glob(".cache/rjupyter/__pycache__/*")):
-            KEPT.append(Path(tempfile.mkdtemp(prefix="rj-kept-")))
-            shutil.copytree(host.home / ".cache/rjupyter", KEPT[0], dirs_exist_ok=True)
         host.end_servers()
         host.sshd.stop()
         host.sshd.end_connections()

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple
@@ -115,6 +116,25 @@ def standin(has_python: bool = False) -> Path:
         subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", str(prefix / "lib")], check=True)
 
     return kept("standin-with-python" if has_python else "standin", source.read_text(), make) / "bin"
+
+
+def kept_agent() -> Path:
+    """Return a directory with what a host keeps of rjupyter.py (tests/test_kept.py), under the system's Python.
+
+    So each host of the tests is one that has seen it before, unless a test takes it away.
+    """
+    source = Path(__file__).parents[1] / "rjupyter.py"
+
+    def make(prefix: Path) -> None:
+        for old in [path for path in CACHE.glob("agent-*") if time.time() - path.stat().st_mtime > 86400]:
+            (shutil.rmtree if old.is_dir() else os.unlink)(old)
+        prefix.mkdir(mode=0o700)
+        name = "agent-%s.py" % hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+        shutil.copy(source, prefix / name)
+        (prefix / name).chmod(0o600)
+        subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", name], cwd=prefix, check=True)
+
+    return kept("agent", source.read_text(), make)
 
 
 def standin_environment() -> Path:
