@@ -48,7 +48,7 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 #
 #    laptop                                              HOST
 #    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
-#        |  ssh -S socket HOST  <agent on stdin> ------> agent (python3) -> finds a port, launches, replies one line
+#        |  ssh -S socket HOST  <request on stdin> ----> agent (python3) -> finds a port, launches, replies one line
 #        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
 #    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
 #
@@ -77,9 +77,8 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 #   wrappers       an annex: Jupyter inside a container, a limit, a tool of the site's
 #   command line   options, actions, main
 #
-# The core is whole without its annexes. What stands between "agent begins" and "agent ends" is sent to the host, and
-# runs there under the host's own python3, 3.6 or newer, with the standard library alone, and uses nothing else of this
-# file: annotations beyond the builtins are quoted, because Python 3.6 would evaluate them.
+# The host keeps a copy of this file. What stands between "agent begins" and "agent ends" runs there, under the host's own
+# python3, 3.6 or newer; all of it must parse and be imported there.
 
 import sys
 
