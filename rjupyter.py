@@ -77,8 +77,8 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 #   wrappers       an annex: Jupyter inside a container, a limit, a tool of the site's
 #   command line   options, actions, main
 #
-# The host keeps a copy of this file. What stands between "agent begins" and "agent ends" runs there, under the host's own
-# python3, 3.6 or newer; all of it must parse and be imported there.
+# The host keeps a copy of this file. What stands between "agent begins" and "agent ends" runs there, under the host's
+# own python3, 3.6 or newer; the rest must be imported there all the same.
 
 import sys
 
