@@ -1876,13 +1876,13 @@ class Messages:
         else:
             self.line(text)
 
-    def line(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+    def line(self, text: str, end: str = "\n") -> None:
         """Print a line of a result that programs read in another form, or not at all.
 
         Raises Failure where it is lost; a reader that has left wants no more of it.
         """
         try:
-            self._write(sys.stdout, (text if is_clean else printable(text)) + end)
+            self._write(sys.stdout, printable(text) + end)
         except BrokenPipeError:
             pass
         except (OSError, UnicodeError) as error:
@@ -11366,7 +11366,6 @@ OPTIONS: Dict[str, List[Option]] = {
     ],
 }
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
-NOT_IN_CONFIG = ("help", "version", "no-config")
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -11524,7 +11523,7 @@ class CommandLine:
                 return "version"
             if typed.option and typed.option.name == "help":
                 name = self.action if typed in self.behind else self.destination
-                return name if name in ACTIONS else ""
+                return name if name in (*ACTIONS, "events", "status") else ""
         return None
 
     def values(self) -> Dict[str, Any]:
@@ -11600,21 +11599,21 @@ class Args(types.SimpleNamespace):
     What was `typed` alone goes with the commands that we tell people to type; `sources` says where each value is from.
     """
 
-    def __init__(self, argv: List[str]) -> None:
-        self.line = CommandLine(argv)
-        self.typed = self.line.values()
-        self.action = self.line.action or None
+    def __init__(self, line: CommandLine) -> None:
+        self.line = line
+        self.typed = line.values()
+        self.action = line.action or None
         try:
-            self.destination = parse_destination(self.line.destination)
+            self.destination = parse_destination(line.destination)
         except ValueError as error:
             raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
         host = self.destination.host
         if "," in host and self.action != "list":
-            raise wrong_usage("only list takes several hosts", command_line(self.line.destination, "list"))
+            raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
         found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
-        rows = itertools.chain(options(), OPTIONS_OF.get(self.line.action, ()))
+        rows = itertools.chain(options(), OPTIONS_OF.get(line.action, ()))
         nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
         super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
 
@@ -11651,7 +11650,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             config.read_file(stream)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    rows = {option.name: option for option in options() if option.name not in NOT_IN_CONFIG}
+    rows = {option.name: option for option in options() if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
         for name, text in config.items(section) if matches_host(section, destination) else ():
@@ -12082,17 +12081,6 @@ class PrintedCell:
                 self.messages.line(text, end="")
 
 
-@contextlib.contextmanager
-def following(args: Args, messages: Messages) -> Iterator[None]:
-    """Within this, Ctrl-C ends what -f follows, with status 0."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not args.is_followed:
-            raise
-        messages.end_line()
-
-
 def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
@@ -12117,7 +12105,7 @@ def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         if not re.search(r"Forbidden'?$", line.text):
             print_held()
 
-    with following(args, messages), ssh:
+    with ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
         print_held()
@@ -12139,7 +12127,7 @@ def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     def ask() -> Request:
         return request.but(line=shown.lines)
 
-    with following(args, messages), ssh:
+    with ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(ask, OutputReply, handlers={"recorded": shown.take}, redials=redials)
     return EXIT_OK
@@ -12198,8 +12186,7 @@ def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         age_s = max(0.0, time.time() - record.created) if record.created else 0.0
         state = "up" if does_answer(record) else "no answer"
         views.append(TunnelView(state=state, tunnel_pid=record.pid, age_s=age_s, **facts))
-    for view in views:
-        messages.event("tunnel", **view.facts())
+        messages.event("tunnel", **views[-1].facts())
     if not views:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
@@ -12801,20 +12788,23 @@ def carry_out(words: List[str]) -> int:
             for word in candidates(words[2:]):
                 messages.line(word)
             return EXIT_OK
-        if words[:1] in (["--help"], ["-h"]) and words[1:] in (["events"], ["status"]):
-            messages.line(help_text(words[1]), end="")
-            return EXIT_OK
-        topic = CommandLine(words).topic()
+        line = CommandLine(words)
+        topic = line.topic()
         if topic is not None:
             messages.line(help_text(topic), end="")
             return EXIT_OK
-        args = Args(words)
+        args = Args(line)
         messages = Messages(args.quiet, args.verbose, args.json)
         ways = WAYS if os.name == "posix" and not args.no_mux else [Direct]
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, ways)
         ssh.further = args.further
         action = ACTIONS[args.action]
         return action.run(args, ssh, Agent(ssh, messages, args.state_dir or "", action.asks), messages)
+    except KeyboardInterrupt:
+        if not getattr(args, "is_followed", False):
+            raise
+        messages.end_line()
+        return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")

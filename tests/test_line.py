@@ -20,7 +20,7 @@ import rjupyter
 
 def read(line: str) -> Dict[str, Any]:
     """Return what a line is read as."""
-    args = vars(rjupyter.Args(["--no-config", *line.split()]))
+    args = vars(rjupyter.Args(rjupyter.CommandLine(["--no-config", *line.split()])))
     return {name: value for name, value in args.items() if name != "line"}
 
 
@@ -52,7 +52,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
     logs = read("gpu1 logs -f")
     assert (logs["is_followed"], logs["background"]) == (True, False)
     assert read("gpu1 eval -- -1")["code"] == "-1"
-    assert rjupyter.Args(["--no-config", "gpu1", "eval", "-1 + 2"]).code == "-1 + 2"
+    assert rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1", "eval", "-1 + 2"])).code == "-1 + 2"
 
 
 @pytest.mark.parametrize(
