@@ -1231,19 +1231,6 @@ class TunnelRecord(Record):
     config: str = ""  # what `ssh -G` said when it connected
 
 
-class TunnelView(Record):
-    """A tunnel that is up here, as `rjupyter.py` alone shows it."""
-
-    destination: str
-    path: "Optional[str]" = None
-    local_port: int
-    id: str
-    state: str
-    is_background: bool
-    tunnel_pid: int
-    age_s: float
-
-
 class Event(NamedTuple):
     """A kind of object that --json prints: when it comes, and its keys. A value is null where there is no such fact."""
 
@@ -1264,7 +1251,10 @@ EVENTS = {
     "reconnected": Event("it is back", ("seconds", "local_port")),
     "silent": Event("Jupyter does not answer, although the connection works", ("id",)),
     "answering": Event("it answers again", ("id",)),
-    "tunnel": Event("a tunnel that is up here, without a host", tuple(TunnelView.fields)),
+    "tunnel": Event(
+        "a tunnel that is up here, without a host",
+        ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
+    ),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
     "stopped": Event("`stop` ended a server, a run or a job", tuple(Stopped.fields)),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
@@ -11139,10 +11129,16 @@ def _wrap(text: str) -> str:
     return text
 
 
-def _port(text: str, most: int = 65535, what: str = "a port is a number") -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
-        raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
-    return int(text)
+def _number(what: str, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
+            raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
+        return int(text)
+
+    return read
+
+
+_port = _number("a port is a number", 65535)
 
 
 def _address(text: str) -> str:
@@ -11507,10 +11503,10 @@ class CommandLine:
             return Typed(option, flag, None)
         return Typed(option, flag, value if equals else None)
 
-    def words(self, destination: str, action: str, moved: Optional[Typed] = None) -> List[str]:
-        """Return the words of another line, with the same options and operands; one of them moved behind the action."""
-        before = [typed for typed in self.before if typed is not moved]
-        behind = [*([moved] if moved else []), *self.behind]
+    def words(self, destination: str, action: str, moved: Sequence[Typed] = ()) -> List[str]:
+        """Return the words of another line, with the same options and operands; some are moved behind the action."""
+        before = [typed for typed in self.before if typed not in moved]
+        behind = [*moved, *self.behind]
         places = [word for word in (destination, action) if word not in ("", NO_HOST)]
         options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
         end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
@@ -11565,7 +11561,8 @@ class CommandLine:
             plain = [word for word in [self.action, *self.operands] if word]
             host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
             self.operands = [word for word in plain if word != host]
-            right = command_line(*self.words(host, self.destination))
+            unknown = [typed for typed in self.before if not typed.option]
+            right = command_line(*self.words(host, self.destination, unknown))
             raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
         for typed in self.before:
             for name in [self.action] if self.action in actions else actions:
@@ -11575,7 +11572,7 @@ class CommandLine:
                 if row and not (typed.option and (is_of_ssh or name != self.action)):
                     right = command_line("HOST", name, typed.flag, row.metavar)
                     if name == self.action and (typed.option or not row.metavar):
-                        right = command_line(*self.words(self.destination, name, typed))
+                        right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
             destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
@@ -12183,10 +12180,10 @@ def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     views = []
     for record in records:
         facts = {name: getattr(record, name) for name in ("destination", "path", "local_port", "id", "is_background")}
-        age_s = max(0.0, time.time() - record.created) if record.created else 0.0
-        state = "up" if does_answer(record) else "no answer"
-        views.append(TunnelView(state=state, tunnel_pid=record.pid, age_s=age_s, **facts))
-        messages.event("tunnel", **views[-1].facts())
+        facts["age_s"] = max(0.0, time.time() - record.created) if record.created else 0.0
+        facts.update(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid)
+        messages.event("tunnel", **facts)
+        views.append(types.SimpleNamespace(**facts))
     if not views:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
@@ -12629,21 +12626,15 @@ def keep_listed(listed: ListedIds) -> None:
 
 def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
-    rows = []
-    seen = set()
+    rows = {}
     for option in options():
-        if not option.name or not hasattr(args, option.key) or option.key in seen:
-            continue
-        seen.add(option.key)
-        value = getattr(args, option.key)
-        source = args.sources.get(option.key, "default")
-        messages.event("option", option=option.name, value=value, source=source)
-        if isinstance(value, list):
-            value = " ".join(value)
-        shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value or "-")
-        rows.append((option.name, shown, source))
+        if option.name and option.key not in rows and hasattr(args, option.key):
+            value, source = getattr(args, option.key), args.sources.get(option.key, "default")
+            messages.event("option", option=option.name, value=value, source=source)
+            shown = ("yes" if value else "no") if isinstance(value, bool) else value or "-"
+            rows[option.key] = (option.name, " ".join(shown) if isinstance(shown, list) else shown, source)
     if not args.json:
-        print_table(COLUMNS["option"], rows, messages)
+        print_table(COLUMNS["option"], list(rows.values()), messages)
     return EXIT_OK
 
 
@@ -12697,9 +12688,7 @@ OPTIONS_OF: Dict[str, List[Option]] = {
         ),
         Option("--force", "what is brought replaces what is here"),
         Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-        Option(
-            "-j N", "execute this many at the same time", lambda text: _port(text, 999, "a number"), 0, dest="at_once"
-        ),
+        Option("-j N", "execute this many at the same time", _number("a number", 999), 0, dest="at_once"),
         Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
         Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
         Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),

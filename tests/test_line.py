@@ -63,6 +63,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["execute", "t.ipynb", "gpu1"], ["gpu1 execute t.ipynb"]),
         (["execute", "gpu1", "t.ipynb"], ["gpu1 execute t.ipynb"]),
         (["--lab", "stop", "gpu1"], ["--lab gpu1 stop"]),
+        (["stop", "--yes", "gpu1", "--all"], ["gpu1 stop --yes --all"]),
         (["lsit", "gpu1"], ["no action lsit", "did you mean: ", "gpu1 list"]),
         (["gpu1", "lst"], ["no action lst", "did you mean: ", "gpu1 list"]),
         (["gpu1", "train.ipynb"], ["gpu1:train.ipynb"]),
