@@ -11282,11 +11282,6 @@ def as_words(flag: str, value: Optional[str]) -> List[str]:
     return [flag] if value is None else [flag, value]
 
 
-def ssh_option(typed: str, help_: str) -> Option:
-    """Return the row of an option that ssh has under the same letter."""
-    return Option(typed, help_, str, [], "host", "ssh")
-
-
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
@@ -11341,15 +11336,15 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-f", "go to the background once the tunnel is up", dest="background"),
     ],
     "ssh, letter for letter": [
-        ssh_option("-F FILE", "configuration file (~/.ssh/config)"),
-        ssh_option("-i KEY", "private key"),
-        ssh_option("-J HOST", "jump host"),
-        ssh_option("-l USER", "user to log in as"),
-        ssh_option("-o OPTION", "any option of ssh_config(5)"),
-        ssh_option("-p PORT", "port of sshd"),
-        ssh_option("-4", "IPv4 only"),
-        ssh_option("-6", "IPv6 only"),
-        ssh_option("-C", "compress"),
+        Option("-F FILE", "configuration file (~/.ssh/config)", str, [], "host", "ssh"),
+        Option("-i KEY", "private key", str, [], "host", "ssh"),
+        Option("-J HOST", "jump host", str, [], "host", "ssh"),
+        Option("-l USER", "user to log in as", str, [], "host", "ssh"),
+        Option("-o OPTION", "any option of ssh_config(5)", str, [], "host", "ssh"),
+        Option("-p PORT", "port of sshd", str, [], "host", "ssh"),
+        Option("-4", "IPv4 only", str, [], "host", "ssh"),
+        Option("-6", "IPv6 only", str, [], "host", "ssh"),
+        Option("-C", "compress", str, [], "host", "ssh"),
         Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
     ],
     "output": [
@@ -11897,9 +11892,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
 
 def wants_browser(args: Args) -> bool:
     """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
-    if args.no_browser:
-        return False
-    return bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ)
+    return not args.no_browser and (bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ))
 
 
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
