@@ -11563,8 +11563,8 @@ class CommandLine:
             for name in [self.action] if self.action in actions else actions:
                 row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
                 value = typed.value or ""
-                is_of_ssh = value.isdigit() if typed.flag == "-p" else typed.flag == "-o" and re.search("[= ]", value)
-                if row and not (typed.option and (is_of_ssh or name != self.action)):
+                ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
+                if row and not (typed.option and (ours.get(typed.flag) or name != self.action)):
                     right = command_line("HOST", name, typed.flag, row.metavar)
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
