@@ -1863,13 +1863,13 @@ class Messages:
         else:
             self.line(text)
 
-    def line(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+    def line(self, text: str, end: str = "\n") -> None:
         """Print a line of a result that programs read in another form, or not at all.
 
         Raises Failure where it is lost; a reader that has left wants no more of it.
         """
         try:
-            self._write(sys.stdout, (text if is_clean else printable(text)) + end)
+            self._write(sys.stdout, printable(text) + end)
         except BrokenPipeError:
             pass
         except (OSError, UnicodeError) as error:
@@ -10755,10 +10755,16 @@ def _wrap(text: str) -> str:
     return text
 
 
-def _port(text: str, most: int = 65535, what: str = "a port is a number") -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
-        raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
-    return int(text)
+def _number(what: str, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and 0 < int(text) <= most):
+            raise ValueError("%s from 1 to %d, not %r" % (what, most, text))
+        return int(text)
+
+    return read
+
+
+_port = _number("a port is a number", 65535)
 
 
 def _address(text: str) -> str:
@@ -10902,11 +10908,6 @@ def as_words(flag: str, value: Optional[str]) -> List[str]:
     return [flag] if value is None else [flag, value]
 
 
-def ssh_option(typed: str, help_: str) -> Option:
-    """Return the row of an option that ssh has under the same letter."""
-    return Option(typed, help_, str, [], "host", "ssh")
-
-
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
@@ -10961,15 +10962,15 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-f", "go to the background once the tunnel is up", dest="background"),
     ],
     "ssh, letter for letter": [
-        ssh_option("-F FILE", "configuration file (~/.ssh/config)"),
-        ssh_option("-i KEY", "private key"),
-        ssh_option("-J HOST", "jump host"),
-        ssh_option("-l USER", "user to log in as"),
-        ssh_option("-o OPTION", "any option of ssh_config(5)"),
-        ssh_option("-p PORT", "port of sshd"),
-        ssh_option("-4", "IPv4 only"),
-        ssh_option("-6", "IPv6 only"),
-        ssh_option("-C", "compress"),
+        Option("-F FILE", "configuration file (~/.ssh/config)", str, [], "host", "ssh"),
+        Option("-i KEY", "private key", str, [], "host", "ssh"),
+        Option("-J HOST", "jump host", str, [], "host", "ssh"),
+        Option("-l USER", "user to log in as", str, [], "host", "ssh"),
+        Option("-o OPTION", "any option of ssh_config(5)", str, [], "host", "ssh"),
+        Option("-p PORT", "port of sshd", str, [], "host", "ssh"),
+        Option("-4", "IPv4 only", str, [], "host", "ssh"),
+        Option("-6", "IPv6 only", str, [], "host", "ssh"),
+        Option("-C", "compress", str, [], "host", "ssh"),
         Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
     ],
     "output": [
@@ -10982,7 +10983,6 @@ OPTIONS: Dict[str, List[Option]] = {
     ],
 }
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
-NOT_IN_CONFIG = ("help", "version", "no-config")
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -11124,10 +11124,10 @@ class CommandLine:
             return Typed(option, flag, None)
         return Typed(option, flag, value if equals else None)
 
-    def words(self, destination: str, action: str, moved: Optional[Typed] = None) -> List[str]:
-        """Return the words of another line, with the same options and operands; one of them moved behind the action."""
-        before = [typed for typed in self.before if typed is not moved]
-        behind = [*([moved] if moved else []), *self.behind]
+    def words(self, destination: str, action: str, moved: Sequence[Typed] = ()) -> List[str]:
+        """Return the words of another line, with the same options and operands; some are moved behind the action."""
+        before = [typed for typed in self.before if typed not in moved]
+        behind = [*moved, *self.behind]
         places = [word for word in (destination, action) if word not in ("", NO_HOST)]
         options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
         end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
@@ -11140,7 +11140,7 @@ class CommandLine:
                 return "version"
             if typed.option and typed.option.name == "help":
                 name = self.action if typed in self.behind else self.destination
-                return name if name in ACTIONS else ""
+                return name if name in (*ACTIONS, "events", "status") else ""
         return None
 
     def values(self) -> Dict[str, Any]:
@@ -11182,17 +11182,18 @@ class CommandLine:
             plain = [word for word in [self.action, *self.operands] if word]
             host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
             self.operands = [word for word in plain if word != host]
-            right = command_line(*self.words(host, self.destination))
+            unknown = [typed for typed in self.before if not typed.option]
+            right = command_line(*self.words(host, self.destination, unknown))
             raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
         for typed in self.before:
             for name in [self.action] if self.action in actions else actions:
                 row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
                 value = typed.value or ""
-                is_of_ssh = value.isdigit() if typed.flag == "-p" else typed.flag == "-o" and re.search("[= ]", value)
-                if row and not (typed.option and (is_of_ssh or name != self.action)):
+                ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
+                if row and not (typed.option and (ours.get(typed.flag) or name != self.action)):
                     right = command_line("HOST", name, typed.flag, row.metavar)
                     if name == self.action and (typed.option or not row.metavar):
-                        right = command_line(*self.words(self.destination, name, typed))
+                        right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
             destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
@@ -11216,21 +11217,21 @@ class Args(types.SimpleNamespace):
     What was `typed` alone goes with the commands that we tell people to type; `sources` says where each value is from.
     """
 
-    def __init__(self, argv: List[str]) -> None:
-        self.line = CommandLine(argv)
-        self.typed = self.line.values()
-        self.action = self.line.action or None
+    def __init__(self, line: CommandLine) -> None:
+        self.line = line
+        self.typed = line.values()
+        self.action = line.action or None
         try:
-            self.destination = parse_destination(self.line.destination)
+            self.destination = parse_destination(line.destination)
         except ValueError as error:
             raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
         host = self.destination.host
         if "," in host and self.action != "list":
-            raise wrong_usage("only list takes several hosts", command_line(self.line.destination, "list"))
+            raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
         found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
-        rows = itertools.chain(options(), OPTIONS_OF.get(self.line.action, ()))
+        rows = itertools.chain(options(), OPTIONS_OF.get(line.action, ()))
         nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
         super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
 
@@ -11267,7 +11268,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             config.read_file(stream)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    rows = {option.name: option for option in options() if option.name not in NOT_IN_CONFIG}
+    rows = {option.name: option for option in options() if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
         for name, text in config.items(section) if matches_host(section, destination) else ():
@@ -11517,9 +11518,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
 
 def wants_browser(args: Args) -> bool:
     """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
-    if args.no_browser:
-        return False
-    return bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ)
+    return not args.no_browser and (bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ))
 
 
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
@@ -11698,17 +11697,6 @@ class PrintedCell:
                 self.messages.line(text, end="")
 
 
-@contextlib.contextmanager
-def following(args: Args, messages: Messages) -> Iterator[None]:
-    """Within this, Ctrl-C ends what -f follows, with status 0."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not args.is_followed:
-            raise
-        messages.end_line()
-
-
 def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
@@ -11733,7 +11721,7 @@ def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         if not re.search(r"Forbidden'?$", line.text):
             print_held()
 
-    with following(args, messages), ssh:
+    with ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
         print_held()
@@ -11755,7 +11743,7 @@ def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     def ask() -> Request:
         return request.but(line=shown.lines)
 
-    with following(args, messages), ssh:
+    with ssh:
         redials = args.is_followed and not args.no_reconnect
         agent.ask_on(ask, OutputReply, handlers={"recorded": shown.take}, redials=redials)
     return EXIT_OK
@@ -12267,21 +12255,15 @@ def keep_listed(listed: ListedIds) -> None:
 
 def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
-    rows = []
-    seen = set()
+    rows = {}
     for option in options():
-        if not option.name or not hasattr(args, option.key) or option.key in seen:
-            continue
-        seen.add(option.key)
-        value = getattr(args, option.key)
-        source = args.sources.get(option.key, "default")
-        messages.event("option", option=option.name, value=value, source=source)
-        if isinstance(value, list):
-            value = " ".join(value)
-        shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value or "-")
-        rows.append((option.name, shown, source))
+        if option.name and option.key not in rows and hasattr(args, option.key):
+            value, source = getattr(args, option.key), args.sources.get(option.key, "default")
+            messages.event("option", option=option.name, value=value, source=source)
+            shown = ("yes" if value else "no") if isinstance(value, bool) else value or "-"
+            rows[option.key] = (option.name, " ".join(shown) if isinstance(shown, list) else shown, source)
     if not args.json:
-        print_table(COLUMNS["option"], rows, messages)
+        print_table(COLUMNS["option"], list(rows.values()), messages)
     return EXIT_OK
 
 
@@ -12332,9 +12314,7 @@ OPTIONS_OF: Dict[str, List[Option]] = {
         ),
         Option("--force", "what is brought replaces what is here"),
         Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-        Option(
-            "-j N", "execute this many at the same time", lambda text: _port(text, 999, "a number"), 0, dest="at_once"
-        ),
+        Option("-j N", "execute this many at the same time", _number("a number", 999), 0, dest="at_once"),
         Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
         Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
         Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
@@ -12423,20 +12403,23 @@ def carry_out(words: List[str]) -> int:
             for word in candidates(words[2:]):
                 messages.line(word)
             return EXIT_OK
-        if words[:1] in (["--help"], ["-h"]) and words[1:] in (["events"], ["status"]):
-            messages.line(help_text(words[1]), end="")
-            return EXIT_OK
-        topic = CommandLine(words).topic()
+        line = CommandLine(words)
+        topic = line.topic()
         if topic is not None:
             messages.line(help_text(topic), end="")
             return EXIT_OK
-        args = Args(words)
+        args = Args(line)
         messages = Messages(args.quiet, args.verbose, args.json)
         is_mux = os.name == "posix" and not args.no_mux
         ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
         action = ACTIONS[args.action]
         return action.run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
+    except KeyboardInterrupt:
+        if not getattr(args, "is_followed", False):
+            raise
+        messages.end_line()
+        return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")

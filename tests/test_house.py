@@ -145,7 +145,7 @@ def test_examples_of_an_action_are_lines_that_are_taken() -> None:
         for example in rjupyter.EXAMPLES.get(name, ()):
             assert len("  rjupyter.py " + example) <= 80, example  # or it is broken in two in most terminals
             words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
-            assert rjupyter.Args(["--no-config", *words]).action == name, example
+            assert rjupyter.Args(rjupyter.CommandLine(["--no-config", *words])).action == name, example
 
 
 def test_unknown_fact_of_an_event_is_a_bug_at_once() -> None:

@@ -288,7 +288,7 @@ def outcome(
     os.chdir(directory)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            args = rjupyter.Args(["--no-config", "--no-reconnect", *command])
+            args = rjupyter.Args(rjupyter.CommandLine(["--no-config", "--no-reconnect", *command]))
             messages = rjupyter.Messages(args.quiet, args.verbose, args.json)
             ssh = LyingSsh("host", [], False, messages, False)
             ssh.answer = answer_to

@@ -20,7 +20,7 @@ import rjupyter
 
 def read(line: str) -> Dict[str, Any]:
     """Return what a line is read as."""
-    args = vars(rjupyter.Args(["--no-config", *line.split()]))
+    args = vars(rjupyter.Args(rjupyter.CommandLine(["--no-config", *line.split()])))
     return {name: value for name, value in args.items() if name != "line"}
 
 
@@ -51,8 +51,10 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
     assert read("-f gpu1")["background"] and read("--attach 12ab gpu1")["attach"] == "12ab"
     logs = read("gpu1 logs -f")
     assert (logs["is_followed"], logs["background"]) == (True, False)
+    alias = read("-f gpu1 logs")  # an alias that has it works with each action
+    assert (alias["is_followed"], alias["background"]) == (False, True)
     assert read("gpu1 eval -- -1")["code"] == "-1"
-    assert rjupyter.Args(["--no-config", "gpu1", "eval", "-1 + 2"]).code == "-1 + 2"
+    assert rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1", "eval", "-1 + 2"])).code == "-1 + 2"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["execute", "t.ipynb", "gpu1"], ["gpu1 execute t.ipynb"]),
         (["execute", "gpu1", "t.ipynb"], ["gpu1 execute t.ipynb"]),
         (["--lab", "stop", "gpu1"], ["--lab gpu1 stop"]),
+        (["stop", "--yes", "gpu1", "--all"], ["gpu1 stop --yes --all"]),
         (["lsit", "gpu1"], ["no action lsit", "did you mean: ", "gpu1 list"]),
         (["gpu1", "lst"], ["no action lst", "did you mean: ", "gpu1 list"]),
         (["gpu1", "train.ipynb"], ["gpu1:train.ipynb"]),
@@ -84,7 +87,6 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["--no-install", "gpu1", "--install"], ["argument --install: not allowed with argument --no-install"]),
         (["-p", "x=1", "gpu1", "execute", "a.ipynb"], ["-p is an option of execute", "gpu1 execute -p x=1 a.ipynb"]),
         (["-o", "b", "--lab", "gpu1", "execute", "a"], ["-o is an option of execute", "--lab gpu1 execute -o b a"]),
-        (["-f", "gpu1", "logs"], ["-f is an option of logs", "gpu1 logs -f"]),
         (["--attach", "r12ab", "gpu1", "execute"], ["gpu1 execute --attach r12ab"]),
         (["--all", "close"], ["--all is an option of close", "close --all"]),
         (["--grid", "x=[1]", "gpu1", "execute"], ["--grid is an option of execute", "HOST execute --grid"]),
