@@ -7490,7 +7490,7 @@ def parameters_in(name: str, text: str) -> "Json":
         except ValueError:
             if name.lower().endswith(".json"):
                 raise
-            found = read_yaml(text)
+            found = yaml_in(text)
         if not isinstance(found, dict):
             raise ValueError("it is not a map of names to values")
         return {check_name(key): found[key] for key in found}
@@ -7498,21 +7498,15 @@ def parameters_in(name: str, text: str) -> "Json":
         raise ValueError("%s: %s" % (name, error)) from None
 
 
-def read_yaml(text: str) -> "Any":
+def yaml_in(text: str) -> "Any":
     """Return what a YAML file holds, where a date is text as papermill has it; raises ValueError."""
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError:
         raise ValueError("it is YAML, which Jupyter's environment on the host cannot read (it needs PyYAML)") from None
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        yaml_implicit_resolvers = {
-            first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
+    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
     try:
-        return yaml.load(text, Loader)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -7523,48 +7517,35 @@ class Language:
     Where papermill's do not, it is as the language has it: infinity in R, a `$` in a text of Julia's.
     """
 
-    comment = "#"
-    assignment = "%s = %s"
-    words = {"None": "None", "True": "true", "False": "false"}  # by their names in Python
-    comma = ", "
+    words = {}  # type: Dict[str, str] # by their names in Python
     sequence = "[%s]"
     mapping = "{%s}"
     pair = "%s: %s"
 
     def source(self, parameters: "Json") -> str:
-        """Return the cell that sets the parameters; raises ValueError for a value that the language has no form for."""
-        lines = [self.comment + " Parameters"]
-        for name, value in parameters.items():
-            try:
-                lines.append(self.assignment % (self.name(name), self.literal(value)))
-            except ValueError as error:
-                raise ValueError("the parameter %s: %s" % (name, error))
-        return "\n".join(lines)
+        """Return the cell that sets the parameters."""
+        lines = ["%s = %s" % (self.name(name), self.literal(value)) for name, value in parameters.items()]
+        return "\n".join(["# Parameters", *lines])
 
     def literal(self, value: "Any") -> str:
-        """Return a value as source."""
-        if str(value) in self.words and not isinstance(value, str):
-            return self.words[str(value)]
-        if isinstance(value, (int, float)):
-            return self.number(value)
+        """Return a value as source; raises ValueError for one that no language has a form for."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
-            return self.sequence % self.comma.join(map(self.literal, value))
-        if not isinstance(value, dict):
-            raise ValueError("there is no form for a %s" % type(value).__name__)
-        return self.mapping % ", ".join(self.pair % (self.text(str(key)), self.literal(value[key])) for key in value)
+            return self.sequence % ", ".join(map(self.literal, value))
+        if isinstance(value, dict):
+            pairs = [self.pair % (self.text(str(key)), self.literal(value[key])) for key in value]
+            return self.mapping % ", ".join(pairs)
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError("there is no form for a %s among the parameters" % type(value).__name__)
+        return self.words.get(str(value), str(value))
 
     def name(self, name: str) -> str:
         """Return the name of a variable as the language takes it."""
         return name
 
-    def number(self, value: float) -> str:
-        """Return a number as source."""
-        return str(value)
-
     def text(self, value: str) -> str:
-        """Return a text as source: JSON's form, which most languages read."""
+        """Return a text as source."""
         return json.dumps(value, ensure_ascii=False)
 
     def unset(self, names: "List[str]", source: str) -> "List[str]":
@@ -7575,22 +7556,19 @@ class Language:
 class Python(Language):
     """Python."""
 
-    words = {name: name for name in ("None", "True", "False")}
-    words.update({name: 'float("%s")' % name for name in ("nan", "inf", "-inf")})
+    words = {name: 'float("%s")' % name for name in ("nan", "inf", "-inf")}
 
     def text(self, value: str) -> str:
-        """Return a text as source."""
         return repr(value)
 
     def unset(self, names: "List[str]", source: str) -> "List[str]":
-        """Return the names that no statement of the source sets; none where it is no Python, but for its magics."""
         import ast
         import re
 
         try:
             tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
         except (SyntaxError, ValueError, RecursionError):
-            return []
+            return []  # no Python, but for its magics
         within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
         found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
         for node in rest:  # it grows meanwhile
@@ -7608,62 +7586,22 @@ class RLanguage(Language):
     pair = "%s = %s"
 
     def name(self, name: str) -> str:
-        """Return the name of a variable as R takes it."""
         return name.lstrip("_")
 
 
 class Julia(Language):
     """Julia, where a `$` in a text stands for a variable."""
 
-    words = dict(Language.words, **{"None": "nothing", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"})
+    words = {"None": "nothing", "True": "true", "False": "false", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"}
     mapping = "Dict(%s)"
     pair = "%s => %s"
 
     def text(self, value: str) -> str:
-        """Return a text as source."""
         return super().text(value).replace("$", "\\$")
 
 
-class Scala(Language):
-    """Scala, whose integers have 32 bits."""
-
-    comment = "//"
-    assignment = "val %s = %s"
-    words = dict(
-        Language.words, **{"nan": "Double.NaN", "inf": "Double.PositiveInfinity", "-inf": "Double.NegativeInfinity"}
-    )
-    sequence = "Seq(%s)"
-    mapping = "Map(%s)"
-    pair = "%s -> %s"
-
-    def number(self, value: float) -> str:
-        """Return a number as source."""
-        return "%s%s" % (value, "L" if isinstance(value, int) and not -(2**31) <= value < 2**31 else "")
-
-
-class Bash(Language):
-    """bash: text, and arrays of it."""
-
-    assignment = "%s=%s"
-    words = dict(Language.words, **{"None": ""})
-    comma = " "
-    sequence = "(%s)"
-
-    def literal(self, value: "Any") -> str:
-        """Return a value as source; raises ValueError for a map, and for lists of lists."""
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
-            raise ValueError("bash has no form for a map, or for lists of lists")
-        return super().literal(value)
-
-    def text(self, value: str) -> str:
-        """Return a text as source."""
-        import shlex
-
-        return shlex.quote(value)
-
-
 # By their names in a kernel's kernel.json, without capitals.
-LANGUAGES = {"python": Python(), "r": RLanguage(), "julia": Julia(), "scala": Scala(), "bash": Bash()}
+LANGUAGES = {"python": Python(), "r": RLanguage(), "julia": Julia()}
 
 
 def run_main(directory: str) -> None:
@@ -7939,7 +7877,7 @@ def read_local_notebook(path: str) -> str:
 
 
 def parse_parameter(text: str) -> Tuple[str, Any]:
-    """Split NAME=VALUE, the value typed as YAML reads it; raises ValueError with the reason, and a way out."""
+    """Split NAME=VALUE and read the value; raises ValueError with the reason, and a way out."""
     name, equals, value = text.partition("=")
     try:
         check_name(name if equals else "")
@@ -7948,95 +7886,25 @@ def parse_parameter(text: str) -> Tuple[str, Any]:
     try:
         return name, parse_value(value)
     except (ValueError, RecursionError) as error:
-        quoted = "%s='%s'" % (name, value.replace("'", "''"))
-        why = "%s begins like JSON or YAML, and is neither: %s\nas text it is %s, quoted for the shell"
+        quoted = "%s=%s" % (name, json.dumps(value, ensure_ascii=False))
+        why = "%s begins like JSON, and is none: %s\nas text it is %s, quoted for the shell"
         raise ValueError(why % (text, error, quoted)) from None
 
 
 def parse_value(text: str) -> Any:
-    """Return a value as YAML reads it on one line: a list, a map, a quoted text, or a word; raises ValueError."""
-    if text[:1] not in ("[", "{", '"', "'"):
-        return parse_word(text)
-    flow = Flow(text)
-    value = flow.value()
-    flow.skip()
-    if flow.rest:
-        raise ValueError("its end is before %s" % flow.rest)
-    return value
+    """Return a value: JSON, a list of words in brackets, or else the text itself; raises ValueError.
 
-
-def parse_word(text: str) -> Any:
-    """Return what a plain word stands for: YAML 1.2, core schema, and None, nan and inf as papermill has them."""
-    if text in ("", "~", "null", "Null", "NULL", "None"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", text):
-        return int(text)
-    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", text):
-        return int(text, 0)
-    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
-        return float(text)
-    if re.fullmatch(r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)", text):
-        return float(text.replace(".", ""))
-    return text
-
-
-class Flow:
-    """A reader of YAML's flow collections (yaml.org, 1.2, chapter 7.4), and so of JSON. Raises ValueError."""
-
-    def __init__(self, text: str) -> None:
-        self.rest = text
-
-    def skip(self) -> None:
-        """Pass over blanks."""
-        self.rest = self.rest.lstrip()
-
-    def value(self) -> Any:
-        """Read a list, a map, or what stands alone."""
-        self.skip()
-        if self.rest.startswith("["):
-            return self._items("]", self.value)
-        if self.rest.startswith("{"):
-            return dict(self._items("}", self._pair))
-        return self._scalar()
-
-    def _items(self, end: str, read: Callable[[], Any]) -> List[Any]:
-        found = []
-        separator = self.rest[0]
-        while self.rest[:1] == separator:
-            self.rest, separator = self.rest[1:].lstrip(), ","
-            if not self.rest.startswith(end):
-                found.append(read())
-                self.skip()
-        if not self.rest.startswith(end):
-            raise ValueError("a comma or %s is missing before %s" % (end, self.rest or "its end"))
-        self.rest = self.rest[1:]
-        return found
-
-    def _pair(self) -> Tuple[str, Any]:
-        key = self._scalar()
-        if not isinstance(key, str):
-            raise ValueError("the key %s is not text; quote it" % key)
-        self.skip()
-        if not self.rest.startswith(":"):
-            return key, None
-        self.rest = self.rest[1:].lstrip()
-        return key, None if self.rest[:1] in (",", "}") else self.value()
-
-    def _scalar(self) -> Any:
-        if self.rest.startswith('"'):
-            value, end = json.JSONDecoder().raw_decode(self.rest)
-            self.rest = self.rest[end:]
-            return value
-        quoted = re.match(r"'((?:[^']|'')*)'", self.rest)
-        # A colon belongs to a word unless a blank or an end follows it.
-        plain = re.match(r"(?:[^,\[\]{}:'\"]|:(?=[^\s,\[\]{}]))(?:[^,\[\]{}:]|:(?=[^\s,\[\]{}]))*", self.rest)
-        match = quoted or plain
-        if not match:
-            raise ValueError("a value is missing before %s" % (self.rest or "its end"))
-        self.rest = self.rest[match.end() :]
-        return quoted.group(1).replace("''", "'") if quoted else parse_word(match.group().strip())
+    Python's own words mean what they mean there. What begins like JSON, or with a quote, is never taken as it stands.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        parts = [part.strip() for part in text[1:-1].split(",")]
+        if text[:1] == "[" and text[-1:] == "]" and all(parts):
+            return [parse_value(part) for part in parts]
+        if text[:1] in ("[", "{", '"', "'"):
+            raise
+    return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 class Along(NamedTuple):
@@ -8243,7 +8111,7 @@ class Execution:
             )
         self.path = path
         notebook = dict(self.notebook, cells=self.cells)
-        if self.notebook and leads_to_stdout(path):
+        if self.notebook and path == "-":
             try:
                 self.messages.line(notebook_text(notebook).rstrip("\n"))
             except Failure as lost:
@@ -8262,7 +8130,7 @@ class Execution:
     def settle(self, view: FollowReply) -> None:
         """Print where the result is, bring what the run wrote, and raise the Failure that its end stands for."""
         path = self.path or ""
-        is_silent = self.messages.as_json or leads_to_stdout(path)
+        is_silent = self.messages.as_json or path == "-"
         if path and self.notebook and not is_silent:
             try:
                 self.messages.line(path)
@@ -8450,8 +8318,15 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
     What a file's name should not have is left out, and a digest stands for it.
     """
     stem = name[: -len(".ipynb")] if name.endswith(".ipynb") else name
-    as_is = {key: isinstance(value, str) and parse_word(value) == value for key, value in values.items()}
-    label = ",".join("%s=%s" % (key, value if as_is[key] else json.dumps(value)) for key, value in values.items())
+
+    def is_word(value: Any) -> bool:
+        try:
+            return isinstance(value, str) and bool(parse_value(value) == value)
+        except ValueError:
+            return False
+
+    words = {key: value if is_word(value) else json.dumps(value) for key, value in values.items()}
+    label = ",".join("%s=%s" % pair for pair in words.items())
     short = re.sub(r"[^\w.+=,-]", "_", label)[:50]
     short += "" if short == label else "-" + digest_of(label)[:6]
     return "%s.%s.ipynb" % (stem, short) if values else name
@@ -8522,16 +8397,6 @@ def read_text_here(path: str) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
         return stream.read()
     return ""
-
-
-def leads_to_stdout(path: str) -> bool:
-    """Return true for -, and for what leads to our own stdout by another name."""
-    if path == "-":
-        return True
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
 
 
 def write_result(path: str, notebook: Json) -> None:
@@ -11311,7 +11176,7 @@ GRID_HELP = "run it for each of these values; repeatable, for each combination"
 FILE_HELP = "a JSON or YAML file of variables; repeatable"
 WITH_HELP = "a file or directory that it needs there; repeatable"
 BRING_HELP = "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable"
-PARAMETER_HELP = "a variable for the notebook, as YAML reads it; repeatable"
+PARAMETER_HELP = "a variable for the notebook, JSON or a word; repeatable"
 CONFIG_HELP = "the defaults that apply to the host"
 LIMIT_HELP = "how long one notebook may take (no limit)"
 MAY_INSTALL: Dict[str, Any] = {"dest": "may_install", "action": "store_true", "default": True}
