@@ -573,7 +573,6 @@ class Request(Record):
     files: str = ""  # the digest of the tar that goes along
     offset: int = 0
     data: str = ""  # of that tar, from there on, in base64
-    is_last: bool = False
     brings: "List[str]" = []  # patterns of what comes back
     tasks: "List[Request]" = []  # of a grid: what is executed, so many at once
     width: int = 1
@@ -992,13 +991,6 @@ class GridReply(Record):
     """How many executions it was."""
 
     count: int
-
-
-class PutReply(Record):
-    """How much of what goes along is there, in bytes; and whether that is all of it."""
-
-    size: int
-    is_whole: bool = False
 
 
 class BringReply(Record):
@@ -6973,39 +6965,17 @@ def files_dir() -> str:
     return directory
 
 
-def put_files(request: Request, channel: Channel) -> PutReply:
-    """Take the next part of a tar, and say how much of it is there. One that was sent before need not be again."""
+def put_files(request: Request, channel: Channel) -> Record:
+    """Take a part of a tar. Whoever sends it writes the same bytes, for its name is their digest."""
     import binascii
 
-    path = os.path.join(files_dir(), os.path.basename(request.files))
-    if os.path.exists(path):
-        os.utime(path, None)
-        return PutReply(size=os.stat(path).st_size, is_whole=True)
-    growing = path + ".part"
-    descriptor = os.open(growing, os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(os.path.join(files_dir(), os.path.basename(request.files)), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.lseek(descriptor, request.offset, os.SEEK_SET)
         write_all(descriptor, binascii.a2b_base64(request.data))
-        size = os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
-    if request.is_last:
-        with open(growing, "rb") as stream:
-            is_whole = digest_of_file(stream) == request.files
-        os.replace(growing, path) if is_whole else os.unlink(growing)
-        if not is_whole:
-            raise Failure("what was sent along did not arrive whole", "another copy of rjupyter is sending it")
-    return PutReply(size=size, is_whole=request.is_last)
-
-
-def digest_of_file(stream: "Any") -> str:
-    """Return what tells the content of a file from others."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in iter(lambda: stream.read(PART_BYTES), b""):
-        digest.update(part)
-    return digest.hexdigest()
+    return Record()
 
 
 def own_directory(request: Request, directory: str) -> str:
@@ -7021,26 +6991,17 @@ def own_directory(request: Request, directory: str) -> str:
 
 def bring_files(request: Request, channel: Channel) -> BringReply:
     """Send what a run wrote and the request's patterns match, as a tar."""
+    import types
+
     known = [record for record in KINDS["run"].records() if record.id == request.id]
     if not known:
         raise Failure("no run of yours has this id: " + request.id)
     base = native(known[0].root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
-    refused = pack(base, paths, Parts(channel), request.brings)
+    stream = types.SimpleNamespace(write=lambda data: channel.send(Part(file="files", data=packed(data))))
+    refused = pack(base, paths, stream, request.brings)
     return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
-
-
-class Parts:
-    """A stream whose bytes go to the client."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def write(self, data: bytes) -> int:
-        """Send some bytes."""
-        self._channel.send(Part(file="files", data=packed(data)))
-        return len(data)
 
 
 REQUESTS["put_files"] = put_files
@@ -7917,6 +7878,7 @@ class Along(NamedTuple):
     @classmethod
     def of(cls, notebook: str, paths: List[str]) -> "Along":
         """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
+        import hashlib
         import tempfile
 
         base = os.path.dirname(os.path.abspath(notebook))
@@ -7935,29 +7897,21 @@ class Along(NamedTuple):
             raise Failure("not everything can be sent along", "\n".join(refused), "--with for each of the other files")
         size = stream.tell()
         stream.seek(0)
-        return cls(stream, digest_of_file(stream), size)
+        digest = hashlib.sha256()
+        for part in iter(lambda: stream.read(PART_BYTES), b""):
+            digest.update(part)
+        return cls(stream, digest.hexdigest(), size)
 
     def send(self, agent: Agent, redials: bool) -> None:
-        """Send what the host has not yet, in parts, each of which may be sent again."""
-        request = Request(action="put_files", files=self.digest)
-        doing = "Sending %.1f MB" % (self.size / 1e6)
-        at = -1
-        while True:
-            reply = agent.ask_on(lambda: request, PutReply, doing, redials=redials)  # noqa: B023 # it asks at once
-            if reply.is_whole:
-                return
-            if request.is_last or not at < reply.size <= self.size:
-                raise Wrong("it has %d of %d bytes, after the part at %d" % (reply.size, self.size, at))
-            at = min(reply.size, self.size - 1)
-            request = self._part(at)
-
-    def _part(self, at: int) -> Request:
+        """Send it to the host, in parts, each of which may be sent again."""
         import binascii
 
-        self.stream.seek(at)
-        data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
-        is_last = at + SENT_BYTES >= self.size
-        return Request(action="put_files", files=self.digest, offset=at, data=data, is_last=is_last)
+        for at in range(0, self.size, SENT_BYTES):
+            self.stream.seek(at)
+            data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
+            request = Request(action="put_files", files=self.digest, offset=at, data=data)
+            doing = "Sending %.1f MB" % (self.size / 1e6)
+            agent.ask_on(lambda: request, Record, doing, redials=redials)  # noqa: B023 # it asks at once
 
 
 SENT_BYTES = 12 << 20  # in one request

@@ -87,7 +87,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "examine_inside": EXAMINED,
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "follow_run": {**RUN, "brings": ["*.pt"]},
-    "put_files": {"size": 10240, "is_whole": True},
+    "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
     "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
     "follow_grid": {"count": 1},
@@ -398,19 +398,6 @@ def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) 
     for line in out.splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name + " is no JSON"))
     assert "x/y" in out
-
-
-def test_host_that_never_has_what_goes_along(tmp_path: Path) -> None:
-    """It says so after each part: 10240 is all there is of it."""
-    for size in (-1, 0, 1, 10240, 10**12):
-        lies = {**REPLIES, "put_files": {"size": size, "is_whole": False}}
-
-        def answer(request: Dict[str, Any], lies: Dict[str, Any] = lies) -> List[Any]:
-            return [{"kind": "reply", "reply": lies[request["action"]]}]
-
-        status, out, err, _ = outcome(COMMANDS["put_files"], answer, tmp_path)
-        check(status, out, err)
-        assert status == 1 and "makes no sense" in err, size
 
 
 def test_message_that_lies(tmp_path: Path) -> None:
