@@ -574,8 +574,7 @@ class Request(Record):
     offset: int = 0
     data: str = ""  # of that tar, from there on, in base64
     brings: "List[str]" = []  # patterns of what comes back
-    tasks: "List[Request]" = []  # of a grid: what is executed, so many at once
-    width: int = 1
+    is_one_of_many: bool = False  # nobody waits for the job in which it starts
     kernel: str = ""
     timeout_s: int = 0
     cell_timeout_s: int = 0
@@ -598,7 +597,7 @@ class Request(Record):
 
     def to_keep(self) -> "Request":
         """Return what may be kept of it: no secrets, and nothing that is long."""
-        return self.but(nonce="", notebook="", parameters=[], parameter_files=[], tasks=[])
+        return self.but(nonce="", notebook="", parameters=[], parameter_files=[])
 
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
@@ -683,15 +682,6 @@ class RunRecord(Kept):
     def odd(self) -> "List[str]":
         """Return what is not as we write it."""
         return ["pid"] if self.pid < 2 else []
-
-
-class GridRecord(Kept):
-    """Several executions, so many at once: grids/ID/grid.json; what is executed stands beside it, request.json."""
-
-    kind = "grid"
-    name: str
-    count: int
-    width: int
 
 
 class JobRecord(Kept):
@@ -856,21 +846,6 @@ class Stopped(Message):
     wrap: "Optional[str]" = None
 
 
-class TaskState(Message):
-    """How one execution of a grid stands: it was started, another one executes its notebook, or it has ended.
-
-    One that ended has its run's end, or why there was none.
-    """
-
-    kind = "task"
-    index: int
-    name: str
-    state: str
-    id: str = ""
-    end: "Optional[FollowReply]" = None
-    trouble: "Optional[Trouble]" = None
-
-
 class Line(Message):
     """A line of a log."""
 
@@ -974,23 +949,22 @@ class FollowReply(RunView):
     brings: "List[str]" = []
 
 
-class GridView(Record):
-    """Several executions, as `list` shows them: how many have begun, and how many of those have ended."""
+class RunEnd(Record):
+    """How one of several executions ended: as a run, or before there was one. The id is that of the run, or its job."""
 
     id: str
-    name: str
-    count: int
-    width: int
-    begun: int
-    ended: int
-    state: str
-    age_s: float
+    run: "Optional[FollowReply]" = None
+    trouble: "Optional[Trouble]" = None
+
+    def odd(self) -> "List[str]":
+        """Return what is missing: it ended in one way or the other."""
+        return [] if self.run or self.trouble else ["run"]
 
 
-class GridReply(Record):
-    """How many executions it was."""
+class RunsReply(Record):
+    """Those of several executions that have ended."""
 
-    count: int
+    ended: "List[RunEnd]"
 
 
 class BringReply(Record):
@@ -1028,7 +1002,6 @@ class ListReply(Record):
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
-    grids: "List[GridView]" = []
 
 
 class KernelState(Record):
@@ -1266,7 +1239,6 @@ EVENTS = {
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
-    "grid": Event("several executions in `list`", tuple(GridView.fields)),
     "wrapper": Event("what starts in a wrapper, in `list`", tuple(WrapperView.fields)),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
@@ -2125,12 +2097,6 @@ COLUMNS = {
         Column("MEMORY", lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6)),
         Column("GPU", lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6)),
         Column("SERVER", lambda kernel: kernel.server),
-    ],
-    "grid": [
-        Column("ID", lambda grid: grid.id),
-        Column("STATE", lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended)),
-        Column("NOTEBOOK", lambda grid: grid.name),
-        Column("AGE", lambda grid: duration(grid.age_s)),
     ],
     "tunnel": [
         Column("HOST", lambda tunnel: tunnel.destination),
@@ -5605,14 +5571,13 @@ MESSAGES = {
     kind.kind: kind
     for kind in (
         *(Hello, Progress, QueueState, Found, Note, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
-        *(TaskState, Recorded),
+        Recorded,
     )
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
-    "grid": "Stopped the executions of %(name)s (%(id)s); no more of them will start.",
     "wrapper": "Ended what started inside %(wrap)s (%(id)s).",
 }
 
@@ -6390,7 +6355,6 @@ class Background:
 # agent begins
 
 STOP_TIMEOUT_S = 10  # for a cell that was interrupted
-GRID_PREFIX = "g"  # of the ids of grids
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
 GOING_ON = ("starting", "running")
 TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
@@ -6443,18 +6407,11 @@ class Cell(Record):
 
 
 class Output(Record):
-    """An output of a cell, or the content of the message that it came in."""
+    """An output of a cell, or the content of a message with one (jupyter-client.readthedocs.io, "Messaging")."""
 
     output_type: str = ""
     text: "Any" = ""
     traceback: "List[str]" = []
-
-
-class KernelMessage(Record):
-    """What a kernel sends to all (jupyter-client.readthedocs.io, "Messaging")."""
-
-    msg_type: str = ""
-    content: "Output" = Output()
 
 
 def seen(kind: "Type[R]", facts: "Any") -> "R":
@@ -6615,8 +6572,9 @@ def why_nothing(record: RunRecord) -> str:
 
 def start_run(request: Request, channel: Channel) -> StartReply:
     """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
-    begun, is_started = begin_run(request, channel)
-    if is_started and begun.kind != "run":  # a job, outside of the lock, for a queue may be long
+    begun, is_started = begin_run(request.but(is_one_of_many=False), channel)
+    is_in_queue = begun.kind != "run" and not request.is_one_of_many
+    if is_started and is_in_queue:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     return StartReply(id=begun.id, pid=begun.pid, is_started=is_started, age_s=begun.age_s())
 
@@ -6662,16 +6620,10 @@ def with_notebook(request: Request, root_dir: str) -> Request:
         request = request.but(file=portable(place + suffix), name=name, key=key)
         directory = os.path.dirname(place)
     request = request.but(path=portable(directory))
-    return request.but(variant=request.variant or variant_of(request))
-
-
-def variant_of(request: Request) -> str:
-    """Return what tells one execution of a notebook from another: where, with what, and whereto.
-
-    A digest, for a value may be a secret.
-    """
     names = ("path", "kernel", "parameters", "parameter_files", "files", "brings", "result")
-    return digest_of(json.dumps([getattr(request, name) for name in names]))
+    # A digest, for a value may be a secret.
+    variant = request.variant or digest_of(json.dumps([getattr(request, name) for name in names]))
+    return request.but(variant=variant)
 
 
 def without_old_outputs(text: str) -> str:
@@ -6749,38 +6701,79 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
     files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
+    followed = Followed(known[0], files)
+    found = "more"  # type: Any
+    while found == "more":  # the pauses begin anew with each part
+        found = until(lambda: followed.look(channel), float("inf"), FOLLOW_MAX_S)
+    return FollowReply.read(found.facts())
 
-    late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
-    def look() -> "Any":
-        nonlocal late_until
-        look_anew(known[0].directory)
-        view = KINDS["run"].describe(known[0])  # before the look at its files: what it wrote last is seen
-        if sum(send_part(name, file, channel) for name, file in files.items()):
+class Followed:
+    """A run that is followed: what its files hold beyond an offset is sent, each under a name."""
+
+    def __init__(self, record: RunRecord, files: "Dict[str, Growing]") -> None:
+        self.record = record
+        self.files = files
+        self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
+
+    def look(self, channel: Channel) -> "Any":
+        """Send what is new; return "more" where there was something, and how it ended when all of it was sent."""
+        look_anew(self.record.directory)
+        view = KINDS["run"].describe(self.record)  # before the look at its files: what it wrote last is seen
+        parts = {name: file.part() for name, file in self.files.items()}
+        for name, part in parts.items():
+            if part:
+                channel.send(Part(file=name, data=packed(part)))
+        if any(parts.values()):
             return "more"
         if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
             return None
-        late_until = late_until or time.monotonic() + LATE_S
-        is_whole = not known[0].job or is_in_journal(known[0], EndEntry.kind) or time.monotonic() > late_until
-        return view if is_whole or channel.is_closed else None
-
-    found = "more"  # type: Any
-    while found == "more":  # the pauses begin anew with each part
-        found = until(look, float("inf"), FOLLOW_MAX_S)
-    return FollowReply(brings=known[0].request.brings, **found.facts())
+        self._late_until = self._late_until or time.monotonic() + LATE_S
+        is_late = time.monotonic() > self._late_until or channel.is_closed
+        last_line = end_of_log(os.path.join(self.record.directory, "journal"), 1)
+        is_whole = not self.record.job or '"kind": "%s"' % EndEntry.kind in last_line or is_late
+        return FollowReply(brings=self.record.request.brings, **view.facts()) if is_whole else None
 
 
-def is_in_journal(record: RunRecord, kind: str) -> bool:
-    """True when the journal of a run ends in an entry of this kind."""
-    return '"kind": "%s"' % kind in end_of_log(os.path.join(record.directory, "journal"), 1)
+def follow_runs(request: Request, channel: Channel) -> RunsReply:
+    """Send what the journals of several runs hold beyond the offsets, until some have ended; say which, and how.
 
+    An id may be that of a job that starts a run, which has ended when its job has: then it is out of the queue.
+    """
+    things = {record.id: record for kind in KINDS.values() for record in kind.records() if record.id in request.ids}
+    followed = {}  # type: Dict[str, Followed]
+    ended = []  # type: List[RunEnd]
 
-def send_part(name: str, file: Growing, channel: Channel) -> int:
-    """Send the next bytes of one file of a run, and return how many."""
-    part = file.part()
-    if part:
-        channel.send(Part(file=name, data=packed(part)))
-    return len(part)
+    def look_at(identity: str) -> "Any":
+        if identity not in things:
+            raise Failure("no run of yours has this id: " + identity)
+        kind = KINDS[things[identity].kind]
+        thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
+        run = thing
+        if identity not in followed and kind.name != "run":
+            reply = kind.replied(thing)
+            run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
+        if identity not in followed and run:
+            journal = Growing(os.path.join(run.directory, "journal"), request.offsets.get(identity, 0))
+            followed[identity] = Followed(run, {identity: journal})
+        found = followed[identity].look(channel) if run else None
+        is_over = isinstance(found, FollowReply) and (kind.name == "run" or not kind.goes_on(thing))
+        if is_over:
+            ended.append(RunEnd(id=identity, run=found))
+        return found == "more"
+
+    def look() -> str:
+        has_news = False
+        for identity in request.ids:
+            try:
+                has_news = look_at(identity) or has_news
+            except Failure as failure:
+                ended.append(RunEnd(id=identity, trouble=Trouble.read(failure.facts())))
+        return "ended" if ended or channel.is_closed else "more" if has_news else ""
+
+    while until(look, float("inf"), FOLLOW_MAX_S) == "more":
+        pass  # the pauses begin anew with each part
+    return RunsReply(ended=ended)
 
 
 def packed(part: bytes) -> str:
@@ -6793,160 +6786,7 @@ def packed(part: bytes) -> str:
 
 REQUESTS["start_run"] = start_run
 REQUESTS["follow_run"] = follow_run
-
-
-# -- several at once --------------------------------------------------------------------------------------------------
-
-
-class GridKind(Kind):
-    """Several executions, so many at once. What follows a grid begins them; without one, no more begin."""
-
-    name = "grid"
-    prefix = GRID_PREFIX
-    record = GridRecord
-
-    def running(self) -> "List[GridRecord]":
-        """Return the records of those of which not all has ended."""
-        return [record for record in self.records() if not is_marked(record, "ended") and not is_marked(record, "stop")]
-
-    def listed(self) -> "List[GridRecord]":
-        """Return those that `list` shows: what an ended one executed is there itself."""
-        return self.running()
-
-    def describe(self, record: GridRecord) -> GridView:
-        """Say how far one is."""
-        begun = things_of(left_request(record.directory).tasks).values()
-        facts = {name: getattr(record, name) for name in ("id", "name", "count", "width")}
-        ended = sum(not KINDS[thing.kind].goes_on(thing) for thing in begun)
-        return GridView(begun=len(begun), ended=ended, state="running", age_s=record.age_s(), **facts)
-
-    def end(self, record: GridRecord) -> None:
-        """Begin no more of it, and end what runs."""
-        mark(record, "stop")
-        for thing in things_of(left_request(record.directory).tasks).values():
-            if KINDS[thing.kind].goes_on(thing):
-                last = run_of(thing) or thing
-                KINDS[last.kind].end(last)
-
-
-KINDS["grid"] = GridKind()
-
-
-def things_of(tasks: "List[Request]") -> "Dict[int, Kept]":
-    """Return what was begun for the tasks of a grid, runs or jobs: each has the errand of its task."""
-    by_errand = {record.request.errand: record for kind in KINDS.values() for record in kind.begun()}
-    return {index: by_errand[task.errand] for index, task in enumerate(tasks) if task.errand in by_errand}
-
-
-def run_of(thing: Kept) -> "Optional[Kept]":
-    """Return the run that a job has started, if it has; a run itself. Raises Failure where the job ended before."""
-    if thing.kind == "run":
-        return thing
-    reply = KINDS[thing.kind].replied(thing)
-    return kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
-
-
-def start_grid(request: Request, channel: Channel) -> StartReply:
-    """Write down several executions, and say under which id; what follows it begins them."""
-    begun = begun_by(request)
-    if not begun:
-        forget_ended(KINDS["grid"], KINDS["grid"].running())
-        directory = new_dir(KINDS["grid"])
-        write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
-        facts = {"created": time.time(), "node": os.uname().nodename, "request": request.to_keep()}
-        record = GridRecord(name=request.name, count=len(request.tasks), width=request.width, **facts)
-        begun = write_down(record, directory)
-    return StartReply(id=begun.id, is_started=True)
-
-
-def follow_grid(request: Request, channel: Channel) -> GridReply:
-    """Begin what a grid holds, so many at once, and send what their journals hold beyond the offsets, to their ends."""
-    known = [record for record in KINDS["grid"].records() if record.id == request.id]
-    if not known:
-        raise Failure("no run of yours has this id: " + request.id, "", "list shows the ids")
-    grid = Grid(known[0], request.offsets, channel)
-    found = "more"
-    while found == "more":  # the pauses begin anew with each part
-        found = until(grid.look, float("inf"), FOLLOW_MAX_S)
-    return GridReply(count=len(grid.tasks))
-
-
-class Grid:
-    """A grid that is followed: its tasks are begun as others end, and told of."""
-
-    def __init__(self, record: GridRecord, offsets: "Dict[str, int]", channel: Channel) -> None:
-        self.record = record
-        self.channel = channel
-        self.tasks = left_request(record.directory).tasks
-        self._offsets = offsets
-        self._things = things_of(self.tasks)  # what was begun for them
-        self._journals = {}  # type: Dict[int, Growing] # of those whose runs are there
-        self._ended = []  # type: List[int]
-        self._over = []  # type: List[int] # of these: a job may be there for a while after what it ran has ended
-
-    def look(self) -> str:
-        """Look at each task once, and begin another one where there is room; return "more" where there was news."""
-        has_news = False
-        for index in [index for index in range(len(self.tasks)) if index not in self._ended]:
-            if index in self._things:
-                has_news = self._follow(index) or has_news
-            elif is_marked(self.record, "stop"):
-                self._tell(index, "stopped")
-        for index in [index for index in self._ended if index in self._things and index not in self._over]:
-            if not KINDS[self._things[index].kind].goes_on(self._things[index]):
-                self._over.append(index)
-        going = [index for index in self._things if index not in self._over]
-        waiting = [index for index in range(len(self.tasks)) if index not in self._things and index not in self._ended]
-        if waiting and len(going) < self.record.width:
-            self._begin(waiting[0])
-            self._things = things_of(self.tasks)
-            return "more"
-        if len(self._ended) == len(self.tasks):
-            mark(self.record, "ended")
-            return "ended"
-        return "more" if has_news else "closed" if self.channel.is_closed else ""
-
-    def _tell(self, index: int, state: str, **facts: "Any") -> None:
-        self.channel.send(TaskState(index=index, name=self.tasks[index].name, state=state, **facts))
-        if state != "started":
-            self._ended.append(index)
-
-    def _begin(self, index: int) -> None:
-        try:
-            task = self.tasks[index].but(action="start_run")  # in a job, it is asked for by that name
-            begun, is_started = begin_run(task, self.channel)
-            if not is_started:
-                self._tell(index, "overlap", id=begun.id)
-        except Failure as failure:
-            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
-
-    def _follow(self, index: int) -> bool:
-        """Send what is new of one task; true where there was something."""
-        begun = self._things[index]
-        thing = record_in(KINDS[begun.kind], begun.directory) or begun  # anew: a job may have got its number
-        self._things[index] = thing
-        try:
-            run = run_of(thing)
-        except Failure as failure:
-            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
-            return True
-        if not run:
-            return False
-        if index not in self._journals:
-            at = self._offsets.get(str(index), 0)
-            self._journals[index] = Growing(os.path.join(run.directory, "journal"), at)
-            self._tell(index, "started", id=run.id)
-        view = KINDS["run"].describe(run)  # before the look at its journal: what it wrote last is seen
-        if send_part(str(index), self._journals[index], self.channel):
-            return True
-        assert isinstance(view, RunView)
-        if view.state not in GOING_ON:
-            self._tell(index, "ended", id=run.id, end=FollowReply(brings=run.request.brings, **view.facts()))
-        return view.state not in GOING_ON
-
-
-REQUESTS["start_grid"] = start_grid
-REQUESTS["follow_grid"] = follow_grid
+REQUESTS["follow_runs"] = follow_runs
 
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
@@ -7334,9 +7174,8 @@ class Run:
 
     def take_output(self, index: int, message: "Json") -> None:
         """Called for each message: where it gave a cell an output, write that down; or that all are gone."""
-        said_by = seen(KernelMessage, message)
-        content = said_by.content
-        if said_by.msg_type not in ("stream", "error", "display_data", "execute_result", "clear_output"):
+        content = seen(Output, message["content"])
+        if message["msg_type"] not in ("stream", "error", "display_data", "execute_result", "clear_output"):
             return
         said = joined_text(content.text) + "".join(line + "\n" for line in content.traceback)
         with contextlib.suppress(OSError):  # for `logs`; the journal has it all
@@ -7939,10 +7778,9 @@ class Execution:
         self.notebook: Json = {}
         self.cells: List[Json] = []
         self.seconds = 0.0
-        self.brings: List[
-            str
-        ] = []  # patterns of what is brought: those that were typed here, and no word of the host's
+        self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
+        self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
         self.redials = True
         self.offset = 0  # in its journal
         self.path: Optional[str] = None  # where its result is
@@ -8017,11 +7855,14 @@ class Execution:
     def _outputs(self, index: int) -> List[Json]:
         if not 0 <= index < len(self.cells):
             raise Wrong("wrong in it: index")
-        return seen(Cell, self.cells[index]).outputs
+        cell = self.cells[index]
+        if not isinstance(cell.get("outputs"), list):
+            cell["outputs"] = []
+        outputs: List[Json] = cell["outputs"]
+        return outputs  # no copy: a cell may have many, and each comes by itself
 
     def _take_output(self, entry: OutputEntry, show: Show) -> None:
-        outputs = [*self._outputs(entry.index)[: entry.at], entry.content]
-        self.cells[entry.index] = dict(self.cells[entry.index], outputs=outputs)
+        self._outputs(entry.index)[entry.at :] = [entry.content]
         output = seen(Output, entry.content)
         if output.output_type == "stream":
             self._screen.write(joined_text(output.text))
@@ -8034,14 +7875,12 @@ class Execution:
         self.seconds += entry.seconds
         facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
         self.messages.event("cell", id=self.id, **facts)
-        if entry.is_done and not self.messages.has_spinner and not self.messages.as_json:
-            self._say_cell(entry)
-
-    def _say_cell(self, entry: CellEntry) -> None:
-        self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
+        is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
+        if entry.is_done and not is_silent:
+            self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
 
     def _show_line(self, line: str) -> None:
-        self.messages.detail(line)
+        self.messages.detail("%s: %s" % (self.name, line) if self.is_one_of_many else line)
 
     def _end(self, entry: EndEntry, show: Show) -> None:
         self.notebook = dict(self.notebook, metadata=entry.metadata)
@@ -8072,7 +7911,10 @@ class Execution:
                 lost.try_ = BRINGS_AGAIN
                 raise
         elif self.notebook and path:
-            write_result(path, notebook)
+            try:
+                write_through(path, notebook_text(notebook))
+            except OSError as error:
+                raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         if view.state == "done":
             text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
@@ -8154,16 +7996,6 @@ class Execution:
         return Failure(what, why, try_, status)
 
 
-class OneOfMany(Execution):
-    """An execution among others: its messages carry its name, and its cells are not reported."""
-
-    def _say_cell(self, entry: CellEntry) -> None:
-        pass
-
-    def _show_line(self, line: str) -> None:
-        self.messages.detail("%s: %s" % (self.name, line))
-
-
 class Task(NamedTuple):
     """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
 
@@ -8173,92 +8005,108 @@ class Task(NamedTuple):
     original: str = ""
 
 
-class Sweep:
-    """Several executions, followed in one conversation: each result is written when it is there."""
+class Batch:
+    """Several executions, so many at once, followed in one conversation: each result is written when it is there."""
 
-    def __init__(self, identity: str, tasks: List[Task], agent: Agent, messages: Messages) -> None:
-        self.id = identity
+    def __init__(
+        self, tasks: List[Task], args: argparse.Namespace, agent: Agent, patterns_of: Callable[[str], List[str]]
+    ) -> None:
+        self.running: Dict[int, Execution] = {}  # by the number of their task, as all is here
         self.agent = agent
-        self.messages = messages
-        self.executions: Dict[int, Execution] = {}
-        self._tasks = dict(enumerate(tasks))  # none where another run of ours began it
-        self._ends: Dict[int, TaskState] = {}
+        self.messages = agent.messages
+        self._tasks = tasks
+        self._args = args
+        self._patterns_of = patterns_of
+        self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
-        self._count = 0
         self._found: List[Found] = []
-        self._handlers: Dict[str, Handler] = {
-            "task": self._take_task,
-            "part": self._take_part,
-            "found": self._say_found,
-        }
 
-    def follow(self, redials: bool, overwrites: bool, brings: List[str]) -> None:
-        """Follow all to their ends; raises Failure with the worst status, which says what failed."""
-
-        def request() -> Request:
-            offsets = {str(index): execution.offset for index, execution in self.executions.items()}
-            return Request(action="follow_grid", id=self.id, offsets=offsets)
-
-        doing = "Executing" if self.messages.has_spinner else ""
-        count = self.agent.ask_on(request, GridReply, doing, self._handlers, redials).count
-        for index, end in sorted(self._ends.items()):
-            if end.end and index not in self._failures:
-                execution = self.executions[index]
-                execution.redials, execution.overwrites, execution.brings = redials, overwrites, brings
-                self._try(index, execution.settle, end.end)
+    def follow(self) -> None:
+        """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
+        waiting = list(range(len(self._tasks)))
+        while waiting or self.running:
+            if waiting and len(self.running) < (self._args.at_once or 1):
+                self._begin(waiting[0])
+                del waiting[0]
+            else:
+                self._hear(len(self._tasks) - len(waiting))
+        for index, (execution, view) in sorted(self._ended.items()):
+            if index not in self._failures:
+                self._try(index, execution.settle, view)
         if self._failures:
             failures = sorted(self._failures.items())
-            why = ["%s: %s" % (self._ends[index].name, what_and_why(failure)) for index, failure in failures]
+            why = ["%s: %s" % (self._tasks[index].name, what_and_why(failure)) for index, failure in failures]
             status = max(failure.status for _, failure in failures)
-            raise Failure("%d of %d executions failed" % (len(failures), count), "\n".join(why), status=status)
-        self.messages.note("All %d are done." % count)
+            what = "%d of %d executions failed" % (len(failures), len(self._tasks))
+            raise Failure(what, "\n".join(why), status=status)
+        self.messages.note("All %d are done." % len(self._tasks))
 
-    def _try(self, index: int, do: Callable[[FollowReply], None], end: FollowReply) -> None:
+    def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:
-            do(end)
+            do(view)
         except Failure as failure:
             self._failures[index] = failure
+
+    def _fail(self, index: int, failure: Failure) -> None:
+        self._failures[index] = failure
+        self.messages.note("%s: %s" % (self._tasks[index].name, what_and_why(failure)))
 
     def _say_found(self, found: Found, show: Show) -> None:
         if not self._found:
             self.agent.say_found(found, show)
         self._found.append(found)
 
-    def _take_part(self, message: Part, show: Show) -> None:
-        if message.file not in map(str, self.executions):
-            raise Wrong("wrong in it: file")
-        self.executions[int(message.file)].take_part(message, lambda words: None)
-
-    def _take_task(self, task: TaskState, show: Show) -> None:
-        if task.index in self._ends:  # told again, after the connection was lost
+    def _begin(self, index: int) -> None:
+        task, redials = self._tasks[index], not self._args.no_reconnect
+        doing = "Launching the execution of " + task.name
+        try:
+            reply = self.agent.ask_on(lambda: task.request, StartReply, doing, {"found": self._say_found}, redials)
+        except NotConnected:
+            raise
+        except Failure as failure:
+            self._fail(index, failure)
             return
-        if self._tasks and task.index not in self._tasks:
-            raise Wrong("wrong in it: index")
-        if task.index not in self.executions:
-            known = self._tasks.get(task.index, Task(task.name, Request(), None))
-            self.executions[task.index] = OneOfMany(
-                task.id, task.name, known.output, self.agent, self.messages, {}, known.original
-            )
-        if task.state != "started":
-            self._ends[task.index] = task
-            self._take_end(task)
-        show("%d done, %d running" % (len(self._ends), len(self.executions) - len(self._ends)))
-
-    def _take_end(self, task: TaskState) -> None:
-        execution = self.executions[task.index]
-        if task.end:
-            self._try(task.index, execution.write, task.end)
-            if task.end.state == "done" or task.index in self._failures:
-                return
-            failure = execution.failure(task.end)
-        elif task.state == "overlap":
+        if not reply.is_started:
             text = "%s is being executed already (%s); --overlap does it all the same."
-            self.messages.warn(text % (task.name, task.id))
+            self.messages.warn(text % (task.name, reply.id))
+            self.messages.event("overlap", id=reply.id)
             return
-        else:
-            stopped = Failure("the execution of %s was stopped before it started" % task.name)
-            failure = self._failures[task.index] = task.trouble.failure() if task.trouble else stopped
-        self.messages.note("%s: %s" % (task.name, what_and_why(failure)))
+        self.messages.event("started", id=reply.id)
+        execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
+        execution.is_one_of_many = True
+        execution.redials, execution.overwrites = redials, self._args.force
+        execution.brings = self._patterns_of(reply.id)
+        self.running[index] = execution
+
+    def _hear(self, begun: int) -> None:
+        """Take what those that run have to tell, until some of them have ended."""
+        by_id = {execution.id: index for index, execution in self.running.items()}
+
+        def request() -> Request:
+            offsets = {execution.id: execution.offset for execution in self.running.values()}
+            return Request(action="follow_runs", ids=list(offsets), offsets=offsets)
+
+        def take_part(message: Part, show: Show) -> None:
+            if message.file not in by_id:
+                raise Wrong("wrong in it: file")
+            self.running[by_id[message.file]].take_part(message, lambda words: None)
+
+        doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
+        doing = doing if self.messages.has_spinner else ""
+        ended = self.agent.ask_on(request, RunsReply, doing, {"part": take_part}, not self._args.no_reconnect).ended
+        if not ended or not {end.id for end in ended} <= set(by_id):
+            raise Wrong("wrong in it: ended")
+        for end in ended:
+            index = by_id[end.id]
+            execution = self.running.pop(index)
+            if end.run:
+                execution.id = end.run.id
+                self._ended[index] = execution, end.run
+                self._try(index, execution.write, end.run)
+                if end.run.state != "done" and index not in self._failures:
+                    self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(end.run))))
+            elif end.trouble:
+                self._fail(index, end.trouble.failure())
 
 
 def what_and_why(failure: Failure) -> str:
@@ -8351,14 +8199,6 @@ def read_text_here(path: str) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
         return stream.read()
     return ""
-
-
-def write_result(path: str, notebook: Json) -> None:
-    """Write a notebook to where a person wants it; raises Failure when it cannot be written."""
-    try:
-        write_through(path, notebook_text(notebook))
-    except OSError as error:
-        raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11948,13 +11788,13 @@ def run_list(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Message
         request = Request(action="list", path=args.destination.path)
         reply = agent.ask(request, ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
-    views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
+    views += [("wrapper", reply.wrappers), ("run", reply.runs)]
     keep_ids(ssh.destination, [view.id for _, found in views for view in found])
     for event, found in views:
         for view in found:
             messages.event(event, **view.facts())
     for event, found in [] if args.json else views:
-        if (event in ("wrapper", "run", "grid") and found) or (event == "server" and reply.jobs):
+        if (event in ("wrapper", "run") and found) or (event == "server" and reply.jobs):
             messages.line("")
         ended = [view for view in found if event == "run" and view.state not in GOING_ON]
         hidden = [] if args.all else ended[ENDED_SHOWN:]
@@ -11974,7 +11814,6 @@ LISTED = {
     "job": JobView,
     "server": ServerView,
     "wrapper": WrapperView,
-    "grid": GridView,
     "run": RunView,
     "kernel": KernelState,
 }  # type: Dict[str, Type[Record]]
@@ -12301,8 +12140,8 @@ def run_execute(args: argparse.Namespace, ssh: Ssh, agent: Agent, messages: Mess
     with ssh:
         for along in filter(None, alongs):
             along.send(agent, not args.no_reconnect)
-        if args.grid or args.at_once or (args.run_id or "").startswith(GRID_PREFIX):
-            follow_sweep(args.run_id or start_sweep(tasks, args, agent, waiting), tasks, args, agent, waiting)
+        if args.grid or args.at_once:
+            execute_many(tasks, args, agent)
         elif args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
             follow(execution, waiting, args)
@@ -12335,7 +12174,7 @@ def check_execute(args: argparse.Namespace) -> None:
     elif any(given.count(name) > 1 for name in names):
         wrong = "a name of --grid has its values there alone, and once"
     elif args.run_id and (names or args.at_once):
-        wrong = "--attach follows what was started with --grid and -j; it takes neither"
+        wrong = "--attach follows one run; --grid and -j go with notebooks"
     if wrong:
         raise Failure("wrong usage", wrong, back_again(args, "execute", "--help"), EXIT_USAGE)
 
@@ -12367,29 +12206,44 @@ def tasks_of(source: Source, args: argparse.Namespace, request: Request) -> List
     return tasks
 
 
-def start_sweep(tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> str:
-    """Write down several executions on the host, and return their common id."""
-    name = " ".join(dict.fromkeys(os.path.basename(name.lstrip(":")) for name in args.notebooks))
-    facts = {"tasks": [task.request for task in tasks], "width": args.at_once or 1}
-    request = Request(action="start_grid", name=name, errand=os.urandom(8).hex(), **facts)
-    identity = agent.ask_on(lambda: request, StartReply, redials=not args.no_reconnect).id
-    text = "Executing %s on %s, %d at once (%s)."
-    words = text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1, identity)
-    agent.messages.step(words, "started", id=identity)
-    return identity
-
-
-def follow_sweep(identity: str, tasks: List[Task], args: argparse.Namespace, agent: Agent, waiting: Queue) -> None:
-    """Follow several executions to their ends; when we leave before, a line says how to go on."""
+def execute_many(tasks: List[Task], args: argparse.Namespace, agent: Agent) -> None:
+    """Execute several notebooks, so many at once. Until all have ended, the same command goes on with them."""
+    messages = agent.messages
+    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    tasks = [task._replace(request=task.request.but(errand="", is_one_of_many=True)) for task in tasks]
+    asked = [task.request.facts() for task in tasks]
+    key = digest_of(json.dumps([agent.ssh.destination, agent.state_dir, asked]))
+    seed = "" if args.overlap else kept.batches.get(key, "")
+    if seed:
+        messages.note("Going on with what the same command has begun; --overlap begins anew.")
+    seed = seed or os.urandom(8).hex()
+    others = [pair for pair in kept.batches.items() if pair[0] != key]
+    keep_listed(kept.but(batches=dict([*others, (key, seed)][-BRINGS_KEPT:])))
+    errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
+    tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
+    batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+    text = "Executing %s on %s, %d at once."
+    messages.note(text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1))
     try:
-        brings = brings_of(args, agent.ssh.destination, identity)
-        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force, brings)
+        batch.follow()
     except (KeyboardInterrupt, Terminated):
-        agent.messages.end_line()
-        text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
-        again = back_again(args, "execute", "--attach", identity)
-        agent.messages.note(text % (again, back_again(args, "stop", identity)))
+        messages.end_line()
+        text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
+        ids = [execution.id for execution in batch.running.values()]
+        messages.note(text % ("   To end it: " + back_again(args, "stop", *ids) if ids else ""))
         raise
+    except NotConnected:
+        raise
+    except Failure:
+        forget_batch(key)
+        raise
+    forget_batch(key)
+
+
+def forget_batch(key: str) -> None:
+    """Write down that there is nothing to go on with: the same command begins anew."""
+    kept = read_record(ListedIds, ids_path()) or ListedIds()
+    keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
 
 
 def along_with(source: Source, paths: List[str]) -> Optional[Along]:
@@ -12718,6 +12572,7 @@ class ListedIds(Record):
 
     hosts: "Dict[str, List[str]]" = {}
     brings: "Dict[str, List[str]]" = {}
+    batches: "Dict[str, str]" = {}  # what tells those executions from others that a command has begun and not ended
 
 
 BRINGS_KEPT = 100  # of the executions that were begun last

@@ -35,6 +35,8 @@ from execution import (
 from jupyters import jupyter_for_everyone, nbclient_alone
 from sides import VENV_BIN, Host, Laptop, User
 
+import rjupyter
+
 # -- G1: a journal on a full disk -------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.nbclient
@@ -289,6 +291,23 @@ def test_cost_grows_with_what_is_new(laptop: Laptop, host: Host) -> None:
     result = laptop.home / "a.executed.ipynb"
     assert notebook_of(result)["metadata"] == notebook_of(laptop.home / "by_nbconvert.ipynb")["metadata"]
     assert ours_s < 2 * theirs_s + 5, "%.1f s where nbconvert takes %.1f s" % (ours_s, theirs_s)
+
+
+def test_cost_of_a_cell_grows_with_its_outputs() -> None:
+    """20,000 outputs of one cell, such as an hour of a progress bar sends, are taken in seconds and not in minutes."""
+    messages = rjupyter.Messages(quiet=True)
+    agent = rjupyter.Agent(rjupyter.Ssh("host", [], False, messages), messages)
+    execution = rjupyter.Execution("r1234", "a.ipynb", "-", agent, messages, {})
+    began = {"kind": "begin", "kernel": "python3", "notebook": {"cells": [code("1")], "metadata": {}, "nbformat": 4}}
+    content = {"output_type": "stream", "name": "stderr", "text": "\r 10% of it"}
+    entries = [{"kind": "output", "index": 0, "at": number, "content": content} for number in range(20000)]
+    lines = "".join(json.dumps(entry) + "\n" for entry in [began, *entries]).encode()
+    since = time.monotonic()
+    for at in range(0, len(lines), rjupyter.PART_BYTES):
+        data = rjupyter.packed(lines[at : at + rjupyter.PART_BYTES])
+        execution.take_part(rjupyter.Part(file="journal", data=data), lambda words: None)
+    assert len(execution.cells[0]["outputs"]) == 20000
+    assert time.monotonic() - since < 60
 
 
 # -- G13: where it runs -----------------------------------------------------------------------------------------------

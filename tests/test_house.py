@@ -293,7 +293,6 @@ def test_an_action_is_sent_all_that_it_comes_to_and_not_what_others_do() -> None
     assert "SCHEDULERS = {" in texts["list"]  # it tells of jobs
     assert "def open_server" not in texts["list"]
     assert "def open_server" in texts["open"]
-    assert 'REQUESTS["start_run"]' in texts["follow_grid"]  # what a grid begins in a job can be asked for there
 
 
 def methods_in(body: Iterable[ast.stmt]) -> Set[Tuple[str, str]]:

@@ -89,8 +89,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "follow_run": {**RUN, "brings": ["*.pt"]},
     "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
-    "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
-    "follow_grid": {"count": 1},
+    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": []}}]},
     "try_job": {"forecast": "soon", "limits": "main", "number": "7", "state": "running", "node": "n1", "trouble": ""},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
@@ -129,8 +128,6 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
     *({"kind": "recorded", "entry": entry} for entry in RECORDED),
-    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "ended", "id": "r07af", "end": {**RUN, "brings": []}},
-    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "failed", "trouble": TROUBLE},
 ]
 # What a person types, and what it asks the host for.
 COMMANDS: Dict[str, List[str]] = {
@@ -153,8 +150,7 @@ COMMANDS: Dict[str, List[str]] = {
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
     "bring_files": ["host", "execute", "--attach", "r07af", "--bring", "*"],
-    "start_grid": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
-    "follow_grid": ["host", "execute", "--attach", "g07af"],
+    "follow_runs": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
 }
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
@@ -401,7 +397,7 @@ def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) 
 
 
 def test_message_that_lies(tmp_path: Path) -> None:
-    actions = ["open", "list", "stop", "start_run", "follow_grid", "start_grid"]
+    actions = ["open", "list", "stop", "start_run", "follow_runs"]
 
     @many(100)
     @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(actions), st.sampled_from(["-v", "--json"]))
