@@ -6365,20 +6365,6 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # What we look at in it. Of what is malformed there nbformat tells; here it is as if it were not there.
 
 
-class Named(Record):
-    """A kernelspec, or language_info."""
-
-    name: str = ""
-    language: str = ""
-
-
-class NotebookMetadata(Record):
-    """The metadata of a notebook."""
-
-    kernelspec: "Named" = Named()
-    language_info: "Named" = Named()
-
-
 class Notebook(Record):
     """A notebook."""
 
@@ -6386,24 +6372,24 @@ class Notebook(Record):
     metadata: "Json" = {}
 
 
-class CellMetadata(Record):
-    """The metadata of a cell."""
-
-    tags: "List[Any]" = []
-
-
 class Cell(Record):
     """A cell; a text is one, or a list of lines."""
 
     cell_type: str = ""
     source: "Any" = ""
-    metadata: "CellMetadata" = CellMetadata()
+    metadata: "Json" = {}
     outputs: "List[Json]" = []
+
+    @property
+    def tags(self) -> "List[Any]":
+        """Its tags."""
+        tags = self.metadata.get("tags")
+        return tags if isinstance(tags, list) else []
 
     def is_executed(self) -> bool:
         """Return what nbclient makes of it."""
         is_code = self.cell_type == "code" and bool(joined_text(self.source).strip())
-        return is_code and "skip-execution" not in self.metadata.tags
+        return is_code and "skip-execution" not in self.tags
 
 
 class Output(Record):
@@ -6663,8 +6649,14 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         return None
     directory = new_dir(KINDS["run"])
     channel.announce(directory)
-    if request.files:
-        request = request.but(path=portable(own_directory(request, directory)))
+    if request.files:  # a directory of its own, in which what goes along lies
+        work = os.path.join(directory, "work")
+        os.mkdir(work, 0o700)
+        with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
+            _, refused = unpack(stream, work, overwrites=False)
+        if refused:
+            raise Failure("not all files sent along could be written on the host", "\n".join(refused))
+        request = request.but(path=portable(work))
     program = leave_agent(directory, run_main, request)
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
@@ -6705,7 +6697,8 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
     found = "more"  # type: Any
     while found == "more":  # the pauses begin anew with each part
         found = until(lambda: followed.look(channel), float("inf"), FOLLOW_MAX_S)
-    return FollowReply.read(found.facts())
+    assert isinstance(found, FollowReply)
+    return found
 
 
 class Followed:
@@ -6816,17 +6809,6 @@ def put_files(request: Request, channel: Channel) -> Record:
     finally:
         os.close(descriptor)
     return Record()
-
-
-def own_directory(request: Request, directory: str) -> str:
-    """Make a directory for a run in which what goes along lies, and return it; raises Failure."""
-    work = os.path.join(directory, "work")
-    os.mkdir(work, 0o700)
-    with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
-        _, refused = unpack(stream, work, overwrites=False)
-    if refused:
-        raise Failure("not all files sent along could be written on the host", "\n".join(refused))
-    return work
 
 
 def bring_files(request: Request, channel: Channel) -> BringReply:
@@ -7064,9 +7046,14 @@ class Run:
 
         specs = KernelSpecManager()
         there = specs.find_kernel_specs()
-        metadata = seen(NotebookMetadata, self.notebook.metadata)
-        language = metadata.language_info.name or metadata.kernelspec.language or "python"
-        wanted = self.request.kernel or metadata.kernelspec.name or "python3"
+
+        def said(part: str, name: str) -> str:
+            facts = self.notebook.metadata.get(part)
+            value = facts.get(name) if isinstance(facts, dict) else ""
+            return value if isinstance(value, str) else ""
+
+        language = said("language_info", "name") or said("kernelspec", "language") or "python"
+        wanted = self.request.kernel or said("kernelspec", "name") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, specs.get_kernel_spec(name).language or language
@@ -7082,23 +7069,23 @@ class Run:
 
         As papermill does it (papermill.readthedocs.io, "Parameterize"); without such a cell, at the top.
         """
-        language = LANGUAGES.get(self.language.lower())
-        if not language:
+        language = self.language.lower()
+        if language not in LANGUAGES:
             known = ", ".join(LANGUAGES)
             raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
-        source = language.source(self.parameters)
+        source = source_of(self.parameters, language)
         cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-" + TAG]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
         cells = self.notebook.cells
         tagged = {}  # type: Dict[str, int]
         for index, other in enumerate(cells):
-            for tag in seen(Cell, other).metadata.tags:
+            for tag in seen(Cell, other).tags:
                 tagged.setdefault(tag, index)
         given, injected = (tagged.get(tag, -1) for tag in (TAG, "injected-" + TAG))
         self.lacks_tag = max(given, injected) < 0
-        if given >= 0:
-            self.unset = language.unset(list(self.parameters), cells[given].source)
+        if given >= 0 and language == "python":
+            self.unset = unset_in(cells[given].source, list(self.parameters))
         if injected >= 0:
             cells[injected] = cell
         else:
@@ -7311,97 +7298,59 @@ def yaml_in(text: str) -> "Any":
         raise ValueError(" ".join(str(error).split())) from None
 
 
-class Language:
-    """How a language of kernels writes down a value: papermill's forms (its translators.py) where they hold.
+# How languages write down values: papermill's forms (its translators.py) where they hold, else as the language has it.
+# Words, by their names in Python; a list; a map; a pair in it. By the name in kernel.json, in lower case.
+LANGUAGES = {
+    "python": ({name: 'float("%s")' % name for name in ("nan", "inf", "-inf")}, "[%s]", "{%s}", "%s: %s"),
+    "r": (
+        {"None": "NULL", "True": "TRUE", "False": "FALSE", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"},
+        *("list(%s)", "list(%s)", "%s = %s"),
+    ),
+    "julia": (
+        {"None": "nothing", "True": "true", "False": "false", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"},
+        *("[%s]", "Dict(%s)", "%s => %s"),
+    ),
+}
 
-    Where papermill's do not, it is as the language has it: infinity in R, a `$` in a text of Julia's.
-    """
 
-    words = {}  # type: Dict[str, str] # by their names in Python
-    sequence = "[%s]"
-    mapping = "{%s}"
-    pair = "%s: %s"
+def source_of(parameters: "Json", language: str) -> str:
+    """Return the cell that sets the parameters; a name in R does not begin with an underscore."""
+    names = {name: name.lstrip("_") if language == "r" else name for name in parameters}
+    lines = ["%s = %s" % (names[name], literal(value, language)) for name, value in parameters.items()]
+    return "\n".join(["# Parameters", *lines])
 
-    def source(self, parameters: "Json") -> str:
-        """Return the cell that sets the parameters."""
-        lines = ["%s = %s" % (self.name(name), self.literal(value)) for name, value in parameters.items()]
-        return "\n".join(["# Parameters", *lines])
 
-    def literal(self, value: "Any") -> str:
-        """Return a value as source; raises ValueError for one that no language has a form for."""
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, list):
-            return self.sequence % ", ".join(map(self.literal, value))
-        if isinstance(value, dict):
-            pairs = [self.pair % (self.text(str(key)), self.literal(value[key])) for key in value]
-            return self.mapping % ", ".join(pairs)
-        if value is not None and not isinstance(value, (int, float)):
-            raise ValueError("there is no form for a %s among the parameters" % type(value).__name__)
-        return self.words.get(str(value), str(value))
+def literal(value: "Any", language: str) -> str:
+    """Return a value as source; raises ValueError for one that no language has a form for."""
+    words, sequence, mapping, pair = LANGUAGES[language]
+    if isinstance(value, str):
+        text = repr(value) if language == "python" else json.dumps(value, ensure_ascii=False)
+        return text.replace("$", "\\$") if language == "julia" else text
+    if isinstance(value, list):
+        return sequence % ", ".join(literal(each, language) for each in value)
+    if isinstance(value, dict):
+        return mapping % ", ".join(pair % (literal(str(key), language), literal(value[key], language)) for key in value)
+    if value is not None and not isinstance(value, (int, float)):
+        raise ValueError("there is no form for a %s among the parameters" % type(value).__name__)
+    return words.get(str(value), str(value))
 
-    def name(self, name: str) -> str:
-        """Return the name of a variable as the language takes it."""
-        return name
 
-    def text(self, value: str) -> str:
-        """Return a text as source."""
-        return json.dumps(value, ensure_ascii=False)
+def unset_in(source: str, names: "List[str]") -> "List[str]":
+    """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
+    import ast
+    import re
 
-    def unset(self, names: "List[str]", source: str) -> "List[str]":
-        """Return those of the names that the source does not set, as far as that can be told."""
+    try:
+        tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
+    except (SyntaxError, ValueError, RecursionError):
         return []
-
-
-class Python(Language):
-    """Python."""
-
-    words = {name: 'float("%s")' % name for name in ("nan", "inf", "-inf")}
-
-    def text(self, value: str) -> str:
-        return repr(value)
-
-    def unset(self, names: "List[str]", source: str) -> "List[str]":
-        import ast
-        import re
-
-        try:
-            tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
-        except (SyntaxError, ValueError, RecursionError):
-            return []  # no Python, but for its magics
-        within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
-        found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
-        for node in rest:  # it grows meanwhile
-            rest += [child for child in ast.iter_child_nodes(node) if not isinstance(child, within)]
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.append(node.id)
-        return [name for name in names if name not in found]
-
-
-class RLanguage(Language):
-    """R; its names do not begin with an underscore."""
-
-    words = {"None": "NULL", "True": "TRUE", "False": "FALSE", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"}
-    sequence = mapping = "list(%s)"
-    pair = "%s = %s"
-
-    def name(self, name: str) -> str:
-        return name.lstrip("_")
-
-
-class Julia(Language):
-    """Julia, where a `$` in a text stands for a variable."""
-
-    words = {"None": "nothing", "True": "true", "False": "false", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"}
-    mapping = "Dict(%s)"
-    pair = "%s => %s"
-
-    def text(self, value: str) -> str:
-        return super().text(value).replace("$", "\\$")
-
-
-# By their names in a kernel's kernel.json, without capitals.
-LANGUAGES = {"python": Python(), "r": RLanguage(), "julia": Julia()}
+    within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+    found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
+    for node in rest:  # it grows meanwhile
+        rest += [child for child in ast.iter_child_nodes(node) if not isinstance(child, within)]
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.append(node.id)
+    return [name for name in names if name not in found]
 
 
 def run_main(directory: str) -> None:
@@ -7894,7 +7843,11 @@ class Execution:
             if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
-        if self.original and read_text_here(path) != self.original:
+        here = ""
+        if self.original:
+            with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
+                here = stream.read()
+        if here != self.original:
             text = "%s was changed here during the execution and is left as it is; the result is beside it."
             self.messages.warn(text % path)
             path = executed_name(path)
@@ -8058,7 +8011,7 @@ class Batch:
 
     def _begin(self, index: int) -> None:
         task, redials = self._tasks[index], not self._args.no_reconnect
-        doing = "Launching the execution of " + task.name
+        doing = "Launching the execution of " + task.name if self.messages.has_spinner else ""
         try:
             reply = self.agent.ask_on(lambda: task.request, StartReply, doing, {"found": self._say_found}, redials)
         except NotConnected:
@@ -8094,10 +8047,12 @@ class Batch:
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
         doing = doing if self.messages.has_spinner else ""
         ended = self.agent.ask_on(request, RunsReply, doing, {"part": take_part}, not self._args.no_reconnect).ended
-        if not ended or not {end.id for end in ended} <= set(by_id):
+        if not ended:
             raise Wrong("wrong in it: ended")
         for end in ended:
-            index = by_id[end.id]
+            index = by_id.pop(end.id, -1)
+            if index < 0:
+                raise Wrong("wrong in it: id")
             execution = self.running.pop(index)
             if end.run:
                 execution.id = end.run.id
@@ -8192,13 +8147,6 @@ def as_shown(line: str) -> str:
     screen.write(line)
     screen.show()
     return shown[-1]
-
-
-def read_text_here(path: str) -> str:
-    """Return the text of a file here; empty when it cannot be read."""
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
-        return stream.read()
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -12226,24 +12174,18 @@ def execute_many(tasks: List[Task], args: argparse.Namespace, agent: Agent) -> N
     messages.note(text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1))
     try:
         batch.follow()
-    except (KeyboardInterrupt, Terminated):
-        messages.end_line()
-        text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
-        ids = [execution.id for execution in batch.running.values()]
-        messages.note(text % ("   To end it: " + back_again(args, "stop", *ids) if ids else ""))
+    except (KeyboardInterrupt, Terminated, NotConnected) as left:
+        if not isinstance(left, NotConnected):
+            messages.end_line()
+            text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
+            ids = [execution.id for execution in batch.running.values()]
+            messages.note(text % ("   To end it: " + back_again(args, "stop", *ids) if ids else ""))
+        key = ""
         raise
-    except NotConnected:
-        raise
-    except Failure:
-        forget_batch(key)
-        raise
-    forget_batch(key)
-
-
-def forget_batch(key: str) -> None:
-    """Write down that there is nothing to go on with: the same command begins anew."""
-    kept = read_record(ListedIds, ids_path()) or ListedIds()
-    keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
+    finally:  # all have ended: the same command begins anew
+        kept = read_record(ListedIds, ids_path()) or ListedIds()
+        if key:
+            keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
 
 
 def along_with(source: Source, paths: List[str]) -> Optional[Along]:

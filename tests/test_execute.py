@@ -428,12 +428,12 @@ def test_wrong_usage(laptop: Laptop, host: Host) -> None:
 @pytest.mark.parametrize("language", list(rjupyter.LANGUAGES))
 def test_each_language_has_a_form_for_each_value(language: str) -> None:
     """A value within a list is written as it is alone; a line for each, and no newline within one."""
-    forms = rjupyter.LANGUAGES[language]
+    _, sequence, _, _ = rjupyter.LANGUAGES[language]
     for value in (None, True, False, 0, -1, 2**40, 1.5, float("nan"), float("inf"), float("-inf"), "", "a\nb", "$x"):
-        alone = forms.literal(value)
-        assert forms.literal([value, value]) == forms.sequence % ", ".join([alone, alone])
+        alone = rjupyter.literal(value, language)
+        assert rjupyter.literal([value, value], language) == sequence % ", ".join([alone, alone])
         assert "\n" not in alone
-    assert len(forms.source({"a": 1, "b": "x"}).splitlines()) == 3
+    assert len(rjupyter.source_of({"a": 1, "b": "x"}, language).splitlines()) == 3
 
 
 def test_name_of_a_grid_has_its_values() -> None:
