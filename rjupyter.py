@@ -570,10 +570,8 @@ class Request(Record):
     files: str = ""  # the digest of the tar that goes along
     offset: int = 0
     data: str = ""  # of that tar, from there on, in base64
-    is_last: bool = False
     brings: "List[str]" = []  # patterns of what comes back
-    tasks: "List[Request]" = []  # of a grid: what is executed, so many at once
-    width: int = 1
+    is_one_of_many: bool = False  # nobody waits for the job in which it starts
     kernel: str = ""
     timeout_s: int = 0
     cell_timeout_s: int = 0
@@ -596,7 +594,7 @@ class Request(Record):
 
     def to_keep(self) -> "Request":
         """Return what may be kept of it: no secrets, and nothing that is long."""
-        return self.but(nonce="", notebook="", parameters=[], parameter_files=[], tasks=[])
+        return self.but(nonce="", notebook="", parameters=[], parameter_files=[])
 
     # What acts at a launch alone: `too_late`. What leads back to one thing and not to another, as far as it is named:
     # `allows`. What makes two requests the same from the start: `same_as`.
@@ -681,15 +679,6 @@ class RunRecord(Kept):
     def odd(self) -> "List[str]":
         """Return what is not as we write it."""
         return ["pid"] if self.pid < 2 else []
-
-
-class GridRecord(Kept):
-    """Several executions, so many at once: grids/ID/grid.json; what is executed stands beside it, request.json."""
-
-    kind = "grid"
-    name: str
-    count: int
-    width: int
 
 
 class JobRecord(Kept):
@@ -850,21 +839,6 @@ class Stopped(Message):
     wrap: "Optional[str]" = None
 
 
-class TaskState(Message):
-    """How one execution of a grid stands: it was started, another one executes its notebook, or it has ended.
-
-    One that ended has its run's end, or why there was none.
-    """
-
-    kind = "task"
-    index: int
-    name: str
-    state: str
-    id: str = ""
-    end: "Optional[FollowReply]" = None
-    trouble: "Optional[Trouble]" = None
-
-
 class Line(Message):
     """A line of a log."""
 
@@ -968,30 +942,22 @@ class FollowReply(RunView):
     brings: "List[str]" = []
 
 
-class GridView(Record):
-    """Several executions, as `list` shows them: how many have begun, and how many of those have ended."""
+class RunEnd(Record):
+    """How one of several executions ended: as a run, or before there was one. The id is that of the run, or its job."""
 
     id: str
-    name: str
-    count: int
-    width: int
-    begun: int
-    ended: int
-    state: str
-    age_s: float
+    run: "Optional[FollowReply]" = None
+    trouble: "Optional[Trouble]" = None
+
+    def odd(self) -> "List[str]":
+        """Return what is missing: it ended in one way or the other."""
+        return [] if self.run or self.trouble else ["run"]
 
 
-class GridReply(Record):
-    """How many executions it was."""
+class RunsReply(Record):
+    """Those of several executions that have ended."""
 
-    count: int
-
-
-class PutReply(Record):
-    """How much of what goes along is there, in bytes; and whether that is all of it."""
-
-    size: int
-    is_whole: bool = False
+    ended: "List[RunEnd]"
 
 
 class BringReply(Record):
@@ -1029,7 +995,6 @@ class ListReply(Record):
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
-    grids: "List[GridView]" = []
 
 
 class KernelState(Record):
@@ -1257,7 +1222,6 @@ EVENTS = {
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
-    "grid": Event("several executions in `list`", tuple(GridView.fields)),
     "wrapper": Event("what starts in a wrapper, in `list`", tuple(WrapperView.fields)),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
@@ -2093,12 +2057,6 @@ COLUMNS = {
         "MEMORY": lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6),
         "GPU": lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6),
         "SERVER": lambda kernel: kernel.server,
-    },
-    "grid": {
-        "ID": lambda grid: grid.id,
-        "STATE": lambda grid: "%d of %d done, %d running" % (grid.ended, grid.count, grid.begun - grid.ended),
-        "NOTEBOOK": lambda grid: grid.name,
-        "AGE": lambda grid: duration(grid.age_s),
     },
     "tunnel": {
         "HOST": lambda row: row["destination"],
@@ -5336,14 +5294,13 @@ MESSAGES = {
     kind.kind: kind
     for kind in (
         *(Hello, Progress, QueueState, Found, Note, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
-        *(TaskState, Recorded),
+        Recorded,
     )
 }
 STOPPED_TEXTS = {
     "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
     "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
     "job": "Cancelled job %(job)s (%(id)s).",
-    "grid": "Stopped the executions of %(name)s (%(id)s); no more of them will start.",
     "wrapper": "Ended what started inside %(wrap)s (%(id)s).",
 }
 
@@ -6072,7 +6029,6 @@ class Background:
 # agent begins
 
 STOP_TIMEOUT_S = 10  # for a cell that was interrupted
-GRID_PREFIX = "g"  # of the ids of grids
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
 GOING_ON = ("starting", "running")
 TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
@@ -6083,20 +6039,6 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # What we look at in it. Of what is malformed there nbformat tells; here it is as if it were not there.
 
 
-class Named(Record):
-    """A kernelspec, or language_info."""
-
-    name: str = ""
-    language: str = ""
-
-
-class NotebookMetadata(Record):
-    """The metadata of a notebook."""
-
-    kernelspec: "Named" = Named()
-    language_info: "Named" = Named()
-
-
 class Notebook(Record):
     """A notebook."""
 
@@ -6104,39 +6046,32 @@ class Notebook(Record):
     metadata: "Json" = {}
 
 
-class CellMetadata(Record):
-    """The metadata of a cell."""
-
-    tags: "List[Any]" = []
-
-
 class Cell(Record):
     """A cell; a text is one, or a list of lines."""
 
     cell_type: str = ""
     source: "Any" = ""
-    metadata: "CellMetadata" = CellMetadata()
+    metadata: "Json" = {}
     outputs: "List[Json]" = []
+
+    @property
+    def tags(self) -> "List[Any]":
+        """Its tags."""
+        tags = self.metadata.get("tags")
+        return tags if isinstance(tags, list) else []
 
     def is_executed(self) -> bool:
         """Return what nbclient makes of it."""
         is_code = self.cell_type == "code" and bool(joined_text(self.source).strip())
-        return is_code and "skip-execution" not in self.metadata.tags
+        return is_code and "skip-execution" not in self.tags
 
 
 class Output(Record):
-    """An output of a cell, or the content of the message that it came in."""
+    """An output of a cell, or the content of a message with one (jupyter-client.readthedocs.io, "Messaging")."""
 
     output_type: str = ""
     text: "Any" = ""
     traceback: "List[str]" = []
-
-
-class KernelMessage(Record):
-    """What a kernel sends to all (jupyter-client.readthedocs.io, "Messaging")."""
-
-    msg_type: str = ""
-    content: "Output" = Output()
 
 
 def seen(kind: "Type[R]", facts: "Any") -> "R":
@@ -6297,8 +6232,9 @@ def why_nothing(record: RunRecord) -> str:
 
 def start_run(request: Request, channel: Channel) -> StartReply:
     """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
-    begun, is_started = begin_run(request, channel)
-    if is_started and begun.kind != "run":  # a job, outside of the lock, for a queue may be long
+    begun, is_started = begin_run(request.but(is_one_of_many=False), channel)
+    is_in_queue = begun.kind != "run" and not request.is_one_of_many
+    if is_started and is_in_queue:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     return StartReply(id=begun.id, pid=begun.pid, is_started=is_started, age_s=begun.age_s())
 
@@ -6344,16 +6280,10 @@ def with_notebook(request: Request, root_dir: str) -> Request:
         request = request.but(file=portable(place + suffix), name=name, key=key)
         directory = os.path.dirname(place)
     request = request.but(path=portable(directory))
-    return request.but(variant=request.variant or variant_of(request))
-
-
-def variant_of(request: Request) -> str:
-    """Return what tells one execution of a notebook from another: where, with what, and whereto.
-
-    A digest, for a value may be a secret.
-    """
     names = ("path", "kernel", "parameters", "parameter_files", "files", "brings", "result")
-    return digest_of(json.dumps([getattr(request, name) for name in names]))
+    # A digest, for a value may be a secret.
+    variant = request.variant or digest_of(json.dumps([getattr(request, name) for name in names]))
+    return request.but(variant=variant)
 
 
 def without_old_outputs(text: str) -> str:
@@ -6393,8 +6323,14 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         return None
     directory = new_dir(KINDS["run"])
     channel.announce(directory)
-    if request.files:
-        request = request.but(path=portable(own_directory(request, directory)))
+    if request.files:  # a directory of its own, in which what goes along lies
+        work = os.path.join(directory, "work")
+        os.mkdir(work, 0o700)
+        with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
+            _, refused = unpack(stream, work, overwrites=False)
+        if refused:
+            raise Failure("not all files sent along could be written on the host", "\n".join(refused))
+        request = request.but(path=portable(work))
     program = leave_agent(directory, run_main, request)
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
@@ -6431,38 +6367,80 @@ def follow_run(request: Request, channel: Channel) -> FollowReply:
         why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
         raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
     files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
+    followed = Followed(known[0], files)
+    found = "more"  # type: Any
+    while found == "more":  # the pauses begin anew with each part
+        found = until(lambda: followed.look(channel), float("inf"), FOLLOW_MAX_S)
+    assert isinstance(found, FollowReply)
+    return found
 
-    late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
-    def look() -> "Any":
-        nonlocal late_until
-        look_anew(known[0].directory)
-        view = KINDS["run"].describe(known[0])  # before the look at its files: what it wrote last is seen
-        if sum(send_part(name, file, channel) for name, file in files.items()):
+class Followed:
+    """A run that is followed: what its files hold beyond an offset is sent, each under a name."""
+
+    def __init__(self, record: RunRecord, files: "Dict[str, Growing]") -> None:
+        self.record = record
+        self.files = files
+        self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
+
+    def look(self, channel: Channel) -> "Any":
+        """Send what is new; return "more" where there was something, and how it ended when all of it was sent."""
+        look_anew(self.record.directory)
+        view = KINDS["run"].describe(self.record)  # before the look at its files: what it wrote last is seen
+        parts = {name: file.part() for name, file in self.files.items()}
+        for name, part in parts.items():
+            if part:
+                channel.send(Part(file=name, data=packed(part)))
+        if any(parts.values()):
             return "more"
         if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
             return None
-        late_until = late_until or time.monotonic() + LATE_S
-        is_whole = not known[0].job or is_in_journal(known[0], EndEntry.kind) or time.monotonic() > late_until
-        return view if is_whole or channel.is_closed else None
-
-    found = "more"  # type: Any
-    while found == "more":  # the pauses begin anew with each part
-        found = until(look, float("inf"), FOLLOW_MAX_S)
-    return FollowReply(brings=known[0].request.brings, **found.facts())
+        self._late_until = self._late_until or time.monotonic() + LATE_S
+        is_late = time.monotonic() > self._late_until or channel.is_closed
+        last_line = end_of_log(os.path.join(self.record.directory, "journal"), 1)
+        is_whole = not self.record.job or '"kind": "%s"' % EndEntry.kind in last_line or is_late
+        return FollowReply(brings=self.record.request.brings, **view.facts()) if is_whole else None
 
 
-def is_in_journal(record: RunRecord, kind: str) -> bool:
-    """True when the journal of a run ends in an entry of this kind."""
-    return '"kind": "%s"' % kind in end_of_log(os.path.join(record.directory, "journal"), 1)
+def follow_runs(request: Request, channel: Channel) -> RunsReply:
+    """Send what the journals of several runs hold beyond the offsets, until some have ended; say which, and how.
 
+    An id may be that of a job that starts a run, which has ended when its job has: then it is out of the queue.
+    """
+    things = {record.id: record for kind in KINDS.values() for record in kind.records() if record.id in request.ids}
+    followed = {}  # type: Dict[str, Followed]
+    ended = []  # type: List[RunEnd]
 
-def send_part(name: str, file: Growing, channel: Channel) -> int:
-    """Send the next bytes of one file of a run, and return how many."""
-    part = file.part()
-    if part:
-        channel.send(Part(file=name, data=packed(part)))
-    return len(part)
+    def look_at(identity: str) -> "Any":
+        if identity not in things:
+            raise Failure("no run of yours has this id: " + identity)
+        kind = KINDS[things[identity].kind]
+        thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
+        run = thing
+        if identity not in followed and kind.name != "run":
+            reply = kind.replied(thing)
+            run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
+        if identity not in followed and run:
+            journal = Growing(os.path.join(run.directory, "journal"), request.offsets.get(identity, 0))
+            followed[identity] = Followed(run, {identity: journal})
+        found = followed[identity].look(channel) if run else None
+        is_over = isinstance(found, FollowReply) and (kind.name == "run" or not kind.goes_on(thing))
+        if is_over:
+            ended.append(RunEnd(id=identity, run=found))
+        return found == "more"
+
+    def look() -> str:
+        has_news = False
+        for identity in request.ids:
+            try:
+                has_news = look_at(identity) or has_news
+            except Failure as failure:
+                ended.append(RunEnd(id=identity, trouble=Trouble.read(failure.facts())))
+        return "ended" if ended or channel.is_closed else "more" if has_news else ""
+
+    while until(look, float("inf"), FOLLOW_MAX_S) == "more":
+        pass  # the pauses begin anew with each part
+    return RunsReply(ended=ended)
 
 
 def packed(part: bytes) -> str:
@@ -6475,160 +6453,7 @@ def packed(part: bytes) -> str:
 
 REQUESTS["start_run"] = start_run
 REQUESTS["follow_run"] = follow_run
-
-
-# -- several at once --------------------------------------------------------------------------------------------------
-
-
-class GridKind(Kind):
-    """Several executions, so many at once. What follows a grid begins them; without one, no more begin."""
-
-    name = "grid"
-    prefix = GRID_PREFIX
-    record = GridRecord
-
-    def running(self) -> "List[GridRecord]":
-        """Return the records of those of which not all has ended."""
-        return [record for record in self.records() if not is_marked(record, "ended") and not is_marked(record, "stop")]
-
-    def listed(self) -> "List[GridRecord]":
-        """Return those that `list` shows: what an ended one executed is there itself."""
-        return self.running()
-
-    def describe(self, record: GridRecord) -> GridView:
-        """Say how far one is."""
-        begun = things_of(left_request(record.directory).tasks).values()
-        facts = {name: getattr(record, name) for name in ("id", "name", "count", "width")}
-        ended = sum(not KINDS[thing.kind].goes_on(thing) for thing in begun)
-        return GridView(begun=len(begun), ended=ended, state="running", age_s=record.age_s(), **facts)
-
-    def end(self, record: GridRecord) -> None:
-        """Begin no more of it, and end what runs."""
-        mark(record, "stop")
-        for thing in things_of(left_request(record.directory).tasks).values():
-            if KINDS[thing.kind].goes_on(thing):
-                last = run_of(thing) or thing
-                KINDS[last.kind].end(last)
-
-
-KINDS["grid"] = GridKind()
-
-
-def things_of(tasks: "List[Request]") -> "Dict[int, Kept]":
-    """Return what was begun for the tasks of a grid, runs or jobs: each has the errand of its task."""
-    by_errand = {record.request.errand: record for kind in KINDS.values() for record in kind.begun()}
-    return {index: by_errand[task.errand] for index, task in enumerate(tasks) if task.errand in by_errand}
-
-
-def run_of(thing: Kept) -> "Optional[Kept]":
-    """Return the run that a job has started, if it has; a run itself. Raises Failure where the job ended before."""
-    if thing.kind == "run":
-        return thing
-    reply = KINDS[thing.kind].replied(thing)
-    return kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
-
-
-def start_grid(request: Request, channel: Channel) -> StartReply:
-    """Write down several executions, and say under which id; what follows it begins them."""
-    begun = begun_by(request)
-    if not begun:
-        forget_ended(KINDS["grid"], KINDS["grid"].running())
-        directory = new_dir(KINDS["grid"])
-        write_whole(os.path.join(directory, "request.json"), json.dumps(request.but(nonce="").facts()))
-        facts = {"created": time.time(), "node": os.uname().nodename, "request": request.to_keep()}
-        record = GridRecord(name=request.name, count=len(request.tasks), width=request.width, **facts)
-        begun = write_down(record, directory)
-    return StartReply(id=begun.id, is_started=True)
-
-
-def follow_grid(request: Request, channel: Channel) -> GridReply:
-    """Begin what a grid holds, so many at once, and send what their journals hold beyond the offsets, to their ends."""
-    known = [record for record in KINDS["grid"].records() if record.id == request.id]
-    if not known:
-        raise Failure("no run of yours has this id: " + request.id, "", "list shows the ids")
-    grid = Grid(known[0], request.offsets, channel)
-    found = "more"
-    while found == "more":  # the pauses begin anew with each part
-        found = until(grid.look, float("inf"), FOLLOW_MAX_S)
-    return GridReply(count=len(grid.tasks))
-
-
-class Grid:
-    """A grid that is followed: its tasks are begun as others end, and told of."""
-
-    def __init__(self, record: GridRecord, offsets: "Dict[str, int]", channel: Channel) -> None:
-        self.record = record
-        self.channel = channel
-        self.tasks = left_request(record.directory).tasks
-        self._offsets = offsets
-        self._things = things_of(self.tasks)  # what was begun for them
-        self._journals = {}  # type: Dict[int, Growing] # of those whose runs are there
-        self._ended = []  # type: List[int]
-        self._over = []  # type: List[int] # of these: a job may be there for a while after what it ran has ended
-
-    def look(self) -> str:
-        """Look at each task once, and begin another one where there is room; return "more" where there was news."""
-        has_news = False
-        for index in [index for index in range(len(self.tasks)) if index not in self._ended]:
-            if index in self._things:
-                has_news = self._follow(index) or has_news
-            elif is_marked(self.record, "stop"):
-                self._tell(index, "stopped")
-        for index in [index for index in self._ended if index in self._things and index not in self._over]:
-            if not KINDS[self._things[index].kind].goes_on(self._things[index]):
-                self._over.append(index)
-        going = [index for index in self._things if index not in self._over]
-        waiting = [index for index in range(len(self.tasks)) if index not in self._things and index not in self._ended]
-        if waiting and len(going) < self.record.width:
-            self._begin(waiting[0])
-            self._things = things_of(self.tasks)
-            return "more"
-        if len(self._ended) == len(self.tasks):
-            mark(self.record, "ended")
-            return "ended"
-        return "more" if has_news else "closed" if self.channel.is_closed else ""
-
-    def _tell(self, index: int, state: str, **facts: "Any") -> None:
-        self.channel.send(TaskState(index=index, name=self.tasks[index].name, state=state, **facts))
-        if state != "started":
-            self._ended.append(index)
-
-    def _begin(self, index: int) -> None:
-        try:
-            task = self.tasks[index].but(action="start_run")  # in a job, it is asked for by that name
-            begun, is_started = begin_run(task, self.channel)
-            if not is_started:
-                self._tell(index, "overlap", id=begun.id)
-        except Failure as failure:
-            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
-
-    def _follow(self, index: int) -> bool:
-        """Send what is new of one task; true where there was something."""
-        begun = self._things[index]
-        thing = record_in(KINDS[begun.kind], begun.directory) or begun  # anew: a job may have got its number
-        self._things[index] = thing
-        try:
-            run = run_of(thing)
-        except Failure as failure:
-            self._tell(index, "failed", trouble=Trouble.read(failure.facts()))
-            return True
-        if not run:
-            return False
-        if index not in self._journals:
-            at = self._offsets.get(str(index), 0)
-            self._journals[index] = Growing(os.path.join(run.directory, "journal"), at)
-            self._tell(index, "started", id=run.id)
-        view = KINDS["run"].describe(run)  # before the look at its journal: what it wrote last is seen
-        if send_part(str(index), self._journals[index], self.channel):
-            return True
-        assert isinstance(view, RunView)
-        if view.state not in GOING_ON:
-            self._tell(index, "ended", id=run.id, end=FollowReply(brings=run.request.brings, **view.facts()))
-        return view.state not in GOING_ON
-
-
-REQUESTS["start_grid"] = start_grid
-REQUESTS["follow_grid"] = follow_grid
+REQUESTS["follow_runs"] = follow_runs
 
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
@@ -6647,74 +6472,32 @@ def files_dir() -> str:
     return directory
 
 
-def put_files(request: Request, channel: Channel) -> PutReply:
-    """Take the next part of a tar, and say how much of it is there. One that was sent before need not be again."""
+def put_files(request: Request, channel: Channel) -> Record:
+    """Take a part of a tar. Whoever sends it writes the same bytes, for its name is their digest."""
     import binascii
 
-    path = os.path.join(files_dir(), os.path.basename(request.files))
-    if os.path.exists(path):
-        os.utime(path, None)
-        return PutReply(size=os.stat(path).st_size, is_whole=True)
-    growing = path + ".part"
-    descriptor = os.open(growing, os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(os.path.join(files_dir(), os.path.basename(request.files)), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.lseek(descriptor, request.offset, os.SEEK_SET)
         write_all(descriptor, binascii.a2b_base64(request.data))
-        size = os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
-    if request.is_last:
-        with open(growing, "rb") as stream:
-            is_whole = digest_of_file(stream) == request.files
-        os.replace(growing, path) if is_whole else os.unlink(growing)
-        if not is_whole:
-            raise Failure("what was sent along did not arrive whole", "another copy of rjupyter is sending it")
-    return PutReply(size=size, is_whole=request.is_last)
-
-
-def digest_of_file(stream: "Any") -> str:
-    """Return what tells the content of a file from others."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in iter(lambda: stream.read(PART_BYTES), b""):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def own_directory(request: Request, directory: str) -> str:
-    """Make a directory for a run in which what goes along lies, and return it; raises Failure."""
-    work = os.path.join(directory, "work")
-    os.mkdir(work, 0o700)
-    with open(os.path.join(files_dir(), os.path.basename(request.files)), "rb") as stream:
-        _, refused = unpack(stream, work, overwrites=False)
-    if refused:
-        raise Failure("not all files sent along could be written on the host", "\n".join(refused))
-    return work
+    return Record()
 
 
 def bring_files(request: Request, channel: Channel) -> BringReply:
     """Send what a run wrote and the request's patterns match, as a tar."""
+    import types
+
     known = [record for record in KINDS["run"].records() if record.id == request.id]
     if not known:
         raise Failure("no run of yours has this id: " + request.id)
     base = native(known[0].root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
-    refused = pack(base, paths, Parts(channel), request.brings)
+    stream = types.SimpleNamespace(write=lambda data: channel.send(Part(file="files", data=packed(data))))
+    refused = pack(base, paths, stream, request.brings)
     return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
-
-
-class Parts:
-    """A stream whose bytes go to the client."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def write(self, data: bytes) -> int:
-        """Send some bytes."""
-        self._channel.send(Part(file="files", data=packed(data)))
-        return len(data)
 
 
 REQUESTS["put_files"] = put_files
@@ -6937,9 +6720,14 @@ class Run:
 
         specs = KernelSpecManager()
         there = specs.find_kernel_specs()
-        metadata = seen(NotebookMetadata, self.notebook.metadata)
-        language = metadata.language_info.name or metadata.kernelspec.language or "python"
-        wanted = self.request.kernel or metadata.kernelspec.name or "python3"
+
+        def said(part: str, name: str) -> str:
+            facts = self.notebook.metadata.get(part)
+            value = facts.get(name) if isinstance(facts, dict) else ""
+            return value if isinstance(value, str) else ""
+
+        language = said("language_info", "name") or said("kernelspec", "language") or "python"
+        wanted = self.request.kernel or said("kernelspec", "name") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, specs.get_kernel_spec(name).language or language
@@ -6955,23 +6743,23 @@ class Run:
 
         As papermill does it (papermill.readthedocs.io, "Parameterize"); without such a cell, at the top.
         """
-        language = LANGUAGES.get(self.language.lower())
-        if not language:
+        language = self.language.lower()
+        if language not in LANGUAGES:
             known = ", ".join(LANGUAGES)
             raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
-        source = language.source(self.parameters)
+        source = source_of(self.parameters, language)
         cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-" + TAG]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
         cells = self.notebook.cells
         tagged = {}  # type: Dict[str, int]
         for index, other in enumerate(cells):
-            for tag in seen(Cell, other).metadata.tags:
+            for tag in seen(Cell, other).tags:
                 tagged.setdefault(tag, index)
         given, injected = (tagged.get(tag, -1) for tag in (TAG, "injected-" + TAG))
         self.lacks_tag = max(given, injected) < 0
-        if given >= 0:
-            self.unset = language.unset(list(self.parameters), cells[given].source)
+        if given >= 0 and language == "python":
+            self.unset = unset_in(cells[given].source, list(self.parameters))
         if injected >= 0:
             cells[injected] = cell
         else:
@@ -7047,9 +6835,8 @@ class Run:
 
     def take_output(self, index: int, message: "Json") -> None:
         """Called for each message: where it gave a cell an output, write that down; or that all are gone."""
-        said_by = seen(KernelMessage, message)
-        content = said_by.content
-        if said_by.msg_type not in ("stream", "error", "display_data", "execute_result", "clear_output"):
+        content = seen(Output, message["content"])
+        if message["msg_type"] not in ("stream", "error", "display_data", "execute_result", "clear_output"):
             return
         said = joined_text(content.text) + "".join(line + "\n" for line in content.traceback)
         with contextlib.suppress(OSError):  # for `logs`; the journal has it all
@@ -7164,7 +6951,7 @@ def parameters_in(name: str, text: str) -> "Json":
         except ValueError:
             if name.lower().endswith(".json"):
                 raise
-            found = read_yaml(text)
+            found = yaml_in(text)
         if not isinstance(found, dict):
             raise ValueError("it is not a map of names to values")
         return {check_name(key): found[key] for key in found}
@@ -7172,172 +6959,72 @@ def parameters_in(name: str, text: str) -> "Json":
         raise ValueError("%s: %s" % (name, error)) from None
 
 
-def read_yaml(text: str) -> "Any":
+def yaml_in(text: str) -> "Any":
     """Return what a YAML file holds, where a date is text as papermill has it; raises ValueError."""
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError:
         raise ValueError("it is YAML, which Jupyter's environment on the host cannot read (it needs PyYAML)") from None
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        yaml_implicit_resolvers = {
-            first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
+    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
     try:
-        return yaml.load(text, Loader)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-class Language:
-    """How a language of kernels writes down a value: papermill's forms (its translators.py) where they hold.
+# How languages write down values: papermill's forms (its translators.py) where they hold, else as the language has it.
+# Words, by their names in Python; a list; a map; a pair in it. By the name in kernel.json, in lower case.
+LANGUAGES = {
+    "python": ({name: 'float("%s")' % name for name in ("nan", "inf", "-inf")}, "[%s]", "{%s}", "%s: %s"),
+    "r": (
+        {"None": "NULL", "True": "TRUE", "False": "FALSE", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"},
+        *("list(%s)", "list(%s)", "%s = %s"),
+    ),
+    "julia": (
+        {"None": "nothing", "True": "true", "False": "false", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"},
+        *("[%s]", "Dict(%s)", "%s => %s"),
+    ),
+}
 
-    Where papermill's do not, it is as the language has it: infinity in R, a `$` in a text of Julia's.
-    """
 
-    comment = "#"
-    assignment = "%s = %s"
-    words = {"None": "None", "True": "true", "False": "false"}  # by their names in Python
-    comma = ", "
-    sequence = "[%s]"
-    mapping = "{%s}"
-    pair = "%s: %s"
+def source_of(parameters: "Json", language: str) -> str:
+    """Return the cell that sets the parameters; a name in R does not begin with an underscore."""
+    names = {name: name.lstrip("_") if language == "r" else name for name in parameters}
+    lines = ["%s = %s" % (names[name], literal(value, language)) for name, value in parameters.items()]
+    return "\n".join(["# Parameters", *lines])
 
-    def source(self, parameters: "Json") -> str:
-        """Return the cell that sets the parameters; raises ValueError for a value that the language has no form for."""
-        lines = [self.comment + " Parameters"]
-        for name, value in parameters.items():
-            try:
-                lines.append(self.assignment % (self.name(name), self.literal(value)))
-            except ValueError as error:
-                raise ValueError("the parameter %s: %s" % (name, error))
-        return "\n".join(lines)
 
-    def literal(self, value: "Any") -> str:
-        """Return a value as source."""
-        if str(value) in self.words and not isinstance(value, str):
-            return self.words[str(value)]
-        if isinstance(value, (int, float)):
-            return self.number(value)
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, list):
-            return self.sequence % self.comma.join(map(self.literal, value))
-        if not isinstance(value, dict):
-            raise ValueError("there is no form for a %s" % type(value).__name__)
-        return self.mapping % ", ".join(self.pair % (self.text(str(key)), self.literal(value[key])) for key in value)
+def literal(value: "Any", language: str) -> str:
+    """Return a value as source; raises ValueError for one that no language has a form for."""
+    words, sequence, mapping, pair = LANGUAGES[language]
+    if isinstance(value, str):
+        text = repr(value) if language == "python" else json.dumps(value, ensure_ascii=False)
+        return text.replace("$", "\\$") if language == "julia" else text
+    if isinstance(value, list):
+        return sequence % ", ".join(literal(each, language) for each in value)
+    if isinstance(value, dict):
+        return mapping % ", ".join(pair % (literal(str(key), language), literal(value[key], language)) for key in value)
+    if value is not None and not isinstance(value, (int, float)):
+        raise ValueError("there is no form for a %s among the parameters" % type(value).__name__)
+    return words.get(str(value), str(value))
 
-    def name(self, name: str) -> str:
-        """Return the name of a variable as the language takes it."""
-        return name
 
-    def number(self, value: float) -> str:
-        """Return a number as source."""
-        return str(value)
+def unset_in(source: str, names: "List[str]") -> "List[str]":
+    """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
+    import ast
+    import re
 
-    def text(self, value: str) -> str:
-        """Return a text as source: JSON's form, which most languages read."""
-        return json.dumps(value, ensure_ascii=False)
-
-    def unset(self, names: "List[str]", source: str) -> "List[str]":
-        """Return those of the names that the source does not set, as far as that can be told."""
+    try:
+        tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
+    except (SyntaxError, ValueError, RecursionError):
         return []
-
-
-class Python(Language):
-    """Python."""
-
-    words = {name: name for name in ("None", "True", "False")}
-    words.update({name: 'float("%s")' % name for name in ("nan", "inf", "-inf")})
-
-    def text(self, value: str) -> str:
-        """Return a text as source."""
-        return repr(value)
-
-    def unset(self, names: "List[str]", source: str) -> "List[str]":
-        """Return the names that no statement of the source sets; none where it is no Python, but for its magics."""
-        import ast
-        import re
-
-        try:
-            tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
-        except (SyntaxError, ValueError, RecursionError):
-            return []
-        within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
-        found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
-        for node in rest:  # it grows meanwhile
-            rest += [child for child in ast.iter_child_nodes(node) if not isinstance(child, within)]
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.append(node.id)
-        return [name for name in names if name not in found]
-
-
-class RLanguage(Language):
-    """R; its names do not begin with an underscore."""
-
-    words = {"None": "NULL", "True": "TRUE", "False": "FALSE", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"}
-    sequence = mapping = "list(%s)"
-    pair = "%s = %s"
-
-    def name(self, name: str) -> str:
-        """Return the name of a variable as R takes it."""
-        return name.lstrip("_")
-
-
-class Julia(Language):
-    """Julia, where a `$` in a text stands for a variable."""
-
-    words = dict(Language.words, **{"None": "nothing", "nan": "NaN", "inf": "Inf", "-inf": "-Inf"})
-    mapping = "Dict(%s)"
-    pair = "%s => %s"
-
-    def text(self, value: str) -> str:
-        """Return a text as source."""
-        return super().text(value).replace("$", "\\$")
-
-
-class Scala(Language):
-    """Scala, whose integers have 32 bits."""
-
-    comment = "//"
-    assignment = "val %s = %s"
-    words = dict(
-        Language.words, **{"nan": "Double.NaN", "inf": "Double.PositiveInfinity", "-inf": "Double.NegativeInfinity"}
-    )
-    sequence = "Seq(%s)"
-    mapping = "Map(%s)"
-    pair = "%s -> %s"
-
-    def number(self, value: float) -> str:
-        """Return a number as source."""
-        return "%s%s" % (value, "L" if isinstance(value, int) and not -(2**31) <= value < 2**31 else "")
-
-
-class Bash(Language):
-    """bash: text, and arrays of it."""
-
-    assignment = "%s=%s"
-    words = dict(Language.words, **{"None": ""})
-    comma = " "
-    sequence = "(%s)"
-
-    def literal(self, value: "Any") -> str:
-        """Return a value as source; raises ValueError for a map, and for lists of lists."""
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
-            raise ValueError("bash has no form for a map, or for lists of lists")
-        return super().literal(value)
-
-    def text(self, value: str) -> str:
-        """Return a text as source."""
-        import shlex
-
-        return shlex.quote(value)
-
-
-# By their names in a kernel's kernel.json, without capitals.
-LANGUAGES = {"python": Python(), "r": RLanguage(), "julia": Julia(), "scala": Scala(), "bash": Bash()}
+    within = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+    found, rest = [], [tree]  # type: Tuple[List[str], List[Any]]
+    for node in rest:  # it grows meanwhile
+        rest += [child for child in ast.iter_child_nodes(node) if not isinstance(child, within)]
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.append(node.id)
+    return [name for name in names if name not in found]
 
 
 def run_main(directory: str) -> None:
@@ -7613,7 +7300,7 @@ def read_local_notebook(path: str) -> str:
 
 
 def parse_parameter(text: str) -> Tuple[str, Any]:
-    """Split NAME=VALUE, the value typed as YAML reads it; raises ValueError with the reason, and a way out."""
+    """Split NAME=VALUE and read the value; raises ValueError with the reason, and a way out."""
     name, equals, value = text.partition("=")
     try:
         check_name(name if equals else "")
@@ -7622,95 +7309,25 @@ def parse_parameter(text: str) -> Tuple[str, Any]:
     try:
         return name, parse_value(value)
     except (ValueError, RecursionError) as error:
-        quoted = "%s='%s'" % (name, value.replace("'", "''"))
-        why = "%s begins like JSON or YAML, and is neither: %s\nas text it is %s, quoted for the shell"
+        quoted = "%s=%s" % (name, json.dumps(value, ensure_ascii=False))
+        why = "%s begins like JSON, and is none: %s\nas text it is %s, quoted for the shell"
         raise ValueError(why % (text, error, quoted)) from None
 
 
 def parse_value(text: str) -> Any:
-    """Return a value as YAML reads it on one line: a list, a map, a quoted text, or a word; raises ValueError."""
-    if text[:1] not in ("[", "{", '"', "'"):
-        return parse_word(text)
-    flow = Flow(text)
-    value = flow.value()
-    flow.skip()
-    if flow.rest:
-        raise ValueError("its end is before %s" % flow.rest)
-    return value
+    """Return a value: JSON, a list of words in brackets, or else the text itself; raises ValueError.
 
-
-def parse_word(text: str) -> Any:
-    """Return what a plain word stands for: YAML 1.2, core schema, and None, nan and inf as papermill has them."""
-    if text in ("", "~", "null", "Null", "NULL", "None"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", text):
-        return int(text)
-    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", text):
-        return int(text, 0)
-    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
-        return float(text)
-    if re.fullmatch(r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)", text):
-        return float(text.replace(".", ""))
-    return text
-
-
-class Flow:
-    """A reader of YAML's flow collections (yaml.org, 1.2, chapter 7.4), and so of JSON. Raises ValueError."""
-
-    def __init__(self, text: str) -> None:
-        self.rest = text
-
-    def skip(self) -> None:
-        """Pass over blanks."""
-        self.rest = self.rest.lstrip()
-
-    def value(self) -> Any:
-        """Read a list, a map, or what stands alone."""
-        self.skip()
-        if self.rest.startswith("["):
-            return self._items("]", self.value)
-        if self.rest.startswith("{"):
-            return dict(self._items("}", self._pair))
-        return self._scalar()
-
-    def _items(self, end: str, read: Callable[[], Any]) -> List[Any]:
-        found = []
-        separator = self.rest[0]
-        while self.rest[:1] == separator:
-            self.rest, separator = self.rest[1:].lstrip(), ","
-            if not self.rest.startswith(end):
-                found.append(read())
-                self.skip()
-        if not self.rest.startswith(end):
-            raise ValueError("a comma or %s is missing before %s" % (end, self.rest or "its end"))
-        self.rest = self.rest[1:]
-        return found
-
-    def _pair(self) -> Tuple[str, Any]:
-        key = self._scalar()
-        if not isinstance(key, str):
-            raise ValueError("the key %s is not text; quote it" % key)
-        self.skip()
-        if not self.rest.startswith(":"):
-            return key, None
-        self.rest = self.rest[1:].lstrip()
-        return key, None if self.rest[:1] in (",", "}") else self.value()
-
-    def _scalar(self) -> Any:
-        if self.rest.startswith('"'):
-            value, end = json.JSONDecoder().raw_decode(self.rest)
-            self.rest = self.rest[end:]
-            return value
-        quoted = re.match(r"'((?:[^']|'')*)'", self.rest)
-        # A colon belongs to a word unless a blank or an end follows it.
-        plain = re.match(r"(?:[^,\[\]{}:'\"]|:(?=[^\s,\[\]{}]))(?:[^,\[\]{}:]|:(?=[^\s,\[\]{}]))*", self.rest)
-        match = quoted or plain
-        if not match:
-            raise ValueError("a value is missing before %s" % (self.rest or "its end"))
-        self.rest = self.rest[match.end() :]
-        return quoted.group(1).replace("''", "'") if quoted else parse_word(match.group().strip())
+    Python's own words mean what they mean there. What begins like JSON, or with a quote, is never taken as it stands.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        parts = [part.strip() for part in text[1:-1].split(",")]
+        if text[:1] == "[" and text[-1:] == "]" and all(parts):
+            return [parse_value(part) for part in parts]
+        if text[:1] in ("[", "{", '"', "'"):
+            raise
+    return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 class Along(NamedTuple):
@@ -7723,6 +7340,7 @@ class Along(NamedTuple):
     @classmethod
     def of(cls, notebook: str, paths: List[str]) -> "Along":
         """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
+        import hashlib
         import tempfile
 
         base = os.path.dirname(os.path.abspath(notebook))
@@ -7741,29 +7359,21 @@ class Along(NamedTuple):
             raise Failure("not everything can be sent along", "\n".join(refused), "--with for each of the other files")
         size = stream.tell()
         stream.seek(0)
-        return cls(stream, digest_of_file(stream), size)
+        digest = hashlib.sha256()
+        for part in iter(lambda: stream.read(PART_BYTES), b""):
+            digest.update(part)
+        return cls(stream, digest.hexdigest(), size)
 
     def send(self, agent: Agent, redials: bool) -> None:
-        """Send what the host has not yet, in parts, each of which may be sent again."""
-        request = Request(action="put_files", files=self.digest)
-        doing = "Sending %.1f MB" % (self.size / 1e6)
-        at = -1
-        while True:
-            reply = agent.ask_on(lambda: request, PutReply, doing, redials=redials)  # noqa: B023 # it asks at once
-            if reply.is_whole:
-                return
-            if request.is_last or not at < reply.size <= self.size:
-                raise Wrong("it has %d of %d bytes, after the part at %d" % (reply.size, self.size, at))
-            at = min(reply.size, self.size - 1)
-            request = self._part(at)
-
-    def _part(self, at: int) -> Request:
+        """Send it to the host, in parts, each of which may be sent again."""
         import binascii
 
-        self.stream.seek(at)
-        data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
-        is_last = at + SENT_BYTES >= self.size
-        return Request(action="put_files", files=self.digest, offset=at, data=data, is_last=is_last)
+        for at in range(0, self.size, SENT_BYTES):
+            self.stream.seek(at)
+            data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
+            request = Request(action="put_files", files=self.digest, offset=at, data=data)
+            doing = "Sending %.1f MB" % (self.size / 1e6)
+            agent.ask_on(lambda: request, Record, doing, redials=redials)  # noqa: B023 # it asks at once
 
 
 SENT_BYTES = 12 << 20  # in one request
@@ -7791,10 +7401,9 @@ class Execution:
         self.notebook: Json = {}
         self.cells: List[Json] = []
         self.seconds = 0.0
-        self.brings: List[
-            str
-        ] = []  # patterns of what is brought: those that were typed here, and no word of the host's
+        self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
+        self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
         self.redials = True
         self.offset = 0  # in its journal
         self.path: Optional[str] = None  # where its result is
@@ -7869,11 +7478,14 @@ class Execution:
     def _outputs(self, index: int) -> List[Json]:
         if not 0 <= index < len(self.cells):
             raise Wrong("wrong in it: index")
-        return seen(Cell, self.cells[index]).outputs
+        cell = self.cells[index]
+        if not isinstance(cell.get("outputs"), list):
+            cell["outputs"] = []
+        outputs: List[Json] = cell["outputs"]
+        return outputs  # no copy: a cell may have many, and each comes by itself
 
     def _take_output(self, entry: OutputEntry, show: Show) -> None:
-        outputs = [*self._outputs(entry.index)[: entry.at], entry.content]
-        self.cells[entry.index] = dict(self.cells[entry.index], outputs=outputs)
+        self._outputs(entry.index)[entry.at :] = [entry.content]
         output = seen(Output, entry.content)
         if output.output_type == "stream":
             self._screen.write(joined_text(output.text))
@@ -7886,14 +7498,12 @@ class Execution:
         self.seconds += entry.seconds
         facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
         self.messages.event("cell", id=self.id, **facts)
-        if entry.is_done and not self.messages.has_spinner and not self.messages.as_json:
-            self._say_cell(entry)
-
-    def _say_cell(self, entry: CellEntry) -> None:
-        self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
+        is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
+        if entry.is_done and not is_silent:
+            self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
 
     def _show_line(self, line: str) -> None:
-        self.messages.detail(line)
+        self.messages.detail("%s: %s" % (self.name, line) if self.is_one_of_many else line)
 
     def _end(self, entry: EndEntry, show: Show) -> None:
         self.notebook = dict(self.notebook, metadata=entry.metadata)
@@ -7907,7 +7517,11 @@ class Execution:
             if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
-        if self.original and read_text_here(path) != self.original:
+        here = ""
+        if self.original:
+            with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
+                here = stream.read()
+        if here != self.original:
             text = "%s was changed here during the execution and is left as it is; the result is beside it."
             self.messages.warn(text % path)
             path = executed_name(path)
@@ -7917,14 +7531,17 @@ class Execution:
             )
         self.path = path
         notebook = dict(self.notebook, cells=self.cells)
-        if self.notebook and leads_to_stdout(path):
+        if self.notebook and path == "-":
             try:
                 self.messages.line(notebook_text(notebook).rstrip("\n"))
             except Failure as lost:
                 lost.try_ = BRINGS_AGAIN
                 raise
         elif self.notebook and path:
-            write_result(path, notebook)
+            try:
+                write_through(path, notebook_text(notebook))
+            except OSError as error:
+                raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         if view.state == "done":
             text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
@@ -7936,7 +7553,7 @@ class Execution:
     def settle(self, view: FollowReply) -> None:
         """Print where the result is, bring what the run wrote, and raise the Failure that its end stands for."""
         path = self.path or ""
-        is_silent = self.messages.as_json or leads_to_stdout(path)
+        is_silent = self.messages.as_json or path == "-"
         if path and self.notebook and not is_silent:
             try:
                 self.messages.line(path)
@@ -8006,16 +7623,6 @@ class Execution:
         return Failure(what, why, try_, status)
 
 
-class OneOfMany(Execution):
-    """An execution among others: its messages carry its name, and its cells are not reported."""
-
-    def _say_cell(self, entry: CellEntry) -> None:
-        pass
-
-    def _show_line(self, line: str) -> None:
-        self.messages.detail("%s: %s" % (self.name, line))
-
-
 class Task(NamedTuple):
     """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
 
@@ -8025,92 +7632,108 @@ class Task(NamedTuple):
     original: str = ""
 
 
-class Sweep:
-    """Several executions, followed in one conversation: each result is written when it is there."""
+class Batch:
+    """Several executions, so many at once, followed in one conversation: each result is written when it is there."""
 
-    def __init__(self, identity: str, tasks: List[Task], agent: Agent, messages: Messages) -> None:
-        self.id = identity
+    def __init__(self, tasks: List[Task], args: "Args", agent: Agent, patterns_of: Callable[[str], List[str]]) -> None:
+        self.running: Dict[int, Execution] = {}  # by the number of their task, as all is here
         self.agent = agent
-        self.messages = messages
-        self.executions: Dict[int, Execution] = {}
-        self._tasks = dict(enumerate(tasks))  # none where another run of ours began it
-        self._ends: Dict[int, TaskState] = {}
+        self.messages = agent.messages
+        self._tasks = tasks
+        self._args = args
+        self._patterns_of = patterns_of
+        self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
-        self._count = 0
         self._found: List[Found] = []
-        self._handlers: Dict[str, Handler] = {
-            "task": self._take_task,
-            "part": self._take_part,
-            "found": self._say_found,
-        }
 
-    def follow(self, redials: bool, overwrites: bool, brings: List[str]) -> None:
-        """Follow all to their ends; raises Failure with the worst status, which says what failed."""
-
-        def request() -> Request:
-            offsets = {str(index): execution.offset for index, execution in self.executions.items()}
-            return Request(action="follow_grid", id=self.id, offsets=offsets)
-
-        doing = "Executing" if self.messages.has_spinner else ""
-        count = self.agent.ask_on(request, GridReply, doing, self._handlers, redials).count
-        for index, end in sorted(self._ends.items()):
-            if end.end and index not in self._failures:
-                execution = self.executions[index]
-                execution.redials, execution.overwrites, execution.brings = redials, overwrites, brings
-                self._try(index, execution.settle, end.end)
+    def follow(self) -> None:
+        """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
+        waiting = list(range(len(self._tasks)))
+        while waiting or self.running:
+            if waiting and len(self.running) < (self._args.at_once or 1):
+                self._begin(waiting[0])
+                del waiting[0]
+            else:
+                self._hear(len(self._tasks) - len(waiting))
+        for index, (execution, view) in sorted(self._ended.items()):
+            if index not in self._failures:
+                self._try(index, execution.settle, view)
         if self._failures:
             failures = sorted(self._failures.items())
-            why = ["%s: %s" % (self._ends[index].name, what_and_why(failure)) for index, failure in failures]
+            why = ["%s: %s" % (self._tasks[index].name, what_and_why(failure)) for index, failure in failures]
             status = max(failure.status for _, failure in failures)
-            raise Failure("%d of %d executions failed" % (len(failures), count), "\n".join(why), status=status)
-        self.messages.note("All %d are done." % count)
+            what = "%d of %d executions failed" % (len(failures), len(self._tasks))
+            raise Failure(what, "\n".join(why), status=status)
+        self.messages.note("All %d are done." % len(self._tasks))
 
-    def _try(self, index: int, do: Callable[[FollowReply], None], end: FollowReply) -> None:
+    def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:
-            do(end)
+            do(view)
         except Failure as failure:
             self._failures[index] = failure
+
+    def _fail(self, index: int, failure: Failure) -> None:
+        self._failures[index] = failure
+        self.messages.note("%s: %s" % (self._tasks[index].name, what_and_why(failure)))
 
     def _say_found(self, found: Found, show: Show) -> None:
         if not self._found:
             self.agent.say_found(found, show)
         self._found.append(found)
 
-    def _take_part(self, message: Part, show: Show) -> None:
-        if message.file not in map(str, self.executions):
-            raise Wrong("wrong in it: file")
-        self.executions[int(message.file)].take_part(message, lambda words: None)
-
-    def _take_task(self, task: TaskState, show: Show) -> None:
-        if task.index in self._ends:  # told again, after the connection was lost
+    def _begin(self, index: int) -> None:
+        task, redials = self._tasks[index], not self._args.no_reconnect
+        doing = "Launching the execution of " + task.name if self.messages.has_spinner else ""
+        try:
+            reply = self.agent.ask_on(lambda: task.request, StartReply, doing, {"found": self._say_found}, redials)
+        except NotConnected:
+            raise
+        except Failure as failure:
+            self._fail(index, failure)
             return
-        if self._tasks and task.index not in self._tasks:
-            raise Wrong("wrong in it: index")
-        if task.index not in self.executions:
-            known = self._tasks.get(task.index, Task(task.name, Request(), None))
-            self.executions[task.index] = OneOfMany(
-                task.id, task.name, known.output, self.agent, self.messages, {}, known.original
-            )
-        if task.state != "started":
-            self._ends[task.index] = task
-            self._take_end(task)
-        show("%d done, %d running" % (len(self._ends), len(self.executions) - len(self._ends)))
-
-    def _take_end(self, task: TaskState) -> None:
-        execution = self.executions[task.index]
-        if task.end:
-            self._try(task.index, execution.write, task.end)
-            if task.end.state == "done" or task.index in self._failures:
-                return
-            failure = execution.failure(task.end)
-        elif task.state == "overlap":
+        if not reply.is_started:
             text = "%s is being executed already (%s); --overlap does it all the same."
-            self.messages.warn(text % (task.name, task.id))
+            self.messages.warn(text % (task.name, reply.id))
+            self.messages.event("overlap", id=reply.id)
             return
-        else:
-            stopped = Failure("the execution of %s was stopped before it started" % task.name)
-            failure = self._failures[task.index] = task.trouble.failure() if task.trouble else stopped
-        self.messages.note("%s: %s" % (task.name, what_and_why(failure)))
+        self.messages.event("started", id=reply.id)
+        execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
+        execution.is_one_of_many = True
+        execution.redials, execution.overwrites = redials, self._args.force
+        execution.brings = self._patterns_of(reply.id)
+        self.running[index] = execution
+
+    def _hear(self, begun: int) -> None:
+        """Take what those that run have to tell, until some of them have ended."""
+        by_id = {execution.id: index for index, execution in self.running.items()}
+
+        def request() -> Request:
+            offsets = {execution.id: execution.offset for execution in self.running.values()}
+            return Request(action="follow_runs", ids=list(offsets), offsets=offsets)
+
+        def take_part(message: Part, show: Show) -> None:
+            if message.file not in by_id:
+                raise Wrong("wrong in it: file")
+            self.running[by_id[message.file]].take_part(message, lambda words: None)
+
+        doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
+        doing = doing if self.messages.has_spinner else ""
+        ended = self.agent.ask_on(request, RunsReply, doing, {"part": take_part}, not self._args.no_reconnect).ended
+        if not ended:
+            raise Wrong("wrong in it: ended")
+        for end in ended:
+            index = by_id.pop(end.id, -1)
+            if index < 0:
+                raise Wrong("wrong in it: id")
+            execution = self.running.pop(index)
+            if end.run:
+                execution.id = end.run.id
+                self._ended[index] = execution, end.run
+                self._try(index, execution.write, end.run)
+                if end.run.state != "done" and index not in self._failures:
+                    self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(end.run))))
+            elif end.trouble:
+                self._fail(index, end.trouble.failure())
 
 
 def what_and_why(failure: Failure) -> str:
@@ -8124,8 +7747,15 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
     What a file's name should not have is left out, and a digest stands for it.
     """
     stem = name[: -len(".ipynb")] if name.endswith(".ipynb") else name
-    as_is = {key: isinstance(value, str) and parse_word(value) == value for key, value in values.items()}
-    label = ",".join("%s=%s" % (key, value if as_is[key] else json.dumps(value)) for key, value in values.items())
+
+    def is_word(value: Any) -> bool:
+        try:
+            return isinstance(value, str) and bool(parse_value(value) == value)
+        except ValueError:
+            return False
+
+    words = {key: value if is_word(value) else json.dumps(value) for key, value in values.items()}
+    label = ",".join("%s=%s" % pair for pair in words.items())
     short = re.sub(r"[^\w.+=,-]", "_", label)[:50]
     short += "" if short == label else "-" + digest_of(label)[:6]
     return "%s.%s.ipynb" % (stem, short) if values else name
@@ -8189,31 +7819,6 @@ def as_shown(line: str) -> str:
     screen.write(line)
     screen.show()
     return shown[-1]
-
-
-def read_text_here(path: str) -> str:
-    """Return the text of a file here; empty when it cannot be read."""
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as stream:
-        return stream.read()
-    return ""
-
-
-def leads_to_stdout(path: str) -> bool:
-    """Return true for -, and for what leads to our own stdout by another name."""
-    if path == "-":
-        return True
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
-
-
-def write_result(path: str, notebook: Json) -> None:
-    """Write a notebook to where a person wants it; raises Failure when it cannot be written."""
-    try:
-        write_through(path, notebook_text(notebook))
-    except OSError as error:
-        raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11542,7 +11147,7 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         request = Request(action="list", path=args.destination.path)
         reply = agent.ask(request, ListReply, "Asking the servers")
     views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
-    views += [("wrapper", reply.wrappers), ("grid", reply.grids), ("run", reply.runs)]
+    views += [("wrapper", reply.wrappers), ("run", reply.runs)]
     listed, ids = listed_ids(), [view.id for _, found in views for view in found]
     if listed.hosts.get(ssh.destination) != ids:
         keep_listed(listed.but(hosts={**listed.hosts, ssh.destination: ids}))
@@ -11550,7 +11155,7 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         for view in found:
             messages.event(event, **view.facts())
     for event, found in [] if args.json else views:
-        if (event in ("wrapper", "run", "grid") and found) or (event == "server" and reply.jobs):
+        if (event in ("wrapper", "run") and found) or (event == "server" and reply.jobs):
             messages.line("")
         ended = [view for view in found if event == "run" and view.state not in GOING_ON]
         hidden = [] if args.all else ended[ENDED_SHOWN:]
@@ -11843,8 +11448,8 @@ def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     with ssh:
         for along in filter(None, alongs):
             along.send(agent, not args.no_reconnect)
-        if args.grid or args.at_once or (args.run_id or "").startswith(GRID_PREFIX):
-            follow_sweep(args.run_id or start_sweep(tasks, args, agent, waiting), tasks, args, agent, waiting)
+        if args.grid or args.at_once:
+            execute_many(tasks, args, agent)
         elif args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
             follow(execution, waiting, args)
@@ -11872,8 +11477,7 @@ def check_execute(args: Args) -> None:
         "--grid has many results, each named by its values; neither -o nor --inplace goes with it": names
         and (args.inplace or args.output),
         "a name of --grid has its values there alone, and once": any(given.count(name) > 1 for name in names),
-        "--attach follows what was started with --grid and -j; it takes neither": args.run_id
-        and (names or args.at_once),
+        "--attach follows one run; --grid and -j go with notebooks": args.run_id and (names or args.at_once),
     }
     for why in filter(wrong.get, wrong):
         raise wrong_usage(why, args.again("execute", "--help"))
@@ -11906,29 +11510,38 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
     return tasks
 
 
-def start_sweep(tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> str:
-    """Write down several executions on the host, and return their common id."""
-    name = " ".join(dict.fromkeys(os.path.basename(name.lstrip(":")) for name in args.notebooks))
-    facts = {"tasks": [task.request for task in tasks], "width": args.at_once or 1}
-    request = Request(action="start_grid", name=name, errand=os.urandom(8).hex(), **facts)
-    identity = agent.ask_on(lambda: request, StartReply, redials=not args.no_reconnect).id
-    text = "Executing %s on %s, %d at once (%s)."
-    words = text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1, identity)
-    agent.messages.step(words, "started", id=identity)
-    return identity
-
-
-def follow_sweep(identity: str, tasks: List[Task], args: Args, agent: Agent, waiting: Queue) -> None:
-    """Follow several executions to their ends; when we leave before, a line says how to go on."""
+def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
+    """Execute several notebooks, so many at once. Until all have ended, the same command goes on with them."""
+    messages = agent.messages
+    kept = listed_ids()
+    tasks = [task._replace(request=task.request.but(errand="", is_one_of_many=True)) for task in tasks]
+    asked = [task.request.facts() for task in tasks]
+    key = digest_of(json.dumps([agent.ssh.destination, agent.state_dir, asked]))
+    seed = "" if args.overlap else kept.batches.get(key, "")
+    if seed:
+        messages.note("Going on with what the same command has begun; --overlap begins anew.")
+    seed = seed or os.urandom(8).hex()
+    others = [pair for pair in kept.batches.items() if pair[0] != key]
+    keep_listed(kept.but(batches=dict([*others, (key, seed)][-BRINGS_KEPT:])))
+    errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
+    tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
+    batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+    text = "Executing %s on %s, %d at once."
+    messages.note(text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1))
     try:
-        brings = brings_of(args, agent.ssh.destination, identity)
-        Sweep(identity, tasks, agent, agent.messages).follow(not args.no_reconnect, args.force, brings)
-    except (KeyboardInterrupt, Terminated):
-        agent.messages.end_line()
-        text = "What is running keeps running. To follow it again, and start the rest: %s   To end it: %s"
-        again = args.again("execute", "--attach", identity)
-        agent.messages.note(text % (again, args.again("stop", identity)))
+        batch.follow()
+    except (KeyboardInterrupt, Terminated, NotConnected) as left:
+        if not isinstance(left, NotConnected):
+            messages.end_line()
+            text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
+            ids = [execution.id for execution in batch.running.values()]
+            messages.note(text % ("   To end it: " + args.again("stop", *ids) if ids else ""))
+        key = ""
         raise
+    finally:  # all have ended: the same command begins anew
+        kept = read_record(ListedIds, ids_path()) or ListedIds()
+        if key:
+            keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
 
 
 def along_with(source: Source, paths: List[str]) -> Optional[Along]:
@@ -12233,6 +11846,7 @@ class ListedIds(Record):
 
     hosts: "Dict[str, List[str]]" = {}
     brings: "Dict[str, List[str]]" = {}
+    batches: "Dict[str, str]" = {}  # what tells those executions from others that a command has begun and not ended
 
 
 BRINGS_KEPT = 100  # of the executions that were begun last

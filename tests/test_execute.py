@@ -104,7 +104,9 @@ def test_parameters(laptop: Laptop, host: Host) -> None:
     injected = cells_of(result)[2]
     assert injected["metadata"]["tags"] == ["injected-parameters"]
     # Again: the earlier injection is replaced.
-    assert laptop.run("host", "execute", "--inplace", "p.executed.ipynb", "-p", "epochs=3", "-p", "b=.inf").status == 0
+    assert (
+        laptop.run("host", "execute", "--inplace", "p.executed.ipynb", "-p", "epochs=3", "-p", "b=Infinity").status == 0
+    )
     assert len(cells_of(result)) == 4
     assert printed(result)[-1] == "3 'x' inf\n"
 
@@ -409,7 +411,7 @@ WRONG: List[Tuple[List[str], int, str]] = [
     (["a.ipynb", "a.ipynb", "-o", "x"], 2, "-o goes with one notebook"),
     (["a.ipynb", "-p", "1=2"], 2, "a parameter is NAME=VALUE"),
     (["a.ipynb", "-p", "import=2"], 2, "a parameter is NAME=VALUE"),
-    (["a.ipynb", "-p", "x=[1,"], 2, "begins like JSON or YAML, and is neither"),
+    (["a.ipynb", "-p", "x=[1,"], 2, "begins like JSON, and is none"),
     (["a.ipynb", "--timeout", "soon"], 2, "a duration is a number"),
     (["a.ipynb", "-o", "nowhere/x.ipynb"], 1, "no place for the result"),
     (["a.ipynb", "--attach", "r1234"], 2, "execute takes notebooks, or --attach ID"),
@@ -426,12 +428,12 @@ def test_wrong_usage(laptop: Laptop, host: Host) -> None:
 @pytest.mark.parametrize("language", list(rjupyter.LANGUAGES))
 def test_each_language_has_a_form_for_each_value(language: str) -> None:
     """A value within a list is written as it is alone; a line for each, and no newline within one."""
-    forms = rjupyter.LANGUAGES[language]
+    _, sequence, _, _ = rjupyter.LANGUAGES[language]
     for value in (None, True, False, 0, -1, 2**40, 1.5, float("nan"), float("inf"), float("-inf"), "", "a\nb", "$x"):
-        alone = forms.literal(value)
-        assert forms.literal([value, value]) == forms.sequence % forms.comma.join([alone, alone])
-        assert "\n" not in alone or language == "bash"
-    assert len(forms.source({"a": 1, "b": "x"}).splitlines()) == 3
+        alone = rjupyter.literal(value, language)
+        assert rjupyter.literal([value, value], language) == sequence % ", ".join([alone, alone])
+        assert "\n" not in alone
+    assert len(rjupyter.source_of({"a": 1, "b": "x"}, language).splitlines()) == 3
 
 
 def test_name_of_a_grid_has_its_values() -> None:

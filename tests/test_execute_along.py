@@ -10,7 +10,7 @@ import stat
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import pytest
 from client import check_failure
@@ -509,38 +509,51 @@ def logs_itself(host: Host) -> str:
     return "with open(%r, 'a') as log: log.write('%%s\\n' %% lr)" % str(host.home / "log")
 
 
-def start_grid(laptop: Laptop, host: Host, *options: str) -> Tuple[Run, str]:
-    """Start a grid of four that wait, at most two at once; return the run when two of them do, and the grid's id."""
+GRID = ["--grid", "lr=[1, 2, 3, 4]", "-j", "2"]
+
+
+def start_grid(laptop: Laptop, host: Host, *options: str) -> Run:
+    """Start a grid of four that wait, at most two at once; return the run when two of them do."""
     write_grid(laptop, logs_itself(host), waiting_for(host.home / "go"))
-    grid = ["--grid", "lr=[1, 2, 3, 4]", "-j", "2"]
-    run = laptop.start("host", "execute", "a.ipynb", *grid, *options, has_terminal=False)
-    identity = run.expect(r"\((g[0-9a-f]{4,})\)").group(1)
+    run = laptop.start("host", "execute", "a.ipynb", *GRID, *options, has_terminal=False)
     wait_for_runs(run, host, 2)
-    return run, identity
+    return run
 
 
-def test_stop_takes_the_id_of_a_grid(laptop: Laptop, host: Host) -> None:
-    """Decided: a grid's id is `g` and hex digits, said when it starts. `stop` ends what runs; no more begin. (16)"""
-    run, identity = start_grid(laptop, host)
-    stop = laptop.run("host", "stop", identity)
+def test_stop_of_what_a_grid_runs(laptop: Laptop, host: Host) -> None:
+    """Ctrl-C names what runs; `stop` ends it, no more begin, and the same command brings what there is. (16)"""
+    run = start_grid(laptop, host)
+    run.interrupt()
+    assert run.wait() == 130, run.text
+    (ids,) = re.findall(r"host stop((?: r[0-9a-f]{4}){2})$", run.stderr, re.MULTILINE)
+    stop = laptop.run("host", "stop", *ids.split())
     assert stop.status == 0, stop.text
-    assert run.wait() == 1, run.text
     (host.home / "go").touch()
     time.sleep(3)
     assert len(begun(host)) == 2
-    assert not [path for path in results(laptop, run) if any("went" in words for words in printed(path))]
+    again = laptop.start("host", "execute", "a.ipynb", *GRID, has_terminal=False)
+    assert again.wait(300) == 1 and "2 of 4 executions failed" in again.stderr, again.text
+    assert sorted(begun(host)) == list("1234")
 
 
-def test_attach_takes_the_id_of_a_grid(laptop: Laptop, host: Host, mark: str) -> None:
-    """We are killed; what runs goes on, and --attach with the grid's id brings all, also what had not begun. (16)"""
-    run, identity = start_grid(laptop, host)
-    os.kill(run.pid, signal.SIGKILL)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str, signum: int) -> None:
+    """We are gone; what runs goes on, and the same command brings all, also what had not begun, and once. (16)
+
+    Then it is over: the command executes all of them anew.
+    """
+    run = start_grid(laptop, host)
+    os.kill(run.pid, signum)
     run.wait()
+    assert "same command" in run.stderr or signum == signal.SIGKILL
     (host.home / "go").touch()
-    again = laptop.start("host", "execute", "--attach", identity, has_terminal=False)
-    assert again.wait(300) == 0, again.text
-    said = sorted(printed(path)[-1].strip() for path in results(laptop, again))
-    assert said == ["1", "2", "3", "4"]
+    for times in (1, 2):
+        again = laptop.start("host", "execute", "a.ipynb", *GRID, has_terminal=False)
+        assert again.wait(300) == 0, again.text
+        said = sorted(printed(path)[-1].strip() for path in results(laptop, again))
+        assert said == ["1", "2", "3", "4"]
+        assert sorted(begun(host)) == sorted("1234" * times)
+        assert ("Going on" in again.stderr) == (times == 1)
 
 
 def test_grid_of_eight_survives_a_cut_connection(laptop: Laptop, host: Host) -> None:

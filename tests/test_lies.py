@@ -87,10 +87,9 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "examine_inside": EXAMINED,
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "follow_run": {**RUN, "brings": ["*.pt"]},
-    "put_files": {"size": 10240, "is_whole": True},
+    "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
-    "start_grid": {"id": "g07af", "is_started": True, "pid": 0, "age_s": 0},
-    "follow_grid": {"count": 1},
+    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": []}}]},
     "forecast_job": {"said": "soon", "is_refused": True, "limits": "main"},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
@@ -129,8 +128,6 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
     *({"kind": "recorded", "entry": entry} for entry in RECORDED),
-    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "ended", "id": "r07af", "end": {**RUN, "brings": []}},
-    {"kind": "task", "index": 0, "name": "a.ipynb", "state": "failed", "trouble": TROUBLE},
 ]
 # What a person types, and what it asks the host for.
 COMMANDS: Dict[str, List[str]] = {
@@ -153,8 +150,7 @@ COMMANDS: Dict[str, List[str]] = {
     "follow_run": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
     "bring_files": ["host", "execute", "--attach", "r07af", "--bring", "*"],
-    "start_grid": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
-    "follow_grid": ["host", "execute", "--attach", "g07af"],
+    "follow_runs": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
 }
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
@@ -407,21 +403,8 @@ def test_what_a_cell_printed_may_have_numbers_that_json_has_not(tmp_path: Path) 
     assert "x/y" in out
 
 
-def test_host_that_never_has_what_goes_along(tmp_path: Path) -> None:
-    """It says so after each part: 10240 is all there is of it."""
-    for size in (-1, 0, 1, 10240, 10**12):
-        lies = {**REPLIES, "put_files": {"size": size, "is_whole": False}}
-
-        def answer(request: Dict[str, Any], lies: Dict[str, Any] = lies) -> List[Any]:
-            return [{"kind": "reply", "reply": lies[request["action"]]}]
-
-        status, out, err, _ = outcome(COMMANDS["put_files"], answer, tmp_path)
-        check(status, out, err)
-        assert status == 1 and "makes no sense" in err, size
-
-
 def test_message_that_lies(tmp_path: Path) -> None:
-    actions = ["open", "list", "stop", "start_run", "follow_grid", "start_grid"]
+    actions = ["open", "list", "stop", "start_run", "follow_runs"]
 
     @many(100)
     @given(st.sampled_from(TOLD).flatmap(lies_about), st.sampled_from(actions), st.sampled_from(["-v", "--json"]))

@@ -236,7 +236,7 @@ def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
     monkeypatch.setenv("HOME", str(tmp_path))
     messages = rjupyter.Messages(quiet=True)
     agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, False), messages)
-    assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).grids == []
+    assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).runs == []
 
 
 def test_directory_into_which_something_is_written_as_it_is_removed(
