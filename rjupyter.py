@@ -6231,36 +6231,32 @@ def why_nothing(record: RunRecord) -> str:
 
 
 def start_run(request: Request, channel: Channel) -> StartReply:
-    """Start to execute a notebook, detached, and say which run it is; or which one has it in hand."""
-    begun, is_started = begin_run(request.but(is_one_of_many=False), channel)
-    is_in_queue = begun.kind != "run" and not request.is_one_of_many
-    if is_started and is_in_queue:  # outside of the lock, for a queue may be long
-        return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
-    return StartReply(id=begun.id, pid=begun.pid, is_started=is_started, age_s=begun.age_s())
+    """Start to execute a notebook, detached, or submit a job that does, and say which run or job it is.
 
-
-def begin_run(request: Request, channel: Channel) -> "Tuple[Kept, bool]":
-    """Start to execute a notebook, or submit a job that does; return that, and true. It is the same when asked again.
-
-    Where the notebook is executed so already, return what does it, and false.
+    It is the same when asked again. Where the notebook is executed so already, say what does it.
     """
+    waits = not request.is_one_of_many
+    request = request.but(is_one_of_many=False)
     root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
     request = with_notebook(request, root_dir)
     jobs = [kind for kind in KINDS.values() if kind.takes(request)]
+    same = []  # type: List[Kept]
     with one_at_a_time(own_tmp_dir(), channel, "another run of rjupyter is starting; waiting"):
         begun = begun_by(request)
-        if begun:
-            return begun, True
-        if not request.overlaps:
-            same = [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
+        if not begun and not request.overlaps:
+            same += [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
-            if same:
-                return same[0], False
-        if not request.wrapper:
+        is_new = not begun and not same
+        if is_new and not request.wrapper:
             forget_ended(KINDS["run"], KINDS["run"].running())
-        if jobs:
-            return jobs[0].begin(request, channel), True
-        return launch(request, root_dir, channel, launch_run, PROGRAMS)[0], True
+        if is_new and jobs:
+            begun = jobs[0].begin(request, channel)
+        elif is_new:
+            begun = launch(request, root_dir, channel, launch_run, PROGRAMS)[0]
+    if begun and begun.kind != "run" and waits:  # outside of the lock, for a queue may be long
+        return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
+    found = begun or same[0]
+    return StartReply(id=found.id, pid=found.pid, is_started=bool(begun), age_s=found.age_s())
 
 
 def with_notebook(request: Request, root_dir: str) -> Request:
@@ -6563,7 +6559,12 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
 
     refused = []
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
-        for path in dict.fromkeys(each for top in paths for each in all_below(top)):
+        found = []
+        for top in paths:
+            within = os.walk(top) if not os.path.islink(top) else ()
+            below = [os.path.join(place, name) for place, places, names in within for name in places + names]
+            found += [top, *sorted(below)]
+        for path in dict.fromkeys(found):
             name = os.path.relpath(path, base)
             if patterns is not None and path not in paths and not is_matched(name, patterns):
                 continue
@@ -6581,14 +6582,6 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
             except OSError as error:
                 refused.append("%s: %s" % (portable(name), error.strerror or error))
     return refused
-
-
-def all_below(path: str) -> "Iterator[str]":
-    """Yield a path, and of a directory all that is in it; links are not followed."""
-    yield path
-    for place, places, names in os.walk(path) if not os.path.islink(path) else ():
-        places.sort()
-        yield from (os.path.join(place, name) for name in sorted(places + names))
 
 
 def check_within(base: str, path: str) -> None:
@@ -6675,12 +6668,8 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
 # -- a run itself, under the Python of Jupyter's environment ----------------------------------------------------------
 
 
-class StopAsked(Exception):
-    """The run was told to stop, between two cells."""
-
-
 class TimeIsUp(Exception):
-    """The limit of the whole has passed, between two cells."""
+    """The limit of the whole has passed, or the run was told to stop, between two cells."""
 
 
 class Run:
@@ -6697,7 +6686,10 @@ class Run:
         self.kernel, self.language = self._choose_kernel()
         self.lacks_tag = False
         self.unset = []  # type: List[str]
-        self.parameters = all_parameters(self.request)
+        self.parameters = {}  # type: Json # the last word for a name holds, and -p is over the files
+        for name, text in self.request.parameter_files:
+            self.parameters.update(parameters_in(name, text))
+        self.parameters.update(dict(self.request.parameters))
         if self.parameters:
             self._inject_parameters()
         code = [index for index, cell in enumerate(self.notebook.cells) if seen(Cell, cell).is_executed()]
@@ -6747,8 +6739,10 @@ class Run:
         if language not in LANGUAGES:
             known = ", ".join(LANGUAGES)
             raise ValueError("its language is %s; parameters can be written in %s" % (self.language, known))
-        source = source_of(self.parameters, language)
-        cell = self.nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-" + TAG]})
+        lines = ["# Parameters"]
+        for name, value in self.parameters.items():  # in R, none begins with an underscore
+            lines.append("%s = %s" % (name.lstrip("_") if language == "r" else name, literal(value, language)))
+        cell = self.nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-" + TAG]})
         if self.notebook.nbformat_minor < 5:
             cell.pop("id", None)
         cells = self.notebook.cells
@@ -6805,7 +6799,7 @@ class Run:
     def before_cell(self, index: int, engine: "Any") -> None:
         """Called before each cell: write it down, and give the engine the time that is left."""
         if os.path.exists(os.path.join(self.directory, "stop")):
-            raise StopAsked()
+            raise TimeIsUp()
         self._began = time.monotonic()
         if index in self.numbers:
             self.keep_state(cell=self.numbers[index])
@@ -6933,16 +6927,6 @@ def check_name(name: "Any") -> str:
     return name
 
 
-def all_parameters(request: Request) -> "Json":
-    """Return the parameters of a request: the last word for a name holds, and -p is over the files."""
-    found = {}  # type: Json
-    for name, text in request.parameter_files:
-        found.update(parameters_in(name, text))
-    for name, value in request.parameters:
-        found[name] = value
-    return found
-
-
 def parameters_in(name: str, text: str) -> "Json":
     """Return the parameters that a file holds: JSON, or YAML where this Python can read it; raises ValueError."""
     try:
@@ -6985,13 +6969,6 @@ LANGUAGES = {
         *("[%s]", "Dict(%s)", "%s => %s"),
     ),
 }
-
-
-def source_of(parameters: "Json", language: str) -> str:
-    """Return the cell that sets the parameters; a name in R does not begin with an underscore."""
-    names = {name: name.lstrip("_") if language == "r" else name for name in parameters}
-    lines = ["%s = %s" % (names[name], literal(value, language)) for name, value in parameters.items()]
-    return "\n".join(["# Parameters", *lines])
 
 
 def literal(value: "Any", language: str) -> str:
@@ -7195,8 +7172,12 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
         return "stopped", place
     if run.signal:
         return "ended", "it was ended by %s %s" % (run.signal, place)
-    if not run.has_kernel:
-        return why_not_started(run, error)
+    last_line = str(error).strip().split("\n")[-1]
+    if not run.has_kernel and time.monotonic() >= run.deadline - 1:
+        return "timeout", "its time ran out before the kernel %s had started" % run.kernel
+    if not run.has_kernel:  # what it said itself is the end of our log
+        said = end_of_log(os.path.join(run.directory, "log"), 5)
+        return "unstarted", "\n".join(filter(None, [last_line, said]))
     if isinstance(error, (CellTimeoutError, TimeIsUp)):
         return "timeout", "its time ran out " + place
     if isinstance(error, DeadKernelError):
@@ -7208,15 +7189,7 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
     import traceback
 
     traceback.print_exc()  # the disk is full
-    return "failed", "%s: %s" % (type(error).__name__, str(error).strip().split("\n")[-1])
-
-
-def why_not_started(run: Run, error: BaseException) -> "Tuple[str, str]":
-    """Return why a kernel did not start: out of time, or what it said itself, which is the end of our log."""
-    if time.monotonic() >= run.deadline - 1:
-        return "timeout", "its time ran out before the kernel %s had started" % run.kernel
-    said = end_of_log(os.path.join(run.directory, "log"), 5)
-    return "unstarted", "\n".join(filter(None, [str(error).strip().split("\n")[-1], said]))
+    return "failed", "%s: %s" % (type(error).__name__, last_line)
 
 
 # agent ends
@@ -7299,21 +7272,6 @@ def read_local_notebook(path: str) -> str:
     return text
 
 
-def parse_parameter(text: str) -> Tuple[str, Any]:
-    """Split NAME=VALUE and read the value; raises ValueError with the reason, and a way out."""
-    name, equals, value = text.partition("=")
-    try:
-        check_name(name if equals else "")
-    except ValueError:
-        raise ValueError("a parameter is NAME=VALUE, with a name that Python takes, not %r" % text) from None
-    try:
-        return name, parse_value(value)
-    except (ValueError, RecursionError) as error:
-        quoted = "%s=%s" % (name, json.dumps(value, ensure_ascii=False))
-        why = "%s begins like JSON, and is none: %s\nas text it is %s, quoted for the shell"
-        raise ValueError(why % (text, error, quoted)) from None
-
-
 def parse_value(text: str) -> Any:
     """Return a value: JSON, a list of words in brackets, or else the text itself; raises ValueError.
 
@@ -7338,12 +7296,15 @@ class Along(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, notebook: str, paths: List[str]) -> "Along":
+    def of(cls, source: Source, paths: List[str]) -> "Along":
         """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
         import hashlib
         import tempfile
 
-        base = os.path.dirname(os.path.abspath(notebook))
+        if source.is_on_host:
+            why = "%s is on the host, where its own directory has what it needs" % source.name
+            raise Failure("wrong usage", "--with goes with notebooks that are here: " + why, "", EXIT_USAGE)
+        base = os.path.dirname(os.path.abspath(source.name))
         for path in paths:
             is_below = os.path.join(os.path.abspath(path), "").startswith(os.path.join(base, ""))
             why = "" if os.path.lexists(path) else "there is no such file"
@@ -10420,12 +10381,27 @@ def _moment(text: str) -> float:
 
 
 def _grid(text: str) -> Tuple[str, List[Any]]:
-    name, values = parse_parameter(text)
+    name, values = _parameter(text)
     if not isinstance(values, list) or not values:
         raise ValueError("a grid is NAME=[VALUE, ...], not %r" % text)
     if len({repr(value) for value in values}) < len(values):
         raise ValueError("a value stands twice in %r" % text)
     return name, values
+
+
+def _parameter(text: str) -> Tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        check_name(name if equals else "")
+    except ValueError:
+        why = "a parameter is NAME=VALUE, with a name that Python takes, not %r" % text
+        raise ValueError(why) from None
+    try:
+        return name, parse_value(value)
+    except (ValueError, RecursionError) as error:
+        quoted = "%s=%s" % (name, json.dumps(value, ensure_ascii=False))
+        why = "%s begins like JSON, and is none: %s\nas text it is %s, quoted for the shell"
+        raise ValueError(why % (text, error, quoted)) from None
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -11440,7 +11416,7 @@ def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
     request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
-    alongs = [along_with(source, args.along) for source in sources]
+    alongs = [Along.of(source, args.along) if args.along else None for source in sources]
     requests = [request.but(files=along.digest) if along else request for along in alongs]
     tasks = [task for s, r in zip(sources, requests) for task in tasks_of(s, args, r)]
     hint = args.again
@@ -11510,6 +11486,9 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
     return tasks
 
 
+BATCH_S = 20 * 3600  # for which the same command goes on with what it began
+
+
 def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     """Execute several notebooks, so many at once. Until all have ended, the same command goes on with them."""
     messages = agent.messages
@@ -11518,9 +11497,12 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     asked = [task.request.facts() for task in tasks]
     key = digest_of(json.dumps([agent.ssh.destination, agent.state_dir, asked]))
     seed = "" if args.overlap else kept.batches.get(key, "")
+    begun = re.match(r"([0-9a-f]{1,9})\.", seed)
+    if not begun or time.time() - int(begun.group(1), 16) > BATCH_S:
+        seed = ""  # that was killed, perhaps, and this is the next night's
     if seed:
         messages.note("Going on with what the same command has begun; --overlap begins anew.")
-    seed = seed or os.urandom(8).hex()
+    seed = seed or "%x.%s" % (int(time.time()), os.urandom(8).hex())
     others = [pair for pair in kept.batches.items() if pair[0] != key]
     keep_listed(kept.but(batches=dict([*others, (key, seed)][-BRINGS_KEPT:])))
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
@@ -11542,16 +11524,6 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
         kept = read_record(ListedIds, ids_path()) or ListedIds()
         if key:
             keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
-
-
-def along_with(source: Source, paths: List[str]) -> Optional[Along]:
-    """Return the files that go along with a notebook; None if there are none. Raises Failure."""
-    if not paths:
-        return None
-    if source.is_on_host:
-        why = "%s is on the host, where its own directory has what it needs" % source.name
-        raise Failure("wrong usage", "--with goes with notebooks that are here: " + why, "", EXIT_USAGE)
-    return Along.of(source.name, paths)
 
 
 def read_parameter_file(path: str) -> List[str]:
@@ -11917,7 +11889,7 @@ OPTIONS_OF: Dict[str, List[Option]] = {
         Option(
             "-p NAME=VALUE",
             "a variable for the notebook, as YAML reads it; repeatable",
-            parse_parameter,
+            _parameter,
             [],
             dest="parameters",
         ),

@@ -433,7 +433,6 @@ def test_each_language_has_a_form_for_each_value(language: str) -> None:
         alone = rjupyter.literal(value, language)
         assert rjupyter.literal([value, value], language) == sequence % ", ".join([alone, alone])
         assert "\n" not in alone
-    assert len(rjupyter.source_of({"a": 1, "b": "x"}, language).splitlines()) == 3
 
 
 def test_name_of_a_grid_has_its_values() -> None:
