@@ -6616,6 +6616,9 @@ def unpack(
                 if member.size < 0 or left < 0:
                     raise Wrong("%s: it has %d bytes, more than came" % (member.name, member.size))
                 members.append(member)
+            stream.seek(tar.offset)  # where tarfile took a damaged head for the end
+            if any(block.strip(b"\0") for block in iter(lambda: stream.read(PART_BYTES), b"")):
+                raise Wrong("it is damaged")
             # Links come last: nothing goes through a link of it.
             for member in sorted(members, key=lambda member: member.issym()):
                 try:
@@ -8864,7 +8867,14 @@ def list_kernels(request: Request, channel: Channel) -> KernelsReply:
 
 
 def all_processes() -> "Dict[int, Tuple[int, int, str]]":
-    """Return of each process its parent, its resident bytes and its command line (ps(1), POSIX and rss)."""
+    """Return of each process its parent, its resident bytes and its command line: from /proc (proc(5)), or from ps."""
+    found = {}
+    if os.path.exists("/proc/self/statm"):
+        for pid, parent in parents().items():
+            with contextlib.suppress(OSError), open("/proc/%d/statm" % pid, "rb") as process:
+                pages = int(process.read().split()[1])
+                found[pid] = (parent, pages * os.sysconf("SC_PAGE_SIZE"), command_of_process(pid))
+        return found
     _, said, _ = run_command(["ps", "-axww", "-o", "pid=,ppid=,rss=,args="], COMMAND_TIMEOUT_S)
     rows = [line.split(None, 3) for line in said.splitlines()]
     rows = [row for row in rows if len(row) == 4 and all(word.isdigit() for word in row[:3])]

@@ -3,16 +3,20 @@
 import shutil
 from typing import Any
 
+import pytest
 from sides import Laptop
 
 
 def chromium(laptop: Laptop) -> Any:
-    """Return a headless Chromium with a profile of its own, as a context manager."""
+    """Return a headless Chromium with a profile of its own, as a context manager; skip where there is none."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program or not shutil.which("chromedriver"):
+        pytest.skip("there is no chromium with its chromedriver; tests/setup.sh installs them")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    options.binary_location = program
     profile = laptop.home / "chromium"
     for argument in (
         "--headless=new",

@@ -31,6 +31,7 @@ mount --make-private "$bare"
 mount --bind /dev "$bare/dev"
 mount -t devpts devpts "$bare/dev/pts"
 mount -t proc proc "$bare/proc"
+[ -e "$bare/etc/hosts" ] || echo "127.0.0.1 localhost" >"$bare/etc/hosts"
 settings="export LANG=C.UTF-8"
 for file in /etc/resolv.conf /etc/pip.conf "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}"; do
     [ ! -f "$file" ] || install -D -m 644 "$file" "$bare$file"
