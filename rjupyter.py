@@ -3674,15 +3674,23 @@ def problem_of(script: str) -> str:
     """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
     if not os.path.isfile(script):
         return "not there"
-    if not os.access(script, os.X_OK):
+    if not os.access(script, os.X_OK | os.R_OK):
         return "not executable"
+    interpreter = match_head(script, r"#![ \t]*(\S+)")
+    return "needs %s, which is gone" % portable(interpreter) if interpreter and not os.path.exists(interpreter) else ""
+
+
+def match_head(script: str, *forms: str) -> str:
+    """Return what the first of these forms that fits the beginning of a script finds in it; empty when none does."""
+    import re
+
     try:
         with open(script, "rb") as stream:
-            first = stream.readline(512)
-    except OSError as error:
-        return str(error)
-    words = first[2:].split() if first.startswith(b"#!") else []
-    return "" if not words or os.path.exists(words[0]) else "needs %s, which is gone" % portable(os.fsdecode(words[0]))
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        return ""
+    found = next(filter(None, (re.match(form, head) for form in forms)), None)
+    return found.group(1) if found else ""
 
 
 # -- the environment of the user's shell ------------------------------------------------------------------------------
@@ -3827,21 +3835,17 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
         return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
     own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
     own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
-    for path in sorted(glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))):
-        own_environ.update({name: str(value) for name, value in read_json(path).items()})
-    variables = read_record(CondaState, os.path.join(prefix, "conda-meta/state"))
-    own_environ.update(variables.env_vars if variables else {})
+    files = glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))
+    variables = [read_json(path) for path in sorted(files)]  # type: List[Any]
+    variables.append(read_json(os.path.join(prefix, "conda-meta/state")).get("env_vars"))  # `conda env config vars set`
+    for several in variables:
+        if isinstance(several, dict):
+            own_environ.update({name: str(value) for name, value in several.items()})
     nonce = os.urandom(8).hex()
     script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
     argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
     said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
     return environment_in(said, nonce) or own_environ
-
-
-class CondaState(Record):
-    """What `conda env config vars set` keeps in an environment: conda-meta/state."""
-
-    env_vars: "Dict[str, str]" = {}
 
 
 # -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
@@ -3878,31 +3882,27 @@ def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
 
 
-def project_environments(root_dir: str) -> "List[str]":
-    """Return the virtual environments (PEP 405) of the opened directory, then of those above it, up to home."""
+def launchers_of_project(
+    root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
+) -> "Iterator[Launcher]":
+    """Yield the launchers of the project's own virtual environments (PEP 405), in the opened directory and above it.
+
+    One that has no Jupyter is named, with what adds it: its modules cannot be imported in the Jupyter of another
+    environment, which is taken then.
+    """
     home = os.path.realpath(os.path.expanduser("~"))
     place = os.path.realpath(root_dir or home)
     above = [place]
     while (place + os.sep).startswith(home + os.sep) and place != home:
         place = os.path.dirname(place)
         above.append(place)
-    found = [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]
-    return [prefix for prefix in found if os.path.isfile(os.path.join(prefix, "pyvenv.cfg"))]
-
-
-def launchers_of_project(
-    root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
-) -> "Iterator[Launcher]":
-    """Yield the launchers of the project's own environments; name one that has no Jupyter, with what adds it.
-
-    Its modules cannot be imported in the Jupyter of another environment, which is taken then.
-    """
-    for prefix in project_environments(root_dir):
-        try:
-            yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
-        except Failure as failure:
-            tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
-            channel.send(Lacking(path=portable(prefix), try_=failure.try_))
+    for prefix in [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]:
+        if os.path.isfile(os.path.join(prefix, "pyvenv.cfg")):
+            try:
+                yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
+            except Failure as failure:
+                tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
+                channel.send(Lacking(path=portable(prefix), try_=failure.try_))
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -3938,17 +3938,8 @@ def python_named_by(script: str) -> str:
 
     Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
     """
-    import re
-
-    try:
-        with open(script, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        return ""
-    forms = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
-    named = next(filter(None, (re.match(form, head) for form in forms)), None)
-    named = named or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    return named.group(1) if named else ""
+    plain, by_env = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
+    return match_head(script, plain, by_env, r"(?s).*?'''exec' \"?([^\"\n]*/python[\d.]*)\"? ")
 
 
 def interpreter_of(found: Launcher) -> str:
@@ -3971,15 +3962,8 @@ def version_of(found: Launcher) -> str:
     """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
     import glob
 
-    script = found.argv[0]
-    prefixes = [os.path.dirname(os.path.dirname(path)) for path in (script, os.path.realpath(script))]
-    try:
-        with open(script, "rb") as stream:
-            first = stream.readline(512)
-        prefixes.append(os.path.dirname(os.path.dirname(os.fsdecode(first[2:].split()[0]))))
-    except (OSError, IndexError):
-        pass
-    for prefix in prefixes:
+    commands = [found.argv[0], os.path.realpath(found.argv[0]), interpreter_of(found)]
+    for prefix in [os.path.dirname(os.path.dirname(command)) for command in commands if command]:
         for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
             name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
             paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
