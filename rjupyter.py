@@ -536,7 +536,6 @@ class Request(Record):
     port: int = 0
     ip: str = "127.0.0.1"
     socket: bool = False
-    no_socket: str = ""  # why there is none although it was asked for
     server_args: "List[str]" = []
     idle_timeout_s: int = 0
     no_record: bool = False
@@ -658,7 +657,6 @@ class ServerRecord(Kept):
     port: int = 0
     runtime_dir: str
     local_port: int
-    no_socket: str = ""
     has_answered: bool = True
     info: "Optional[RuntimeInfo]" = None  # what Jupyter's file said when it answered first
     manager: str = ""  # what else it belongs to: JupyterHub
@@ -880,7 +878,6 @@ class OpenReply(RuntimeInfo):
     pid: int
     app: str
     app_version: str = ""
-    no_socket: str = ""  # why there is no socket although it was asked for
     file: str = ""  # the notebook that PATH names, relative to root_dir; empty for none
     local_port: int  # the one it was reached by before, or is to be reached by
     node: str  # the host's own name, or that of the node that its job runs on
@@ -1458,10 +1455,14 @@ def boot_identity() -> str:
 def process_identity(pid: int) -> str:
     """Return what tells this process from a later one with the same pid: the boot, and when it was started.
 
-    Empty when there is no such process; nothing behind the colon when nothing more can be told of it.
+    Empty when there is no such process; nothing behind the colon where /proc tells of others (`is_own_proc`).
     """
     if not is_own_proc():
-        return boot_identity() + ":" if session_of(pid) and not is_zombie(pid) else ""
+        try:
+            has_ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None  # and is a zombie
+        except ChildProcessError:
+            has_ended = not session_of(pid)
+        return "" if has_ended else boot_identity() + ":"
     try:
         with open("/proc/%d/stat" % pid, "rb") as process:
             fields = process.read().rpartition(b")")[2].split()
@@ -1471,12 +1472,14 @@ def process_identity(pid: int) -> str:
         pass
     if os.path.exists("/proc/self/stat"):
         return ""
+    import calendar
+
     # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
     argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
-    words = run_command(argv, COMMAND_TIMEOUT_S)[1].split()
-    if words:
-        return "" if words[0].startswith("Z") else ":" + " ".join(words[1:])
-    return ":" if session_of(pid) else ""
+    state, _, start = run_command(argv, COMMAND_TIMEOUT_S)[1].strip().partition(" ")
+    if not start or state.startswith("Z"):
+        return ""
+    return ":%d" % calendar.timegm(time.strptime(start.strip(), "%a %b %d %H:%M:%S %Y"))
 
 
 def parents() -> "Dict[int, int]":
@@ -1503,41 +1506,23 @@ def is_own_proc() -> bool:
         return True  # there is none
 
 
-def is_zombie(pid: int) -> bool:
-    """True for a child of ours that has ended and was not waited for yet."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return False
-
-
 def is_same_process(pid: int, identity: str) -> bool:
     """True when the process with this pid is the one that had this identity.
 
-    What could not be read, then or now, does not tell two apart. Where nothing can be, one that leads a session may be
-    ours: so were those that we started.
+    A boot that could not be read, then or now, does not tell two apart. Where no start can be told, one that leads a
+    session may be ours: so do those that we started.
     """
     now = process_identity(pid)
-    if not now or not identity:
-        return False
     (boot, _, start), (old_boot, _, old_start) = now.partition(":"), identity.partition(":")
-    if not start:
-        return identity == now and session_of(pid) == pid
+    if not (start and old_start.isdecimal()):
+        return bool(now) and identity == now and session_of(pid) == pid
     is_same_boot = not boot or not old_boot or boot.split("/")[0] == old_boot.split("/")[0]
-    return is_same_boot and (start == old_start or abs(ps_time(start) - ps_time(old_start)) <= PS_ERROR_S)
+    return is_same_boot and abs(int(start) - int(old_start)) <= START_ERROR
 
 
-PS_ERROR_S = 2  # procps and FreeBSD's kernel reckon a start from the time of the boot, which a clock that is set moves
-
-
-def ps_time(start: str) -> float:
-    """Return the second (UTC) that ps gave as a process's start; not a number for what /proc gave, which is exact."""
-    import calendar
-
-    try:
-        return calendar.timegm(time.strptime(start, "%a %b %d %H:%M:%S %Y"))
-    except ValueError:
-        return float("nan")
+# Ticks of /proc or seconds of ps: procps and FreeBSD's kernel reckon a start from the time of the boot, which a clock
+# that is set moves.
+START_ERROR = 2
 
 
 def has_exited(pid: int) -> bool:
@@ -3294,12 +3279,12 @@ class Here(Elsewhere):
         record = self.record
         until(lambda: not self.is_running(), polite_s)
         for signum in (signal.SIGTERM, signal.SIGKILL):
-            if self.is_running() and record.identity != ":":  # what may be another's is not killed
+            if self.is_running():
                 # We made the group of ours; another's may hold a terminal.
                 (os.killpg if record.is_ours else os.kill)(record.pid, signum)
                 until(lambda: not self.is_running(), 3)
         for pid, identity in children:
-            if identity != ":" and is_same_process(pid, identity):
+            if is_same_process(pid, identity):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -3646,15 +3631,23 @@ def problem_of(script: str) -> str:
     """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
     if not os.path.isfile(script):
         return "not there"
-    if not os.access(script, os.X_OK):
+    if not os.access(script, os.X_OK | os.R_OK):
         return "not executable"
+    interpreter = match_head(script, r"#![ \t]*(\S+)")
+    return "needs %s, which is gone" % portable(interpreter) if interpreter and not os.path.exists(interpreter) else ""
+
+
+def match_head(script: str, *forms: str) -> str:
+    """Return what the first of these forms that fits the beginning of a script finds in it; empty when none does."""
+    import re
+
     try:
         with open(script, "rb") as stream:
-            first = stream.readline(512)
-    except OSError as error:
-        return str(error)
-    words = first[2:].split() if first.startswith(b"#!") else []
-    return "" if not words or os.path.exists(words[0]) else "needs %s, which is gone" % portable(os.fsdecode(words[0]))
+            head = os.fsdecode(stream.read(1024))
+    except OSError:
+        return ""
+    found = next(filter(None, (re.match(form, head) for form in forms)), None)
+    return found.group(1) if found else ""
 
 
 # -- the environment of the user's shell ------------------------------------------------------------------------------
@@ -3799,21 +3792,17 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
         return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
     own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
     own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
-    for path in sorted(glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))):
-        own_environ.update({name: str(value) for name, value in read_json(path).items()})
-    variables = read_record(CondaState, os.path.join(prefix, "conda-meta/state"))
-    own_environ.update(variables.env_vars if variables else {})
+    files = glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))
+    variables = [read_json(path) for path in sorted(files)]  # type: List[Any]
+    variables.append(read_json(os.path.join(prefix, "conda-meta/state")).get("env_vars"))  # `conda env config vars set`
+    for several in variables:
+        if isinstance(several, dict):
+            own_environ.update({name: str(value) for name, value in several.items()})
     nonce = os.urandom(8).hex()
     script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
     argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
     said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
     return environment_in(said, nonce) or own_environ
-
-
-class CondaState(Record):
-    """What `conda env config vars set` keeps in an environment: conda-meta/state."""
-
-    env_vars: "Dict[str, str]" = {}
 
 
 # -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
@@ -3850,31 +3839,27 @@ def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
 
 
-def project_environments(root_dir: str) -> "List[str]":
-    """Return the virtual environments (PEP 405) of the opened directory, then of those above it, up to home."""
+def launchers_of_project(
+    root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
+) -> "Iterator[Launcher]":
+    """Yield the launchers of the project's own virtual environments (PEP 405), in the opened directory and above it.
+
+    One that has no Jupyter is named, with what adds it: its modules cannot be imported in the Jupyter of another
+    environment, which is taken then.
+    """
     home = os.path.realpath(os.path.expanduser("~"))
     place = os.path.realpath(root_dir or home)
     above = [place]
     while (place + os.sep).startswith(home + os.sep) and place != home:
         place = os.path.dirname(place)
         above.append(place)
-    found = [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]
-    return [prefix for prefix in found if os.path.isfile(os.path.join(prefix, "pyvenv.cfg"))]
-
-
-def launchers_of_project(
-    root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
-) -> "Iterator[Launcher]":
-    """Yield the launchers of the project's own environments; name one that has no Jupyter, with what adds it.
-
-    Its modules cannot be imported in the Jupyter of another environment, which is taken then.
-    """
-    for prefix in project_environments(root_dir):
-        try:
-            yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
-        except Failure as failure:
-            tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
-            channel.send(Lacking(path=portable(prefix), try_=failure.try_))
+    for prefix in [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]:
+        if os.path.isfile(os.path.join(prefix, "pyvenv.cfg")):
+            try:
+                yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
+            except Failure as failure:
+                tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
+                channel.send(Lacking(path=portable(prefix), try_=failure.try_))
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -3910,17 +3895,8 @@ def python_named_by(script: str) -> str:
 
     Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
     """
-    import re
-
-    try:
-        with open(script, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        return ""
-    forms = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
-    named = next(filter(None, (re.match(form, head) for form in forms)), None)
-    named = named or re.search(r"'''exec' \"?([^\"\n]*/python[\d.]*)\"? ", head)
-    return named.group(1) if named else ""
+    plain, by_env = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
+    return match_head(script, plain, by_env, r"(?s).*?'''exec' \"?([^\"\n]*/python[\d.]*)\"? ")
 
 
 def interpreter_of(found: Launcher) -> str:
@@ -3943,15 +3919,8 @@ def version_of(found: Launcher) -> str:
     """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
     import glob
 
-    script = found.argv[0]
-    prefixes = [os.path.dirname(os.path.dirname(path)) for path in (script, os.path.realpath(script))]
-    try:
-        with open(script, "rb") as stream:
-            first = stream.readline(512)
-        prefixes.append(os.path.dirname(os.path.dirname(os.fsdecode(first[2:].split()[0]))))
-    except (OSError, IndexError):
-        pass
-    for prefix in prefixes:
+    commands = [found.argv[0], os.path.realpath(found.argv[0]), interpreter_of(found)]
+    for prefix in [os.path.dirname(os.path.dirname(command)) for command in commands if command]:
         for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
             name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
             paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
@@ -4326,7 +4295,11 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
 # -- launch -----------------------------------------------------------------------------------------------------------
 
 
-REFUSED = {"preferred_dir": "referred dir"}  # settings that Jupyter ends over, and its words that do not name them
+# What Jupyter ends over, by its words for that, and what helps.
+REFUSED = {
+    "referred dir": "another preferred_dir in its configuration",
+    "are mutually exclusive": "no port in its configuration, or open without --socket",
+}
 
 
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
@@ -4344,7 +4317,6 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
-    no_socket = request.no_socket
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
@@ -4354,7 +4326,6 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             port=port,
             runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
             local_port=request.local_port,
-            no_socket=no_socket,
             has_answered=False,
             **facts_of(process, root_dir, request),
         )
@@ -4363,6 +4334,9 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             info = wait_for_server(record, deadline - time.monotonic(), channel)
             if not info and process.poll() is None:
                 raise too_slow(request.start_timeout_s, log)
+            if info and request.socket and not info.sock:
+                why = "this Jupyter knows none, or its configuration says where it listens"
+                raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
         except Failure:
             end_session(process.pid)
             process.wait()
@@ -4379,9 +4353,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
-        if not port and "are mutually exclusive" in tail:
-            no_socket = "its configuration names a port"
-        elif "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
+        if "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
     raise not_started(process.returncode, tail, set_aside(directory))
 
@@ -4402,8 +4374,6 @@ def write_down_answer(record: ServerRecord, info: RuntimeInfo, found: Launcher) 
     """Write down of a server that it answered, and what Jupyter says of it; return its record."""
     record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
     record.app_version = version_of(found)
-    if record.request.socket and not info.sock:
-        record.no_socket = record.no_socket or "this Jupyter knows none"
     return write_down(record, record.directory)
 
 
@@ -4416,7 +4386,7 @@ def too_slow(timeout_s: float, log: str) -> Failure:
 def not_started(status: int, tail: str, kept: str) -> Failure:
     """Return the failure of a server that ended before it listened; `kept` is where its whole log is."""
     why = "it exited with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
-    settings = ["another %s in its configuration\n" % name for name, words in REFUSED.items() if words in tail]
+    settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
     try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
     return Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
@@ -4430,9 +4400,10 @@ def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Di
 
 def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
     """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it."""
-    if request.socket and not request.no_socket:
+    if request.socket:
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
+        return
     if is_configured("port|sock") and not request.port:
         yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
         return
@@ -11087,8 +11058,6 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
-    if args.socket and server.no_socket:
-        messages.note("No socket: %s. It listens on port %d instead." % (server.no_socket, server.port))
     is_near = server.host.startswith("127.") or server.host == "::1"
     if (server.job and not args.via_node) or (server.wrapper and not is_near and not server.sock):
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."

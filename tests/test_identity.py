@@ -264,14 +264,6 @@ def test_files_that_other_servers_left_cost_no_ps_where_there_is_no_proc(
     assert looks and not [words for words in looks if " -p 50000" in words]
 
 
-def test_host_without_proc_and_without_ps(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
-    host = without_proc(directory, make_host)
-    (directory / "bin/ps").write_text("#!/bin/sh\nexit 1\n")
-    # A port of its own: that a server ended, because another took its port, cannot be seen here.
-    opened(laptop, "--port", str(quiet_port()), "host")
-    check_one_server(laptop, host)
-
-
 def test_pid_of_a_server_that_ended_and_is_another_process_now(
     laptop: Laptop, make_host: Callable[..., Host], mark: str
 ) -> None:

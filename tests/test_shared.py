@@ -231,9 +231,10 @@ def test_further_forward_whose_port_is_taken(host: Host, laptop: Laptop, directo
 def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Host) -> None:
     (host.home / ".jupyter").mkdir()
     (host.home / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.port = %d\n" % quiet_port())
-    run = laptop.start("--socket", "host", has_terminal=False)
-    run.expect("No socket: its configuration names a port")
-    assert is_up(run.url())
+    failed = laptop.run("--socket", "host")
+    words = "Jupyter did not start", "mutually exclusive", "no port in its configuration, or open without --socket"
+    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, *words)
+    assert not host.servers()
 
 
 @pytest.mark.jupyter
@@ -247,10 +248,11 @@ def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_
         'exec %s --port=%d "$@"\n' % (VENV_BIN / "jupyter-notebook", quiet_port())
     )
     wrapper.chmod(0o755)
-    make_host(path=str(directory / "bin"))
-    run = laptop.start("--socket", "host", has_terminal=False)
-    run.expect("No socket: this Jupyter knows none. It listens on port")
-    assert is_up(run.url())
+    host = make_host(path=str(directory / "bin"))
+    failed = laptop.run("--socket", "host")
+    words = "Jupyter listens on no socket", "this Jupyter knows none", "open without --socket"
+    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, *words)
+    assert not host.servers()
 
 
 # -- strangers --------------------------------------------------------------------------------------------------------
