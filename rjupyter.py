@@ -3438,7 +3438,7 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
-        record = read_record(kind.record, os.path.join(path, kind.name + ".json"))
+        record = record_in(kind, path)
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
@@ -3566,21 +3566,6 @@ def launchers(
 ) -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
-    In a wrapper, those whose modules are there: a home that is seen in there has scripts of a Python outside.
-    """
-    for found in all_launchers(request, root_dir, channel, tried, programs):
-        python = interpreter_of(found) if request.wrapper else ""
-        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
-            tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
-        else:
-            yield found
-
-
-def all_launchers(
-    request: Request, root_dir: str, channel: Channel, tried: "List[str]", programs: "Iterable[str]"
-) -> "Iterator[Launcher]":
-    """Yield what may be a way to run Jupyter on this host, best first; raises Failure (3) when there is none left.
-
     The app that is asked for; where none is, one of the `programs` will do, the first of them in each place.
 
     --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
@@ -3643,6 +3628,11 @@ def launch(
     tried = []  # type: List[str]
     began = time.monotonic()
     for found in launchers(request, root_dir, channel, tried, programs):
+        python = interpreter_of(found) if request.wrapper else ""
+        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
+            # A home that is seen in there has scripts of a Python outside.
+            tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
+            continue
         began = began if found.where != INSTALLED else time.monotonic()
         channel.send(Found(where=found.where, command=portable(found.argv[0]), tried=tried))
         record = launch_by(found, request, root_dir, channel)
@@ -3788,11 +3778,8 @@ def environment_python(name: str, root_dir: str) -> str:
         prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
         for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
             prefixes.append(os.path.join(parent, name))
-        try:
-            with open(os.path.expanduser("~/.conda/environments.txt")) as stream:  # conda's own list of all of them
-                prefixes += [line.strip() for line in stream if os.path.basename(line.strip()) == name]
-        except (OSError, UnicodeDecodeError):
-            pass
+        of_conda = read_text(os.path.expanduser("~/.conda/environments.txt"))  # its own list of all of them
+        prefixes += [line.strip() for line in of_conda.splitlines() if os.path.basename(line.strip()) == name]
         prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
     for prefix in prefixes:
         python = os.path.join(prefix, "bin", "python")
@@ -4178,12 +4165,8 @@ def is_configured(names: str) -> bool:
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
         for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
-            try:
-                with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
-                    if re.search(pattern % names, stream.read(RUNTIME_FILE_MAX)):
-                        return True
-            except OSError:
-                continue
+            if re.search(pattern % names, read_text(os.path.join(home, "jupyter_%s_config%s" % (app, ending)))):
+                return True
     return False
 
 
@@ -4440,18 +4423,18 @@ def server_arguments(request: Request, root_dir: str, directory: str) -> "List[s
     usual one is the user's: a cookie of a server that has ended would open the next one for a month.
     """
     arguments = ["--notebook-dir=" + root_dir] if root_dir else []
-    secret = os.path.join(directory, "cookie_secret")
-    arguments += ["--%s.cookie_secret_file=%s" % (app, secret) for app in ("ServerApp", "NotebookApp")]
     arguments += ["--allow-root"] if os.getuid() == 0 else []
+    settings = {"cookie_secret_file": os.path.join(directory, "cookie_secret")}  # type: Dict[str, Any]
     idle_s = request.idle_timeout_s
     if idle_s:
-        for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
-            arguments.append("--%s.shutdown_no_activity_timeout=%d" % (app, idle_s))
+        settings["shutdown_no_activity_timeout"] = idle_s
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
     theirs = [native(argument) for argument in request.server_args]
     if not is_configured(TORNADO_SETTINGS) and not any("tornado_settings" in argument for argument in theirs):
-        arguments += ["--%s.tornado_settings=%s" % (app, PINGS) for app in ("ServerApp", "NotebookApp")]
+        settings["tornado_settings"] = PINGS
+    for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
+        arguments += ["--%s.%s=%s" % (app, name, value) for name, value in settings.items()]
     return arguments + theirs
 
 
@@ -4463,11 +4446,9 @@ PINGS = {"ws_ping_interval": 3000, "ws_ping_timeout": 9000}
 
 def set_aside(directory: str) -> str:
     """Remove the directory of a server that did not start; keep its log and return where."""
-    import shutil
-
     kept = os.path.join(os.path.dirname(os.path.dirname(directory)), "failed.log")
     os.replace(os.path.join(directory, "log"), kept)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     return kept
 
 
@@ -4512,10 +4493,10 @@ class ServerKind(Kind):
         return self.running() + [record for record in other_servers() if place_of(record).is_running()]
 
     def describe(self, record: ServerRecord) -> ServerView:
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager", "job")
+        names = ("id", "node", "app", "root_dir", "is_ours", "manager", "job")
         facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
-        view = ServerView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
+        view = ServerView(age_s=record.age_s(), wrap=record.request.outside, pid=place.held.pid, **facts)
         is_running = place.is_known and place.is_running()
         info = server_info(record) if is_running else None
         if info:
