@@ -1251,11 +1251,7 @@ EVENTS = {
 # agent begins
 
 
-def until(
-    condition: "Callable[[], Any]",
-    timeout_s: float,
-    slowest_s: float = POLL_S,
-) -> "Any":
+def until(condition: "Callable[[], Any]", timeout_s: float, slowest_s: float = POLL_S) -> "Any":
     """Look until `condition` gives something true, and return it; what it gave last when `timeout_s` passed.
 
     The pauses between two looks grow from POLL_S up to `slowest_s`.
@@ -1375,7 +1371,7 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     return None
 
 
-def node_address(asked: str = "") -> str:
+def node_address(asked: str) -> str:
     """Return the address of this node that the login node reaches.
 
     The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
@@ -1544,15 +1540,6 @@ def session_of(pid: int) -> int:
         return 0
 
 
-def is_own_process(pid: int) -> bool:
-    """True for a process that runs and is ours to end (POSIX): asked of the system, without a ps."""
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
 def own_uid() -> int:
     """Return our uid; 0 where there is none (Windows)."""
     return os.getuid() if hasattr(os, "getuid") else 0
@@ -1674,12 +1661,12 @@ class Growing:
         self.path = path
         self.offset = offset
 
-    def part(self, most: int = PART_BYTES) -> bytes:
+    def part(self) -> bytes:
         """Return the next bytes; none where there are none yet."""
         try:
             with open(self.path, "rb") as stream:
                 stream.seek(self.offset)
-                part = stream.read(most)
+                part = stream.read(PART_BYTES)
         except OSError:
             return b""
         self.offset += len(part)
@@ -3129,8 +3116,7 @@ class Kind:
 
         A home is shared between nodes, and files can be damaged: one that makes no sense is skipped.
         """
-        found = []
-        found = [record for record in (record_in(self, directory) for directory in kept_dirs(self.directory)) if record]
+        found = filter(None, (record_in(self, directory) for directory in kept_dirs(self.directory)))
         return sorted(found, key=lambda record: float(record.created), reverse=True)
 
     def running(self) -> "List[Any]":
@@ -3259,21 +3245,17 @@ class Here(Elsewhere):
         return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
 
     def is_running(self) -> bool:
-        """True when the process of the record runs."""
         return is_same_process(self.record.pid, self.record.identity)
 
     def why_ended(self, log: str) -> str:
-        """Return whether the host was started anew."""
         boots = (self.record.identity.partition(":")[0], boot_identity())
         return "the host was started anew" if all(boots) and boots[0] != boots[1] else ""
 
     def children(self) -> "List[Tuple[int, str]]":
-        """Return those of which it is the parent."""
         pids = [pid for pid, parent in parents().items() if parent == self.record.pid]
         return [(pid, process_identity(pid)) for pid in pids]
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """Wait, then TERM, then KILL; and KILL for what is left of its children."""
         import signal
 
         record = self.record
@@ -3413,7 +3395,7 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
-        record = read_record(kind.record, os.path.join(path, kind.name + ".json"))
+        record = record_in(kind, path)
         try:
             age_s = time.time() - os.stat(path).st_mtime
         except OSError:
@@ -3541,21 +3523,6 @@ def launchers(
 ) -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
-    In a wrapper, those whose modules are there: a home that is seen in there has scripts of a Python outside.
-    """
-    for found in all_launchers(request, root_dir, channel, tried, programs):
-        python = interpreter_of(found) if request.wrapper else ""
-        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
-            tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
-        else:
-            yield found
-
-
-def all_launchers(
-    request: Request, root_dir: str, channel: Channel, tried: "List[str]", programs: "Iterable[str]"
-) -> "Iterator[Launcher]":
-    """Yield what may be a way to run Jupyter on this host, best first; raises Failure (3) when there is none left.
-
     The app that is asked for; where none is, one of the `programs` will do, the first of them in each place.
 
     --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
@@ -3618,6 +3585,11 @@ def launch(
     tried = []  # type: List[str]
     began = time.monotonic()
     for found in launchers(request, root_dir, channel, tried, programs):
+        python = interpreter_of(found) if request.wrapper else ""
+        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
+            # A home that is seen in there has scripts of a Python outside.
+            tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
+            continue
         began = began if found.where != INSTALLED else time.monotonic()
         channel.send(Found(where=found.where, command=portable(found.argv[0]), tried=tried))
         record = launch_by(found, request, root_dir, channel)
@@ -3763,11 +3735,8 @@ def environment_python(name: str, root_dir: str) -> str:
         prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
         for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
             prefixes.append(os.path.join(parent, name))
-        try:
-            with open(os.path.expanduser("~/.conda/environments.txt")) as stream:  # conda's own list of all of them
-                prefixes += [line.strip() for line in stream if os.path.basename(line.strip()) == name]
-        except (OSError, UnicodeDecodeError):
-            pass
+        of_conda = read_text(os.path.expanduser("~/.conda/environments.txt"))  # its own list of all of them
+        prefixes += [line.strip() for line in of_conda.splitlines() if os.path.basename(line.strip()) == name]
         prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
     for prefix in prefixes:
         python = os.path.join(prefix, "bin", "python")
@@ -4153,12 +4122,8 @@ def is_configured(names: str) -> bool:
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
         for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
-            try:
-                with open(os.path.join(home, "jupyter_%s_config%s" % (app, ending)), errors="replace") as stream:
-                    if re.search(pattern % names, stream.read(RUNTIME_FILE_MAX)):
-                        return True
-            except OSError:
-                continue
+            if re.search(pattern % names, read_text(os.path.join(home, "jupyter_%s_config%s" % (app, ending)))):
+                return True
     return False
 
 
@@ -4246,7 +4211,7 @@ def can_be_opened(record: ServerRecord) -> bool:
     return info is not None and not info.unusable() and seems_well(record, info)
 
 
-def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
+def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
     """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`.
 
     Raises Failure when that is nothing which fits into an address.
@@ -4267,7 +4232,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float, channel: Channel) ->
     return found if isinstance(found, RuntimeInfo) else None
 
 
-def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) -> "Optional[RuntimeInfo]":
+def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[RuntimeInfo]":
     """Return what leads to a server that runs, waiting where it was launched a moment ago; None when it ended.
 
     One that hangs is returned too: the client waits for it. Raises Failure when someone else has its port.
@@ -4275,7 +4240,7 @@ def come_back(record: ServerRecord, start_timeout_s: float, channel: Channel) ->
     # It may have been launched by a client that has gone since. One that has answered once gets no patience.
     patience_s = 0.0 if record.has_answered else max(0.0, start_timeout_s - record.age_s())
     place = place_of(record)
-    info = wait_for_server(record, patience_s, channel)
+    info = wait_for_server(record, patience_s)
     if info or not place.is_running():
         return info
     info = server_info(record)
@@ -4331,9 +4296,11 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         )
         write_down(record, directory)
         try:
-            info = wait_for_server(record, deadline - time.monotonic(), channel)
+            info = wait_for_server(record, deadline - time.monotonic())
             if not info and process.poll() is None:
-                raise too_slow(request.start_timeout_s, log)
+                words = request.start_timeout_s, end_of_log(log)
+                why = "it was not listening after %d s; the end of its log:\n%s" % words
+                raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
             if info and request.socket and not info.sock:
                 why = "this Jupyter knows none, or its configuration says where it listens"
                 raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
@@ -4344,7 +4311,9 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             set_aside(directory)
             raise
         if info:
-            record = write_down_answer(record, info, found)
+            record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
+            record.app_version = version_of(found)
+            write_down(record, directory)
             for start in BESIDE:
                 start(record, found)
             return record
@@ -4355,7 +4324,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             return None
         if "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
             break
-    raise not_started(process.returncode, tail, set_aside(directory))
+    why = "it exited with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
+    settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
+    try_ = "".join(settings) + "the whole log is on the host in " + portable(set_aside(directory))
+    raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
 def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
@@ -4370,27 +4342,6 @@ def environment_of_server(found: Launcher, request: Request, directory: str) -> 
     return environment
 
 
-def write_down_answer(record: ServerRecord, info: RuntimeInfo, found: Launcher) -> ServerRecord:
-    """Write down of a server that it answered, and what Jupyter says of it; return its record."""
-    record.root_dir, record.port, record.has_answered, record.info = info.root_dir, info.port, True, info
-    record.app_version = version_of(found)
-    return write_down(record, record.directory)
-
-
-def too_slow(timeout_s: float, log: str) -> Failure:
-    """Return the failure of a server that does not listen in time."""
-    why = "it was not listening after %d s; the end of its log:\n%s" % (timeout_s, end_of_log(log))
-    return Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
-
-
-def not_started(status: int, tail: str, kept: str) -> Failure:
-    """Return the failure of a server that ended before it listened; `kept` is where its whole log is."""
-    why = "it exited with status %s; the end of its log:\n%s" % (status, tail or "(empty)")
-    settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
-    try_ = "".join(settings) + "the whole log is on the host in " + portable(kept)
-    return Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
-
-
 def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Dict[str, str]":
     """Return the environment for what outlives this session: the user's, less what ends with it."""
     gone = ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
@@ -4399,10 +4350,16 @@ def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Di
 
 
 def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
-    """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it."""
+    """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it.
+
+    A socket lies with the server's files, or below /tmp where they cannot hold one.
+    """
     if request.socket:
+        path = os.path.join(directory, "socket")
+        if not can_hold_socket(path):
+            path = os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
         # The kernels' own ports ask nobody for a password: others could read what they print.
-        yield 0, ["--sock=" + socket_path(directory), "--KernelManager.transport=ipc"]
+        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc"]
         return
     if is_configured("port|sock") and not request.port:
         yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
@@ -4416,14 +4373,6 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
         port += 1
 
 
-def socket_path(directory: str) -> str:
-    """Return where the socket of a server lies: with the server's files, or below /tmp where they cannot hold one."""
-    beside = os.path.join(directory, "socket")
-    if can_hold_socket(beside):
-        return beside
-    return os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
-
-
 def server_arguments(request: Request, root_dir: str, directory: str) -> "List[str]":
     """Return what Jupyter's command line says apart from where it listens.
 
@@ -4431,18 +4380,18 @@ def server_arguments(request: Request, root_dir: str, directory: str) -> "List[s
     usual one is the user's: a cookie of a server that has ended would open the next one for a month.
     """
     arguments = ["--notebook-dir=" + root_dir] if root_dir else []
-    secret = os.path.join(directory, "cookie_secret")
-    arguments += ["--%s.cookie_secret_file=%s" % (app, secret) for app in ("ServerApp", "NotebookApp")]
     arguments += ["--allow-root"] if os.getuid() == 0 else []
+    settings = {"cookie_secret_file": os.path.join(directory, "cookie_secret")}  # type: Dict[str, Any]
     idle_s = request.idle_timeout_s
     if idle_s:
-        for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
-            arguments.append("--%s.shutdown_no_activity_timeout=%d" % (app, idle_s))
+        settings["shutdown_no_activity_timeout"] = idle_s
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
     theirs = [native(argument) for argument in request.server_args]
     if not is_configured(TORNADO_SETTINGS) and not any("tornado_settings" in argument for argument in theirs):
-        arguments += ["--%s.tornado_settings=%s" % (app, PINGS) for app in ("ServerApp", "NotebookApp")]
+        settings["tornado_settings"] = PINGS
+    for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
+        arguments += ["--%s.%s=%s" % (app, name, value) for name, value in settings.items()]
     return arguments + theirs
 
 
@@ -4454,11 +4403,9 @@ PINGS = {"ws_ping_interval": 3000, "ws_ping_timeout": 9000}
 
 def set_aside(directory: str) -> str:
     """Remove the directory of a server that did not start; keep its log and return where."""
-    import shutil
-
     kept = os.path.join(os.path.dirname(os.path.dirname(directory)), "failed.log")
     os.replace(os.path.join(directory, "log"), kept)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     return kept
 
 
@@ -4500,37 +4447,30 @@ class ServerKind(Kind):
         return [record for record in records if not is_marked(record, "stop") or place_of(record).is_running()]
 
     def all_running(self) -> "List[ServerRecord]":
-        """Return the records of the user's servers that run."""
         return self.running() + [record for record in other_servers() if place_of(record).is_running()]
 
     def describe(self, record: ServerRecord) -> ServerView:
-        """Ask one how it does."""
-        names = ("id", "pid", "node", "app", "root_dir", "is_ours", "manager", "job")
+        names = ("id", "node", "app", "root_dir", "is_ours", "manager", "job")
         facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
-        view = ServerView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
+        view = ServerView(age_s=record.age_s(), wrap=record.request.outside, pid=place.held.pid, **facts)
+        is_running = place.is_known and place.is_running()
+        info = server_info(record) if is_running else None
+        if info:
+            view.port, view.sock = info.port, info.sock
         if not place.is_known:
             view.state = "on " + record.node
-            return view
-        if not place.is_running():
-            view.state = "ended"
-            return view
-        info = server_info(record)
-        if not info:
-            view.state = "starting"
-            return view
-        view.port, view.sock = info.port, info.sock
-        if not can_ask_server(record, info):
-            return view
-        if not answers(info):
+        elif not info:
+            view.state = "starting" if is_running else "ended"
+        elif can_ask_server(record, info) and not answers(info):
             view.state = "no answer"
-            return view
-        _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
-        kernels = [kernel for kernel in kernels if isinstance(kernel, dict)] if isinstance(kernels, list) else []
-        view.kernels = len(kernels)
-        view.busy = len([kernel for kernel in kernels if kernel.get("execution_state") == "busy"])
-        _, status = ask_server(info, STATUS_PATH)
-        view.idle_s = seconds_since(status.get("last_activity")) if isinstance(status, dict) else None
+        elif can_ask_server(record, info):
+            _, kernels = ask_server(info, "api/kernels?no_track_activity=1")
+            kernels = [kernel for kernel in kernels if isinstance(kernel, dict)] if isinstance(kernels, list) else []
+            view.kernels = len(kernels)
+            view.busy = len([kernel for kernel in kernels if kernel.get("execution_state") == "busy"])
+            _, status = ask_server(info, STATUS_PATH)
+            view.idle_s = seconds_since(status.get("last_activity")) if isinstance(status, dict) else None
         return view
 
     def end(self, record: ServerRecord) -> None:
@@ -4566,24 +4506,25 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
     found = {}  # type: Dict[str, ServerRecord]
     for directory in dict.fromkeys(runtime_dirs() + [native(record.runtime_dir) for record in ours]):
         for kind, pid, path in runtime_files(directory):
-            if pid < 2 or not (is_own_process(pid) or ended == "p%d" % pid):
+            try:
+                if ended != "p%d" % pid:
+                    os.kill(pid, 0)  # it is there, and ours to end: asked of the system, without a ps
+                created = os.stat(path).st_mtime
+            except (OSError, OverflowError):
                 continue
             info = read_record(RuntimeInfo, path)
-            if not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
-                continue
-            try:
-                created = os.stat(path).st_mtime
-            except OSError:
+            if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             words = command_of_process(pid)
+            of_app = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}  # the file does not tell
             record = ServerRecord(
                 created=created,
                 node=os.uname().nodename,
                 pid=pid,
                 identity=process_identity(pid),
                 root_dir=info.root_dir,
-                app=app_of_process(words, kind),
-                manager=next((name for name in MANAGERS if any(sign in words for sign in MANAGERS[name])), ""),
+                app=first_named(of_app, words) or "notebook",
+                manager=first_named(MANAGERS, words),
                 runtime_dir=portable(directory),
                 local_port=0,
             )
@@ -4605,10 +4546,9 @@ def command_of_process(pid: int) -> str:
         return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
 
 
-def app_of_process(words: str, kind: str) -> str:
-    """Return the app of a server that is not ours, as its command line tells; the runtime file does not."""
-    signs = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}
-    return next((name for name in signs if any(sign in words for sign in signs[name])), "notebook")
+def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
+    """Return the first of these names of which a sign is in a command line; empty for none."""
+    return next((name for name in signs if any(sign in words for sign in signs[name])), "")
 
 
 def seconds_since(moment: "Any") -> "Optional[float]":
@@ -4645,7 +4585,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
         begun = begun_by(request)
         job = begun if begun and begun.kind != "server" else None
         same = request.but(is_new=False, attach=begun.id) if begun else request
-        found = None if job else find_server(same, root_dir, channel)
+        found = None if job else find_server(same, root_dir)
         if request.attach and not found:
             raise Failure("the server %s is about to end" % request.attach, "it accepts no more connections", "list")
         job = job or (None if found else start_elsewhere(request, channel))
@@ -4686,10 +4626,10 @@ def check_reach(found: OpenReply, request: Request) -> None:
         raise Failure(what, why, try_ if found.job else "--socket; or a wrapper that leaves the host's network")
 
 
-def find_server(request: Request, root_dir: str, channel: Channel) -> "Optional[OpenReply]":
+def find_server(request: Request, root_dir: str) -> "Optional[OpenReply]":
     """Return the server to come back to, if there is one."""
     for record in [] if request.is_new else servers_to_attach(request, root_dir):
-        info = come_back(record, request.start_timeout_s, channel)
+        info = come_back(record, request.start_timeout_s)
         if info:
             is_launched = bool(request.errand) and record.request.errand == request.errand  # and the reply was lost
             return open_reply(record, info, is_launched=is_launched, seconds=record.age_s())
@@ -4910,7 +4850,7 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
     place = place_of(record)
     if not place.is_known:
         return EndReply(is_running=True, is_elsewhere=True, node=record.node)
-    info = wait_for_server(record, place.settle_s, channel)
+    info = wait_for_server(record, place.settle_s)
     if place.is_running():
         return EndReply(is_running=True, is_answering=info is not None)
     log = end_of_log(log_of(record)) if record.is_ours else ""
