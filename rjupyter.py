@@ -5,8 +5,8 @@
 # ///
 # fmt: off
 ''':'
-# For sh: started so, a copied file has Python's bytecode kept in ~/.cache/rjupyter, as a module has, where nobody else
-# can write; and a Ctrl-C leaves no traceback, even while Python compiles. `python3 rjupyter.py` does the same, slower.
+# For sh: started so, a copied file has Python's bytecode kept in ~/.cache/rjupyter, as a module has, where that is ours
+# alone; and a Ctrl-C leaves no traceback, even while Python compiles. `python3 rjupyter.py` does the same, slower.
 exec python3 -IS -c '
 import _signal, os, sys
 if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:  # as under nohup
@@ -17,7 +17,7 @@ cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.
 try:
     os.makedirs(cache, 0o700, exist_ok=True)
     state = os.lstat(cache)
-    is_ours = (state.st_mode & 0o170022, state.st_uid) == (0o040000, os.getuid())
+    is_ours = (state.st_mode & 0o170077, state.st_uid) == (0o040000, os.getuid())
 except OSError:
     is_ours = False
 if is_ours and os.path.isabs(cache):
@@ -5093,7 +5093,7 @@ def load(path, code=None):
     exec(code, module.__dict__)
     return module
 """
-# The host keeps this file in a directory where nobody else can write, by its digest.
+# The host keeps this file by its digest, in a directory that is the user's alone.
 FIND = (
     LOAD
     + """import os
@@ -5104,8 +5104,8 @@ cache = (cache if cache[:1] == "/" else os.path.expanduser("~/.cache")) + "/rjup
 path = "%s/agent-%s.py" % (cache, digest)
 def check():
     state = os.lstat(cache)
-    if state.st_mode & 0o170022 != 0o040000 or state.st_uid != os.getuid():
-        raise OSError("others can write there")
+    if state.st_mode & 0o170077 != 0o040000 or state.st_uid != os.getuid():
+        raise OSError("others can look in there")
 """
 )
 RUN = (

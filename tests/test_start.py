@@ -86,7 +86,7 @@ def test_cache_that_is_not_ours_is_not_used(copied: Path, tmp_path: Path, place:
         stale = kept.read_bytes()
         change_version(copied, "7.7.7", 1_000_000_000)  # as long, and as old: only the content tells
         assert start([copied], tmp_path) == version("6.6.6")  # as with each module of Python's
-        cache.chmod(0o777)
+        cache.chmod(0o755)
         assert kept.read_bytes() == stale
     assert start([copied], tmp_path).startswith("rjupyter ")
     if place == "open to others":
