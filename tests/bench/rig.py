@@ -65,7 +65,7 @@ class Rig:
 
     def program(self, is_installed: bool = False) -> List[str]:
         """Return what a command of ours begins with."""
-        return [self.launcher] if is_installed else [sys.executable, str(SCRIPT)]
+        return [self.launcher] if is_installed else [str(SCRIPT)]  # as it is called
 
     # -- plain ssh ----------------------------------------------------------------------------------------------------
 
