@@ -34,7 +34,7 @@ demo: ## the main job without a remote host: a private sshd here, its Jupyter in
 setup: ## install what the tests need
 	@PYTHON=$(PYTHON) sh tests/setup.sh test
 
-check: ## the tests that need no sshd, no browser and no cluster: 20 seconds
+check: ## the tests that need no sshd, no browser and no cluster: less than a minute
 	@PYTHON=$(PYTHON) sh tests/setup.sh check
 	.venv/bin/python -m pytest tests -m unit $(PYTEST_ARGS)
 
