@@ -7524,13 +7524,17 @@ class Batch:
 
     def follow(self) -> None:
         """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
-        waiting = list(range(len(self._tasks)))
+        count, width = len(self._tasks), self._args.at_once or 1
+        waiting = list(range(count))
         while waiting or self.running:
-            if waiting and len(self.running) < (self._args.at_once or 1):
+            if waiting and len(self.running) < width:
                 self._begin(waiting[0])
+                if len(waiting) == count:  # the host has answered: what is said of it holds
+                    facts = (count_of(count, "notebook"), self.agent.ssh.destination, width)
+                    self.messages.note("Executing %s on %s, %d at once." % facts)
                 del waiting[0]
             else:
-                self._hear(len(self._tasks) - len(waiting))
+                self._hear(count - len(waiting))
         for index, (execution, view) in sorted(self._ended.items()):
             if index not in self._failures:
                 self._try(index, execution.settle, view)
@@ -7538,9 +7542,9 @@ class Batch:
             failures = sorted(self._failures.items())
             why = ["%s: %s" % (self._tasks[index].name, what_and_why(failure)) for index, failure in failures]
             status = max(failure.status for _, failure in failures)
-            what = "%d of %d executions failed" % (len(failures), len(self._tasks))
+            what = "%d of %d executions failed" % (len(failures), count)
             raise Failure(what, "\n".join(why), status=status)
-        self.messages.note("All %d are done." % len(self._tasks))
+        self.messages.note("All %d are done." % count)
 
     def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:
@@ -11428,8 +11432,6 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
     batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
-    text = "Executing %s on %s, %d at once."
-    messages.note(text % (count_of(len(tasks), "notebook"), agent.ssh.destination, args.at_once or 1))
     try:
         batch.follow()
     except (KeyboardInterrupt, Terminated, NotConnected) as left:

@@ -378,6 +378,7 @@ def test_several_at_once(laptop: Laptop, host: Host) -> None:
     run = laptop.run("host", "execute", "-j", "3", *names)
     assert run.status == 0, run.text
     assert run.stdout.split() == ["a.executed.ipynb", "b.executed.ipynb", "c.executed.ipynb"]
+    assert re.match(r"Connected to host .*\nExecuting 3 notebooks on host, 3 at once\.\n", run.stderr), run.stderr
     assert [printed(path) for path in results(laptop, run)] == [["met %d\n" % number] for number in range(3)]
     assert host.sshd.logins() == 1
     for name in names:
