@@ -5178,6 +5178,7 @@ class AgentFile:
         with open(os.path.abspath(__file__), "rb") as stream:
             self._source = stream.read()
         self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
+        self._word = b""  # the whole of it, once it was asked for
 
     def input_of(self, command: str, request: Request, is_whole: bool) -> bytes:
         """Return what `command` reads: one line, whose last words are the file, if it `is_whole`, and the request.
@@ -5185,8 +5186,9 @@ class AgentFile:
         It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that
         takes stdin for its script; and blank lines come first, because a start-up file may read one.
         """
-        source = word_of(self._source) if is_whole else b""
-        words = [source[at : at + WORD_MAX] for at in range(0, len(source), WORD_MAX)]
+        self._word = self._word or (word_of(self._source) if is_whole else b"")
+        whole = self._word if is_whole else b""
+        words = [whole[at : at + WORD_MAX] for at in range(0, len(whole), WORD_MAX)]
         program = word_of((KEEP if is_whole else RUN).encode())
         words += [self._digest, program, word_of(json.dumps(request.facts()).encode())]
         return b"\n\n%s %s\n" % (command.encode(), b" ".join(words))
