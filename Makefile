@@ -34,11 +34,13 @@ demo: ## the main job without a remote host: a private sshd here, its Jupyter in
 setup: ## install what the tests need
 	@PYTHON=$(PYTHON) sh tests/setup.sh test
 
-check: ## the tests that need no sshd, no browser and no cluster: less than a minute
+check: ## the tests that need no sshd, no browser and no cluster: half a minute
 	@PYTHON=$(PYTHON) sh tests/setup.sh check
-	.venv/bin/python -m pytest tests -m unit $(PYTEST_ARGS)
+	.venv/bin/python -m pytest tests -m unit -n 3 $(PYTEST_ARGS)
 
+# All processes would compile the tests at the same time, were they not compiled before.
 test: setup ## all tests, after make setup
+	@.venv/bin/python -m pytest tests -n 0 -q --collect-only >/dev/null
 	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
 
 bench: ## measure it beside what one would use instead: a Markdown table, in less than 10 minutes

@@ -20,6 +20,7 @@ from private_sshd import PrivateSshd
 from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, Shared, User, processes_with, wait_until
 
 sys.path.insert(0, str(TOP))
+sys.dont_write_bytecode = False  # whatever the shell says: to make each process compile the tests takes 3 s of a core
 
 # The fixtures that bring each part. A test that uses none of them, directly or not, is "unit" unless it says otherwise.
 PARTS = {

@@ -61,16 +61,25 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = DEADL
 def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
     """Return the processes whose environment holds `mark`, and not `without`, with their command lines."""
     found: Dict[int, str] = {}
+    words, unwanted = mark.encode(), without.encode()
     for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:  # plainly: each test looks several times at all that the others have started
+            environ = os.open("/proc/%s/environ" % name, os.O_RDONLY)
+            try:
+                environment = os.read(environ, 1 << 20)
+            finally:
+                os.close(environ)
+        except OSError:
+            continue
+        if words in environment and (without == "\0" or unwanted not in environment):
             with contextlib.suppress(OSError):
                 directory = Path("/proc", name)
-                environment = b"\0" + (directory / "environ").read_bytes()
-                if mark.encode() in environment and (without == "\0" or without.encode() not in environment):
-                    words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
-                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
-                    if state != "Z":
-                        found[int(name)] = words.decode(errors="replace").strip()
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    found[int(name)] = command.decode(errors="replace").strip()
     return found
 
 

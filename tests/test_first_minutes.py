@@ -147,11 +147,11 @@ def test_ctrl_c_while_python_reads_the_file(laptop: Laptop) -> None:
     """Started by its path; a Ctrl-C each time a little later, from when Python compiles it."""
     words = [str(SCRIPT), "-o", "ProxyCommand=cat 3>&1 >/dev/null", "host", "list"]
     environment = dict(laptop.environment, PATH="%s:%s" % (VENV_BIN, SYSTEM_PATH))
-    for number in range(15):
+    for number in range(8):
         run = Run(words, environment, has_terminal=False, cwd=str(laptop.home))
         laptop.runs.append(run)
         wait_until(partial(lambda pid: bytes_read(pid) > SCRIPT.stat().st_size, run.pid), "Python has the file")
-        time.sleep(number * 0.03)  # not a wait: it is what is varied
+        time.sleep(number * 0.05)  # not a wait: it is what is varied
         run.interrupt()
         assert run.wait(20) in (130, -signal.SIGINT) and not run.text, run.text
 

@@ -463,7 +463,7 @@ ioloop.PeriodicCallback = lambda function, time_ms, *more: PeriodicCallback(func
 
 
 @pytest.mark.jupyter
-@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2", "notebook-7.0"])
+@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
 def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(
     make_host: Callable[..., Host], laptop: Laptop, age: str
 ) -> None:
