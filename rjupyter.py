@@ -741,26 +741,9 @@ class RunState(Record):
 
 
 class Message(Record):
-    """A line that the agent sends while it works."""
+    """A line that the agent sends while it works, and that is more than a row of SAYINGS."""
 
     kind = ""
-
-
-class Hello(Message):
-    """Who and where we are."""
-
-    kind = "hello"
-    user: str
-    node: str
-    python: str
-    is_root: bool = False
-
-
-class Progress(Message):
-    """What takes its time."""
-
-    kind = "progress"
-    text: str
 
 
 class QueueState(Message):
@@ -773,68 +756,6 @@ class QueueState(Message):
     word: str = ""
     reason: str = ""
     start: str = ""
-
-
-class Found(Message):
-    """Which Jupyter is taken, and what was looked at before."""
-
-    kind = "found"
-    where: str
-    command: str
-    tried: "List[str]" = []
-
-
-class Note(Message):
-    """A word of another program's, for the user."""
-
-    kind = "note"
-    text: str
-
-
-class Lacking(Message):
-    """An environment of the project has no Jupyter: another is taken."""
-
-    kind = "lacking"
-    path: str
-    try_: str
-
-
-class Installing(Message):
-    """Jupyter is being installed."""
-
-    kind = "installing"
-    path: str
-    tool: str
-
-
-class Installed(Message):
-    """It is there now."""
-
-    kind = "installed"
-    path: str
-    elapsed_s: float
-
-
-class Launching(Message):
-    """A server, a run or a job is about to be started, and waited for."""
-
-    kind = "launching"
-    id: str
-    doing: str = "goes on starting"
-
-
-class Stopped(Message):
-    """Something was ended: what kind of thing, and its facts as far as it has them."""
-
-    kind = "stopped"
-    what: str
-    id: str
-    pid: "Optional[int]" = None
-    app: "Optional[str]" = None
-    root_dir: "Optional[str]" = None
-    name: "Optional[str]" = None
-    job: "Optional[str]" = None
-    wrap: "Optional[str]" = None
 
 
 class Line(Message):
@@ -1114,11 +1035,33 @@ class Trouble(Record):
 
 
 class Said(Record):
-    """A line of an agent's: its kind, and in the last one the reply, or the failure in its place."""
+    """A line of an agent's: its kind, and the facts that this kind has; the last one has the reply, or the failure."""
 
     kind: str
     reply: "Optional[Json]" = None
     failure: "Optional[Trouble]" = None
+    # Of what it tells while it works: SAYINGS.
+    text: str = ""
+    user: str = ""
+    node: str = ""
+    python: str = ""
+    is_root: bool = False
+    where: str = ""
+    command: str = ""
+    tried: "List[str]" = []
+    path: str = ""
+    tool: str = ""
+    add: str = ""
+    seconds: float = 0.0
+    doing: str = ""
+    what: str = ""
+    id: str = ""
+    pid: "Optional[int]" = None
+    app: "Optional[str]" = None
+    root_dir: "Optional[str]" = None
+    name: "Optional[str]" = None
+    job: "Optional[str]" = None
+    wrap: "Optional[str]" = None
 
     def result(self) -> "Json":
         """Return the reply; raises the Failure that is there instead."""
@@ -1215,7 +1158,9 @@ EVENTS = {
         ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
     ),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
-    "stopped": Event("`stop` ended a server, a run or a job", tuple(Stopped.fields)),
+    "stopped": Event(
+        "`stop` ended a server, a run or a job", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")
+    ),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
@@ -2995,7 +2940,7 @@ class Channel:
         self._nonce = nonce + " " if nonce else ""
         self._lock = threading.Lock()  # a line is sent whole
         self._is_over = threading.Event()
-        self._lasting = Progress(text="")  # type: Message
+        self._lasting = ("progress", {"text": ""})  # type: Tuple[str, Json]
         self._has_failed = False
         self._has_announced = False
         self._stream = stream or os.fdopen(os.dup(1), "w", closefd=False)  # open to our end
@@ -3006,15 +2951,19 @@ class Channel:
     def _beat(self) -> None:
         """Say again what takes its time, until there is a reply, or nobody who listens."""
         while not self._is_over.wait(HEARTBEAT_S) and not self._has_failed:
-            self._send(self._lasting.kind, self._lasting.facts())
+            self._send(*self._lasting)
 
     def send(self, message: Message) -> None:
         """Send a message."""
-        self._send(message.kind, message.facts())
-        if isinstance(message, (Progress, QueueState)):
-            self._lasting = message
+        self.tell(message.kind, **message.facts())
 
-    def announce(self, directory: str, doing: str = Launching.doing) -> None:
+    def tell(self, kind: str, **facts: "Any") -> None:
+        """Send a message of this kind, a row of SAYINGS."""
+        self._send(kind, facts)
+        if kind in ("progress", "queue"):
+            self._lasting = (kind, facts)
+
+    def announce(self, directory: str, doing: str = "goes on starting") -> None:
         """Say the id of what is about to be started; raises Failure when nobody is left to hear it.
 
         So nothing goes on that nobody knows of. What was announced once goes on, whoever leaves.
@@ -3023,7 +2972,7 @@ class Channel:
             os.rmdir(directory)
             raise Failure("nothing was started", "the client has gone")
         self._has_announced = True
-        self.send(Launching(id=os.path.basename(directory), doing=doing))
+        self.tell("launching", id=os.path.basename(directory), doing=doing)
 
     def reply(self, reply: Record) -> None:
         """Send what was asked for; nothing comes after it."""
@@ -3058,8 +3007,8 @@ class Channel:
 
     def progress(self, text: str) -> None:
         """Say what takes its time."""
-        if self._lasting != Progress(text=text):
-            self.send(Progress(text=text))
+        if self._lasting != ("progress", {"text": text}):
+            self.tell("progress", text=text)
 
 
 @contextlib.contextmanager
@@ -3591,7 +3540,7 @@ def launch(
             tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
             continue
         began = began if found.where != INSTALLED else time.monotonic()
-        channel.send(Found(where=found.where, command=portable(found.argv[0]), tried=tried))
+        channel.tell("found", where=found.where, command=portable(found.argv[0]), tried=tried)
         record = launch_by(found, request, root_dir, channel)
         if record:
             return record, time.monotonic() - began
@@ -3828,7 +3777,7 @@ def launchers_of_project(
                 yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
             except Failure as failure:
                 tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
-                channel.send(Lacking(path=portable(prefix), try_=failure.try_))
+                channel.tell("lacking", path=portable(prefix), add=failure.try_)
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
@@ -3933,7 +3882,7 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     """
     venv = os.path.expanduser(VENV_DIR)
     commands = install_commands()
-    channel.send(Installing(path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip"))
+    channel.tell("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
     began = time.monotonic()
     with one_at_a_time(os.path.dirname(venv), channel, "another run of rjupyter is installing it; waiting"):
         found = own_launcher(apps, [], INSTALLED)
@@ -3946,7 +3895,7 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
         if not found:
             what = "Jupyter was installed, but its command is not there"
             raise Failure(what, portable(venv), "remove it there", EXIT_NO_JUPYTER)
-    channel.send(Installed(path=portable(venv), elapsed_s=time.monotonic() - began))
+    channel.tell("installed", path=portable(venv), seconds=time.monotonic() - began)
     return found
 
 
@@ -4808,11 +4757,10 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         except (Failure, OSError) as error:
             failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
             continue
-        facts = {name: getattr(record, name, None) or None for name in Stopped.fields}
-        if isinstance(record, JobRecord):
-            facts["job"] = record.number
-        facts.update(wrap=record.request.outside or None, pid=held.pid or None)
-        channel.send(Stopped(**dict(facts, what=record.kind, id=record.id)))
+        job = record.number if isinstance(record, JobRecord) else record.job
+        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name")}
+        facts.update(pid=held.pid or None, job=job or None, wrap=record.request.outside or None)
+        channel.tell("stopped", what=record.kind, id=record.id, **facts)
     if len(failures) > 1:
         why = "\n".join("%s: %s" % (failure.what, failure.why) for failure in failures)
         raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
@@ -4959,7 +4907,7 @@ def perform(
         home = os.path.expanduser("~")
         State.directory = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
-    channel.send(Hello(user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0))
+    channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
     try:
         reply = REQUESTS[request.action](prepare(request), channel)
         channel.reply(reply)
@@ -5001,15 +4949,21 @@ def left_request(directory: str) -> Request:
         return Request.read(json.load(stream))
 
 
-def messages_in(said: Growing) -> "List[Json]":
-    """Return the messages that an agent left since the last look; a damaged line is passed over."""
-    messages = []
+def heard(said: Growing, channel: "Optional[Channel]" = None) -> "Optional[Said]":
+    """Return what an agent that was left has replied since the last look at what it said; None when it has not.
+
+    What it tells while it works is passed on to a channel: not that it is there. A damaged line is passed over.
+    """
+    reply = None
     for line in said.lines():
         with contextlib.suppress(ValueError, Wrong):
             message = json.loads(line)
-            Said.read(message)
-            messages.append(message)
-    return messages
+            found = Said.read(message)
+            if found.kind == "reply":
+                reply = found
+            elif channel and found.kind in ("progress", "found", "installing", "installed"):
+                channel.tell(**message)
+    return reply
 
 
 def said_in(record: Kept) -> str:
@@ -5017,17 +4971,9 @@ def said_in(record: Kept) -> str:
     return os.path.join(record.directory, "said")
 
 
-def reply_in(record: Kept) -> "Optional[Json]":
-    """Return the message in which an agent that was left replied; None when it has not yet."""
-    messages = messages_in(Growing(said_in(record)))
-    return next((message for message in messages if Said.read(message).kind == "reply"), None)
-
-
-def pass_on(message: "Json", channel: Channel) -> None:
-    """Pass on what an agent that was left tells while it works; that it is there is no news."""
-    kinds = {kind.kind: kind for kind in (Progress, Found, Installing, Installed)}
-    with contextlib.suppress(KeyError, Wrong):
-        channel.send(kinds[Said.read(message).kind].read(message))
+def reply_in(record: Kept) -> "Optional[Said]":
+    """Return what an agent that was left beside a record replied; None when it has not yet."""
+    return heard(Growing(said_in(record)))
 
 
 def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", directory: str) -> None:
@@ -5203,18 +5149,21 @@ class AgentAbsent(Exception):
 
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
-MESSAGES = {
-    kind.kind: kind
-    for kind in (
-        *(Hello, Progress, QueueState, Found, Note, Lacking, Installing, Installed, Launching, Stopped, Line, Part),
-        Recorded,
-    )
-}
-STOPPED_TEXTS = {
-    "server": "Stopped %(app)s in %(root_dir)s (pid %(pid)s).",
-    "run": "Stopped the execution of %(name)s (%(id)s); its result so far is kept.",
-    "job": "Cancelled job %(job)s (%(id)s).",
-    "wrapper": "Ended what started inside %(wrap)s (%(id)s).",
+MESSAGES: Dict[str, Type[Message]] = {kind.kind: kind for kind in (QueueState, Line, Part, Recorded)}
+
+
+# What the host tells while it works, by its kind: the text, and the event that it is for a program; else it is a note.
+SAYINGS = {
+    "hello": ("Connected to {destination} ({user}@{node}, python {python}).", "connected"),
+    "found": ("Using {command} ({where}).", ""),
+    "note": ("{text}", ""),
+    "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
+    "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
+    "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
+    "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
+    "stopped run": ("Stopped the execution of {name} ({id}); its result so far is kept.", "stopped"),
+    "stopped job": ("Cancelled job {job} ({id}).", "stopped"),
+    "stopped wrapper": ("Ended what started inside {wrap} ({id}).", "stopped"),
 }
 
 
@@ -5225,33 +5174,24 @@ class Agent:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
-        self.hello = Hello(user="", node="", python="")
+        self.hello = Said(kind="hello")  # who and where we are there
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
-        self.installing = ""  # the name of the step, while Jupyter is installed
+        self._step = ""  # the name of the step, while Jupyter is installed
+        self._found: List[str] = []  # the commands that were said to be used
         self._file: Optional[AgentFile] = None
         self._absences = 0  # how often the host has said that it does not have it
-        self._handlers: Dict[str, Handler] = {
-            "hello": self._say_hello,
-            "progress": lambda message, show: show(message.text, self.installing),
-            "found": self.say_found,
-            "note": lambda message, show: self.messages.note(message.text),
-            "lacking": self._say_lacking,
-            "installing": self._say_installing,
-            "installed": self._say_installed,
-            "launching": self._keep_launching,
-            "stopped": self._say_stopped,
-        }
         ssh.meanwhile = self.get_ready
 
-    def get_ready(self) -> None:
+    def get_ready(self) -> AgentFile:
         """Do what can be done while ssh logs in: read what the host may lack, import what comes next."""
         self._file = self._file or AgentFile()
         for name in ("json", "socket"):
             with signals_held():
                 __import__(name)
+        return self._file
 
     def ask(
         self,
@@ -5267,7 +5207,7 @@ class Agent:
         """
         request = request.but(nonce="rjupyter-" + os.urandom(8).hex(), state_dir=self.state_dir)
         command = agent_command(request.python)
-        self._file = self._file or AgentFile()
+        file = self.get_ready()
         is_whole = False
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
@@ -5280,10 +5220,8 @@ class Agent:
                     # Until it is known here, and has what it is for; Python starts there meanwhile.
                     with signals_held():
                         child = self.ssh.session(command)
-                        child.send(self._file.input_of(command, request, is_whole))
-                    return self._hear(
-                        child, request.nonce, reply, show, silence_s, dict(self._handlers, **handlers or {})
-                    )
+                        child.send(file.input_of(command, request, is_whole))
+                    return self._hear(child, request.nonce, reply, show, silence_s, handlers or {})
                 except AgentAbsent:
                     self._absences += 1
                     is_whole = True
@@ -5384,8 +5322,10 @@ class Agent:
             pass  # they are among the last lines; so is one that was taken as the signal came
         for _, line in child.last_lines:
             with contextlib.suppress(ValueError, RecursionError, Failure):
-                message = json.loads(line[len(nonce) + 1 :]) if line.startswith(nonce + " ") else {}
-                self._take(message, Record, show, {"launching": self._handlers["launching"]})
+                message = json.loads(line.partition(nonce + " ")[2])
+                said = Said.read(message)
+                if said.kind == "launching":
+                    self._tell(said, show)
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
@@ -5396,40 +5336,40 @@ class Agent:
             raise AgentAbsent
         if said.kind in handlers:
             handlers[said.kind](MESSAGES[said.kind].read(message), show)
+        else:
+            self._tell(said, show)
         return None
 
-    def _say_hello(self, hello: Hello, show: Show) -> None:
-        self.hello = hello
-        if self.greets:
+    def _tell(self, said: Said, show: Show) -> None:
+        """Tell the user what the host says."""
+        say = self.messages.note
+        if said.kind == "hello":
+            self.hello = said
+            if not self.greets:
+                return
             self.greets = False
-            who = "%s@%s, python %s" % (hello.user, hello.node, hello.python)
-            text = "Connected to %s (%s)." % (self.ssh.destination, who)
-            self.messages.step(text, "connected", user=hello.user, node=hello.node, python=hello.python)
-
-    def say_found(self, found: Found, show: Show) -> None:
-        """Say which Jupyter is taken."""
-        for line in found.tried:
-            self.messages.detail("looked at " + line)
-        say = self.messages.detail if found.where in ("PATH", INSTALLED) else self.messages.note
-        say("Using %s (%s)." % (found.command, found.where))
-
-    def _say_lacking(self, message: Lacking, show: Show) -> None:
-        text = "%s has no Jupyter, and another environment is taken. To add it: %s"
-        self.messages.note(text % (message.path, message.try_))
-
-    def _say_installing(self, message: Installing, show: Show) -> None:
-        text = "No Jupyter on the host; installing it in %s (%s)." % (message.path, message.tool)
-        self.messages.step(text, "installing", path=message.path, tool=message.tool)
-        self.installing = "Installing Jupyter"
-        show("", self.installing)
-
-    def _say_installed(self, message: Installed, show: Show) -> None:
-        text = "Installed Jupyter (%.0f s)." % message.elapsed_s
-        self.messages.step(text, "installed", path=message.path, seconds=message.elapsed_s)
-        self.installing = ""
-
-    def _keep_launching(self, message: Launching, show: Show) -> None:
-        self.launching, self.doing = message.id, message.doing
+        elif said.kind == "progress":
+            show(said.text, self._step)
+        elif said.kind == "launching":
+            self.launching, self.doing = said.id, said.doing
+        elif said.kind in ("installing", "installed"):
+            self._step = "Installing Jupyter" if said.kind == "installing" else ""
+            show("", self._step)
+        elif said.kind == "found":
+            if said.command in self._found:
+                return
+            self._found.append(said.command)
+            for line in said.tried:
+                self.messages.detail("looked at " + line)
+            say = self.messages.detail if said.where in ("PATH", INSTALLED) else say
+        facts = said.facts()
+        title = APPS[said.app].title if said.app in APPS else "Jupyter"
+        text, event = SAYINGS.get(("%s %s" % (said.kind, said.what)).strip(), ("", ""))
+        text = text.format(destination=self.ssh.destination, title=title, **facts)
+        if event:
+            self.messages.step(text, event, **{key: facts[key] for key in EVENTS[event].keys})
+        elif text:
+            say(text)
 
     @contextlib.contextmanager
     def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
@@ -5444,13 +5384,6 @@ class Agent:
                 text = "%s %s on %s. To end it: %s"
                 self.messages.note(text % (what, self.doing, self.ssh.destination, stop))
             raise
-
-    def _say_stopped(self, message: Stopped, show: Show) -> None:
-        if message.what not in STOPPED_TEXTS:
-            raise Wrong("wrong in it: what")
-        facts = message.facts()
-        title = APPS[message.app].title if message.app in APPS else "Jupyter"
-        self.messages.step(STOPPED_TEXTS[message.what] % dict(facts, app=title), "stopped", **facts)
 
     def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
@@ -5474,11 +5407,7 @@ class Agent:
             return self.ssh.lost()
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
-        return self._no_shell(noise, complaints, why)
-
-    def _no_shell(self, noise: List[str], complaints: List[str], why: str) -> Failure:
-        """Return why the account did not come to our command: in the host's words where it has said any."""
-        what = "the agent did not run on " + self.ssh.destination
+        # The account did not come to our command: in the host's words where it has said any.
         try_ = self.ssh.plain_command + "   (must succeed)"
         if re.search("password has expired|Password change required", why):
             try_ = self.ssh.login_command + "   (once, in a terminal: it asks for a new password)"
@@ -5486,7 +5415,7 @@ class Agent:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
         elif not complaints and "This account is" not in why:  # nologin(8) says that on stdout
             why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
-        return Failure(what, why, try_)
+        return Failure("the agent did not run on " + host, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7522,7 +7451,6 @@ class Batch:
         self._patterns_of = patterns_of
         self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
-        self._found: List[Found] = []
 
     def follow(self) -> None:
         """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
@@ -7558,16 +7486,11 @@ class Batch:
         self._failures[index] = failure
         self.messages.note("%s: %s" % (self._tasks[index].name, what_and_why(failure)))
 
-    def _say_found(self, found: Found, show: Show) -> None:
-        if not self._found:
-            self.agent.say_found(found, show)
-        self._found.append(found)
-
     def _begin(self, index: int) -> None:
         task, redials = self._tasks[index], not self._args.no_reconnect
         doing = "Launching the execution of " + task.name if self.messages.has_spinner else ""
         try:
-            reply = self.agent.ask_on(lambda: task.request, StartReply, doing, {"found": self._say_found}, redials)
+            reply = self.agent.ask_on(lambda: task.request, StartReply, doing, redials=redials)
         except NotConnected:
             raise
         except Failure as failure:
@@ -8892,7 +8815,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
     """
     record, kernel = kernel_for_eval(request, channel)
     path = os.path.join(cells_dir(record.directory), kernel.id)
-    channel.send(Launching(id=kernel.id[:8], doing="goes on there"))
+    channel.tell("launching", id=kernel.id[:8], doing="goes on there")
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
     recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
     is_visible = place_of(record).is_here and not record.request.is_held  # in a wrapper, its pid is another one here
@@ -9199,10 +9122,10 @@ class JobKind(Kind):
     def replied(self, record: JobRecord) -> "Optional[Json]":
         """Return what the agent in a job replied, if it has; raises Failure where it failed, or the job did before."""
         state = job_state(record)
-        message = reply_in(record)
-        if not message and not state.is_live:
+        reply = reply_in(record)
+        if not reply and not state.is_live:
             raise no_begin(record)
-        return Said.read(message).result() if message else None
+        return reply.result() if reply else None
 
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
@@ -9314,7 +9237,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
     record.pid, record.identity = 0, ""
     for line in why.splitlines():
-        channel.send(Note(text=portable(line)))
+        channel.tell("note", text=portable(line))
     return write_down(record, directory)
 
 
@@ -9537,16 +9460,15 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
     max_age_s = QUERY_MIN_S
     ended_at = 0.0  # by our monotonic clock
 
-    def look() -> "Optional[Json]":
+    def look() -> "Optional[Said]":
         nonlocal told, max_age_s, ended_at
         state = job_state(job, max_age_s)
         max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
         look_anew(job.directory)
-        for message in messages_in(said):
-            if Said.read(message).kind == "reply":
-                channel.send(QueueState(id=job.id, job=job.number))
-                return message
-            pass_on(message, channel)
+        reply = heard(said, channel)
+        if reply:
+            channel.send(QueueState(id=job.id, job=job.number))
+            return reply
         if not state.is_live:
             ended_at = ended_at or time.monotonic()
             was_cut = state.word in JOB_ENDS and state.word != "FAILED"
@@ -9562,7 +9484,8 @@ def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
             channel.send(news)
         return None
 
-    return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
+    reply = until(look, float("inf"), FOLLOW_MAX_S)  # type: Said
+    return reply.result()
 
 
 def no_begin(job: JobRecord) -> Failure:
@@ -9895,13 +9818,12 @@ class WrapperKind(Kind):
         log = Growing(log_of(record))
         last = ""
 
-        def look() -> "Optional[Json]":
+        def look() -> "Optional[Said]":
             nonlocal last
             has_ended = not place_of(record).is_running()  # before the look: what it said last is heard
-            for message in messages_in(said):
-                if Said.read(message).kind == "reply":
-                    return message
-                pass_on(message, channel)
+            reply = heard(said, channel)
+            if reply:
+                return reply
             if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
                 raise Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
             if has_ended:
@@ -9914,7 +9836,8 @@ class WrapperKind(Kind):
             return None
 
         try:
-            return Said.read(until(look, float("inf"), FOLLOW_MAX_S)).result()
+            reply = until(look, float("inf"), FOLLOW_MAX_S)  # type: Said
+            return reply.result()
         except Failure as failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
@@ -9922,10 +9845,10 @@ class WrapperKind(Kind):
 
     def replied(self, record: WrapperRecord) -> "Optional[Json]":
         """Return what the agent in there replied, if it has; raises Failure where it failed, or did not begin."""
-        message = reply_in(record)
-        if not message and not self.goes_on(record):
+        reply = reply_in(record)
+        if not reply and not self.goes_on(record):
             raise told_of_wrapper(not_begun(record), record)
-        return Said.read(message).result() if message else None
+        return reply.result() if reply else None
 
 
 KINDS["wrapper"] = WrapperKind()

@@ -123,7 +123,7 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "queue", "id": "j07af", "job": "12", "is_waiting": True, "word": "PENDING", "reason": "Priority"},
     {"kind": "found", "where": "the usual places", "command": "/a/jupyter-lab", "tried": ["/a"]},
     {"kind": "installing", "path": "/a", "tool": "pip"},
-    {"kind": "installed", "path": "/a", "elapsed_s": 3},
+    {"kind": "installed", "path": "/a", "seconds": 3},
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
     {"kind": "note", "text": "sbatch: the account expires"},
     {"kind": "line", "text": "[I] listening"},
