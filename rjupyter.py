@@ -1035,33 +1035,11 @@ class Trouble(Record):
 
 
 class Said(Record):
-    """A line of an agent's: its kind, and the facts that this kind has; the last one has the reply, or the failure."""
+    """A line of an agent's: its kind, and in the last one the reply, or the failure in its place."""
 
     kind: str
     reply: "Optional[Json]" = None
     failure: "Optional[Trouble]" = None
-    # Of what it tells while it works: SAYINGS.
-    text: str = ""
-    user: str = ""
-    node: str = ""
-    python: str = ""
-    is_root: bool = False
-    where: str = ""
-    command: str = ""
-    tried: "List[str]" = []
-    path: str = ""
-    tool: str = ""
-    add: str = ""
-    seconds: float = 0.0
-    doing: str = ""
-    what: str = ""
-    id: str = ""
-    pid: "Optional[int]" = None
-    app: "Optional[str]" = None
-    root_dir: "Optional[str]" = None
-    name: "Optional[str]" = None
-    job: "Optional[str]" = None
-    wrap: "Optional[str]" = None
 
     def result(self) -> "Json":
         """Return the reply; raises the Failure that is there instead."""
@@ -1101,17 +1079,6 @@ class ExamineReply(Record):
 
 
 # agent ends
-
-
-class SshConfig(Record):
-    """What `ssh -G` says of a destination, under ssh's own names, as far as it matters to us."""
-
-    channeltimeout: str = "none"
-    connecttimeout: str = "none"
-    controlpath: str = "none"
-    loglevel: str = "INFO"
-    proxyjump: str = "none"
-    serveraliveinterval: str = "0"
 
 
 class TunnelRecord(Record):
@@ -1690,23 +1657,15 @@ def in_one_line(text: str) -> str:
     return text.replace("\n", "; ")
 
 
-def duration(seconds: Optional[float]) -> str:
-    """Return a duration as people say it, in its largest unit; empty for none."""
+def duration(seconds: Optional[float], units: int = 1) -> str:
+    """Return a duration as people say it, in its largest unit or two: 2 h 3 min; empty for none."""
     if seconds is None or seconds < 0:
         return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return "%d %s" % (seconds // size, unit)
-    return "%d s" % seconds
-
-
-def long_duration(seconds: float) -> str:
-    """Return a duration in its two largest units: 2 h 3 min."""
-    for size, unit in ((86400, 3600), (3600, 60), (60, 1)):
-        if seconds >= size:
-            rest = duration(seconds % size) if seconds % size >= unit else ""
-            return ("%s %s" % (duration(seconds), rest)).strip()
-    return duration(max(0.0, seconds))
+    sizes = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
+    while seconds < sizes[0][1] and sizes[1:]:
+        del sizes[0]
+    text, rest = "%d %s" % (seconds // sizes[0][1], sizes[0][0]), seconds % sizes[0][1]
+    return "%s %s" % (text, duration(rest)) if units > 1 and sizes[1:] and rest >= sizes[1][1] else text
 
 
 def count_of(number: int, thing: str) -> str:
@@ -1728,13 +1687,13 @@ class Messages:
         can_move = self.is_terminal and os.environ.get("TERM") != "dumb"
         self.has_colour = can_move and "NO_COLOR" not in os.environ
         self.has_spinner = can_move and not quiet
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._transient = ""
 
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
         if not self.quiet:
-            self._say(text)
+            self.warn(text)
         self.event(event, **facts)
 
     def result(self, text: str, event: str, **facts: Any) -> None:
@@ -1756,10 +1715,6 @@ class Messages:
         except (OSError, UnicodeError) as error:
             raise Failure("cannot write to stdout: %s" % (getattr(error, "strerror", "") or error)) from None
 
-    def aside(self, text: str) -> None:
-        """Print what a cell wrote to its stderr, as it stands."""
-        self._say(text, end="")
-
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
         keys = EVENTS[event].keys
@@ -1772,21 +1727,22 @@ class Messages:
     def note(self, text: str) -> None:
         """Say something that the user should know and that is not a step."""
         if not self.quiet:
-            self._say(text)
+            self.warn(text)
 
-    def warn(self, text: str) -> None:
-        """Say what must not be missed, also under -q."""
-        self._say(text)
+    def warn(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+        """Say what must not be missed, also under -q; what is lost there must not stop us."""
+        with contextlib.suppress(OSError):
+            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
         if self.verbose:
-            self._say(text)
+            self.warn(text)
 
     def end_line(self) -> None:
         """Leave the line on which the terminal showed ^C."""
         if self.is_terminal and not self.quiet:
-            self._say("")
+            self.warn("")
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
@@ -1795,7 +1751,7 @@ class Messages:
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self._say(text, is_clean=True)
+        self.warn(text, is_clean=True)
         with contextlib.suppress(Failure):  # of stdout, which may be the very one
             self.event("failure", **failure.facts())
 
@@ -1824,7 +1780,7 @@ class Messages:
             if done.acquire(timeout=delay_s) or self.quiet:
                 return
             if not self.has_spinner:
-                self._say(step + "...")
+                self.warn(step + "...")
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
@@ -1846,26 +1802,16 @@ class Messages:
             self._show_transient("")
 
     def _show_transient(self, text: str) -> None:
-        with self._lock:
+        """Show a line that the next one takes away; or take it away."""
+        with self._lock, contextlib.suppress(OSError):  # a terminal that is gone
             if text or self._transient:
-                self._draw(printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
-            self._transient = text
-
-    def _draw(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone
-            sys.stderr.write("\r\033[K" + text)
-            sys.stderr.flush()
-
-    def _say(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
-        """Write a line to stderr, or nowhere: what is lost there must not stop us."""
-        with contextlib.suppress(OSError):
-            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+                self._transient = text
+                sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
+                sys.stderr.flush()
 
     def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
-            if self._transient:
-                self._draw("")
-                self._transient = ""
+            self._show_transient("")
             stream.write(text)
             stream.flush()
 
@@ -2018,28 +1964,21 @@ ALWAYS = ["-a", "-x", "-T"]
 ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
 
 
-class Keyword(NamedTuple):
-    """A row of KEYWORDS: one of ssh_config(5) which makes another call of ours, its value there, and the calls."""
-
-    name: str
-    value: str
-    calls: Tuple[str, ...] = (MASTER, SESSION, TUNNEL)
-
-
-# All keywords of the manual whose value in the user's config would change what a call *is*, apart from those that a
-# flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is given none of it.
+# All keywords of ssh_config(5) whose value in the user's config would change what a call *is*, with ours and the calls,
+# apart from those that a flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is
+# given none of it.
 KEYWORDS = [
-    Keyword("RemoteCommand", "none"),  # 7.6; ends in "Cannot execute command-line and remote command"
-    Keyword("ControlPersist", "no"),
-    Keyword("ForkAfterAuthentication", "no"),  # 8.7; leaves us, logged in
-    Keyword("StdinNull", "no", (SESSION,)),  # 8.7; the agent never arrives
+    ("RemoteCommand", "none", (MASTER, SESSION, TUNNEL)),  # 7.6; "Cannot execute command-line and remote command"
+    ("ControlPersist", "no", (MASTER, SESSION, TUNNEL)),
+    ("ForkAfterAuthentication", "no", (MASTER, SESSION, TUNNEL)),  # 8.7; leaves us, logged in
+    ("StdinNull", "no", (SESSION,)),  # 8.7; the agent never arrives
     # 8.7; none waits for ever, and subsystem takes our command for the name of one. Not beside -N: "Cannot specify -N".
-    Keyword("SessionType", "default", (SESSION,)),
-    Keyword("ControlMaster", "no", (SESSION, TUNNEL)),
-    Keyword("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
-    Keyword("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
-    Keyword("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
-    Keyword("Tunnel", "no", (TUNNEL,)),
+    ("SessionType", "default", (SESSION,)),
+    ("ControlMaster", "no", (SESSION, TUNNEL)),
+    ("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
+    ("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
+    ("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
+    ("Tunnel", "no", (TUNNEL,)),
 ]
 
 
@@ -2251,22 +2190,17 @@ class Child:
         with signals_held():
             return self._open_streams == 0 or self.process.poll() is not None
 
-    def send(self, data: bytes, is_last: bool = True) -> None:
-        """Give the child its stdin, the last of it or not; a child that is gone shows in its status, not here.
+    def send(self, data: bytes) -> None:
+        """Give the child its stdin; a child that is gone shows in its status, not here.
 
         A thread does: a pipe holds 64 KiB, and ssh takes nothing from it while a login waits for someone.
         """
-        start_thread(self._write, data, is_last)
 
-    def _write(self, data: bytes, is_last: bool) -> None:
-        stdin = self.process.stdin
-        assert stdin is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            stdin.write(data)
-            stdin.flush()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if is_last:
-                stdin.close()
+        def write(stdin: Any) -> None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError), stdin:
+                stdin.write(data)
+
+        start_thread(write, self.process.stdin)
 
     def end(self) -> None:
         """Terminate the child and reap it; kill it when it does not go within two seconds."""
@@ -2298,8 +2232,8 @@ class Ssh:
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
         self._is_again = False  # the connection was lost
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
-        self.config = SshConfig()  # what `ssh -G` says of the destination
-        self.config_text = ""  # all of it
+        self.config_text = ""  # what `ssh -G` says of the destination
+        self.config: Dict[str, str] = {}  # the same by keyword, in lower case
         self.further: List[str] = []  # forwards beside the one to Jupyter, as -L writes them
         self.meanwhile: Callable[[], object] = lambda: None  # what there is to do while ssh logs in
         self.words: List[str] = []  # what the connection's process said last
@@ -2318,18 +2252,14 @@ class Ssh:
         `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then.
         `options` takes the place of the user's own.
         """
-        ours = [row for row in KEYWORDS if call in (*row.calls, ASKING) and row.name.lower() not in self.unknown]
-        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % (row.name, row.value) for row in ours))]
+        rows = [row for row in KEYWORDS if call in (*row[2], ASKING) and row[0].lower() not in self.unknown]
+        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % row[:2] for row in rows))]
         argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
-    def config_argv(self) -> List[str]:
-        """Return the argv that asks ssh what its configuration says of this destination."""
-        return self.argv(ASKING, "-G")
-
     def lasting(self) -> List[str]:
         """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
-        return set_options("ChannelTimeout=none") if self.config.channeltimeout != "none" else []
+        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
 
     def patience(self) -> List[str]:
         """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
@@ -2338,11 +2268,11 @@ class Ssh:
         BatchMode it does not say that it waits for a touch: where someone may see it, it gets no answers.
         """
         argv = self.lasting()
-        if self.config.loglevel.upper() in ("QUIET", "FATAL", "ERROR"):
+        if self.config.get("loglevel", "").upper() in ("QUIET", "FATAL", "ERROR"):
             argv += set_options("LogLevel=INFO")
-        if self.config.serveraliveinterval == "0":
+        if self.config.get("serveraliveinterval", "0") == "0":
             argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
-        if self.config.connecttimeout in ("none", "0"):
+        if self.config.get("connecttimeout", "0") in ("none", "0"):
             argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
         if self.can_ask:
             return argv
@@ -2355,7 +2285,7 @@ class Ssh:
 
         Raises Failure (255) when ssh gives up. Where there can be no master, each later step logs in by itself.
         """
-        self.config = self._read_config()
+        self._read_config()
         self._is_woken = False
         self._is_again = is_again
         for find in self.masters if self.is_mux else []:
@@ -2372,7 +2302,8 @@ class Ssh:
             self.way = way = Mux(self, new_control_path())
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
-            self.dial(way.master_argv(), doing, lambda line: not line and os.path.exists(way.control_path))
+            argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
+            self.dial(argv, doing, lambda line: not line and os.path.exists(way.control_path))
             self.end_login()
             return
         except NotConnected:
@@ -2484,11 +2415,6 @@ class Ssh:
                     self._shown.clear()
                     delay_s = 0.0
 
-    @property
-    def can_leave(self) -> bool:
-        """True while we go through a master that is not ours, and that carries no forward of ours."""
-        return isinstance(self.way, Mux) and self.process is None and not self.way.forwards
-
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
         status, _, words = run_command(["ssh", "-V"], CONTROL_TIMEOUT_S)
@@ -2496,20 +2422,21 @@ class Ssh:
             raise Failure("no ssh on this machine", words.strip(), "install OpenSSH's client")
         return words.strip()
 
-    def _read_config(self) -> SshConfig:
-        argv = self.config_argv()
+    def _read_config(self) -> None:
+        argv = self.argv(ASKING, "-G")
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
         refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
-        ours = [row.name.lower() for row in KEYWORDS]
-        if refused and refused.group(1) in ours and refused.group(1) not in self.unknown:
+        ours = {name.lower() for name, _, _ in KEYWORDS}
+        if refused and refused.group(1) in ours - set(self.unknown):
             self.unknown.append(refused.group(1))  # an older ssh: no such keyword, and nothing to turn off
-            return self._read_config()
+            self._read_config()
+            return
         if status:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
         self.config_text = said
-        return SshConfig.read(dict(line.split(" ", 1) for line in said.splitlines() if " " in line))
+        self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
     def __enter__(self) -> "Ssh":
         try:
@@ -2589,15 +2516,15 @@ class Ssh:
         host = self.destination.rsplit("@", 1)[-1]
         removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
         facts = {
-            "host": host + (", or of a jump host before it," if self.config.proxyjump != "none" else ""),
-            "ssh": self.plain_command,
-            "verbose": shlex.join(["ssh", "-v"] + self.options + [self.destination, "true"]),
+            "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
+            "ssh": self.typed("true"),
+            "verbose": self.typed("true", before=["-v"]),
             "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
         }
         cause = cause_of(words)
         what = "cannot connect to " + self.destination
         if self.asked:
-            try_ = self.login_command + "   (in a terminal, where someone can do that)"
+            try_ = self.typed() + "   (in a terminal, where someone can do that)"
             return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
         told = (
             (kind, try_, why, line) for start, kind, try_, why in ENDINGS for line in words if re.match(start, line)
@@ -2615,21 +2542,15 @@ class Ssh:
         why = "no login within %d s" % BATCH_LOGIN_TIMEOUT_S
         if self.asked:
             return self.connect_failure([why])
-        return NotConnected("cannot connect to " + self.destination, why, self.plain_command, EXIT_TIMEOUT)
+        return NotConnected("cannot connect to " + self.destination, why, self.typed("true"), EXIT_TIMEOUT)
 
     def lost(self) -> NotConnected:
         """Return the failure of a connection that ended under us."""
         return NotConnected("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
 
-    @property
-    def plain_command(self) -> str:
-        """The command that shows a person whether ssh itself gets there."""
-        return shlex.join(["ssh"] + self.options + [self.destination, "true"])
-
-    @property
-    def login_command(self) -> str:
-        """The command that logs a person in."""
-        return shlex.join(["ssh"] + self.options + [self.destination])
+    def typed(self, *words: str, before: Sequence[str] = ()) -> str:
+        """Return the ssh that a person types to get there: `true` shows whether it does."""
+        return shlex.join(["ssh", *before, *self.options, self.destination, *words])
 
     @property
     def last_words(self) -> str:
@@ -2736,18 +2657,15 @@ class Direct:
         """Return the argv of a session, which logs in."""
         return self.ssh.argv(SESSION, "-S", "none", *specific, *self.ssh.patience(), command=command)
 
-    def forward_argv(self, spec: str, ready: str = "ready") -> List[str]:
-        """Return the argv of the tunnel; ssh prints `ready` when it has logged in and listens.
-
-        LocalCommand runs when the forwards are set up (OpenSSH ssh.c).
-        """
-        argv = ["-N", *local_forwards([spec, *self.ssh.further]), "-S", "none", *self.ssh.patience()]
-        return self.ssh.argv(TUNNEL, *argv, *set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready))
-
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Start the tunnel; raises Failure (255) when it cannot log in. A banner without a newline precedes `ready`."""
+        """Start the tunnel; raises Failure (255) when it cannot log in.
+
+        LocalCommand runs when the forwards are set up (OpenSSH ssh.c). A banner without a newline may precede its word.
+        """
         ready = "rjupyter-" + os.urandom(8).hex()
-        self.ssh.dial(self.forward_argv(specs[0], ready), "Opening the tunnel", lambda line: line.endswith(ready))
+        told = set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready)
+        argv = ["-N", *local_forwards(specs), "-S", "none", *self.ssh.patience(), *told]
+        self.ssh.dial(self.ssh.argv(TUNNEL, *argv), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
         self.ssh.end_login()
         for spec in specs:
@@ -2778,10 +2696,6 @@ class Mux:
         self.identity = identity_of_file(control_path)  # of a master that was there before us
         self.forwards: Set[str] = set()
 
-    def master_argv(self) -> List[str]:
-        """Return the argv of a master of ours."""
-        return self.ssh.argv(MASTER, "-M", "-N", "-S", self.control_path, *self.ssh.patience())
-
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session through the master.
 
@@ -2797,15 +2711,11 @@ class Mux:
         argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
         return argv + list(specific) + ["--", self.ssh.destination]
 
-    def forward_argv(self, spec: str) -> List[str]:
-        """Return the argv that adds a local forward to the master."""
-        return self.control_argv("forward", *local_forwards([spec]))
-
     def forward(self, specs: List[str]) -> Tuple[bool, str]:
         """Add the forwards to the master; one that is not ours loses them when we are gone, however we went."""
         for spec in specs:
             self.forwards.add(spec)
-            is_open, words = self.ssh.call(self.forward_argv(spec))
+            is_open, words = self.ssh.call(self.control_argv("forward", *local_forwards([spec])))
             if not is_open:
                 self.forwards.remove(spec)
                 if spec is specs[0]:
@@ -2838,7 +2748,7 @@ def identity_of_file(path: str) -> Tuple[int, ...]:
 
 def own_master(ssh: Ssh) -> str:
     """Return the control socket of the user's own live master for this destination: no login at all."""
-    path = ssh.config.controlpath
+    path = ssh.config.get("controlpath", "none")
     if path == "none" or not ssh.call(ssh.argv(ASKING, "-O", "check"))[0]:
         return ""
     ssh.messages.detail("Using your own control master at %s." % path)
@@ -4757,10 +4667,10 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         except (Failure, OSError) as error:
             failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
             continue
-        job = record.number if isinstance(record, JobRecord) else record.job
-        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name")}
-        facts.update(pid=held.pid or None, job=job or None, wrap=record.request.outside or None)
-        channel.tell("stopped", what=record.kind, id=record.id, **facts)
+        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name", "job")}
+        facts["job"] = record.number if isinstance(record, JobRecord) else facts["job"]
+        wrap, pid = record.request.outside or None, held.pid or None
+        channel.tell("stopped", what=record.kind, id=record.id, pid=pid, wrap=wrap, **facts)
     if len(failures) > 1:
         why = "\n".join("%s: %s" % (failure.what, failure.why) for failure in failures)
         raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
@@ -5039,8 +4949,9 @@ def load(path, code=None):
     exec(code, module.__dict__)
     return module
 """
-# The host keeps this file by its digest, in a directory that is the user's alone.
-FIND = (
+# The host keeps this file by its digest, in a directory that is the user's alone. What it does not have it says, unless
+# that was sent as well, and KEEP, which puts it there.
+RUN = (
     LOAD
     + """import os
 digest, _, request = words[-3:]
@@ -5052,25 +4963,22 @@ def check():
     state = os.lstat(cache)
     if state.st_mode & 0o170077 != 0o040000 or state.st_uid != os.getuid():
         raise OSError("others can look in there")
-"""
-)
-RUN = (
-    FIND
-    + """try:
+source = b""
+try:
     check()
     main = load(path).agent_main
 except Exception:
-    import json
-    print(json.loads(request.decode())["nonce"], '{"kind": "absent"}')
-    sys.exit()
-main(b"", request)
+    if words[-4:-3] in ([], ["sh"]):
+        import json
+        print(json.loads(request.decode())["nonce"], '{"kind": "absent"}')
+        sys.exit()
+    exec(decode(words[-4]))
+main(source, request)
 """
 )
 # With the last few versions of it; it runs from memory where it cannot be kept.
-KEEP = (
-    FIND
-    + """import glob
-source = decode("".join(words[words.index("sh") + 1 if "sh" in words else 0 : -3]))
+KEEP = """import glob
+source = decode("".join(words[words.index("sh") + 1 if "sh" in words else 0 : -4]))
 new = "%s.%d" % (path, os.getpid())
 try:
     os.makedirs(cache, 0o700, exist_ok=True)
@@ -5087,13 +4995,11 @@ try:
     for old in sorted(glob.glob(cache + "/agent-*.py"), key=os.path.getmtime)[:-5]:
         for name in [old, *glob.glob("%s/__pycache__/%s.*" % (cache, os.path.basename(old)[:-3]))]:
             os.unlink(name)
-    module = load(path)
+    main = load(path).agent_main
     source = b""
 except Exception:
-    module = load("rjupyter.py", compile(source, "rjupyter.py", "exec"))
-module.agent_main(source, request)
+    main = load("rjupyter.py", compile(source, "rjupyter.py", "exec")).agent_main
 """
-)
 WORD_MAX = 100000  # bytes: Linux takes 128 KiB in an argument
 
 
@@ -5132,11 +5038,12 @@ class AgentFile:
         It is a command itself, because a start-up file may have replaced the login shell (`exec fish`) by one that
         takes stdin for its script; and blank lines come first, because a start-up file may read one.
         """
-        self._word = self._word or (word_of(self._source) if is_whole else b"")
-        whole = self._word if is_whole else b""
-        words = [whole[at : at + WORD_MAX] for at in range(0, len(whole), WORD_MAX)]
-        program = word_of((KEEP if is_whole else RUN).encode())
-        words += [self._digest, program, word_of(json.dumps(request.facts()).encode())]
+        words = []
+        if is_whole:
+            self._word = self._word or word_of(self._source)
+            words = [self._word[at : at + WORD_MAX] for at in range(0, len(self._word), WORD_MAX)]
+            words.append(word_of(KEEP.encode()))
+        words += [self._digest, word_of(RUN.encode()), word_of(json.dumps(request.facts()).encode())]
         return b"\n\n%s %s\n" % (command.encode(), b" ".join(words))
 
 
@@ -5152,7 +5059,7 @@ Handler = Callable[[Any, Show], None]
 MESSAGES: Dict[str, Type[Message]] = {kind.kind: kind for kind in (QueueState, Line, Part, Recorded)}
 
 
-# What the host tells while it works, by its kind: the text, and the event that it is for a program; else it is a note.
+# What the host tells while it works, by its kind: the text, and its event for a program; without, it is a note.
 SAYINGS = {
     "hello": ("Connected to {destination} ({user}@{node}, python {python}).", "connected"),
     "found": ("Using {command} ({where}).", ""),
@@ -5165,6 +5072,8 @@ SAYINGS = {
     "stopped job": ("Cancelled job {job} ({id}).", "stopped"),
     "stopped wrapper": ("Ended what started inside {wrap} ({id}).", "stopped"),
 }
+# The facts in it that are no texts.
+FACTS = {"is_root": "bool", "tried": "List[str]", "seconds": "float", "pid": "Optional[int]"}
 
 
 class Agent:
@@ -5174,7 +5083,7 @@ class Agent:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
-        self.hello = Said(kind="hello")  # who and where we are there
+        self.hello: Json = {"user": ""}  # who and where we are there
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
@@ -5227,7 +5136,11 @@ class Agent:
                     is_whole = True
                     continue
                 except SessionRefused:
-                    if time.monotonic() > until_s and not self.ssh.can_leave:
+                    way = (
+                        self.ssh.way
+                    )  # through a master that is not ours, and has no forward of ours, there is another
+                    can_leave = isinstance(way, Mux) and not way.forwards and self.ssh.process is None
+                    if time.monotonic() > until_s and not can_leave:
                         raise
                 except (KeyboardInterrupt, Terminated):
                     if child:
@@ -5258,7 +5171,7 @@ class Agent:
             try:
                 return self.ask(request(), reply, doing, handlers=handlers)
             except NotConnected as failure:
-                if not redials or not self.hello.user or isinstance(failure, HostRefused):
+                if not redials or not self.hello["user"] or isinstance(failure, HostRefused):
                     raise  # we were not connected before
                 self.ssh.reconnect(failure.last_line(), self._is_there)
 
@@ -5292,7 +5205,7 @@ class Agent:
                 if self.ssh.asked:
                     raise self.ssh.no_login()
                 why = "the agent said nothing for %d s" % silence_s
-                try_ = self.ssh.plain_command + "   (does it answer?)"
+                try_ = self.ssh.typed("true") + "   (does it answer?)"
                 raise NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
             if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
                 heard_at = time.monotonic()
@@ -5323,9 +5236,8 @@ class Agent:
         for _, line in child.last_lines:
             with contextlib.suppress(ValueError, RecursionError, Failure):
                 message = json.loads(line.partition(nonce + " ")[2])
-                said = Said.read(message)
-                if said.kind == "launching":
-                    self._tell(said, show)
+                if Said.read(message).kind == "launching":
+                    self._tell(message, show)
 
     def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
         """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
@@ -5337,37 +5249,41 @@ class Agent:
         if said.kind in handlers:
             handlers[said.kind](MESSAGES[said.kind].read(message), show)
         else:
-            self._tell(said, show)
+            self._tell(message, show)
         return None
 
-    def _tell(self, said: Said, show: Show) -> None:
-        """Tell the user what the host says."""
-        say = self.messages.note
-        if said.kind == "hello":
-            self.hello = said
-            if not self.greets:
-                return
-            self.greets = False
-        elif said.kind == "progress":
-            show(said.text, self._step)
-        elif said.kind == "launching":
-            self.launching, self.doing = said.id, said.doing
-        elif said.kind in ("installing", "installed"):
-            self._step = "Installing Jupyter" if said.kind == "installing" else ""
-            show("", self._step)
-        elif said.kind == "found":
-            if said.command in self._found:
-                return
-            self._found.append(said.command)
-            for line in said.tried:
-                self.messages.detail("looked at " + line)
-            say = self.messages.detail if said.where in ("PATH", INSTALLED) else say
-        facts = said.facts()
-        title = APPS[said.app].title if said.app in APPS else "Jupyter"
-        text, event = SAYINGS.get(("%s %s" % (said.kind, said.what)).strip(), ("", ""))
-        text = text.format(destination=self.ssh.destination, title=title, **facts)
+    def _tell(self, message: Json, show: Show) -> None:
+        """Tell the user what the host says, by the table."""
+        kind, say = message["kind"], self.messages.note
+        told = {name: value for name, value in message.items() if name in FACTS or isinstance(value, (str, type(None)))}
+        facts = {name: checked(FACTS.get(name, "Any"), value) for name, value in told.items()}
+        title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
+        text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
+        try:
+            text = text.format(destination=self.ssh.destination, title=title, **facts)
+            if kind == "hello":
+                self.hello = facts
+                if not self.greets:
+                    return
+                self.greets = False
+            elif kind == "progress":
+                show(facts["text"], self._step)
+            elif kind == "launching":
+                self.launching, self.doing = facts["id"], facts["doing"]
+            elif kind in ("installing", "installed"):
+                self._step = "Installing Jupyter" if kind == "installing" else ""
+                show("", self._step)
+            elif kind == "found":
+                if facts["command"] in self._found:
+                    return
+                self._found.append(facts["command"])
+                for line in facts["tried"]:
+                    self.messages.detail("looked at " + line)
+                say = self.messages.detail if facts["where"] in ("PATH", INSTALLED) else say
+        except KeyError as error:
+            raise Wrong("wrong in it: %s" % error) from None
         if event:
-            self.messages.step(text, event, **{key: facts[key] for key in EVENTS[event].keys})
+            self.messages.step(text, event, **{key: facts.get(key) for key in EVENTS[event].keys})
         elif text:
             say(text)
 
@@ -5408,9 +5324,9 @@ class Agent:
         if any("Session open refused" in text or "session request failed" in text for text in noise):
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         # The account did not come to our command: in the host's words where it has said any.
-        try_ = self.ssh.plain_command + "   (must succeed)"
+        try_ = self.ssh.typed("true") + "   (must succeed)"
         if re.search("password has expired|Password change required", why):
-            try_ = self.ssh.login_command + "   (once, in a terminal: it asks for a new password)"
+            try_ = self.ssh.typed() + "   (once, in a terminal: it asks for a new password)"
         if not noise:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
         elif not complaints and "This account is" not in why:  # nologin(8) says that on stdout
@@ -8518,7 +8434,7 @@ def title_of(cell: CellOutput) -> str:
         return head_of(None)
     seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
     state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
-    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), long_duration(seconds), state)
+    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
 
 
 def lines_of(cell: CellOutput) -> List[str]:
@@ -8538,7 +8454,7 @@ def head_of(count: Optional[int]) -> str:
 
 def ending_of(count: Optional[int], is_done: bool, seconds: float) -> str:
     """Say how a cell ended: In [12] done after 2 h 3 min."""
-    return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", long_duration(seconds))
+    return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", duration(max(0.0, seconds), 2))
 
 
 def moment(seconds: float) -> str:
@@ -10937,12 +10853,12 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         messages.note(text % (server.scheduler, destination))
     if server.foreign:
         text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
-        messages.note(text % (destination, how_to_own(server.foreign, agent.hello.user)))
+        messages.note(text % (destination, how_to_own(server.foreign, agent.hello["user"])))
     for away in server.away:
         text = "While you were away: %s %s (%s). To see it: %s"
         ending, see = ending_of(away.count, away.is_done, away.seconds), args.again("output", away.notebook)
         messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
-    if server.is_launched and agent.hello.is_root:
+    if server.is_launched and agent.hello["is_root"]:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
 
@@ -11122,7 +11038,7 @@ class PrintedCell:
             is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
             text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
             if is_aside:
-                self.messages.aside(text)
+                self.messages.warn(text, end="")
             else:
                 self.messages.line(text, end="")
 
@@ -11493,10 +11409,10 @@ def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
         return
     if not ssh.way.has_login:
         yield Check("connection", "each step logs in by itself")
-    yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello.user, agent.hello.node))
+    yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello["user"], agent.hello["node"]))
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
-    yield Check("python", agent.hello.python)
+    yield Check("python", agent.hello["python"])
     yield Check("sessions", check_sessions(ssh))
     if is_inside:
         try:
@@ -11515,7 +11431,7 @@ def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
         text = "%.1f GB free at %s" % (free_gb, facts.state)
         yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
     if facts.foreign:
-        yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello.user))
+        yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello["user"]))
     yield Check("port", "%d is free on the host" % facts.port)
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
@@ -11546,13 +11462,11 @@ def check_sessions(ssh: Ssh) -> str:
     """Say whether the connection carries a second session; an open needs one at a time."""
     if not ssh.way.has_login:
         return "each one is a login of its own"
-    first = ssh.session("exec cat")
+    first = ssh.session("echo open; exec cat")
     try:
-        first.send(b"open\n", is_last=False)
         lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
         has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
     finally:
-        first.send(b"")
         first.end()
     return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
 

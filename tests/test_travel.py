@@ -140,7 +140,8 @@ def test_destination(laptop: Laptop, directory: Path, no_canary: Callable[[], No
     )
     ssh = rjupyter.Ssh(destination.host, ["-F", str(config)], False, rjupyter.Messages(quiet=True), True)
     master = rjupyter.Mux(ssh, str(directory / "s"))
-    for argv in (master.master_argv(), master.session_argv(command="true"), master.control_argv("check")):
+    ours = ssh.argv(rjupyter.MASTER, "-M", "-N", "-S", master.control_path)
+    for argv in (ours, master.session_argv(command="true"), master.control_argv("check")):
         at = argv.index("--")
         assert argv[at + 1] == destination.host and not argv[at + 1].startswith("-")
         subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, cwd=str(directory))
