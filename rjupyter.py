@@ -476,8 +476,6 @@ class RuntimeInfo(Record):
 
     def unusable(self) -> "List[str]":
         """Return the settings of Jupyter's that cannot be put into a header or an address."""
-        import re
-
         forms = {"token": r"[!-~]*\Z", "base_url": r"/([A-Za-z0-9_.~%@+-]+/)*\Z"}
         return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
 
@@ -792,8 +790,11 @@ class Away(Record):
     is_done: bool
 
 
-class OpenReply(RuntimeInfo):
-    """The server that an open came back to, or launched: what Jupyter's runtime file and our record say together."""
+class Server(RuntimeInfo):
+    """The server that an open came back to, or launched: what Jupyter's runtime file and our record say together.
+
+    Each of its facts is of a form that can be put into an address or an argv.
+    """
 
     id: str
     pid: int
@@ -812,6 +813,46 @@ class OpenReply(RuntimeInfo):
     foreign: "List[str]" = []  # files of Jupyter's that another user owns
     scheduler: str = ""  # a scheduler's command that is there and was not used
     away: "List[Away]" = []
+
+    def odd(self) -> "List[str]":
+        """Return what would mean more than it should."""
+        forms = {
+            "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", self.id),
+            "app": self.app in APPS,
+            "host": re.fullmatch(r"[\w.:%-]+", self.host) and not self.host.startswith("-"),
+            "port": 0 < self.port < 65536 or self.sock,
+            "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
+            "local_port": 0 < self.local_port < 65536,
+        }
+        return [name for name, is_right in forms.items() if not is_right] + self.unusable()
+
+    @property
+    def title(self) -> str:
+        """Its name as a person calls it."""
+        return ("%s %s" % (APPS[self.app].title, self.app_version)).strip()
+
+    @property
+    def target(self) -> str:
+        """Where it listens on the host, as ssh's -L writes it."""
+        return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
+
+    @property
+    def good_statuses(self) -> "Tuple[int, ...]":
+        """What our own server answers: with a password and no token, it cannot take ours."""
+        return (401, 403) if self.has_password and not self.token else (200,)
+
+    def url(self, local_port: int, has_token: bool = True) -> str:
+        """Return the address of its page in a browser here, made from checked parts."""
+        from urllib.parse import quote
+
+        app = APPS[self.app]
+        page = app.page
+        if self.file:
+            page = app.notebook_page if self.file.endswith(".ipynb") else app.file_page
+            page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
+        query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
+        scheme = "https" if self.is_secure else "http"
+        return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
 
 
 class ServerView(Record):
@@ -1288,8 +1329,6 @@ def node_address(asked: str) -> str:
 
     The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
     """
-    import re
-
     interfaces = interface_addresses()
     names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
     slurm_name = os.environ.get("SLURMD_NODENAME")
@@ -1330,8 +1369,6 @@ def run_command(
 
     The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
     """
-    import subprocess
-
     pipe = subprocess.PIPE
     try:
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
@@ -2845,8 +2882,6 @@ class Channel:
     """
 
     def __init__(self, nonce: str, stream: "Any" = None) -> None:
-        import threading
-
         self._nonce = nonce + " " if nonce else ""
         self._lock = threading.Lock()  # a line is sent whole
         self._is_over = threading.Event()
@@ -3115,8 +3150,6 @@ class Here(Elsewhere):
         return [(pid, process_identity(pid)) for pid in pids]
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        import signal
-
         record = self.record
         until(lambda: not self.is_running(), polite_s)
         for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -3278,8 +3311,6 @@ def end_of_log(path: str, lines: int = LOG_LINES) -> str:
 
 def without_tokens(text: str) -> str:
     """Return a text of Jupyter's log without the tokens in its addresses."""
-    import re
-
     return re.sub(r"token=[^&\s\"']+", "token=...", text)
 
 
@@ -3290,7 +3321,6 @@ def start_detached(
     argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
 ) -> "Any":
     """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
-    import subprocess
     import warnings
 
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
@@ -3322,8 +3352,6 @@ def facts_of(process: "Any", root_dir: str, request: Request) -> "Json":
 
 def end_session(pid: int) -> None:
     """Kill the session that process `pid` leads: it is one that we launched ourselves."""
-    import signal
-
     for signum in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(pid, signum)
@@ -3337,8 +3365,6 @@ def end_with_parent() -> "Optional[Callable[[], object]]":
 
     A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
     """
-    import signal
-
     try:
         import ctypes
 
@@ -3470,8 +3496,6 @@ def problem_of(script: str) -> str:
 
 def match_head(script: str, *forms: str) -> str:
     """Return what the first of these forms that fits the beginning of a script finds in it; empty when none does."""
-    import re
-
     try:
         with open(script, "rb") as stream:
             head = os.fsdecode(stream.read(1024))
@@ -3497,8 +3521,6 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     Empty when the shell does not get that far in time: its files may wait for input, or leave. The dump is framed, for
     those files print as well.
     """
-    import signal
-    import subprocess
     import tempfile
 
     nonce = os.urandom(8).hex()
@@ -3814,7 +3836,6 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
 
     It is ended when nobody waits for it any more: the next one who does begins it again.
     """
-    import subprocess
     import tempfile
 
     with tempfile.NamedTemporaryFile() as output:
@@ -3900,8 +3921,6 @@ def can_hold_kernels(directory: str) -> bool:
 
 def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
-    import re
-
     if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII) or len(path) >= SUN_PATH_MAX:
         return False
     try:
@@ -3976,8 +3995,6 @@ def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
 
 def is_configured(names: str) -> bool:
     """True when the user's own configuration sets one of these, "port|sock": then theirs holds, and we set none."""
-    import re
-
     home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
     for app in ("notebook", "server", "lab"):
         for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
@@ -4434,7 +4451,7 @@ def seconds_since(moment: "Any") -> "Optional[float]":
 # -- open -------------------------------------------------------------------------------------------------------------
 
 
-def open_server(request: Request, channel: Channel) -> OpenReply:
+def open_server(request: Request, channel: Channel) -> Server:
     """Come back to a server of the user's, or launch one; by a job, when one is asked for."""
     root_dir, file = resolve_path(request.path) if request.path is not None else ("", "")
     with contextlib.ExitStack() as stack:
@@ -4457,7 +4474,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
             hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if job:  # outside of the lock, for a queue may be long
-        found = OpenReply.read(KINDS[job.kind].await_reply(job, channel))
+        found = Server.read(KINDS[job.kind].await_reply(job, channel))
     assert found is not None
     check_reach(found, request)
     found.file = portable(file)
@@ -4471,7 +4488,7 @@ def open_server(request: Request, channel: Channel) -> OpenReply:
     return found
 
 
-def check_reach(found: OpenReply, request: Request) -> None:
+def check_reach(found: Server, request: Request) -> None:
     """Raise Failure where this host does not reach the port of a server in a job, or in a network of its own."""
     is_outside = (found.job or found.wrapper) and not request.is_held and not found.sock
     if not is_outside or request.via_node or found.request.via_node or found.node == os.uname().nodename:
@@ -4485,7 +4502,7 @@ def check_reach(found: OpenReply, request: Request) -> None:
         raise Failure(what, why, try_ if found.job else "--socket; or a wrapper that leaves the host's network")
 
 
-def find_server(request: Request, root_dir: str) -> "Optional[OpenReply]":
+def find_server(request: Request, root_dir: str) -> "Optional[Server]":
     """Return the server to come back to, if there is one."""
     for record in [] if request.is_new else servers_to_attach(request, root_dir):
         info = come_back(record, request.start_timeout_s)
@@ -4514,11 +4531,11 @@ def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
     return None
 
 
-def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> OpenReply:
+def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Server:
     """Return what our record and Jupyter's runtime file say together."""
     info = from_elsewhere(record, info)
-    of_record = {name: value for name, value in record.facts().items() if name in OpenReply.fields}
-    return OpenReply(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
+    of_record = {name: value for name, value in record.facts().items() if name in Server.fields}
+    return Server(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
 
 def log_of(record: Kept) -> str:
@@ -4568,8 +4585,6 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
 
 def list_all(request: Request, channel: Channel) -> ListReply:
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
-    import threading
-
     within = resolve_path(request.path)[0] if request.path is not None else ""
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
     views = [None for _ in records]  # type: List[Any]
@@ -4891,9 +4906,9 @@ def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", d
 
     Signs of life are given in a directory meanwhile.
     """
-    if not isinstance(reply, (OpenReply, StartReply)):
+    if not isinstance(reply, (Server, StartReply)):
         sys.exit(reply is None)
-    kind = KINDS["server" if isinstance(reply, OpenReply) else "run"]
+    kind = KINDS["server" if isinstance(reply, Server) else "run"]
     record = kept_record(kind, reply.id)
     if not record:
         return  # it was ended already
@@ -5341,50 +5356,6 @@ class Agent:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Server(OpenReply):
-    """A Jupyter server on the host, each of its facts of a form that can be put into an address or an argv."""
-
-    def odd(self) -> List[str]:
-        """Return what would mean more than it should."""
-        forms = {
-            "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", self.id),
-            "app": self.app in APPS,
-            "host": re.fullmatch(r"[\w.:%-]+", self.host) and not self.host.startswith("-"),
-            "port": 0 < self.port < 65536 or self.sock,
-            "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
-            "local_port": 0 < self.local_port < 65536,
-        }
-        return [name for name, is_right in forms.items() if not is_right] + self.unusable()
-
-    @property
-    def title(self) -> str:
-        """Its name as a person calls it."""
-        return ("%s %s" % (APPS[self.app].title, self.app_version)).strip()
-
-    @property
-    def target(self) -> str:
-        """Where it listens on the host, as ssh's -L writes it."""
-        return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
-
-    @property
-    def good_statuses(self) -> Tuple[int, ...]:
-        """What our own server answers: with a password and no token, it cannot take ours."""
-        return (401, 403) if self.has_password and not self.token else (200,)
-
-    def url(self, local_port: int, has_token: bool = True) -> str:
-        """Return the address of its page in a browser here, made from checked parts."""
-        from urllib.parse import quote
-
-        app = APPS[self.app]
-        page = app.page
-        if self.file:
-            page = app.notebook_page if self.file.endswith(".ipynb") else app.file_page
-            page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
-        query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
-        scheme = "https" if self.is_secure else "http"
-        return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
-
-
 class Tunnel:
     """A forward from a local port to a server, held until the connection or the server ends."""
 
@@ -5417,10 +5388,6 @@ class Tunnel:
             if "forwarding request failed" not in words:
                 raise Failure("cannot forward a port", words, "-v shows every ssh command")
             port += 1  # taken between the look and ssh's bind
-
-    def close(self) -> None:
-        """Take the forward away; the connection stays."""
-        self.ssh.cancel(self.local_port, self.server.target)
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -5494,7 +5461,12 @@ class Tunnel:
         is_silent, pause_s, is_open = False, float(PROBE_EVERY_S), True
         self._wake_at_end()
         while self.ssh.wait(pause_s):
-            self._warn_of_limit()
+            left_s = self._ends_at - time.monotonic()
+            if left_s < WARN_BEFORE_END_S:
+                self._ends_at = float("inf")
+                place = "%s on %s" % (self.server.title, self.server.node)
+                text = "%s left for %s: save what you need." % (duration(max(0.0, left_s)), place)
+                self.messages.step(text, "ending", id=self.server.id, left_s=left_s)
             if not self._has_left and self._is_answering():
                 if not self._hearing.is_alive():
                     self._wake_at_end()
@@ -5503,7 +5475,7 @@ class Tunnel:
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if self._has_left and is_open and self.ssh.way.has_login:
-                self.close()
+                self.ssh.cancel(self.local_port, self.server.target)
                 is_open = False
             if not self.ssh.wait(0.2):
                 break
@@ -5535,15 +5507,6 @@ class Tunnel:
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
             raise Failure(what, why, self.hint("--new") + "   (starts another)", EXIT_SERVER_ENDED)
         return end
-
-    def _warn_of_limit(self) -> None:
-        """Say once when the time of the server's job is up soon."""
-        left_s = self._ends_at - time.monotonic()
-        if left_s < WARN_BEFORE_END_S:
-            self._ends_at = float("inf")
-            place = "%s on %s" % (self.server.title, self.server.node)
-            text = "%s left for %s: save what you need." % (duration(max(0.0, left_s)), place)
-            self.messages.step(text, "ending", id=self.server.id, left_s=left_s)
 
     def _wake_at_end(self) -> None:
         """Keep a connection to the server that says nothing: its end tells at once that the server may have ended."""
@@ -9132,8 +9095,6 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
     later): who asked for it marks it "unwanted", which ends such a job when it begins.
     """
-    import re
-
     argv = [native(word) for word in request.submit]
     command = os.path.basename(argv[0])
     asked = request.to_keep()
@@ -9167,8 +9128,6 @@ def early_words(record: JobRecord) -> str:
 
 def refuse_options(command: str, words: "List[str]") -> None:
     """Raise Failure (2) for an option of a submission that a job of ours cannot have."""
-    import re
-
     for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
         for word in words:
             if re.match(pattern, word):
@@ -9177,8 +9136,6 @@ def refuse_options(command: str, words: "List[str]") -> None:
 
 def write_script(record: JobRecord, request: Request) -> str:
     """Write what a job runs, and return its path: its name is our id, by which a scheduler's answer tells it again."""
-    import shlex
-
     facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
     inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
     program = leave_agent(record.directory, job_main, inner, is_elsewhere=True)
@@ -9240,8 +9197,6 @@ def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
 
     A number of Slurm's may come again, on a new cluster: then the script is another one than was first seen with it.
     """
-    import re
-
     if record.command != "sbatch":
         line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output) if record.number else None
         return {"script": "a line", "reason": " ".join(line.group().split())} if line else None
@@ -9332,7 +9287,6 @@ def scheduler_environment(command: str, program: str, init: "List[str]") -> "Dic
 
     It is ours; after --init, or where our PATH does not have the program, that of the user's terminal.
     """
-    import re
     import shutil
 
     environment = dict(os.environ)
@@ -9346,8 +9300,6 @@ def scheduler_environment(command: str, program: str, init: "List[str]") -> "Dic
 
 def ask_scheduler(record: JobRecord) -> str:
     """Return what the scheduler of a job says of the user's jobs; empty when it does not answer."""
-    import re
-
     scheduler = SCHEDULERS[record.command]
     status, answer, said = run_scheduler(record, scheduler.query, QUERY_TIMEOUT_S)
     return "" if status and not (scheduler.none and re.search(scheduler.none, said)) else answer + "\n"
@@ -9355,8 +9307,6 @@ def ask_scheduler(record: JobRecord) -> str:
 
 def seconds_of(text: str) -> "Optional[float]":
     """Return a time as Slurm writes it, [days-][hours:]minutes:seconds, in seconds; None for UNLIMITED and the like."""
-    import re
-
     match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
     if not match:
         return None
@@ -9466,8 +9416,6 @@ def job_main(directory: str) -> None:
 
     That it ends is written down, also when its scheduler ends it. One that was queued again has nothing more to do.
     """
-    import signal
-
     request = left_request(directory)
     if os.path.exists(os.path.join(directory, "begun.json")):
         return
@@ -9836,7 +9784,6 @@ def environment_of_wrapper(request: Request) -> "Dict[str, str]":
 
     Raises Failure (3) where no program for a container is there.
     """
-    import shlex
     import shutil
 
     environment = dict(os.environ)
@@ -9867,7 +9814,6 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
 def container_words(record: WrapperRecord, environment: "Dict[str, str]") -> "List[str]":
     """Return the words of a shell that run the container that is asked for, if one is; note how it is removed."""
     import glob
-    import shlex
     import shutil
 
     request = record.request
@@ -9938,8 +9884,6 @@ def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
 
 def wrapper_main(directory: str) -> None:
     """Inside a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
-    import signal
-
     request = left_request(directory)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
