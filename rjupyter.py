@@ -2290,13 +2290,13 @@ class Ssh:
         `options` takes the place of the user's own.
         """
         rows = [row for row in KEYWORDS if call in (*row[2], ASKING) and row[0].lower() not in self.unknown]
-        argv = ["ssh", *specific, *ALWAYS, *set_options(*("%s=%s" % row[:2] for row in rows))]
+        argv = ["ssh", *specific, *ALWAYS, *each("-o", ("%s=%s" % row[:2] for row in rows))]
         argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def lasting(self) -> List[str]:
         """Return the options without which ssh ends what is quiet: where the user's config has it so (OpenSSH 9.6)."""
-        return set_options("ChannelTimeout=none") if self.config.get("channeltimeout", "none") != "none" else []
+        return each("-o", ["ChannelTimeout=none"]) if self.config.get("channeltimeout", "none") != "none" else []
 
     def patience(self) -> List[str]:
         """Return the options for a login: to notice a dead link, unless the user's config does; and to ask nobody.
@@ -2306,14 +2306,14 @@ class Ssh:
         """
         argv = self.lasting()
         if self.config.get("loglevel", "").upper() in ("QUIET", "FATAL", "ERROR"):
-            argv += set_options("LogLevel=INFO")
+            argv += each("-o", ["LogLevel=INFO"])
         if self.config.get("serveraliveinterval", "0") == "0":
-            argv += set_options("ServerAliveInterval=15", "ServerAliveCountMax=3")
+            argv += each("-o", ["ServerAliveInterval=15", "ServerAliveCountMax=3"])
         if self.config.get("connecttimeout", "0") in ("none", "0"):
-            argv += set_options("ConnectTimeout=%d" % CONNECT_TIMEOUT_S)
+            argv += each("-o", ["ConnectTimeout=%d" % CONNECT_TIMEOUT_S])
         if self.can_ask:
             return argv
-        return argv + set_options("NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes")
+        return argv + each("-o", ["NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"])
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -2555,7 +2555,7 @@ class Ssh:
         facts = {
             "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
             "ssh": self.typed("true"),
-            "verbose": self.typed("true", before=["-v"]),
+            "verbose": "ssh -v" + self.typed("true")[len("ssh") :],
             "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
         }
         cause = cause_of(words)
@@ -2585,9 +2585,9 @@ class Ssh:
         """Return the failure of a connection that ended under us."""
         return NotConnected("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
 
-    def typed(self, *words: str, before: Sequence[str] = ()) -> str:
+    def typed(self, *words: str) -> str:
         """Return the ssh that a person types to get there: `true` shows whether it does."""
-        return shlex.join(["ssh", *before, *self.options, self.destination, *words])
+        return shlex.join(["ssh", *self.options, self.destination, *words])
 
     @property
     def last_words(self) -> str:
@@ -2613,7 +2613,10 @@ class Ssh:
         The numeric 127.0.0.1 in front: without it, ssh takes ::1 alone when 127.0.0.1:PORT is a stranger's, and says
         that all is well. Raises Failure when a further forward cannot be had, or (255) without a login.
         """
-        return self.way.forward(["127.0.0.1:%d:%s" % (local_port, target), *self.further])
+        failed, words = self.way.forward(["127.0.0.1:%d:%s" % (local_port, target), *self.further])
+        if failed in self.further:
+            raise Failure("cannot forward " + failed, words, "another port in -L")
+        return not failed, words
 
     def cancel(self, local_port: int, target: str) -> None:
         """Take such a forward away again."""
@@ -2652,7 +2655,7 @@ class Ssh:
         """True while the connection stands, as far as can be seen without asking."""
         if self.process is not None:
             return not self.process.has_ended
-        return not isinstance(self.way, Mux) or self.way.identity == identity_of_file(self.way.control_path) != ()
+        return not isinstance(self.way, Mux) or self.way.made_at == time_of(self.way.control_path) > 0
 
     def wake(self) -> None:
         """Let `wait` return now, or soon; from any thread."""
@@ -2694,24 +2697,22 @@ class Direct:
         """Return the argv of a session, which logs in."""
         return self.ssh.argv(SESSION, "-S", "none", *specific, *self.ssh.patience(), command=command)
 
-    def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Start the tunnel; raises Failure (255) when it cannot log in.
+    def forward(self, specs: List[str]) -> Tuple[str, str]:
+        """Start the tunnel; return which one cannot be had, and why. Raises Failure (255) when it cannot log in.
 
         LocalCommand runs when the forwards are set up (OpenSSH ssh.c). A banner without a newline may precede its word.
         """
         ready = "rjupyter-" + os.urandom(8).hex()
-        told = set_options("PermitLocalCommand=yes", "LocalCommand=echo " + ready)
-        argv = ["-N", *local_forwards(specs), "-S", "none", *self.ssh.patience(), *told]
+        told = each("-o", ["PermitLocalCommand=yes", "LocalCommand=echo " + ready])
+        argv = ["-N", *each("-L", specs), "-S", "none", *self.ssh.patience(), *told]
         self.ssh.dial(self.ssh.argv(TUNNEL, *argv), "Opening the tunnel", lambda line: line.endswith(ready))
         words = "\n".join(self.ssh.words)
         self.ssh.end_login()
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
-                if spec is specs[0]:
-                    self.ssh.hang_up()
-                    return False, "forwarding request failed: " + words
-                raise cannot_forward(spec, words)
-        return True, ""
+                self.ssh.hang_up()
+                return spec, "forwarding request failed: " + words
+        return "", ""
 
     def cancel(self, spec: str) -> None:
         """End the tunnel: it holds nothing else."""
@@ -2730,7 +2731,7 @@ class Mux:
     def __init__(self, ssh: Ssh, control_path: str) -> None:
         self.ssh = ssh
         self.control_path = control_path
-        self.identity = identity_of_file(control_path)  # of a master that was there before us
+        self.made_at = time_of(control_path)  # the socket of a master that was there before us
         self.forwards: Set[str] = set()
 
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
@@ -2739,7 +2740,7 @@ class Mux:
         When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
         -J of the user's would be the other one.
         """
-        through = ["-S", self.control_path, *specific, *set_options("ProxyCommand=false", "BatchMode=yes")]
+        through = ["-S", self.control_path, *specific, *each("-o", ["ProxyCommand=false", "BatchMode=yes"])]
         options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
         return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), options=options, command=command)
 
@@ -2748,39 +2749,31 @@ class Mux:
         argv = ["ssh", "-F", "/dev/null", "-S", self.control_path, "-O", action]
         return argv + list(specific) + ["--", self.ssh.destination]
 
-    def forward(self, specs: List[str]) -> Tuple[bool, str]:
-        """Add the forwards to the master; one that is not ours loses them when we are gone, however we went."""
+    def forward(self, specs: List[str]) -> Tuple[str, str]:
+        """Add the forwards to the master; one that is not ours loses them when we are gone, however we went.
+
+        Return which one cannot be had, and why.
+        """
         for spec in specs:
             self.forwards.add(spec)
-            is_open, words = self.ssh.call(self.control_argv("forward", *local_forwards([spec])))
+            is_open, words = self.ssh.call(self.control_argv("forward", *each("-L", [spec])))
             if not is_open:
                 self.forwards.remove(spec)
-                if spec is specs[0]:
-                    return False, words
-                raise cannot_forward(spec, words)
+                return spec, words
         if self.ssh.process is None:
-            self.ssh.start_guard('read _; "$@"', *self.control_argv("cancel", *local_forwards(specs)))
-        return True, ""
+            self.ssh.start_guard('read _; "$@"', *self.control_argv("cancel", *each("-L", specs)))
+        return "", ""
 
     def cancel(self, spec: str) -> None:
         """Take a forward away from the master."""
         self.forwards.discard(spec)
-        self.ssh.call(self.control_argv("cancel", *local_forwards([spec])))
+        self.ssh.call(self.control_argv("cancel", *each("-L", [spec])))
 
     def is_lost(self, status: int, words: List[str]) -> bool:
         """True when a session ended with the connection, which may end a moment later."""
         if not self.ssh.wait(CLOSING_TIMEOUT_S if status == EXIT_SSH else 0):
             return True
         return status == EXIT_SSH and not self.ssh.call(self.control_argv("check"))[0]  # a killed one leaves its socket
-
-
-def identity_of_file(path: str) -> Tuple[int, ...]:
-    """Return what tells a file from a later one in its place; nothing when there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return status.st_ino, status.st_mtime_ns
 
 
 def own_master(ssh: Ssh) -> str:
@@ -2795,19 +2788,9 @@ def own_master(ssh: Ssh) -> str:
 MASTERS: List[Callable[[Ssh], str]] = [own_master]
 
 
-def cannot_forward(spec: str, words: str) -> Failure:
-    """Return the failure of a forward that the user asked for beside the one to Jupyter."""
-    return Failure("cannot forward " + spec, words, "another port in -L")
-
-
-def local_forwards(specs: List[str]) -> List[str]:
-    """Return the options of ssh for these local forwards."""
-    return [word for spec in specs for word in ("-L", spec)]
-
-
-def set_options(*settings: str) -> List[str]:
-    """Return the options of ssh for these settings, each as KEYWORD=VALUE."""
-    return [word for setting in settings for word in ("-o", setting)]
+def each(option: str, values: Iterable[str]) -> List[str]:
+    """Return an option of ssh once for each of these values."""
+    return [word for value in values for word in (option, value)]
 
 
 def pairs_of(options: List[str]) -> List[List[str]]:
@@ -5065,10 +5048,6 @@ class AgentFile:
 # -- the conversation -------------------------------------------------------------------------------------------------
 
 
-class AgentAbsent(Exception):
-    """The host does not have this file yet."""
-
-
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
 MESSAGES: Dict[str, Type[Message]] = {kind.kind: kind for kind in (QueueState, Line, Part, Recorded)}
@@ -5145,8 +5124,9 @@ class Agent:
                     with signals_held():
                         child = self.ssh.session(command)
                         child.send(file.input_of(command, request, is_whole))
-                    return self._hear(child, request.nonce, reply, show, silence_s, handlers or {})
-                except AgentAbsent:
+                    found = self._hear(child, request.nonce, reply, show, silence_s, handlers or {})
+                    if found:
+                        return found
                     self._absences += 1
                     is_whole = True
                     continue
@@ -5182,21 +5162,22 @@ class Agent:
 
         `request` is made anew each time. What the first one began, the host finds by its errand.
         """
+
+        def is_there() -> bool:
+            return bool(self.ask(Request(action="describe_end"), EndReply, silence_s=CHECK_TIMEOUT_S))
+
         while True:
             try:
                 return self.ask(request(), reply, doing, handlers=handlers)
             except NotConnected as failure:
                 if not redials or not self.hello["user"] or isinstance(failure, HostRefused):
                     raise  # we were not connected before
-                self.ssh.reconnect(failure.last_line(), self._is_there)
-
-    def _is_there(self) -> bool:
-        self.ask(Request(action="describe_end"), EndReply, silence_s=CHECK_TIMEOUT_S)
-        return True
+                self.ssh.reconnect(failure.last_line(), is_there)
 
     def _hear(
         self, child: Child, nonce: str, reply: Type[R], show: Show, silence_s: float, handlers: Dict[str, Handler]
-    ) -> R:
+    ) -> Optional[R]:
+        """Take what the host says, and return its reply; nothing when it does not have this file."""
         noise = self.noise = []
         complaints: List[str] = []  # of that, what came on stderr
         is_login = not self.ssh.way.has_login  # until the first message
@@ -5230,11 +5211,17 @@ class Agent:
                 has_begun, is_login = True, False
                 try:
                     message = json.loads(line[1][len(nonce) + 1 :], parse_constant=str)  # "NaN" is no number
-                    found = self._take(message, reply, show, handlers)
                 except (ValueError, RecursionError) as error:  # no JSON
                     raise Wrong(error) from None
-                if found is not None:
-                    return found
+                said = Said.read(message)
+                if said.kind == "reply":
+                    return reply.read(said.result())
+                if said.kind == "absent":
+                    return None
+                if said.kind in handlers:
+                    handlers[said.kind](MESSAGES[said.kind].read(message), show)
+                else:  # a kind that nobody knows is a newer agent's, in a job
+                    self._tell(message, show)
                 continue
             if is_login:
                 self.ssh.hear_login(line if line and line[0] == "stderr" else None, is_first=False)
@@ -5253,19 +5240,6 @@ class Agent:
                 message = json.loads(line.partition(nonce + " ")[2])
                 if Said.read(message).kind == "launching":
                     self._tell(message, show)
-
-    def _take(self, message: Any, reply: Type[R], show: Show, handlers: Dict[str, Handler]) -> Optional[R]:
-        """Take one message; return the reply when it is that. A kind that nobody knows is a newer agent's, in a job."""
-        said = Said.read(message)
-        if said.kind == "reply":
-            return reply.read(said.result())
-        if said.kind == "absent":
-            raise AgentAbsent
-        if said.kind in handlers:
-            handlers[said.kind](MESSAGES[said.kind].read(message), show)
-        else:
-            self._tell(message, show)
-        return None
 
     def _tell(self, message: Json, show: Show) -> None:
         """Tell the user what the host says, by the table."""
