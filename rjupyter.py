@@ -2488,9 +2488,8 @@ class Ssh:
 
     def close(self) -> None:
         """End the connection, and with it every forward; a master that was not ours stays."""
-        if isinstance(self.way, Mux) and self.process is None:
-            for spec in sorted(self.way.forwards):
-                self.way.cancel(spec)
+        for spec in [] if self.process else sorted(self.way.forwards):
+            self.way.cancel(spec)
         self.hang_up()
         self.way = Direct(self)
 
@@ -2581,9 +2580,10 @@ class Ssh:
             return self.connect_failure([why])
         return NotConnected("cannot connect to " + self.destination, why, self.typed("true"), EXIT_TIMEOUT)
 
-    def lost(self) -> NotConnected:
-        """Return the failure of a connection that ended under us."""
-        return NotConnected("the connection to %s ended" % self.destination, self.last_words, "", EXIT_SSH)
+    def lost(self, words: Sequence[str] = ()) -> NotConnected:
+        """Return the failure of a connection that ended under us; of one session's, with its last words."""
+        why = cause_of(list(words) or self.words)
+        return NotConnected("the connection to %s ended" % self.destination, why, "", EXIT_SSH)
 
     def typed(self, *words: str) -> str:
         """Return the ssh that a person types to get there: `true` shows whether it does."""
@@ -2689,6 +2689,7 @@ class Direct:
 
     has_login = False  # true when connect() has logged in, and nothing after it asks for more
     control_path = ""
+    forwards: Set[str] = set()
 
     def __init__(self, ssh: Ssh) -> None:
         self.ssh = ssh
@@ -5066,8 +5067,9 @@ SAYINGS = {
     "stopped job": ("Cancelled job {job} ({id}).", "stopped"),
     "stopped wrapper": ("Ended what started inside {wrap} ({id}).", "stopped"),
 }
-# The facts in it that are no texts.
+# The facts in it that are no texts, or may be none.
 FACTS = {"is_root": "bool", "tried": "List[str]", "seconds": "float", "pid": "Optional[int]"}
+FACTS.update(dict.fromkeys(("app", "root_dir", "name", "job", "wrap"), "Optional[str]"))
 
 
 class Agent:
@@ -5131,11 +5133,8 @@ class Agent:
                     is_whole = True
                     continue
                 except SessionRefused:
-                    way = (
-                        self.ssh.way
-                    )  # through a master that is not ours, and has no forward of ours, there is another
-                    can_leave = isinstance(way, Mux) and not way.forwards and self.ssh.process is None
-                    if time.monotonic() > until_s and not can_leave:
+                    is_guest = self.ssh.way.has_login and not (self.ssh.process or self.ssh.way.forwards)
+                    if time.monotonic() > until_s and not is_guest:
                         raise
                 except (KeyboardInterrupt, Terminated):
                     if child:
@@ -5244,14 +5243,14 @@ class Agent:
     def _tell(self, message: Json, show: Show) -> None:
         """Tell the user what the host says, by the table."""
         kind, say = message["kind"], self.messages.note
-        told = {name: value for name, value in message.items() if name in FACTS or isinstance(value, (str, type(None)))}
-        facts = {name: checked(FACTS.get(name, "Any"), value) for name, value in told.items()}
+        told = {name: value for name, value in message.items() if name in FACTS or isinstance(value, str)}
+        facts = {name: checked(FACTS.get(name, "str"), value) for name, value in told.items()}
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
         text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
         try:
             text = text.format(destination=self.ssh.destination, title=title, **facts)
             if kind == "hello":
-                self.hello = facts
+                self.hello = dict({"is_root": False}, **facts)
                 if not self.greets:
                     return
                 self.greets = False
@@ -5292,22 +5291,17 @@ class Agent:
 
     def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
-        host = self.ssh.destination
-        way = self.ssh.way
+        host, way = self.ssh.destination, self.ssh.way
         told = [line[:200] for line in noise if not re.match(WARNINGS, line)]
         why = "\n".join(told) or "the remote command ended with status %d" % status
-        if has_begun and way.is_lost(status, noise):
-            lost = self.ssh.lost()
-            lost.why = lost.why if way.has_login else cause_of(noise)
-            return lost
+        if (has_begun or not way.has_login) and way.is_lost(status, noise):
+            return self.ssh.lost([] if way.has_login else noise) if has_begun else self.ssh.connect_failure(noise)
         if has_begun:
             return Failure("the agent on %s ended early" % host, why, "the same command again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
             return Failure(what, why, "install python3 there, or put it on PATH in ~/.bashrc", EXIT_NO_JUPYTER)
-        if not way.has_login and way.is_lost(status, noise):
-            return self.ssh.connect_failure(noise)
         if not self.ssh.wait(0.2):
             return self.ssh.lost()
         if any("Session open refused" in text or "session request failed" in text for text in noise):
