@@ -372,9 +372,6 @@ class Record:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % fact for fact in self.facts().items()))
-
 
 def checked(kind: "Any", value: "Any") -> "Any":
     """Return a value as a field of this kind holds it; raises Wrong when it is not one.
@@ -948,12 +945,13 @@ class WrapperView(Record):
 
 
 class ListReply(Record):
-    """Everything of the user's on the host."""
+    """What there is of the user's on the host."""
 
     wrappers: "List[WrapperView]" = []
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
+    kernels: "List[KernelState]" = []
 
 
 class KernelState(Record):
@@ -975,47 +973,14 @@ class KernelState(Record):
         return "%s (%s)" % (self.notebook or "no notebook", self.id[:8])
 
 
-class KernelsReply(Record):
-    """The kernels of the user's servers."""
-
-    kernels: "List[KernelState]" = []
-
-
-class EndKernelReply(Record):
-    """The kernel that was ended."""
+class KernelReply(Record):
+    """The kernel that was asked for something, and how it stands or what became of it; its last cell, where known."""
 
     kernel: "KernelState"
-
-
-class EvalReply(Record):
-    """What became of code that a kernel was asked for: done, failed, aborted, dead, lost, closed; or interrupted."""
-
-    kernel: "KernelState"
-    state: str
-
-
-class WaitReply(Record):
-    """How a kernel stands that was waited for: idle, dead, or busy when the time is up; its last cell, where known."""
-
-    kernel: "KernelState"
-    state: str
+    state: str = ""
     count: "Optional[int]" = None
     seconds: "Optional[float]" = None
     is_done: "Optional[bool]" = None
-
-
-class LogsReply(Record):
-    """Whose log it was."""
-
-    id: str
-
-
-class OutputReply(Record):
-    """Whose journal it was: which kernel's of which server, and the notebook that it had last."""
-
-    id: str
-    kernel: str
-    notebook: str = ""
 
 
 class SaveReply(Record):
@@ -2880,17 +2845,31 @@ class Channel:
     def _beat(self) -> None:
         """Say again what takes its time, until there is a reply, or nobody who listens."""
         while not self._is_over.wait(HEARTBEAT_S) and not self._has_failed:
-            self._send(*self._lasting)
+            kind, facts = self._lasting
+            self.tell(kind, **facts)
 
     def send(self, message: Message) -> None:
-        """Send a message."""
+        """Send a message that is a record."""
         self.tell(message.kind, **message.facts())
 
     def tell(self, kind: str, **facts: "Any") -> None:
-        """Send a message of this kind, a row of SAYINGS."""
-        self._send(kind, facts)
-        if kind in ("progress", "queue"):
-            self._lasting = (kind, facts)
+        """Send one marked line: a row of SAYINGS, or the reply, after which nothing comes.
+
+        A client that has gone is no reason to stop: what we began for it goes on.
+        """
+        line = "%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind)))
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            if kind == "reply":
+                self._is_over.set()
+            elif kind in ("progress", "queue"):
+                self._lasting = (kind, facts)
+            try:
+                self._stream.write(line)
+                self._stream.flush()
+            except OSError:
+                self._has_failed = True
 
     def announce(self, directory: str, doing: str = "goes on starting") -> None:
         """Say the id of what is about to be started; raises Failure when nobody is left to hear it.
@@ -2902,28 +2881,6 @@ class Channel:
             raise Failure("nothing was started", "the client has gone")
         self._has_announced = True
         self.tell("launching", id=os.path.basename(directory), doing=doing)
-
-    def reply(self, reply: Record) -> None:
-        """Send what was asked for; nothing comes after it."""
-        self._send("reply", {"reply": reply.facts()})
-
-    def fail(self, failure: Failure) -> None:
-        """Send why there is none."""
-        self._send("reply", {"failure": failure.facts()})
-
-    def _send(self, kind: str, facts: "Json") -> None:
-        """Send one marked line. A client that has gone is no reason to stop: what we began for it goes on."""
-        line = "%s%s\n" % (self._nonce, json.dumps(dict(facts, kind=kind)))
-        with self._lock:
-            if self._is_over.is_set():
-                return
-            if kind == "reply":
-                self._is_over.set()
-            try:
-                self._stream.write(line)
-                self._stream.flush()
-            except OSError:
-                self._has_failed = True
 
     @property
     def is_closed(self) -> bool:
@@ -4602,7 +4559,7 @@ def is_below(record: Kept, directory: str) -> bool:
     return not directory or os.path.join(os.path.realpath(place), "").startswith(top)
 
 
-def follow_log(request: Request, channel: Channel) -> LogsReply:
+def follow_log(request: Request, channel: Channel) -> Record:
     """Send the log of the newest server, or of what has the id, tokens taken out; of a run, what its cells printed.
 
     With `is_followed` until the client or what writes it has gone. `line` is the number of those that are known
@@ -4632,7 +4589,7 @@ def follow_log(request: Request, channel: Channel) -> LogsReply:
         return is_last or channel.is_closed
 
     until(send_lines, float("inf"), slowest_s=0.2)
-    return LogsReply(id=record.id)
+    return Record()
 
 
 # -- stop -------------------------------------------------------------------------------------------------------------
@@ -4819,16 +4776,17 @@ def perform(
     channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
     try:
         reply = REQUESTS[request.action](prepare(request), channel)
-        channel.reply(reply)
+        channel.tell("reply", reply=reply.facts())
         return reply
-    except Failure as failure:
-        channel.fail(failure)
+    except Failure as expected:
+        failure = expected
     except OSError as error:
-        channel.fail(Failure("the host refused", str(error)))
+        failure = Failure("the host refused", str(error))
     except Exception:
         import traceback
 
-        channel.fail(Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc()))
+        failure = Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc())
+    channel.tell("reply", failure=failure.facts())
     return None
 
 
@@ -8145,12 +8103,11 @@ class Executions:
 # -- what the host sends of it ----------------------------------------------------------------------------------------
 
 
-def send_output(request: Request, channel: Channel) -> OutputReply:
+def send_output(request: Request, channel: Channel) -> Record:
     """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
-    record, path, mark = journal_asked_for(request)
+    record, path, _ = journal_asked_for(request)
     journal = JournalReader(path)
     position = -1
-    reply = OutputReply(id=record.id, kernel=os.path.basename(path).partition(".")[0], notebook=mark.notebook)
 
     def send_entries() -> bool:
         nonlocal position
@@ -8166,7 +8123,7 @@ def send_output(request: Request, channel: Channel) -> OutputReply:
     channel.send(Recorded(entry={}))  # from here on it is news
     if not is_whole:
         until(send_entries, float("inf"), slowest_s=0.2)
-    return reply
+    return Record()
 
 
 def facts_in(line: str) -> "Json":
@@ -8542,7 +8499,7 @@ def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
 
 
-def list_kernels(request: Request, channel: Channel) -> KernelsReply:
+def list_kernels(request: Request, channel: Channel) -> ListReply:
     """Describe each kernel, with what it holds of the memory."""
     kernels = [kernel for _, kernel in live_kernels(request)]
     processes = all_processes()
@@ -8551,7 +8508,7 @@ def list_kernels(request: Request, channel: Channel) -> KernelsReply:
         pids = processes_of_kernel(kernel.id, processes)
         kernel.memory = sum(processes[pid][1] for pid in pids) if pids else None
         kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
-    return KernelsReply(kernels=kernels)
+    return ListReply(kernels=kernels)
 
 
 def all_processes() -> "Dict[int, Tuple[int, int, str]]":
@@ -8592,17 +8549,17 @@ def gpu_memory() -> "Dict[int, int]":
     return found
 
 
-def end_kernel(request: Request, channel: Channel) -> EndKernelReply:
+def end_kernel(request: Request, channel: Channel) -> KernelReply:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
     record, kernel = kernel_named(request)
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
         raise Failure("the kernel was not ended", "HTTP status %d" % status, "stop %s   (its whole server)" % record.id)
-    return EndKernelReply(kernel=kernel)
+    return KernelReply(kernel=kernel)
 
 
-def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
+def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
     """Wait until a kernel is idle, or has died, or the time is up; say how its last cell ended."""
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
@@ -8616,7 +8573,7 @@ def wait_for_kernel(request: Request, channel: Channel) -> WaitReply:
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
-    reply = WaitReply(kernel=kernel, state=state)
+    reply = KernelReply(kernel=kernel, state=state)
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
     if last and last.begun and last.finished:
         reply.count, reply.is_done = last.begun.count, last.finished.is_done
@@ -8655,7 +8612,7 @@ def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]
 # -- eval -------------------------------------------------------------------------------------------------------------
 
 
-def eval_code(request: Request, channel: Channel) -> EvalReply:
+def eval_code(request: Request, channel: Channel) -> KernelReply:
     """Let a kernel execute code, once, however often we are asked; send what it printed after a line, to its end.
 
     The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
@@ -8695,7 +8652,7 @@ def eval_code(request: Request, channel: Channel) -> EvalReply:
         return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, float("inf"), FOLLOW_MAX_S)
-    return EvalReply(kernel=kernel, state=state)
+    return KernelReply(kernel=kernel, state=state)
 
 
 def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
@@ -8723,7 +8680,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     return record, kernel
 
 
-def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
+def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
     """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
@@ -8743,7 +8700,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> EvalReply:
     if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
         raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
-    return EvalReply(kernel=kernel, state="interrupted")
+    return KernelReply(kernel=kernel, state="interrupted")
 
 
 REQUESTS["eval_code"] = eval_code
@@ -10789,7 +10746,7 @@ def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     with ssh:
         if args.kernels:
             request = Request(action="list_kernels", path=args.destination.path)
-            kernels = agent.ask(request, KernelsReply, "Asking the servers").kernels
+            kernels = agent.ask(request, ListReply, "Asking the servers").kernels
             for kernel in kernels:
                 messages.event("kernel", **kernel.facts())
             if not kernels:
@@ -10883,7 +10840,7 @@ def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         return request.but(timeout_s=left_s)
 
     with ssh:
-        reply = agent.ask_on(ask, WaitReply, "Waiting for the kernel", redials=not args.no_reconnect)
+        reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel", redials=not args.no_reconnect)
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
@@ -10901,7 +10858,7 @@ def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     hint = args.again
     if args.interrupt:
         with ssh:
-            kernel = agent.ask(request.but(action="interrupt_kernel"), EvalReply).kernel
+            kernel = agent.ask(request.but(action="interrupt_kernel"), KernelReply).kernel
         messages.note("Interrupted the kernel of %s." % kernel.title)
         return EXIT_OK
     if args.code is None:
@@ -10913,7 +10870,7 @@ def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         with ssh:
             reply = agent.ask_on(
                 lambda: request.but(data=code, line=printed.lines),
-                EvalReply,
+                KernelReply,
                 handlers={"recorded": printed.take},
                 redials=not args.no_reconnect,
             )
@@ -10981,7 +10938,7 @@ def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 
     with ssh:
         redials = args.is_followed and not args.no_reconnect
-        agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
+        agent.ask_on(request, Record, handlers={"line": take}, redials=redials)
         print_held()
     return EXIT_OK
 
@@ -11003,7 +10960,7 @@ def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 
     with ssh:
         redials = args.is_followed and not args.no_reconnect
-        agent.ask_on(ask, OutputReply, handlers={"recorded": shown.take}, redials=redials)
+        agent.ask_on(ask, Record, handlers={"recorded": shown.take}, redials=redials)
     return EXIT_OK
 
 
@@ -11015,7 +10972,7 @@ def run_stop(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     if len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
         request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
         with ssh:
-            kernel = agent.ask(request, EndKernelReply, "Ending the kernel").kernel
+            kernel = agent.ask(request, KernelReply, "Ending the kernel").kernel
         text = "Ended the kernel of %s." % kernel.title
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
