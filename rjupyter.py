@@ -1294,7 +1294,14 @@ def node_address(asked: str) -> str:
 
     The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
     """
-    interfaces = interface_addresses()
+    import fcntl
+
+    interfaces = {}  # the IPv4 address of each, by its name (Linux: netdevice(7))
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                interfaces[name] = socket.inet_ntoa(answer[20:24])
     names = [interfaces.get(asked, asked)] if asked else [os.uname().nodename, *interfaces.values()]
     slurm_name = os.environ.get("SLURMD_NODENAME")
     if slurm_name and not asked:
@@ -1309,19 +1316,6 @@ def node_address(asked: str) -> str:
             return address
     why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
     raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
-
-
-def interface_addresses() -> "Dict[str, str]":
-    """Return the IPv4 address of each interface of this machine, by its name (Linux: netdevice(7))."""
-    import fcntl
-
-    found = {}
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return found
 
 
 # -- commands and processes -------------------------------------------------------------------------------------------
@@ -1861,11 +1855,10 @@ def says_yes(question: str) -> bool:
 
 def shortened(text: str) -> str:
     """Return a text as it fits into a column."""
-    return text if len(text) <= COLUMN_WIDTH else text[: COLUMN_WIDTH - 3] + "..."
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
-COLUMN_WIDTH = 40
 # What each table shows of a row, by the title of its column.
 COLUMNS = {
     "server": {
@@ -1959,9 +1952,6 @@ def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], 
 # is made here; nothing below this room names an ssh option. ssh itself keeps everything about connections: host keys,
 # passwords, second factors, jump hosts, ~/.ssh/config.
 # ---------------------------------------------------------------------------------------------------------------------
-
-# On every call: no agent and no X11 on the way to a shared host, and no terminal there.
-ALWAYS = ["-a", "-x", "-T"]
 
 ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
 
@@ -2255,7 +2245,8 @@ class Ssh:
         `options` takes the place of the user's own.
         """
         rows = [row for row in KEYWORDS if call in (*row[2], ASKING) and row[0].lower() not in self.unknown]
-        argv = ["ssh", *specific, *ALWAYS, *each("-o", ("%s=%s" % row[:2] for row in rows))]
+        # No agent and no X11 on the way to a shared host, and no terminal there.
+        argv = ["ssh", *specific, "-a", "-x", "-T", *each("-o", ("%s=%s" % row[:2] for row in rows))]
         argv += self.options if options is None else options
         return argv + ["--", self.destination] + ([command] if command else [])
 
@@ -2553,11 +2544,6 @@ class Ssh:
     def typed(self, *words: str) -> str:
         """Return the ssh that a person types to get there: `true` shows whether it does."""
         return shlex.join(["ssh", *self.options, self.destination, *words])
-
-    @property
-    def last_words(self) -> str:
-        """What the connection's ssh said of its end, in one line."""
-        return cause_of(self.words)
 
     # -- what goes through it -----------------------------------------------------------------------------------------
 
@@ -4742,16 +4728,14 @@ REQUESTS["examine"] = examine_host
 # agent begins
 
 
-class Left:
-    """The source of this file, where it is not kept: for what is to run on the host after this agent."""
-
-    source = b""
+agent_source = b""  # of this file, where it is not kept: for what is to run on the host after this agent
 
 
 def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
+    global agent_source
+    agent_source = source
     take_out(os.environ)
-    Left.source = source
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
 
@@ -4797,11 +4781,11 @@ def leave_agent(directory: str, main: "Callable[[str], None]", request: Request,
     container, which may not see the place.
     """
     path = os.path.abspath(__file__)
-    if is_elsewhere or Left.source:
-        source = Left.source
-        if not source:
-            with open(path, "rb") as stream:
-                source = stream.read()
+    source = agent_source
+    if is_elsewhere and not source:
+        with open(path, "rb") as stream:
+            source = stream.read()
+    if source:
         path = os.path.join(directory, "rjupyter.py")
         write_whole(path, source.decode("utf-8"))
     program = os.path.join(directory, "agent.py")
@@ -4843,11 +4827,21 @@ def reply_in(record: Kept) -> "Optional[Said]":
     return heard(Growing(said_in(record)))
 
 
-def stay_with(reply: "Optional[Record]", is_unwanted: "Callable[[Any], bool]", directory: str) -> None:
-    """Stay until what a reply tells of has ended, which we started; end it once, when it is unwanted.
+def work(
+    directory: str,
+    request: Request,
+    prepare: "Callable[[Request], Request]",
+    is_unwanted: "Callable[[Kept], bool]",
+) -> None:
+    """Do what an agent was left for, and stay until what that started has ended; end it once, when it is unwanted.
 
-    Signs of life are given in a directory meanwhile.
+    What there is to say goes into a file of the directory, and signs of life are given there.
     """
+    try:
+        said = os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        sys.exit("rjupyter: cannot write: %s" % error)
+    reply = perform(request, Channel("", os.fdopen(said, "a")), prepare)
     if not isinstance(reply, (Server, StartReply)):
         sys.exit(reply is None)
     kind = KINDS["server" if isinstance(reply, Server) else "run"]
@@ -5421,8 +5415,8 @@ class Tunnel:
             self._has_left = False
             is_open = is_open or self.ssh.forward(self.local_port, self.server.target)[0]
             if not is_open or not self._is_answering():
-                return "nothing comes through the tunnel" if self.ssh.wait(0) else self.ssh.last_words
-        return self.ssh.last_words
+                return "nothing comes through the tunnel" if self.ssh.wait(0) else cause_of(self.ssh.words)
+        return cause_of(self.ssh.words)
 
     def _ask_end(self) -> EndReply:
         """Ask the host how the server does; raises Failure: 4 when it has ended, another when there is no answer."""
@@ -9349,23 +9343,17 @@ def job_main(directory: str) -> None:
     with contextlib.suppress(OSError):  # nothing more comes there
         os.unlink(os.path.join(directory, "../../%s.out" % os.path.basename(directory)))
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    try:
-        if not os.path.exists(os.path.join(directory, "unwanted")):
-            work(directory, request)
-    finally:
-        write_whole(os.path.join(directory, "ended"), "")
-
-
-def work(directory: str, request: Request) -> None:
-    """Do what a job is for, and stay with what that launched."""
-    said = os.fdopen(os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-    note_begin(directory, request)
     unwanted = os.path.join(directory, "unwanted")
 
     def is_unwanted(record: Kept) -> bool:
         return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
 
-    stay_with(perform(request, Channel("", said), on_this_node), is_unwanted, directory)
+    try:
+        if not os.path.exists(unwanted):
+            note_begin(directory, request)
+            work(directory, request, on_this_node, is_unwanted)
+    finally:
+        write_whole(os.path.join(directory, "ended"), "")
 
 
 def note_begin(directory: str, request: Request) -> None:
@@ -9818,13 +9806,12 @@ def wrapper_main(directory: str) -> None:
     take_out(os.environ)
     if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
         os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
+
+    def is_unwanted(thing: Kept) -> bool:
+        return is_marked(record, "unwanted") or is_marked(thing, "stop")
+
     try:
-        said = os.fdopen(os.open(said_in(record), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-    except OSError as error:
-        sys.exit("rjupyter: cannot write: %s" % error)
-    try:
-        reply = perform(request, Channel("", said), lambda asked: as_inside(asked, record))
-        stay_with(reply, lambda thing: is_marked(record, "unwanted") or is_marked(thing, "stop"), directory)
+        work(directory, request, lambda asked: as_inside(asked, record), is_unwanted)
     finally:
         with contextlib.suppress(OSError):
             mark(record, "ended")
