@@ -5446,17 +5446,19 @@ class Tunnel:
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
-        with contextlib.closing(Reserved(self.local_port)) as reserved:
+        with contextlib.ExitStack() as held:
+            held.enter_context(reserved(self.local_port))
 
             def resume() -> bool:
-                reserved.close()
-                with contextlib.ExitStack() as stack:
-                    stack.callback(reserved.take)
-                    stack.callback(self.ssh.close)
-                    if self._comes_through():
-                        stack.pop_all()
-                        return True
-                return False
+                held.close()
+                comes_through = False
+                try:
+                    comes_through = self._comes_through()
+                finally:
+                    if not comes_through:
+                        self.ssh.close()
+                        held.enter_context(reserved(self.local_port))
+                return comes_through
 
             self.ssh.reconnect(why, resume, local_port=self.local_port)
         # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
@@ -5477,25 +5479,12 @@ class Tunnel:
         return not end.is_answering  # it hangs by itself; the connection is well
 
 
-class Reserved:
-    """Keeps others off a local port while no ssh listens on it, as far as it is free."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self._listener: Optional[socket.socket] = None
-        self.take()
-
-    def take(self) -> None:
-        """Take the port, if it is free."""
-        if not self._listener:
-            with contextlib.suppress(OSError):
-                self._listener = listen_on(self.port)
-
-    def close(self) -> None:
-        """Let it go."""
-        if self._listener:
-            self._listener.close()
-            self._listener = None
+def reserved(port: int) -> "contextlib.AbstractContextManager[object]":
+    """Keep others off a local port meanwhile, as far as it is free: no ssh listens on it."""
+    try:
+        return listen_on(port)
+    except OSError:
+        return contextlib.nullcontext()
 
 
 # -- the browser ------------------------------------------------------------------------------------------------------
@@ -10646,7 +10635,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     hint = args.again
     waiting = Queue(agent, messages, hint, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
-    with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
+    with reserved(local_port), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
