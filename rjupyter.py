@@ -311,8 +311,8 @@ class Wrong(Failure):
 class Record:
     """Typed facts: the annotations of a class are its fields, its class values their defaults.
 
-    An annotation is a builtin or, quoted, "Any", "Json", "Optional[...]", "List[...]", "Dict[str, ...]" of these and of
-    other records: Python 3.6 would evaluate what is not quoted, and to import typing costs more than to do without.
+    An annotation is a builtin or, quoted, "Any", "Json", "Failure", "Optional[...]", "List[...]", "Dict[str, ...]" of
+    these and of other records: Python 3.6 would evaluate what is not quoted.
     """
 
     kinds = {}  # type: Dict[str, Any] # every record by its name, for fields that hold others
@@ -391,6 +391,8 @@ def checked(kind: "Any", value: "Any") -> "Any":
         return {checked("str", key): checked(inner.partition(", ")[2], item) for key, item in value.items()}
     if outer in Record.kinds:
         return value if type(value) is Record.kinds[outer] else Record.kinds[outer].read(value)
+    if outer == "Failure":
+        return value if isinstance(value, Failure) else failure_in(checked("Json", value))
     if outer == "Json" and isinstance(value, dict):
         return dict(value)
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
@@ -401,9 +403,18 @@ def checked(kind: "Any", value: "Any") -> "Any":
     return value
 
 
+def failure_in(facts: "Json") -> Failure:
+    """Return a failure that has travelled; raises Wrong: only a status of ours becomes one of ours."""
+    status = checked("int", facts.get("status", EXIT_FAILURE))
+    if not 0 < status < 256:
+        raise Wrong("wrong in it: status")
+    what, why, try_ = (checked("str", facts.get(name)) for name in ("what", "why", "try"))
+    return Failure(what, why, try_, status)
+
+
 def plain(value: "Any") -> "Any":
     """Return a value of a field as JSON has it."""
-    if isinstance(value, Record):
+    if isinstance(value, (Record, Failure)):
         return value.facts()
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -903,7 +914,7 @@ class RunEnd(Record):
 
     id: str
     run: "Optional[FollowReply]" = None
-    trouble: "Optional[Trouble]" = None
+    trouble: "Optional[Failure]" = None
 
     def odd(self) -> "List[str]":
         """Return what is missing: it ended in one way or the other."""
@@ -1018,39 +1029,17 @@ class StartReply(Record):
     age_s: float = 0.0
 
 
-class Trouble(Record):
-    """A failure, as it travels."""
-
-    what: str
-    why: str = ""
-    try_: str = ""
-    status: int = EXIT_FAILURE
-
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take Failure.facts()."""
-        return dict(facts, try_=facts.get("try", ""))
-
-    def failure(self) -> "Failure":
-        """Return it as what is raised."""
-        return Failure(self.what, self.why, self.try_, self.status)
-
-    def odd(self) -> "List[str]":
-        """Return what is not as we write it: only a status of ours becomes one of ours."""
-        return [] if 0 < self.status < 256 else ["status"]
-
-
 class Said(Record):
     """A line of an agent's: its kind, and in the last one the reply, or the failure in its place."""
 
     kind: str
     reply: "Optional[Json]" = None
-    failure: "Optional[Trouble]" = None
+    failure: "Optional[Failure]" = None
 
     def result(self) -> "Json":
         """Return the reply; raises the Failure that is there instead."""
         if self.failure:
-            raise self.failure.failure()
+            raise self.failure
         if self.reply is None:
             raise Wrong("there is none")
         return self.reply
@@ -1073,9 +1062,9 @@ class ExamineReply(Record):
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
-    state_trouble: "Optional[Trouble]" = None
+    state_trouble: "Optional[Failure]" = None
     jupyter: "Optional[Jupyter]" = None
-    jupyter_trouble: "Optional[Trouble]" = None
+    jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
     port: int
     sshd_port: int = 22
@@ -4688,14 +4677,14 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         place = first_private(state_dirs("servers"))
         facts.state, facts.free_bytes = portable(place), shutil.disk_usage(place).free
     except Failure as failure:
-        facts.state_trouble = Trouble.read(failure.facts())
+        facts.state_trouble = failure
     try:
         found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
         command = portable(found.argv[0])
         facts.jupyter = Jupyter(app=found.app, version=version_of(found), command=command, where=found.where)
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
-            facts.jupyter_trouble = Trouble.read(failure.facts())
+            facts.jupyter_trouble = failure
     facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
     for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
@@ -6062,7 +6051,7 @@ def follow_runs(request: Request, channel: Channel) -> RunsReply:
             try:
                 has_news = look_at(identity) or has_news
             except Failure as failure:
-                ended.append(RunEnd(id=identity, trouble=Trouble.read(failure.facts())))
+                ended.append(RunEnd(id=identity, trouble=failure))
         return "ended" if ended or channel.is_closed else "more" if has_news else ""
 
     while until(look, float("inf"), FOLLOW_MAX_S) == "more":
@@ -7326,7 +7315,7 @@ class Batch:
                 if end.run.state != "done" and index not in self._failures:
                     self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(end.run))))
             elif end.trouble:
-                self._fail(index, end.trouble.failure())
+                self._fail(index, end.trouble)
 
 
 def what_and_why(failure: Failure) -> str:
