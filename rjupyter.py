@@ -2652,7 +2652,7 @@ class Direct:
         for spec in specs:
             if "cannot listen to port: %s" % spec.split(":")[1] in words:
                 self.ssh.hang_up()
-                return spec, "forwarding request failed: " + words
+                return spec, words
         return "", ""
 
     def cancel(self, spec: str) -> None:
@@ -5294,7 +5294,7 @@ class Tunnel:
             if fixed_port:
                 why = "127.0.0.1:%d is taken on this machine" % port
                 raise Failure("cannot listen on local port %d" % port, why, "another --local-port, or none")
-            if "forwarding request failed" not in words:
+            if not re.search("forwarding request failed|cannot listen to port", words):
                 raise Failure("cannot forward a port", words, "-v shows every ssh command")
             port += 1  # taken between the look and ssh's bind
 
