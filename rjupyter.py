@@ -70,8 +70,8 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 #   host actions   open, list, logs, stop, and what doctor asks
 #   agent          what is sent to the host, and the conversation with it
 #   tunnel         forward, check, hold; the browser; the background
+#   journal        an annex: what cells print is kept, and shown
 #   execute        an annex: notebooks that are run to their end
-#   recorder       an annex: what cells print is kept
 #   kernels        an annex: one kernel at a time: list, wait for, end
 #   schedulers     an annex: Jupyter in a job of a cluster
 #   wrappers       an annex: Jupyter inside a container, a limit, a tool of the site's
@@ -741,6 +741,7 @@ class RunState(Record):
     count: int = 0
     error: str = ""
     unwritten: str = ""
+    written: int = 0  # bytes of the journal and the result, where both are whole
 
 
 # -- what the host tells ----------------------------------------------------------------------------------------------
@@ -781,11 +782,12 @@ class Recorded(Message):
 
 
 class Part(Message):
-    """The next bytes of a file that is followed, compressed and in base64."""
+    """The next bytes of a file, compressed and in base64: a run's journal, its result, or a tar of what it wrote."""
 
     kind = "part"
     file: str
     data: str
+    id: str = ""  # by which the run was asked for
 
 
 class Away(Record):
@@ -919,6 +921,12 @@ class RunEnd(Record):
     def odd(self) -> "List[str]":
         """Return what is missing: it ended in one way or the other."""
         return [] if self.run or self.trouble else ["run"]
+
+    def view(self) -> FollowReply:
+        """Return how the run ended; raises the Failure that came instead."""
+        if not self.run:
+            raise self.trouble or Wrong("it has no run")
+        return self.run
 
 
 class RunsReply(Record):
@@ -1504,10 +1512,24 @@ def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> No
         raise
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it; raises OSError when not all could be written."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
 def look_anew(directory: str) -> None:
     """List a directory: that lets NFS show what other machines have made in it since (nfs(5), "ac")."""
     with contextlib.suppress(OSError):
         os.listdir(directory)
+
+
+def size_of(path: str) -> int:
+    """Return how large a file is, in bytes; 0 for one that is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def time_of(path: str) -> float:
@@ -2914,7 +2936,6 @@ class Kind:
     name = ""
     prefix = ""  # of its ids
     record = Kept  # type: Type[Kept]
-    log = "log"  # the file in the directory of each that `logs` shows
 
     @property
     def directory(self) -> str:
@@ -2952,6 +2973,10 @@ class Kind:
     def stopped_with_all(self) -> "List[Any]":
         """Return what `stop --all` ends."""
         return self.running()
+
+    def log_of(self, record: "Any") -> Growing:
+        """Return what `logs` shows of one."""
+        return Growing(log_of(record))
 
     def describe(self, record: "Any") -> Record:
         """Describe one for `list`."""
@@ -3161,6 +3186,11 @@ def write_down(record: "K", directory: str) -> "K":
     record.id, record.directory = os.path.basename(directory), directory
     write_whole(os.path.join(directory, record.kind + ".json"), json.dumps(record.facts()))
     return record
+
+
+def log_of(record: Kept) -> str:
+    """Return where the log of a server, a run or a job is."""
+    return os.path.join(record.directory, "log")
 
 
 def mark(record: Kept, name: str) -> None:
@@ -4454,11 +4484,6 @@ def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Serve
     return Server(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
 
-def log_of(record: Kept) -> str:
-    """Return where the log of a server, a run or a job is."""
-    return os.path.join(record.directory, "log")
-
-
 def matching_servers(request: Request, root_dir: str) -> "List[ServerRecord]":
     """Return the servers of ours that the request means: same PATH, app and environment, each as far as it is named."""
     servers = [server for server in KINDS["server"].running() if request.allows(server.request)]
@@ -4547,7 +4572,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
         raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "list shows the ids")
     record = records[0]
-    log = Growing(os.path.join(record.directory, KINDS[record.kind].log))
+    log = KINDS[record.kind].log_of(record)
     known = request.line
 
     def send_lines() -> bool:
@@ -5639,18 +5664,33 @@ class Background:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# execute (an annex: the core is whole without it)
+# journal (an annex: the core is whole without it)
 #
-# A notebook that is run to its end on the host, and its result here. The first half lives on the host: a process of its
-# own, under the Python of Jupyter's environment, lets nbclient execute the notebook and writes down what happens, cell
-# by cell. The second half follows that journal from here; whoever read it to the end has the result.
+# What cells print is kept, whoever looks: those of a server's kernels, and those of a notebook that is executed. Beside
+# each server a process of its own, under the Python of its environment, hears what the kernels tell everyone (their
+# iopub socket) and writes it down, a journal for each kernel. The second half of the room reads that here: `output`.
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
-STOP_TIMEOUT_S = 10  # for a cell that was interrupted
 CANNOT_RUN = 127  # a shell's own status for a command that is not there
-GOING_ON = ("starting", "running")
-TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
+JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
+RECORD_EVERY_S = 0.25  # between two looks for new kernels
+BIRTH_EVERY_S = 0.05  # while one may be about to begin
+DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
+SERVER_EVERY_S = 2.0  # between two looks whether the server is there
+KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
+PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
+SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
+UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
+CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
+SAVE_TIMEOUT_S = 60.0
+NOTEBOOK_MAX = 1 << 30  # bytes
+SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
+RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
+IDS_MAX = 1000  # cells whose threads may still print
+WAS_KILLED = "the output printed here is lost: the recorder was killed"
+TOO_LARGE = "an output of %d MB was not kept"
+IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
 
 # -- a notebook's own form --------------------------------------------------------------------------------------------
@@ -5706,74 +5746,1108 @@ def joined_text(value: "Any") -> str:
     return "".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# -- the journal ------------------------------------------------------------------------------------------------------
+def notebook_text(notebook: "Json") -> str:
+    """Return a notebook in the form that Jupyter gives its files; a lone surrogate, which no file can hold, escaped."""
+    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(notebook, indent=1, sort_keys=True)
+    return text + "\n"
+
+
+# -- its lines --------------------------------------------------------------------------------------------------------
 
 
 class Entry(Record):
-    """A line of a run's journal. Cells are written as in a file, so they need no Jupyter to be read."""
+    """A line of a journal."""
 
     kind = ""
 
 
-class BeginEntry(Entry):
-    """What is going to be executed, by which kernel, and the one that was wanted and is not there."""
+class TimedEntry(Entry):
+    """A line of a kernel's journal; its time in seconds since 1970."""
 
-    kind = "begin"
-    notebook: "Json"
-    kernel: str
-    missing: str = ""
-    lacks_tag: bool = False  # it has no cell for the parameters that it was given
-    unset: "List[str]" = []  # those that its cell for parameters does not set
+    time: float
 
     def odd(self) -> "List[str]":
-        """Return what is no notebook."""
-        try:
-            Notebook.read(self.notebook)
-        except Wrong:
-            return ["notebook"]
-        return [] if "cells" in self.notebook else ["notebook"]
+        """Name the time, if no calendar has it."""
+        return [] if 0 <= self.time < 2**33 else ["time"]
 
 
-class StartEntry(Entry):
-    """A cell begins: its number among those with code."""
+class BegunCell(TimedEntry):
+    """A cell begins; the `id` tells this execution from others of its journal."""
 
-    kind = "start"
-    cell: int
-    count: int
+    kind = "begun"
+    id: str
+    count: "Optional[int]" = None
+    code: str = ""
+    notebook: str = ""
+    asked_by: str = ""  # the id of the message that asked for it
+    # In a notebook that is executed: its place, and its number among those with code.
+    index: int = -1
+    cell: int = 0
+    cells: int = 0
 
 
-class OutputEntry(Entry):
-    """A cell has an output at this place, the last one that it has so far: those that stood there are cleared."""
+class PrintedOutput(Entry):
+    """What came of a cell, as the kernel sent it (jupyter-client.readthedocs.io, "Messaging")."""
 
-    kind = "output"
-    index: int
-    at: int
+    kind = "printed"
+    id: str
+    type: str
     content: "Json"
 
 
-class CellEntry(Entry):
-    """A cell as it is now; with a number when it has just ended, without when a later cell changed its displays.
+class FinishedCell(TimedEntry):
+    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
 
-    Without outputs, they are those that were told while it ran.
+    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
     """
 
-    kind = "cell"
-    index: int
-    content: "Json"
-    cell: "Optional[int]" = None
-    count: int = 0
-    seconds: float = 0.0
-    is_done: bool = False
+    kind = "finished"
+    id: str
+    is_done: bool
+    count: "Optional[int]" = None  # its number, where it had none as it began
+    connections: int = -1
+    has_died: bool = False  # its kernel, before it ended by itself
 
 
-class EndEntry(Entry):
-    """It has ended; state.json says how."""
+class Gap(TimedEntry):
+    """Something is missing here; `dropped` lines of the journal so far, where it is those."""
 
-    kind = "end"
-    metadata: "Json"
+    kind = "gap"
+    dropped: int = 0
+    why: str
 
 
-ENTRIES = {kind.kind: kind for kind in (BeginEntry, StartEntry, OutputEntry, CellEntry, EndEntry)}  # type: Dict[str, Type[Entry]]
+class Remark(Entry):
+    """A word on how a notebook is executed."""
+
+    kind = "remark"
+    text: str
+
+
+RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap, Remark)}  # type: Dict[str, Type[Entry]]
+OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
+
+
+def entry_in(facts: "Json") -> "Optional[Entry]":
+    """Return what a line of a journal says; None where it makes no sense: a full disk, a crash of the machine."""
+    try:
+        return RECORDED[str(facts.get("kind"))].read(facts)
+    except (KeyError, Wrong):
+        return None
+
+
+class Dropped(Record):
+    """What stood before the first line of a journal."""
+
+    dropped: int = 0
+
+
+class Content(Record):
+    """The content of a message, as far as it is read (jupyter-client.readthedocs.io, "Messaging")."""
+
+    text: "Any" = ""
+    name: str = ""
+    data: "Any" = None
+    transient: "Any" = None
+    wait: bool = False
+    execution_count: "Optional[int]" = None
+    code: str = ""
+    execution_state: str = ""
+    status: str = ""
+    ename: "Any" = None
+
+
+class KernelView(Record):
+    """A kernel, as a server's API tells of it."""
+
+    id: str = ""
+    connections: int = -1
+
+
+class SessionView(Record):
+    """A notebook and its kernel, as a server's API tells of them; `path` is relative to the server's directory."""
+
+    path: str = ""
+    kernel: "KernelView" = KernelView()
+
+
+class RecorderMark(Record):
+    """The process that records beside a server, and its Python: recorder.json."""
+
+    pid: int
+    identity: str
+    python: str
+
+
+class KernelMark(Record):
+    """What a quick look at a kernel needs, beside its journal: KERNEL.json."""
+
+    notebook: str = ""
+    is_heard: bool = False
+
+
+class Connection(Record):
+    """A kernel's connection file, as far as a listener needs it (jupyter-client, "Connection files")."""
+
+    transport: str = "tcp"
+    ip: str = "127.0.0.1"
+    iopub_port: int
+    shell_port: int = 0
+    key: str = ""
+    signature_scheme: str = "hmac-sha256"
+
+    def address(self, port: int) -> str:
+        """Return where one of its sockets listens, as ZeroMQ writes it."""
+        return "%s://%s%s%d" % (self.transport, self.ip, "-" if self.transport == "ipc" else ":", port)
+
+    def signature(self, parts: "List[bytes]") -> bytes:
+        """Return what signs these parts of a message (jupyter-client, "The wire protocol")."""
+        import hashlib
+        import hmac
+
+        digest = getattr(hashlib, self.signature_scheme.rpartition("-")[2], hashlib.sha256)
+        return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
+
+
+def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[List[R]]":
+    """Ask a server's API for a list of its kernels, or the like; None when it does not answer."""
+    said = ask_server(info, path + "?no_track_activity=1")[1]
+    return [seen(kind, view) for view in said] if isinstance(said, list) else None
+
+
+def is_in_path(record: ServerRecord, request: Request) -> bool:
+    """True for a server in the PATH that was asked for; for all, if none was."""
+    return not request.path or is_same_dir(record.root_dir, resolve_path(request.path)[0])
+
+
+def start_recorder(record: ServerRecord, found: Launcher) -> None:
+    """Start what writes down what the cells of a new server print."""
+    python = interpreter_of(found)
+    if record.request.no_record or not python:
+        return
+    private_dir(cells_dir(record.directory))
+    leave_agent(record.directory, recorder_main, record.request)
+    run_recorder(record, python, found.environment)
+
+
+def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
+    """Start the recorder's program, and write down which process it is."""
+    log = os.path.join(record.directory, "recorder.log")
+    process = start_detached(
+        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
+    )
+    mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
+    write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
+
+
+def revive_recorder(record: ServerRecord) -> None:
+    """Start a recorder again that was killed; what was printed meanwhile is a gap."""
+    mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
+    if (
+        mark
+        and not record.request.is_held
+        and place_of(record).is_here
+        and not is_same_process(mark.pid, mark.identity)
+    ):
+        run_recorder(record, mark.python, dict(os.environ))
+
+
+BESIDE.append(start_recorder)
+
+
+def recorder_main(directory: str) -> None:
+    """Record beside the server of a directory, until it has ended. Ends with CANNOT_RUN where there is no pyzmq."""
+    try:
+        import zmq
+    except ImportError as error:
+        print(error)
+        sys.exit(CANNOT_RUN)
+    Recorder(directory, zmq).run()
+
+
+class Recorder:
+    """Hears the kernels of one server, and writes down what they say."""
+
+    def __init__(self, directory: str, zmq: "Any") -> None:
+        self.directory = directory
+        self.zmq = zmq
+        self.poller = zmq.Poller()
+        self.context = zmq.Context()
+        record = read_record(ServerRecord, os.path.join(directory, "server.json"))
+        assert record is not None  # it was written before we were started
+        self.record = record
+        self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
+        self._notebooks = {}  # type: Dict[str, str] # by the kernel
+        self._told_at = float("-inf")
+        self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
+        self._changed_at = 0.0  # their directory
+        self._asked_api_at = float("-inf")
+        self._asked_at = 0.0  # and ours, when we looked for what is to be asked
+
+    def run(self) -> None:
+        """Record until the server has ended, or `stop` took its directory away."""
+        looked_at = kept_at = 0.0
+        while True:
+            if time.monotonic() - kept_at > KEEP_EVERY_S:
+                kept_at = time.monotonic()
+                self.keep()
+            if time.monotonic() - looked_at > SERVER_EVERY_S:
+                looked_at = time.monotonic()
+                if not os.path.isdir(self.directory) or not is_same_process(self.record.pid, self.record.identity):
+                    break
+                for kernel in self._known.values():
+                    kernel.look_again()
+            pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
+            self.pass_on()
+            if not self.poller.sockets:
+                until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
+            heard = dict(self.poller.poll(int(1000 * pause_s)))
+            for kernel in self._known.values():
+                if kernel.socket in heard or kernel.shell in heard:
+                    kernel.hear()
+                if kernel.monitor in heard:
+                    kernel.notice_end()
+        for kernel in self._known.values():
+            kernel.close()
+        self.keep()
+
+    def keep(self) -> None:
+        """Let the directory be as young as the server: what ended is kept for a week, and that begins at its end."""
+        with contextlib.suppress(OSError):
+            os.utime(self.directory)
+
+    def look_for_kernels(self) -> bool:
+        """Listen to new kernels of this server, forget those gone; return whether one may be about to begin.
+
+        The directory is the user's: others' connection files, and what was left there, lie beside ours. What Jupyter
+        starts is its own before it knows that itself, and has much to say by then; later its API tells.
+        """
+        now = time.monotonic()
+        runtime = native(self.record.runtime_dir)
+        with contextlib.suppress(OSError):
+            changed_at = os.stat(runtime).st_mtime
+            if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
+                self._changed_at = changed_at
+                self._seen_at = {n: self._seen_at.get(n, now) for n in os.listdir(runtime) if kernel_id_of(n)}
+            for name in set(self._known) - set(self._seen_at):
+                self._known.pop(name).close()
+        ages_s = {name: now - at for name, at in self._seen_at.items() if name not in self._known}
+        ages_s = {name: age_s for name, age_s in ages_s.items() if age_s < UNKNOWN_KERNEL_S}
+        is_birth = bool(ages_s) and min(ages_s.values()) < SETTLES_S
+        ours = ""
+        if is_birth:
+            ours = commands_started_in(self.record.pid)
+        elif ages_s and now - self._asked_api_at > SETTLES_S:
+            self._asked_api_at = now
+            info = server_info(self.record)
+            views = (info and ask_for_list(info, "api/kernels", KernelView)) or []
+            ours = " ".join("kernel-%s.json" % view.id for view in views)
+        for name in [name for name in ages_s if name in ours]:
+            connection = read_record(Connection, os.path.join(runtime, name))
+            if connection:
+                self._known[name] = RecordedKernel(self, connection, kernel_id_of(name))
+        return is_birth
+
+    def pass_on(self) -> None:
+        """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
+        directory = cells_dir(self.directory)
+        with contextlib.suppress(OSError):
+            changed_at = os.stat(directory).st_mtime
+            if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
+                return
+            self._asked_at = changed_at
+            kernels = {kernel.id: kernel for kernel in self._known.values()}
+            for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
+                kernel, identity = name.split(".")[:2]
+                path = os.path.join(directory, name)
+                if kernel in kernels:
+                    os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
+                    kernels[kernel].ask(identity, read_text(path + "ed"))
+
+    def notebook_of(self, kernel: str) -> str:
+        """Return the path of the notebook that a kernel belongs to; empty for none. An answer holds for a moment."""
+        if kernel not in self._notebooks or time.monotonic() - self._told_at > CELL_FRESH_S:
+            info = server_info(self.record)
+            sessions = (info and ask_for_list(info, "api/sessions", SessionView)) or []
+            self._notebooks = {session.kernel.id: session.path for session in sessions}
+            self._told_at = time.monotonic()
+        return self._notebooks.get(kernel, "")
+
+    def connections_of(self, kernel: str) -> int:
+        """Return how many pages a kernel has; -1 where the server does not say."""
+        info = server_info(self.record)
+        return (
+            seen(KernelView, ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]).connections
+            if info
+            else -1
+        )
+
+
+def commands_started_in(session: int) -> str:
+    """Return the command lines of what the processes of a session started: Jupyter's kernels, each in its own session.
+
+    Not of what those started. Of all processes, where nobody tells (`is_own_proc`).
+    """
+    knows = is_own_proc()
+    started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == session]
+    return " ".join(command_of_process(pid) for pid in started)
+
+
+def kernel_id_of(name: str) -> str:
+    """Return the id of the kernel whose connection file has this name; empty for another file."""
+    is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
+    return name[len("kernel-") : -len(".json")] if is_kernel else ""
+
+
+class RecordedKernel:
+    """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
+
+    A PUB socket drops what a slow subscriber does not take: ours takes all at once.
+    """
+
+    def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
+        zmq = recorder.zmq
+        self.recorder = recorder
+        self.id = identity
+        self.socket = recorder.context.socket(zmq.SUB)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self.socket.connect(connection.address(connection.iopub_port))
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        for socket in (self.socket, self.monitor):
+            recorder.poller.register(socket, zmq.POLLIN)
+        self._connection = connection
+        self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
+        self._begun = 0  # how many
+        self._running = {}  # type: Dict[str, BegunCell]
+        self._failed: "Set[str]" = set()
+        self._lines = {}  # type: Dict[str, int]
+        self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
+        self._ended_at = 0.0
+        self.shell = None  # type: Any # what it is asked through, and answers
+        self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
+        self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
+        if os.path.exists(self._journal.path):
+            self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
+        self._journal.mark(KernelMark(notebook=recorder.notebook_of(identity), is_heard=True))
+
+    def close(self) -> None:
+        """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
+        self.hear()
+        self._lose_all()
+        for socket in (self.socket, self.monitor):
+            self.recorder.poller.unregister(socket)
+        self.socket.disable_monitor()
+        self.socket.close()
+
+    def notice_end(self) -> None:
+        """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
+        self.monitor.recv_multipart()
+        self.hear()
+        self._lose_all()
+
+    def hear(self) -> None:
+        """Write down what it has said, so far: to everyone, and to us."""
+        for socket in [socket for socket in (self.socket, self.shell) if socket]:
+            with contextlib.suppress(self.recorder.zmq.Again):
+                for _ in range(1000):  # then others are heard
+                    self.take(socket.recv_multipart(self.recorder.zmq.NOBLOCK))
+
+    def take(self, frames: "List[bytes]") -> None:
+        """Take one message; what is not signed by its key is not its own."""
+        import hmac
+
+        at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
+        parts = frames[at + 1 : at + 5]
+        if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
+            return
+        try:
+            header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
+            # What no cell asked for is an extension's, or of the kernel's start: no cell shows it.
+            if parent.get("msg_type") == "execute_request":
+                self.understand(str(header["msg_type"]), str(parent.get("msg_id")), content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Wrong):
+            return  # no message of the protocol's
+
+    def understand(self, kind: str, asked_by: str, content: "Json") -> None:
+        """Write down what a message tells, which a message of this id asked for."""
+        said = seen(Content, content)
+        identity = self._ids.get(asked_by, "")
+        if kind == "execute_input":
+            self._begin(asked_by, said)
+        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
+            # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
+            # R and Julia, in xeus an "error" without a name.
+            self._give_up(asked_by)
+        elif kind in OUTPUT_TYPES:
+            if kind == "error":
+                self._failed.add(identity)
+            self._lines[identity] = self._lines.get(identity, 0) + joined_text(said.text).count("\n")
+            self._lines[identity] += said.data is not None
+            self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
+        elif kind == "status" and said.execution_state == "idle" and identity in self._running:
+            self._end(identity)
+
+    def _begin(self, asked_by: str, said: Content) -> None:
+        self._begun += 1
+        self._asked.discard(asked_by)
+        identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
+        for old in list(self._ids)[:-IDS_MAX]:
+            del self._ids[old]
+        self._end_all()  # of what runs no more, without a word: the kernel was started anew
+        notebook = self.recorder.notebook_of(self.id)
+        facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
+        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
+        self._running[identity], self._lines[identity] = begun, 0
+        self._journal.head = begun
+        self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
+        self._journal.tell(begun)
+
+    def ask(self, identity: str, code: str) -> None:
+        """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
+        connection, zmq = self._connection, self.recorder.zmq
+        if not self.shell:
+            self.shell = self.recorder.context.socket(zmq.DEALER)
+            self.shell.setsockopt(zmq.LINGER, 0)
+            self.shell.connect(connection.address(connection.shell_port))
+            self.recorder.poller.register(self.shell, zmq.POLLIN)
+        header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
+        header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
+        content.update(allow_stdin=False, stop_on_error=False)  # what others asked for is not ours to take back
+        parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
+        self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
+        self._asked.add(identity)
+
+    def _lose_all(self) -> None:
+        """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
+        self._end_all()
+        if self.shell:
+            self.recorder.poller.unregister(self.shell)
+            self.shell.close()  # with what waits in it: the next process is not to get that
+            self.shell = None
+        for asked in list(self._asked):
+            self._give_up(asked, has_died=True)
+
+    def _give_up(self, asked: str, has_died: bool = False) -> None:
+        self._asked.discard(asked)
+        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
+
+    def _end_all(self) -> None:
+        for identity in list(self._running):
+            self._end(identity, has_died=True)
+
+    def _end(self, identity: str, has_died: bool = False) -> None:
+        begun = self._running.pop(identity)
+        is_done = identity not in self._failed and not has_died
+        connections = self.recorder.connections_of(self.id)
+        facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
+        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
+        lines = self._lines.pop(identity, 0)
+        self._failed.discard(identity)
+        away = Away(
+            notebook=begun.notebook, count=begun.count, seconds=time.time() - begun.time, lines=lines, is_done=is_done
+        )
+        self._unseen, self._ended_at = away if begun.notebook else None, time.monotonic()
+        self._tell_unseen(connections)
+
+    def _tell_unseen(self, connections: int) -> None:
+        self._journal.tell_away(self._unseen if connections == 0 else None)
+        self._unseen = None if connections == 0 else self._unseen
+
+    def look_again(self) -> None:
+        """A page whose link had died counts for a while: look whether the one that was there is there still."""
+        if self._unseen and time.monotonic() - self._ended_at < PAGE_GONE_S:
+            self._tell_unseen(self.recorder.connections_of(self.id))
+
+
+class Journal:
+    """What one kernel said, in a file that is 0600 as all of ours; two, of which the older goes when one is full."""
+
+    def __init__(self, path: str, most: float = JOURNAL_BYTES // 2) -> None:
+        self.path = path
+        self.most = most  # bytes of each
+        self.head = None  # type: Optional[BegunCell] # the cell that runs, or ran last
+        self._file = -1
+        self._size = 0
+        self._lost = ""
+        self._lines = [0, 0, 0]  # that were dropped, in the older half, in the newer one
+        self._mark = KernelMark()
+
+    def tell(self, entry: Entry) -> None:
+        """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
+        line = line_of(entry)
+        if len(line) > self.most:
+            line = line_of(Gap(time=time.time(), why=TOO_LARGE % (len(line) >> 20)))
+        try:
+            if self._size + len(line) > self.most and self._size:
+                self._turn()
+            if self._lost:
+                self._write(line_of(Gap(time=time.time(), why=self._lost)))
+                self._lost = ""
+            self._write(line)
+        except OSError as error:
+            self._lost = self._lost or error.strerror or str(error)
+
+    def _write(self, line: bytes) -> None:
+        if self._file < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._file = os.open(self.path, flags, 0o600)
+            self._size = os.fstat(self._file).st_size
+        try:
+            write_all(self._file, line)
+            self._size += len(line)
+            self._lines[2] += 1
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+
+    def _turn(self) -> None:
+        dropped, older, newer = self._lines
+        self._lines = [dropped + older, newer, 0]
+        os.replace(self.path, self.path + ".old")
+        os.close(self._file)
+        self._file, self._size = -1, 0
+        if dropped + older:
+            self._write(line_of(Gap(time=time.time(), why=IS_CUT, dropped=dropped + older)))
+        if self.head:
+            self._write(line_of(self.head))
+
+    def mark(self, mark: KernelMark) -> None:
+        """Write down what is to be found quickly."""
+        if mark != self._mark:
+            with contextlib.suppress(OSError):
+                write_whole(beside(self.path, ".json"), json.dumps(mark.facts()))
+                self._mark = mark
+
+    def tell_away(self, away: "Optional[Away]") -> None:
+        """Leave a note for the next open about a cell that ended with no page connected; or remove that note."""
+        with contextlib.suppress(OSError):
+            if away:
+                write_whole(beside(self.path, ".away"), json.dumps(away.facts()))
+            else:
+                os.unlink(beside(self.path, ".away"))
+
+
+def beside(journal: str, suffix: str) -> str:
+    """Return where something of the same kernel lies as its journal."""
+    return journal[: -len(".journal")] + suffix
+
+
+def line_of(entry: Entry) -> bytes:
+    """Return a line of a journal."""
+    return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
+
+
+def away_from(identity: str) -> "List[Away]":
+    """Return the notes that the recorder left for this open; each is told once."""
+    found = []
+    for record in [record for record in KINDS["server"].records() if record.id == identity]:
+        with contextlib.suppress(OSError):
+            revive_recorder(record)
+        directory = cells_dir(record.directory)
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+        for path in sorted(os.path.join(directory, name) for name in names if name.endswith(".away")):
+            away = read_record(Away, path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            found += [away] if away else []
+    return found
+
+
+TELLING.append(away_from)
+
+
+# -- what it was ----------------------------------------------------------------------------------------------------
+
+
+def display_of(output: PrintedOutput) -> str:
+    """Return the id by which a display is updated; empty for none."""
+    transient = seen(Content, output.content).transient
+    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
+
+
+def text_of(output: PrintedOutput) -> str:
+    """Return the text of an output; of what is no text, what it is and how large."""
+    content = output.content
+    if output.type in ("clear_output", "update_display_data"):
+        return ""
+    if output.type == "stream":
+        return joined_text(seen(Content, content).text)
+    if output.type == "error":
+        return "".join(line + "\n" for line in seen(Output, {"traceback": content.get("traceback")}).traceback)
+    data = seen(Content, content).data
+    data = data if isinstance(data, dict) else {}
+    images = [name for name in data if name.startswith("image/")]
+    if images:
+        size = len(joined_text(data[images[0]])) * (1 if "svg" in images[0] else 0.75)
+        return "[%s, %s]\n" % (images[0], "%d kB" % (size / 1e3) if size >= 1000 else "%d bytes" % size)
+    text = joined_text(data.get("text/plain", ""))
+    return text + "\n" if text or not data else "[%s]\n" % ", ".join(data)
+
+
+class PrintedText(Growing):
+    """What the cells of a journal printed, read line by line."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._rest = ""
+
+    def lines(self, has_ended: bool = False) -> "Iterator[str]":
+        """Yield the lines that are complete; of a journal that has ended, the last one as well."""
+        for line in super().lines(has_ended):
+            entry = entry_in(facts_in(line))
+            *whole, self._rest = (self._rest + (text_of(entry) if isinstance(entry, PrintedOutput) else "")).split("\n")
+            yield from whole
+        if has_ended and self._rest:
+            yield self._rest
+
+
+class CellOutput:
+    """One execution of a cell, and what came of it so far."""
+
+    def __init__(self, begun: "Optional[BegunCell]" = None, gap: "Optional[Gap]" = None) -> None:
+        self.begun = begun
+        self.gap = gap  # in place of a cell: nobody knows what was here
+        self.outputs = []  # type: List[PrintedOutput]
+        self.finished = None  # type: Optional[FinishedCell]
+        self._clears = False
+
+    def take(self, printed: PrintedOutput) -> None:
+        """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
+        if printed.type == "clear_output":
+            self._clears = seen(Content, printed.content).wait
+            self.outputs = self.outputs if self._clears else []
+        elif printed.type != "update_display_data":
+            if self._clears:
+                self.outputs, self._clears = [], False
+            self.outputs.append(printed)
+
+    def update(self, printed: PrintedOutput) -> None:
+        """Take another content for the displays of the same id."""
+        identity = display_of(printed)
+        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
+            output.content = dict(output.content, data=seen(Content, printed.content).data)
+
+
+class Executions:
+    """The executions of a journal, in their order."""
+
+    def __init__(self) -> None:
+        self.cells = {}  # type: Dict[str, CellOutput]
+
+    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
+        """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
+        entry = entry_in(facts)
+        if isinstance(entry, Gap):
+            cell = self.cells["gap %d" % len(self.cells)] = CellOutput(gap=entry)
+            return cell, entry
+        identity = str(getattr(entry, "id", ""))
+        if not identity or (isinstance(entry, FinishedCell) and identity not in self.cells):
+            return None, None
+        cell = self.cells.setdefault(identity, CellOutput())
+        if isinstance(entry, BegunCell):
+            cell.begun = entry
+        elif isinstance(entry, FinishedCell):
+            cell.finished = entry
+            if cell.begun and entry.count is not None:
+                cell.begun.count = entry.count
+        elif isinstance(entry, PrintedOutput):
+            cell.take(entry)
+            for other in self.cells.values() if entry.type == "update_display_data" else []:
+                other.update(entry)
+        return cell, entry
+
+
+# -- what the host sends of it ----------------------------------------------------------------------------------------
+
+
+def send_output(request: Request, channel: Channel) -> Record:
+    """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
+    record, path, _ = journal_asked_for(request)
+    journal = JournalReader(path)
+    position = -1
+
+    def send_entries() -> bool:
+        nonlocal position
+        is_last = not (request.is_followed and place_of(record).is_running())  # before the look
+        for line in journal.lines():
+            facts = facts_in(line)
+            position = position + 1 if position >= 0 else seen(Dropped, facts).dropped
+            if position >= request.line:
+                channel.send(Recorded(entry=facts, at=position))
+        return is_last or channel.is_closed
+
+    is_whole = send_entries()
+    channel.send(Recorded(entry={}))  # from here on it is news
+    if not is_whole:
+        until(send_entries, float("inf"), slowest_s=0.2)
+    return Record()
+
+
+def facts_in(line: str) -> "Json":
+    """Return what a line of a journal holds; for a damaged one, that it is damaged."""
+    try:
+        facts = json.loads(line)
+    except (ValueError, RecursionError):
+        facts = None
+    return facts if isinstance(facts, dict) and facts else {"kind": "damaged"}
+
+
+class JournalReader:
+    """Reads both halves of a journal as it grows; of one that is known up to an offset, what comes after that."""
+
+    def __init__(self, path: str, offset: int = 0) -> None:
+        self.path = path
+        self._new = Growing(path, offset)
+        self._inode = self._inode_now()
+        self._is_begun = offset > 0
+
+    def _inode_now(self) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(self.path).st_ino
+        return 0
+
+    def lines(self) -> "List[str]":
+        """Return the lines that came since we looked last."""
+        old = None if self._is_begun else Growing(self.path + ".old")
+        if self._is_begun and self._inode_now() != self._inode:  # it became the older half
+            old = Growing(self.path + ".old", self._new.offset) if self._inode else None
+            self._new = Growing(self.path)
+        self._inode, self._is_begun = self._inode_now(), True
+        return [
+            *(old.lines() if old else []),
+            *self._new.lines(),
+        ]  # at once: what is half read may become the older one
+
+
+def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
+    """Return the newest journal of the notebook or the kernel that is named, in a server of PATH where that is given.
+
+    Raises Failure, with those that there are.
+    """
+    found = []
+    wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
+    for record in KINDS["server"].records():
+        directory = cells_dir(record.directory)
+        if not is_in_path(record, request) or not os.path.isdir(directory):
+            continue
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if name.endswith(".journal"):
+                mark = read_record(KernelMark, beside(path, ".json")) or KernelMark()
+                found.append((os.stat(path).st_mtime, record, path, mark))
+    found.sort(key=lambda row: row[0], reverse=True)
+    named = [row[1:] for row in found if is_named(wanted, row[3].notebook, os.path.basename(row[2]))]
+    if named:
+        return named[0]
+    there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
+    what = "nothing is recorded" + (" of " + portable(wanted) if wanted else "")
+    why = (
+        "there is: " + there
+        if there
+        else "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
+    )
+    for record in [] if found else KINDS["server"].running():
+        why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
+    raise Failure(what, why, "output, with one of these names" if there else "")
+
+
+def is_named(name: str, notebook: str, kernel: str) -> bool:
+    """True when a name means this notebook, or the kernel whose id begins so."""
+    paths = (notebook, notebook[: -len(".ipynb")] if notebook.endswith(".ipynb") else notebook)
+    is_notebook = bool(notebook) and any(("/" + path).endswith("/" + name.lstrip("/")) for path in paths)
+    return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
+
+
+REQUESTS["send_output"] = send_output
+
+
+# -- what it puts into the notebook -----------------------------------------------------------------------------------
+
+
+class Contents(Record):
+    """A notebook as the contents API has it (Jupyter Server, "Contents API")."""
+
+    content: "Any" = None
+    last_modified: str = ""
+    message: "Any" = ""  # of an error
+
+
+def save_output(request: Request, channel: Channel) -> SaveReply:
+    """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
+
+    Raises Failure, and changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
+    """
+    from urllib.parse import quote
+
+    record, path, mark = journal_asked_for(request)
+    info = server_info(record) if place_of(record).is_running() else None
+    if not info or not mark.notebook:
+        why = "its server has ended" if mark.notebook else "its kernel belongs to no notebook"
+        raise Failure("cannot save into a notebook", why, "output, without --save")
+    kernel = os.path.basename(path).partition(".")[0]
+    api = "api/contents/" + quote(mark.notebook)
+    check_alone(info, kernel, mark.notebook)
+    before = contents_of(info, api, "?type=notebook&content=1")
+    executions = Executions()
+    for line in JournalReader(path).lines():
+        executions.take(facts_in(line))
+    cells = seen(Notebook, before.content).cells
+    changed = fill_in(cells, list(executions.cells.values()))
+    if changed:
+        check_alone(info, kernel, mark.notebook)
+        if contents_of(info, api, "?content=0").last_modified != before.last_modified:
+            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
+        sent = json.dumps({"type": "notebook", "format": "json", "content": dict(before.content, cells=cells)}).encode()
+        status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
+        if status not in (200, 201):
+            why = str(seen(Contents, said).message or "HTTP status %d" % status)
+            raise Failure("cannot save into " + mark.notebook, why)
+    return SaveReply(notebook=mark.notebook, cells=changed)
+
+
+def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
+    """Return a notebook, or its facts without its content; raises Failure."""
+    status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
+    contents = seen(Contents, said)
+    if status != 200 or not contents.last_modified:
+        why = "it is no longer there" if status == 404 else str(contents.message or "HTTP status %d" % status)
+        raise Failure("cannot read the notebook", why)
+    return contents
+
+
+def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
+    """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
+    said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
+    if seen(KernelView, said).connections > 0:
+        why = "a page is connected to its kernel, which shows and saves these outputs itself"
+        raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
+
+
+def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
+    """Give cells the outputs of the executions of their code, equal ones by their order; return how many changed.
+
+    Where equal cells were executed more often than there are, the last executions count.
+    """
+    by_code = {}  # type: Dict[str, List[Json]]
+    for cell in cells:
+        if seen(Cell, cell).cell_type == "code":
+            by_code.setdefault(joined_text(seen(Cell, cell).source), []).append(cell)
+    changed = 0
+    for code, same in by_code.items():
+        ran = [execution for execution in executions if execution.begun and execution.begun.code == code]
+        for cell, execution in zip(same, ran[-len(same) :]):
+            count = execution.begun.count if execution.begun else None
+            outputs = outputs_in_file(execution)
+            if (cell.get("outputs"), cell.get("execution_count")) != (outputs, count):
+                cell["outputs"], cell["execution_count"] = outputs, count
+                changed += 1
+    return changed
+
+
+def outputs_in_file(execution: CellOutput) -> "List[Json]":
+    """Return the outputs of an execution in a notebook's own form (nbformat 4)."""
+    found = []  # type: List[Json]
+    for output in execution.outputs:
+        content = output.content
+        names = {"stream": ("name", "text"), "error": ("ename", "evalue", "traceback")}.get(output.type)
+        facts = {name: content.get(name) for name in names} if names else {}
+        if not names:
+            facts = {name: content.get(name) or {} for name in ("data", "metadata")}
+        if output.type == "execute_result":
+            facts["execution_count"] = execution.begun.count if execution.begun else None
+        last = found[-1] if found else {}
+        if output.type == "stream" and (last.get("output_type"), last.get("name")) == ("stream", facts["name"]):
+            last["text"] += str(facts["text"])
+        else:
+            found.append(dict(facts, output_type=output.type))
+    return found
+
+
+REQUESTS["save_output"] = save_output
+
+
+# agent ends
+
+# -- what is shown of it ----------------------------------------------------------------------------------------------
+
+
+COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
+
+
+class Screen:
+    """What cells print, line by line as a terminal would show it."""
+
+    def __init__(self, show_line: Callable[[str], None]) -> None:
+        self._show_line = show_line
+        self._line: List[str] = []
+        self._column = 0
+        self._shown = ""
+
+    def write(self, text: str) -> None:
+        """Take what was printed; its colours (ECMA-48, control sequences) are not shown."""
+        for character in re.sub(COLOURS, "", text):
+            if character == "\n":
+                self.end_line()
+            elif character == "\r":
+                self._column = 0
+            elif character == "\b":
+                self._column = max(0, self._column - 1)
+            else:
+                self._line[self._column : self._column + 1] = [character]
+                self._column += 1
+
+    def show(self) -> None:
+        """Show what stands in a line that has not ended."""
+        line = "".join(self._line)
+        if line != self._shown:
+            self._show_line(line)
+            self._shown = line
+
+    def end_line(self) -> None:
+        """Show a line that has ended, unless it was shown before."""
+        if self._line or not self._shown:
+            self.show()
+        self._line, self._column, self._shown = [], 0, ""
+
+
+def as_shown(line: str) -> str:
+    """Return a line as a terminal would show it in the end."""
+    shown = [""]
+    screen = Screen(shown.append)
+    screen.write(line)
+    screen.show()
+    return shown[-1]
+
+
+def title_of(cell: CellOutput) -> str:
+    """Return the head of an execution: its number, when it began, and how long it took."""
+    if cell.gap:
+        return "[%s]" % cell.gap.why
+    if not cell.begun:
+        return head_of(None)
+    seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
+    state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
+    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
+
+
+def lines_of(cell: CellOutput) -> List[str]:
+    """Return what an execution printed, as a terminal would show it in the end."""
+    found: List[str] = []
+    screen = Screen(found.append)
+    for output in cell.outputs:
+        screen.write(text_of(output))
+    screen.end_line()
+    return found[:-1] if found and not found[-1] else found
+
+
+def head_of(count: Optional[int]) -> str:
+    """Return the number of a cell as a notebook shows it."""
+    return "In [%s]" % (" " if count is None else count)
+
+
+def ending_of(count: Optional[int], is_done: bool, seconds: float) -> str:
+    """Say how a cell ended: In [12] done after 2 h 3 min."""
+    return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", duration(max(0.0, seconds), 2))
+
+
+def moment(seconds: float) -> str:
+    """Return a time of day, with its date when that is not today."""
+    then = time.localtime(seconds)
+    form = "%H:%M" if time.strftime("%F", then) == time.strftime("%F") else "%b %d %H:%M"
+    return time.strftime(form, then)
+
+
+def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
+    """Print a line of the journal for the program that reads us (--json)."""
+    if isinstance(entry, BegunCell):
+        facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
+        messages.event("input", time=entry.time, **facts)
+    elif isinstance(entry, PrintedOutput):
+        messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
+    elif isinstance(entry, FinishedCell):
+        seconds = entry.time - cell.begun.time if cell.begun else None
+        facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
+        messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
+    elif isinstance(entry, Gap):
+        messages.event("gap", why=entry.why, time=entry.time)
+
+
+class ShownCells:
+    """What `output` shows of a journal: each cell when it has ended, the one that runs at last, and then what comes."""
+
+    def __init__(self, messages: Messages, since: float) -> None:
+        self.messages = messages
+        self.since = since  # seconds since 1970: what ended before is not shown
+        self.lines = 0  # of the journal, that were taken
+        self._executions = Executions()
+        self._is_live = False
+        self._screen = Screen(messages.line)
+
+    def take(self, message: Recorded, show: Show) -> None:
+        """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
+        if not message.entry:
+            if not self._is_live:
+                self.show_so_far()
+            return
+        self.lines = message.at + 1
+        cell, entry = self._executions.take(message.entry)
+        if self._is_live and cell and entry:
+            self._show_live(cell, entry)
+
+    def show_so_far(self) -> None:
+        """Show what came; from now on, what comes is shown as it comes."""
+        cells = list(self._executions.cells.values())
+        for cell in cells:
+            if not cell.finished or cell.finished.time >= self.since:
+                self._show(cell, is_last=cell is cells[-1])
+        self._is_live = True
+
+    def _show(self, cell: CellOutput, is_last: bool) -> None:
+        if self.messages.as_json:
+            for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
+                tell_entry(entry, cell, self.messages)
+            return
+        self.messages.line(title_of(cell))
+        for line in lines_of(cell):
+            self.messages.line(line)
+        if not is_last:
+            self.messages.line("")
+
+    def _show_live(self, cell: CellOutput, entry: Entry) -> None:
+        if self.messages.as_json:
+            tell_entry(entry, cell, self.messages)
+        elif isinstance(entry, BegunCell):
+            self._screen.end_line()
+            self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
+        elif isinstance(entry, PrintedOutput):
+            self._screen.write(text_of(entry))
+        elif isinstance(entry, FinishedCell) and cell.begun:
+            self._screen.end_line()
+            self.messages.note(ending_of(cell.begun.count, entry.is_done, entry.time - cell.begun.time) + ".")
+        elif isinstance(entry, Gap):
+            self.messages.line("[%s]" % entry.why)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# execute (an annex: the core is whole without it)
+#
+# A notebook that is run to its end on the host, and its result here. The first half lives on the host: a process of its
+# own, under the Python of Jupyter's environment, lets nbclient execute the notebook, and writes a journal meanwhile and
+# the result at the end. The second half follows the journal from here, and takes the result.
+# ---------------------------------------------------------------------------------------------------------------------
+# agent begins
+
+STOP_TIMEOUT_S = 10  # for a cell that was interrupted
+GOING_ON = ("starting", "running")
+TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
 
 
 # -- runs on the host -------------------------------------------------------------------------------------------------
@@ -5785,7 +6859,9 @@ class RunKind(Kind):
     name = "run"
     prefix = "r"
     record = RunRecord
-    log = "output"
+
+    def log_of(self, record: RunRecord) -> Growing:
+        return PrintedText(journal_of(record))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -5813,8 +6889,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        with contextlib.suppress(OSError):
-            view.size = os.stat(os.path.join(record.directory, "journal")).st_size
+        view.size = size_of(journal_of(record))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -5959,91 +7034,51 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         **facts_of(process, root_dir, request),
     )
     write_down(record, directory)
-    journal = os.path.join(directory, "journal")
-    until(lambda: process.poll() is not None or os.path.exists(journal), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return None
     return record
 
 
-def follow_run(request: Request, channel: Channel) -> FollowReply:
-    """Send what the files of a run hold beyond the given offsets, as it comes, until it has ended; say how it ended."""
-    identity = request.id
-    for record in [record for kind in KINDS.values() for record in kind.records() if record.id == identity]:
-        if record.kind in ("job", "wrapper"):
-            identity = StartReply.read(KINDS[record.kind].await_reply(record, channel)).id
-
-    def look_for() -> "List[Any]":
-        return [record for record in KINDS["run"].records() if record.id == identity]
-
-    is_elsewhere = identity != request.id or bool(KINDS["job"].records())  # what started it there, the client may know
-    known = until(look_for, LATE_S if is_elsewhere else 0, FOLLOW_MAX_S)
-    if not known:
-        why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
-        raise Failure("no run of yours has this id: " + request.id, why, "list shows the ids")
-    files = {name: Growing(os.path.join(known[0].directory, name), at) for name, at in request.offsets.items()}
-    followed = Followed(known[0], files)
-    found = "more"  # type: Any
-    while found == "more":  # the pauses begin anew with each part
-        found = until(lambda: followed.look(channel), float("inf"), FOLLOW_MAX_S)
-    assert isinstance(found, FollowReply)
-    return found
-
-
-class Followed:
-    """A run that is followed: what its files hold beyond an offset is sent, each under a name."""
-
-    def __init__(self, record: RunRecord, files: "Dict[str, Growing]") -> None:
-        self.record = record
-        self.files = files
-        self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
-
-    def look(self, channel: Channel) -> "Any":
-        """Send what is new; return "more" where there was something, and how it ended when all of it was sent."""
-        look_anew(self.record.directory)
-        view = KINDS["run"].describe(self.record)  # before the look at its files: what it wrote last is seen
-        parts = {name: file.part() for name, file in self.files.items()}
-        for name, part in parts.items():
-            if part:
-                channel.send(Part(file=name, data=packed(part)))
-        if any(parts.values()):
-            return "more"
-        if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
-            return None
-        self._late_until = self._late_until or time.monotonic() + LATE_S
-        is_late = time.monotonic() > self._late_until or channel.is_closed
-        last_line = end_of_log(os.path.join(self.record.directory, "journal"), 1)
-        is_whole = not self.record.job or '"kind": "%s"' % EndEntry.kind in last_line or is_late
-        return FollowReply(brings=self.record.request.brings, **view.facts()) if is_whole else None
-
-
 def follow_runs(request: Request, channel: Channel) -> RunsReply:
-    """Send what the journals of several runs hold beyond the offsets, until some have ended; say which, and how.
+    """Send what the journals of runs hold beyond the offsets, until some have ended; of those the result, and how.
 
-    An id may be that of a job that starts a run, which has ended when its job has: then it is out of the queue.
+    An id may be that of a job or a wrapper that starts a run. Of several, a job has ended when it is out of the queue.
     """
-    things = {record.id: record for kind in KINDS.values() for record in kind.records() if record.id in request.ids}
+
+    def known() -> "Dict[str, Any]":
+        records = [record for kind in KINDS.values() for record in kind.records()]
+        return {record.id: record for record in records if record.id in request.ids}
+
+    late_s = LATE_S if KINDS["job"].records() else 0  # another machine may have written it a moment ago
+    until(lambda: len(known()) == len(request.ids), late_s, FOLLOW_MAX_S)
+    things = known()
     followed = {}  # type: Dict[str, Followed]
     ended = []  # type: List[RunEnd]
 
-    def look_at(identity: str) -> "Any":
+    def look_at(identity: str) -> bool:
         if identity not in things:
-            raise Failure("no run of yours has this id: " + identity)
+            why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
+            raise Failure("no run of yours has this id: " + identity, why, "list shows the ids")
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
-        run = thing
-        if identity not in followed and kind.name != "run":
-            reply = kind.replied(thing)
-            run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
-        if identity not in followed and run:
-            journal = Growing(os.path.join(run.directory, "journal"), request.offsets.get(identity, 0))
-            followed[identity] = Followed(run, {identity: journal})
-        found = followed[identity].look(channel) if run else None
-        is_over = isinstance(found, FollowReply) and (kind.name == "run" or not kind.goes_on(thing))
-        if is_over:
+        if identity not in followed:
+            is_alone = len(request.ids) == 1
+            if kind.name != "run":
+                is_alone = len(request.ids) == 1
+                reply = kind.await_reply(thing, channel) if is_alone else kind.replied(thing)
+                run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
+            else:
+                run = thing
+            if not run:
+                return False
+            followed[identity] = Followed(run, request.offsets.get(identity, 0))
+        found = followed[identity].look(identity, channel)
+        if isinstance(found, FollowReply) and (kind.name == "run" or len(request.ids) == 1 or not kind.goes_on(thing)):
+            followed[identity].send_result(identity, channel)
             ended.append(RunEnd(id=identity, run=found))
-        return found == "more"
+        return bool(found == "more")
 
     def look() -> str:
         has_news = False
@@ -6059,6 +7094,62 @@ def follow_runs(request: Request, channel: Channel) -> RunsReply:
     return RunsReply(ended=ended)
 
 
+class Followed:
+    """A run that is followed: what its journal holds beyond an offset is sent, and its result when it has ended."""
+
+    def __init__(self, record: RunRecord, offset: int) -> None:
+        self.record = record
+        self._journal = Growing(journal_of(record), offset)
+        self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
+
+    def look(self, identity: str, channel: Channel) -> "Any":
+        """Send what is new; return "more" where there was something, and how it ended when all of it was sent."""
+        look_anew(self.record.directory)
+        view = KINDS["run"].describe(self.record)  # before the look at its journal: what it wrote last is seen
+        part = self._journal.part()
+        if part:
+            channel.send(Part(file="journal", id=identity, data=packed(part)))
+            return "more"
+        if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
+            return None
+        self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
+        state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
+        is_whole = state.written and state.written == size_of(journal_of(self.record)) + size_of(result_of(self.record))
+        if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
+            return None
+        return FollowReply(brings=self.record.request.brings, **view.facts())
+
+    def send_result(self, identity: str, channel: Channel) -> None:
+        """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
+        result = Growing(result_of(self.record))
+        parts = iter(result.part, b"")
+        state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
+        if not state.outcome and size_of(result.path):
+            notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
+            cells = seen(Notebook, notebook).cells
+            executions = Executions()
+            for line in Growing(journal_of(self.record)).lines():
+                executions.take(facts_in(line))
+            for execution in executions.cells.values():
+                if execution.begun and 0 <= execution.begun.index < len(cells):
+                    outputs = outputs_in_file(execution)
+                    cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
+            text = notebook_text(dict(notebook, cells=cells)).encode("utf-8")
+            parts = iter([text[at : at + PART_BYTES] for at in range(0, len(text), PART_BYTES)])
+        for part in parts:
+            channel.send(Part(file="result", id=identity, data=packed(part)))
+
+
+def journal_of(record: RunRecord) -> str:
+    """Return where a run writes down what its cells print."""
+    return os.path.join(record.directory, "journal")
+
+
+def result_of(record: RunRecord) -> str:
+    """Return where a run's result is: from its begin on, and with outputs at its end."""
+    return os.path.join(record.directory, "result.ipynb")
+
+
 def packed(part: bytes) -> str:
     """Return bytes as they travel in a message."""
     import binascii
@@ -6068,7 +7159,6 @@ def packed(part: bytes) -> str:
 
 
 REQUESTS["start_run"] = start_run
-REQUESTS["follow_run"] = follow_run
 REQUESTS["follow_runs"] = follow_runs
 
 
@@ -6305,10 +7395,8 @@ class Run:
         timeout_s = self.request.timeout_s
         self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
-        self.missing = ""  # the kernel that was wanted and is not there
+        self.remarks = []  # type: List[str]
         self.kernel, self.language = self._choose_kernel()
-        self.lacks_tag = False
-        self.unset = []  # type: List[str]
         self.parameters = {}  # type: Json # the last word for a name holds, and -p is over the files
         for name, text in self.request.parameter_files:
             self.parameters.update(parameters_in(name, text))
@@ -6322,12 +7410,7 @@ class Run:
         self.state = RunState(count=len(code))
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
-        self._told = {}  # type: Dict[int, List[str]]
-        self._written = {}  # type: Dict[int, str]
-        self._began = 0.0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._output = os.open(os.path.join(directory, "output"), flags, 0o600)
-        self._journal = -1
+        self._journal = Journal(os.path.join(directory, "journal"), float("inf"))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and its language."""
@@ -6350,7 +7433,7 @@ class Run:
             raise ValueError("there is no kernel %s on the host; there are: %s" % (wanted, ", ".join(sorted(there))))
         if language.lower() != "python":
             raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
-        self.missing = wanted
+        self.remarks.append("There is no kernel %s there; using python3." % wanted)
         return "python3", "python"
 
     def _inject_parameters(self) -> None:
@@ -6374,38 +7457,24 @@ class Run:
             for tag in seen(Cell, other).tags:
                 tagged.setdefault(tag, index)
         given, injected = (tagged.get(tag, -1) for tag in (TAG, "injected-" + TAG))
-        self.lacks_tag = max(given, injected) < 0
-        if given >= 0 and language == "python":
-            self.unset = unset_in(cells[given].source, list(self.parameters))
+        name = self.request.name
+        unset = unset_in(cells[given].source, list(self.parameters)) if given >= 0 and language == "python" else []
+        if max(given, injected) < 0:
+            text = "%s has no cell tagged `parameters`: the parameters are set in a new first cell."
+            self.remarks.append(text % name)
+        if unset:
+            text = "The cell of %s that is tagged `parameters` does not set: %s"
+            self.remarks.append(text % (name, ", ".join(unset)))
         if injected >= 0:
             cells[injected] = cell
         else:
             cells.insert(given + 1, cell)
 
-    # -- the journal --
+    # -- what is written down of it --
 
-    def as_in_file(self, cells: "List[Any]", metadata: "Any" = ()) -> "Json":
-        """Return a notebook of these cells in the form that a file has: texts as lists of lines."""
-        parts = {"metadata": dict(metadata), "nbformat": 4, "nbformat_minor": self.notebook.nbformat_minor}
-        return dict(json.loads(self.nbformat.v4.writes(self.nbformat.from_dict(dict(parts, cells=cells)))))
-
-    def tell(self, entry: Entry) -> None:
-        """Write a line of the journal, whole or not at all. A new one appears with its first line in it.
-
-        Raises OSError: the disk is full.
-        """
-        path = os.path.join(self.directory, "journal")
-        line = json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n"
-        if self._journal < 0:
-            write_whole(path, line)
-            self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
-            return
-        size = os.fstat(self._journal).st_size
-        try:
-            write_all(self._journal, line.encode("ascii"))
-        except OSError:
-            os.ftruncate(self._journal, size)
-            raise
+    def text(self) -> str:
+        """Return the notebook as it is now, in the form that a file has."""
+        return notebook_text(json.loads(self.nbformat.v4.writes(self.notebook)))
 
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
@@ -6414,74 +7483,44 @@ class Run:
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
+        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
+        for remark in self.remarks:
+            self._journal.tell(Remark(text=remark))
         self.keep_state()
-        notebook = self.as_in_file(self.notebook.cells, self.notebook.metadata)
-        facts = {name: getattr(self, name) for name in ("kernel", "missing", "lacks_tag", "unset")}
-        self.tell(BeginEntry(notebook=notebook, **facts))
 
     def before_cell(self, index: int, engine: "Any") -> None:
         """Called before each cell: write it down, and give the engine the time that is left."""
         if os.path.exists(os.path.join(self.directory, "stop")):
             raise TimeIsUp()
-        self._began = time.monotonic()
+        left_s = self.deadline - time.monotonic()
         if index in self.numbers:
             self.keep_state(cell=self.numbers[index])
-            self.tell(StartEntry(cell=self.numbers[index], count=self.state.count))
-        left_s = self.deadline - self._began
+            place = {"index": index, "cell": self.numbers[index], "cells": self.state.count}
+            code = self.notebook.cells[index].source
+            self._journal.tell(BegunCell(id=str(index), time=time.time(), code=code, **place))
         if left_s <= 0:
             raise TimeIsUp()
         left_s = min(left_s, self.request.cell_timeout_s or left_s)
         engine.timeout = None if left_s == float("inf") else int(left_s + 0.999)
 
-    def after_cell(self, index: int, is_done: bool) -> None:
-        """Called after each cell, however it ended: its result is in the journal before the next one begins."""
-        if index in self.numbers:
-            seconds = time.monotonic() - self._began
-            self._write_cell(index, cell=self.numbers[index], count=self.state.count, seconds=seconds, is_done=is_done)
-
-    def _write_cell(self, index: int, **facts: "Any") -> None:
-        whole = seen(Notebook, self.as_in_file([self.notebook.cells[index]])).cells[0]
-        outputs = [json.dumps(output, sort_keys=True) for output in seen(Cell, whole).outputs]
-        content = {name: value for name, value in whole.items() if name != "outputs"}
-        written = json.dumps(content, sort_keys=True)
-        is_told = outputs == self._told.get(index, [])
-        if facts or not is_told or self._written.get(index) != written:
-            self.tell(CellEntry(index=index, content=content if is_told else whole, **facts))
-        self._told[index] = outputs
-        self._written[index] = written
-
     def take_output(self, index: int, message: "Json") -> None:
-        """Called for each message: where it gave a cell an output, write that down; or that all are gone."""
-        content = seen(Output, message["content"])
-        if message["msg_type"] not in ("stream", "error", "display_data", "execute_result", "clear_output"):
-            return
-        said = joined_text(content.text) + "".join(line + "\n" for line in content.traceback)
-        with contextlib.suppress(OSError):  # for `logs`; the journal has it all
-            write_all(self._output, said.encode("utf-8", "replace"))
-        outputs = self.notebook.cells[index].outputs
-        told = self._told.setdefault(index, [])
-        at = len(outputs) - 1
-        if at < 0:
-            if told:
-                self._write_cell(index)
-            return
-        cell = {"cell_type": "code", "metadata": {}, "source": "", "outputs": outputs[at:]}
-        last = seen(Cell, seen(Notebook, self.as_in_file([cell])).cells[0]).outputs[0]
-        words = json.dumps(last, sort_keys=True)
-        if at > len(told) or told[at:] == [words]:
-            return
-        self.tell(OutputEntry(index=index, at=at, content=last))
-        told[at:] = [words]
+        """Called for each message: write down what a cell printed."""
+        if message["msg_type"] in OUTPUT_TYPES:
+            self._journal.tell(PrintedOutput(id=str(index), type=message["msg_type"], content=message["content"]))
+
+    def after_cell(self, index: int, is_done: bool) -> None:
+        """Called after each cell, however it ended."""
+        if index in self.numbers:
+            count = self.notebook.cells[index].execution_count
+            self._journal.tell(FinishedCell(id=str(index), time=time.time(), is_done=is_done, count=count))
 
     def end(self, outcome: str, error: str) -> None:
-        """Write down how it ended; cells whose displays a later one changed are written again."""
-        for index in self.numbers:
-            if index in self._written:
-                self._write_cell(index)
-        error = error[:1000]
+        """Write the result, and how it ended."""
+        path = os.path.join(self.directory, "result.ipynb")
+        write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
-        self.tell(EndEntry(metadata=seen(Notebook, self.as_in_file([], self.notebook.metadata)).metadata))
-        self.keep_state(outcome=outcome, error=error, unwritten=unwritten)
+        written = size_of(path) + size_of(self._journal.path)
+        self.keep_state(outcome=outcome, error=error[:1000], unwritten=unwritten, written=written)
 
     def _write_in_place(self) -> str:
         """Let the result take the notebook's place, and return why it could not: it was moved, or edited meanwhile."""
@@ -6489,28 +7528,12 @@ class Run:
         try:
             if digest_of(read_notebook(place)) != self.request.original:
                 return "it was changed during the execution"
-            write_through(place, notebook_text(self.as_in_file(self.notebook.cells, self.notebook.metadata)))
+            write_through(place, self.text())
         except Failure as failure:
             return failure.why
         except OSError as error:
             return str(error)
         return ""
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of it; raises OSError when not all could be written."""
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def notebook_text(notebook: "Json") -> str:
-    """Return a notebook in the form that Jupyter gives its files; a lone surrogate, which no file can hold, escaped."""
-    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(notebook, indent=1, sort_keys=True)
-    return text + "\n"
 
 
 def write_through(path: str, text: str) -> None:
@@ -6640,7 +7663,6 @@ def run_main(directory: str) -> None:
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
         write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
-        write_whole(os.path.join(directory, "journal"), "")
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -6982,8 +8004,7 @@ class Execution:
         self.original = original  # what stands here where the result goes, when it is to be replaced
         self.agent = agent
         self.messages = messages
-        self.notebook: Json = {}
-        self.cells: List[Json] = []
+        self.result: List[bytes] = []  # the parts of it that are here
         self.seconds = 0.0
         self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
@@ -6994,14 +8015,8 @@ class Execution:
         self._rest = b""
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
-        self._handlers = dict(handlers, part=self.take_part)
-        self._take_entry: Dict[str, Handler] = {
-            "begin": self._begin,
-            "start": lambda entry, show: show("cell %d/%d" % (entry.cell, entry.count)),
-            "output": self._take_output,
-            "cell": self._take_cell,
-            "end": self._end,
-        }
+        self._begun: Dict[str, BegunCell] = {}
+        self.handlers = handlers
 
     @property
     def host(self) -> str:
@@ -7014,12 +8029,10 @@ class Execution:
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
         doing = "Executing " + self.name if self.messages.has_spinner else ""
-
-        def request() -> Request:
-            return Request(action="follow_run", id=self.id, offsets={"journal": self.offset})
-
         self.redials = redials
-        view = self.agent.ask_on(request, FollowReply, doing, self._handlers, redials)
+        (end,) = hear_runs({self.id: self}, self.agent, doing, self.handlers, redials)
+        view = end.view()
+        self.id = view.id
         try:
             self.write(view)
         except Failure:
@@ -7031,66 +8044,42 @@ class Execution:
     # -- the journal --------------------------------------------------------------------------------------------------
 
     def take_part(self, message: Part, show: Show) -> None:
-        """Take a part of the journal; each line that it completes is an entry."""
+        """Take a part of the result, or of the journal; each line that this completes says something."""
         part = unpacked(message)
+        if message.file == "result":
+            self.result.append(part)
+            return
         self.offset += len(part)
         *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
-            self._take_line(line, show)
+            self._take(entry_in(facts_in(line.decode("utf-8", "replace"))), show)
         self._screen.show()
 
-    def _take_line(self, line: bytes, show: Show) -> None:
-        try:
-            facts = json.loads(line.decode("utf-8"))
-            kind = ENTRIES[facts["kind"]]
-            self._take_entry[kind.kind](kind.read(facts), show)
-        except (ValueError, TypeError, KeyError, RecursionError, Wrong):  # a full disk, a crash of the machine
+    def _take(self, entry: Optional[Entry], show: Show) -> None:
+        if isinstance(entry, BegunCell):
+            self._begun[entry.id] = entry
+            show("cell %d/%d" % (entry.cell, entry.cells))
+        elif isinstance(entry, PrintedOutput):
+            self._screen.write(text_of(entry))
+        elif isinstance(entry, FinishedCell) and entry.id in self._begun:
+            self._screen.end_line()
+            begun = self._begun.pop(entry.id)
+            seconds = max(0.0, entry.time - begun.time)
+            self.seconds += seconds
+            facts = {"cell": begun.cell, "count": begun.cells, "seconds": seconds, "is_done": entry.is_done}
+            self.messages.event("cell", id=self.id, **facts)
+            is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
+            if entry.is_done and not is_silent:
+                self.messages.note("Cell %d/%d done (%.1f s)." % (begun.cell, begun.cells, seconds))
+        elif isinstance(entry, Remark):
+            self.messages.note(entry.text)
+        elif isinstance(entry, Gap):
+            self.messages.warn("%s: %s" % (self.name, entry.why))
+        else:
             self._bad_lines += 1
-
-    def _begin(self, entry: BeginEntry, show: Show) -> None:
-        self.notebook, self.cells = entry.notebook, seen(Notebook, entry.notebook).cells
-        if entry.missing:
-            text = "There is no kernel %s on %s; using %s." % (entry.missing, self.host, entry.kernel)
-            self.messages.note(text)
-        if entry.lacks_tag:
-            text = "%s has no cell tagged `parameters`: the parameters are set in a new first cell."
-            self.messages.note(text % self.name)
-        if entry.unset:
-            text = "The cell of %s that is tagged `parameters` does not set: %s"
-            self.messages.note(text % (self.name, ", ".join(entry.unset)))
-
-    def _outputs(self, index: int) -> List[Json]:
-        if not 0 <= index < len(self.cells):
-            raise Wrong("wrong in it: index")
-        cell = self.cells[index]
-        if not isinstance(cell.get("outputs"), list):
-            cell["outputs"] = []
-        outputs: List[Json] = cell["outputs"]
-        return outputs  # no copy: a cell may have many, and each comes by itself
-
-    def _take_output(self, entry: OutputEntry, show: Show) -> None:
-        self._outputs(entry.index)[entry.at :] = [entry.content]
-        output = seen(Output, entry.content)
-        if output.output_type == "stream":
-            self._screen.write(joined_text(output.text))
-
-    def _take_cell(self, entry: CellEntry, show: Show) -> None:
-        self.cells[entry.index] = dict({"outputs": self._outputs(entry.index)}, **entry.content)
-        if entry.cell is None:
-            return
-        self._screen.end_line()
-        self.seconds += entry.seconds
-        facts = {"cell": entry.cell, "count": entry.count, "seconds": entry.seconds, "is_done": entry.is_done}
-        self.messages.event("cell", id=self.id, **facts)
-        is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
-        if entry.is_done and not is_silent:
-            self.messages.note("Cell %s/%d done (%.1f s)." % (entry.cell, entry.count, entry.seconds))
 
     def _show_line(self, line: str) -> None:
         self.messages.detail("%s: %s" % (self.name, line) if self.is_one_of_many else line)
-
-    def _end(self, entry: EndEntry, show: Show) -> None:
-        self.notebook = dict(self.notebook, metadata=entry.metadata)
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -7110,20 +8099,20 @@ class Execution:
             self.messages.warn(text % path)
             path = executed_name(path)
         if self._bad_lines:
-            self.messages.warn(
-                "%d lines of the journal of %s are damaged; the result lacks them." % (self._bad_lines, self.id)
-            )
+            self.messages.warn("%d lines of the journal of %s are damaged." % (self._bad_lines, self.id))
         self.path = path
-        notebook = dict(self.notebook, cells=self.cells)
-        if self.notebook and path == "-":
+        text = b"".join(self.result).decode("utf-8", "replace")
+        if text and "cells" not in facts_in(text):
+            raise Wrong("the result is no notebook")
+        if text and path == "-":
             try:
-                self.messages.line(notebook_text(notebook).rstrip("\n"))
+                self.messages.line(text.rstrip("\n"))
             except Failure as lost:
                 lost.try_ = BRINGS_AGAIN
                 raise
-        elif self.notebook and path:
+        elif text and path:
             try:
-                write_through(path, notebook_text(notebook))
+                write_through(path, text)
             except OSError as error:
                 raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
@@ -7138,7 +8127,7 @@ class Execution:
         """Print where the result is, bring what the run wrote, and raise the Failure that its end stands for."""
         path = self.path or ""
         is_silent = self.messages.as_json or path == "-"
-        if path and self.notebook and not is_silent:
+        if path and self.result and not is_silent:
             try:
                 self.messages.line(path)
             except Failure as lost:
@@ -7190,7 +8179,7 @@ class Execution:
         path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error
-        if self.notebook:
+        if self.result:
             why += "\nthe result so far is in %s" % (path or "the notebook there")
             why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
         ends = {
@@ -7205,6 +8194,27 @@ class Execution:
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
         return Failure(what, why, try_, status)
+
+
+def hear_runs(
+    runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler], redials: bool
+) -> List[RunEnd]:
+    """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did."""
+
+    def request() -> Request:
+        for run in runs.values():
+            run.result.clear()
+        return Request(action="follow_runs", ids=list(runs), offsets={name: run.offset for name, run in runs.items()})
+
+    def take_part(message: Part, show: Show) -> None:
+        if message.id not in runs:
+            raise Wrong("wrong in it: id")
+        runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
+
+    ended = agent.ask_on(request, RunsReply, doing, dict(handlers, part=take_part), redials).ended
+    if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
+        raise Wrong("wrong in it: ended")
+    return ended
 
 
 class Task(NamedTuple):
@@ -7288,25 +8298,12 @@ class Batch:
     def _hear(self, begun: int) -> None:
         """Take what those that run have to tell, until some of them have ended."""
         by_id = {execution.id: index for index, execution in self.running.items()}
-
-        def request() -> Request:
-            offsets = {execution.id: execution.offset for execution in self.running.values()}
-            return Request(action="follow_runs", ids=list(offsets), offsets=offsets)
-
-        def take_part(message: Part, show: Show) -> None:
-            if message.file not in by_id:
-                raise Wrong("wrong in it: file")
-            self.running[by_id[message.file]].take_part(message, lambda words: None)
-
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
         doing = doing if self.messages.has_spinner else ""
-        ended = self.agent.ask_on(request, RunsReply, doing, {"part": take_part}, not self._args.no_reconnect).ended
-        if not ended:
-            raise Wrong("wrong in it: ended")
+        runs = {execution.id: execution for execution in self.running.values()}
+        ended = hear_runs(runs, self.agent, doing, {}, not self._args.no_reconnect)
         for end in ended:
-            index = by_id.pop(end.id, -1)
-            if index < 0:
-                raise Wrong("wrong in it: id")
+            index = by_id[end.id]
             execution = self.running.pop(index)
             if end.run:
                 execution.id = end.run.id
@@ -7355,1061 +8352,6 @@ def unpacked(message: Part) -> bytes:
 
 
 BRINGS_AGAIN = "execute --attach brings it again"
-COLOURS = r"\x1b\[[0-?]*[ -/]*[@-~]"  # ECMA-48, control sequences
-
-
-class Screen:
-    """What cells print, line by line as a terminal would show it."""
-
-    def __init__(self, show_line: Callable[[str], None]) -> None:
-        self._show_line = show_line
-        self._line: List[str] = []
-        self._column = 0
-        self._shown = ""
-
-    def write(self, text: str) -> None:
-        """Take what was printed; its colours (ECMA-48, control sequences) are not shown."""
-        for character in re.sub(COLOURS, "", text):
-            if character == "\n":
-                self.end_line()
-            elif character == "\r":
-                self._column = 0
-            elif character == "\b":
-                self._column = max(0, self._column - 1)
-            else:
-                self._line[self._column : self._column + 1] = [character]
-                self._column += 1
-
-    def show(self) -> None:
-        """Show what stands in a line that has not ended."""
-        line = "".join(self._line)
-        if line != self._shown:
-            self._show_line(line)
-            self._shown = line
-
-    def end_line(self) -> None:
-        """Show a line that has ended, unless it was shown before."""
-        if self._line or not self._shown:
-            self.show()
-        self._line, self._column, self._shown = [], 0, ""
-
-
-def as_shown(line: str) -> str:
-    """Return a line as a terminal would show it in the end."""
-    shown = [""]
-    screen = Screen(shown.append)
-    screen.write(line)
-    screen.show()
-    return shown[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# recorder (an annex: the core is whole without it)
-#
-# What the cells of a server print is kept, whoever looks. The first half lives on the host: a process of its own beside
-# each server, under the Python of its environment, hears what the kernels tell everyone (their iopub socket) and writes
-# it down, a journal for each kernel. The second half reads that here: `output`.
-# ---------------------------------------------------------------------------------------------------------------------
-# agent begins
-
-JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
-RECORD_EVERY_S = 0.25  # between two looks for new kernels
-BIRTH_EVERY_S = 0.05  # while one may be about to begin
-DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
-SERVER_EVERY_S = 2.0  # between two looks whether the server is there
-KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
-PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
-SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
-UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
-CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
-SAVE_TIMEOUT_S = 60.0
-NOTEBOOK_MAX = 1 << 30  # bytes
-SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
-RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
-IDS_MAX = 1000  # cells whose threads may still print
-WAS_KILLED = "the output printed here is lost: the recorder was killed"
-TOO_LARGE = "an output of %d MB was not kept"
-IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
-
-
-class TimedEntry(Entry):
-    """A line of a kernel's journal; its time in seconds since 1970."""
-
-    time: float
-
-    def odd(self) -> "List[str]":
-        """Name the time, if no calendar has it."""
-        return [] if 0 <= self.time < 2**33 else ["time"]
-
-
-class BegunCell(TimedEntry):
-    """A kernel began to execute a cell; the `id` tells this execution from others."""
-
-    kind = "begun"
-    id: str
-    count: "Optional[int]" = None
-    code: str = ""
-    notebook: str = ""
-    asked_by: str = ""  # the id of the message that asked for it
-
-
-class PrintedOutput(Entry):
-    """What came of a cell, as the kernel sent it (jupyter-client.readthedocs.io, "Messaging")."""
-
-    kind = "printed"
-    id: str
-    type: str
-    content: "Json"
-
-
-class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
-
-    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
-    """
-
-    kind = "finished"
-    id: str
-    is_done: bool
-    connections: int = -1
-    has_died: bool = False  # its kernel, before it ended by itself
-
-
-class Gap(TimedEntry):
-    """Something is missing here; `dropped` lines of the journal so far, where it is those."""
-
-    kind = "gap"
-    dropped: int = 0
-    why: str
-
-
-RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap)}  # type: Dict[str, Type[Entry]]
-OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
-
-
-class Dropped(Record):
-    """What stood before the first line of a journal."""
-
-    dropped: int = 0
-
-
-class Content(Record):
-    """The content of a message, as far as it is read (jupyter-client.readthedocs.io, "Messaging")."""
-
-    text: "Any" = ""
-    name: str = ""
-    data: "Any" = None
-    transient: "Any" = None
-    wait: bool = False
-    execution_count: "Optional[int]" = None
-    code: str = ""
-    execution_state: str = ""
-    status: str = ""
-    ename: "Any" = None
-
-
-class KernelView(Record):
-    """A kernel, as a server's API tells of it."""
-
-    id: str = ""
-    connections: int = -1
-
-
-class SessionView(Record):
-    """A notebook and its kernel, as a server's API tells of them; `path` is relative to the server's directory."""
-
-    path: str = ""
-    kernel: "KernelView" = KernelView()
-
-
-class RecorderMark(Record):
-    """The process that records beside a server, and its Python: recorder.json."""
-
-    pid: int
-    identity: str
-    python: str
-
-
-class KernelMark(Record):
-    """What a quick look at a kernel needs, beside its journal: KERNEL.json."""
-
-    notebook: str = ""
-    is_heard: bool = False
-
-
-class Connection(Record):
-    """A kernel's connection file, as far as a listener needs it (jupyter-client, "Connection files")."""
-
-    transport: str = "tcp"
-    ip: str = "127.0.0.1"
-    iopub_port: int
-    shell_port: int = 0
-    key: str = ""
-    signature_scheme: str = "hmac-sha256"
-
-    def address(self, port: int) -> str:
-        """Return where one of its sockets listens, as ZeroMQ writes it."""
-        return "%s://%s%s%d" % (self.transport, self.ip, "-" if self.transport == "ipc" else ":", port)
-
-    def signature(self, parts: "List[bytes]") -> bytes:
-        """Return what signs these parts of a message (jupyter-client, "The wire protocol")."""
-        import hashlib
-        import hmac
-
-        digest = getattr(hashlib, self.signature_scheme.rpartition("-")[2], hashlib.sha256)
-        return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
-
-
-def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[List[R]]":
-    """Ask a server's API for a list of its kernels, or the like; None when it does not answer."""
-    said = ask_server(info, path + "?no_track_activity=1")[1]
-    return [seen(kind, view) for view in said] if isinstance(said, list) else None
-
-
-def is_in_path(record: ServerRecord, request: Request) -> bool:
-    """True for a server in the PATH that was asked for; for all, if none was."""
-    return not request.path or is_same_dir(record.root_dir, resolve_path(request.path)[0])
-
-
-def start_recorder(record: ServerRecord, found: Launcher) -> None:
-    """Start what writes down what the cells of a new server print."""
-    python = interpreter_of(found)
-    if record.request.no_record or not python:
-        return
-    private_dir(cells_dir(record.directory))
-    leave_agent(record.directory, recorder_main, record.request)
-    run_recorder(record, python, found.environment)
-
-
-def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
-    """Start the recorder's program, and write down which process it is."""
-    log = os.path.join(record.directory, "recorder.log")
-    process = start_detached(
-        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
-    )
-    mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
-    write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
-
-
-def revive_recorder(record: ServerRecord) -> None:
-    """Start a recorder again that was killed; what was printed meanwhile is a gap."""
-    mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
-    if (
-        mark
-        and not record.request.is_held
-        and place_of(record).is_here
-        and not is_same_process(mark.pid, mark.identity)
-    ):
-        run_recorder(record, mark.python, dict(os.environ))
-
-
-BESIDE.append(start_recorder)
-
-
-def recorder_main(directory: str) -> None:
-    """Record beside the server of a directory, until it has ended. Ends with CANNOT_RUN where there is no pyzmq."""
-    try:
-        import zmq
-    except ImportError as error:
-        print(error)
-        sys.exit(CANNOT_RUN)
-    Recorder(directory, zmq).run()
-
-
-class Recorder:
-    """Hears the kernels of one server, and writes down what they say."""
-
-    def __init__(self, directory: str, zmq: "Any") -> None:
-        self.directory = directory
-        self.zmq = zmq
-        self.poller = zmq.Poller()
-        self.context = zmq.Context()
-        record = read_record(ServerRecord, os.path.join(directory, "server.json"))
-        assert record is not None  # it was written before we were started
-        self.record = record
-        self._known = {}  # type: Dict[str, RecordedKernel] # by the name of the connection file
-        self._notebooks = {}  # type: Dict[str, str] # by the kernel
-        self._told_at = float("-inf")
-        self._seen_at = {}  # type: Dict[str, float] # the connection files, also those of other servers
-        self._changed_at = 0.0  # their directory
-        self._asked_api_at = float("-inf")
-        self._asked_at = 0.0  # and ours, when we looked for what is to be asked
-
-    def run(self) -> None:
-        """Record until the server has ended, or `stop` took its directory away."""
-        looked_at = kept_at = 0.0
-        while True:
-            if time.monotonic() - kept_at > KEEP_EVERY_S:
-                kept_at = time.monotonic()
-                self.keep()
-            if time.monotonic() - looked_at > SERVER_EVERY_S:
-                looked_at = time.monotonic()
-                if not os.path.isdir(self.directory) or not is_same_process(self.record.pid, self.record.identity):
-                    break
-                for kernel in self._known.values():
-                    kernel.look_again()
-            pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
-            self.pass_on()
-            if not self.poller.sockets:
-                until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
-            heard = dict(self.poller.poll(int(1000 * pause_s)))
-            for kernel in self._known.values():
-                if kernel.socket in heard or kernel.shell in heard:
-                    kernel.hear()
-                if kernel.monitor in heard:
-                    kernel.notice_end()
-        for kernel in self._known.values():
-            kernel.close()
-        self.keep()
-
-    def keep(self) -> None:
-        """Let the directory be as young as the server: what ended is kept for a week, and that begins at its end."""
-        with contextlib.suppress(OSError):
-            os.utime(self.directory)
-
-    def look_for_kernels(self) -> bool:
-        """Listen to new kernels of this server, forget those gone; return whether one may be about to begin.
-
-        The directory is the user's: others' connection files, and what was left there, lie beside ours. What Jupyter
-        starts is its own before it knows that itself, and has much to say by then; later its API tells.
-        """
-        now = time.monotonic()
-        runtime = native(self.record.runtime_dir)
-        with contextlib.suppress(OSError):
-            changed_at = os.stat(runtime).st_mtime
-            if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
-                self._changed_at = changed_at
-                self._seen_at = {n: self._seen_at.get(n, now) for n in os.listdir(runtime) if kernel_id_of(n)}
-            for name in set(self._known) - set(self._seen_at):
-                self._known.pop(name).close()
-        ages_s = {name: now - at for name, at in self._seen_at.items() if name not in self._known}
-        ages_s = {name: age_s for name, age_s in ages_s.items() if age_s < UNKNOWN_KERNEL_S}
-        is_birth = bool(ages_s) and min(ages_s.values()) < SETTLES_S
-        ours = ""
-        if is_birth:
-            ours = commands_started_in(self.record.pid)
-        elif ages_s and now - self._asked_api_at > SETTLES_S:
-            self._asked_api_at = now
-            info = server_info(self.record)
-            views = (info and ask_for_list(info, "api/kernels", KernelView)) or []
-            ours = " ".join("kernel-%s.json" % view.id for view in views)
-        for name in [name for name in ages_s if name in ours]:
-            connection = read_record(Connection, os.path.join(runtime, name))
-            if connection:
-                self._known[name] = RecordedKernel(self, connection, kernel_id_of(name))
-        return is_birth
-
-    def pass_on(self) -> None:
-        """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
-        directory = cells_dir(self.directory)
-        with contextlib.suppress(OSError):
-            changed_at = os.stat(directory).st_mtime
-            if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
-                return
-            self._asked_at = changed_at
-            kernels = {kernel.id: kernel for kernel in self._known.values()}
-            for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
-                kernel, identity = name.split(".")[:2]
-                path = os.path.join(directory, name)
-                if kernel in kernels:
-                    os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
-                    kernels[kernel].ask(identity, read_text(path + "ed"))
-
-    def notebook_of(self, kernel: str) -> str:
-        """Return the path of the notebook that a kernel belongs to; empty for none. An answer holds for a moment."""
-        if kernel not in self._notebooks or time.monotonic() - self._told_at > CELL_FRESH_S:
-            info = server_info(self.record)
-            sessions = (info and ask_for_list(info, "api/sessions", SessionView)) or []
-            self._notebooks = {session.kernel.id: session.path for session in sessions}
-            self._told_at = time.monotonic()
-        return self._notebooks.get(kernel, "")
-
-    def connections_of(self, kernel: str) -> int:
-        """Return how many pages a kernel has; -1 where the server does not say."""
-        info = server_info(self.record)
-        return (
-            seen(KernelView, ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]).connections
-            if info
-            else -1
-        )
-
-
-def commands_started_in(session: int) -> str:
-    """Return the command lines of what the processes of a session started: Jupyter's kernels, each in its own session.
-
-    Not of what those started. Of all processes, where nobody tells (`is_own_proc`).
-    """
-    knows = is_own_proc()
-    started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == session]
-    return " ".join(command_of_process(pid) for pid in started)
-
-
-def kernel_id_of(name: str) -> str:
-    """Return the id of the kernel whose connection file has this name; empty for another file."""
-    is_kernel = name.startswith("kernel-") and name.endswith(".json") and len(name) == len("kernel-.json") + 36
-    return name[len("kernel-") : -len(".json")] if is_kernel else ""
-
-
-class RecordedKernel:
-    """One kernel that is heard. What it says waits in ZeroMQ, without a bound.
-
-    A PUB socket drops what a slow subscriber does not take: ours takes all at once.
-    """
-
-    def __init__(self, recorder: Recorder, connection: Connection, identity: str) -> None:
-        zmq = recorder.zmq
-        self.recorder = recorder
-        self.id = identity
-        self.socket = recorder.context.socket(zmq.SUB)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self.socket.connect(connection.address(connection.iopub_port))
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        for socket in (self.socket, self.monitor):
-            recorder.poller.register(socket, zmq.POLLIN)
-        self._connection = connection
-        self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
-        self._begun = 0  # how many
-        self._running = {}  # type: Dict[str, BegunCell]
-        self._failed: "Set[str]" = set()
-        self._lines = {}  # type: Dict[str, int]
-        self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
-        self._ended_at = 0.0
-        self.shell = None  # type: Any # what it is asked through, and answers
-        self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
-        self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity))
-        if os.path.exists(self._journal.path + ".journal"):
-            self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
-        self._journal.mark(KernelMark(notebook=recorder.notebook_of(identity), is_heard=True))
-
-    def close(self) -> None:
-        """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
-        self.hear()
-        self._lose_all()
-        for socket in (self.socket, self.monitor):
-            self.recorder.poller.unregister(socket)
-        self.socket.disable_monitor()
-        self.socket.close()
-
-    def notice_end(self) -> None:
-        """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
-        self.monitor.recv_multipart()
-        self.hear()
-        self._lose_all()
-
-    def hear(self) -> None:
-        """Write down what it has said, so far: to everyone, and to us."""
-        for socket in [socket for socket in (self.socket, self.shell) if socket]:
-            with contextlib.suppress(self.recorder.zmq.Again):
-                for _ in range(1000):  # then others are heard
-                    self.take(socket.recv_multipart(self.recorder.zmq.NOBLOCK))
-
-    def take(self, frames: "List[bytes]") -> None:
-        """Take one message; what is not signed by its key is not its own."""
-        import hmac
-
-        at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
-        parts = frames[at + 1 : at + 5]
-        if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
-            return
-        try:
-            header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
-            # What no cell asked for is an extension's, or of the kernel's start: no cell shows it.
-            if parent.get("msg_type") == "execute_request":
-                self.understand(str(header["msg_type"]), str(parent.get("msg_id")), content)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Wrong):
-            return  # no message of the protocol's
-
-    def understand(self, kind: str, asked_by: str, content: "Json") -> None:
-        """Write down what a message tells, which a message of this id asked for."""
-        said = seen(Content, content)
-        identity = self._ids.get(asked_by, "")
-        if kind == "execute_input":
-            self._begin(asked_by, said)
-        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
-            # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
-            # R and Julia, in xeus an "error" without a name.
-            self._give_up(asked_by)
-        elif kind in OUTPUT_TYPES:
-            if kind == "error":
-                self._failed.add(identity)
-            self._lines[identity] = self._lines.get(identity, 0) + joined_text(said.text).count("\n")
-            self._lines[identity] += said.data is not None
-            self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
-        elif kind == "status" and said.execution_state == "idle" and identity in self._running:
-            self._end(identity)
-
-    def _begin(self, asked_by: str, said: Content) -> None:
-        self._begun += 1
-        self._asked.discard(asked_by)
-        identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
-        for old in list(self._ids)[:-IDS_MAX]:
-            del self._ids[old]
-        self._end_all()  # of what runs no more, without a word: the kernel was started anew
-        notebook = self.recorder.notebook_of(self.id)
-        facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
-        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
-        self._running[identity], self._lines[identity] = begun, 0
-        self._journal.head = begun
-        self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
-        self._journal.tell(begun)
-
-    def ask(self, identity: str, code: str) -> None:
-        """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
-        connection, zmq = self._connection, self.recorder.zmq
-        if not self.shell:
-            self.shell = self.recorder.context.socket(zmq.DEALER)
-            self.shell.setsockopt(zmq.LINGER, 0)
-            self.shell.connect(connection.address(connection.shell_port))
-            self.recorder.poller.register(self.shell, zmq.POLLIN)
-        header = {"msg_id": identity, "session": "rjupyter", "username": "", "msg_type": "execute_request"}
-        header.update(version="5.3", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-        content.update(allow_stdin=False, stop_on_error=False)  # what others asked for is not ours to take back
-        parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
-        self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
-        self._asked.add(identity)
-
-    def _lose_all(self) -> None:
-        """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
-        self._end_all()
-        if self.shell:
-            self.recorder.poller.unregister(self.shell)
-            self.shell.close()  # with what waits in it: the next process is not to get that
-            self.shell = None
-        for asked in list(self._asked):
-            self._give_up(asked, has_died=True)
-
-    def _give_up(self, asked: str, has_died: bool = False) -> None:
-        self._asked.discard(asked)
-        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
-
-    def _end_all(self) -> None:
-        for identity in list(self._running):
-            self._end(identity, has_died=True)
-
-    def _end(self, identity: str, has_died: bool = False) -> None:
-        begun = self._running.pop(identity)
-        is_done = identity not in self._failed and not has_died
-        connections = self.recorder.connections_of(self.id)
-        facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
-        lines = self._lines.pop(identity, 0)
-        self._failed.discard(identity)
-        away = Away(
-            notebook=begun.notebook, count=begun.count, seconds=time.time() - begun.time, lines=lines, is_done=is_done
-        )
-        self._unseen, self._ended_at = away if begun.notebook else None, time.monotonic()
-        self._tell_unseen(connections)
-
-    def _tell_unseen(self, connections: int) -> None:
-        self._journal.tell_away(self._unseen if connections == 0 else None)
-        self._unseen = None if connections == 0 else self._unseen
-
-    def look_again(self) -> None:
-        """A page whose link had died counts for a while: look whether the one that was there is there still."""
-        if self._unseen and time.monotonic() - self._ended_at < PAGE_GONE_S:
-            self._tell_unseen(self.recorder.connections_of(self.id))
-
-
-class Journal:
-    """What one kernel said: two files, of which the older one goes when the newer one is full. 0600, as all of ours."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.head = None  # type: Optional[BegunCell] # the cell that runs, or ran last
-        self._file = -1
-        self._size = 0
-        self._lost = ""
-        self._lines = [0, 0, 0]  # that were dropped, in the older half, in the newer one
-        self._mark = KernelMark()
-
-    def tell(self, entry: Entry) -> None:
-        """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
-        line = line_of(entry)
-        if len(line) > JOURNAL_BYTES // 2:
-            line = line_of(Gap(time=time.time(), why=TOO_LARGE % (len(line) >> 20)))
-        try:
-            if self._size + len(line) > JOURNAL_BYTES // 2 and self._size:
-                self._turn()
-            if self._lost:
-                self._write(line_of(Gap(time=time.time(), why=self._lost)))
-                self._lost = ""
-            self._write(line)
-        except OSError as error:
-            self._lost = self._lost or error.strerror or str(error)
-
-    def _write(self, line: bytes) -> None:
-        if self._file < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._file = os.open(self.path + ".journal", flags, 0o600)
-            self._size = os.fstat(self._file).st_size
-        try:
-            write_all(self._file, line)
-            self._size += len(line)
-            self._lines[2] += 1
-        except OSError:
-            os.ftruncate(self._file, self._size)
-            raise
-
-    def _turn(self) -> None:
-        dropped, older, newer = self._lines
-        self._lines = [dropped + older, newer, 0]
-        os.replace(self.path + ".journal", self.path + ".journal.old")
-        os.close(self._file)
-        self._file, self._size = -1, 0
-        if dropped + older:
-            self._write(line_of(Gap(time=time.time(), why=IS_CUT, dropped=dropped + older)))
-        if self.head:
-            self._write(line_of(self.head))
-
-    def mark(self, mark: KernelMark) -> None:
-        """Write down what is to be found quickly."""
-        if mark != self._mark:
-            with contextlib.suppress(OSError):
-                write_whole(self.path + ".json", json.dumps(mark.facts()))
-                self._mark = mark
-
-    def tell_away(self, away: "Optional[Away]") -> None:
-        """Leave a note for the next open about a cell that ended with no page connected; or remove that note."""
-        with contextlib.suppress(OSError):
-            if away:
-                write_whole(self.path + ".away", json.dumps(away.facts()))
-            else:
-                os.unlink(self.path + ".away")
-
-
-def line_of(entry: Entry) -> bytes:
-    """Return a line of a journal."""
-    return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
-
-
-def away_from(identity: str) -> "List[Away]":
-    """Return the notes that the recorder left for this open; each is told once."""
-    found = []
-    for record in [record for record in KINDS["server"].records() if record.id == identity]:
-        with contextlib.suppress(OSError):
-            revive_recorder(record)
-        directory = cells_dir(record.directory)
-        names = os.listdir(directory) if os.path.isdir(directory) else []
-        for path in sorted(os.path.join(directory, name) for name in names if name.endswith(".away")):
-            away = read_record(Away, path)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            found += [away] if away else []
-    return found
-
-
-TELLING.append(away_from)
-
-
-# -- what it was ----------------------------------------------------------------------------------------------------
-
-
-def display_of(output: PrintedOutput) -> str:
-    """Return the id by which a display is updated; empty for none."""
-    transient = seen(Content, output.content).transient
-    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
-
-
-class CellOutput:
-    """One execution of a cell, and what came of it so far."""
-
-    def __init__(self, begun: "Optional[BegunCell]" = None, gap: "Optional[Gap]" = None) -> None:
-        self.begun = begun
-        self.gap = gap  # in place of a cell: nobody knows what was here
-        self.outputs = []  # type: List[PrintedOutput]
-        self.finished = None  # type: Optional[FinishedCell]
-        self._clears = False
-
-    def take(self, printed: PrintedOutput) -> None:
-        """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
-        if printed.type == "clear_output":
-            self._clears = seen(Content, printed.content).wait
-            self.outputs = self.outputs if self._clears else []
-        elif printed.type != "update_display_data":
-            if self._clears:
-                self.outputs, self._clears = [], False
-            self.outputs.append(printed)
-
-    def update(self, printed: PrintedOutput) -> None:
-        """Take another content for the displays of the same id."""
-        identity = display_of(printed)
-        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
-            output.content = dict(output.content, data=seen(Content, printed.content).data)
-
-
-class Executions:
-    """The executions of a journal, in their order."""
-
-    def __init__(self) -> None:
-        self.cells = {}  # type: Dict[str, CellOutput]
-
-    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
-        """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
-        kind = RECORDED.get(str(facts.get("kind")))
-        try:
-            entry = kind.read(facts) if kind else None
-        except Wrong:
-            return None, None
-        if isinstance(entry, Gap):
-            cell = self.cells["gap %d" % len(self.cells)] = CellOutput(gap=entry)
-            return cell, entry
-        identity = str(getattr(entry, "id", ""))
-        if not entry or (isinstance(entry, FinishedCell) and identity not in self.cells):
-            return None, None
-        cell = self.cells.setdefault(identity, CellOutput())
-        if isinstance(entry, BegunCell):
-            cell.begun = entry
-        elif isinstance(entry, FinishedCell):
-            cell.finished = entry
-        elif isinstance(entry, PrintedOutput):
-            cell.take(entry)
-            for other in self.cells.values() if entry.type == "update_display_data" else []:
-                other.update(entry)
-        return cell, entry
-
-
-# -- what the host sends of it ----------------------------------------------------------------------------------------
-
-
-def send_output(request: Request, channel: Channel) -> Record:
-    """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
-    record, path, _ = journal_asked_for(request)
-    journal = JournalReader(path)
-    position = -1
-
-    def send_entries() -> bool:
-        nonlocal position
-        is_last = not (request.is_followed and place_of(record).is_running())  # before the look
-        for line in journal.lines():
-            facts = facts_in(line)
-            position = position + 1 if position >= 0 else seen(Dropped, facts).dropped
-            if position >= request.line:
-                channel.send(Recorded(entry=facts, at=position))
-        return is_last or channel.is_closed
-
-    is_whole = send_entries()
-    channel.send(Recorded(entry={}))  # from here on it is news
-    if not is_whole:
-        until(send_entries, float("inf"), slowest_s=0.2)
-    return Record()
-
-
-def facts_in(line: str) -> "Json":
-    """Return what a line of a journal holds; for a damaged one, that it is damaged."""
-    try:
-        facts = json.loads(line)
-    except (ValueError, RecursionError):
-        facts = None
-    return facts if isinstance(facts, dict) and facts else {"kind": "damaged"}
-
-
-class JournalReader:
-    """Reads both halves of a journal as it grows; of one that is known up to an offset, what comes after that."""
-
-    def __init__(self, path: str, offset: int = 0) -> None:
-        self.path = path
-        self._new = Growing(path, offset)
-        self._inode = self._inode_now()
-        self._is_begun = offset > 0
-
-    def _inode_now(self) -> int:
-        with contextlib.suppress(OSError):
-            return os.stat(self.path).st_ino
-        return 0
-
-    def lines(self) -> "List[str]":
-        """Return the lines that came since we looked last."""
-        old = None if self._is_begun else Growing(self.path + ".old")
-        if self._is_begun and self._inode_now() != self._inode:  # it became the older half
-            old = Growing(self.path + ".old", self._new.offset) if self._inode else None
-            self._new = Growing(self.path)
-        self._inode, self._is_begun = self._inode_now(), True
-        return [
-            *(old.lines() if old else []),
-            *self._new.lines(),
-        ]  # at once: what is half read may become the older one
-
-
-def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
-    """Return the newest journal of the notebook or the kernel that is named, in a server of PATH where that is given.
-
-    Raises Failure, with those that there are.
-    """
-    found = []
-    wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
-    for record in KINDS["server"].records():
-        directory = cells_dir(record.directory)
-        if not is_in_path(record, request) or not os.path.isdir(directory):
-            continue
-        for name in os.listdir(directory):
-            path = os.path.join(directory, name)
-            if name.endswith(".journal"):
-                mark = read_record(KernelMark, path[: -len(".journal")] + ".json") or KernelMark()
-                found.append((os.stat(path).st_mtime, record, path, mark))
-    found.sort(key=lambda row: row[0], reverse=True)
-    named = [row[1:] for row in found if is_named(wanted, row[3].notebook, os.path.basename(row[2]))]
-    if named:
-        return named[0]
-    there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
-    what = "nothing is recorded" + (" of " + portable(wanted) if wanted else "")
-    why = (
-        "there is: " + there
-        if there
-        else "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
-    )
-    for record in [] if found else KINDS["server"].running():
-        why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
-    raise Failure(what, why, "output, with one of these names" if there else "")
-
-
-def is_named(name: str, notebook: str, kernel: str) -> bool:
-    """True when a name means this notebook, or the kernel whose id begins so."""
-    paths = (notebook, notebook[: -len(".ipynb")] if notebook.endswith(".ipynb") else notebook)
-    is_notebook = bool(notebook) and any(("/" + path).endswith("/" + name.lstrip("/")) for path in paths)
-    return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
-
-
-REQUESTS["send_output"] = send_output
-
-
-# -- what it puts into the notebook -----------------------------------------------------------------------------------
-
-
-class Contents(Record):
-    """A notebook as the contents API has it (Jupyter Server, "Contents API")."""
-
-    content: "Any" = None
-    last_modified: str = ""
-    message: "Any" = ""  # of an error
-
-
-def save_output(request: Request, channel: Channel) -> SaveReply:
-    """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
-
-    Raises Failure, and changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
-    """
-    from urllib.parse import quote
-
-    record, path, mark = journal_asked_for(request)
-    info = server_info(record) if place_of(record).is_running() else None
-    if not info or not mark.notebook:
-        why = "its server has ended" if mark.notebook else "its kernel belongs to no notebook"
-        raise Failure("cannot save into a notebook", why, "output, without --save")
-    kernel = os.path.basename(path).partition(".")[0]
-    api = "api/contents/" + quote(mark.notebook)
-    check_alone(info, kernel, mark.notebook)
-    before = contents_of(info, api, "?type=notebook&content=1")
-    executions = Executions()
-    for line in JournalReader(path).lines():
-        executions.take(facts_in(line))
-    cells = seen(Notebook, before.content).cells
-    changed = fill_in(cells, list(executions.cells.values()))
-    if changed:
-        check_alone(info, kernel, mark.notebook)
-        if contents_of(info, api, "?content=0").last_modified != before.last_modified:
-            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
-        sent = json.dumps({"type": "notebook", "format": "json", "content": dict(before.content, cells=cells)}).encode()
-        status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
-        if status not in (200, 201):
-            why = str(seen(Contents, said).message or "HTTP status %d" % status)
-            raise Failure("cannot save into " + mark.notebook, why)
-    return SaveReply(notebook=mark.notebook, cells=changed)
-
-
-def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
-    """Return a notebook, or its facts without its content; raises Failure."""
-    status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
-    contents = seen(Contents, said)
-    if status != 200 or not contents.last_modified:
-        why = "it is no longer there" if status == 404 else str(contents.message or "HTTP status %d" % status)
-        raise Failure("cannot read the notebook", why)
-    return contents
-
-
-def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
-    """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
-    said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
-    if seen(KernelView, said).connections > 0:
-        why = "a page is connected to its kernel, which shows and saves these outputs itself"
-        raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
-
-
-def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
-    """Give cells the outputs of the executions of their code, equal ones by their order; return how many changed.
-
-    Where equal cells were executed more often than there are, the last executions count.
-    """
-    by_code = {}  # type: Dict[str, List[Json]]
-    for cell in cells:
-        if seen(Cell, cell).cell_type == "code":
-            by_code.setdefault(joined_text(seen(Cell, cell).source), []).append(cell)
-    changed = 0
-    for code, same in by_code.items():
-        ran = [execution for execution in executions if execution.begun and execution.begun.code == code]
-        for cell, execution in zip(same, ran[-len(same) :]):
-            count = execution.begun.count if execution.begun else None
-            outputs = outputs_in_file(execution, count)
-            if (cell.get("outputs"), cell.get("execution_count")) != (outputs, count):
-                cell["outputs"], cell["execution_count"] = outputs, count
-                changed += 1
-    return changed
-
-
-def outputs_in_file(execution: CellOutput, count: "Optional[int]") -> "List[Json]":
-    """Return the outputs of an execution in a notebook's own form (nbformat 4)."""
-    found = []  # type: List[Json]
-    for output in execution.outputs:
-        content = output.content
-        names = {"stream": ("name", "text"), "error": ("ename", "evalue", "traceback")}.get(output.type)
-        facts = {name: content.get(name) for name in names} if names else {}
-        if not names:
-            facts = {name: content.get(name) or {} for name in ("data", "metadata")}
-        if output.type == "execute_result":
-            facts["execution_count"] = count
-        last = found[-1] if found else {}
-        if output.type == "stream" and (last.get("output_type"), last.get("name")) == ("stream", facts["name"]):
-            last["text"] += str(facts["text"])
-        else:
-            found.append(dict(facts, output_type=output.type))
-    return found
-
-
-REQUESTS["save_output"] = save_output
-
-
-# agent ends
-
-# -- what is shown of it ----------------------------------------------------------------------------------------------
-
-
-def title_of(cell: CellOutput) -> str:
-    """Return the head of an execution: its number, when it began, and how long it took."""
-    if cell.gap:
-        return "[%s]" % cell.gap.why
-    if not cell.begun:
-        return head_of(None)
-    seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
-    state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
-    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
-
-
-def lines_of(cell: CellOutput) -> List[str]:
-    """Return what an execution printed, as a terminal would show it in the end."""
-    found: List[str] = []
-    screen = Screen(found.append)
-    for output in cell.outputs:
-        screen.write(text_of(output))
-    screen.end_line()
-    return found[:-1] if found and not found[-1] else found
-
-
-def head_of(count: Optional[int]) -> str:
-    """Return the number of a cell as a notebook shows it."""
-    return "In [%s]" % (" " if count is None else count)
-
-
-def ending_of(count: Optional[int], is_done: bool, seconds: float) -> str:
-    """Say how a cell ended: In [12] done after 2 h 3 min."""
-    return "%s %s after %s" % (head_of(count), "done" if is_done else "failed", duration(max(0.0, seconds), 2))
-
-
-def moment(seconds: float) -> str:
-    """Return a time of day, with its date when that is not today."""
-    then = time.localtime(seconds)
-    form = "%H:%M" if time.strftime("%F", then) == time.strftime("%F") else "%b %d %H:%M"
-    return time.strftime(form, then)
-
-
-def text_of(output: PrintedOutput) -> str:
-    """Return the text of an output; of what is no text, what it is and how large."""
-    content = output.content
-    if output.type == "stream":
-        return joined_text(seen(Content, content).text)
-    if output.type == "error":
-        return "".join(line + "\n" for line in seen(Output, {"traceback": content.get("traceback")}).traceback)
-    data = seen(Content, content).data
-    data = data if isinstance(data, dict) else {}
-    images = [name for name in data if name.startswith("image/")]
-    if images:
-        size = len(joined_text(data[images[0]])) * (1 if "svg" in images[0] else 0.75)
-        return "[%s, %s]\n" % (images[0], "%d kB" % (size / 1e3) if size >= 1000 else "%d bytes" % size)
-    text = joined_text(data.get("text/plain", ""))
-    return text + "\n" if text or not data else "[%s]\n" % ", ".join(data)
-
-
-def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
-    """Print a line of the journal for the program that reads us (--json)."""
-    if isinstance(entry, BegunCell):
-        facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
-        messages.event("input", time=entry.time, **facts)
-    elif isinstance(entry, PrintedOutput):
-        messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
-    elif isinstance(entry, FinishedCell):
-        seconds = entry.time - cell.begun.time if cell.begun else None
-        facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
-        messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
-    elif isinstance(entry, Gap):
-        messages.event("gap", why=entry.why, time=entry.time)
-
-
-class ShownCells:
-    """What `output` shows of a journal: each cell when it has ended, the one that runs at last, and then what comes."""
-
-    def __init__(self, messages: Messages, since: float) -> None:
-        self.messages = messages
-        self.since = since  # seconds since 1970: what ended before is not shown
-        self.lines = 0  # of the journal, that were taken
-        self._executions = Executions()
-        self._is_live = False
-        self._screen = Screen(messages.line)
-
-    def take(self, message: Recorded, show: Show) -> None:
-        """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
-        if not message.entry:
-            if not self._is_live:
-                self.show_so_far()
-            return
-        self.lines = message.at + 1
-        cell, entry = self._executions.take(message.entry)
-        if self._is_live and cell and entry:
-            self._show_live(cell, entry)
-
-    def show_so_far(self) -> None:
-        """Show what came; from now on, what comes is shown as it comes."""
-        cells = list(self._executions.cells.values())
-        for cell in cells:
-            if not cell.finished or cell.finished.time >= self.since:
-                self._show(cell, is_last=cell is cells[-1])
-        self._is_live = True
-
-    def _show(self, cell: CellOutput, is_last: bool) -> None:
-        if self.messages.as_json:
-            for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
-                tell_entry(entry, cell, self.messages)
-            return
-        self.messages.line(title_of(cell))
-        for line in lines_of(cell):
-            self.messages.line(line)
-        if not is_last:
-            self.messages.line("")
-
-    def _show_live(self, cell: CellOutput, entry: Entry) -> None:
-        if self.messages.as_json:
-            tell_entry(entry, cell, self.messages)
-        elif isinstance(entry, BegunCell):
-            self._screen.end_line()
-            self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
-        elif isinstance(entry, PrintedOutput) and entry.type != "clear_output":
-            self._screen.write(text_of(entry))
-        elif isinstance(entry, FinishedCell) and cell.begun:
-            self._screen.end_line()
-            self.messages.note(ending_of(cell.begun.count, entry.is_done, entry.time - cell.begun.time) + ".")
-        elif isinstance(entry, Gap):
-            self.messages.line("[%s]" % entry.why)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

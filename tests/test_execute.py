@@ -124,7 +124,7 @@ def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "a.ipynb", "print(1)", kernelspec=dict(PYTHON_SPEC, name="my-env"))
     run = laptop.run("host", "execute", "a.ipynb")
     assert run.status == 0
-    assert "There is no kernel my-env on host; using python3." in run.stderr
+    assert "There is no kernel my-env there; using python3." in run.stderr
     run = laptop.run("host", "execute", "a.ipynb", "--kernel", "python3")
     assert run.status == 0 and "There is no kernel" not in run.stderr
     write_notebook(laptop.home / "r.ipynb", "1", kernelspec={"name": "ir-9", "display_name": "R", "language": "R"})

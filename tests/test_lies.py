@@ -86,24 +86,18 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "examine": EXAMINED,
     "examine_inside": EXAMINED,
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
-    "follow_run": {**RUN, "brings": ["*.pt"]},
     "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
-    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": []}}]},
+    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": ["*.pt"]}}]},
     "forecast_job": {"said": "soon", "is_refused": True, "limits": "main"},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
 JOURNAL: List[Dict[str, Any]] = [
-    {
-        "kind": "begin",
-        "notebook": {"cells": [CELL], "metadata": {}, "nbformat": 4},
-        "kernel": "python3",
-        "missing": "x",
-    },
-    {"kind": "start", "cell": 1, "count": 1},
-    {"kind": "output", "index": 0, "at": 0, "content": {"output_type": "stream", "name": "stdout", "text": ["1"]}},
-    {"kind": "cell", "index": 0, "content": CELL, "cell": 1, "count": 1, "seconds": 0.5, "is_done": True},
-    {"kind": "end", "metadata": {}, "outcome": "done", "error": ""},
+    {"kind": "remark", "text": "There is no kernel x on the host; using python3."},
+    {"kind": "begun", "id": "0", "time": 1700000000.5, "code": "1", "index": 0, "cell": 1, "cells": 1},
+    {"kind": "printed", "id": "0", "type": "stream", "content": {"name": "stdout", "text": "1\n"}},
+    {"kind": "finished", "id": "0", "time": 1700000001.5, "is_done": True, "count": 1},
+    {"kind": "gap", "time": 1700000004.5, "why": "No space left on device"},
 ]
 DATA = {"image/png": "aGVsbG8=", "text/plain": ["<Figure>"]}
 RECORDED: List[Dict[str, Any]] = [
@@ -146,11 +140,10 @@ COMMANDS: Dict[str, List[str]] = {
     "examine": ["host", "doctor"],
     "examine_inside": ["--wrap", "nice", "host", "doctor"],
     "forecast_job": ["--slurm", "-t 5", "host", "doctor"],
-    "start_run": ["host", "execute", ":a.ipynb"],
-    "follow_run": ["host", "execute", "--attach", "r07af"],
+    "start_run": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
+    "follow_runs": ["host", "execute", "--attach", "r07af"],
     "put_files": ["host", "execute", "a.ipynb", "--with", "a.csv"],
     "bring_files": ["host", "execute", "--attach", "r07af", "--bring", "*"],
-    "follow_runs": ["host", "execute", ":a.ipynb", "--grid", "x=[1]"],
 }
 NASTY = st.sampled_from(
     ["\x1b]0;title\x07", "a\nb", "../../x", "-oProxyCommand=x", "\u202e", "", "%s", "\ud800", "[31m"]
@@ -240,9 +233,11 @@ class LyingSsh(rjupyter.Ssh):
 
 
 def parts(entries: List[Any]) -> List[Any]:
-    """Return journal lines as the messages that bring them."""
-    journal = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-    return [{"kind": "part", "file": "journal", "data": base64.b64encode(zlib.compress(journal)).decode()}]
+    """Return journal lines, and a result, as the messages that bring them."""
+    journal = "".join(json.dumps(entry) + "\n" for entry in entries)
+    files = {"journal": journal, "result": json.dumps({"cells": [CELL], "metadata": {}, "nbformat": 4})}
+    packed = {name: base64.b64encode(zlib.compress(text.encode())).decode() for name, text in files.items()}
+    return [{"kind": "part", "file": name, "data": data, "id": "r07af"} for name, data in packed.items()]
 
 
 def tar_of(name: str) -> List[Any]:
@@ -256,7 +251,7 @@ def tar_of(name: str) -> List[Any]:
 
 def told_by(action: str) -> List[Any]:
     """Return what is told before the reply to an action, where that is no good without it."""
-    return {"follow_run": parts(JOURNAL), "bring_files": tar_of("model.pt")}.get(action, [])
+    return {"follow_runs": parts(JOURNAL), "bring_files": tar_of("model.pt")}.get(action, [])
 
 
 def write_files(directory: Path) -> None:
@@ -458,9 +453,9 @@ def test_journal_that_lies(tmp_path: Path) -> None:
     def lie(lie: Tuple[int, Any]) -> None:
         def answer(request: Dict[str, Any]) -> List[Any]:
             journal = [*JOURNAL[: lie[0]], lie[1], *JOURNAL[lie[0] + 1 :]]
-            return [*parts(journal), {"kind": "reply", "reply": REPLIES["follow_run"]}]
+            return [*parts(journal), {"kind": "reply", "reply": REPLIES["follow_runs"]}]
 
-        check(*outcome(["-v", *COMMANDS["follow_run"]], answer, tmp_path)[:3])
+        check(*outcome(["-v", *COMMANDS["follow_runs"]], answer, tmp_path)[:3])
 
     lie()
 
@@ -565,9 +560,10 @@ def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, 
     """Execute on a host that wants everything brought, and sends these; return the run, and what is new here."""
     put_stub(laptop)
     data = base64.b64encode(zlib.compress(b"".join(members) + b"\0" * 1024)).decode()
+    asks_for_all = {**RUN, "brings": ["**", ".*", ".*/**"]}
     told = {
         "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
-        "follow_run": [*parts(JOURNAL), {"kind": "reply", "reply": {**RUN, "brings": ["**", ".*", ".*/**"]}}],
+        "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": [{"id": "r07af", "run": asks_for_all}]}}],
         "bring_files": [{"kind": "part", "file": "files", "data": data}, {"kind": "reply", "reply": {"refused": []}}],
     }
     lines = ["%s\t%s\n" % (action, json.dumps(message)) for action in told for message in told[action]]
