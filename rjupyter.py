@@ -412,6 +412,11 @@ def failure_in(facts: "Json") -> Failure:
     return Failure(what, why, try_, status)
 
 
+def reply_of(**fields: str) -> "Any":
+    """Return the record of a reply that one place reads: its fields, each with the name of its type."""
+    return type("Reply", (Record,), {"__annotations__": fields})
+
+
 def plain(value: "Any") -> "Any":
     """Return a value of a field as JSON has it."""
     if isinstance(value, (Record, Failure)):
@@ -704,14 +709,6 @@ class WrapperRecord(Kept):
     remove: "List[str]" = []  # the command that removes its container; empty for none
 
 
-class JobForecast(Record):
-    """What a scheduler says of a job that is only asked about (`doctor`), and what its site allows."""
-
-    said: str = ""
-    is_refused: bool = False
-    limits: str = ""
-
-
 class JobState(Record):
     """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all."""
 
@@ -929,19 +926,6 @@ class RunEnd(Record):
         return self.run
 
 
-class RunsReply(Record):
-    """Those of several executions that have ended."""
-
-    ended: "List[RunEnd]"
-
-
-class BringReply(Record):
-    """What could not be sent, each with the reason; and the patterns that nothing matches."""
-
-    refused: "List[str]" = []
-    unmatched: "List[str]" = []
-
-
 class JobView(JobState):
     """A job, as `list` shows it."""
 
@@ -1000,13 +984,6 @@ class KernelReply(Record):
     count: "Optional[int]" = None
     seconds: "Optional[float]" = None
     is_done: "Optional[bool]" = None
-
-
-class SaveReply(Record):
-    """Into which notebook outputs were saved, and of how many cells."""
-
-    notebook: str
-    cells: int
 
 
 class EndReply(Record):
@@ -2992,28 +2969,16 @@ class Kind:
         """True when what is asked for is to be started by a thing of this kind."""
         return False
 
-    def begin(self, request: Request, channel: Channel) -> Kept:
-        """Start a thing that does what is asked for, and return its record."""
-        raise NotImplementedError
-
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the things of this kind that have not begun and do what is asked for."""
         return []
-
-    def await_reply(self, record: "Any", channel: Channel) -> "Json":
-        """Wait for the reply of what one started, and return it."""
-        raise NotImplementedError
-
-    def replied(self, record: "Any") -> "Optional[Json]":
-        """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
-        raise NotImplementedError
 
     def hint(self) -> str:
         """Return the command of something of this kind that is there and could have been used; empty for none."""
         return ""
 
 
-KINDS = {}  # type: Dict[str, Kind]
+KINDS = {}  # type: Dict[str, Any] # each a Kind
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------
@@ -4466,7 +4431,7 @@ def begun_by(request: Request) -> "Optional[Kept]":
     return next((record for record in kept if record.request.errand == request.errand), None)
 
 
-def start_elsewhere(request: Request, channel: Channel) -> "Optional[Kept]":
+def start_elsewhere(request: Request, channel: Channel) -> "Any":
     """Return what is to start the server on another node: what waits there already, or was submitted now."""
     for kind in KINDS.values():
         waiting = [] if request.is_new or request.attach else kind.waiting(request)
@@ -4721,7 +4686,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     return facts
 
 
-REQUESTS = {}  # type: Dict[str, Callable[[Request, Channel], Record]]
+REQUESTS = {}  # type: Dict[str, Callable[[Request, Channel], Any]]
 REQUESTS["open"] = open_server
 REQUESTS["list"] = list_all
 REQUESTS["logs"] = follow_log
@@ -4756,7 +4721,7 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
 
 def perform(
     request: Request, channel: Channel, prepare: "Callable[[Request], Request]" = lambda request: request
-) -> "Optional[Record]":
+) -> "Any":
     """Run the action of a request and send one reply; return it, or nothing for a failure.
 
     `prepare` may change the request first; what it raises is told like the rest.
@@ -4774,7 +4739,7 @@ def perform(
     channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
     try:
         reply = REQUESTS[request.action](prepare(request), channel)
-        channel.tell("reply", reply=reply.facts())
+        channel.tell("reply", reply=plain(reply))
         return reply
     except Failure as expected:
         failure = expected
@@ -4839,6 +4804,38 @@ def said_in(record: Kept) -> str:
 def reply_in(record: Kept) -> "Optional[Said]":
     """Return what an agent that was left beside a record replied; None when it has not yet."""
     return heard(Growing(said_in(record)))
+
+
+class Starter(Kind):
+    """A kind of thing in which our agent does what was asked for, and stays with what it began."""
+
+    watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
+    no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
+
+    def replied(self, record: "Any") -> "Optional[Json]":
+        """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
+        is_over = not self.goes_on(record)  # before the look: what it said last is heard
+        reply = reply_in(record)
+        if is_over and not reply:
+            raise self.no_begin(record)
+        return reply.result() if reply else None
+
+    def await_reply(self, record: "Any", channel: Channel) -> "Json":
+        """Wait for the reply of what one started, and return it; pass on what is said meanwhile."""
+        said, is_over = Growing(said_in(record)), self.watch(record, channel)
+
+        def look() -> "Optional[Said]":
+            has_ended = is_over()  # before the look: what it said last is heard
+            look_anew(record.directory)
+            reply = heard(said, channel)
+            if has_ended and not reply:
+                raise self.no_begin(record)
+            if channel.is_closed and not reply:
+                raise Failure("nobody is waiting for this any more")
+            return reply
+
+        reply = until(look, float("inf"), FOLLOW_MAX_S)  # type: Said
+        return reply.result()
 
 
 def work(
@@ -6580,7 +6577,7 @@ class Contents(Record):
     message: "Any" = ""  # of an error
 
 
-def save_output(request: Request, channel: Channel) -> SaveReply:
+def save_output(request: Request, channel: Channel) -> "Json":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
     Raises Failure, and changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
@@ -6610,7 +6607,7 @@ def save_output(request: Request, channel: Channel) -> SaveReply:
         if status not in (200, 201):
             why = str(seen(Contents, said).message or "HTTP status %d" % status)
             raise Failure("cannot save into " + mark.notebook, why)
-    return SaveReply(notebook=mark.notebook, cells=changed)
+    return {"notebook": mark.notebook, "cells": changed}
 
 
 def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
@@ -7041,7 +7038,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     return record
 
 
-def follow_runs(request: Request, channel: Channel) -> RunsReply:
+def follow_runs(request: Request, channel: Channel) -> "Json":
     """Send what the journals of runs hold beyond the offsets, until some have ended; of those the result, and how.
 
     An id may be that of a job or a wrapper that starts a run. Of several, a job has ended when it is out of the queue.
@@ -7091,7 +7088,7 @@ def follow_runs(request: Request, channel: Channel) -> RunsReply:
 
     while until(look, float("inf"), FOLLOW_MAX_S) == "more":
         pass  # the pauses begin anew with each part
-    return RunsReply(ended=ended)
+    return {"ended": ended}
 
 
 class Followed:
@@ -7110,7 +7107,7 @@ class Followed:
         if part:
             channel.send(Part(file="journal", id=identity, data=packed(part)))
             return "more"
-        if view.state in GOING_ON and not channel.is_closed:  # type: ignore[attr-defined]
+        if view.state in GOING_ON and not channel.is_closed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
@@ -7191,7 +7188,7 @@ def put_files(request: Request, channel: Channel) -> Record:
     return Record()
 
 
-def bring_files(request: Request, channel: Channel) -> BringReply:
+def bring_files(request: Request, channel: Channel) -> "Json":
     """Send what a run wrote and the request's patterns match, as a tar."""
     import types
 
@@ -7203,7 +7200,7 @@ def bring_files(request: Request, channel: Channel) -> BringReply:
     paths = [path for found_paths in found.values() for path in found_paths]
     stream = types.SimpleNamespace(write=lambda data: channel.send(Part(file="files", data=packed(data))))
     refused = pack(base, paths, stream, request.brings)
-    return BringReply(refused=refused, unmatched=[pattern for pattern, paths in found.items() if not paths])
+    return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
 
 REQUESTS["put_files"] = put_files
@@ -8165,7 +8162,8 @@ class Execution:
                 stream.write(unpacked(message))
 
             doing = "Bringing what %s wrote" % self.name
-            reply = self.agent.ask_on(request, BringReply, doing, {"part": take}, self.redials)
+            lists = reply_of(refused="List[str]", unmatched="List[str]")
+            reply = self.agent.ask_on(request, lists, doing, {"part": take}, self.redials)
             stream.seek(0)
             written, refused = unpack(stream, base, self.overwrites, self.brings)
         for brought in map(os.path.normpath, written):
@@ -8211,7 +8209,8 @@ def hear_runs(
             raise Wrong("wrong in it: id")
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
-    ended = agent.ask_on(request, RunsReply, doing, dict(handlers, part=take_part), redials).ended
+    reply = reply_of(ended="List[RunEnd]")
+    ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part), redials).ended
     if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
         raise Wrong("wrong in it: ended")
     return ended
@@ -8747,7 +8746,7 @@ UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers o
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
 
 
-class JobKind(Kind):
+class JobKind(Starter):
     """Jobs that we submitted, each of which is to start a server or a run."""
 
     name = "job"
@@ -8833,17 +8832,46 @@ class JobKind(Kind):
             and not reply_in(job)
         ]
 
-    def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
-        """Wait for the reply of the agent in a job, as long as its queue takes."""
-        return wait_for_job(record, channel)
+    def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
+        """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
+        told = None  # type: Optional[QueueState]
+        max_age_s = QUERY_MIN_S
+        ended_at = 0.0  # by our monotonic clock
 
-    def replied(self, record: JobRecord) -> "Optional[Json]":
-        """Return what the agent in a job replied, if it has; raises Failure where it failed, or the job did before."""
-        state = job_state(record)
-        reply = reply_in(record)
-        if not reply and not state.is_live:
-            raise no_begin(record)
-        return reply.result() if reply else None
+        def is_over() -> bool:
+            nonlocal told, max_age_s, ended_at
+            state = job_state(record, max_age_s)
+            max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
+            facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
+            news = QueueState(id=record.id, job=record.number, **facts)
+            if state.is_live and news != told:
+                told = news
+                channel.send(news)
+            ended_at = 0.0 if state.is_live else ended_at or time.monotonic()
+            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
+            is_late = time.monotonic() - ended_at > LATE_S
+            return not state.is_live and (was_cut or is_marked(record, "ended") or is_late)
+
+        return is_over
+
+    def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
+        """Wait for the reply of the agent in a job, as long as its queue takes; without a word it has begun."""
+        reply = super().await_reply(record, channel)
+        channel.send(QueueState(id=record.id, job=record.number))
+        return reply
+
+    def no_begin(self, record: JobRecord) -> Failure:
+        """Return the failure of a job that ended before it said all, with its own words, where it left any."""
+        with contextlib.suppress(OSError):
+            if not time_of(log_of(record)):
+                os.replace(early_words(record), log_of(record))
+        words = end_of_log(log_of(record))
+        try_ = ""
+        if not words and not begun_of(record):
+            words = "nothing of it is in %s" % portable(record.directory)
+            try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
+        what = "job %s ended before it had started" % record.number
+        return Failure(what, "%s\n%s" % (why_job_ended(record), words), try_, EXIT_SERVER_ENDED)
 
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
@@ -9153,60 +9181,6 @@ def seconds_of(text: str) -> "Optional[float]":
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
 
-def wait_for_job(job: JobRecord, channel: Channel) -> "Json":
-    """Wait until the agent in a job replies, as long as that takes, and return its reply; tell how the job stands.
-
-    What the agent in the job says is passed on. The state is looked at before what was said: of a job that has ended,
-    what was said then is all, but for what a shared home shows late. Raises Failure: what the agent there says, or that
-    the job ended before it said anything.
-    """
-    said = Growing(said_in(job))
-    told = None  # type: Optional[QueueState]
-    max_age_s = QUERY_MIN_S
-    ended_at = 0.0  # by our monotonic clock
-
-    def look() -> "Optional[Said]":
-        nonlocal told, max_age_s, ended_at
-        state = job_state(job, max_age_s)
-        max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
-        look_anew(job.directory)
-        reply = heard(said, channel)
-        if reply:
-            channel.send(QueueState(id=job.id, job=job.number))
-            return reply
-        if not state.is_live:
-            ended_at = ended_at or time.monotonic()
-            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
-            if was_cut or is_marked(job, "ended") or time.monotonic() - ended_at > LATE_S:
-                raise no_begin(job)
-            return None
-        if channel.is_closed:
-            raise Failure("nobody is waiting for this any more")
-        facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
-        news = QueueState(id=job.id, job=job.number, **facts)
-        if news != told:
-            told = news
-            channel.send(news)
-        return None
-
-    reply = until(look, float("inf"), FOLLOW_MAX_S)  # type: Said
-    return reply.result()
-
-
-def no_begin(job: JobRecord) -> Failure:
-    """Return the failure of a job that ended before it said anything, with its own words, where it left any."""
-    with contextlib.suppress(OSError):
-        if not time_of(log_of(job)):
-            os.replace(early_words(job), log_of(job))
-    words = end_of_log(log_of(job))
-    try_ = ""
-    if not words and not begun_of(job):
-        words = "nothing of it is in %s" % portable(job.directory)
-        try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
-    what = "job %s ended before it had started" % job.number
-    return Failure(what, "%s\n%s" % (why_job_ended(job), words), try_, EXIT_SERVER_ENDED)
-
-
 def end_of_job(job: JobRecord) -> str:
     """Return the word for how a job ended; one that Slurm lists no more is looked up in its history."""
 
@@ -9231,17 +9205,17 @@ def why_job_ended(job: JobRecord) -> str:
     return "job: " + JOB_ENDS.get(word, "it has ended")
 
 
-def forecast_job(request: Request, channel: Channel) -> JobForecast:
+def forecast_job(request: Request, channel: Channel) -> "Json":
     """Ask the scheduler what it would do with a job, and what its site allows; nothing is submitted."""
     command = os.path.basename(request.submit[0])
     scheduler = SCHEDULERS.get(command)
     if not scheduler or not scheduler.forecast:
-        return JobForecast()
+        return {"said": "", "is_refused": False, "limits": ""}
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
     words = [native(word) for word in request.submit if word != "{script}"]
     status, _, said = run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)
     limits = run_scheduler(asked, scheduler.limits, QUERY_TIMEOUT_S)[1]
-    return JobForecast(said=portable(said.strip()), is_refused=status != 0, limits=portable(limits.strip()))
+    return {"said": portable(said.strip()), "is_refused": status != 0, "limits": portable(limits.strip())}
 
 
 REQUESTS["forecast_job"] = forecast_job
@@ -9439,7 +9413,7 @@ CONTAINERS = {
 }  # type: Dict[str, Container]
 
 
-class WrapperKind(Kind):
+class WrapperKind(Starter):
     """Commands in which something of ours runs, or is about to."""
 
     name = "wrapper"
@@ -9509,43 +9483,54 @@ class WrapperKind(Kind):
         """Return those in which what is asked for is about to run."""
         return [record for record in self.listed() if request.is_done_by(record.request)]
 
-    def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
-        """Wait for the reply of the agent in there, as long as its command takes; raises the Failure that it is."""
-        said = Growing(said_in(record))
-        log = Growing(log_of(record))
-        last = ""
+    def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
+        """Tell the last words of its command, as long as our agent has said nothing in there."""
 
-        def look() -> "Optional[Said]":
-            nonlocal last
-            has_ended = not place_of(record).is_running()  # before the look: what it said last is heard
-            reply = heard(said, channel)
-            if reply:
-                return reply
-            if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
-                raise Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
-            if has_ended:
-                raise not_begun(record)
-            if channel.is_closed:
-                raise Failure("nobody is waiting for this any more")
-            if not os.path.exists(said.path):
-                last = ([last] + [line for line in log.lines() if line.strip()])[-1]
-                channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), last.strip()[:60]))
-            return None
+        def is_over() -> bool:
+            if not os.path.exists(said_in(record)):
+                words = end_of_log(log_of(record), 1).strip()[:60]
+                channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), words))
+            is_gone = not os.path.isdir(record.directory) or is_marked(record, "unwanted")
+            return is_gone or not place_of(record).is_running()
 
+        return is_over
+
+    def replied(self, record: WrapperRecord) -> "Optional[Json]":
         try:
-            reply = until(look, float("inf"), FOLLOW_MAX_S)  # type: Said
-            return reply.result()
+            return super().replied(record)
+        except Failure as failure:
+            raise told_of_wrapper(failure, record)
+
+    def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
+        """Wait for the reply of the agent in there, as long as its command takes; end it where that is a failure."""
+        try:
+            return super().await_reply(record, channel)
         except Failure as failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
             raise told_of_wrapper(failure, record)
 
-    def replied(self, record: WrapperRecord) -> "Optional[Json]":
-        """Return what the agent in there replied, if it has; raises Failure where it failed, or did not begin."""
-        reply = reply_in(record)
-        if not reply and not self.goes_on(record):
-            raise told_of_wrapper(not_begun(record), record)
-        return reply.result() if reply else None
+    def no_begin(self, record: WrapperRecord) -> Failure:
+        """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
+        if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
+            return Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
+        sees = "let it see and write that directory (docker -v, apptainer --bind)"
+        words = end_of_log(log_of(record))
+        place = portable(os.path.dirname(os.path.dirname(record.directory)))
+        told = {
+            "rjupyter: cannot": sees + "; or --state-dir PATH",
+            "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
+        }
+        try_ = next((try_ for start, try_ in told.items() if start in words), "")
+        if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
+            words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
+        if not words and not record.request.container:
+            words = (
+                "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
+            )
+        alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
+        alone = "" if record.request.container else alone
+        return Failure("nothing ran", words, try_ or alone, EXIT_NO_JUPYTER)
 
 
 KINDS["wrapper"] = WrapperKind()
@@ -9684,24 +9669,6 @@ def network_identity() -> str:
         return "%s %s" % (boot_identity().partition("/")[0], os.readlink("/proc/self/ns/net"))
     except OSError:
         return ""
-
-
-def not_begun(record: WrapperRecord) -> Failure:
-    """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
-    words = end_of_log(log_of(record))
-    place = portable(os.path.dirname(os.path.dirname(record.directory)))
-    told = {
-        "rjupyter: cannot": "let it see and write that directory (docker -v, apptainer --bind); or --state-dir PATH",
-        "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
-    }
-    try_ = next((try_ for start, try_ in told.items() if start in words), "")
-    if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
-        words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
-    if not words and not record.request.container:
-        words = "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
-    alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
-    alone = "" if record.request.container else alone
-    return Failure("nothing ran", words, try_ or alone, EXIT_NO_JUPYTER)
 
 
 def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
@@ -10855,7 +10822,7 @@ def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     if args.save:
         with ssh:
             saved = Request(action="save_output", name=args.name, path=args.destination.path)
-            reply = agent.ask(saved, SaveReply, "Saving")
+            reply = agent.ask(saved, reply_of(notebook="str", cells="int"), "Saving")
         text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
@@ -11222,14 +11189,16 @@ def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
     yield Check("other users", shared % who if others else "nobody else runs anything there")
     if args.slurm is not None or args.submit:
         try:
-            forecast = agent.ask(request_of(args, "forecast_job"), JobForecast, "Asking the scheduler")
+            reply = reply_of(said="str", is_refused="bool", limits="str")
+            forecast = agent.ask(request_of(args, "forecast_job"), reply, "Asking the scheduler")
+            said, is_refused, limits = forecast.said, forecast.is_refused, forecast.limits
         except Failure as failure:
-            forecast = JobForecast(said="%s: %s" % (failure.what, failure.why), is_refused=True)
-        if forecast.limits:
-            yield Check("limits", in_one_line(forecast.limits))
-        if forecast.said:
-            other = "other options in --slurm or --submit" if forecast.is_refused else ""
-            yield Check("forecast", in_one_line(forecast.said), other)
+            said, is_refused, limits = "%s: %s" % (failure.what, failure.why), True, ""
+        if limits:
+            yield Check("limits", in_one_line(limits))
+        if said:
+            other = "other options in --slurm or --submit" if is_refused else ""
+            yield Check("forecast", in_one_line(said), other)
     elif facts.scheduler:
         yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
 

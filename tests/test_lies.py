@@ -564,7 +564,10 @@ def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, 
     told = {
         "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
         "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": [{"id": "r07af", "run": asks_for_all}]}}],
-        "bring_files": [{"kind": "part", "file": "files", "data": data}, {"kind": "reply", "reply": {"refused": []}}],
+        "bring_files": [
+            {"kind": "part", "file": "files", "data": data},
+            {"kind": "reply", "reply": {"refused": [], "unmatched": []}},
+        ],
     }
     lines = ["%s\t%s\n" % (action, json.dumps(message)) for action in told for message in told[action]]
     (laptop.home / "lies").write_text("".join(lines))
