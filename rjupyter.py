@@ -201,6 +201,7 @@ else:
 
 Json = Dict[str, Any]
 R = TypeVar("R", bound="Record")
+F = TypeVar("F")
 K = TypeVar("K", bound="Kept")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5690,52 +5691,32 @@ TOO_LARGE = "an output of %d MB was not kept"
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
 
 
-# -- a notebook's own form --------------------------------------------------------------------------------------------
+# -- forms that are not ours ------------------------------------------------------------------------------------------
 #
-# What we look at in it. Of what is malformed there nbformat tells; here it is as if it were not there.
+# Notebooks, messages of kernels (jupyter-client.readthedocs.io, "Messaging"), and what Jupyter Server's API tells.
 
 
-class Notebook(Record):
-    """A notebook."""
-
-    cells: "List[Json]" = []
-    metadata: "Json" = {}
-
-
-class Cell(Record):
-    """A cell; a text is one, or a list of lines."""
-
-    cell_type: str = ""
-    source: "Any" = ""
-    metadata: "Json" = {}
-    outputs: "List[Json]" = []
-
-    @property
-    def tags(self) -> "List[Any]":
-        """Its tags."""
-        tags = self.metadata.get("tags")
-        return tags if isinstance(tags, list) else []
-
-    def is_executed(self) -> bool:
-        """Return what nbclient makes of it."""
-        is_code = self.cell_type == "code" and bool(joined_text(self.source).strip())
-        return is_code and "skip-execution" not in self.tags
+def fact(facts: "Any", name: str, default: "F") -> "F":
+    """Return what stands there under a name; the default where there is no such thing, or one of another type."""
+    value = facts.get(name) if isinstance(facts, dict) else None
+    return value if isinstance(value, type(default)) else default
 
 
-class Output(Record):
-    """An output of a cell, or the content of a message with one (jupyter-client.readthedocs.io, "Messaging")."""
-
-    output_type: str = ""
-    text: "Any" = ""
-    traceback: "List[str]" = []
+def objects(facts: "Any", name: str) -> "List[Json]":
+    """Return the list of objects that stands there under a name; an empty one where one of them is none."""
+    found = fact(facts, name, [])  # type: List[Any]
+    return found if all(isinstance(each, dict) for each in found) else []
 
 
-def seen(kind: "Type[R]", facts: "Any") -> "R":
-    """Return what is to be looked at in a notebook's own form."""
-    try:
-        return kind.read(facts)
-    except Wrong:
-        return kind()
+def tags_of(cell: "Json") -> "List[Any]":
+    """Return the tags of a cell."""
+    return fact(fact(cell, "metadata", {}), "tags", [])
+
+
+def is_executed(cell: "Json") -> bool:
+    """Return what nbclient makes of a cell."""
+    is_code = fact(cell, "cell_type", "") == "code" and bool(joined_text(cell.get("source", "")).strip())
+    return is_code and "skip-execution" not in tags_of(cell)
 
 
 def joined_text(value: "Any") -> str:
@@ -5837,41 +5818,6 @@ def entry_in(facts: "Json") -> "Optional[Entry]":
         return None
 
 
-class Dropped(Record):
-    """What stood before the first line of a journal."""
-
-    dropped: int = 0
-
-
-class Content(Record):
-    """The content of a message, as far as it is read (jupyter-client.readthedocs.io, "Messaging")."""
-
-    text: "Any" = ""
-    name: str = ""
-    data: "Any" = None
-    transient: "Any" = None
-    wait: bool = False
-    execution_count: "Optional[int]" = None
-    code: str = ""
-    execution_state: str = ""
-    status: str = ""
-    ename: "Any" = None
-
-
-class KernelView(Record):
-    """A kernel, as a server's API tells of it."""
-
-    id: str = ""
-    connections: int = -1
-
-
-class SessionView(Record):
-    """A notebook and its kernel, as a server's API tells of them; `path` is relative to the server's directory."""
-
-    path: str = ""
-    kernel: "KernelView" = KernelView()
-
-
 class RecorderMark(Record):
     """The process that records beside a server, and its Python: recorder.json."""
 
@@ -5910,10 +5856,15 @@ class Connection(Record):
         return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
 
 
-def ask_for_list(info: RuntimeInfo, path: str, kind: "Type[R]") -> "Optional[List[R]]":
-    """Ask a server's API for a list of its kernels, or the like; None when it does not answer."""
-    said = ask_server(info, path + "?no_track_activity=1")[1]
-    return [seen(kind, view) for view in said] if isinstance(said, list) else None
+def ask_for_list(info: "Optional[RuntimeInfo]", path: str) -> "List[Json]":
+    """Ask a server's API for a list of its kernels, or the like; an empty one when it does not answer."""
+    return objects({"said": info and ask_server(info, path + "?no_track_activity=1")[1]}, "said")
+
+
+def notebooks_of(info: "Optional[RuntimeInfo]") -> "Dict[str, str]":
+    """Return the notebook of each kernel of a server, relative to the server's directory, by the kernel's id."""
+    sessions = ask_for_list(info, "api/sessions")
+    return {fact(fact(session, "kernel", {}), "id", ""): fact(session, "path", "") for session in sessions}
 
 
 def is_in_path(record: ServerRecord, request: Request) -> bool:
@@ -6040,9 +5991,8 @@ class Recorder:
             ours = commands_started_in(self.record.pid)
         elif ages_s and now - self._asked_api_at > SETTLES_S:
             self._asked_api_at = now
-            info = server_info(self.record)
-            views = (info and ask_for_list(info, "api/kernels", KernelView)) or []
-            ours = " ".join("kernel-%s.json" % view.id for view in views)
+            views = ask_for_list(server_info(self.record), "api/kernels")
+            ours = " ".join("kernel-%s.json" % fact(view, "id", "") for view in views)
         for name in [name for name in ages_s if name in ours]:
             connection = read_record(Connection, os.path.join(runtime, name))
             if connection:
@@ -6068,20 +6018,14 @@ class Recorder:
     def notebook_of(self, kernel: str) -> str:
         """Return the path of the notebook that a kernel belongs to; empty for none. An answer holds for a moment."""
         if kernel not in self._notebooks or time.monotonic() - self._told_at > CELL_FRESH_S:
-            info = server_info(self.record)
-            sessions = (info and ask_for_list(info, "api/sessions", SessionView)) or []
-            self._notebooks = {session.kernel.id: session.path for session in sessions}
+            self._notebooks = notebooks_of(server_info(self.record))
             self._told_at = time.monotonic()
         return self._notebooks.get(kernel, "")
 
     def connections_of(self, kernel: str) -> int:
         """Return how many pages a kernel has; -1 where the server does not say."""
         info = server_info(self.record)
-        return (
-            seen(KernelView, ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]).connections
-            if info
-            else -1
-        )
+        return fact(info and ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1], "connections", -1)
 
 
 def commands_started_in(session: int) -> str:
@@ -6174,24 +6118,24 @@ class RecordedKernel:
 
     def understand(self, kind: str, asked_by: str, content: "Json") -> None:
         """Write down what a message tells, which a message of this id asked for."""
-        said = seen(Content, content)
         identity = self._ids.get(asked_by, "")
+        is_refused = kind == "execute_reply" and asked_by in self._asked and content.get("status") != "ok"
         if kind == "execute_input":
-            self._begin(asked_by, said)
-        elif kind == "execute_reply" and asked_by in self._asked and said.status != "ok" and not said.ename:
+            self._begin(asked_by, content)
+        elif is_refused and not content.get("ename"):
             # Out of the queue, for what was before it failed, and only who asked hears of that: "aborted" in ipykernel,
             # R and Julia, in xeus an "error" without a name.
             self._give_up(asked_by)
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
-            self._lines[identity] = self._lines.get(identity, 0) + joined_text(said.text).count("\n")
-            self._lines[identity] += said.data is not None
+            self._lines[identity] = self._lines.get(identity, 0) + joined_text(content.get("text", "")).count("\n")
+            self._lines[identity] += content.get("data") is not None
             self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
-        elif kind == "status" and said.execution_state == "idle" and identity in self._running:
+        elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
             self._end(identity)
 
-    def _begin(self, asked_by: str, said: Content) -> None:
+    def _begin(self, asked_by: str, content: "Json") -> None:
         self._begun += 1
         self._asked.discard(asked_by)
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
@@ -6199,8 +6143,8 @@ class RecordedKernel:
             del self._ids[old]
         self._end_all()  # of what runs no more, without a word: the kernel was started anew
         notebook = self.recorder.notebook_of(self.id)
-        facts = {"count": said.execution_count, "code": said.code, "notebook": notebook}
-        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, **facts)
+        facts = {"count": fact(content, "execution_count", 0) or None, "code": fact(content, "code", "")}
+        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, notebook=notebook, **facts)
         self._running[identity], self._lines[identity] = begun, 0
         self._journal.head = begun
         self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
@@ -6366,8 +6310,7 @@ TELLING.append(away_from)
 
 def display_of(output: PrintedOutput) -> str:
     """Return the id by which a display is updated; empty for none."""
-    transient = seen(Content, output.content).transient
-    return str(transient.get("display_id", "")) if isinstance(transient, dict) else ""
+    return str(fact(fact(output.content, "transient", {}), "display_id", ""))
 
 
 def text_of(output: PrintedOutput) -> str:
@@ -6376,11 +6319,11 @@ def text_of(output: PrintedOutput) -> str:
     if output.type in ("clear_output", "update_display_data"):
         return ""
     if output.type == "stream":
-        return joined_text(seen(Content, content).text)
+        return joined_text(content.get("text", ""))
     if output.type == "error":
-        return "".join(line + "\n" for line in seen(Output, {"traceback": content.get("traceback")}).traceback)
-    data = seen(Content, content).data
-    data = data if isinstance(data, dict) else {}
+        lines = fact(content, "traceback", [])  # type: List[Any]
+        return "".join("%s\n" % line for line in lines)
+    data = fact(content, "data", {})  # type: Json
     images = [name for name in data if name.startswith("image/")]
     if images:
         size = len(joined_text(data[images[0]])) * (1 if "svg" in images[0] else 0.75)
@@ -6419,7 +6362,7 @@ class CellOutput:
     def take(self, printed: PrintedOutput) -> None:
         """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
         if printed.type == "clear_output":
-            self._clears = seen(Content, printed.content).wait
+            self._clears = fact(printed.content, "wait", False)
             self.outputs = self.outputs if self._clears else []
         elif printed.type != "update_display_data":
             if self._clears:
@@ -6430,7 +6373,7 @@ class CellOutput:
         """Take another content for the displays of the same id."""
         identity = display_of(printed)
         for output in [output for output in self.outputs if identity and display_of(output) == identity]:
-            output.content = dict(output.content, data=seen(Content, printed.content).data)
+            output.content = dict(output.content, data=printed.content.get("data"))
 
 
 class Executions:
@@ -6476,7 +6419,7 @@ def send_output(request: Request, channel: Channel) -> Record:
         is_last = not (request.is_followed and place_of(record).is_running())  # before the look
         for line in journal.lines():
             facts = facts_in(line)
-            position = position + 1 if position >= 0 else seen(Dropped, facts).dropped
+            position = position + 1 if position >= 0 else fact(facts, "dropped", 0)
             if position >= request.line:
                 channel.send(Recorded(entry=facts, at=position))
         return is_last or channel.is_closed
@@ -6569,14 +6512,6 @@ REQUESTS["send_output"] = send_output
 # -- what it puts into the notebook -----------------------------------------------------------------------------------
 
 
-class Contents(Record):
-    """A notebook as the contents API has it (Jupyter Server, "Contents API")."""
-
-    content: "Any" = None
-    last_modified: str = ""
-    message: "Any" = ""  # of an error
-
-
 def save_output(request: Request, channel: Channel) -> "Json":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
@@ -6596,34 +6531,35 @@ def save_output(request: Request, channel: Channel) -> "Json":
     executions = Executions()
     for line in JournalReader(path).lines():
         executions.take(facts_in(line))
-    cells = seen(Notebook, before.content).cells
+    cells = objects(before["content"], "cells")
     changed = fill_in(cells, list(executions.cells.values()))
     if changed:
         check_alone(info, kernel, mark.notebook)
-        if contents_of(info, api, "?content=0").last_modified != before.last_modified:
+        if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
             raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
-        sent = json.dumps({"type": "notebook", "format": "json", "content": dict(before.content, cells=cells)}).encode()
+        sent = json.dumps(
+            {"type": "notebook", "format": "json", "content": dict(before["content"], cells=cells)}
+        ).encode()
         status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
         if status not in (200, 201):
-            why = str(seen(Contents, said).message or "HTTP status %d" % status)
+            why = fact(said, "message", "") or "HTTP status %d" % status
             raise Failure("cannot save into " + mark.notebook, why)
     return {"notebook": mark.notebook, "cells": changed}
 
 
-def contents_of(info: RuntimeInfo, api: str, query: str) -> Contents:
-    """Return a notebook, or its facts without its content; raises Failure."""
+def contents_of(info: RuntimeInfo, api: str, query: str) -> "Json":
+    """Return a notebook, or its facts without its content (Jupyter Server, "Contents API"); raises Failure."""
     status, said = ask_server(info, api + query, timeout_s=SAVE_TIMEOUT_S, most=NOTEBOOK_MAX)
-    contents = seen(Contents, said)
-    if status != 200 or not contents.last_modified:
-        why = "it is no longer there" if status == 404 else str(contents.message or "HTTP status %d" % status)
+    if status != 200 or not fact(said, "last_modified", ""):
+        why = "it is no longer there" if status == 404 else fact(said, "message", "") or "HTTP status %d" % status
         raise Failure("cannot read the notebook", why)
-    return contents
+    return dict(said)
 
 
 def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
     """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
     said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
-    if seen(KernelView, said).connections > 0:
+    if fact(said, "connections", -1) > 0:
         why = "a page is connected to its kernel, which shows and saves these outputs itself"
         raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
 
@@ -6635,8 +6571,8 @@ def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
     """
     by_code = {}  # type: Dict[str, List[Json]]
     for cell in cells:
-        if seen(Cell, cell).cell_type == "code":
-            by_code.setdefault(joined_text(seen(Cell, cell).source), []).append(cell)
+        if fact(cell, "cell_type", "") == "code":
+            by_code.setdefault(joined_text(cell.get("source", "")), []).append(cell)
     changed = 0
     for code, same in by_code.items():
         ran = [execution for execution in executions if execution.begun and execution.begun.code == code]
@@ -6979,8 +6915,8 @@ def without_old_outputs(text: str) -> str:
         notebook = json.loads(text)
     except (ValueError, RecursionError):
         return text  # what is wrong with it, nbformat says
-    cells = seen(Notebook, notebook).cells
-    for cell in [cell for cell in cells if seen(Cell, cell).is_executed()]:
+    cells = objects(notebook, "cells")
+    for cell in filter(is_executed, cells):
         cell.update(outputs=[], execution_count=None)
     return json.dumps(dict(notebook, cells=cells) if cells else notebook)
 
@@ -7123,7 +7059,7 @@ class Followed:
         state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
-            cells = seen(Notebook, notebook).cells
+            cells = objects(notebook, "cells")
             executions = Executions()
             for line in Growing(journal_of(self.record)).lines():
                 executions.take(facts_in(line))
@@ -7400,7 +7336,7 @@ class Run:
         self.parameters.update(dict(self.request.parameters))
         if self.parameters:
             self._inject_parameters()
-        code = [index for index, cell in enumerate(self.notebook.cells) if seen(Cell, cell).is_executed()]
+        code = [index for index, cell in enumerate(self.notebook.cells) if is_executed(cell)]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
         for index in code:  # what an earlier execution left is no result of this one
             self.notebook.cells[index].update(outputs=[], execution_count=None)
@@ -7451,7 +7387,7 @@ class Run:
         cells = self.notebook.cells
         tagged = {}  # type: Dict[str, int]
         for index, other in enumerate(cells):
-            for tag in seen(Cell, other).tags:
+            for tag in tags_of(other):
                 tagged.setdefault(tag, index)
         given, injected = (tagged.get(tag, -1) for tag in (TAG, "injected-" + TAG))
         name = self.request.name
@@ -7795,8 +7731,8 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         new_engine(run, nbclient, tell_kernel, is_private).execute()
     except (Exception, asyncio.CancelledError) as error:
         return outcome_after(run, error)
-    outputs = [output for cell in run.notebook.cells for output in seen(Cell, cell).outputs]
-    errors = [output for output in outputs if seen(Output, output).output_type == "error"]
+    outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
+    errors = [output for output in outputs if output.output_type == "error"]
     allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
     return "done", allowed if errors and run.request.allows_errors else ""
 
@@ -8367,14 +8303,6 @@ STARTING_S = 10.0  # after which one that no page has ever asked has started: Ju
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
 
-class KernelFacts(KernelView):
-    """A kernel, as a server's API tells of it (Jupyter Server, "Kernels API")."""
-
-    name: str = ""
-    execution_state: str = ""
-    last_activity: str = ""
-
-
 def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
     """Return the kernels of the user's servers that answer; of the server of PATH alone, where that is given."""
     found = []
@@ -8382,18 +8310,18 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
         info = server_info(record)
         if not info or not is_in_path(record, request) or not can_ask_server(record, info):
             continue
-        kernels = ask_for_list(info, "api/kernels", KernelFacts) or []
-        sessions = ask_for_list(info, "api/sessions", SessionView) or [] if kernels else []
-        notebooks = {session.kernel.id: session.path for session in sessions}
+        kernels = ask_for_list(info, "api/kernels")
+        notebooks = notebooks_of(info) if kernels else {}
         for kernel in kernels:
-            facts = {"server": record.id, "notebook": notebooks.get(kernel.id, ""), "name": kernel.name}
-            idle_s = seconds_since(kernel.last_activity or None)
+            identity = fact(kernel, "id", "")
             state = KernelState(
-                id=kernel.id,
-                state=kernel.execution_state,
-                idle_s=idle_s,
-                connections=max(0, kernel.connections),
-                **facts,
+                id=identity,
+                server=record.id,
+                notebook=notebooks.get(identity, ""),
+                name=fact(kernel, "name", ""),
+                state=fact(kernel, "execution_state", ""),
+                idle_s=seconds_since(kernel.get("last_activity")),
+                connections=max(0, fact(kernel, "connections", 0)),
             )
             found.append((record, state))
     return found
@@ -8508,7 +8436,7 @@ def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[
         return "dead"
     info = server_info(record)
     status, said = ask_server(info, "api/kernels/%s?no_track_activity=1" % identity) if info else (404, None)
-    return "dead" if status == 404 or not place_of(record).is_running() else seen(KernelFacts, said).execution_state
+    return "dead" if status == 404 or not place_of(record).is_running() else fact(said, "execution_state", "")
 
 
 def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
@@ -8578,7 +8506,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
         if status != 201:
             raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
-        request = request.but(name=seen(KernelFacts, said).id)
+        request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):
         revive_recorder(record)
@@ -10778,7 +10706,7 @@ class PrintedCell:
         if self.messages.as_json and cell and entry:
             tell_entry(entry, cell, self.messages)
         elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
-            is_aside = entry.type == "error" or seen(Content, entry.content).name == "stderr"
+            is_aside = entry.type == "error" or entry.content.get("name") == "stderr"
             text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
             if is_aside:
                 self.messages.warn(text, end="")
