@@ -745,47 +745,25 @@ class RunState(Record):
 # -- what the host tells ----------------------------------------------------------------------------------------------
 
 
-class Message(Record):
-    """A line that the agent sends while it works, and that is more than a row of SAYINGS."""
+class Told(Record):
+    """What the host tells while it works, and that is more than a row of SAYINGS: each kind has some of these facts.
 
-    kind = ""
+    "queue": how the job stands that we wait for; without a word it has begun. "line": one of a log. "recorded": one of
+    a journal; `at` is how many came before, also those that were dropped since. "part": the next bytes of a file,
+    compressed and in base64.
+    """
 
-
-class QueueState(Message):
-    """How the job stands that we wait for; without a word it has begun."""
-
-    kind = "queue"
-    id: str
-    job: str
+    id: str = ""  # of the job, of the server whose log it is, or of the run as it was asked for
+    job: str = ""
     is_waiting: bool = False
     word: str = ""
     reason: str = ""
     start: str = ""
-
-
-class Line(Message):
-    """A line of a log."""
-
-    kind = "line"
-    text: str
-    id: str = ""  # of the server whose log it is
-
-
-class Recorded(Message):
-    """A line of a kernel's journal."""
-
-    kind = "recorded"
-    entry: "Json"
-    at: int = 0  # how many lines came before, also those that were dropped since
-
-
-class Part(Message):
-    """The next bytes of a file, compressed and in base64: a run's journal, its result, or a tar of what it wrote."""
-
-    kind = "part"
-    file: str
-    data: str
-    id: str = ""  # by which the run was asked for
+    text: str = ""
+    entry: "Json" = {}
+    at: int = 0
+    file: str = ""
+    data: str = ""
 
 
 class Away(Record):
@@ -2823,10 +2801,6 @@ class Channel:
             kind, facts = self._lasting
             self.tell(kind, **facts)
 
-    def send(self, message: Message) -> None:
-        """Send a message that is a record."""
-        self.tell(message.kind, **message.facts())
-
     def tell(self, kind: str, **facts: "Any") -> None:
         """Send one marked line: a row of SAYINGS, or the reply, after which nothing comes.
 
@@ -4549,7 +4523,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
         for line in log.lines(has_ended=is_last):
             known -= 1
             if known < 0:
-                channel.send(Line(text=without_tokens(line), id=record.id))
+                channel.tell("line", text=without_tokens(line), id=record.id)
             if channel.is_closed:
                 break
         return is_last or channel.is_closed
@@ -5015,7 +4989,6 @@ class AgentFile:
 
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
-MESSAGES: Dict[str, Type[Message]] = {kind.kind: kind for kind in (QueueState, Line, Part, Recorded)}
 
 
 # What the host tells while it works, by its kind: the text, and its event for a program; without, it is a note.
@@ -5182,7 +5155,7 @@ class Agent:
                 if said.kind == "absent":
                     return None
                 if said.kind in handlers:
-                    handlers[said.kind](MESSAGES[said.kind].read(message), show)
+                    handlers[said.kind](Told.read(message), show)
                 else:  # a kind that nobody knows is a newer agent's, in a job
                     self._tell(message, show)
                 continue
@@ -6421,11 +6394,11 @@ def send_output(request: Request, channel: Channel) -> Record:
             facts = facts_in(line)
             position = position + 1 if position >= 0 else fact(facts, "dropped", 0)
             if position >= request.line:
-                channel.send(Recorded(entry=facts, at=position))
+                channel.tell("recorded", entry=facts, at=position)
         return is_last or channel.is_closed
 
     is_whole = send_entries()
-    channel.send(Recorded(entry={}))  # from here on it is news
+    channel.tell("recorded", entry={})  # from here on it is news
     if not is_whole:
         until(send_entries, float("inf"), slowest_s=0.2)
     return Record()
@@ -6724,7 +6697,7 @@ class ShownCells:
         self._is_live = False
         self._screen = Screen(messages.line)
 
-    def take(self, message: Recorded, show: Show) -> None:
+    def take(self, message: Told, show: Show) -> None:
         """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
         if not message.entry:
             if not self._is_live:
@@ -7041,7 +7014,7 @@ class Followed:
         view = KINDS["run"].describe(self.record)  # before the look at its journal: what it wrote last is seen
         part = self._journal.part()
         if part:
-            channel.send(Part(file="journal", id=identity, data=packed(part)))
+            channel.tell("part", file="journal", id=identity, data=packed(part))
             return "more"
         if view.state in GOING_ON and not channel.is_closed:
             return None
@@ -7070,7 +7043,7 @@ class Followed:
             text = notebook_text(dict(notebook, cells=cells)).encode("utf-8")
             parts = iter([text[at : at + PART_BYTES] for at in range(0, len(text), PART_BYTES)])
         for part in parts:
-            channel.send(Part(file="result", id=identity, data=packed(part)))
+            channel.tell("part", file="result", id=identity, data=packed(part))
 
 
 def journal_of(record: RunRecord) -> str:
@@ -7134,7 +7107,7 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     base = native(known[0].root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
-    stream = types.SimpleNamespace(write=lambda data: channel.send(Part(file="files", data=packed(data))))
+    stream = types.SimpleNamespace(write=lambda data: channel.tell("part", file="files", data=packed(data)))
     refused = pack(base, paths, stream, request.brings)
     return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
@@ -7976,7 +7949,7 @@ class Execution:
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
-    def take_part(self, message: Part, show: Show) -> None:
+    def take_part(self, message: Told, show: Show) -> None:
         """Take a part of the result, or of the journal; each line that this completes says something."""
         part = unpacked(message)
         if message.file == "result":
@@ -8094,7 +8067,7 @@ class Execution:
                 stream.truncate()
                 return Request(action="bring_files", id=self.id, brings=self.brings)
 
-            def take(message: Part, show: Show) -> None:
+            def take(message: Told, show: Show) -> None:
                 stream.write(unpacked(message))
 
             doing = "Bringing what %s wrote" % self.name
@@ -8140,7 +8113,7 @@ def hear_runs(
             run.result.clear()
         return Request(action="follow_runs", ids=list(runs), offsets={name: run.offset for name, run in runs.items()})
 
-    def take_part(message: Part, show: Show) -> None:
+    def take_part(message: Told, show: Show) -> None:
         if message.id not in runs:
             raise Wrong("wrong in it: id")
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
@@ -8275,7 +8248,7 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
     return "%s.%s.ipynb" % (stem, short) if values else name
 
 
-def unpacked(message: Part) -> bytes:
+def unpacked(message: Told) -> bytes:
     """Return the bytes of a message; raises Wrong."""
     import binascii
     import zlib
@@ -8486,7 +8459,7 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
             if found is cell and cell.begun:
                 known -= 1
                 if known < 0:
-                    channel.send(Recorded(entry=facts))
+                    channel.tell("recorded", entry=facts)
         if cell.finished:
             how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
             return "dead" if cell.finished.has_died else how
@@ -8746,7 +8719,7 @@ class JobKind(Starter):
             if not record or not self.goes_on(record):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
             raise
-        channel.send(QueueState(id=job.id, job=job.number, is_waiting=True, word="submitted"))
+        channel.tell("queue", id=job.id, job=job.number, is_waiting=True, word="submitted")
         return job
 
     def waiting(self, request: Request) -> "List[Kept]":
@@ -8762,7 +8735,7 @@ class JobKind(Starter):
 
     def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
-        told = None  # type: Optional[QueueState]
+        told = {}  # type: Json
         max_age_s = QUERY_MIN_S
         ended_at = 0.0  # by our monotonic clock
 
@@ -8771,10 +8744,10 @@ class JobKind(Starter):
             state = job_state(record, max_age_s)
             max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
             facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
-            news = QueueState(id=record.id, job=record.number, **facts)
+            news = dict(facts, id=record.id, job=record.number)
             if state.is_live and news != told:
                 told = news
-                channel.send(news)
+                channel.tell("queue", **news)
             ended_at = 0.0 if state.is_live else ended_at or time.monotonic()
             was_cut = state.word in JOB_ENDS and state.word != "FAILED"
             is_late = time.monotonic() - ended_at > LATE_S
@@ -8785,7 +8758,7 @@ class JobKind(Starter):
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in a job, as long as its queue takes; without a word it has begun."""
         reply = super().await_reply(record, channel)
-        channel.send(QueueState(id=record.id, job=record.number))
+        channel.tell("queue", id=record.id, job=record.number)
         return reply
 
     def no_begin(self, record: JobRecord) -> Failure:
@@ -9216,10 +9189,10 @@ class Queue:
         self.hint = hint
         self.again = again  # makes the command that waits for the job of an id again
         self.handlers: Dict[str, Handler] = {"queue": self._take}
-        self.state = QueueState(id="", job="")
+        self.state = Told()
         self._said = ""
 
-    def _take(self, state: QueueState, show: Show) -> None:
+    def _take(self, state: Told, show: Show) -> None:
         """Show how the job stands."""
         self.state = state
         match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", state.start)
@@ -10699,7 +10672,7 @@ class PrintedCell:
         self.lines = 0  # of its journal, that were taken
         self._executions = Executions()
 
-    def take(self, message: Recorded, show: Show) -> None:
+    def take(self, message: Told, show: Show) -> None:
         """Take a line of the journal."""
         self.lines += 1
         cell, entry = self._executions.take(message.entry)
@@ -10727,7 +10700,7 @@ def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
             text = held.pop()
             messages.result(as_shown(text), "line", line=text)
 
-    def take(line: Line, show: Show) -> None:
+    def take(line: Told, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
         if OUR_PROBE in line.text:

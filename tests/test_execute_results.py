@@ -305,7 +305,7 @@ def test_cost_of_a_cell_grows_with_its_outputs() -> None:
     since = time.monotonic()
     for at in range(0, len(lines), rjupyter.PART_BYTES):
         data = rjupyter.packed(lines[at : at + rjupyter.PART_BYTES])
-        execution.take_part(rjupyter.Part(file="journal", data=data), lambda words: None)
+        execution.take_part(rjupyter.Told(file="journal", data=data), lambda words: None)
     assert execution.offset == len(lines) and execution.seconds == 1
     assert time.monotonic() - since < 60
 
