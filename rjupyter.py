@@ -3054,10 +3054,7 @@ def place_of(record: Kept) -> Elsewhere:
 # -- its directories --------------------------------------------------------------------------------------------------
 
 
-class State:
-    """Where our state is on this host, if the user said where."""
-
-    directory = ""
+own_state_dir = ""  # where our state is on this host, if the user said where
 
 
 def state_dirs(kind: str) -> "List[str]":
@@ -3065,7 +3062,7 @@ def state_dirs(kind: str) -> "List[str]":
 
     The one that was named, and no other, where one was.
     """
-    tops = [State.directory] if State.directory else [os.path.expanduser(STATE_DIR), own_tmp_dir()]
+    tops = [own_state_dir] if own_state_dir else [os.path.expanduser(STATE_DIR), own_tmp_dir()]
     return [os.path.join(top, kind) for top in tops]
 
 
@@ -4176,20 +4173,6 @@ def cells_dir(directory: str) -> str:
     return os.path.join(directory, "cells")
 
 
-def put_away(directory: str) -> None:
-    """Keep of a server that was stopped what its cells printed, with its record and its log; without cells, nothing."""
-    cells = cells_dir(directory)
-    has_run = os.path.isdir(cells) and any(name.endswith(".journal") for name in os.listdir(cells))
-    for name in os.listdir(directory) if has_run else []:
-        if name not in ("cells", "log", "server.json", "stop"):
-            path = os.path.join(directory, name)
-            remove_files([path])
-            remove_tree(path)
-    if not has_run:  # first the record: one without the word "stop" beside it would tell another end
-        remove_files([os.path.join(directory, "server.json")])
-        remove_tree(directory)
-
-
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -4251,8 +4234,19 @@ class ServerKind(Kind):
         place.end(children, polite_s=5)
         leftovers += [native(info.sock)] if info and info.sock and record.is_ours else []
         remove_files([] if place.is_here and place.is_running() else leftovers)
-        if record.is_ours:
-            put_away(record.directory)
+        if not record.is_ours:
+            return
+        # What its cells printed is kept, with its record and its log; without cells, nothing.
+        cells = cells_dir(record.directory)
+        has_run = os.path.isdir(cells) and any(name.endswith(".journal") for name in os.listdir(cells))
+        for name in os.listdir(record.directory) if has_run else []:
+            if name not in ("cells", "log", "server.json", "stop"):
+                path = os.path.join(record.directory, name)
+                remove_files([path])
+                remove_tree(path)
+        if not has_run:  # first the record: one without the word "stop" beside it would tell another end
+            remove_files([os.path.join(record.directory, "server.json")])
+            remove_tree(record.directory)
 
 
 KINDS["server"] = ServerKind()
@@ -4701,6 +4695,7 @@ def perform(
 
     `prepare` may change the request first; what it raises is told like the rest.
     """
+    global own_state_dir
     try:
         import pwd
 
@@ -4709,7 +4704,7 @@ def perform(
         user = str(os.getuid())
     if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
         home = os.path.expanduser("~")
-        State.directory = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
+        own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
     try:
@@ -5961,7 +5956,10 @@ class Recorder:
         is_birth = bool(ages_s) and min(ages_s.values()) < SETTLES_S
         ours = ""
         if is_birth:
-            ours = commands_started_in(self.record.pid)
+            # What Jupyter started, not what that did; of all processes, where nobody tells (`is_own_proc`).
+            knows, jupyter = is_own_proc(), self.record.pid
+            started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == jupyter]
+            ours = " ".join(command_of_process(pid) for pid in started)
         elif ages_s and now - self._asked_api_at > SETTLES_S:
             self._asked_api_at = now
             views = ask_for_list(server_info(self.record), "api/kernels")
@@ -5999,16 +5997,6 @@ class Recorder:
         """Return how many pages a kernel has; -1 where the server does not say."""
         info = server_info(self.record)
         return fact(info and ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1], "connections", -1)
-
-
-def commands_started_in(session: int) -> str:
-    """Return the command lines of what the processes of a session started: Jupyter's kernels, each in its own session.
-
-    Not of what those started. Of all processes, where nobody tells (`is_own_proc`).
-    """
-    knows = is_own_proc()
-    started = [pid for pid, parent in parents().items() if not knows or session_of(parent) == session]
-    return " ".join(command_of_process(pid) for pid in started)
 
 
 def kernel_id_of(name: str) -> str:
@@ -6633,27 +6621,6 @@ def as_shown(line: str) -> str:
     return shown[-1]
 
 
-def title_of(cell: CellOutput) -> str:
-    """Return the head of an execution: its number, when it began, and how long it took."""
-    if cell.gap:
-        return "[%s]" % cell.gap.why
-    if not cell.begun:
-        return head_of(None)
-    seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
-    state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
-    return "%s  %s, %s%s" % (head_of(cell.begun.count), moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
-
-
-def lines_of(cell: CellOutput) -> List[str]:
-    """Return what an execution printed, as a terminal would show it in the end."""
-    found: List[str] = []
-    screen = Screen(found.append)
-    for output in cell.outputs:
-        screen.write(text_of(output))
-    screen.end_line()
-    return found[:-1] if found and not found[-1] else found
-
-
 def head_of(count: Optional[int]) -> str:
     """Return the number of a cell as a notebook shows it."""
     return "In [%s]" % (" " if count is None else count)
@@ -6721,8 +6688,18 @@ class ShownCells:
             for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
                 tell_entry(entry, cell, self.messages)
             return
-        self.messages.line(title_of(cell))
-        for line in lines_of(cell):
+        title = "[%s]" % cell.gap.why if cell.gap else head_of(cell.begun.count if cell.begun else None)
+        if cell.begun:
+            seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
+            state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
+            title += "  %s, %s%s" % (moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
+        self.messages.line(title)
+        found: List[str] = []
+        screen = Screen(found.append)  # what a terminal would show in the end
+        for output in cell.outputs:
+            screen.write(text_of(output))
+        screen.end_line()
+        for line in found[:-1] if found and not found[-1] else found:
             self.messages.line(line)
         if not is_last:
             self.messages.line("")
@@ -6778,6 +6755,9 @@ class RunKind(Kind):
 
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
+        import re
+        import shutil
+
         names = ("id", "pid", "node", "name", "root_dir", "job")
         facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
@@ -6791,7 +6771,11 @@ class RunKind(Kind):
             view.state = state.outcome
         elif has_ended:
             view.state = "killed"
-            view.error = place.why_ended("received signal") or why_nothing(record)
+            last_line = end_of_log(log_of(record), 1)
+            own = re.match(r"\w+(Error|Exception)\b", last_line)
+            is_full = shutil.disk_usage(record.directory).free < PART_BYTES
+            why = last_line if own else "the disk is full" if is_full else place.why_in_doubt()
+            view.error = place.why_ended("received signal") or why
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
@@ -6816,18 +6800,6 @@ class RunKind(Kind):
 
 
 KINDS["run"] = RunKind()
-
-
-def why_nothing(record: RunRecord) -> str:
-    """Return why a run ended without a word: an error of its own that ends its log, a full disk, or a signal."""
-    import re
-    import shutil
-
-    last_line = end_of_log(log_of(record), 1)
-    if re.match(r"\w+(Error|Exception)\b", last_line):
-        return last_line
-    is_full = shutil.disk_usage(record.directory).free < PART_BYTES
-    return "the disk is full" if is_full else place_of(record).why_in_doubt()
 
 
 def start_run(request: Request, channel: Channel) -> StartReply:
@@ -7774,7 +7746,16 @@ class Source(NamedTuple):
         else:
             name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
             result = name if is_in_place else executed_name(name)
-            text = read_local_notebook(name)
+            try:
+                with open(name, encoding="utf-8-sig") as stream:
+                    text = stream.read()
+                notebook = json.loads(text)
+            except OSError as error:
+                raise Failure("cannot read " + name, str(error), "for one on the host, write :%s" % name) from None
+            except (ValueError, RecursionError) as error:
+                raise Failure("%s is not a notebook" % name, "it is not JSON: %s" % error) from None
+            if not isinstance(notebook, dict) or "nbformat" not in notebook:
+                raise Failure("%s is not a notebook" % name, "it has no nbformat")
         if output and os.path.isdir(output):
             output = os.path.join(output, executed_name(os.path.basename(name.lstrip(":"))))
         source = cls(name, text, output or result)
@@ -7806,21 +7787,6 @@ def check_results(sources: List[Source]) -> None:
 def executed_name(name: str) -> str:
     """Return where the result of a notebook goes: train.ipynb becomes train.executed.ipynb."""
     return (name[: -len(".ipynb")] if name.endswith(".ipynb") else name) + ".executed.ipynb"
-
-
-def read_local_notebook(path: str) -> str:
-    """Return the text of a notebook here; raises Failure when it is none."""
-    try:
-        with open(path, encoding="utf-8-sig") as stream:
-            text = stream.read()
-        notebook = json.loads(text)
-    except OSError as error:
-        raise Failure("cannot read " + path, str(error), "for one on the host, write :%s" % path) from None
-    except (ValueError, RecursionError) as error:
-        raise Failure("%s is not a notebook" % path, "it is not JSON: %s" % error) from None
-    if not isinstance(notebook, dict) or "nbformat" not in notebook:
-        raise Failure("%s is not a notebook" % path, "it has no nbformat")
-    return text
 
 
 def parse_value(text: str) -> Any:
@@ -9143,36 +9109,28 @@ def job_main(directory: str) -> None:
     def is_unwanted(record: Kept) -> bool:
         return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
 
+    def as_on_node(request: Request) -> Request:
+        """Return it as this node does it: on an address that the login node reaches, also what listens on all."""
+        if request.action != "open" or request.via_node:
+            return request.but(node_address="")
+        address = node_address(request.node_address)
+        return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
+
     try:
         if not os.path.exists(unwanted):
-            note_begin(directory, request)
-            work(directory, request, on_this_node, is_unwanted)
+            job = record_in(KINDS["job"], directory)
+            left_s = None
+            if job and job.command == "sbatch":
+                job.directory = ""  # what was seen is written down by the login node alone
+                left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
+            ends_at = time.time() + left_s if left_s else 0.0
+            begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=ends_at)
+            with contextlib.suppress(Failure):
+                begun.address = node_address(request.node_address)
+            write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
+            work(directory, request, as_on_node, is_unwanted)
     finally:
         write_whole(os.path.join(directory, "ended"), "")
-
-
-def note_begin(directory: str, request: Request) -> None:
-    """Write down that the job has begun, where, and when its time will be up."""
-    job = read_record(JobRecord, os.path.join(directory, "job.json"))
-    left_s = None
-    if job and job.command == "sbatch":
-        job.id = os.path.basename(directory)  # and no directory: what was seen is written down by the login node alone
-        left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
-    begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=time.time() + left_s if left_s else 0.0)
-    with contextlib.suppress(Failure):
-        begun.address = node_address(request.node_address)
-    write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
-
-
-def on_this_node(request: Request) -> Request:
-    """Return a request as the node of a job does it: on its own address, which the login node reaches.
-
-    What listens on all addresses is reached by that one, too.
-    """
-    if request.action != "open" or request.via_node:
-        return request.but(node_address="")
-    address = node_address(request.node_address)
-    return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
 
 
 # agent ends
@@ -9367,7 +9325,18 @@ class WrapperKind(Starter):
         environment = environment_of_wrapper(request)
         directory = new_dir(self)
         channel.announce(directory, "starts inside " + request.outside)
-        record = write_down(wrapper_record(request, path), directory)
+        root_dir = path if os.path.isdir(path) else os.path.dirname(path)
+        record = WrapperRecord(
+            request=request.to_keep(),
+            created=time.time(),
+            node=os.uname().nodename,
+            job=request.job,
+            home=portable(os.path.expanduser("~")),
+            network=network_identity(),
+            root_dir=portable(root_dir),
+            entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
+        )
+        write_down(record, directory)
         within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
         within = within.but(
             path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
@@ -9481,21 +9450,6 @@ class InWrapper(Elsewhere):
 
 
 PLACES.insert(0, InWrapper)
-
-
-def wrapper_record(request: Request, path: str) -> WrapperRecord:
-    """Return what is written down of a wrapper before it is started: what is to be seen in it, among others."""
-    root_dir = path if os.path.isdir(path) else os.path.dirname(path)
-    return WrapperRecord(
-        request=request.to_keep(),
-        created=time.time(),
-        node=os.uname().nodename,
-        job=request.job,
-        home=portable(os.path.expanduser("~")),
-        network=network_identity(),
-        root_dir=portable(root_dir),
-        entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
-    )
 
 
 def environment_of_wrapper(request: Request) -> "Dict[str, str]":
