@@ -7932,7 +7932,7 @@ class Execution:
             self._begun[entry.id] = entry
             show("cell %d/%d" % (entry.cell, entry.cells))
         elif isinstance(entry, PrintedOutput):
-            self._screen.write(text_of(entry))
+            self._screen.write(text_of(entry) if entry.type == "stream" else "")  # how it failed is said at the end
         elif isinstance(entry, FinishedCell) and entry.id in self._begun:
             self._screen.end_line()
             begun = self._begun.pop(entry.id)
