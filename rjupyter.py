@@ -5180,7 +5180,7 @@ class Agent:
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
         text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
         try:
-            text = text.format(destination=self.ssh.destination, title=title, **facts)
+            text = text.format_map(dict(facts, destination=self.ssh.destination, title=title))
             if kind == "hello":
                 self.hello = dict({"is_root": False}, **facts)
                 if not self.greets:

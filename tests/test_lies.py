@@ -119,7 +119,7 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "installing", "path": "/a", "tool": "pip"},
     {"kind": "installed", "path": "/a", "seconds": 3},
     {"kind": "stopped", "what": "server", "id": "07af", "pid": 12, "app": "lab", "root_dir": "/a"},
-    {"kind": "note", "text": "sbatch: the account expires"},
+    {"kind": "note", "text": "sbatch: the account expires", "destination": "of a newer agent", "later": [1]},
     {"kind": "line", "text": "[I] listening"},
     *({"kind": "recorded", "entry": entry} for entry in RECORDED),
 ]
