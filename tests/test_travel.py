@@ -3,6 +3,7 @@
 Each example is carried to a real host, and what arrives there is compared.
 """
 
+import contextlib
 import json
 import os
 import string
@@ -44,7 +45,8 @@ def agent(laptop: Laptop, host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(laptop.home)
     messages = rjupyter.Messages(quiet=True)
-    with rjupyter.Ssh("host", ["-F", laptop.config], False, messages, True) as ssh:
+    with contextlib.closing(rjupyter.Ssh("host", ["-F", laptop.config], False, messages, True)) as ssh:
+        ssh.connect()
         yield rjupyter.Agent(ssh, messages)
 
 
