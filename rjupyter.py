@@ -10154,17 +10154,11 @@ REQUESTS["examine_inside"] = examine_inside
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Destination(NamedTuple):
-    """A destination: `host` is what ssh gets; `path` is None if none was given."""
-
-    host: str
-    path: Optional[str]
-
-
-def parse_destination(text: str) -> Destination:
+def parse_destination(text: str) -> Tuple[str, Optional[str]]:
     """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
 
-    Raises ValueError with the reason when ssh could take it for something else.
+    Returns what ssh gets, and the path, None where there is none. Raises ValueError with the reason when ssh could take
+    it for something else.
     """
     scheme = "ssh://" if text.startswith("ssh://") else ""
     bracketed = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
@@ -10189,7 +10183,7 @@ def parse_destination(text: str) -> Destination:
         raise ValueError("a user cannot be called %r" % user)
     if path is not None and "\0" in path:
         raise ValueError("a path cannot hold a NUL")
-    return Destination(scheme + name, path)
+    return scheme + name, path
 
 
 # -- how a value is read: each of these raises ValueError with what is wrong ------------------------------------------
@@ -10330,6 +10324,7 @@ class Option:
         self.const, self.choices, self.many = const, choices, many
         self.flags = [word for word in typed.split() if word[0] == "-"]
         self.metavar = "".join(word for word in typed.split() if word[0] != "-")  # empty for a switch
+        self.head = "  " + ", ".join(("%s %s" % (flag, self.metavar)).strip() for flag in self.flags or [""])
         self.name = next((flag[2:] for flag in self.flags if flag[:2] == "--"), "")  # as the configuration file has it
         unit = "_s" if self.metavar in ("S", "DURATION") else ""
         self.key = key or self.name.replace("-", "_") + unit
@@ -10348,13 +10343,6 @@ class Option:
             values[self.key] = [*values.get(self.key, []), value]
         else:
             values[self.key] = value
-
-
-def as_words(flag: str, value: Optional[str]) -> List[str]:
-    """Return an option as it is typed: in one word, where its value would be taken for an option."""
-    if value is not None and value[:1] == "-" and flag[:2] == "--" and flag not in JOINED:
-        return ["%s=%s" % (flag, value)]
-    return [flag] if value is None else [flag, value]
 
 
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
@@ -10486,17 +10474,12 @@ def help_text(topic: str = "") -> str:
         last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
         last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
     parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
-    heads = {
-        row: "  " + ", ".join(" ".join(filter(None, (flag, row.metavar))) for flag in row.flags or [""])
-        for row in itertools.chain.from_iterable(groups.values())
-    }
-    column = min(max(map(len, heads.values())) + 2, 28)
+    column = min(max(len(row.head) for rows in groups.values() for row in rows) + 2, 28)
     for title, rows in groups.items():
         lines = [title + ":"] if rows else []
         for row in rows:
-            is_long = len(heads[row]) > column - 2
-            lines += [heads[row]] if is_long else []
-            head = ("" if is_long else heads[row]).ljust(column)
+            lines += [row.head] if len(row.head) > column - 2 else []
+            head = ("" if row.head in lines else row.head).ljust(column)
             lines += textwrap.wrap(row.text, width, initial_indent=head, subsequent_indent=" " * column)
         parts.append("\n".join(lines))
     return "\n\n".join(filter(None, [*parts, "" if last == "examples:" else filled(last)])) + "\n"
@@ -10506,11 +10489,12 @@ def help_text(topic: str = "") -> str:
 
 
 class Typed(NamedTuple):
-    """An option as it was typed: its row, if it is one of ours, its flag, its value."""
+    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words."""
 
     option: Optional[Option]
     flag: str
     value: Optional[str]
+    words: List[str]
 
 
 class CommandLine:
@@ -10555,20 +10539,20 @@ class CommandLine:
         option = self.known.get(flag)
         if option and option.metavar and not equals and self.rest:
             if flag in JOINED or not self._is_option(self.rest[0]):
-                return Typed(option, flag, self.rest.pop(0))
+                value = self.rest.pop(0)
+                return Typed(option, flag, value, [word, value])
         elif option and not option.metavar and not is_long and value:  # as in -qv
             self.rest.insert(0, "-" + value)
-            return Typed(option, flag, None)
-        return Typed(option, flag, value if equals else None)
+            return Typed(option, flag, None, [flag])
+        return Typed(option, flag, value if equals else None, [word])
 
     def words(self, destination: str, action: str, moved: Sequence[Typed] = ()) -> List[str]:
         """Return the words of another line, with the same options and operands; some are moved behind the action."""
-        before = [typed for typed in self.before if typed not in moved]
-        behind = [*moved, *self.behind]
-        places = [word for word in (destination, action) if word not in ("", NO_HOST)]
-        options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
+        words = [word for typed in self.before if typed not in moved for word in typed.words]
+        words += [word for word in (destination, action) if word not in ("", NO_HOST)]
+        words += [word for typed in [*moved, *self.behind] for word in typed.words]
         end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
-        return [*options_[0], *places, *options_[1], *end, *self.operands]
+        return [*words, *end, *self.operands]
 
     def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
@@ -10585,14 +10569,14 @@ class CommandLine:
         self._check()
         typed = [*self.before, *self.behind]
         for pair in APART:
-            both = [flag for option, flag, _ in typed if flag in pair and option in (*options(),)]
+            both = [one.flag for one in typed if one.flag in pair and one.option in (*options(),)]
             if len(set(both)) > 1:
                 raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
-        unknown = [flag for option, flag, _ in typed if not option]
+        unknown = [one.flag for one in typed if not one.option]
         row = next((row for row in OPTIONS_OF.get(self.action, ()) if not row.flags), None)
         taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
-        given = [(option, text) for option, _, text in typed if option] + [(row, word) for word in taken if row]
+        given = [(one.option, one.value) for one in typed if one.option] + [(row, word) for word in taken if row]
         for option, text in given:
             try:
                 option.put(text, values)
@@ -10659,13 +10643,12 @@ class Args(types.SimpleNamespace):
         self.typed = line.values()
         self.action = line.action or None
         try:
-            self.destination = parse_destination(line.destination)
+            self.host, self.path = parse_destination(line.destination)
         except ValueError as error:
             raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
-        host = self.destination.host
-        if "," in host and self.action != "list":
+        if "," in self.host and self.action != "list":
             raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
-        found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
+        found = {} if "no_config" in self.typed else config_defaults(config_path(), self.host)
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
         rows = itertools.chain(options(), OPTIONS_OF.get(line.action, ()))
@@ -10677,11 +10660,12 @@ class Args(types.SimpleNamespace):
         opens = not action or action[0].startswith("-")
         words: List[str] = list(action) if opens else []
         for chooses in ("host", "server") if opens else ("host",):
-            for option, flag, value in [*self.line.before, *self.line.behind]:
-                if option and option.chooses == chooses and not (flag == "--attach" and "--new" in action):
-                    words += as_words(flag, value)
+            for typed in [*self.line.before, *self.line.behind]:
+                is_dropped = typed.flag == "--attach" and "--new" in action
+                if typed.option and typed.option.chooses == chooses and not is_dropped:
+                    words += typed.words
         is_near = opens or action[0] == "close"
-        words.append(self.line.destination if is_near else self.destination.host)
+        words.append(self.line.destination if is_near else self.host)
         return command_line(*words, *(() if opens else action))
 
 
@@ -10734,10 +10718,8 @@ def matches_host(patterns: str, destination: str) -> bool:
 
     host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
     host = host.rsplit("@", 1)[-1]
-    words = patterns.split()
-    if any(fnmatch.fnmatchcase(host, word[1:]) for word in words if word.startswith("!")):
-        return False
-    return any(fnmatch.fnmatchcase(host, word) for word in words if not word.startswith("!"))
+    found = [word[0] for word in patterns.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
+    return bool(found) and "!" not in found
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -10754,7 +10736,7 @@ def request_of(args: Args, action: str, **facts: Any) -> Request:
         facts["submit"] = submit_words(args)
     asked = {row.key: getattr(args, row.key) for row in rows if row.key in Request.fields}
     facts = {**{key: value for key, value in asked.items() if value is not None}, **facts}
-    return Request(action=action, path=args.destination.path, **facts)
+    return Request(action=action, path=args.path, **facts)
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
@@ -10804,7 +10786,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             created=time.time(),
             pid=os.getpid(),
             identity=process_identity(os.getpid()),
-            destination=args.destination.host,
+            destination=args.host,
             typed=args.line.destination,
             ssh=args.ssh,
             further=args.further,
@@ -10829,15 +10811,15 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
                 agent.ssh.can_ask = can_ask()
             tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
-        if not tunnel or not tunnel.local_port:
-            if args.stop_on_exit and agent.launching:
-                messages.end_line()
-                agent.ask(Request(action="stop", ids=[agent.launching]), StopReply, "Stopping")
+        is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
+        if tunnel or is_ended:
+            messages.end_line()
+        if is_ended:
+            identity = tunnel.server.id if tunnel else agent.launching
+            agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
+        if not tunnel:
             raise
-        messages.end_line()
-        if args.stop_on_exit:
-            agent.ask(Request(action="stop", ids=[tunnel.server.id]), StopReply, "Stopping")
-        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % args.again()
+        text = "Closed." if is_ended else "Closed. Back again with: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
     return EXIT_OK
 
@@ -10845,7 +10827,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
 def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
     """True when a tunnel is up already that does what is asked for: its page is shown again, and nothing connected."""
     for record in [] if args.is_new else tunnels():
-        is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
+        is_there = (record.destination, record.ssh, record.further) == (args.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
@@ -10898,7 +10880,8 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
         if value and getattr(args, option.key) in (None, False, []):
             setattr(args, option.key, value)
             values = value if isinstance(value, list) else [None if value is True else value]
-            args.line.before += [Typed(option, option.flags[0], one) for one in values]
+            flag = option.flags[0]
+            args.line.before += [Typed(option, flag, one, [flag, *([one] if one else [])]) for one in values]
     say_server(server, request, args, agent, messages)
     return server
 
@@ -10913,16 +10896,13 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     import ipaddress
 
     destination = agent.ssh.destination
-    verb, seconds = (
-        ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
-    )
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     title += " inside %s" % server.request.outside if server.request.outside else ""
-    text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
+    text = "%s in %s (pid %d, %s, " % (title, server.root_dir, server.pid, where)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
-        messages.step(text, "launched", **facts)
+        messages.step("Launched %s%.1f s)." % (text, server.seconds), "launched", **facts)
         address = ipaddress.ip_address(args.ip)
         if not address.is_loopback:
             where = "any address of " + destination if address.is_unspecified else args.ip
@@ -10931,7 +10911,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     else:
         fields = request.too_late(server.request)
         ignored = ["--" + option.name for option in options() if option.key in fields]
-        messages.step(text, "found", ignored=ignored, **facts)
+        messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
@@ -10963,7 +10943,7 @@ def wants_browser(args: Args) -> bool:
 
 def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
-    if "," in args.destination.host:
+    if "," in args.host:
         return list_hosts(args, messages)
     agent.ssh.connect()
     views: Dict[str, List[Any]]
@@ -11006,11 +10986,11 @@ def list_hosts(args: Args, messages: Messages) -> int:
     asked = {}
     found: Dict[str, List[Any]] = {}  # by their event
     is_one_reached = False
-    hosts = args.destination.host
-    try:
-        for host in dict.fromkeys(filter(None, hosts.split(","))):
-            words = args.line.words(args.line.destination.replace(hosts, host, 1), "list")
-            asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
+    with contextlib.ExitStack() as ends:
+        for host in dict.fromkeys(filter(None, args.host.split(","))):
+            words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
+            asked[host] = ends.enter_context(subprocess.Popen([*program, *words], start_new_session=True, **pipes))
+            ends.callback(asked[host].terminate)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
         for host, child in asked.items():
             why, said = "no answer within %d s" % HOSTS_TIMEOUT_S, b""
@@ -11031,11 +11011,6 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 rows.append(dict(view.facts(), event="server"))
             for facts in rows:
                 found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
-    finally:
-        for child in asked.values():
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
     for event in ("job", "server", "wrapper", "run", "kernel"):
         if event in found and not args.json:
             print_table({"HOST": lambda row: row.behind, **COLUMNS[event]}, found[event], messages)
@@ -11091,12 +11066,10 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
             else:
                 messages.line(text, end="")
 
-    handlers: Dict[str, Handler] = {"recorded": take}
+    redials = not args.no_reconnect
     try:
         agent.ssh.connect()
-        reply = agent.ask_on(
-            lambda: request.but(line=lines), EvalReply, handlers=handlers, redials=not args.no_reconnect
-        )
+        reply = agent.ask_on(lambda: request.but(line=lines), EvalReply, "", {"recorded": take}, redials)
     except (KeyboardInterrupt, Terminated):
         if agent.launching:
             messages.end_line()
@@ -11154,9 +11127,9 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
     shown = ShownCells(messages, args.since)
-    handlers: Dict[str, Handler] = {"recorded": shown.take}
+    request = request_of(args, "send_output")
     redials = args.is_followed and not args.no_reconnect
-    agent.ask_on(lambda: request_of(args, "send_output", line=shown.lines), OutputReply, "", handlers, redials)
+    agent.ask_on(lambda: request.but(line=shown.lines), OutputReply, "", {"recorded": shown.take}, redials)
     return EXIT_OK
 
 
@@ -11203,14 +11176,14 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
         raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
     closed = 0
     for record in tunnels():
-        is_there = is_alone or record.destination == args.destination.host
-        if record.is_background and is_there and args.destination.path in (None, record.request.path):
+        is_there = is_alone or record.destination == args.host
+        if record.is_background and is_there and args.path in (None, record.request.path):
             end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
     if not closed:
-        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.destination.host))
+        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.host))
     return EXIT_OK
 
 
@@ -11241,7 +11214,8 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     One after the other, the first failure ends it; with -j or --grid several at once, each of them to its end.
     """
     check_execute(args)
-    request = request_of(args, "start_run", brings=args.bring)
+    is_many = bool(args.grid or args.at_once)
+    request = request_of(args, "start_run", brings=args.bring, is_one_of_many=is_many)
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
     request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
@@ -11252,22 +11226,21 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     agent.ssh.connect()
     for along in alongs:
         along.send(agent, not args.no_reconnect)
-    if args.grid or args.at_once:
+    if is_many:
         execute_many(tasks, args, agent)
         return EXIT_OK
-    if args.run_id:
-        execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
-        follow(execution, waiting, args)
-    for number, task in enumerate(tasks, 1):
-        try:
-            started = start_execution(task, args, agent, waiting)
-            if started:
-                follow(started, waiting, args)
-        except Failure:
-            left = ", ".join(task.name for task in tasks[number:])
-            if left:
-                messages.warn("Not executed after the failure of %s: %s" % (task.name, left))
-            raise
+    with waiting.asking():
+        if args.run_id:
+            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
+            follow(execution, waiting, args)
+        for number, task in enumerate(tasks, 1):
+            try:
+                execute_one(task, args, agent, waiting)
+            except Failure:
+                left = ", ".join(task.name for task in tasks[number:])
+                if left:
+                    messages.warn("Not executed after the failure of %s: %s" % (task.name, left))
+                raise
     return EXIT_OK
 
 
@@ -11304,8 +11277,8 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
         output = os.path.join(os.path.dirname(source.output), executed_name(name)) if values else source.output
         parameters = [list(pair) for pair in (*args.parameters, *values.items())]
         result = "%s:%s" % (socket.gethostname(), os.path.realpath(output))
-        facts = {"parameters": parameters, "result": result, "errand": os.urandom(8).hex()}
-        tasks.append(Task(name, request.but(name=name, **facts), output, original))
+        task = request.but(name=name, parameters=parameters, result=result, errand=os.urandom(8).hex())
+        tasks.append(Task(name, task, output, original))
     return tasks
 
 
@@ -11315,14 +11288,13 @@ BATCH_S = 20 * 3600  # for which the same command goes on with what it began
 def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     """Execute several notebooks, so many at once. Until all have ended, the same command goes on with them."""
     messages = agent.messages
-    tasks = [task._replace(request=task.request.but(errand="", is_one_of_many=True)) for task in tasks]
-    asked = [task.request.facts() for task in tasks]
+    asked = [task.request.but(errand="").facts() for task in tasks]
     key = digest_of(json.dumps([agent.ssh.destination, agent.state_dir, asked]))
     seed = "" if args.overlaps else kept_here().batches.get(key, "")
     begun = re.match(r"([0-9a-f]{1,9})\.", seed)
-    if begun and time.time() - int(begun.group(1), 16) < BATCH_S:
+    if begun and time.time() - int(begun.group(1), 16) < BATCH_S:  # else the next night's, of one that was killed
         messages.note("Going on with what the same command has begun; --overlap begins anew.")
-    else:  # that was killed, perhaps, and this is the next night's
+    else:
         seed = "%x.%s" % (int(time.time()), os.urandom(8).hex())
         keep_here("batches", key, seed)
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
@@ -11360,10 +11332,10 @@ def read_parameter_file(path: str) -> List[str]:
     return [path, text]
 
 
-def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Optional[Execution]:
-    """Start to execute a notebook on the host; None if it is being executed already, and no overlap was asked for."""
+def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
+    """Execute a notebook on the host, unless it is being executed already, and no overlap was asked for."""
     messages = agent.messages
-    with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
+    with agent.leaving("The execution of " + task.name, args.again):
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
@@ -11371,9 +11343,10 @@ def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Opt
         again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
-        return None
+        return
     messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    return Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
+    execution = Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
+    follow(execution, waiting, args)
 
 
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
@@ -11381,8 +11354,7 @@ def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     try:
         execution.overwrites = args.force
         execution.brings = brings_of(args, execution.host, execution.id)
-        with waiting.asking():
-            execution.follow(redials=not args.no_reconnect)
+        execution.follow(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
         if waiting.state.is_waiting:
             raise
@@ -11545,8 +11517,7 @@ complete -o bashdefault -o default -F _rjupyter rjupyter.py rjupyter
 """,
     "zsh": """#compdef rjupyter.py rjupyter
 _rjupyter() {
-    local -a found
-    found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local -a found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     [[ -n "$found[1]" ]] && compadd -a found || _files
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
@@ -11556,8 +11527,7 @@ compdef _rjupyter rjupyter.py rjupyter
     set -l typed (commandline -opc)
     $typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null
 end
-complete -c rjupyter.py -a '(__rjupyter)'
-complete -c rjupyter -a '(__rjupyter)'
+complete -c rjupyter.py -c rjupyter -a '(__rjupyter)'
 """,
 }
 
@@ -11576,20 +11546,19 @@ def candidates(words: List[str]) -> List[str]:
     known = by_flag([*(OPTIONS["output"] if line.action else options()), *own])
     ids = kept_here().hosts.get(line.destination.partition(":")[0], [])
     last = known.get(typed[-1]) if typed else None
+    is_value = bool(last and last.metavar)
+    takes = last if is_value else next((row for row in own if not row.flags), None)
     config = next((option.value for option in line.before if option.flag == "-F"), "")
-    if last and last.metavar:
-        found = ids if last.metavar == "ID" else list(last.choices)
-    elif current.startswith("-"):
+    if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
+    elif takes:
+        found = ids if takes.metavar == "ID" else list(takes.choices)
     elif not line.destination:
         found = [name for name in ACTIONS if name and ACTIONS[name].alone]
         found += ssh_hosts(config or os.path.expanduser("~/.ssh/config"))
-    elif line.action == "completion":
-        found = list(COMPLETIONS)
-    elif not line.action:
-        found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
     else:
-        found = ids if any(option.metavar == "ID" for option in own) else []
+        found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
+        found = [] if line.action else found
     return sorted({word for word in found if word.startswith(current)})
 
 
@@ -11598,20 +11567,14 @@ def ssh_hosts(path: str, depth: int = 0) -> List[str]:
     import glob
 
     found: List[str] = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            lines = stream.read().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        key, *names = re.split(r"[\s=]+", line.strip())
-        if key.lower() == "host":
-            found += [name.strip('"') for name in names if name and not set(name) & set("*?!")]
-        elif key.lower() == "include" and depth < 16:
-            for name in names:
-                pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name.strip('"')))
-                for other in sorted(glob.glob(pattern)):
-                    found += ssh_hosts(other, depth + 1)
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            key, *names = [word.strip('"') for word in re.split(r"[\s=]+", line.strip())]
+            if key.lower() == "host":
+                found += [name for name in names if name and not set(name) & set("*?!")]
+            for name in names if key.lower() == "include" and depth < 16 else ():
+                pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name))
+                found += itertools.chain(*(ssh_hosts(other, depth + 1) for other in sorted(glob.glob(pattern))))
     return list(dict.fromkeys(found))
 
 
@@ -11796,7 +11759,7 @@ def carry_out(words: List[str]) -> int:
         args = Args(line)
         messages = Messages(args.quiet, args.verbose, args.json)
         is_mux = os.name == "posix" and not args.no_mux
-        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, is_mux)
+        ssh = Ssh(args.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
         agent = Agent(ssh, messages, args.state_dir or "")
         try:
@@ -11811,7 +11774,7 @@ def carry_out(words: List[str]) -> int:
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
-            near = nearest(args.destination.host, ssh_hosts(config))
+            near = nearest(args.host, ssh_hosts(config))
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
