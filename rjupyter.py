@@ -1971,6 +1971,12 @@ def shortened(text: str) -> str:
     return text if len(text) <= COLUMN_WIDTH else text[: COLUMN_WIDTH - 3] + "..."
 
 
+def value_in_words(value: Any) -> str:
+    """Return the value of an option as it is shown."""
+    words = ["no", "yes"][value] if isinstance(value, bool) else value or "-"
+    return " ".join(words) if isinstance(words, list) else str(words)
+
+
 STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
 COLUMN_WIDTH = 40
 # What each table shows of a row, by the title of its column.
@@ -2039,9 +2045,9 @@ COLUMNS = {
         "CLOSED BY": lambda row: "close" if row["is_background"] else "Ctrl-C (pid %d)" % row["tunnel_pid"],
     },
     "option": {
-        "OPTION": lambda row: row[0],
-        "VALUE": lambda row: row[1],
-        "FROM": lambda row: row[2],
+        "OPTION": lambda row: row["option"],
+        "VALUE": lambda row: value_in_words(row["value"]),
+        "FROM": lambda row: row["source"],
     },
 }  # type: Dict[str, Dict[str, Callable[[Any], object]]]
 
@@ -2056,6 +2062,14 @@ def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], 
     widths = [max(len(printable(cell)) for cell in column) for column in table]
     for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def print_rows(event: str, rows: "List[Any]", messages: Messages) -> None:
+    """Print records, or rows, as one of COLUMNS, or for a program as events."""
+    for row in rows if messages.as_json else ():
+        messages.event(event, **(row.facts() if isinstance(row, Record) else row))
+    if rows and not messages.as_json:
+        print_table(COLUMNS[event], rows, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10956,15 +10970,11 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         if kept_here().hosts.get(agent.ssh.destination) != ids:
             keep_here("hosts", agent.ssh.destination, ids)
     for event, found in views.items():
-        for view in found:
-            messages.event(event, **view.facts())
-    for event, found in views.items() if not args.json else ():
-        if (event in ("wrapper", "run") and found) or (event == "server" and views["job"]):
+        if ((event in ("wrapper", "run") and found) or (event == "server" and views["job"])) and not args.json:
             messages.line("")
         ended = [view for view in found if event == "run" and view.state not in GOING_ON]
-        hidden = [] if args.all else ended[ENDED_SHOWN:]
-        if found:
-            print_table(COLUMNS[event], [view for view in found if view not in hidden], messages)
+        hidden = [] if args.all or args.json else ended[ENDED_SHOWN:]
+        print_rows(event, [view for view in found if view not in hidden], messages)
         if hidden:
             count = count_of(len(hidden), "ended execution")
             messages.note("%s more; to see them: %s" % (count, args.again("list", "--all")))
@@ -11195,11 +11205,10 @@ def run_tunnels(args: Args, agent: Agent, messages: Messages) -> int:
         row = {name: getattr(record, name) for name in ("destination", "local_port", "id", "is_background")}
         row.update(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid, path=record.request.path)
         rows.append(dict(row, age_s=max(0.0, time.time() - record.created)))
-        messages.event("tunnel", **rows[-1])
+    print_rows("tunnel", rows, messages)
     if not rows:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
-        print_table(COLUMNS["tunnel"], rows, messages)
         back = command_line(*records[-1].ssh, records[-1].typed)
         messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
     return EXIT_OK
@@ -11548,34 +11557,35 @@ def candidates(words: List[str]) -> List[str]:
     last = known.get(typed[-1]) if typed else None
     is_value = bool(last and last.metavar)
     takes = last if is_value else next((row for row in own if not row.flags), None)
-    config = next((option.value for option in line.before if option.flag == "-F"), "")
     if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
     elif takes:
         found = ids if takes.metavar == "ID" else list(takes.choices)
     elif not line.destination:
-        found = [name for name in ACTIONS if name and ACTIONS[name].alone]
-        found += ssh_hosts(config or os.path.expanduser("~/.ssh/config"))
+        found = [name for name in ACTIONS if name and ACTIONS[name].alone] + ssh_hosts(line)
     else:
         found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
         found = [] if line.action else found
     return sorted({word for word in found if word.startswith(current)})
 
 
-def ssh_hosts(path: str, depth: int = 0) -> List[str]:
+def ssh_hosts(line: CommandLine) -> List[str]:
     """Return the names that ssh's configuration has, with those of the files that it includes (ssh_config(5))."""
     import glob
 
+    config = [typed.value for typed in line.before if typed.flag == "-F" and typed.value]
+    paths = config[-1:] or [os.path.expanduser("~/.ssh/config")]
     found: List[str] = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            key, *names = [word.strip('"') for word in re.split(r"[\s=]+", line.strip())]
-            if key.lower() == "host":
-                found += [name for name in names if name and not set(name) & set("*?!")]
-            for name in names if key.lower() == "include" and depth < 16 else ():
-                pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name))
-                found += itertools.chain(*(ssh_hosts(other, depth + 1) for other in sorted(glob.glob(pattern))))
-    return list(dict.fromkeys(found))
+    for path in paths:  # which grows
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+            for text in stream:
+                key, *names = [word.strip('"') for word in re.split(r"[\s=]+", text.strip())]
+                if key.lower() == "host":
+                    found += [name for name in names if name and not set(name) & set("*?!")]
+                for name in names if key.lower() == "include" else ():
+                    pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name))
+                    paths += set(glob.glob(pattern)) - set(paths)
+    return found
 
 
 def ids_path() -> str:
@@ -11615,15 +11625,12 @@ def keep_here(name: str, key: str, value: Any) -> None:
 
 def run_config(args: Args, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
-    rows = {}
+    rows: Dict[str, Json] = {}
     for option in options():
-        if option.name and option.key not in rows and hasattr(args, option.key):
-            value, source = getattr(args, option.key), args.sources.get(option.key, "default")
-            messages.event("option", option=option.name, value=value, source=source)
-            shown = ("yes" if value else "no") if isinstance(value, bool) else value or "-"
-            rows[option.key] = (option.name, " ".join(shown) if isinstance(shown, list) else shown, source)
-    if not args.json:
-        print_table(COLUMNS["option"], list(rows.values()), messages)
+        if option.name and hasattr(args, option.key):
+            source = args.sources.get(option.key, "default")
+            rows.setdefault(option.key, {"option": option.name, "value": getattr(args, option.key), "source": source})
+    print_rows("option", list(rows.values()), messages)
     return EXIT_OK
 
 
@@ -11773,8 +11780,7 @@ def carry_out(words: List[str]) -> int:
         return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
-            config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
-            near = nearest(args.host, ssh_hosts(config))
+            near = nearest(args.host, ssh_hosts(args.line))
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status
