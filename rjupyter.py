@@ -10420,13 +10420,9 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-h --help", "print this help"),
     ],
 }
+EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
-
-
-def options() -> Iterator[Option]:
-    """Yield the rows of every group."""
-    return itertools.chain.from_iterable(OPTIONS.values())
 
 
 def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
@@ -10523,7 +10519,7 @@ class CommandLine:
         self.action = ""
         self.behind: List[Typed] = []
         self.operands: List[str] = []
-        self.known = by_flag(options())
+        self.known = by_flag(EVERY_OPTION)
         self.rest = list(argv)
         is_over = False
         while self.rest:
@@ -10583,7 +10579,7 @@ class CommandLine:
         self._check()
         typed = [*self.before, *self.behind]
         for pair in APART:
-            both = [one.flag for one in typed if one.flag in pair and one.option in (*options(),)]
+            both = [one.flag for one in typed if one.flag in pair and one.option in EVERY_OPTION]
             if len(set(both)) > 1:
                 raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
@@ -10598,7 +10594,7 @@ class CommandLine:
                 raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
         if unknown:
-            known = by_flag(itertools.chain(options(), *OPTIONS_OF.values()))
+            known = by_flag(itertools.chain(EVERY_OPTION, *OPTIONS_OF.values()))
             near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
             raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
         missing = row.metavar if row and not row.many and not taken else ""
@@ -10665,7 +10661,7 @@ class Args(types.SimpleNamespace):
         found = {} if "no_config" in self.typed else config_defaults(config_path(), self.host)
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
-        rows = itertools.chain(options(), OPTIONS_OF.get(line.action, ()))
+        rows = [*EVERY_OPTION, *OPTIONS_OF.get(line.action, ())]
         nothing = {row.key: row.default for row in rows if row.name not in ("help", "version")}
         super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
 
@@ -10703,7 +10699,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             config.read_file(stream)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    rows = {option.name: option for option in options() if option.name not in ("help", "version", "no-config")}
+    rows = {option.name: option for option in EVERY_OPTION if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
         for name, text in config.items(section) if matches_host(section, destination) else ():
@@ -10746,7 +10742,7 @@ def request_of(args: Args, action: str, **facts: Any) -> Request:
     """
     rows = list(OPTIONS_OF.get(args.action or "", ()))
     if args.action in (None, "execute", "doctor"):
-        rows += options()
+        rows += EVERY_OPTION
         facts["submit"] = submit_words(args)
     asked = {row.key: getattr(args, row.key) for row in rows if row.key in Request.fields}
     facts = {**{key: value for key, value in asked.items() if value is not None}, **facts}
@@ -10889,7 +10885,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
         launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
     elif words:
         launched_with["submit"] = shlex.join(server.request.submit)
-    for option in options():
+    for option in EVERY_OPTION:
         value = launched_with.get(option.key)
         if value and getattr(args, option.key) in (None, False, []):
             setattr(args, option.key, value)
@@ -10924,7 +10920,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
             messages.note(text % (args.ip, where))
     else:
         fields = request.too_late(server.request)
-        ignored = ["--" + option.name for option in options() if option.key in fields]
+        ignored = ["--" + option.name for option in EVERY_OPTION if option.key in fields]
         messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
@@ -11552,7 +11548,7 @@ def candidates(words: List[str]) -> List[str]:
     *typed, current = words or [""]
     line = CommandLine(typed)
     own = OPTIONS_OF.get(line.action, [])
-    known = by_flag([*(OPTIONS["output"] if line.action else options()), *own])
+    known = by_flag([*(OPTIONS["output"] if line.action else EVERY_OPTION), *own])
     ids = kept_here().hosts.get(line.destination.partition(":")[0], [])
     last = known.get(typed[-1]) if typed else None
     is_value = bool(last and last.metavar)
@@ -11626,7 +11622,7 @@ def keep_here(name: str, key: str, value: Any) -> None:
 def run_config(args: Args, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
     rows: Dict[str, Json] = {}
-    for option in options():
+    for option in EVERY_OPTION:
         if option.name and hasattr(args, option.key):
             source = args.sources.get(option.key, "default")
             rows.setdefault(option.key, {"option": option.name, "value": getattr(args, option.key), "source": source})
@@ -11755,8 +11751,7 @@ def carry_out(words: List[str]) -> int:
     args: Optional[Args] = None
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
-            for word in candidates(words[2:]):
-                messages.line(word)
+            messages.line("".join(word + "\n" for word in candidates(words[2:])), end="")
             return EXIT_OK
         line = CommandLine(words)
         topic = line.topic()
