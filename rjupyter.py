@@ -11004,8 +11004,8 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 said, _ = child.communicate(timeout=max(0.1, until_s - time.monotonic()))
                 why = "it ended with status %d" % child.returncode if child.returncode else ""
             events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
-            failed = next((facts for facts in events if facts.get("event") == "failure"), None)
-            why = in_one_line(str(failed.get("why") or failed.get("what"))) if failed else why
+            failed = [str(facts["why"] or facts["what"]) for facts in events if facts.get("event") == "failure"]
+            why = in_one_line(failed[0]) if failed else why
             messages.event("host", host=host, is_reached=not why, why=why or None)
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
@@ -11026,11 +11026,10 @@ def list_hosts(args: Args, messages: Messages) -> int:
 def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     began = time.monotonic()
-    request = request_of(args, "wait_for_kernel")
 
     def ask() -> Request:
         left_s = max(1, args.timeout_s - int(time.monotonic() - began)) if args.timeout_s else 0
-        return request.but(timeout_s=left_s)
+        return request_of(args, "wait_for_kernel", timeout_s=left_s)
 
     agent.ssh.connect()
     reply = agent.ask_on(ask, WaitReply, "Waiting for the kernel", redials=not args.no_reconnect)
@@ -11101,26 +11100,19 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
     def request() -> Request:
         return request_of(args, "logs", id=identity, line=lines)
 
-    def print_held() -> None:
-        while held:
-            text = held.pop()
-            messages.result(as_shown(text), "line", line=text)
-
     def take(line: Line, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
-        if OUR_PROBE in line.text:
-            held.clear()
-            return
-        print_held()
-        held.append(line.text)
-        if not re.search(r"Forbidden'?$", line.text):
-            print_held()
+        said = [] if OUR_PROBE in line.text else [*held, line.text]
+        held[:] = [text for text in said[-1:] if re.search(r"Forbidden'?$", text)]
+        for text in said[: len(said) - len(held)]:
+            messages.result(as_shown(text), "line", line=text)
 
     agent.ssh.connect()
     redials = args.is_followed and not args.no_reconnect
     agent.ask_on(request, LogsReply, handlers={"line": take}, redials=redials)
-    print_held()
+    for text in held:
+        messages.result(as_shown(text), "line", line=text)
     return EXIT_OK
 
 
