@@ -5435,18 +5435,22 @@ class Agent:
         self.launching, self.doing = message.id, message.doing
 
     @contextlib.contextmanager
-    def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, and how to end it; where it `goes_on`."""
+    def leaving(self, goes_on: Callable[[], str]) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, as far as there is something to say."""
         self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            if self.launching and goes_on:
+            text = goes_on()
+            if text:
                 self.messages.end_line()
-                stop = hint("stop", self.launching)
-                text = "%s %s on %s. To end it: %s"
-                self.messages.note(text % (what, self.doing, self.ssh.destination, stop))
+                self.messages.note(text)
             raise
+
+    def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
+        """Say what was begun there, as far as it was, and how to end it."""
+        facts = (what, self.doing, self.ssh.destination, hint("stop", self.launching))
+        return "%s %s on %s. To end it: %s" % facts if self.launching else ""
 
     def _say_stopped(self, message: Stopped, show: Show) -> None:
         if message.what not in STOPPED_TEXTS:
@@ -10869,10 +10873,10 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    hint = args.again
-    waiting = Queue(agent, messages, hint, lambda identity: args.again())
+    waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
-    with contextlib.closing(Reserved(local_port)), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
+    leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
+    with contextlib.closing(Reserved(local_port)), asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
@@ -11071,17 +11075,15 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
             else:
                 messages.line(text, end="")
 
+    def goes_on() -> str:
+        follow, kernel = args.again("output", agent.launching, "-f"), agent.launching
+        stop = args.again("eval", "--interrupt", "-k", kernel)
+        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop) if kernel else ""
+
     redials = not args.no_reconnect
-    try:
+    with agent.leaving(goes_on):
         agent.ssh.connect()
         reply = agent.ask_on(lambda: request.but(line=lines), EvalReply, "", {"recorded": take}, redials)
-    except (KeyboardInterrupt, Terminated):
-        if agent.launching:
-            messages.end_line()
-            follow = args.again("output", agent.launching, "-f")
-            stop = args.again("eval", "--interrupt", "-k", agent.launching)
-            messages.note("It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop))
-        raise
     if reply.state == "dead":
         kernels = args.again("list", "--kernels")
         raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
@@ -11297,14 +11299,16 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
     batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+
+    def goes_on() -> str:
+        ids = [execution.id for execution in batch.running.values()]
+        text = "What is running keeps running. To follow it again, and start the rest: the same command"
+        return text + ("   To end it: " + args.again("stop", *ids) if ids else "")
+
     try:
-        batch.follow()
-    except (KeyboardInterrupt, Terminated, NotConnected) as left:
-        if not isinstance(left, NotConnected):
-            messages.end_line()
-            text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
-            ids = [execution.id for execution in batch.running.values()]
-            messages.note(text % ("   To end it: " + args.again("stop", *ids) if ids else ""))
+        with agent.leaving(goes_on):
+            batch.follow()
+    except (KeyboardInterrupt, Terminated, NotConnected):
         key = ""
         raise
     finally:  # all have ended: the same command begins anew
@@ -11332,7 +11336,7 @@ def read_parameter_file(path: str) -> List[str]:
 def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
     """Execute a notebook on the host, unless it is being executed already, and no overlap was asked for."""
     messages = agent.messages
-    with agent.leaving("The execution of " + task.name, args.again):
+    with agent.leaving(lambda: agent.what_goes_on("The execution of " + task.name, args.again)):
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
@@ -11348,18 +11352,16 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    try:
-        execution.overwrites = args.force
-        execution.brings = brings_of(args, execution.host, execution.id)
+    execution.overwrites = args.force
+    execution.brings = brings_of(args, execution.host, execution.id)
+
+    def goes_on() -> str:
+        again, stop = args.again("execute", "--attach", execution.id), args.again("stop", execution.id)
+        text = "%s keeps running. To follow it again: %s   To end it: %s" % (execution.name, again, stop)
+        return "" if waiting.state.is_waiting else text
+
+    with execution.agent.leaving(goes_on):
         execution.follow(redials=not args.no_reconnect)
-    except (KeyboardInterrupt, Terminated):
-        if waiting.state.is_waiting:
-            raise
-        execution.messages.end_line()
-        again = args.again("execute", "--attach", execution.id)
-        text = "%s keeps running. To follow it again: %s   To end it: %s"
-        execution.messages.note(text % (execution.name, again, args.again("stop", execution.id)))
-        raise
 
 
 def brings_of(args: Args, host: str, identity: str) -> List[str]:
