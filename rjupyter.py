@@ -2052,24 +2052,22 @@ COLUMNS = {
 }  # type: Dict[str, Dict[str, Callable[[Any], object]]]
 
 
-def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], messages: Messages) -> None:
-    """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
+def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callable[[Any], object]") -> None:
+    """Print records, or rows, as a table with `more` columns before those of its kind; for a program, as events.
 
-    A column that says nothing of any is left out.
+    The host's words are data, whatever they hold. A column that says nothing of any is left out.
     """
+    if messages.as_json:
+        for row in rows:
+            messages.event(event, **(row.facts() if isinstance(row, Record) else row))
+    if messages.as_json or not rows:
+        return
+    columns = {**more, **COLUMNS[event]}
     table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
     table = [column for column in table if any(column[1:])]
     widths = [max(len(printable(cell)) for cell in column) for column in table]
     for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def print_rows(event: str, rows: "List[Any]", messages: Messages) -> None:
-    """Print records, or rows, as one of COLUMNS, or for a program as events."""
-    for row in rows if messages.as_json else ():
-        messages.event(event, **(row.facts() if isinstance(row, Record) else row))
-    if rows and not messages.as_json:
-        print_table(COLUMNS[event], rows, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11021,9 +11019,8 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 rows.append(dict(view.facts(), event="server"))
             for facts in rows:
                 found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
-    for event in ("job", "server", "wrapper", "run", "kernel"):
-        if event in found and not args.json:
-            print_table({"HOST": lambda row: row.behind, **COLUMNS[event]}, found[event], messages)
+    for event in ("job", "server", "wrapper", "run", "kernel") if not args.json else ():
+        print_rows(event, found.get(event, []), messages, HOST=lambda row: row.behind)
     return EXIT_OK if is_one_reached else EXIT_SSH
 
 
