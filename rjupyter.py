@@ -10619,12 +10619,12 @@ class CommandLine:
             right = command_line(*self.words(host, self.destination, unknown))
             raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
         for typed in self.before:
-            for name in [self.action] if self.action in actions else actions:
+            value = typed.value or ""
+            is_ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
+            for name in [self.action] if typed.option or self.action in actions else actions:
                 row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
-                value = typed.value or ""
-                ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
-                if row and not (typed.option and (ours.get(typed.flag) or name != self.action)):
-                    right = command_line("HOST", name, typed.flag, row.metavar)
+                if row and not (typed.option and is_ours.get(typed.flag)):
+                    right = command_line("HOST", name, typed.flag, *filter(None, [row.metavar]))
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
