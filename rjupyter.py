@@ -1046,7 +1046,7 @@ class TunnelRecord(Record):
     pid: int
     identity: str
     destination: str
-    path: "Optional[str]" = None
+    typed: str = ""  # with its path
     ssh: "List[str]" = []
     further: "List[str]" = []
     request: "Request" = Request()
@@ -1825,6 +1825,12 @@ def shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def value_in_words(value: Any) -> str:
+    """Return the value of an option as it is shown."""
+    words = ["no", "yes"][value] if isinstance(value, bool) else value or "-"
+    return " ".join(words) if isinstance(words, list) else str(words)
+
+
 STARTED = {"open": "a server", "start_run": "a notebook"}  # what an action starts, for people
 # What each table shows of a row, by the title of its column.
 COLUMNS = {
@@ -1892,18 +1898,24 @@ COLUMNS = {
         "CLOSED BY": lambda row: "close" if row["is_background"] else "Ctrl-C (pid %d)" % row["tunnel_pid"],
     },
     "option": {
-        "OPTION": lambda row: row[0],
-        "VALUE": lambda row: row[1],
-        "FROM": lambda row: row[2],
+        "OPTION": lambda row: row["option"],
+        "VALUE": lambda row: value_in_words(row["value"]),
+        "FROM": lambda row: row["source"],
     },
 }  # type: Dict[str, Dict[str, Callable[[Any], object]]]
 
 
-def print_table(columns: "Dict[str, Callable[[Any], object]]", rows: List[Any], messages: Messages) -> None:
-    """Print records as a table with their columns aligned; the host's words are data, whatever they hold.
+def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callable[[Any], object]") -> None:
+    """Print records, or rows, as a table with `more` columns before those of its kind; for a program, as events.
 
-    A column that says nothing of any is left out.
+    The host's words are data, whatever they hold. A column that says nothing of any is left out.
     """
+    if messages.as_json:
+        for row in rows:
+            messages.event(event, **(row.facts() if isinstance(row, Record) else row))
+    if messages.as_json or not rows:
+        return
+    columns = {**more, **COLUMNS[event]}
     table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
     table = [column for column in table if any(column[1:])]
     widths = [max(len(printable(cell)) for cell in column) for column in table]
@@ -2397,17 +2409,6 @@ class Ssh:
             raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
         self.config_text = said
         self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
-
-    def __enter__(self) -> "Ssh":
-        try:
-            self.connect()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the connection, and with it every forward; a master that was not ours stays."""
@@ -5208,18 +5209,22 @@ class Agent:
             say(text)
 
     @contextlib.contextmanager
-    def leaving(self, what: str, hint: Callable[..., str], goes_on: bool = True) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, and how to end it; where it `goes_on`."""
+    def leaving(self, goes_on: Callable[[], str]) -> Iterator[None]:
+        """Under this, Ctrl-C says what goes on there without us, as far as there is something to say."""
         self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
-            if self.launching and goes_on:
+            text = goes_on()
+            if text:
                 self.messages.end_line()
-                stop = hint("stop", self.launching)
-                text = "%s %s on %s. To end it: %s"
-                self.messages.note(text % (what, self.doing, self.ssh.destination, stop))
+                self.messages.note(text)
             raise
+
+    def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
+        """Say what was begun there, as far as it was, and how to end it."""
+        facts = (what, self.doing, self.ssh.destination, hint("stop", self.launching))
+        return "%s %s on %s. To end it: %s" % facts if self.launching else ""
 
     def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
@@ -9602,66 +9607,36 @@ REQUESTS["examine_inside"] = examine_inside
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Destination(NamedTuple):
-    """A destination: `host` is what ssh gets; `path` is None if none was given."""
-
-    host: str
-    path: Optional[str]
-
-    def text(self) -> str:
-        """Return it as it is typed, so that parse_destination reads it again."""
-        from urllib.parse import quote
-
-        if self.path is None:
-            return self.host
-        if self.host.startswith("ssh://"):
-            return "%s/%s" % (self.host, quote(self.path))
-        user, at, address = self.host.rpartition("@")
-        return "%s%s%s:%s" % (user, at, "[%s]" % address if ":" in address else address, self.path)
-
-
-def is_ipv6(text: str) -> bool:
-    """True for an address of IPv6, perhaps with its interface."""
-    import ipaddress
-
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(text.partition("%")[0]).version == 6
-    return False
-
-
-def parse_destination(text: str) -> Destination:
+def parse_destination(text: str) -> Tuple[str, Optional[str]]:
     """Split DESTINATION[:PATH], as scp and ssh write them: [user@]host:path, [user@][v6]:path, ssh://user@host:port/path.
 
-    Raises ValueError with the reason when ssh could take it for something else.
+    Returns what ssh gets, and the path, None where there is none. Raises ValueError with the reason when ssh could take
+    it for something else.
     """
-    path: Optional[str] = None
-    if text.startswith("ssh://"):
+    scheme = "ssh://" if text.startswith("ssh://") else ""
+    bracketed = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
+    if bracketed:
+        name, path = bracketed.group(1) + bracketed.group(2), bracketed.group(3)
+    elif re.fullmatch(r"(?:[^@]*@)?(?=.*::|(?:[^:]*:){7})[0-9A-Fa-f:.]+(?:%\w+)?", text):  # of IPv6
+        name, path = text, None
+    else:
+        name, mark, rest = text[len(scheme) :].partition("/" if scheme else ":")
+        path = rest if mark and (rest or not scheme) else None
+    if scheme and path:
         from urllib.parse import unquote
 
-        host, slash, rest = text[len("ssh://") :].partition("/")
-        host, path = "ssh://" + host, unquote(rest) if slash and rest else None
-        name = host[len("ssh://") :]
-    else:
-        match = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
-        if match:
-            host, path = match.group(1) + match.group(2), match.group(3)
-        elif text.count(":") > 1 and is_ipv6(text.rsplit("@", 1)[-1]):
-            host = text
-        else:
-            host, colon, rest = text.partition(":")
-            path = rest if colon else None
-        name = host
-    if not name or name.startswith("-") or name.rsplit("@", 1)[-1].startswith("-"):
+        path = unquote(path)
+    user, _, address = name.rpartition("@")
+    if not name or name.startswith("-") or address.startswith("-"):
         raise ValueError("no host in %r" % text)
     # ssh hands names on to the user's shell (ProxyCommand, Match exec); from 9.6 on it refuses these itself (ssh.c).
-    user, _, address = name.rpartition("@")
     if not name.isprintable() or re.search(r"""[\s/'`"$\\;&<>|(){}]""", address) or user.endswith("\\"):
         raise ValueError("a host cannot be called %r" % name)
     if re.search(r"""[\s/'`";&<>|(){}]""", user):
         raise ValueError("a user cannot be called %r" % user)
     if path is not None and "\0" in path:
         raise ValueError("a path cannot hold a NUL")
-    return Destination(host, path)
+    return scheme + name, path
 
 
 # -- how a value is read: each of these raises ValueError with what is wrong ------------------------------------------
@@ -9746,7 +9721,7 @@ def _moment(text: str) -> float:
 
 
 def _grid(text: str) -> Tuple[str, List[Any]]:
-    name, values = _parameter(text)
+    name, values = _pair(text)
     if not isinstance(values, list) or not values:
         raise ValueError("a grid is NAME=[VALUE, ...], not %r" % text)
     if len({repr(value) for value in values}) < len(values):
@@ -9754,7 +9729,7 @@ def _grid(text: str) -> Tuple[str, List[Any]]:
     return name, values
 
 
-def _parameter(text: str) -> Tuple[str, Any]:
+def _pair(text: str) -> Tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
         check_name(name if equals else "")
@@ -9778,50 +9753,35 @@ def config_path() -> str:
     return os.path.join(home, "rjupyter", "config")
 
 
-class Option(NamedTuple):
+class Option:
     """A row of OPTIONS. It is a switch without a METAVAR behind its flags; with a list for a default, it is repeatable.
 
     An option that `chooses` goes with the commands that we tell people to type: "host" with each of them, "server" with
-    those that open. Its value is kept under its long name, or as `dest`; of a switch it is `const`. What an action
-    takes that is no option has no dash, and `many` says how many of them: "*", "?", or one.
+    those that open. Its value is kept as `key`, its long name where there is no other; of a switch it is `const`. What
+    an action takes that is no option has no dash, and `many` says how many of them: "*", "?", or one.
     """
 
-    typed: str
-    help: str
-    read: Callable[[str], Any] = str
-    default: Any = None
-    chooses: str = ""
-    dest: str = ""
-    const: Any = True
-    choices: Sequence[str] = ()
-    many: str = ""
-
-    @property
-    def flags(self) -> List[str]:
-        """Its letter and its long name, as far as it has them."""
-        return [word for word in self.typed.split() if word[0] == "-"]
-
-    @property
-    def metavar(self) -> str:
-        """What its value is called; empty for a switch."""
-        last = self.typed.split()[-1]
-        return last if last[0] != "-" else ""
-
-    @property
-    def name(self) -> str:
-        """Its long name, as the configuration file has it; empty where it has none."""
-        return next((flag[2:] for flag in self.flags if flag.startswith("--")), "")
-
-    @property
-    def key(self) -> str:
-        """The name under which its value is kept."""
-        return self.dest or self.name.replace("-", "_")
-
-    def nothing(self) -> Any:
-        """Return its value where it was not given."""
-        if isinstance(self.default, list):
-            return list(self.default)
-        return self.default if self.metavar or self.default is not None else False
+    def __init__(
+        self,
+        typed: str,
+        text: str,
+        read: Callable[[str], Any] = str,
+        default: Any = None,
+        chooses: str = "",
+        key: str = "",
+        const: Any = True,
+        choices: Sequence[str] = (),
+        many: str = "",
+    ) -> None:
+        self.text, self.read, self.chooses = text, read, chooses
+        self.const, self.choices, self.many = const, choices, many
+        self.flags = [word for word in typed.split() if word[0] == "-"]
+        self.metavar = "".join(word for word in typed.split() if word[0] != "-")  # empty for a switch
+        self.head = "  " + ", ".join(("%s %s" % (flag, self.metavar)).strip() for flag in self.flags or [""])
+        self.name = next((flag[2:] for flag in self.flags if flag[:2] == "--"), "")  # as the configuration file has it
+        unit = "_s" if self.metavar in ("S", "DURATION") else ""
+        self.key = key or self.name.replace("-", "_") + unit
+        self.default = [] if many == "*" else default if self.metavar or default is not None else False
 
     def put(self, text: Optional[str], values: Dict[str, Any]) -> None:
         """Put what was typed behind it among the values; raises ValueError with what is wrong."""
@@ -9837,52 +9797,23 @@ class Option(NamedTuple):
         else:
             values[self.key] = value
 
-    def words(self, value: Any) -> List[str]:
-        """Return it as it is typed for a value."""
-        if self.key == "ssh":
-            return list(value)
-        if not self.metavar:
-            return self.flags[-1:] if value == self.const else []
-        values = value if isinstance(value, list) else [] if value in (None, self.default) else [value]
-        return [word for one in values for word in as_words(self.flags[-1], str(one))]
-
-
-def as_words(flag: str, value: Optional[str]) -> List[str]:
-    """Return an option as it is typed: in one word, where its value would be taken for an option."""
-    if value is not None and value[:1] == "-" and flag[:2] == "--" and flag not in JOINED:
-        return ["%s=%s" % (flag, value)]
-    return [flag] if value is None else [flag, value]
-
 
 JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of options, and may begin like one
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
         Option("--app APP", "what to open (notebook)", default="", choices=list(APPS), chooses="server"),
-        Option("--lab", "the same as --app lab", default="", chooses="server", dest="app", const="lab"),
-        Option("--new", "start another server instead of coming back", dest="is_new"),
+        Option("--lab", "the same as --app lab", default="", chooses="server", key="app", const="lab"),
+        Option("--new", "start another server instead of coming back", key="is_new"),
         Option("--attach ID", "come back to this server; `list` shows the ids", _text, None, "server"),
         Option("--stop-on-exit", "end the server together with the tunnel"),
         Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
         Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
         Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
         Option("--no-record", "do not keep what cells print"),
-        Option(
-            "--idle-timeout DURATION",
-            "end the server after this long without use (12h)",
-            _duration_s,
-            0,
-            "server",
-            "idle_timeout_s",
-        ),
+        Option("--idle-timeout DURATION", "end the server after this long without use (12h)", _duration_s, 0, "server"),
         Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
         Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
-        Option(
-            "--start-timeout S",
-            "how long Jupyter may take to start (%d s)" % START_TIMEOUT_S,
-            _seconds,
-            float(START_TIMEOUT_S),
-            dest="start_timeout_s",
-        ),
+        Option("--start-timeout S", "how long Jupyter may take to start (120 s)", _seconds, float(START_TIMEOUT_S)),
     ],
     "environment on the host": [
         Option("--python PATH", "run Jupyter under this interpreter", _text, None, "server"),
@@ -9890,8 +9821,8 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--init COMMAND", "run this in your shell there first; repeatable", _text, [], "server"),
         Option("--wrap COMMAND", "run Jupyter inside this command; repeatable", _wrap, [], "server"),
         Option("--container IMAGE", "run it in a container: IMAGE, or docker://IMAGE", _text, None, "server"),
-        Option("--install", "install Jupyter if there is none (the default)", default=True, dest="may_install"),
-        Option("--no-install", "do not install Jupyter; print how to", default=True, dest="may_install", const=False),
+        Option("--install", "install Jupyter if there is none (the default)", default=True, key="may_install"),
+        Option("--no-install", "do not install Jupyter; print how to", default=True, key="may_install", const=False),
     ],
     "scheduler, on a host that is a login node": [
         Option("--slurm OPTIONS", "run it in a Slurm job with these options of sbatch", str, None, "server"),
@@ -9905,7 +9836,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--browser COMMAND", "browser to open (the system's)"),
         Option("-L SPEC", "another forward, as for ssh; repeatable", _forward, [], "server", "further"),
         Option("--no-reconnect", "end when the connection is lost"),
-        Option("-f", "go to the background once the tunnel is up", dest="background"),
+        Option("-f", "go to the background once the tunnel is up", key="background"),
     ],
     "ssh, letter for letter": [
         Option("-F FILE", "configuration file (~/.ssh/config)", str, [], "host", "ssh"),
@@ -9928,13 +9859,9 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-h --help", "print this help"),
     ],
 }
+EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
-
-
-def options() -> Iterator[Option]:
-    """Yield the rows of every group."""
-    return itertools.chain.from_iterable(OPTIONS.values())
 
 
 def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
@@ -9996,17 +9923,13 @@ def help_text(topic: str = "") -> str:
         last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
         last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
     parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
-    heads = {}
-    for row in itertools.chain.from_iterable(groups.values()):
-        heads[row.typed] = "  " + ", ".join(" ".join(filter(None, (flag, row.metavar))) for flag in row.flags or [""])
-    column = min(max(map(len, heads.values())) + 2, 28)
+    column = min(max(len(row.head) for rows in groups.values() for row in rows) + 2, 28)
     for title, rows in groups.items():
         lines = [title + ":"] if rows else []
         for row in rows:
-            head = heads[row.typed]
-            lines += [head] if len(head) > column - 2 else []
-            head = ("" if head in lines else head).ljust(column)
-            lines += textwrap.wrap(row.help, width, initial_indent=head, subsequent_indent=" " * column)
+            lines += [row.head] if len(row.head) > column - 2 else []
+            head = ("" if row.head in lines else row.head).ljust(column)
+            lines += textwrap.wrap(row.text, width, initial_indent=head, subsequent_indent=" " * column)
         parts.append("\n".join(lines))
     return "\n\n".join(filter(None, [*parts, "" if last == "examples:" else filled(last)])) + "\n"
 
@@ -10015,11 +9938,12 @@ def help_text(topic: str = "") -> str:
 
 
 class Typed(NamedTuple):
-    """An option as it was typed: its row, if it is one of ours, its flag, its value."""
+    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words."""
 
     option: Optional[Option]
     flag: str
     value: Optional[str]
+    words: List[str]
 
 
 class CommandLine:
@@ -10034,7 +9958,7 @@ class CommandLine:
         self.action = ""
         self.behind: List[Typed] = []
         self.operands: List[str] = []
-        self.known = by_flag(options())
+        self.known = by_flag(EVERY_OPTION)
         self.rest = list(argv)
         is_over = False
         while self.rest:
@@ -10064,20 +9988,20 @@ class CommandLine:
         option = self.known.get(flag)
         if option and option.metavar and not equals and self.rest:
             if flag in JOINED or not self._is_option(self.rest[0]):
-                return Typed(option, flag, self.rest.pop(0))
+                value = self.rest.pop(0)
+                return Typed(option, flag, value, [word, value])
         elif option and not option.metavar and not is_long and value:  # as in -qv
             self.rest.insert(0, "-" + value)
-            return Typed(option, flag, None)
-        return Typed(option, flag, value if equals else None)
+            return Typed(option, flag, None, [flag])
+        return Typed(option, flag, value if equals else None, [word])
 
     def words(self, destination: str, action: str, moved: Sequence[Typed] = ()) -> List[str]:
         """Return the words of another line, with the same options and operands; some are moved behind the action."""
-        before = [typed for typed in self.before if typed not in moved]
-        behind = [*moved, *self.behind]
-        places = [word for word in (destination, action) if word not in ("", NO_HOST)]
-        options_ = [[word for one in some for word in as_words(one.flag, one.value)] for some in (before, behind)]
+        words = [word for typed in self.before if typed not in moved for word in typed.words]
+        words += [word for word in (destination, action) if word not in ("", NO_HOST)]
+        words += [word for typed in [*moved, *self.behind] for word in typed.words]
         end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
-        return [*options_[0], *places, *options_[1], *end, *self.operands]
+        return [*words, *end, *self.operands]
 
     def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
@@ -10094,14 +10018,14 @@ class CommandLine:
         self._check()
         typed = [*self.before, *self.behind]
         for pair in APART:
-            both = [flag for option, flag, _ in typed if flag in pair and option in (*options(),)]
+            both = [one.flag for one in typed if one.flag in pair and one.option in EVERY_OPTION]
             if len(set(both)) > 1:
                 raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
-        unknown = [flag for option, flag, _ in typed if not option]
+        unknown = [one.flag for one in typed if not one.option]
         row = next((row for row in OPTIONS_OF.get(self.action, ()) if not row.flags), None)
         taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
-        given = [(option, text) for option, _, text in typed if option] + [(row, word) for word in taken if row]
+        given = [(one.option, one.value) for one in typed if one.option] + [(row, word) for word in taken if row]
         for option, text in given:
             try:
                 option.put(text, values)
@@ -10109,7 +10033,7 @@ class CommandLine:
                 raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
         if unknown:
-            known = by_flag(itertools.chain(options(), *OPTIONS_OF.values()))
+            known = by_flag(itertools.chain(EVERY_OPTION, *OPTIONS_OF.values()))
             near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
             raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
         missing = row.metavar if row and not row.many and not taken else ""
@@ -10132,12 +10056,12 @@ class CommandLine:
             right = command_line(*self.words(host, self.destination, unknown))
             raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
         for typed in self.before:
-            for name in [self.action] if self.action in actions else actions:
+            value = typed.value or ""
+            is_ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
+            for name in [self.action] if typed.option or self.action in actions else actions:
                 row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
-                value = typed.value or ""
-                ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
-                if row and not (typed.option and (ours.get(typed.flag) or name != self.action)):
-                    right = command_line("HOST", name, typed.flag, row.metavar)
+                if row and not (typed.option and is_ours.get(typed.flag)):
+                    right = command_line("HOST", name, typed.flag, *filter(None, [row.metavar]))
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
@@ -10168,30 +10092,30 @@ class Args(types.SimpleNamespace):
         self.typed = line.values()
         self.action = line.action or None
         try:
-            self.destination = parse_destination(line.destination)
+            self.host, self.path = parse_destination(line.destination)
         except ValueError as error:
             raise wrong_usage("argument DESTINATION[:PATH]: %s" % error) from None
-        host = self.destination.host
-        if "," in host and self.action != "list":
+        if "," in self.host and self.action != "list":
             raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
-        found = {} if "no_config" in self.typed else config_defaults(config_path(), host)
+        found = {} if "no_config" in self.typed else config_defaults(config_path(), self.host)
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
-        rows = itertools.chain(options(), OPTIONS_OF.get(line.action, ()))
-        nothing = {row.key: row.nothing() for row in rows if row.name not in ("help", "version")}
+        rows = [*EVERY_OPTION, *OPTIONS_OF.get(line.action, ())]
+        nothing = {row.key: row.default for row in rows if row.name not in ("help", "version")}
         super().__init__(**{**nothing, **{key: value for key, (value, _) in found.items()}, **self.typed})
 
     def again(self, *action: str) -> str:
         """Return a command to type: it opens the same again, with all that chooses it, or does another action there."""
         opens = not action or action[0].startswith("-")
-        words: Dict[str, List[str]] = {}
-        for option in sorted((option for option in options() if option.chooses), key=lambda option: option.chooses):
-            is_dropped = option.key == "attach" and "--new" in action
-            if option.key in self.typed and not is_dropped and (opens or option.chooses == "host"):
-                words[option.key] = option.words(self.typed[option.key]) or words.get(option.key, [])
-        chosen = [word for group in words.values() for word in group]
-        destination = self.destination if opens or action[0] == "close" else Destination(self.destination.host, None)
-        return command_line(*(action if opens else ()), *chosen, destination.text(), *(() if opens else action))
+        words: List[str] = list(action) if opens else []
+        for chooses in ("host", "server") if opens else ("host",):
+            for typed in [*self.line.before, *self.line.behind]:
+                is_dropped = typed.flag == "--attach" and "--new" in action
+                if typed.option and typed.option.chooses == chooses and not is_dropped:
+                    words += typed.words
+        is_near = opens or action[0] == "close"
+        words.append(self.line.destination if is_near else self.host)
+        return command_line(*words, *(() if opens else action))
 
 
 # -- the configuration file -------------------------------------------------------------------------------------------
@@ -10214,7 +10138,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             config.read_file(stream)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
-    rows = {option.name: option for option in options() if option.name not in ("help", "version", "no-config")}
+    rows = {option.name: option for option in EVERY_OPTION if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
     for section in config.sections():
         for name, text in config.items(section) if matches_host(section, destination) else ():
@@ -10232,7 +10156,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             except ValueError as error:
                 why = "%s, [%s], %s: %s" % (path, section, name, error)
                 raise Failure("wrong configuration", why, "fix it, or --no-config", EXIT_USAGE) from None
-            value = values.get(rows[name].key, rows[name].nothing())
+            value = values.get(rows[name].key, rows[name].default)
             found.setdefault(rows[name].key, (value, "[%s] %s" % (section, path)))
     return found
 
@@ -10243,23 +10167,25 @@ def matches_host(patterns: str, destination: str) -> bool:
 
     host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
     host = host.rsplit("@", 1)[-1]
-    words = patterns.split()
-    if any(fnmatch.fnmatchcase(host, word[1:]) for word in words if word.startswith("!")):
-        return False
-    return any(fnmatch.fnmatchcase(host, word) for word in words if not word.startswith("!"))
+    found = [word[0] for word in patterns.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
+    return bool(found) and "!" not in found
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def request_of(args: Args, action: str = "open", **facts: Any) -> Request:
-    """Return the request that the options make; raises Failure (2) where they do not go together."""
-    keys = {option.key for option in options()} & set(Request.fields) - {"submit", "local_port"}
-    asked = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    submit = submit_words(args)
-    if submit and args.socket and not args.via_node:
-        raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
-    return Request(action=action, path=args.destination.path, submit=submit, **dict(asked, **facts))
+def request_of(args: Args, action: str, **facts: Any) -> Request:
+    """Return the request that the options make: the action's own, and all where something is to start, or could.
+
+    Raises Failure (2) where they do not go together.
+    """
+    rows = list(OPTIONS_OF.get(args.action or "", ()))
+    if args.action in (None, "execute", "doctor"):
+        rows += EVERY_OPTION
+        facts["submit"] = submit_words(args)
+    asked = {row.key: getattr(args, row.key) for row in rows if row.key in Request.fields}
+    facts = {**{key: value for key, value in asked.items() if value is not None}, **facts}
+    return Request(action=action, path=args.path, **facts)
 
 
 # Without a requeue: what a job held is gone, and a server that comes back elsewhere has nobody's tabs.
@@ -10275,18 +10201,20 @@ def submit_words(args: Args) -> List[str]:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
     if words:
         refuse_options(os.path.basename(words[0]), words)
+    if words and args.socket and not args.via_node:
+        raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
 
 
 # -- open -------------------------------------------------------------------------------------------------------------
 
 
-def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_open(args: Args, agent: Agent, messages: Messages) -> int:
     """Open: come back to a server or launch one, forward, check, print the address, open the browser, hold.
 
     Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
     """
-    request = request_of(args)
+    request = request_of(args, "open")
     if joins_tunnel(args, request, messages):
         return EXIT_OK
     background = Background() if args.background else None
@@ -10294,12 +10222,10 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
         return background.wait()
     tunnel: Optional[Tunnel] = None
     try:
-        ssh.connect()
+        agent.ssh.connect()
         server = get_server(args, request, agent, messages)
         if args.via_node and server.job:
-            ssh = move_to_node(ssh, server)
-            begun, agent = agent.launching, Agent(ssh, messages, args.state_dir or "")
-            agent.greets, agent.launching = False, begun
+            agent.ssh = move_to_node(agent.ssh, server)
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
         messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
@@ -10309,8 +10235,8 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
             created=time.time(),
             pid=os.getpid(),
             identity=process_identity(os.getpid()),
-            destination=args.destination.host,
-            path=args.destination.path,
+            destination=args.host,
+            typed=args.line.destination,
             ssh=args.ssh,
             further=args.further,
             request=request,
@@ -10318,8 +10244,8 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
             url=url,
             local_port=tunnel.local_port,
             id=server.id,
-            control=ssh.way.control_path if ssh.process else "",
-            config=ssh.config_text,
+            control=agent.ssh.way.control_path if agent.ssh.process else "",
+            config=agent.ssh.config_text,
         )
         with written_down(record):
             if args.background:
@@ -10331,29 +10257,26 @@ def run_open(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
                 messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
             if background:
                 background.detach()
-                ssh.can_ask = can_ask()
+                agent.ssh.can_ask = can_ask()
             tunnel.hold(redials=not args.no_reconnect)
     except (KeyboardInterrupt, Terminated):
-        if not tunnel or not tunnel.local_port:
-            if args.stop_on_exit and agent.launching:
-                messages.end_line()
-                agent.ask(Request(action="stop", ids=[agent.launching]), StopReply, "Stopping")
+        is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
+        if tunnel or is_ended:
+            messages.end_line()
+        if is_ended:
+            identity = tunnel.server.id if tunnel else agent.launching
+            agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
+        if not tunnel:
             raise
-        messages.end_line()
-        if args.stop_on_exit:
-            agent.ask(Request(action="stop", ids=[tunnel.server.id]), StopReply, "Stopping")
-        text = "Closed." if args.stop_on_exit else "Closed. Back again with: %s" % args.again()
+        text = "Closed." if is_ended else "Closed. Back again with: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
-        return EXIT_OK
-    finally:
-        ssh.close()
     return EXIT_OK
 
 
 def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
     """True when a tunnel is up already that does what is asked for: its page is shown again, and nothing connected."""
     for record in [] if args.is_new else tunnels():
-        is_there = (record.destination, record.ssh, record.further) == (args.destination.host, args.ssh, args.further)
+        is_there = (record.destination, record.ssh, record.further) == (args.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
@@ -10385,27 +10308,29 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    hint = args.again
-    waiting = Queue(agent, messages, hint, lambda identity: args.again())
+    waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
-    with reserved(local_port), asking, agent.leaving("Jupyter", hint, not args.stop_on_exit):
+    leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
+    with reserved(local_port), asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         redials = not args.no_reconnect
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
     # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
     # else the line that starts such another one would start it in another environment, or outside of a job.
-    asked = server.request
     names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
-    launched_with = {name: getattr(asked, name) for name in names}
-    words = [word for word in asked.submit if word != "{script}"]
+    launched_with = {name: getattr(server.request, name) for name in names}
+    words = [word for word in server.request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
         launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
     elif words:
-        launched_with["submit"] = shlex.join(asked.submit)
-    for key, value in launched_with.items():
-        if value and getattr(args, key) in (None, False, []):
-            setattr(args, key, value)
-            args.typed[key] = value
+        launched_with["submit"] = shlex.join(server.request.submit)
+    for option in EVERY_OPTION:
+        value = launched_with.get(option.key)
+        if value and getattr(args, option.key) in (None, False, []):
+            setattr(args, option.key, value)
+            values = value if isinstance(value, list) else [None if value is True else value]
+            flag = option.flags[0]
+            args.line.before += [Typed(option, flag, one, [flag, *([one] if one else [])]) for one in values]
     say_server(server, request, args, agent, messages)
     return server
 
@@ -10420,16 +10345,13 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     import ipaddress
 
     destination = agent.ssh.destination
-    verb, seconds = (
-        ("Launched", "%.1f s" % server.seconds) if server.is_launched else ("Found", "up " + duration(server.seconds))
-    )
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     title += " inside %s" % server.request.outside if server.request.outside else ""
-    text = "%s %s in %s (pid %d, %s, %s)." % (verb, title, server.root_dir, server.pid, where, seconds)
+    text = "%s in %s (pid %d, %s, " % (title, server.root_dir, server.pid, where)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
-        messages.step(text, "launched", **facts)
+        messages.step("Launched %s%.1f s)." % (text, server.seconds), "launched", **facts)
         address = ipaddress.ip_address(args.ip)
         if not address.is_loopback:
             where = "any address of " + destination if address.is_unspecified else args.ip
@@ -10437,8 +10359,8 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
             messages.note(text % (args.ip, where))
     else:
         fields = request.too_late(server.request)
-        ignored = ["--" + option.name for option in options() if option.key in fields]
-        messages.step(text, "found", ignored=ignored, **facts)
+        ignored = ["--" + option.name for option in EVERY_OPTION if option.key in fields]
+        messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
@@ -10468,47 +10390,35 @@ def wants_browser(args: Args) -> bool:
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
 
 
-def run_list(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     """List the user's servers and runs on the host: tables for people, one object a line with --json."""
-    if "," in args.destination.host:
+    if "," in args.host:
         return list_hosts(args, messages)
-    with ssh:
-        if args.kernels:
-            request = Request(action="list_kernels", path=args.destination.path)
-            kernels = agent.ask(request, ListReply, "Asking the servers").kernels
-            for kernel in kernels:
-                messages.event("kernel", **kernel.facts())
-            if not kernels:
-                messages.note("No kernel of yours runs there.")
-            elif not args.json:
-                print_table(COLUMNS["kernel"], kernels, messages)
-            return EXIT_OK
-        request = Request(action="list", path=args.destination.path)
-        reply = agent.ask(request, ListReply, "Asking the servers")
-    views: List[Tuple[str, List[Any]]] = [("job", reply.jobs), ("server", reply.servers)]
-    views += [("wrapper", reply.wrappers), ("run", reply.runs)]
-    listed, ids = listed_ids(), [view.id for _, found in views for view in found]
-    if listed.hosts.get(ssh.destination) != ids:
-        keep_listed(listed.but(hosts={**listed.hosts, ssh.destination: ids}))
-    for event, found in views:
-        for view in found:
-            messages.event(event, **view.facts())
-    for event, found in [] if args.json else views:
-        if (event in ("wrapper", "run") and found) or (event == "server" and reply.jobs):
+    agent.ssh.connect()
+    views: Dict[str, List[Any]]
+    if args.kernels:
+        views = {"kernel": agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers").kernels}
+    else:
+        reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
+        views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
+        ids = [view.id for found in views.values() for view in found]
+        if kept_here().hosts.get(agent.ssh.destination) != ids:
+            keep_here("hosts", agent.ssh.destination, ids)
+    for event, found in views.items():
+        if ((event in ("wrapper", "run") and found) or (event == "server" and views["job"])) and not args.json:
             messages.line("")
         ended = [view for view in found if event == "run" and view.state not in GOING_ON]
-        hidden = [] if args.all else ended[ENDED_SHOWN:]
-        if found:
-            print_table(COLUMNS[event], [view for view in found if view not in hidden], messages)
+        hidden = [] if args.all or args.json else ended[ENDED_SHOWN:]
+        print_rows(event, [view for view in found if view not in hidden], messages)
         if hidden:
-            messages.note(
-                "%s more; to see them: %s" % (count_of(len(hidden), "ended execution"), args.again("list", "--all"))
-            )
-        elif event == "server" and not found:
-            messages.note("No server of yours runs there.")
+            count = count_of(len(hidden), "ended execution")
+            messages.note("%s more; to see them: %s" % (count, args.again("list", "--all")))
+        elif event in ("server", "kernel") and not found:
+            messages.note("No %s of yours runs there." % event)
     return EXIT_OK
 
 
+ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
 
 
@@ -10521,10 +10431,11 @@ def list_hosts(args: Args, messages: Messages) -> int:
     asked = {}
     found: Dict[str, List[Any]] = {}  # by their event
     is_one_reached = False
-    try:
-        for host in dict.fromkeys(filter(None, args.destination.host.split(","))):
-            words = args.line.words(Destination(host, args.destination.path).text(), "list")
-            asked[host] = subprocess.Popen([*program, *words], start_new_session=True, **pipes)
+    with contextlib.ExitStack() as ends:
+        for host in dict.fromkeys(filter(None, args.host.split(","))):
+            words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
+            asked[host] = ends.enter_context(subprocess.Popen([*program, *words], start_new_session=True, **pipes))
+            ends.callback(asked[host].terminate)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
         for host, child in asked.items():
             why, said = "no answer within %d s" % HOSTS_TIMEOUT_S, b""
@@ -10532,8 +10443,8 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 said, _ = child.communicate(timeout=max(0.1, until_s - time.monotonic()))
                 why = "it ended with status %d" % child.returncode if child.returncode else ""
             events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
-            failed = next((facts for facts in events if facts.get("event") == "failure"), None)
-            why = in_one_line(str(failed.get("why") or failed.get("what"))) if failed else why
+            failed = [str(facts["why"] or facts["what"]) for facts in events if facts.get("event") == "failure"]
+            why = in_one_line(failed[0]) if failed else why
             messages.event("host", host=host, is_reached=not why, why=why or None)
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
@@ -10545,34 +10456,24 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 rows.append(dict(view.facts(), event="server"))
             for facts in rows:
                 found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
-    finally:
-        for child in asked.values():
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
-    for event in ("job", "server", "wrapper", "grid", "run", "kernel"):
-        if event in found and not args.json:
-            print_table({"HOST": lambda row: row.behind, **COLUMNS[event]}, found[event], messages)
+    for event in ("job", "server", "wrapper", "run", "kernel") if not args.json else ():
+        print_rows(event, found.get(event, []), messages, HOST=lambda row: row.behind)
     return EXIT_OK if is_one_reached else EXIT_SSH
 
 
-ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
-
-
-def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     began = time.monotonic()
-    request = Request(action="wait_for_kernel", name=args.name, path=args.destination.path)
 
     def ask() -> Request:
-        left_s = max(1, args.time_limit - int(time.monotonic() - began)) if args.time_limit else 0
-        return request.but(timeout_s=left_s)
+        left_s = max(1, args.timeout_s - int(time.monotonic() - began)) if args.timeout_s else 0
+        return request_of(args, "wait_for_kernel", timeout_s=left_s)
 
-    with ssh:
-        reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel", redials=not args.no_reconnect)
+    agent.ssh.connect()
+    reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel", redials=not args.no_reconnect)
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
-        raise Failure("%s is still busy" % name, "after %s" % duration(args.time_limit), "", EXIT_TIMEOUT)
+        raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
     text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
     if reply.is_done is not None:
         text = "%s is idle: " + ending_of(reply.count, reply.is_done, reply.seconds or 0.0) + "."
@@ -10581,36 +10482,45 @@ def run_wait(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
 
-def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
-    request = Request(action="eval_code", name=args.name, path=args.destination.path, errand=os.urandom(16).hex())
-    hint = args.again
     if args.interrupt:
-        with ssh:
-            kernel = agent.ask(request.but(action="interrupt_kernel"), KernelReply).kernel
+        agent.ssh.connect()
+        kernel = agent.ask(request_of(args, "interrupt_kernel"), KernelReply).kernel
         messages.note("Interrupted the kernel of %s." % kernel.title)
         return EXIT_OK
     if args.code is None:
-        raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", hint("eval", "--help"))
+        raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", args.again("eval", "--help"))
     code = sys.stdin.read() if args.code == "-" else args.code
-    printed = PrintedCell(messages)
-    agent.launching = ""
-    try:
-        with ssh:
-            reply = agent.ask_on(
-                lambda: request.but(data=code, line=printed.lines),
-                KernelReply,
-                handlers={"recorded": printed.take},
-                redials=not args.no_reconnect,
-            )
-    except (KeyboardInterrupt, Terminated):
-        if agent.launching:
-            messages.end_line()
-            follow, stop = hint("output", agent.launching, "-f"), hint("eval", "--interrupt", "-k", agent.launching)
-            messages.note("It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop))
-        raise
+    request = request_of(args, "eval_code", errand=os.urandom(16).hex(), data=code)
+    executions, lines = Executions(), 0
+
+    def take(message: Told, show: Show) -> None:
+        """Print what comes: results on stdout, the rest on stderr; with --json, each output."""
+        nonlocal lines
+        lines += 1
+        cell, entry = executions.take(message.entry)
+        if args.json and cell and entry:
+            tell_entry(entry, cell, messages)
+        elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
+            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
+            if entry.type == "error" or entry.content.get("name") == "stderr":
+                messages.warn(text, end="")
+            else:
+                messages.line(text, end="")
+
+    def goes_on() -> str:
+        follow, kernel = args.again("output", agent.launching, "-f"), agent.launching
+        stop = args.again("eval", "--interrupt", "-k", kernel)
+        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop) if kernel else ""
+
+    redials = not args.no_reconnect
+    with agent.leaving(goes_on):
+        agent.ssh.connect()
+        reply = agent.ask_on(lambda: request.but(line=lines), KernelReply, "", {"recorded": take}, redials)
     if reply.state == "dead":
-        raise Failure("the kernel died", "its memory is gone with it", hint("list", "--kernels"), EXIT_SERVER_ENDED)
+        kernels = args.again("list", "--kernels")
+        raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
     if reply.state == "lost":
         raise Failure("it is not known what becomes of it", "the recorder on the host was killed")
     if reply.state == "aborted":
@@ -10618,150 +10528,112 @@ def run_eval(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
     return EXIT_OK if reply.state == "done" else EXIT_CELL_FAILED
 
 
-class PrintedCell:
-    """What a cell prints, as it comes: results on stdout, the rest on stderr; with --json, each output."""
-
-    def __init__(self, messages: Messages) -> None:
-        self.messages = messages
-        self.lines = 0  # of its journal, that were taken
-        self._executions = Executions()
-
-    def take(self, message: Told, show: Show) -> None:
-        """Take a line of the journal."""
-        self.lines += 1
-        cell, entry = self._executions.take(message.entry)
-        if self.messages.as_json and cell and entry:
-            tell_entry(entry, cell, self.messages)
-        elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
-            is_aside = entry.type == "error" or entry.content.get("name") == "stderr"
-            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
-            if is_aside:
-                self.messages.warn(text, end="")
-            else:
-                self.messages.line(text, end="")
-
-
-def run_logs(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
     """Print the log of a server or a run, and with -f what comes, until it ends or Ctrl-C."""
     identity, lines = args.id, 0
     held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
 
     def request() -> Request:
-        return Request(action="logs", id=identity, is_followed=args.is_followed, line=lines)
-
-    def print_held() -> None:
-        while held:
-            text = held.pop()
-            messages.result(as_shown(text), "line", line=text)
+        return request_of(args, "logs", id=identity, line=lines)
 
     def take(line: Told, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
-        if OUR_PROBE in line.text:
-            held.clear()
-            return
-        print_held()
-        held.append(line.text)
-        if not re.search(r"Forbidden'?$", line.text):
-            print_held()
+        said = [] if OUR_PROBE in line.text else [*held, line.text]
+        held[:] = [text for text in said[-1:] if re.search(r"Forbidden'?$", text)]
+        for text in said[: len(said) - len(held)]:
+            messages.result(as_shown(text), "line", line=text)
 
-    with ssh:
-        redials = args.is_followed and not args.no_reconnect
-        agent.ask_on(request, Record, handlers={"line": take}, redials=redials)
-        print_held()
+    agent.ssh.connect()
+    redials = args.is_followed and not args.no_reconnect
+    agent.ask_on(request, Record, handlers={"line": take}, redials=redials)
+    for text in held:
+        messages.result(as_shown(text), "line", line=text)
     return EXIT_OK
 
 
-def run_output(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_output(args: Args, agent: Agent, messages: Messages) -> int:
     """Print what the cells of a notebook printed, and with -f what comes, until the server ends or Ctrl-C."""
+    agent.ssh.connect()
     if args.save:
-        with ssh:
-            saved = Request(action="save_output", name=args.name, path=args.destination.path)
-            reply = agent.ask(saved, reply_of(notebook="str", cells="int"), "Saving")
+        reply = agent.ask(request_of(args, "save_output"), reply_of(notebook="str", cells="int"), "Saving")
         text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
     shown = ShownCells(messages, args.since)
-    request = Request(action="send_output", name=args.name, path=args.destination.path, is_followed=args.is_followed)
-
-    def ask() -> Request:
-        return request.but(line=shown.lines)
-
-    with ssh:
-        redials = args.is_followed and not args.no_reconnect
-        agent.ask_on(ask, Record, handlers={"recorded": shown.take}, redials=redials)
+    request = request_of(args, "send_output")
+    redials = args.is_followed and not args.no_reconnect
+    agent.ask_on(lambda: request.but(line=shown.lines), Record, "", {"recorded": shown.take}, redials)
     return EXIT_OK
 
 
-def run_stop(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
     """Stop servers on the host; ask before one whose kernels compute. Or one kernel.
 
     Raises Failure where there is something to ask, and nobody who could answer.
     """
-    if len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0]):
-        request = Request(action="end_kernel", name=args.ids[0], path=args.destination.path)
-        with ssh:
-            kernel = agent.ask(request, KernelReply, "Ending the kernel").kernel
+    is_kernel = len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0])
+    if not is_kernel:  # through a tunnel to what is ended, which ends as well, we would cut ourselves off
+        agent.ssh.masters.remove(master_of_a_tunnel)
+    agent.ssh.connect()
+    if is_kernel:
+        request = request_of(args, "end_kernel", name=args.ids[0])
+        kernel = agent.ask(request, KernelReply, "Ending the kernel").kernel
         text = "Ended the kernel of %s." % kernel.title
         messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
         return EXIT_OK
-    # Through a tunnel to what is ended, which ends as well, we would cut ourselves off.
-    ssh.masters.remove(master_of_a_tunnel)
-    request = Request(action="stop", ids=args.ids, path=args.destination.path, app=args.app, is_all=args.all)
-    with ssh:
-        reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
-        if reply.busy or reply.runs:
-            facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]
-            words = [("%d of %d kernels are busy in %s (%s)." % row) for row in facts]
-            words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
-            words += ["%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id) for run in reply.runs]
-            if not has_terminal():
-                why = "\n".join([*words, "There is no terminal on which to ask."])
-                raise Failure("nothing was stopped", why, command_line(*sys.argv[1:], "--yes"))
-            for line in words:
-                messages.note(line)
-            if not says_yes("Stop it all the same? [y/N] "):
-                messages.note("Nothing was stopped.")
-                return EXIT_FAILURE
-            reply = agent.ask(request, StopReply, "Stopping")
+    request = request_of(args, "stop", app=args.app)
+    reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
+    if reply.busy or reply.runs:
+        facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]
+        words = [("%d of %d kernels are busy in %s (%s)." % row) for row in facts]
+        words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
+        words += ["%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id) for run in reply.runs]
+        if not has_terminal():
+            why = "\n".join([*words, "There is no terminal on which to ask."])
+            raise Failure("nothing was stopped", why, command_line(*sys.argv[1:], "--yes"))
+        for line in words:
+            messages.note(line)
+        if not says_yes("Stop it all the same? [y/N] "):
+            messages.note("Nothing was stopped.")
+            return EXIT_FAILURE
+        reply = agent.ask(request, StopReply, "Stopping")
     if not reply.count:
         messages.note("No server of yours runs there.")
     return EXIT_OK
 
 
-def run_close(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_close(args: Args, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
         raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
     closed = 0
     for record in tunnels():
-        is_there = is_alone or record.destination == args.destination.host
-        if record.is_background and is_there and args.destination.path in (None, record.path):
+        is_there = is_alone or record.destination == args.host
+        if record.is_background and is_there and args.path in (None, record.request.path):
             end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
     if not closed:
-        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.destination.host))
+        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.host))
     return EXIT_OK
 
 
-def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_tunnels(args: Args, agent: Agent, messages: Messages) -> int:
     """Show the tunnels that are up here, and how to come back to one, or to close it."""
     records = sorted(tunnels(), key=lambda record: record.created)
     rows: List[Json] = []
     for record in records:
-        row = {name: getattr(record, name) for name in ("destination", "path", "local_port", "id", "is_background")}
-        row.update(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid)
+        row = {name: getattr(record, name) for name in ("destination", "local_port", "id", "is_background")}
+        row.update(state="up" if does_answer(record) else "no answer", tunnel_pid=record.pid, path=record.request.path)
         rows.append(dict(row, age_s=max(0.0, time.time() - record.created)))
-        messages.event("tunnel", **rows[-1])
+    print_rows("tunnel", rows, messages)
     if not rows:
         messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
     elif not args.json:
-        print_table(COLUMNS["tunnel"], rows, messages)
-        newest = records[-1]
-        back = command_line(*newest.ssh, Destination(newest.destination, newest.path).text())
+        back = command_line(*records[-1].ssh, records[-1].typed)
         messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
     return EXIT_OK
 
@@ -10769,34 +10641,34 @@ def run_tunnels(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 # -- execute ----------------------------------------------------------------------------------------------------------
 
 
-def run_execute(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     """Execute notebooks on the host, and bring their results.
 
     One after the other, the first failure ends it; with -j or --grid several at once, each of them to its end.
     """
     check_execute(args)
-    request = request_of(args, "start_run")
+    is_many = bool(args.grid or args.at_once)
+    request = request_of(args, "start_run", brings=args.bring, is_one_of_many=is_many)
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
     check_results(sources)
     request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
-    alongs = [Along.of(source, args.along) if args.along else None for source in sources]
-    requests = [request.but(files=along.digest) if along else request for along in alongs]
-    tasks = [task for s, r in zip(sources, requests) for task in tasks_of(s, args, r)]
-    hint = args.again
-    waiting = Queue(agent, messages, hint, lambda identity: hint("execute", "--attach", identity))
-    with ssh:
-        for along in filter(None, alongs):
-            along.send(agent, not args.no_reconnect)
-        if args.grid or args.at_once:
-            execute_many(tasks, args, agent)
-        elif args.run_id:
+    alongs = [Along.of(source, args.along) for source in sources if args.along]
+    digests = [along.digest for along in alongs] or [""] * len(sources)
+    tasks = [task for s, digest in zip(sources, digests) for task in tasks_of(s, args, request.but(files=digest))]
+    waiting = Queue(agent, messages, args.again, lambda identity: args.again("execute", "--attach", identity))
+    agent.ssh.connect()
+    for along in alongs:
+        along.send(agent, not args.no_reconnect)
+    if is_many:
+        execute_many(tasks, args, agent)
+        return EXIT_OK
+    with waiting.asking():
+        if args.run_id:
             execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
             follow(execution, waiting, args)
-        for number, task in enumerate([] if args.grid or args.at_once else tasks, 1):
+        for number, task in enumerate(tasks, 1):
             try:
-                started = start_execution(task, args, agent, waiting)
-                if started:
-                    follow(started, waiting, args)
+                execute_one(task, args, agent, waiting)
             except Failure:
                 left = ", ".join(task.name for task in tasks[number:])
                 if left:
@@ -10829,12 +10701,6 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
         file=source.name[1:] if source.is_on_host else "",
         key=source.key,
         is_in_place=source.is_on_host and args.inplace,
-        overlaps=args.overlap,
-        brings=args.bring,
-        kernel=args.kernel,
-        timeout_s=args.time_limit,
-        cell_timeout_s=args.cell_timeout,
-        allows_errors=args.allow_errors,
     )
     original = source.text if args.inplace else ""
     tasks = []
@@ -10844,8 +10710,8 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
         output = os.path.join(os.path.dirname(source.output), executed_name(name)) if values else source.output
         parameters = [list(pair) for pair in (*args.parameters, *values.items())]
         result = "%s:%s" % (socket.gethostname(), os.path.realpath(output))
-        facts = {"parameters": parameters, "result": result, "errand": os.urandom(8).hex()}
-        tasks.append(Task(name, request.but(name=name, **facts), output, original))
+        task = request.but(name=name, parameters=parameters, result=result, errand=os.urandom(8).hex())
+        tasks.append(Task(name, task, output, original))
     return tasks
 
 
@@ -10855,36 +10721,33 @@ BATCH_S = 20 * 3600  # for which the same command goes on with what it began
 def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     """Execute several notebooks, so many at once. Until all have ended, the same command goes on with them."""
     messages = agent.messages
-    kept = listed_ids()
-    tasks = [task._replace(request=task.request.but(errand="", is_one_of_many=True)) for task in tasks]
-    asked = [task.request.facts() for task in tasks]
+    asked = [task.request.but(errand="").facts() for task in tasks]
     key = digest_of(json.dumps([agent.ssh.destination, agent.state_dir, asked]))
-    seed = "" if args.overlap else kept.batches.get(key, "")
+    seed = "" if args.overlaps else kept_here().batches.get(key, "")
     begun = re.match(r"([0-9a-f]{1,9})\.", seed)
-    if not begun or time.time() - int(begun.group(1), 16) > BATCH_S:
-        seed = ""  # that was killed, perhaps, and this is the next night's
-    if seed:
+    if begun and time.time() - int(begun.group(1), 16) < BATCH_S:  # else the next night's, of one that was killed
         messages.note("Going on with what the same command has begun; --overlap begins anew.")
-    seed = seed or "%x.%s" % (int(time.time()), os.urandom(8).hex())
-    others = [pair for pair in kept.batches.items() if pair[0] != key]
-    keep_listed(kept.but(batches=dict([*others, (key, seed)][-BRINGS_KEPT:])))
+    else:
+        seed = "%x.%s" % (int(time.time()), os.urandom(8).hex())
+        keep_here("batches", key, seed)
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
     batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+
+    def goes_on() -> str:
+        ids = [execution.id for execution in batch.running.values()]
+        text = "What is running keeps running. To follow it again, and start the rest: the same command"
+        return text + ("   To end it: " + args.again("stop", *ids) if ids else "")
+
     try:
-        batch.follow()
-    except (KeyboardInterrupt, Terminated, NotConnected) as left:
-        if not isinstance(left, NotConnected):
-            messages.end_line()
-            text = "What is running keeps running. To follow it again, and start the rest: the same command%s"
-            ids = [execution.id for execution in batch.running.values()]
-            messages.note(text % ("   To end it: " + args.again("stop", *ids) if ids else ""))
+        with agent.leaving(goes_on):
+            batch.follow()
+    except (KeyboardInterrupt, Terminated, NotConnected):
         key = ""
         raise
     finally:  # all have ended: the same command begins anew
-        kept = read_record(ListedIds, ids_path()) or ListedIds()
         if key:
-            keep_listed(kept.but(batches={name: seed for name, seed in kept.batches.items() if name != key}))
+            keep_here("batches", key, None)
 
 
 def read_parameter_file(path: str) -> List[str]:
@@ -10904,10 +10767,10 @@ def read_parameter_file(path: str) -> List[str]:
     return [path, text]
 
 
-def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Optional[Execution]:
-    """Start to execute a notebook on the host; None if it is being executed already, and no overlap was asked for."""
+def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
+    """Execute a notebook on the host, unless it is being executed already, and no overlap was asked for."""
     messages = agent.messages
-    with waiting.asking(), agent.leaving("The execution of " + task.name, waiting.hint):
+    with agent.leaving(lambda: agent.what_goes_on("The execution of " + task.name, args.again)):
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
     if not reply.is_started:
@@ -10915,133 +10778,138 @@ def start_execution(task: Task, args: Args, agent: Agent, waiting: Queue) -> Opt
         again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
-        return None
+        return
     messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    return Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
+    execution = Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
+    follow(execution, waiting, args)
 
 
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    try:
-        execution.overwrites = args.force
-        execution.brings = brings_of(args, execution.host, execution.id)
-        with waiting.asking():
-            execution.follow(redials=not args.no_reconnect)
-    except (KeyboardInterrupt, Terminated):
-        if waiting.state.is_waiting:
-            raise
-        execution.messages.end_line()
-        again = args.again("execute", "--attach", execution.id)
-        text = "%s keeps running. To follow it again: %s   To end it: %s"
-        execution.messages.note(text % (execution.name, again, args.again("stop", execution.id)))
-        raise
+    execution.overwrites = args.force
+    execution.brings = brings_of(args, execution.host, execution.id)
+
+    def goes_on() -> str:
+        again, stop = args.again("execute", "--attach", execution.id), args.again("stop", execution.id)
+        text = "%s keeps running. To follow it again: %s   To end it: %s" % (execution.name, again, stop)
+        return "" if waiting.state.is_waiting else text
+
+    with execution.agent.leaving(goes_on):
+        execution.follow(redials=not args.no_reconnect)
 
 
 def brings_of(args: Args, host: str, identity: str) -> List[str]:
     """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
-    kept = listed_ids()
     key = "%s %s" % (host, identity)
-    if not args.bring or kept.brings.get(key) == args.bring:
-        return kept.brings.get(key, [])
-    keep_listed(kept.but(brings=dict([*kept.brings.items(), (key, args.bring)][-BRINGS_KEPT:])))
-    return list(args.bring)
+    kept = kept_here().brings.get(key, [])
+    if args.bring and args.bring != kept:
+        keep_here("brings", key, args.bring)
+    return list(args.bring or kept)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
 
 
-class Check(NamedTuple):
-    """One line of `doctor`; `try_` says how to mend what failed, and is empty for what passed."""
-
-    name: str
-    text: str
-    try_: str = ""
-
-
-def run_doctor(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_doctor(args: Args, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
-    ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
-    failures = 0
-    try:
-        for check in checks(args, ssh, agent):
-            failures += bool(check.try_)
-            label = "FAIL" if check.try_ else "ok  "
-            text = "%s  %-12s %s" % (label, check.name, check.text)
-            text += "\n      %-12s try: %s" % ("", check.try_) if check.try_ else ""
-            messages.result(text, "check", check=check.name, is_ok=not check.try_, says=check.text, remedy=check.try_)
-    finally:
-        ssh.close()
-    return EXIT_FAILURE if failures else EXIT_OK
+    agent.ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
+    agent.greets = False  # the lines below say it
+    status = EXIT_OK
+    for name, words, try_ in checks(args, agent):
+        says = in_one_line(words)
+        text = "%s  %-12s %s" % ("FAIL" if try_ else "ok  ", name, says)
+        text += "\n      %-12s try: %s" % ("", try_) if try_ else ""
+        messages.result(text, "check", check=name, is_ok=not try_, says=says, remedy=try_)
+        status = EXIT_FAILURE if try_ else status
+    return status
 
 
-def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
-    """Check this machine, the connection and the host; the first step there that fails is the last one."""
+def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
+    """Check this machine, the connection and the host; the first step there that fails is the last one.
+
+    Each comes as its name, what is to say, and for what failed, how to mend it.
+    """
     import webbrowser
 
-    yield Check("ssh", ssh.version())
+    ssh = agent.ssh
+
+    def failed(name: str, why: Failure, try_: str) -> Tuple[str, str, str]:
+        return name, "%s: %s" % (why.what, why.why), why.try_ or try_
+
+    yield "ssh", ssh.version(), ""
     try:
-        yield Check("runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing")
+        yield "runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing", ""
     except Failure as failure:
-        yield Check("runtime dir", in_one_line(failure.why), failure.try_)
-    yield Check("local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT))
+        yield "runtime dir", failure.why, failure.try_
+    yield "local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT), ""
     try:
-        yield Check("browser", type(webbrowser.get()).__name__)
+        yield "browser", type(webbrowser.get()).__name__, ""
     except webbrowser.Error:
-        yield Check("browser", "none found; the address is printed")
+        yield "browser", "none found; the address is printed", ""
     began = time.monotonic()
     step = "connection"
-    agent.greets = False  # the lines below say it
     try:
         ssh.connect()
         if ssh.way.has_login:
             how = "multiplexed" if ssh.process else "your own master"
-            yield Check("connection", "logged in after %.1f s (%s)" % (time.monotonic() - began, how))
+            yield "connection", "logged in after %.1f s (%s)" % (time.monotonic() - began, how), ""
             step = "command"
-        is_inside = bool(args.wrap or args.container) and not submit_words(args)
-        asked = request_of(args, "examine")
-        asked = asked.but(python="", env="", init=[]) if is_inside else asked  # they are for in there
-        facts = agent.ask(asked, ExamineReply, "Looking around on the host")
+        request = request_of(args, "examine")
+        is_inside = bool(request.outside) and not request.submit
+        request = request.but(python="", env="", init=[]) if is_inside else request  # they are for in there
+        facts = agent.ask(request, ExamineReply, "Looking around on the host")
     except Failure as failure:
-        why = in_one_line("%s: %s" % (failure.what, failure.why))
-        yield Check(step, why, failure.try_ or "-v, which shows more")
+        yield failed(step, failure, "-v, which shows more")
         return
     if not ssh.way.has_login:
-        yield Check("connection", "each step logs in by itself")
-    yield Check("login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello["user"], agent.hello["node"]))
+        yield "connection", "each step logs in by itself", ""
+    yield "login shell", "%s of %s@%s" % (facts.shell or "?", agent.hello["user"], agent.hello["node"]), ""
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
-    yield Check("noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files")
-    yield Check("python", agent.hello["python"])
-    yield Check("sessions", check_sessions(ssh))
+    yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
+    yield "python", agent.hello["python"], ""
+    yield "sessions", check_sessions(ssh), ""
+    found = facts.jupyter
+    trouble = facts.jupyter_trouble
     if is_inside:
         try:
-            facts_inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
-            none = Check("jupyter", "none in there", "another image or command")
-            yield check_jupyter(facts_inside) if facts_inside.jupyter else none
+            inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+            found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
-            why = in_one_line("%s: %s" % (failure.what, failure.why))
-            yield Check("jupyter", why, failure.try_ or "another one")
+            found, trouble = None, failure
+    if found:
+        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
+        yield "jupyter", "%s: %s (%s)" % (title, found.command, found.where), ""
+    elif trouble:
+        yield failed("jupyter", trouble, "another one")
+    elif is_inside:
+        yield "jupyter", "none in there", "another image or command"
+    elif facts.no_install:
+        yield "jupyter", "none, and Python has no ensurepip to install it", "sudo apt install python3-venv, there"
     else:
-        yield check_jupyter(facts)
-    free_gb = facts.free_bytes / 1e9
+        yield "jupyter", "none; an open installs it for you alone", ""
     if facts.state_trouble:
-        yield Check("disk", in_one_line(facts.state_trouble.why), facts.state_trouble.try_)
+        yield "disk", facts.state_trouble.why, facts.state_trouble.try_
     else:
-        text = "%.1f GB free at %s" % (free_gb, facts.state)
-        yield Check("disk", text, "make room there" if free_gb < 0.05 else "")
+        text = "%.1f GB free at %s" % (facts.free_bytes / 1e9, facts.state)
+        yield "disk", text, "make room there" if facts.free_bytes < 5e7 else ""
     if facts.foreign:
-        yield Check("own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello["user"]))
-    yield Check("port", "%d is free on the host" % facts.port)
+        yield "own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello["user"])
+    yield "port", "%d is free on the host" % facts.port, ""
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
-    is_forbidden = not can_reach and "connect failed" not in words  # that sshd tried will do
-    try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
-    yield Check("forwarding", in_one_line(words) if is_forbidden else "allowed", try_ if is_forbidden else "")
-    skew_s = facts.clock - time.time()
-    far = "its clock is %s off; set it (NTP)" % duration(abs(skew_s)) if abs(skew_s) > 120 else ""
-    yield Check("clock", "%.0f s from ours" % abs(skew_s), far)
+    if can_reach or "connect failed" in words:  # that sshd tried will do
+        yield "forwarding", "allowed", ""
+    else:
+        yield "forwarding", words, "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
+    skew_s = abs(facts.clock - time.time())
+    far = "its clock is %s off; set it (NTP)" % duration(skew_s) if skew_s > 120 else ""
+    yield "clock", "%.0f s from ours" % skew_s, far
     others = facts.other_users
-    shared = "%s something there; --socket keeps them off the port"
-    who = "1 other user runs" if others == 1 else "%d other users run" % others
-    yield Check("other users", shared % who if others else "nobody else runs anything there")
+    who = "1 other user runs" if others == 1 else "%d other users run" % others if others else "nobody else runs"
+    yield (
+        "other users",
+        who + (" something there; --socket keeps them off the port" if others else " anything there"),
+        "",
+    )
     if args.slurm is not None or args.submit:
         try:
             reply = reply_of(said="str", is_refused="bool", limits="str")
@@ -11050,12 +10918,11 @@ def checks(args: Args, ssh: Ssh, agent: Agent) -> Iterator[Check]:
         except Failure as failure:
             said, is_refused, limits = "%s: %s" % (failure.what, failure.why), True, ""
         if limits:
-            yield Check("limits", in_one_line(limits))
+            yield "limits", limits, ""
         if said:
-            other = "other options in --slurm or --submit" if is_refused else ""
-            yield Check("forecast", in_one_line(said), other)
+            yield "forecast", said, "other options in --slurm or --submit" if is_refused else ""
     elif facts.scheduler:
-        yield Check("scheduler", "%s is there: a login node, perhaps" % facts.scheduler)
+        yield "scheduler", "%s is there: a login node, perhaps" % facts.scheduler, ""
 
 
 def check_sessions(ssh: Ssh) -> str:
@@ -11071,21 +10938,6 @@ def check_sessions(ssh: Ssh) -> str:
     return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
 
 
-def check_jupyter(facts: ExamineReply) -> Check:
-    """Say which Jupyter an open would run."""
-    found, trouble = facts.jupyter, facts.jupyter_trouble
-    if found:
-        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
-        return Check("jupyter", "%s: %s (%s)" % (title, found.command, found.where))
-    if trouble:
-        why = in_one_line("%s: %s" % (trouble.what, trouble.why))
-        return Check("jupyter", why, trouble.try_ or "another one")
-    if facts.no_install:
-        why = "none, and Python has no ensurepip to install it"
-        return Check("jupyter", why, "sudo apt install python3-venv, there")
-    return Check("jupyter", "none; an open installs it for you alone")
-
-
 # -- completion -------------------------------------------------------------------------------------------------------
 
 # What a shell runs: it asks us for what may come next, behind the words that are typed so far.
@@ -11098,8 +10950,7 @@ complete -o bashdefault -o default -F _rjupyter rjupyter.py rjupyter
 """,
     "zsh": """#compdef rjupyter.py rjupyter
 _rjupyter() {
-    local -a found
-    found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local -a found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     [[ -n "$found[1]" ]] && compadd -a found || _files
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
@@ -11109,13 +10960,12 @@ compdef _rjupyter rjupyter.py rjupyter
     set -l typed (commandline -opc)
     $typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null
 end
-complete -c rjupyter.py -a '(__rjupyter)'
-complete -c rjupyter -a '(__rjupyter)'
+complete -c rjupyter.py -c rjupyter -a '(__rjupyter)'
 """,
 }
 
 
-def run_completion(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_completion(args: Args, agent: Agent, messages: Messages) -> int:
     """Print what makes a shell complete our command lines."""
     messages.line(COMPLETIONS[args.shell].rstrip())
     return EXIT_OK
@@ -11126,46 +10976,40 @@ def candidates(words: List[str]) -> List[str]:
     *typed, current = words or [""]
     line = CommandLine(typed)
     own = OPTIONS_OF.get(line.action, [])
-    known = by_flag([*(OPTIONS["output"] if line.action else options()), *own])
-    ids = listed_ids().hosts.get(line.destination.partition(":")[0], [])
+    known = by_flag([*(OPTIONS["output"] if line.action else EVERY_OPTION), *own])
+    ids = kept_here().hosts.get(line.destination.partition(":")[0], [])
     last = known.get(typed[-1]) if typed else None
-    config = next((option.value for option in line.before if option.flag == "-F"), "")
-    if last and last.metavar:
-        found = ids if last.metavar == "ID" else list(last.choices)
-    elif current.startswith("-"):
+    is_value = bool(last and last.metavar)
+    takes = last if is_value else next((row for row in own if not row.flags), None)
+    if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
+    elif takes:
+        found = ids if takes.metavar == "ID" else list(takes.choices)
     elif not line.destination:
-        found = [name for name in ACTIONS if name and ACTIONS[name].alone]
-        found += ssh_hosts(config or os.path.expanduser("~/.ssh/config"))
-    elif line.action == "completion":
-        found = list(COMPLETIONS)
-    elif not line.action:
-        found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
+        found = [name for name in ACTIONS if name and ACTIONS[name].alone] + ssh_hosts(line)
     else:
-        found = ids if any(option.metavar == "ID" for option in own) else []
+        found = [name for name in ACTIONS if name and not (ACTIONS[name].alone and name != "close")]
+        found = [] if line.action else found
     return sorted({word for word in found if word.startswith(current)})
 
 
-def ssh_hosts(path: str, depth: int = 0) -> List[str]:
+def ssh_hosts(line: CommandLine) -> List[str]:
     """Return the names that ssh's configuration has, with those of the files that it includes (ssh_config(5))."""
     import glob
 
+    config = [typed.value for typed in line.before if typed.flag == "-F" and typed.value]
+    paths = config[-1:] or [os.path.expanduser("~/.ssh/config")]
     found: List[str] = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            lines = stream.read().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        key, *names = re.split(r"[\s=]+", line.strip())
-        if key.lower() == "host":
-            found += [name.strip('"') for name in names if name and not set(name) & set("*?!")]
-        elif key.lower() == "include" and depth < 16:
-            for name in names:
-                pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name.strip('"')))
-                for other in sorted(glob.glob(pattern)):
-                    found += ssh_hosts(other, depth + 1)
-    return list(dict.fromkeys(found))
+    for path in paths:  # which grows
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+            for text in stream:
+                key, *names = [word.strip('"') for word in re.split(r"[\s=]+", text.strip())]
+                if key.lower() == "host":
+                    found += [name for name in names if name and not set(name) & set("*?!")]
+                for name in names if key.lower() == "include" else ():
+                    pattern = os.path.join(os.path.expanduser("~/.ssh"), os.path.expanduser(name))
+                    paths += set(glob.glob(pattern)) - set(paths)
+    return found
 
 
 def ids_path() -> str:
@@ -11174,7 +11018,7 @@ def ids_path() -> str:
     return os.path.join(cache, "rjupyter", "ids.json")
 
 
-class ListedIds(Record):
+class KeptHere(Record):
     """The ids of the last `list` of each host, which complete a command line, and what executions bring: ids.json."""
 
     hosts: "Dict[str, List[str]]" = {}
@@ -11182,35 +11026,35 @@ class ListedIds(Record):
     batches: "Dict[str, str]" = {}  # what tells those executions from others that a command has begun and not ended
 
 
-BRINGS_KEPT = 100  # of the executions that were begun last
+KEPT_MAX = 100  # of each, those that came last
 
 
-def listed_ids() -> ListedIds:
+def kept_here() -> KeptHere:
     """Return what is kept here."""
-    return read_record(ListedIds, ids_path()) or ListedIds()
+    return read_record(KeptHere, ids_path()) or KeptHere()
 
 
-def keep_listed(listed: ListedIds) -> None:
-    """Write down what is kept here, where there is a place."""
+def keep_here(name: str, key: str, value: Any) -> None:
+    """Keep one more, or none any more, where there is a place."""
+    kept = kept_here()
+    others = [pair for pair in getattr(kept, name).items() if pair[0] != key]
+    rows = [*others, *([] if value is None else [(key, value)])][-KEPT_MAX:]
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(ids_path()), 0o700, exist_ok=True)
-        write_whole(ids_path(), json.dumps(listed.facts()))
+        write_whole(ids_path(), json.dumps(kept.but(**{name: dict(rows)}).facts()))
 
 
 # -- config -----------------------------------------------------------------------------------------------------------
 
 
-def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
+def run_config(args: Args, agent: Agent, messages: Messages) -> int:
     """Show every option that holds for the destination, and where its value is from."""
-    rows = {}
-    for option in options():
-        if option.name and option.key not in rows and hasattr(args, option.key):
-            value, source = getattr(args, option.key), args.sources.get(option.key, "default")
-            messages.event("option", option=option.name, value=value, source=source)
-            shown = ("yes" if value else "no") if isinstance(value, bool) else value or "-"
-            rows[option.key] = (option.name, " ".join(shown) if isinstance(shown, list) else shown, source)
-    if not args.json:
-        print_table(COLUMNS["option"], list(rows.values()), messages)
+    rows: Dict[str, Json] = {}
+    for option in EVERY_OPTION:
+        if option.name and hasattr(args, option.key):
+            source = args.sources.get(option.key, "default")
+            rows.setdefault(option.key, {"option": option.name, "value": getattr(args, option.key), "source": source})
+    print_rows("option", list(rows.values()), messages)
     return EXIT_OK
 
 
@@ -11220,7 +11064,7 @@ def run_config(args: Args, ssh: Ssh, agent: Agent, messages: Messages) -> int:
 class Action(NamedTuple):
     """A row of ACTIONS: what does it, and its line in the help."""
 
-    run: Callable[[Args, Ssh, Agent, Messages], int]
+    run: Callable[[Args, Agent, Messages], int]
     usage: str = ""
     help: str = ""
     alone: bool = False  # it needs no host
@@ -11241,68 +11085,56 @@ ACTIONS: Dict[Optional[str], Action] = {
     "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong"),
     "config": Action(run_config, "config", "the defaults that apply to the host"),
 }
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", dest="is_followed")
-OPTIONS_OF: Dict[str, List[Option]] = {
-    "execute": [
-        Option("NOTEBOOK", "one here; one on the host with : before it", str, [], dest="notebooks", many="*"),
-        Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
-        Option("--inplace", "the result replaces the notebook"),
-        Option(
-            "-p NAME=VALUE",
-            "a variable for the notebook, as YAML reads it; repeatable",
-            _parameter,
-            [],
-            dest="parameters",
-        ),
-        Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
-        Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], dest="along"),
-        Option(
-            "--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []
-        ),
-        Option("--force", "what is brought replaces what is here"),
-        Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-        Option("-j N", "execute this many at the same time", _number("a number", 999), 0, dest="at_once"),
-        Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
-        Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0, dest="time_limit"),
-        Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
-        Option("--allow-errors", "go on after a cell that failed, as nbconvert does"),
-        Option("--attach ID", "follow this run, and bring its result", _text, dest="run_id"),
-        Option("--overlap", "even if the notebook is being executed already"),
-    ],
-    "list": [
-        Option("--kernels", "the kernels: notebook, state, memory"),
-        Option("--all", "also executions that ended long ago"),
-    ],
-    "wait": [
-        Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", dest="name", many="?"),
-        Option("--timeout S", "how long at most (no limit)", _duration_s, 0, dest="time_limit"),
-    ],
-    "logs": [Option("ID", "of which server or run (the newest server)", default="", dest="id", many="?"), FOLLOW],
-    "output": [
-        Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", dest="name", many="?"),
-        FOLLOW,
-        Option("--save", "put it into the notebook, there"),
-        Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
-    ],
-    "eval": [
-        Option("CODE", "what it executes; - reads it from stdin", dest="code", many="?"),
-        Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", dest="name"),
-        Option("--interrupt", "interrupt it"),
-    ],
-    "stop": [
-        Option(
-            "ID",
-            "which one (that of PATH, or the only one); a notebook: only its kernel",
-            default=[],
-            dest="ids",
-            many="*",
-        ),
-        Option("--all", "all of yours there"),
-        Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
-    ],
-    "close": [Option("--all", "those to any host")],
-    "completion": [Option("SHELL", "bash, zsh or fish", dest="shell", choices=list(COMPLETIONS))],
-}
+FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", key="is_followed")
+OPTIONS_OF: Dict[str, List[Option]] = {}
+OPTIONS_OF["execute"] = [
+    Option("NOTEBOOK", "one here; one on the host with : before it", key="notebooks", many="*"),
+    Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
+    Option("--inplace", "the result replaces the notebook"),
+    Option("-p NAME=VALUE", "a variable for the notebook, as YAML reads it; repeatable", _pair, [], key="parameters"),
+    Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
+    Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], key="along"),
+    Option("--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []),
+    Option("--force", "what is brought replaces what is here"),
+    Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
+    Option("-j N", "execute this many at the same time", _number("a number", 999), 0, key="at_once"),
+    Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
+    Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0),
+    Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
+    Option("--allow-errors", "go on after a cell that failed, as nbconvert does", key="allows_errors"),
+    Option("--attach ID", "follow this run, and bring its result", _text, key="run_id"),
+    Option("--overlap", "even if the notebook is being executed already", key="overlaps"),
+]
+OPTIONS_OF["list"] = [
+    Option("--kernels", "the kernels: notebook, state, memory"),
+    Option("--all", "also executions that ended long ago"),
+]
+OPTIONS_OF["wait"] = [
+    Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", key="name", many="?"),
+    Option("--timeout S", "how long at most (no limit)", _duration_s, 0),
+]
+OPTIONS_OF["logs"] = [
+    Option("ID", "of which server or run (the newest server)", default="", key="id", many="?"),
+    FOLLOW,
+]
+OPTIONS_OF["output"] = [
+    Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", key="name", many="?"),
+    FOLLOW,
+    Option("--save", "put it into the notebook, there"),
+    Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
+]
+OPTIONS_OF["eval"] = [
+    Option("CODE", "what it executes; - reads it from stdin", key="code", many="?"),
+    Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", key="name"),
+    Option("--interrupt", "interrupt it"),
+]
+OPTIONS_OF["stop"] = [
+    Option("ID", "which one (that of PATH, or the only one); a notebook: only its kernel", key="ids", many="*"),
+    Option("--all", "all of yours there", key="is_all"),
+    Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
+]
+OPTIONS_OF["close"] = [Option("--all", "those to any host")]
+OPTIONS_OF["completion"] = [Option("SHELL", "bash, zsh or fish", key="shell", choices=list(COMPLETIONS))]
 # For the help of an action. What stands behind a wide gap is a remark.
 EXAMPLES = {
     "execute": [
@@ -11347,8 +11179,7 @@ def carry_out(words: List[str]) -> int:
     args: Optional[Args] = None
     try:
         if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
-            for word in candidates(words[2:]):
-                messages.line(word)
+            messages.line("".join(word + "\n" for word in candidates(words[2:])), end="")
             return EXIT_OK
         line = CommandLine(words)
         topic = line.topic()
@@ -11358,10 +11189,13 @@ def carry_out(words: List[str]) -> int:
         args = Args(line)
         messages = Messages(args.quiet, args.verbose, args.json)
         is_mux = os.name == "posix" and not args.no_mux
-        ssh = Ssh(args.destination.host, args.ssh, can_ask(), messages, is_mux)
+        ssh = Ssh(args.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
-        action = ACTIONS[args.action]
-        return action.run(args, ssh, Agent(ssh, messages, args.state_dir or ""), messages)
+        agent = Agent(ssh, messages, args.state_dir or "")
+        try:
+            return ACTIONS[args.action].run(args, agent, messages)
+        finally:
+            agent.ssh.close()  # it may be another one
     except KeyboardInterrupt:
         if not getattr(args, "is_followed", False):
             raise
@@ -11369,8 +11203,7 @@ def carry_out(words: List[str]) -> int:
         return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
-            config = args.ssh[args.ssh.index("-F") + 1] if "-F" in args.ssh else os.path.expanduser("~/.ssh/config")
-            near = nearest(args.destination.host, ssh_hosts(config))
+            near = nearest(args.host, ssh_hosts(args.line))
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
         return failure.status

@@ -284,10 +284,12 @@ def outcome(
             ssh = LyingSsh("host", [], False, messages, False)
             ssh.answer = answer_to
             try:
-                status = rjupyter.ACTIONS[args.action].run(args, ssh, rjupyter.Agent(ssh, messages), messages)
+                status = rjupyter.ACTIONS[args.action].run(args, rjupyter.Agent(ssh, messages), messages)
             except rjupyter.Failure as failure:
                 messages.failure(failure)
                 status = failure.status
+            finally:
+                ssh.close()
     finally:
         os.chdir(before)
     return status, out.getvalue(), err.getvalue(), asked

@@ -49,19 +49,16 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, tmp_
         driver.switch_to.new_window("tab")
         run_first_cell(driver, pages["reloaded"], "line 9")
         driver.refresh()
-        driver.get("about:blank")
-        driver.close()
-        driver.switch_to.window(driver.window_handles[0])
-        driver.get("about:blank")
-        wait_until(lambda: [each["connections"] for each in api(run.url(), "kernels")] == [0, 0], "the pages are gone")
-        (host.home / "gate").write_text("")
-        wait_until(lambda: kinds(host).count("finished") == 2, "the cells have ended", 60)
-        told = held(laptop, "host", "--local-port", str(quiet_port())).text
-        for name in pages:
-            assert has_all(laptop.run("host", "output", name + ".ipynb").stdout), name
-            assert "While you were away: %s.ipynb In [" % name in told, told
-            saved = laptop.run("host", "output", name + ".ipynb", "--save")
-            assert "Saved the outputs of 1 cell into %s.ipynb." % name in saved.stderr, saved.text
+    wait_until(lambda: [each["connections"] for each in api(run.url(), "kernels")] == [0, 0], "the pages are gone")
+    (host.home / "gate").write_text("")
+    wait_until(lambda: kinds(host).count("finished") == 2, "the cells have ended", 60)
+    told = held(laptop, "host", "--local-port", str(quiet_port())).text
+    for name in pages:
+        assert has_all(laptop.run("host", "output", name + ".ipynb").stdout), name
+        assert "While you were away: %s.ipynb In [" % name in told, told
+        saved = laptop.run("host", "output", name + ".ipynb", "--save")
+        assert "Saved the outputs of 1 cell into %s.ipynb." % name in saved.stderr, saved.text
+    with chromium(laptop) as driver:
         for name, url in pages.items():
             driver.get(url)
             patience(driver).until(lambda _: has_all(shown_in(driver)))

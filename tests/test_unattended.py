@@ -188,7 +188,7 @@ def test_crontab_line(bare: Laptop, host: Host, installed: Path, mark: str) -> N
 def check_command(words: List[str]) -> None:
     """A command that the README gives to a service manager is one that we take, and it asks for nothing."""
     args = rjupyter.Args(rjupyter.CommandLine(["--no-config", *words[1:]]))
-    assert (args.destination.host, args.local_port, args.background) == ("gpu1", 8889, False)
+    assert (args.host, args.local_port, args.background) == ("gpu1", 8889, False)
 
 
 def test_launchd_plist(tmp_path: Path) -> None:
