@@ -5012,7 +5012,7 @@ class Agent:
         self.ssh = ssh
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
-        self.hello: Json = {"user": ""}  # who and where we are there
+        self.hello: Json = {"user": "", "node": "", "python": "", "is_root": False}  # who and where we are there
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.launching = ""  # the id of what was started there, until the reply
@@ -5183,7 +5183,7 @@ class Agent:
         try:
             text = text.format_map(dict(facts, destination=self.ssh.destination, title=title))
             if kind == "hello":
-                self.hello = dict({"is_root": False}, **facts)
+                self.hello.update(facts)
                 if not self.greets:
                     return
                 self.greets = False
