@@ -10934,6 +10934,7 @@ def check_sessions(ssh: Ssh) -> str:
         lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
         has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
     finally:
+        first.send(b"")
         first.end()
     return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
 
