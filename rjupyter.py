@@ -5015,6 +5015,7 @@ class Agent:
         self.hello: Json = {"user": "", "node": "", "python": "", "is_root": False}  # who and where we are there
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
+        self.redials = True  # a connection that is lost while we ask
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
         self._step = ""  # the name of the step, while Jupyter is installed
@@ -5088,9 +5089,8 @@ class Agent:
         reply: Type[R],
         doing: str = "",
         handlers: Optional[Dict[str, Handler]] = None,
-        redials: bool = True,
     ) -> R:
-        """Ask as `ask` does; when the connection is lost meanwhile and it `redials`, connect and ask again.
+        """Ask as `ask` does; when the connection is lost meanwhile, connect and ask again, unless told not to.
 
         `request` is made anew each time. What the first one began, the host finds by its errand.
         """
@@ -5102,7 +5102,7 @@ class Agent:
             try:
                 return self.ask(request(), reply, doing, handlers=handlers)
             except NotConnected as failure:
-                if not redials or not self.hello["user"] or isinstance(failure, HostRefused):
+                if not self.redials or not self.hello["user"] or isinstance(failure, HostRefused):
                     raise  # we were not connected before
                 self.ssh.reconnect(failure.last_line(), is_there)
 
@@ -7847,7 +7847,7 @@ class Along(NamedTuple):
             digest.update(part)
         return cls(stream, digest.hexdigest(), size)
 
-    def send(self, agent: Agent, redials: bool) -> None:
+    def send(self, agent: Agent) -> None:
         """Send it to the host, in parts, each of which may be sent again."""
         import binascii
 
@@ -7856,7 +7856,7 @@ class Along(NamedTuple):
             data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
             request = Request(action="put_files", files=self.digest, offset=at, data=data)
             doing = "Sending %.1f MB" % (self.size / 1e6)
-            agent.ask_on(lambda: request, Record, doing, redials=redials)  # noqa: B023 # it asks at once
+            agent.ask_on(lambda: request, Record, doing)  # noqa: B023 # it asks at once
 
 
 SENT_BYTES = 12 << 20  # in one request
@@ -7886,7 +7886,6 @@ class Execution:
         self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
         self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
-        self.redials = True
         self.offset = 0  # in its journal
         self.path: Optional[str] = None  # where its result is
         self._rest = b""
@@ -7900,14 +7899,13 @@ class Execution:
         """The destination, as the user calls it."""
         return self.agent.ssh.destination
 
-    def follow(self, redials: bool) -> None:
-        """Follow the run to its end, and write its result; a lost connection is dialled again when it `redials`.
+    def follow(self) -> None:
+        """Follow the run to its end, and write its result.
 
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
         doing = "Executing " + self.name if self.messages.has_spinner else ""
-        self.redials = redials
-        (end,) = hear_runs({self.id: self}, self.agent, doing, self.handlers, redials)
+        (end,) = hear_runs({self.id: self}, self.agent, doing, self.handlers)
         view = end.view()
         self.id = view.id
         try:
@@ -8043,7 +8041,7 @@ class Execution:
 
             doing = "Bringing what %s wrote" % self.name
             lists = reply_of(refused="List[str]", unmatched="List[str]")
-            reply = self.agent.ask_on(request, lists, doing, {"part": take}, self.redials)
+            reply = self.agent.ask_on(request, lists, doing, {"part": take})
             stream.seek(0)
             written, refused = unpack(stream, base, self.overwrites, self.brings)
         for brought in map(os.path.normpath, written):
@@ -8074,9 +8072,7 @@ class Execution:
         return Failure(what, why, try_, status)
 
 
-def hear_runs(
-    runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler], redials: bool
-) -> List[RunEnd]:
+def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler]) -> List[RunEnd]:
     """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did."""
 
     def request() -> Request:
@@ -8090,7 +8086,7 @@ def hear_runs(
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
     reply = reply_of(ended="List[RunEnd]")
-    ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part), redials).ended
+    ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part)).ended
     if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
         raise Wrong("wrong in it: ended")
     return ended
@@ -8153,10 +8149,10 @@ class Batch:
         self.messages.note("%s: %s" % (self._tasks[index].name, what_and_why(failure)))
 
     def _begin(self, index: int) -> None:
-        task, redials = self._tasks[index], not self._args.no_reconnect
+        task = self._tasks[index]
         doing = "Launching the execution of " + task.name if self.messages.has_spinner else ""
         try:
-            reply = self.agent.ask_on(lambda: task.request, StartReply, doing, redials=redials)
+            reply = self.agent.ask_on(lambda: task.request, StartReply, doing)
         except NotConnected:
             raise
         except Failure as failure:
@@ -8170,7 +8166,7 @@ class Batch:
         self.messages.event("started", id=reply.id)
         execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
         execution.is_one_of_many = True
-        execution.redials, execution.overwrites = redials, self._args.force
+        execution.overwrites = self._args.force
         execution.brings = self._patterns_of(reply.id)
         self.running[index] = execution
 
@@ -8180,7 +8176,7 @@ class Batch:
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
         doing = doing if self.messages.has_spinner else ""
         runs = {execution.id: execution for execution in self.running.values()}
-        ended = hear_runs(runs, self.agent, doing, {}, not self._args.no_reconnect)
+        ended = hear_runs(runs, self.agent, doing, {})
         for end in ended:
             index = by_id[end.id]
             execution = self.running.pop(index)
@@ -10313,8 +10309,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
     with reserved(local_port), asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
-        redials = not args.no_reconnect
-        server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers, redials)
+        server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers)
     # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
     # else the line that starts such another one would start it in another environment, or outside of a job.
     names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
@@ -10470,7 +10465,7 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
         return request_of(args, "wait_for_kernel", timeout_s=left_s)
 
     agent.ssh.connect()
-    reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel", redials=not args.no_reconnect)
+    reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel")
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
@@ -10514,10 +10509,9 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         stop = args.again("eval", "--interrupt", "-k", kernel)
         return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop) if kernel else ""
 
-    redials = not args.no_reconnect
     with agent.leaving(goes_on):
         agent.ssh.connect()
-        reply = agent.ask_on(lambda: request.but(line=lines), KernelReply, "", {"recorded": take}, redials)
+        reply = agent.ask_on(lambda: request.but(line=lines), KernelReply, "", {"recorded": take})
     if reply.state == "dead":
         kernels = args.again("list", "--kernels")
         raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
@@ -10545,8 +10539,8 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
             messages.result(as_shown(text), "line", line=text)
 
     agent.ssh.connect()
-    redials = args.is_followed and not args.no_reconnect
-    agent.ask_on(request, Record, handlers={"line": take}, redials=redials)
+    agent.redials = agent.redials and args.is_followed
+    agent.ask_on(request, Record, handlers={"line": take})
     for text in held:
         messages.result(as_shown(text), "line", line=text)
     return EXIT_OK
@@ -10562,8 +10556,8 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
         return EXIT_OK
     shown = ShownCells(messages, args.since)
     request = request_of(args, "send_output")
-    redials = args.is_followed and not args.no_reconnect
-    agent.ask_on(lambda: request.but(line=shown.lines), Record, "", {"recorded": shown.take}, redials)
+    agent.redials = agent.redials and args.is_followed
+    agent.ask_on(lambda: request.but(line=shown.lines), Record, "", {"recorded": shown.take})
     return EXIT_OK
 
 
@@ -10658,7 +10652,7 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     waiting = Queue(agent, messages, args.again, lambda identity: args.again("execute", "--attach", identity))
     agent.ssh.connect()
     for along in alongs:
-        along.send(agent, not args.no_reconnect)
+        along.send(agent)
     if is_many:
         execute_many(tasks, args, agent)
         return EXIT_OK
@@ -10772,7 +10766,7 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
     messages = agent.messages
     with agent.leaving(lambda: agent.what_goes_on("The execution of " + task.name, args.again)):
         doing = "Launching the execution of " + task.name
-        reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers, not args.no_reconnect)
+        reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers)
     if not reply.is_started:
         text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
         again = args.again("execute", "--attach", reply.id)
@@ -10795,7 +10789,7 @@ def follow(execution: Execution, waiting: Queue, args: Args) -> None:
         return "" if waiting.state.is_waiting else text
 
     with execution.agent.leaving(goes_on):
-        execution.follow(redials=not args.no_reconnect)
+        execution.follow()
 
 
 def brings_of(args: Args, host: str, identity: str) -> List[str]:
@@ -11193,6 +11187,7 @@ def carry_out(words: List[str]) -> int:
         ssh = Ssh(args.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
         agent = Agent(ssh, messages, args.state_dir or "")
+        agent.redials = not args.no_reconnect
         try:
             return ACTIONS[args.action].run(args, agent, messages)
         finally:
