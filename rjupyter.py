@@ -7863,7 +7863,7 @@ SENT_BYTES = 12 << 20  # in one request
 
 
 class Execution:
-    """A run on the host, followed from here: what its journal tells is shown, and makes the result."""
+    """A run on the host, followed from here: what its journal tells is shown, and its result is taken."""
 
     def __init__(
         self,
