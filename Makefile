@@ -40,7 +40,7 @@ check: ## the tests that need no sshd, no browser and no cluster: half a minute
 
 # All processes would compile the tests at the same time, were they not compiled before.
 test: setup ## all tests, after make setup
-	@.venv/bin/python -m pytest tests -n 0 -q --collect-only >/dev/null
+	@.venv/bin/python -m pytest tests -n 0 -q --collect-only >/dev/null || true # what is wrong, the tests themselves say
 	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
 
 bench: ## measure it beside what one would use instead: a Markdown table, in less than 10 minutes

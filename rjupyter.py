@@ -5840,6 +5840,11 @@ def notebooks_of(info: "Optional[RuntimeInfo]") -> "Dict[str, str]":
     return {fact(fact(session, "kernel", {}), "id", ""): fact(session, "path", "") for session in sessions}
 
 
+def connections_of(info: "Optional[RuntimeInfo]", kernel: str) -> int:
+    """Return how many pages a kernel has; -1 where the server does not say."""
+    return fact(info and ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1], "connections", -1)
+
+
 def is_in_path(record: ServerRecord, request: Request) -> bool:
     """True for a server in the PATH that was asked for; for all, if none was."""
     return not request.path or is_same_dir(record.root_dir, resolve_path(request.path)[0])
@@ -5998,11 +6003,6 @@ class Recorder:
             self._told_at = time.monotonic()
         return self._notebooks.get(kernel, "")
 
-    def connections_of(self, kernel: str) -> int:
-        """Return how many pages a kernel has; -1 where the server does not say."""
-        info = server_info(self.record)
-        return fact(info and ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1], "connections", -1)
-
 
 def kernel_id_of(name: str) -> str:
     """Return the id of the kernel whose connection file has this name; empty for another file."""
@@ -6153,7 +6153,7 @@ class RecordedKernel:
     def _end(self, identity: str, has_died: bool = False) -> None:
         begun = self._running.pop(identity)
         is_done = identity not in self._failed and not has_died
-        connections = self.recorder.connections_of(self.id)
+        connections = connections_of(server_info(self.recorder.record), self.id)
         facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
         self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
         lines = self._lines.pop(identity, 0)
@@ -6171,7 +6171,7 @@ class RecordedKernel:
     def look_again(self) -> None:
         """A page whose link had died counts for a while: look whether the one that was there is there still."""
         if self._unseen and time.monotonic() - self._ended_at < PAGE_GONE_S:
-            self._tell_unseen(self.recorder.connections_of(self.id))
+            self._tell_unseen(connections_of(server_info(self.recorder.record), self.id))
 
 
 class Journal:
@@ -6345,8 +6345,10 @@ class CellOutput:
 class Executions:
     """The executions of a journal, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: "Iterable[str]" = ()) -> None:
         self.cells = {}  # type: Dict[str, CellOutput]
+        for line in lines:
+            self.take(facts_in(line))
 
     def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
         """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
@@ -6494,9 +6496,7 @@ def save_output(request: Request, channel: Channel) -> "Json":
     api = "api/contents/" + quote(mark.notebook)
     check_alone(info, kernel, mark.notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
-    executions = Executions()
-    for line in JournalReader(path).lines():
-        executions.take(facts_in(line))
+    executions = Executions(JournalReader(path).lines())
     cells = objects(before["content"], "cells")
     changed = fill_in(cells, list(executions.cells.values()))
     if changed:
@@ -6524,8 +6524,7 @@ def contents_of(info: RuntimeInfo, api: str, query: str) -> "Json":
 
 def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
     """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
-    said = ask_server(info, "api/kernels/%s?no_track_activity=1" % kernel)[1]
-    if fact(said, "connections", -1) > 0:
+    if connections_of(info, kernel) > 0:
         why = "a page is connected to its kernel, which shows and saves these outputs itself"
         raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
 
@@ -6741,6 +6740,21 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # -- runs on the host -------------------------------------------------------------------------------------------------
 
 
+def journal_of(directory: str) -> str:
+    """Return where a run writes down what its cells print."""
+    return os.path.join(directory, "journal")
+
+
+def result_of(directory: str) -> str:
+    """Return where a run's result is: from its begin on, and with outputs at its end."""
+    return os.path.join(directory, "result.ipynb")
+
+
+def state_file(directory: str) -> str:
+    """Return where a run writes down where it stands."""
+    return os.path.join(directory, "state.json")
+
+
 class RunKind(Kind):
     """Executions of notebooks."""
 
@@ -6749,7 +6763,7 @@ class RunKind(Kind):
     record = RunRecord
 
     def log_of(self, record: RunRecord) -> Growing:
-        return PrintedText(journal_of(record))
+        return PrintedText(journal_of(record.directory))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -6768,7 +6782,7 @@ class RunKind(Kind):
         place = place_of(record)
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
-        state = read_record(RunState, os.path.join(record.directory, "state.json"))
+        state = read_record(RunState, state_file(record.directory))
         view.state = "running" if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
@@ -6784,7 +6798,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        view.size = size_of(journal_of(record))
+        view.size = size_of(journal_of(record.directory))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -6917,7 +6931,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         **facts_of(process, root_dir, request),
     )
     write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return None
@@ -6982,7 +6996,7 @@ class Followed:
 
     def __init__(self, record: RunRecord, offset: int) -> None:
         self.record = record
-        self._journal = Growing(journal_of(record), offset)
+        self._journal = Growing(journal_of(record.directory), offset)
         self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
     def look(self, identity: str, channel: Channel) -> "Any":
@@ -6996,24 +7010,23 @@ class Followed:
         if view.state in GOING_ON and not channel.is_closed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
-        state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
-        is_whole = state.written and state.written == size_of(journal_of(self.record)) + size_of(result_of(self.record))
+        directory = self.record.directory
+        state = read_record(RunState, state_file(directory)) or RunState()
+        is_whole = state.written and state.written == size_of(journal_of(directory)) + size_of(result_of(directory))
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
         return FollowReply(brings=self.record.request.brings, **view.facts())
 
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
-        result = Growing(result_of(self.record))
+        directory = self.record.directory
+        result = Growing(result_of(directory))
         parts = iter(result.part, b"")
-        state = read_record(RunState, os.path.join(self.record.directory, "state.json")) or RunState()
+        state = read_record(RunState, state_file(directory)) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            executions = Executions()
-            for line in Growing(journal_of(self.record)).lines():
-                executions.take(facts_in(line))
-            for execution in executions.cells.values():
+            for execution in Executions(Growing(journal_of(directory)).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7021,16 +7034,6 @@ class Followed:
             parts = iter([text[at : at + PART_BYTES] for at in range(0, len(text), PART_BYTES)])
         for part in parts:
             channel.tell("part", file="result", id=identity, data=packed(part))
-
-
-def journal_of(record: RunRecord) -> str:
-    """Return where a run writes down what its cells print."""
-    return os.path.join(record.directory, "journal")
-
-
-def result_of(record: RunRecord) -> str:
-    """Return where a run's result is: from its begin on, and with outputs at its end."""
-    return os.path.join(record.directory, "result.ipynb")
 
 
 def packed(part: bytes) -> str:
@@ -7293,7 +7296,7 @@ class Run:
         self.state = RunState(count=len(code))
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
-        self._journal = Journal(os.path.join(directory, "journal"), float("inf"))
+        self._journal = Journal(journal_of(directory), float("inf"))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and its language."""
@@ -7362,11 +7365,11 @@ class Run:
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
-        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
+        write_whole(state_file(self.directory), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
-        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
+        write_whole(result_of(self.directory), self.text())
         for remark in self.remarks:
             self._journal.tell(Remark(text=remark))
         self.keep_state()
@@ -7399,7 +7402,7 @@ class Run:
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
-        path = os.path.join(self.directory, "result.ipynb")
+        path = result_of(self.directory)
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
         written = size_of(path) + size_of(self._journal.path)
@@ -7545,7 +7548,7 @@ def run_main(directory: str) -> None:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
-        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
+        write_whole(state_file(directory), json.dumps(state.facts()))
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -8381,11 +8384,9 @@ def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[
 
 def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
     """Return the last execution of a kernel, if it was recorded and has ended."""
-    executions = Executions()
     path = os.path.join(cells_dir(record.directory), identity + ".journal")
-    for line in Growing(path).lines() if record.directory else []:
-        if not line.endswith('"kind": "printed"}'):
-            executions.take(facts_in(line))
+    lines = Growing(path).lines() if record.directory else ()
+    executions = Executions(line for line in lines if not line.endswith('"kind": "printed"}'))
     cells = [cell for cell in executions.cells.values() if cell.begun]
     return cells[-1] if cells and cells[-1].finished else None
 
@@ -8407,7 +8408,7 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
     if not os.path.exists(asked) and not os.path.exists(asked + "ed"):
-        offset = os.stat(path + ".journal").st_size if os.path.exists(path + ".journal") else 0
+        offset = size_of(path + ".journal")
         write_whole(asked, request.data)
     journal = JournalReader(path + ".journal", offset)
     known = request.line
