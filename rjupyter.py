@@ -6169,8 +6169,20 @@ class RecordedKernel:
         self._unseen = None if connections == 0 else self._unseen
 
     def look_again(self) -> None:
-        """A page whose link had died counts for a while: look whether the one that was there is there still."""
-        if self._unseen and time.monotonic() - self._ended_at < PAGE_GONE_S:
+        """Learn what changes in and after a cell: the notebook's name, and whether a page is there.
+
+        A page begins with a session of another name, and a cell may be quicker than its own; a notebook may be moved.
+        A page whose link had died counts for a while.
+        """
+        has_just_ended = time.monotonic() - self._ended_at < PAGE_GONE_S
+        notebook = self.recorder.notebook_of(self.id) if self._running or has_just_ended else ""
+        if notebook:
+            self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
+            for begun in self._running.values():
+                begun.notebook = notebook
+            if self._unseen:
+                self._unseen.notebook = notebook
+        if self._unseen and has_just_ended:
             self._tell_unseen(connections_of(server_info(self.recorder.record), self.id))
 
 

@@ -67,6 +67,24 @@ def test_recorder_sleeps_where_there_is_no_kernel(run: Run, mark: str) -> None:
 
 
 @pytest.mark.shared
+def test_notebook_that_gets_its_name_while_a_cell_runs(laptop: Laptop, host: Host, run: Run) -> None:
+    """As a page has it that is asked for a cell as soon as it is there; or a notebook that is moved meanwhile."""
+    kernel = new_session(run.url(), "5e1c0f3a-of-a-page")
+    wait = "import os, time\nprint('begun')\nwhile not os.path.exists('go'): time.sleep(.05)"
+    connection = send(run.url(), wait, kernel)
+    wait_until_printed(host, kernel, "begun")
+    (session,) = [each for each in api(run.url(), "sessions") if each["kernel"]["id"] == kernel]
+    facts = {"path": "late.ipynb", "name": "late.ipynb", "type": "notebook"}
+    api(run.url(), "sessions/" + session["id"], "PATCH", facts)
+    wait_until(lambda: "begun" in laptop.run("host", "output", "late.ipynb").stdout, "it is known by that", 20, 0.5)
+    connection.close()
+    (host.home / "go").touch()
+    wait_for_end(host, kernel)
+    again = held(laptop, "host")
+    assert "While you were away: late.ipynb In [" in again.text, again.text
+
+
+@pytest.mark.shared
 def test_output_shows_what_a_cell_printed_with_no_page(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     compute(run.url(), "for i in range(3): print('line', i)\n6 * 7", kernel)
