@@ -55,26 +55,34 @@ def run_cell(driver: Any, code: str, output: str) -> None:
     wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
     wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
     wait.until(type_code)
-    driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content").send_keys(Keys.SHIFT, Keys.ENTER)
+    wait.until(begin_first_cell)
     wait.until(lambda _: output in text_of(".jp-OutputArea"))
+
+
+def begin_first_cell(driver: Any) -> Any:
+    """Press Shift-Enter in the first cell; true when its number changes: a page that is not ready loses the key."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def number() -> str:
+        return str(driver.find_element(By.CSS_SELECTOR, ".jp-Cell .jp-InputPrompt").text)
+
+    before = number()
+    cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
+    cell.click()
+    cell.send_keys(Keys.SHIFT, Keys.ENTER)
+    return WebDriverWait(driver, 5).until(lambda _: number() != before)
 
 
 def run_first_cell(driver: Any, url: str, printed: str) -> None:
     """Open a notebook's page and run its first cell, until what it prints is there."""
     from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
 
     driver.get(url)
     wait = patience(driver)
-
-    def run(_: Any) -> bool:
-        cell = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
-        cell.click()
-        cell.send_keys(Keys.SHIFT, Keys.ENTER)
-        return True
-
     wait.until(lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
-    wait.until(run)
+    wait.until(begin_first_cell)
     wait.until(lambda _: printed in shown_in(driver))
 
 

@@ -48,6 +48,8 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, tmp_
         run_first_cell(driver, pages["closed"], "line 9")
         driver.switch_to.new_window("tab")
         run_first_cell(driver, pages["reloaded"], "line 9")
+        paths = ["closed.ipynb", "reloaded.ipynb"]  # a page gives its session the notebook's path a moment later
+        wait_until(lambda: sorted(each["path"] for each in api(run.url(), "sessions")) == paths, "sessions have names")
         driver.refresh()
     wait_until(lambda: [each["connections"] for each in api(run.url(), "kernels")] == [0, 0], "the pages are gone")
     (host.home / "gate").write_text("")
