@@ -335,8 +335,15 @@ def test_second_factor_is_asked_once_for_each_login(
         host.sshd.stop()
         host.sshd.settings = settings
         if not settings_are_known("PAMServiceName " + name):
+            program = Path(find_sshd())
+            script = re.search(rb"exec '(.*)'", program.read_bytes()) if program.parent.name == ".sshd" else None
+            os.symlink(script.group(1).decode() if script else program, directory / name)
             host.sshd.program = str(directory / name)
-            os.symlink(find_sshd(), host.sshd.program)
+            if script:  # of tests/setup.sh: it says where the libraries are
+                host.sshd.program = str(directory / "sshd")
+                text = program.read_text().replace(script.group(1).decode(), str(directory / name))
+                Path(host.sshd.program).write_text(text)
+                os.chmod(host.sshd.program, 0o755)
         else:
             host.sshd.settings += "\nPAMServiceName " + name
         host.sshd.start()
