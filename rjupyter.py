@@ -3492,8 +3492,10 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         of_terminal, said = shell_environment(shell, init, "interactive" in how)
         if of_terminal:
             channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
+            # Behind the terminal's PATH is that of the session, which /etc/profile may have reset.
+            path = os.pathsep.join(filter(None, [of_terminal.get("PATH"), os.environ.get("PATH")])).split(os.pathsep)
             os.environ.clear()
-            os.environ.update(of_terminal, HOME=home)
+            os.environ.update(of_terminal, HOME=home, PATH=os.pathsep.join(dict.fromkeys(path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
         if said.startswith(NO_ANSWER):
