@@ -1402,6 +1402,26 @@ def session_of(pid: int) -> int:
         return 0
 
 
+def command_of_process(pid: int) -> str:
+    """Return the command line of a process; empty where it cannot be had."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as stream:
+            return stream.read(4096).decode("utf-8", "replace")
+    except OSError:
+        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+
+
+def environment_of(pid: int) -> "Dict[str, str]":
+    """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
+    path = "/proc/%d/environ" % pid
+    try:
+        with open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
+            entries = os.fsdecode(stream.read()).split("\0")
+    except OSError:
+        return {}
+    return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
+
+
 def own_uid() -> int:
     """Return our uid; 0 where there is none (Windows)."""
     return os.getuid() if hasattr(os, "getuid") else 0
@@ -3393,6 +3413,7 @@ def match_head(script: str, *forms: str) -> str:
 # Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
 MULTIPLEXED = {"TMUX": "/dev/null,0,0", "STY": "0.none", "ZELLIJ": "0", "ABDUCO_SESSION": "none", "TERM": "screen"}
 NO_ANSWER = "no answer within %d s" % SHELL_TIMEOUT_S
+of_terminal = None  # type: Optional[Dict[str, str]] # once it has been looked up; empty where that did not work out
 
 
 def mended(environment: "Any") -> "Any":
@@ -3461,9 +3482,6 @@ def environment_in(text: str, nonce: str) -> "Dict[str, str]":
         if line.startswith(nonce):
             return dict(mended({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
     return {}
-
-
-of_terminal = None  # type: Optional[Dict[str, str]] # once it has been looked up; empty where that did not work out
 
 
 def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> None:
@@ -3825,17 +3843,6 @@ def runtime_dirs(environment: "Any" = os.environ) -> "List[str]":
     data = environment.get("JUPYTER_DATA_DIR") or data
     path = environment.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
     return [path, os.path.join(data, "runtime"), os.path.join(own_tmp_dir(), "runtime")]
-
-
-def environment_of(pid: int) -> "Dict[str, str]":
-    """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
-    path = "/proc/%d/environ" % pid
-    try:
-        with open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
-            entries = os.fsdecode(stream.read()).split("\0")
-    except OSError:
-        return {}
-    return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
 def runtime_dir(has_sockets: bool) -> str:
@@ -4362,15 +4369,6 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
 
 # Words in the command line of a server that belongs to something else: it may end it, and its page leads elsewhere.
 MANAGERS = {"JupyterHub": ["jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub"]}
-
-
-def command_of_process(pid: int) -> str:
-    """Return the command line of a process; empty where it cannot be had."""
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            return stream.read(4096).decode("utf-8", "replace")
-    except OSError:
-        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
 
 
 def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
