@@ -3411,7 +3411,7 @@ def match_head(script: str, *forms: str) -> str:
 # -- the environment of the user's terminal ---------------------------------------------------------------------------
 
 # Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
-MULTIPLEXED = {"TMUX": "/dev/null,0,0", "STY": "0.none", "ZELLIJ": "0", "ABDUCO_SESSION": "none", "TERM": "screen"}
+MULTIPLEXED = {"TMUX": "/", "STY": "0", "ZELLIJ": "0", "ABDUCO_SESSION": "x", "TERM": "screen", "TERM_PROGRAM": "tmux"}
 NO_ANSWER = "no answer within %d s" % SHELL_TIMEOUT_S
 of_terminal = None  # type: Optional[Dict[str, str]] # once it has been looked up; empty where that did not work out
 

@@ -182,7 +182,7 @@ def test_init_that_fails_is_named(laptop: Laptop, make_shell_host: Callable[...,
 VARIABLES = {"HF_HOME": "/data/hf", "LICENCE": "7", "HTTPS_PROXY": "http://127.0.0.1:9"}
 EXPORTS = "".join("export %s=%s\n" % pair for pair in VARIABLES.items())
 RAN = "echo ran >>~/ran\n"
-MULTIPLEXERS = ("TMUX", "STY", "ZELLIJ", "ABDUCO_SESSION")
+MULTIPLEXERS = ("TMUX", "STY", "ZELLIJ", "ABDUCO_SESSION", "TERM_PROGRAM")
 
 
 def environment_there(host: Host) -> Dict[str, str]:
@@ -274,6 +274,7 @@ DOTFILES = {
     "zsh": (
         ".zshrc",
         "if [[ -z $ZELLIJ ]]; then zellij attach -c; exit; fi\n[[ -z $STY ]] && exec screen\n"
+        "[[ $TERM_PROGRAM != tmux ]] && exec tmux\n"
         'read -q "?[oh-my-zsh] Would you like to update? [Y/n] "\nexport PATH="~/bin:$PATH"\n'
         "export HF_HOME=/data/hf LICENCE=7\n(sleep 1000 &)\n",
     ),
