@@ -698,6 +698,7 @@ class JobRecord(Kept):
     number: str  # empty as long as its submission has not told it
     command: str
     cluster: str = ""  # the one that took it, where its scheduler has several
+    environment: "Dict[str, str]" = {}  # what a terminal set for its scheduler's commands
 
 
 class WrapperRecord(Kept):
@@ -1399,6 +1400,26 @@ def session_of(pid: int) -> int:
         return os.getsid(pid)
     except (OSError, AttributeError):  # Windows has no sessions
         return 0
+
+
+def command_of_process(pid: int) -> str:
+    """Return the command line of a process; empty where it cannot be had."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as stream:
+            return stream.read(4096).decode("utf-8", "replace")
+    except OSError:
+        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+
+
+def environment_of(pid: int) -> "Dict[str, str]":
+    """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
+    path = "/proc/%d/environ" % pid
+    try:
+        with open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
+            entries = os.fsdecode(stream.read()).split("\0")
+    except OSError:
+        return {}
+    return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
 def own_uid() -> int:
@@ -3301,12 +3322,9 @@ def launchers(
     import glob
 
     apps = [request.app] if request.app else list(programs)
-    environment = os.environ  # type: Any
-    init = [] if request.wrapper else request.init  # the wrapper has what they set
-    if init:
-        environment = user_environment([native(command) for command in init], tried)
-        os.environ.clear()
-        os.environ.update(environment)
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if not request.wrapper:  # which has what was set outside
+        enter_terminal(request, channel, tried)
     if request.python:
         python = os.path.join(os.path.expanduser("~"), os.path.expanduser(native(request.python)))
         yield launcher_of_python(python, apps, "--python")
@@ -3314,18 +3332,19 @@ def launchers(
         yield launcher_of_python(environment_python(native(request.env), root_dir), apps, "--env " + request.env)
     else:
         yield from launchers_of_project(root_dir, apps, channel, tried)
-        where = "PATH after --init" if init else "PATH"
-        yield from launchers_in(environment.get("PATH", os.defpath).split(os.pathsep), apps, where, environment, tried)
-        if not init:
-            of_terminal = user_environment([], tried)
-            places = of_terminal.get("PATH", "").split(os.pathsep)
-            yield from launchers_in(places, apps, "the login shell's PATH", of_terminal, tried)
+        where = "PATH after --init"
+        if not request.init or request.wrapper:
+            yield from launchers_in(places, apps, "PATH", os.environ, tried)
+            enter_terminal(request, channel, tried)
+            where = "the login shell's PATH"
+        places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+        yield from launchers_in(places, apps, where, os.environ, tried)
         home = os.path.expanduser("~")
         places = [os.path.join(tree, "bin") for tree in conda_trees()]
         places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
             places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
-        yield from launchers_in(places, apps, "the usual places", environment, tried)
+        yield from launchers_in(places, apps, "the usual places", os.environ, tried)
         own = own_launcher(apps, tried)
         if own:
             yield own
@@ -3389,13 +3408,20 @@ def match_head(script: str, *forms: str) -> str:
     return found.group(1) if found else ""
 
 
-# -- the environment of the user's shell ------------------------------------------------------------------------------
+# -- the environment of the user's terminal ---------------------------------------------------------------------------
+
+# Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
+MULTIPLEXED = {"TMUX": "/", "STY": "0", "ZELLIJ": "0", "ABDUCO_SESSION": "x", "TERM": "screen", "TERM_PROGRAM": "tmux"}
+NO_ANSWER = "no answer within %d s" % SHELL_TIMEOUT_S
+of_terminal = None  # type: Optional[Dict[str, str]] # once it has been looked up; empty where that did not work out
 
 
-def take_out(environment: "Any") -> "Any":
+def mended(environment: "Any") -> "Any":
     """Take out what a start-up file sets for one Python and what breaks all others, and return the environment."""
     for name in ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONEXECUTABLE"):
         environment.pop(name, None)
+    if "~" in environment.get("PATH", ""):  # it was quoted: bash expands it when it looks for a command
+        environment["PATH"] = os.pathsep.join(map(os.path.expanduser, environment["PATH"].split(os.pathsep)))
     return environment
 
 
@@ -3403,7 +3429,7 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     """Return the environment of the user's login shell, after the commands in `init`, and what it said on stderr.
 
     Empty when the shell does not get that far in time: its files may wait for input, or leave. The dump is framed, for
-    those files print as well.
+    those files print as well. What they leave running is told that its terminal is gone.
     """
     import tempfile
 
@@ -3413,31 +3439,35 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     # commands from stdin.
     argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
     argv += [] if shell.endswith("csh") else ["-c", script]
+    environment = dict(MULTIPLEXED, **os.environ)
+    temporary = tempfile.TemporaryFile
     # Files and no pipes: a start-up file may leave a process behind that holds a pipe open for ever.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with temporary() as stdin, temporary() as out, temporary() as err:
+        # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
+        stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
+        stdin.seek(0)
         try:
             process = subprocess.Popen(
-                argv, executable=shell, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True
+                argv, executable=shell, env=environment, stdin=stdin, stdout=out, stderr=err, start_new_session=True
             )
         except OSError as error:
             return {}, str(error)
-        assert process.stdin is not None
-        try:
-            # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
-            with process.stdin as stdin:
-                stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
-        except OSError:
-            pass  # a shell that never looked at it
-        try:
-            process.wait(SHELL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not until(lambda: process.poll() is not None, SHELL_TIMEOUT_S):
+            inner = [pid for pid in parents() if session_of(pid) == process.pid and pid != process.pid]
+            words = [command_of_process(pid).replace("\0", " ").strip()[:60] for pid in inner]
             os.killpg(process.pid, signal.SIGKILL)
+            for pid in inner:  # one may have a process group of its own
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
-            return {}, "no answer within %d s" % SHELL_TIMEOUT_S
+            return {}, NO_ANSWER + (" (it runs %s)" % ", ".join(words) if words else "")
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGHUP)
         out.seek(0)
         err.seek(0)
         said = err.read().decode("utf-8", "replace").strip()
-        return environment_in(out.read().decode("utf-8", "replace"), nonce), said
+        found = environment_in(out.read().decode("utf-8", "replace"), nonce)
+        return {n: found[n] for n in found if n in os.environ or MULTIPLEXED.get(n) != found[n]}, said
 
 
 def dump_command(nonce: str) -> str:
@@ -3450,30 +3480,73 @@ def environment_in(text: str, nonce: str) -> "Dict[str, str]":
     """Return the environment that dump_command printed among other things; empty when it did not come to that."""
     for line in text.splitlines():
         if line.startswith(nonce):
-            return dict(take_out({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
+            return dict(mended({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
     return {}
 
 
-def user_environment(init: "List[str]", tried: "List[str]") -> "Dict[str, str]":
-    """Return what a terminal of the user would have: login and interactive, else login alone; after `init`.
+def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> None:
+    """Make our environment, once, that of a terminal of the user's on this host, after the commands of --init.
 
-    Empty when neither works out; raises Failure when there was an `init`, which must not be passed over in silence.
+    So all that we start has what start-up files set, in whatever way Jupyter is found; to come back to a server needs
+    none of it. Where they do not work out, not even without their interactive part, our environment stays as it is.
+    Raises Failure when there was an --init, which must not be passed over in silence.
     """
+    global of_terminal
     import pwd
 
+    if of_terminal is not None:
+        return
+    of_terminal = {}
+    home = os.path.expanduser("~")  # in which our own files stay
+    init = [] if request.wrapper else [native(command) for command in request.init]
     shell = os.environ.get("SHELL", "")
     with contextlib.suppress(KeyError):  # in a container, an uid without a name
         shell = shell or pwd.getpwuid(os.getuid()).pw_shell
     shell = shell or "/bin/sh"
     said = ""
-    for is_interactive in (True, False):
-        environment, said = shell_environment(shell, init, is_interactive)
-        if environment:
-            return environment
+    channel.progress("waiting for the start-up files of " + shell)
+    for how in ("an interactive login shell", "a login shell"):
+        began = time.monotonic()
+        of_terminal, said = shell_environment(shell, init, "interactive" in how)
+        if of_terminal:
+            channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
+            # Behind the terminal's PATH is that of the session, which /etc/profile may have reset.
+            path = os.pathsep.join(filter(None, [of_terminal.get("PATH"), os.environ.get("PATH")])).split(os.pathsep)
+            os.environ.clear()
+            os.environ.update(of_terminal, HOME=home, PATH=os.pathsep.join(dict.fromkeys(path)))
+            break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
-    if init:
+        if said.startswith(NO_ANSWER):
+            channel.tell("note", text="The start-up files of %s: %s; going on without them." % (shell, said))
+    channel.progress("")
+    if init and not of_terminal:
         raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
-    return {}
+
+
+def with_variables(request: Request, channel: Channel) -> Request:
+    """Return a request whose paths have the values of a terminal's variables in them: $NAME or ${NAME}, as in a shell.
+
+    What is there under a name with a $ is meant as it stands. Raises Failure for a variable that is not set.
+    """
+
+    def value_of(found: "Any") -> str:
+        name = found.group(1) or found.group(2)
+        if name not in ("HOME", "USER", "LOGNAME"):  # which every session has
+            enter_terminal(request, channel, [])
+        if not os.environ.get(name):
+            why = "%s: your terminal there does not set it either" % portable(path)
+            raise Failure("$%s is not set on the host" % name, why, "the path itself, or --init with what sets it")
+        return os.environ[name]
+
+    top = os.path.expanduser("~")
+    for field in ("state_dir", "python", "env", "path", "file"):
+        path = native(getattr(request, field) or "")
+        place = os.path.join(top, os.path.expanduser(path))
+        if "$" in path and not os.path.lexists(place) and not os.path.lexists(place + ".ipynb"):
+            path = re.sub(r"(?a)\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", value_of, path)
+            request = request.but(**{field: portable(path)})
+        top = os.path.join(top, os.path.expanduser(path)) if field == "path" else top  # of the file
+    return request
 
 
 # -- named environments -----------------------------------------------------------------------------------------------
@@ -3762,14 +3835,14 @@ def how_to_install() -> str:
 # -- Jupyter's own files ----------------------------------------------------------------------------------------------
 
 
-def runtime_dirs() -> "List[str]":
-    """Return where Jupyter keeps its runtime files (jupyter_core.paths), and the place that we fall back to."""
+def runtime_dirs(environment: "Any" = os.environ) -> "List[str]":
+    """Return where Jupyter keeps its runtime files (jupyter_core.paths), and the places that we fall back to."""
     home = os.path.expanduser("~")
     default = os.path.join(home, "Library/Jupyter") if sys.platform == "darwin" else ""
-    data = default or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local/share"), "jupyter")
-    data = os.environ.get("JUPYTER_DATA_DIR") or data
-    path = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
-    return [path, os.path.join(own_tmp_dir(), "runtime")]
+    data = default or os.path.join(environment.get("XDG_DATA_HOME") or os.path.join(home, ".local/share"), "jupyter")
+    data = environment.get("JUPYTER_DATA_DIR") or data
+    path = environment.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
+    return [path, os.path.join(data, "runtime"), os.path.join(own_tmp_dir(), "runtime")]
 
 
 def runtime_dir(has_sockets: bool) -> str:
@@ -3780,19 +3853,19 @@ def runtime_dir(has_sockets: bool) -> str:
     XDG_RUNTIME_DIR, which old versions used, vanishes at logout. With `has_sockets` it is one that can hold the
     kernels' sockets.
     """
-    first, *others = runtime_dirs()
-    try:
-        private_dir(first)
-        if not has_sockets or can_hold_kernels(first):
-            return first
-    except OSError:
-        pass
-    return first_private(others)
+    *places, last = runtime_dirs()
+    session = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or os.devnull, "")
+    for place in places:
+        with contextlib.suppress(OSError):
+            is_lasting = not place.startswith(session)
+            if is_lasting and private_dir(place) and (not has_sockets or can_hold_kernels(place)):
+                return place
+    return first_private([last])
 
 
 def foreign_files() -> "List[str]":
     """Return the files that Jupyter writes for each notebook and that we may not write: `sudo jupyter` leaves such."""
-    data = os.path.dirname(runtime_dirs()[0])
+    data = os.path.dirname(runtime_dirs()[1])
     paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
     paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
     return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
@@ -4106,7 +4179,8 @@ def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Di
     """Return the environment for what outlives this session: the user's, less what ends with it."""
     gone = ("XDG_RUNTIME_DIR", "XDG_SESSION_ID", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
     kept = {name: value for name, value in environment.items() if name not in gone}
-    return dict(kept, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
+    home = (of_terminal or {}).get("HOME") or os.path.expanduser("~")
+    return dict(kept, HOME=home, JUPYTER_RUNTIME_DIR=runtime_dir(has_sockets))
 
 
 def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
@@ -4261,7 +4335,10 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
     """
     ours = KINDS["server"].records()
     found = {}  # type: Dict[str, ServerRecord]
-    for directory in dict.fromkeys(runtime_dirs() + [native(record.runtime_dir) for record in ours]):
+    pids = filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else [])
+    theirs = [environment_of(int(pid)) for pid in pids]  # a terminal may have set another place than we have
+    places = [runtime_dirs(each)[0] for each in theirs if each.get("HOME") == os.environ.get("HOME")]
+    for directory in dict.fromkeys([*runtime_dirs(), *places, *[native(record.runtime_dir) for record in ours]]):
         for kind, pid, path in runtime_files(directory):
             try:
                 if ended != "p%d" % pid:
@@ -4292,15 +4369,6 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
 
 # Words in the command line of a server that belongs to something else: it may end it, and its page leads elsewhere.
 MANAGERS = {"JupyterHub": ["jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub"]}
-
-
-def command_of_process(pid: int) -> str:
-    """Return the command line of a process; empty where it cannot be had."""
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            return stream.read(4096).decode("utf-8", "replace")
-    except OSError:
-        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
 
 
 def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
@@ -4684,7 +4752,7 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
     """Run the action of one request and send one reply. Ends with status 0 whenever it replied."""
     global agent_source
     agent_source = source
-    take_out(os.environ)
+    mended(os.environ)
     request = Request.read(json.loads(packed_request.decode("ascii")))
     perform(request, Channel(request.nonce))
 
@@ -4703,12 +4771,13 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
-    if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
-        home = os.path.expanduser("~")
-        own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
     channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
     try:
+        request = with_variables(request, channel)
+        if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
+            home = os.path.expanduser("~")
+            own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
         reply = REQUESTS[request.action](prepare(request), channel)
         channel.tell("reply", reply=plain(reply))
         return reply
@@ -4762,7 +4831,7 @@ def heard(said: Growing, channel: "Optional[Channel]" = None) -> "Optional[Said]
             found = Said.read(message)
             if found.kind == "reply":
                 reply = found
-            elif channel and found.kind in ("progress", "found", "installing", "installed"):
+            elif channel and found.kind in ("progress", "note", "terminal", "found", "installing", "installed"):
                 channel.tell(**message)
     return reply
 
@@ -4992,6 +5061,7 @@ SAYINGS = {
     "hello": ("Connected to {destination} ({user}@{node}, python {python}).", "connected"),
     "found": ("Using {command} ({where}).", ""),
     "note": ("{text}", ""),
+    "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
     "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
@@ -5194,6 +5264,8 @@ class Agent:
             elif kind in ("installing", "installed"):
                 self._step = "Installing Jupyter" if kind == "installing" else ""
                 show("", self._step)
+            elif kind == "terminal":
+                say = self.messages.detail
             elif kind == "found":
                 if facts["command"] in self._found:
                     return
@@ -5879,7 +5951,7 @@ def revive_recorder(record: ServerRecord) -> None:
         and place_of(record).is_here
         and not is_same_process(mark.pid, mark.identity)
     ):
-        run_recorder(record, mark.python, dict(os.environ))
+        run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
 
 
 BESIDE.append(start_recorder)
@@ -8605,6 +8677,8 @@ SACCT = ["sacct", "--clusters={cluster}", "--allocations", "--noheader", "--pars
 SACCT += ["--jobs={id}", "--format=JobIDRaw,State"]
 ENDED = JobState(is_live=False, is_waiting=False, word="ended")
 ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
+# What a terminal sets for their commands, but no secret: kept with a job, so that nobody waits for a terminal again.
+OF_SCHEDULERS = r"PATH$|LD_LIBRARY_PATH$|SLURM_(?!JWT)|SGE_|PBS_|LS[FB]_|EGO_|_?CONDOR_|FLUX_|OAR"
 JOB_ENDS = {
     "TIMEOUT": "its time ran out",
     "DEADLINE": "its deadline passed",
@@ -8848,6 +8922,8 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     asked = request.to_keep()
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
     record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
+    enter_terminal(request, channel, [])
+    record.environment = {name: portable(os.environ[name]) for name in os.environ if re.match(OF_SCHEDULERS, name)}
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
     script = write_script(record, request)
@@ -9017,33 +9093,16 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
 
 
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
-    """Run a command of the scheduler of a job, its words filled in; return status, stdout and stderr."""
+    """Run a command of the scheduler of a job, in the environment of its submission; return status, stdout, stderr."""
     import pwd
 
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
     argv = [word for word in argv if record.cluster or "{cluster}" not in word]
     for name, value in facts.items():
         argv = [word.replace("{%s}" % name, value) for word in argv]
-    return run_command(argv, timeout_s, scheduler_environment(record.command, argv[0], record.request.init))
-
-
-ENVIRONMENTS = {}  # type: Dict[Any, Dict[str, str]] # what --init set up, by its commands: an agent asks again and again
-
-
-def scheduler_environment(command: str, program: str, init: "List[str]") -> "Dict[str, str]":
-    """Return the environment for the commands of a scheduler, without what would change what they do or print.
-
-    It is ours; after --init, or where our PATH does not have the program, that of the user's terminal.
-    """
-    import shutil
-
-    environment = dict(os.environ)
-    if init or not shutil.which(program):
-        if tuple(init) not in ENVIRONMENTS:
-            ENVIRONMENTS[tuple(init)] = user_environment([native(line) for line in init], [])
-        environment = ENVIRONMENTS[tuple(init)] or environment
-    pattern = SCHEDULERS[command].variables if command in SCHEDULERS else "$"
-    return {name: value for name, value in environment.items() if not re.match(pattern, name)}
+    pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
+    both = dict(os.environ, **{name: native(value) for name, value in record.environment.items()})
+    return run_command(argv, timeout_s, {name: value for name, value in both.items() if not re.match(pattern, name)})
 
 
 def ask_scheduler(record: JobRecord) -> str:
@@ -9092,6 +9151,7 @@ def forecast_job(request: Request, channel: Channel) -> "Json":
     scheduler = SCHEDULERS.get(command)
     if not scheduler or not scheduler.forecast:
         return {"said": "", "is_refused": False, "limits": ""}
+    enter_terminal(request, channel, [])
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
     words = [native(word) for word in request.submit if word != "{script}"]
     status, _, said = run_scheduler(asked, [*words, *scheduler.forecast], QUERY_TIMEOUT_S)
@@ -9136,6 +9196,7 @@ def job_main(directory: str) -> None:
             left_s = None
             if job and job.command == "sbatch":
                 job.directory = ""  # what was seen is written down by the login node alone
+                job.environment = {}
                 left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
             ends_at = time.time() + left_s if left_s else 0.0
             begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=ends_at)
@@ -9323,6 +9384,8 @@ class WrapperKind(Starter):
         is_alone = not place.is_running()  # its client was killed, perhaps, which would have removed it
         until(lambda: not self.goes_on(record), WRAPPER_ENDS_S if os.path.exists(said_in(record)) else 0)
         if record.remove and (is_alone or self.goes_on(record)):
+            with open(os.devnull, "w") as nobody:
+                enter_terminal(record.request, Channel("", nobody), [])
             run_command([native(word) for word in record.remove], SHELL_TIMEOUT_S)
         place.end([], polite_s=0)
         if not place.is_running() and not any(run.wrapper == record.id for run in KINDS["run"].records()):
@@ -9336,7 +9399,12 @@ class WrapperKind(Starter):
         """Start a wrapper in which our agent does what is asked for; raises Failure (3) where nothing can run it."""
         forget_ended(self, self.running())
         path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
-        environment = environment_of_wrapper(request)
+        enter_terminal(request, channel, [])
+        environment = dict(os.environ)
+        if request.container and not container_program(request, environment):
+            why = "looked on PATH for " + ", ".join(CONTAINERS)
+            try_ = "--init COMMAND, where `module load` or the like brings it"
+            raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
         directory = new_dir(self)
         channel.announce(directory, "starts inside " + request.outside)
         root_dir = path if os.path.isdir(path) else os.path.dirname(path)
@@ -9466,24 +9534,6 @@ class InWrapper(Elsewhere):
 PLACES.insert(0, InWrapper)
 
 
-def environment_of_wrapper(request: Request) -> "Dict[str, str]":
-    """Return the environment of a wrapper: ours; after --init, or where PATH lacks its command, that of a terminal.
-
-    Raises Failure (3) where no program for a container is there.
-    """
-    import shutil
-
-    environment = dict(os.environ)
-    command = shlex.split(native(request.wrap[0]))[0] if request.wrap else container_program(request, environment)
-    if request.init or not shutil.which(command):
-        environment = user_environment([native(line) for line in request.init], []) or environment
-    if request.container and not container_program(request, environment):
-        why = "looked on PATH for " + ", ".join(CONTAINERS)
-        try_ = "--init COMMAND, where `module load` or the like brings it"
-        raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
-    return environment
-
-
 def container_program(request: Request, environment: "Dict[str, str]") -> str:
     """Return the program that is to run a container: the one that is named, or the first that is there; else nothing.
 
@@ -9559,7 +9609,7 @@ def wrapper_main(directory: str) -> None:
     assert record is not None  # it was written before we were started
     record.directory = directory
     InWrapper.within = request.wrapper
-    take_out(os.environ)
+    mended(os.environ)
     if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
         os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
 

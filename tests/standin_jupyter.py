@@ -57,7 +57,9 @@ def serve(argv: List[str]) -> None:
         with open(token_file) as stream:
             token = stream.read().strip()
     base_url = "/%s/" % settings["base_url"].strip("/") if settings["base_url"].strip("/") else "/"
-    runtime = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.expanduser("~/.local/share/jupyter/runtime")
+    data = os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
+    runtime = os.path.join(os.environ.get("JUPYTER_DATA_DIR") or data, "runtime")
+    runtime = os.environ.get("JUPYTER_RUNTIME_DIR") or runtime
     os.makedirs(runtime, mode=0o700, exist_ok=True)
     file = os.path.join(runtime, "jpserver-%d.json" % os.getpid())
     page = file[: -len(".json")] + "-open.html"

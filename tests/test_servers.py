@@ -51,15 +51,17 @@ def by_hand(laptop: Laptop, host: Host, mark: str) -> Iterator["subprocess.Popen
 
 
 @contextlib.contextmanager
-def started_by_hand(host: Host, mark: str, binaries: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+def started_by_hand(
+    host: Host, mark: str, binaries: Path, runtime: str = ".local/share/jupyter/runtime", **environment: str
+) -> Iterator["subprocess.Popen[bytes]"]:
     directory = host.home / "hand"
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     environment.update({"HOME": str(host.home), "PATH": "/usr/bin:/bin", "RJUPYTER_TEST": mark})
     environment["RJUPYTER_SIDE"] = "host"
     argv = [str(binaries / "jupyter-lab"), "--no-browser", "--allow-root", "--port=%d" % quiet_port()]
     null = subprocess.DEVNULL
     process = subprocess.Popen(argv, cwd=directory, env=environment, stdin=null, stdout=null, stderr=null)
-    info = runtime_directory(host) / ("jpserver-%d.json" % process.pid)
+    info = host.home / runtime / ("jpserver-%d.json" % process.pid)
 
     def is_up() -> bool:
         try:
@@ -116,6 +118,41 @@ def test_list(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") ->
     assert laptop.run("host", "stop", other["id"]).status == 0
     by_hand.wait(20)
     assert not list(runtime_directory(host).glob("jpserver-*"))
+
+
+# What a terminal sets, and where Jupyter then keeps its runtime files.
+PLACES = {
+    "JUPYTER_RUNTIME_DIR": ("rt", "rt"),
+    "JUPYTER_DATA_DIR": ("data", "data/runtime"),
+    "XDG_DATA_HOME": ("xdg", "xdg/jupyter/runtime"),
+}
+
+
+def test_server_that_was_started_in_a_terminal_with_a_place_of_its_own_is_found(
+    laptop: Laptop, host: Host, mark: str
+) -> None:
+    """One in a home that is not ours is not: several people may share an account."""
+    for name, (place, runtime) in PLACES.items():
+        with started_by_hand(host, mark, standin(), runtime, **{name: str(host.home / place)}) as process:
+            (other,) = listed(laptop)
+            assert (other["id"], other["state"], other["is_ours"]) == ("p%d" % process.pid, "live", False), name
+            with laptop.opened("host:hand") as run:
+                assert "(pid %d," % process.pid in run.stderr, (name, run.text)
+            os.kill(process.pid, signal.SIGKILL)  # which leaves its file there
+            process.wait()
+            assert not listed(laptop), name
+    assert not host.servers()
+
+
+def test_place_of_a_terminal_that_ends_with_the_session_is_not_taken(laptop: Laptop, host: Host) -> None:
+    """Ours is where the terminal's `jupyter server list` sees it, but for what vanishes at logout."""
+    for variable, expected in (("$HOME/rt", "rt"), ("$HOME/run/jupyter", ".local/share/jupyter/runtime")):
+        exports = "export XDG_RUNTIME_DIR=$HOME/run JUPYTER_RUNTIME_DIR=%s\n" % variable
+        (host.home / ".profile").write_text(exports)
+        with laptop.opened("--new", "--stop-on-exit", "host") as run:
+            (record,) = host.servers()
+            assert record["runtime_dir"] == str(host.home / expected), run.text
+            assert [server["is_ours"] for server in listed(laptop)] == [True]
 
 
 def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -> None:

@@ -3,13 +3,16 @@
 import os
 import shutil
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import pytest
-from client import api, check_failure, compute
-from jupyters import jupyter_for_everyone, standin
-from sides import Host, Laptop, User, processes_with
+from client import api, check_failure, compute, listed
+from execution import code, printed, write_notebook
+from jupyters import jupyter_for_everyone, standin, standin_environment, standin_wheels
+from sides import Host, Laptop, User, bare_python, processes_with, wait_until
 
 DECOY_REPLY = 'rjupyter-0011223344556677 {"kind": "reply", "reply": {"id": "dead", "port": 1, "token": "decoy"}}'
 DECOY_TOKEN = "    http://127.0.0.1:1/tree?token=decoy"
@@ -139,8 +142,14 @@ def test_start_up_file_that(laptop: Laptop, make_shell_host: Callable[..., Host]
             os.kill(pid, signal.SIGKILL)
 
 
-def test_start_up_file_that_never_ends_is_given_up(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
-    files = {".profile": "case $- in *i*) while :; do sleep 1; done ;; esac\n"}
+def test_start_up_file_that_never_ends_is_given_up(
+    laptop: Laptop, make_shell_host: Callable[..., Host], mark: str
+) -> None:
+    """It is said, and nothing of it is left, not even in a process group of its own."""
+    files = {
+        ".profile": "export HF_HOME=/data/hf\n"
+        "case $- in *i*) set -m; sleep 1000 & set +m; while :; do sleep 1; done ;; esac\nexport LICENCE=7\n"
+    }
     host = make_shell_host("/bin/bash", files)
     user_bin = host.home / ".local/bin"
     user_bin.mkdir(parents=True)
@@ -149,7 +158,12 @@ def test_start_up_file_that_never_ends_is_given_up(laptop: Laptop, make_shell_ho
         shutil.chown(path, host.sshd.user)
     said = check_open(laptop, host, "-v")
     assert "looked at the environment of /bin/bash: no answer within 10 s" in said
+    assert "The environment is that of /bin/bash as a login shell (" in said
     assert "(the usual places)" in said
+    told = [line for line in said.splitlines() if line.startswith("The start-up files of /bin/bash")]
+    assert len(told) == 1 and "sleep 1" in told[0] and "going on without them" in told[0], said
+    assert not [words for words in processes_with(mark).values() if words.startswith("sleep")]
+    assert set(VARIABLES) - set(environment_there(host)) == {"HTTPS_PROXY"}
 
 
 def test_start_up_file_that_leaves_is_named(laptop: Laptop, make_shell_host: Callable[..., Host]) -> None:
@@ -161,3 +175,222 @@ def test_init_that_fails_is_named(laptop: Laptop, make_shell_host: Callable[...,
     make_shell_host("/bin/bash", {})
     run = laptop.run("--init", "module load nothing", "host")
     check_failure(run, 1, "--init failed on the host", "module load nothing", "module: command not found")
+
+
+# -- the environment of the terminal ----------------------------------------------------------------------------------
+
+VARIABLES = {"HF_HOME": "/data/hf", "LICENCE": "7", "HTTPS_PROXY": "http://127.0.0.1:9"}
+EXPORTS = "".join("export %s=%s\n" % pair for pair in VARIABLES.items())
+RAN = "echo ran >>~/ran\n"
+MULTIPLEXERS = ("TMUX", "STY", "ZELLIJ", "ABDUCO_SESSION", "TERM_PROGRAM")
+
+
+def environment_there(host: Host) -> Dict[str, str]:
+    """Return the environment of the only server there."""
+    (record,) = host.servers()
+    entries = Path("/proc/%d/environ" % record["pid"]).read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def given(found: Dict[str, str]) -> Dict[str, str]:
+    """Return what is there of VARIABLES."""
+    return {name: found[name] for name in VARIABLES if name in found}
+
+
+def put(program: Path, target: Path) -> None:
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.symlink_to(target)
+
+
+# Where Jupyter is, below home; how it is found there, and what is typed.
+WAYS: Dict[str, Tuple[str, List[str]]] = {
+    "of_ssh/jupyter-notebook": ("(PATH)", ["host"]),
+    "of_shell/jupyter-notebook": ("(the login shell's PATH)", ["host"]),
+    "work/.venv": ("(the project's environment)", ["host:work"]),
+    "miniconda3": ("(the usual places)", ["host"]),
+    "miniforge3/envs/ml": ("(--env ml)", ["--env", "ml", "host"]),
+    "e": ("(--python)", ["--python", "~/e/bin/python", "host"]),
+    ".local/share/rjupyter/venv": ("(our own environment)", ["host"]),
+}
+
+
+def test_terminal_sets_up_the_server_in_each_way_in_which_jupyter_is_found(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    """Once for a start; and who comes back to a server does not look."""
+    host = make_host(path=bare_python(directory / "bin"), front=str(directory / "host/home/of_ssh"))
+    (host.home / "work").mkdir()
+    (host.home / ".profile").write_text(EXPORTS + RAN + "PATH=$HOME/of_shell:$PATH\n")
+    for place, (where, arguments) in WAYS.items():
+        found = host.home / place
+        put(found, standin() / "jupyter-notebook" if "of_" in place else standin_environment())
+        with laptop.opened("--no-install", "-v", *arguments) as run:
+            assert where in run.stderr and "as an interactive login shell (" in run.stderr, (place, run.text)
+            assert given(environment_there(host)) == VARIABLES, place
+        with laptop.opened(*arguments) as run:
+            assert "Found" in run.stderr, (place, run.text)
+        assert (host.home / "ran").read_text() == "ran\n", place
+        assert laptop.run("host", "stop", "--all").status == 0
+        (host.home / "ran").unlink()
+        found.unlink()
+
+
+def test_terminal_sets_up_what_runs_in_a_wrapper_and_a_home_of_its_own(
+    laptop: Laptop, make_host: Callable[..., Host]
+) -> None:
+    """What we keep stays in the home of the session, where the next one finds it."""
+    host = make_host(path=str(standin(has_python=True)))
+    (host.home / ".profile").write_text(EXPORTS + "mkdir -p ~/other; export HOME=$HOME/other\n")
+    for wrap, home in ((["--wrap", "env NICE=1"], ""), ([], "other")):
+        with laptop.opened(*wrap, "host"):
+            there = environment_there(host)
+            assert given(there) == VARIABLES and there["HOME"] == str(host.home / home), there
+        with laptop.opened("host") as run:
+            assert "Found" in run.stderr, run.text
+        assert laptop.run("host", "stop", "--all").status == 0
+
+
+@pytest.mark.nbclient
+def test_terminal_sets_up_an_execution(laptop: Laptop, host: Host) -> None:
+    """Jupyter is on ssh's PATH, where nothing of a terminal was looked up before."""
+    (host.home / ".profile").write_text(EXPORTS)
+    source = "import os; print([os.environ.get(name) for name in %r])" % list(VARIABLES)
+    write_notebook(laptop.home / "n.ipynb", code(source))
+    run = laptop.run("host", "execute", "n.ipynb")
+    assert run.status == 0 and printed(laptop.home / "n.executed.ipynb") == ["%s\n" % list(VARIABLES.values())], (
+        run.text
+    )
+
+
+# In the words of each shell: the guards that start a multiplexer, a question of a prompt theme, a PATH with a tilde
+# that was quoted, and what is exported behind all that. `tmux` and its like would stay.
+DOTFILES = {
+    "bash": (
+        ".bashrc",
+        'case $- in *i*) ;; *) return ;; esac\n[ -z "$TMUX" ] && exec tmux new -A -s main\n'
+        "case $TERM in screen*|tmux*) ;; *) exec screen -R ;; esac\n"
+        'read -p "Update? [y/N] " -n 1 answer\nexport PATH="~/bin:$PATH"\nexport HF_HOME=/data/hf LICENCE=7\n',
+    ),
+    "zsh": (
+        ".zshrc",
+        "if [[ -z $ZELLIJ ]]; then zellij attach -c; exit; fi\n[[ -z $STY ]] && exec screen\n"
+        "[[ $TERM_PROGRAM != tmux ]] && exec tmux\n"
+        'read -q "?[oh-my-zsh] Would you like to update? [Y/n] "\nexport PATH="~/bin:$PATH"\n'
+        "export HF_HOME=/data/hf LICENCE=7\n(sleep 1000 &)\n",
+    ),
+    "fish": (
+        ".config/fish/config.fish",
+        "if status is-interactive\n  if not set -q ZELLIJ\n    exec zellij\n  end\n  set -q TMUX; or exec tmux\n"
+        "  read --prompt-str 'Update? ' answer\n  set -gx PATH '~/bin' $PATH\nend\n"
+        "set -gx HF_HOME /data/hf\nset -gx LICENCE 7\n",
+    ),
+    "tcsh": (
+        ".tcshrc",
+        "if ($?prompt && ! $?TMUX) exec tmux\nif ($?prompt && ! $?ABDUCO_SESSION) exec abduco -A main\n"
+        "if ($?prompt) set answer = \"$<\"\nsetenv PATH '~/bin':${PATH}\nsetenv HF_HOME /data/hf\nsetenv LICENCE 7\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOTFILES)
+def test_start_up_file_that_would_run_a_multiplexer_or_asks_sets_up_the_server(
+    laptop: Laptop, make_shell_host: Callable[..., Host], directory: Path, mark: str, name: str
+) -> None:
+    """Which is in no multiplexer itself. Jupyter is in ~/bin, which only PATH as bash reads it leads to."""
+    file, text = DOTFILES[name]
+    stay = directory / "stay"
+    for program in ("tmux", "screen", "zellij", "abduco"):
+        stay.mkdir(exist_ok=True)
+        (stay / program).write_text("#!/bin/sh\necho $0 >>%s/started\nexec sleep 1000\n" % directory)
+        (stay / program).chmod(0o755)
+    directory.chmod(0o777)
+    before = {".profile": ". ~/.bashrc\n"} if name == "bash" else {}
+    path = "%s:/usr/local/bin:/usr/bin:/bin" % stay
+    host = make_shell_host(SHELLS[name].program, dict(before, **{file: text}), PATH=path)
+    put(host.home / "bin", standin())
+    said = check_open(laptop, host, "-v")
+    assert "Using %s/bin/jupyter-notebook (" % host.home in said
+    there = environment_there(host)
+    assert (there["HF_HOME"], there["LICENCE"]) == ("/data/hf", "7")
+    assert not [variable for variable in MULTIPLEXERS if variable in there] and there.get("TERM") != "screen", there
+    assert "%s/bin" % host.home in there["PATH"].split(":") and "~" not in there["PATH"]
+    assert not (directory / "started").exists()
+    wait_until(lambda: "sleep 1000" not in processes_with(mark).values(), "what a start-up file left is gone", 10)
+
+
+class Index(BaseHTTPRequestHandler):
+    """A proxy in front of a package index that no name leads to: it has the wheels of the stand-in."""
+
+    asked: List[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        name = self.path.rstrip("/").rpartition("/")[2]
+        wheel = standin_wheels() / name
+        links = ['<a href="/files/%s">%s</a>' % (w.name, w.name) for w in standin_wheels().glob(name + "-*.whl")]
+        body = wheel.read_bytes() if wheel.is_file() else "".join(links).encode()
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Type", "application/octet-stream" if wheel.is_file() else "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_jupyter_is_installed_through_the_proxy_of_the_terminal(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    host = make_host(path=bare_python(directory / "bin"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Index) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+        address = "http://127.0.0.1:%d" % proxy.server_address[1]
+        index = "PIP_INDEX_URL=http://index.invalid/simple PIP_TRUSTED_HOST=index.invalid PIP_NO_CACHE_DIR=1"
+        (host.home / ".profile").write_text("export http_proxy=%s LICENCE=7 %s\n" % (address, index))
+        with laptop.opened("host") as run:
+            assert "Installed Jupyter" in run.stderr, run.text
+            there = environment_there(host)
+            assert (there["http_proxy"], there["LICENCE"]) == (address, "7")
+        proxy.shutdown()
+    assert "http://index.invalid/simple/notebook/" in Index.asked
+
+
+def test_path_has_the_variables_of_the_terminal(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    """What is there with a $ in its name is meant as it stands; a variable that is not set is named."""
+    host = make_host(SCRATCH="/of/the/session")
+    (host.home / ".profile").write_text("export SCRATCH=$HOME/scratch PROJECT='my project'\n" + RAN)
+    for place in ("scratch/my project/x", "$SCRATCH/work", "scratch/work", "root/work", "$odd"):
+        (host.home / place).mkdir(parents=True)
+    cases = {
+        "$HOME/scratch/work": "scratch/work",
+        "${SCRATCH}/$PROJECT/x": "scratch/my project/x",
+        "$SCRATCH/work": "$SCRATCH/work",
+        "$SCRATCH": "$SCRATCH",
+        "$odd": "$odd",
+        "~/../home/scratch/$PROJECT": "scratch/my project",
+    }
+    for typed, place in cases.items():
+        with laptop.opened("host:" + typed):
+            assert [server["root_dir"] for server in listed(laptop)] == [str(host.home / place)], typed
+        for again in (typed, place):
+            with laptop.opened("host:" + again) as run:
+                assert "Found" in run.stderr, (typed, run.text)
+        if typed.startswith("$HOME"):  # which the session has as well: only the start has looked
+            assert (host.home / "ran").read_text() == "ran\n"
+        assert laptop.run("host:" + typed, "stop").status == 0
+    shutil.rmtree(host.home / "$SCRATCH")
+    with laptop.opened("--stop-on-exit", "--state-dir", "$SCRATCH/state", "host:$SCRATCH/work") as run:
+        assert len(list(host.home.glob("scratch/state/servers/*/server.json"))) == 1, run.text
+    for arguments in (["host:$LOST/work"], ["--python", "${LOST}/bin/python", "host"], ["host:x/$LOST", "list"]):
+        check_failure(laptop.run(*arguments), 1, "$LOST is not set on the host", "LOST", "--init")
+
+
+@pytest.mark.nbclient
+def test_notebook_on_the_host_has_the_variables_of_the_terminal(laptop: Laptop, host: Host) -> None:
+    (host.home / ".profile").write_text("export SCRATCH=$HOME/scratch PROJECT=p\n")
+    for place in ("scratch/p/n.ipynb", "scratch/p/$PROJECT.ipynb"):
+        write_notebook(host.home / place, code("import os; print(os.getcwd())"))
+    for words in (["host", "execute", ":$SCRATCH/p/n.ipynb"], ["host:$SCRATCH/$PROJECT", "execute", ":$PROJECT"]):
+        run = laptop.run(*words, "-o", "result.ipynb")
+        assert run.status == 0 and printed(laptop.home / "result.ipynb") == ["%s/scratch/p\n" % host.home], run.text

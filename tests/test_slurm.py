@@ -305,6 +305,28 @@ def test_another_login_node_finds_the_server(
     slurm.wait_for_state(1, "CANCELLED", "COMPLETED")
 
 
+def test_scheduler_of_which_only_a_terminal_knows(
+    laptop: Laptop, slurm: PrivateSlurm, make_host: Callable[..., Host]
+) -> None:
+    """Its commands have what the terminal sets up; and who comes back, lists or stops does not wait for a terminal."""
+    login = make_host(prefix=slurm.login_prefix)
+    exports = "export SLURM_CONF=%s SBATCH_TIMELIMIT=7 HF_HOME=/data/hf\necho ran >>~/ran\n" % slurm.config
+    (login.home / ".profile").write_text(exports)
+    with laptop.opened("--slurm=", "host"):
+        (job,) = listed(laptop, "job")
+        assert job["word"] == "RUNNING"
+        assert slurm.job(int(job["job"]))["TimeLimit"] == "00:07:00"
+        (record,) = login.servers()
+        environ = slurm.machines[job["node"]].run("cat", "/proc/%d/environ" % record["pid"]).stdout
+        assert "HF_HOME=/data/hf" in environ.split("\0")
+        starts = (login.home / "ran").read_text()
+    with laptop.opened("host") as run:
+        assert "Found" in run.stderr, run.text
+    assert laptop.run("host", "stop").status == 0
+    wait_until(lambda: not listed(laptop, "job"), "the job is cancelled", 20)
+    assert (login.home / "ran").read_text() == starts == "ran\n" * 2  # on the login node, and on the job's
+
+
 @pytest.mark.jupyter
 def test_execute_in_a_job(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     (login.home / "work").mkdir()
