@@ -1205,6 +1205,8 @@ def http_request(
         head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n" % (method, path, host, len(sent))
         if token:
             head += "Authorization: token %s\r\n" % token
+        else:  # Jupyter then wants any word twice, as no page of another site can say it (tornado, "XSRF")
+            head += "Cookie: _xsrf={0}\r\nX-XSRFToken: {0}\r\n".format(os.urandom(8).hex())
         connection.sendall((head + "\r\n").encode("utf-8") + sent)
         answer = bytearray()
         while len(answer) < most:
@@ -3877,16 +3879,6 @@ def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     return None
 
 
-def is_configured(names: str) -> bool:
-    """True when the user's own configuration sets one of these, "port|sock": then theirs holds, and we set none."""
-    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
-    for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
-            if re.search(pattern % names, read_text(os.path.join(home, "jupyter_%s_config%s" % (app, ending)))):
-                return True
-    return False
-
-
 # -- ask it -----------------------------------------------------------------------------------------------------------
 
 
@@ -4041,6 +4033,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     channel.announce(directory)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
+    for name in ("server", "notebook"):  # the latter up to Notebook 6
+        write_whole(os.path.join(directory, "jupyter_%s_config.py" % name), ADDED)
+    places = [directory, environment.get("JUPYTER_CONFIG_PATH")]
+    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     deadline = time.monotonic() + request.start_timeout_s
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
@@ -4064,6 +4060,8 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             if info and request.socket and not info.sock:
                 why = "this Jupyter knows none, or its configuration says where it listens"
                 raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
+            if info:
+                tell_of_launch(request, info, log, channel)
         except Failure:
             end_session(process.pid)
             process.wait()
@@ -4082,12 +4080,31 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
-        if "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
+        lost = r"Address already in use|no available port|port %d is (already in use\.|not available)" % port
+        if not re.search(lost, tail) or "The socket" in tail:  # not lost between the look and its bind
             break
     why = "it exited with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
     settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
     try_ = "".join(settings) + "the whole log is on the host in " + portable(set_aside(directory))
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
+
+
+def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Channel) -> None:
+    """Say what a server does that nobody asked for here: what it left out of its configuration, and who reaches it.
+
+    Raises Failure where anyone could run code in it.
+    """
+    for path, said in re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log)):
+        lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
+        place = portable(path) + (", line %s" % lines[-1] if lines else "")
+        channel.tell("unread", place=place, why=said.strip().split("\n")[-1].strip())
+    if info.sock or owner_of_tcp(("0.0.0.0", info.port), 0) != own_uid():
+        return
+    if not info.token and not info.has_password:
+        why = "it listens on all addresses, and its configuration takes away its token"
+        raise Failure("Jupyter would let anyone in", why, "a token there, or no other ip", EXIT_SERVER_ENDED)
+    if request.ip.startswith("127."):
+        channel.tell("wide", node=os.uname().nodename)
 
 
 def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
@@ -4112,7 +4129,9 @@ def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Di
 def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
     """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it.
 
-    A socket lies with the server's files, or below /tmp where they cannot hold one.
+    A socket lies with the server's files, or below /tmp where they cannot hold one. Which port it is, the user's own
+    configuration may say; without, Jupyter looks for a free one itself. What that has for NotebookApp wins over what
+    Jupyter Server is told for ServerApp, so both are told.
     """
     if request.socket:
         path = os.path.join(directory, "socket")
@@ -4121,15 +4140,13 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
         # The kernels' own ports ask nobody for a password: others could read what they print.
         yield 0, ["--sock=" + path, "--KernelManager.transport=ipc"]
         return
-    if is_configured("port|sock") and not request.port:
-        yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
-        return
-    starting = [server.port for server in KINDS["server"].running()]
     port = request.port or DEFAULT_PORT
+    listen = ["--ServerApp.ip=" + request.ip, "--NotebookApp.ip=" + request.ip]
+    if not request.port:
+        yield port, listen
     for _ in range(100):
         port = find_free_port(port, request.ip)
-        if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            yield port, ["--ip=" + request.ip, "--port=%d" % port]
+        yield port, [*listen, "--ServerApp.port=%d" % port, "--NotebookApp.port=%d" % port]
         port += 1
 
 
@@ -4147,18 +4164,30 @@ def server_arguments(request: Request, root_dir: str, directory: str) -> "List[s
         settings["shutdown_no_activity_timeout"] = idle_s
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
-    theirs = [native(argument) for argument in request.server_args]
-    if not is_configured(TORNADO_SETTINGS) and not any("tornado_settings" in argument for argument in theirs):
-        settings["tornado_settings"] = PINGS
     for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
         arguments += ["--%s.%s=%s" % (app, name, value) for name, value in settings.items()]
-    return arguments + theirs
+    return arguments + [native(argument) for argument in request.server_args]
 
 
-TORNADO_SETTINGS = "tornado_settings|webapp_settings"
-# Milliseconds. A page whose link died is taken for gone after 12 s, not 90, and from then on Jupyter keeps for it what
-# its kernels print (Jupyter Server's base/websocket.py).
-PINGS = {"ws_ping_interval": 3000, "ws_ping_timeout": 9000}
+# What is added to the user's configuration of Jupyter, from whatever places that comes: it is read last, and merged. A
+# page whose link died is taken for gone after 12 s, not 90, and from then on Jupyter keeps for it what its kernels
+# print (Jupyter Server's base/websocket.py). Before traitlets 5, a later value would take the place of theirs.
+ADDED = """\
+from traitlets.config.loader import LazyConfigValue
+
+class Added(LazyConfigValue):
+    def get_value(self, initial):
+        return {"ws_ping_interval": 3000, "ws_ping_timeout": 9000, **initial, **(self._update or {})}
+
+    def merge_into(self, other):
+        if not isinstance(other, LazyConfigValue):
+            return self.get_value(other)
+        self.update(other._update or {})
+        return self
+
+if hasattr(LazyConfigValue, "merge_into"):
+    c.ServerApp.tornado_settings = c.NotebookApp.tornado_settings = Added()
+"""
 
 
 def set_aside(directory: str) -> str:
@@ -4364,6 +4393,13 @@ def open_server(request: Request, channel: Channel) -> Server:
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
+    if file and record and can_ask_server(record, found):
+        from urllib.parse import quote
+
+        status, said = ask_server(found, "api/contents/%s?content=0" % quote(os.fsencode(file)))
+        if status in (400, 404):
+            why = fact(said, "message", "") or "HTTP status %d" % status
+            channel.tell("note", text="Jupyter does not show %s: %s" % (found.file, portable(why)))
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
     found.foreign = foreign_files()
     return found
@@ -4992,6 +5028,8 @@ SAYINGS = {
     "hello": ("Connected to {destination} ({user}@{node}, python {python}).", "connected"),
     "found": ("Using {command} ({where}).", ""),
     "note": ("{text}", ""),
+    "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
+    "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
     "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
@@ -5650,7 +5688,7 @@ BIRTH_EVERY_S = 0.05  # while one may be about to begin
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
-PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
+PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (ADDED)
 SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
@@ -7279,6 +7317,22 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
 # -- a run itself, under the Python of Jupyter's environment ----------------------------------------------------------
 
 
+def kernel_specs() -> "Any":
+    """Return what knows the kernels here: of the class, and with the settings, that Jupyter's server has."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.application import JupyterApp
+    from traitlets import Type
+
+    class NotebookApp(JupyterApp):  # type: ignore[misc]
+        kernel_spec_manager_class = Type(KernelSpecManager).tag(config=True)
+
+    app = type("ServerApp", (NotebookApp,), {})()  # the settings of both names, and of JupyterApp
+    for name in ("notebook", "lab", "server"):
+        app.config_file_name = "jupyter_%s_config" % name
+        app.load_config_file()
+    return app.kernel_spec_manager_class(parent=app)
+
+
 class TimeIsUp(Exception):
     """The limit of the whole has passed, or the run was told to stop, between two cells."""
 
@@ -7294,6 +7348,7 @@ class Run:
         self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.remarks = []  # type: List[str]
+        self.specs = kernel_specs()
         self.kernel, self.language = self._choose_kernel()
         self.parameters = {}  # type: Json # the last word for a name holds, and -p is over the files
         for name, text in self.request.parameter_files:
@@ -7311,28 +7366,34 @@ class Run:
         self._journal = Journal(journal_of(directory), float("inf"))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
-        """Return the kernel to take, and its language."""
-        from jupyter_client.kernelspec import KernelSpecManager
-
-        specs = KernelSpecManager()
-        there = specs.find_kernel_specs()
+        """Return the kernel to take, and its language: the one that is named, else the only one of its language."""
 
         def said(part: str, name: str) -> str:
             facts = self.notebook.metadata.get(part)
             value = facts.get(name) if isinstance(facts, dict) else ""
             return value if isinstance(value, str) else ""
 
-        language = said("language_info", "name") or said("kernelspec", "language") or "python"
+        def stem(name: str) -> str:
+            return re.sub(r"[\W\d_]+\Z", "", name.lower())
+
+        there = {name: entry["spec"].get("language") or "" for name, entry in self.specs.get_all_specs().items()}
+        language = said("kernelspec", "language") or said("language_info", "name")
         wanted = self.request.kernel or said("kernelspec", "name") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
-                return name, specs.get_kernel_spec(name).language or language
-        if self.request.kernel:
-            raise ValueError("there is no kernel %s on the host; there are: %s" % (wanted, ", ".join(sorted(there))))
-        if language.lower() != "python":
-            raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
-        self.remarks.append("There is no kernel %s there; using python3." % wanted)
-        return "python3", "python"
+                return name, there[name] or language or "python"
+        # Where the notebook does not say its language, the name may: julia-1.8, ir33.
+        like = [name for name in there if there[name].lower() == (language.lower() or stem(wanted))]
+        like = like or [name for name in there if not language and stem(name) == stem(wanted)]
+        if len(like) == 1 and not self.request.kernel:
+            self.remarks.append("There is no kernel %s there; using %s." % (wanted, like[0]))
+            return like[0], there[like[0]] or language
+        why = "there is no kernel %s on the host; " % wanted
+        if like and not self.request.kernel:
+            raise ValueError(why + "of its language there are: " + ", ".join(sorted(like)))
+        is_other = language and not self.request.kernel
+        written = "it is written in %s, and " % language if is_other else ""
+        raise ValueError(written + why + ("there are: " + ", ".join(sorted(there)) if there else "there is none"))
 
     def _inject_parameters(self) -> None:
         """Put the parameters behind the cell that is tagged "parameters", in place of an earlier injection.
@@ -7676,7 +7737,7 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     prefix = socket_prefix(run.directory) if is_private else ""
     config = Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if prefix else {})
     start_s = min(run.request.start_timeout_s, run.deadline - time.monotonic())
-    return Engine(
+    engine = Engine(
         run.notebook,
         config=config,
         timeout=None,
@@ -7686,6 +7747,8 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         shutdown_kernel="immediate",  # until it has answered
         resources={"metadata": {"path": native(run.request.path or "")}},
     )
+    engine.create_kernel_manager().kernel_spec_manager = run.specs
+    return engine
 
 
 def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Tuple[str, str]":
@@ -8084,6 +8147,7 @@ class Execution:
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
+        try_ = "--kernel NAME" if view.state == "invalid" and "of its language there are" in why else try_
         return Failure(what, why, try_, status)
 
 
@@ -8288,11 +8352,20 @@ def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
     named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
     if len(named) == 1:
         return named[0]
+    for record in [] if kernels else KINDS["server"].all_running():
+        check_token(server_info(record) if is_in_path(record, request) else None)
     there = ", ".join(kernel.title for _, kernel in kernels)
     what = "there is no such kernel: %s" % request.name if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
+
+
+def check_token(info: "Optional[RuntimeInfo]") -> None:
+    """Raise Failure for a server that takes a password alone: its page asks for that, and we have none to give."""
+    if info and info.has_password and not info.token:
+        why = "its configuration sets a password and takes away the token, so only a page can log in"
+        raise Failure("this server takes no token", why, "take the empty token out of its configuration, then --new")
 
 
 def list_kernels(request: Request, channel: Channel) -> ListReply:
@@ -8456,9 +8529,16 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         if not servers:
             raise Failure("no server of yours runs there", "", "open one first, or `execute` a notebook")
         info = server_info(servers[0])
-        status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
+        check_token(info)
+        specs = fact(info and ask_server(info, "api/kernelspecs", timeout_s=START_TIMEOUT_S)[1], "kernelspecs", {})
+        sent = json.dumps(
+            {"name": next(iter(specs))} if len(specs) == 1 else {}
+        ).encode()  # else the server's usual one
+        status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S, sent=sent) if info else (0, None)
         if status != 201:
-            raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
+            why = fact(said, "message", "") or "HTTP status %d" % status
+            there = "; there are: %s" % ", ".join(sorted(specs)) if specs else ""
+            raise Failure("no kernel could be started", why + there, "open a notebook of one of these, then the same")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):

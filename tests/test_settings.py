@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, compute, is_up
-from jupyters import jupyter_for_everyone, standin
+from jupyters import jupyter_for_everyone, jupyter_of, standin
 from private_slurm import PrivateSlurm
 from sides import (
     BOTH_MODES,
@@ -492,6 +492,64 @@ def test_end_is_told_although_the_log_says_nothing(laptop: Laptop, host: Host, h
     assert run.wait(30) == 4
     assert "it was shut down" in run.stderr, run.stderr
     assert "killed" not in run.stderr
+
+
+# What a configuration puts into a file when Jupyter has read all of them: `from MODULE import APP`.
+TELLS = """
+import json, os
+from {0} import {1}
+
+def init_webapp(self, init={1}.init_webapp):
+    init(self)
+    names = ("headers", "compress_response", "ws_ping_interval", "ws_ping_timeout")
+    with open(os.path.expanduser("~/told"), "w") as stream:
+        json.dump([self.tornado_settings.get(name) for name in names], stream)
+
+{1}.init_webapp = init_webapp
+"""
+OF_SERVER = ("jupyter_server", TELLS.format("jupyter_server.serverapp", "ServerApp"))
+OF_NOTEBOOK = ("jupyter_notebook", TELLS.format("notebook.notebookapp", "NotebookApp"))
+THEIRS = {"headers": {"X-Theirs": "1"}}
+# Of an age of Jupyter, where a configuration lies below home, and what it says: besides, {0} is THEIRS.
+PLACES = {
+    "for all of Jupyter": ("", ".jupyter/jupyter_config.py", "c.ServerApp.tornado_settings = {0}"),
+    "at once": ("notebook-7.0", ".jupyter/jupyter_server_config.py", "c.ServerApp.update(dict(tornado_settings={0}))"),
+    "added": ("", "site/jupyter_server_config.py", "c.ServerApp.tornado_settings.update({0})"),
+    "the app's": ("lab-3.2", ".jupyter/jupyter_lab_config.py", "c.ServerApp.tornado_settings = {0}"),
+    "JSON": ("", "site/jupyter_config.json", '{{"NotebookApp": {{"tornado_settings": {0}}}}}'),
+    "environment": ("", "v/etc/jupyter/jupyter_server_config.json", '{{"ServerApp": {{"tornado_settings": {0}}}}}'),
+    "classic": ("notebook-6.4", ".jupyter/jupyter_config.json", '{{"NotebookApp": {{"tornado_settings": {0}}}}}'),
+}
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("name", sorted(PLACES))
+def test_settings_of_tornado_are_theirs_and_ours(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, name: str
+) -> None:
+    """Wherever theirs lie, and however they are said: they hold, and our pings are added."""
+    age, path, text = PLACES[name]
+    programs = jupyter_of(age) if age else jupyter_for_everyone()
+    host = make_host(path=str(programs), JUPYTER_CONFIG_PATH=str(directory / "host/home/site"))
+    own, tells = OF_NOTEBOOK if age == "notebook-6.4" else OF_SERVER
+    (host.home / ".jupyter").mkdir(exist_ok=True)
+    (host.home / (".jupyter/%s_config.py" % own)).write_text(tells)
+    options = ["--new", "host"]
+    if path.startswith("v/"):
+        (host.home / "v").mkdir()
+        for entry in programs.parent.iterdir():
+            (host.home / "v" / entry.name).symlink_to(entry) if entry.name != "etc" else None
+        shutil.copytree(programs.parent / "etc", host.home / "v/etc")
+        options[:0] = ["--env", "~/v"]
+    (host.home / path).parent.mkdir(exist_ok=True)
+    for settings, pings in ((THEIRS, [3000, 9000]), (dict(THEIRS, ws_ping_interval=7000), [7000, 9000])):
+        with open(host.home / path, "w") as stream:
+            stream.write(
+                text.format(json.dumps(settings)) + "\n" + (tells if path.endswith(own + "_config.py") else "")
+            )
+        with laptop.opened(*options):
+            assert json.loads((host.home / "told").read_text()) == [{"X-Theirs": "1"}, None, *pings]
+        assert laptop.run("host", "stop").status == 0
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------
