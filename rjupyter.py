@@ -4094,7 +4094,8 @@ def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Chann
 
     Raises Failure where anyone could run code in it.
     """
-    for path, said in re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log)):
+    broken = re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log))
+    for path, said in dict(broken).items():
         lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
         place = portable(path) + (", line %s" % lines[-1] if lines else "")
         channel.tell("unread", place=place, why=said.strip().split("\n")[-1].strip())
@@ -4180,10 +4181,10 @@ class Added(LazyConfigValue):
         return {"ws_ping_interval": 3000, "ws_ping_timeout": 9000, **initial, **(self._update or {})}
 
     def merge_into(self, other):
-        if not isinstance(other, LazyConfigValue):
-            return self.get_value(other)
-        self.update(other._update or {})
-        return self
+        if isinstance(other, LazyConfigValue):
+            self.update(other._update or {})
+            return self
+        return self.get_value(other) if isinstance(other, dict) else other
 
 if hasattr(LazyConfigValue, "merge_into"):
     c.ServerApp.tornado_settings = c.NotebookApp.tornado_settings = Added()

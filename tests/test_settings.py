@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, compute, is_up
+from client import api, check_failure, compute, is_up
 from jupyters import jupyter_for_everyone, jupyter_of, standin
 from private_slurm import PrivateSlurm
 from sides import (
@@ -550,6 +550,101 @@ def test_settings_of_tornado_are_theirs_and_ours(
         with laptop.opened(*options):
             assert json.loads((host.home / "told").read_text()) == [{"X-Theirs": "1"}, None, *pings]
         assert laptop.run("host", "stop").status == 0
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize(("age", "app"), [("", "ServerApp"), ("notebook-6.4", "NotebookApp")])
+def test_settings_of_tornado_on_the_command_line_are_theirs(
+    laptop: Laptop, make_host: Callable[..., Host], age: str, app: str
+) -> None:
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    own, tells = OF_NOTEBOOK if age else OF_SERVER
+    (host.home / ".jupyter").mkdir()
+    (host.home / (".jupyter/%s_config.py" % own)).write_text(tells)
+    with laptop.opened("--server-arg=--%s.tornado_settings={'ws_ping_interval': 7000}" % app, "host"):
+        assert json.loads((host.home / "told").read_text())[2] == 7000
+
+
+def listens_on(run: Run, address: str) -> bool:
+    """True when the server that a run launched takes connections at an address."""
+    port = int(run.expect(r"Launched .* port (\d+),").group(1))
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.jupyter
+def test_address_in_the_configuration_never_opens_the_server_without_a_word(laptop: Laptop, host: Host) -> None:
+    """By each name that the server has there, those of other apps too."""
+    wide = "Jupyter listens on all addresses of %s" % os.uname().nodename
+    of_jupyter(host, "c.NotebookApp.ip = '0.0.0.0'\nc.ServerApp.ip = '*'\n")
+    with laptop.opened("host") as run:
+        assert listens_on(run, "127.0.0.1") and not listens_on(run, "127.0.0.2")
+        assert wide not in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, "c.JupyterNotebookApp.ip = '*'\n")
+    with laptop.opened("host") as run:
+        assert listens_on(run, "127.0.0.2")
+        assert wide in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, "c.JupyterNotebookApp.ip = '::'\nc.ServerApp.token = ''\n")
+    check_failure(laptop.run("host"), 4, "Jupyter would let anyone in", "takes away its token")
+    assert not host.servers()
+
+
+BROKEN = {
+    "": {
+        "jupyter_config.py": ("c.ServerApp.port = 1\nc.ServerApp.ip = = 2\n", "line 2", "SyntaxError"),
+        "jupyter_server_config.py": ("c.ServerApp\n\nundefined\n", "line 3", "NameError: name 'undefined'"),
+        "jupyter_server_config.json": ('{"ServerApp": {\n"port" 8888}}\n', "line 2", "Expecting ':'"),
+    },
+    "notebook-6.4": {"jupyter_notebook_config.py": ("import nothing_of_the_kind\n", "line 1", "ModuleNotFoundError")},
+}
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("age", BROKEN)
+def test_configuration_that_is_broken_is_named(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
+    """Jupyter goes on without it, and says so in its log alone."""
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    (host.home / ".jupyter").mkdir()
+    for name, (text, _, _) in BROKEN[age].items():
+        (host.home / ".jupyter" / name).write_text(text)
+    with laptop.opened("host") as run:
+        said = [line for line in run.stderr.splitlines() if "could not read its configuration" in line]
+        assert len(said) == len(BROKEN[age]), run.text
+        for name, (_, line, error) in BROKEN[age].items():
+            assert [each for each in said if "/.jupyter/%s" % name in each and line in each and error in each], said
+
+
+ELSEWHERE = """
+from jupyter_server.services.contents.filemanager import FileContentsManager
+from tornado.web import HTTPError
+
+class Elsewhere(FileContentsManager):
+    def get(self, path, *arguments, **options):
+        if path:
+            raise HTTPError(404, "no object of that name in the bucket")
+        return super().get(path, *arguments, **options)
+
+c.ServerApp.contents_manager_class = Elsewhere
+"""
+
+
+@pytest.mark.jupyter
+def test_file_that_jupyter_does_not_show_is_named(laptop: Laptop, host: Host) -> None:
+    """Hidden, or nothing to its contents manager; what it shows needs no word."""
+    for name in ("seen.ipynb", ".hidden.ipynb", "a b#ü.txt"):
+        (host.home / name).write_text("{}")
+    for name, is_shown in (("seen.ipynb", True), (".hidden.ipynb", False), ("a b#ü.txt", True)):
+        with laptop.opened("host:" + name) as run:
+            assert ("Jupyter does not show %s: " % name in run.stderr) != is_shown, run.text
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, ELSEWHERE)
+    with laptop.opened("host:seen.ipynb") as run:
+        assert "Jupyter does not show seen.ipynb: HTTP status 404" in run.stderr
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------
