@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -10,12 +11,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute, is_up
 from jupyters import jupyter_for_everyone, jupyter_of, standin
+from notebooks import write_notebook
 from private_slurm import PrivateSlurm
 from sides import (
     BOTH_MODES,
@@ -645,6 +648,50 @@ def test_file_that_jupyter_does_not_show_is_named(laptop: Laptop, host: Host) ->
     of_jupyter(host, ELSEWHERE)
     with laptop.opened("host:seen.ipynb") as run:
         assert "Jupyter does not show seen.ipynb: HTTP status 404" in run.stderr
+
+
+def new_session_without_token(url: str, path: str) -> None:
+    """Start a notebook's kernel as its page does: what the cookie says is said again."""
+    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
+    headers = {"Cookie": "_xsrf=said-twice", "X-XSRFToken": "said-twice"}
+    request = urllib.request.Request(url.partition("/tree")[0] + "/api/sessions", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize(
+    ("age", "app", "options"),
+    [("", "ServerApp", []), ("notebook-6.4", "NotebookApp", []), ("lab-3.2", "ServerApp", ["--app", "lab"])],
+    ids=["today", "classic", "lab-3.2"],
+)
+def test_server_without_a_token_does_all(
+    laptop: Laptop, make_host: Callable[..., Host], age: str, app: str, options: List[str]
+) -> None:
+    """As rental machines have it. With a password besides, only its page can log in, and that is said."""
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    (host.home / ".jupyter").mkdir()
+    file = host.home / (".jupyter/jupyter_%s_config.py" % ("notebook" if app == "NotebookApp" else "server"))
+    file.write_text("c.%s.token = ''\n" % app)
+    write_notebook(host.home / "n.ipynb", "print('kept')")
+    with laptop.opened(*options, "host") as run:
+        url = run.url().partition("/lab")[0]
+        new_session_without_token(url, "n.ipynb")
+        assert laptop.run("host", "eval", "print('kept')").stdout == "kept\n"
+        assert "Saved the outputs of 1 cell into n.ipynb." in laptop.run("host", "output", "n.ipynb", "--save").stderr
+        code = "%xmode Minimal\nimport time; print('begun', flush=True); time.sleep(600)"
+        computing = laptop.start("host", "eval", code, has_terminal=False)
+        computing.expect("begun")
+        assert laptop.run("host", "eval", "--interrupt").status == 0
+        assert computing.wait() == 5
+        assert laptop.run("host", "stop", "n.ipynb").status == 0
+        assert laptop.run("host", "eval", "6 * 7").stdout == "42\n"  # in a new one
+    assert laptop.run("host", "stop", "--yes").status == 0
+    salted = hashlib.sha1(b"opensesame" + b"0123456789ab").hexdigest()
+    file.write_text("c.%s.token = ''\nc.%s.password = 'sha1:0123456789ab:%s'\n" % (app, app, salted))
+    with laptop.opened(*options, "host"):
+        for action in (["eval", "1"], ["eval", "--interrupt"], ["stop", "n.ipynb"]):
+            check_failure(laptop.run("host", *action), 1, "takes no token", "sets a password", "--new")
+    assert laptop.run("host", "stop", "--yes").status == 0
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------
