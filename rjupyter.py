@@ -8537,9 +8537,8 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         ).encode()  # else the server's usual one
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S, sent=sent) if info else (0, None)
         if status != 201:
-            why = fact(said, "message", "") or "HTTP status %d" % status
-            there = "; there are: %s" % ", ".join(sorted(specs)) if specs else ""
-            raise Failure("no kernel could be started", why + there, "open a notebook of one of these, then the same")
+            why = "HTTP status %d; the server has: %s" % (status, ", ".join(sorted(specs)) or "no kernel")
+            raise Failure("no kernel could be started", why, "logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):

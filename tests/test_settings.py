@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute, is_up
+from execution import add_kernel
 from jupyters import jupyter_for_everyone, jupyter_of, standin
 from notebooks import write_notebook
 from private_slurm import PrivateSlurm
@@ -692,6 +693,23 @@ def test_server_without_a_token_does_all(
         for action in (["eval", "1"], ["eval", "--interrupt"], ["stop", "n.ipynb"]):
             check_failure(laptop.run("host", *action), 1, "takes no token", "sets a password", "--new")
     assert laptop.run("host", "stop", "--yes").status == 0
+
+
+@pytest.mark.jupyter
+def test_eval_starts_a_kernel_that_the_server_has(laptop: Laptop, host: Host) -> None:
+    """The only one, whatever its name; of several without the usual one, none is taken."""
+    for name in ("one", "two"):
+        add_kernel(host.home, name, WHICH=name)
+    for names in ({"one"}, {"one", "two"}):
+        text = "c.KernelSpecManager.allowed_kernelspecs = %r\nc.MultiKernelManager.default_kernel_name = 'gone'\n"
+        of_jupyter(host, text % names)
+        with laptop.opened("host"):
+            run = laptop.run("host", "eval", "import os; print(os.environ['WHICH'])")
+            if names == {"one"}:
+                assert run.stdout == "one\n", run.text
+            else:
+                check_failure(run, 1, "no kernel could be started", "the server has: one, two")
+        assert laptop.run("host", "stop", "--yes").status == 0
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------
