@@ -4012,13 +4012,6 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
 # -- launch -----------------------------------------------------------------------------------------------------------
 
 
-# What Jupyter ends over, by its words for that, and what helps.
-REFUSED = {
-    "referred dir": "another preferred_dir in its configuration",
-    "are mutually exclusive": "no port in its configuration, or open without --socket",
-}
-
-
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
 TELLING = []  # type: List[Callable[[str], List[Away]]] # each has something to tell to who comes back to a server
 
@@ -4084,16 +4077,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if not re.search(lost, tail) or "The socket" in tail:  # not lost between the look and its bind
             break
     why = "it exited with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
-    try_ = "".join(settings) + "the whole log is on the host in " + portable(set_aside(directory))
+    try_ = "another preferred_dir in its configuration\n" if "referred dir" in tail else ""
+    try_ += "the whole log is on the host in " + portable(set_aside(directory))
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
 
 def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Channel) -> None:
-    """Say what a server does that nobody asked for here: what it left out of its configuration, and who reaches it.
-
-    Raises Failure where anyone could run code in it.
-    """
+    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone."""
     broken = re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log))
     for path, said in dict(broken).items():
         lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
@@ -4139,7 +4129,8 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
         if not can_hold_socket(path):
             path = os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
         # The kernels' own ports ask nobody for a password: others could read what they print.
-        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc"]
+        usual = ["--%s.port=%d" % (app, DEFAULT_PORT) for app in ("ServerApp", "NotebookApp")]  # no other beside it
+        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc", *usual]
         return
     port = request.port or DEFAULT_PORT
     listen = ["--ServerApp.ip=" + request.ip, "--NotebookApp.ip=" + request.ip]
@@ -4175,7 +4166,6 @@ def server_arguments(request: Request, root_dir: str, directory: str) -> "List[s
 # print (Jupyter Server's base/websocket.py). Before traitlets 5, a later value would take the place of theirs.
 ADDED = """\
 from traitlets.config.loader import LazyConfigValue
-
 class Added(LazyConfigValue):
     def get_value(self, initial):
         return {"ws_ping_interval": 3000, "ws_ping_timeout": 9000, **initial, **(self._update or {})}
@@ -4185,7 +4175,6 @@ class Added(LazyConfigValue):
             self.update(other._update or {})
             return self
         return self.get_value(other) if isinstance(other, dict) else other
-
 if hasattr(LazyConfigValue, "merge_into"):
     c.ServerApp.tornado_settings = c.NotebookApp.tornado_settings = Added()
 """
@@ -4395,12 +4384,9 @@ def open_server(request: Request, channel: Channel) -> Server:
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
     if file and record and can_ask_server(record, found):
-        from urllib.parse import quote
-
-        status, said = ask_server(found, "api/contents/%s?content=0" % quote(os.fsencode(file)))
-        if status in (400, 404):
-            why = fact(said, "message", "") or "HTTP status %d" % status
-            channel.tell("note", text="Jupyter does not show %s: %s" % (found.file, portable(why)))
+        name = "".join("%%%02x" % byte for byte in os.fsencode(file))
+        if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
+            channel.tell("note", text="Jupyter has no %s to show: it is hidden, or not in its contents." % found.file)
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
     found.foreign = foreign_files()
     return found
@@ -7318,22 +7304,6 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
 # -- a run itself, under the Python of Jupyter's environment ----------------------------------------------------------
 
 
-def kernel_specs() -> "Any":
-    """Return what knows the kernels here: of the class, and with the settings, that Jupyter's server has."""
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_core.application import JupyterApp
-    from traitlets import Type
-
-    class NotebookApp(JupyterApp):  # type: ignore[misc]
-        kernel_spec_manager_class = Type(KernelSpecManager).tag(config=True)
-
-    app = type("ServerApp", (NotebookApp,), {})()  # the settings of both names, and of JupyterApp
-    for name in ("notebook", "lab", "server"):
-        app.config_file_name = "jupyter_%s_config" % name
-        app.load_config_file()
-    return app.kernel_spec_manager_class(parent=app)
-
-
 class TimeIsUp(Exception):
     """The limit of the whole has passed, or the run was told to stop, between two cells."""
 
@@ -7349,7 +7319,6 @@ class Run:
         self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.remarks = []  # type: List[str]
-        self.specs = kernel_specs()
         self.kernel, self.language = self._choose_kernel()
         self.parameters = {}  # type: Json # the last word for a name holds, and -p is over the files
         for name, text in self.request.parameter_files:
@@ -7368,14 +7337,23 @@ class Run:
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and its language: the one that is named, else the only one of its language."""
+        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_core.application import JupyterApp
+        from traitlets import Type
+
+        class NotebookApp(JupyterApp):
+            kernel_spec_manager_class = Type(KernelSpecManager).tag(config=True)
+
+        app = type("ServerApp", (NotebookApp,), {})()  # it has what the server's configuration sets, by both names
+        for name in ("notebook", "lab", "server"):
+            app.config_file_name = "jupyter_%s_config" % name
+            app.load_config_file()
+        self.specs = app.kernel_spec_manager_class(parent=app)
 
         def said(part: str, name: str) -> str:
             facts = self.notebook.metadata.get(part)
             value = facts.get(name) if isinstance(facts, dict) else ""
             return value if isinstance(value, str) else ""
-
-        def stem(name: str) -> str:
-            return re.sub(r"[\W\d_]+\Z", "", name.lower())
 
         there = {name: entry["spec"].get("language") or "" for name, entry in self.specs.get_all_specs().items()}
         language = said("kernelspec", "language") or said("language_info", "name")
@@ -7383,18 +7361,17 @@ class Run:
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, there[name] or language or "python"
-        # Where the notebook does not say its language, the name may: julia-1.8, ir33.
-        like = [name for name in there if there[name].lower() == (language.lower() or stem(wanted))]
-        like = like or [name for name in there if not language and stem(name) == stem(wanted)]
-        if len(like) == 1 and not self.request.kernel:
+        version = "0123456789.-_"  # julia-1.8 and ir33 name their language, where the notebook does not say it
+        kin = (language or wanted.rstrip(version)).lower()
+        like = [name for name in there if kin in (there[name].lower(), not language and name.lower().rstrip(version))]
+        like = [] if self.request.kernel else like
+        if len(like) == 1:
             self.remarks.append("There is no kernel %s there; using %s." % (wanted, like[0]))
             return like[0], there[like[0]] or language
-        why = "there is no kernel %s on the host; " % wanted
-        if like and not self.request.kernel:
-            raise ValueError(why + "of its language there are: " + ", ".join(sorted(like)))
-        is_other = language and not self.request.kernel
-        written = "it is written in %s, and " % language if is_other else ""
-        raise ValueError(written + why + ("there are: " + ", ".join(sorted(there)) if there else "there is none"))
+        why = "there is no kernel %s on the host; there are%s: %s"
+        why %= (wanted, " of its language" if like else "", ", ".join(sorted(like or there)) or "none")
+        is_other = language and not like and not self.request.kernel
+        raise ValueError("it is written in %s, and %s" % (language, why) if is_other else why)
 
     def _inject_parameters(self) -> None:
         """Put the parameters behind the cell that is tagged "parameters", in place of an earlier injection.
@@ -8148,7 +8125,7 @@ class Execution:
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
-        try_ = "--kernel NAME" if view.state == "invalid" and "of its language there are" in why else try_
+        try_ = "--kernel NAME" if view.state == "invalid" and "there are of its language" in why else try_
         return Failure(what, why, try_, status)
 
 
@@ -8324,8 +8301,9 @@ LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is 
 
 
 def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
-    """Return the kernels of the user's servers that answer; of the server of PATH alone, where that is given."""
+    """Return the kernels of the user's servers that answer, or of PATH's; raises Failure where only a page sees any."""
     found = []
+    is_locked = False
     for record in KINDS["server"].all_running():
         info = server_info(record)
         if not info or not is_in_path(record, request) or not can_ask_server(record, info):
@@ -8344,6 +8322,10 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
                 connections=max(0, fact(kernel, "connections", 0)),
             )
             found.append((record, state))
+        is_locked = is_locked or (info.has_password and not info.token)
+    if is_locked and not found:
+        why = "its configuration sets a password and takes away the token, so only a page can log in"
+        raise Failure("a server there takes no token", why, "take the empty token out of its configuration, then --new")
     return found
 
 
@@ -8353,20 +8335,11 @@ def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
     named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
     if len(named) == 1:
         return named[0]
-    for record in [] if kernels else KINDS["server"].all_running():
-        check_token(server_info(record) if is_in_path(record, request) else None)
     there = ", ".join(kernel.title for _, kernel in kernels)
     what = "there is no such kernel: %s" % request.name if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
-
-
-def check_token(info: "Optional[RuntimeInfo]") -> None:
-    """Raise Failure for a server that takes a password alone: its page asks for that, and we have none to give."""
-    if info and info.has_password and not info.token:
-        why = "its configuration sets a password and takes away the token, so only a page can log in"
-        raise Failure("this server takes no token", why, "take the empty token out of its configuration, then --new")
 
 
 def list_kernels(request: Request, channel: Channel) -> ListReply:
@@ -8530,14 +8503,11 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         if not servers:
             raise Failure("no server of yours runs there", "", "open one first, or `execute` a notebook")
         info = server_info(servers[0])
-        check_token(info)
-        specs = fact(info and ask_server(info, "api/kernelspecs", timeout_s=START_TIMEOUT_S)[1], "kernelspecs", {})
-        sent = json.dumps(
-            {"name": next(iter(specs))} if len(specs) == 1 else {}
-        ).encode()  # else the server's usual one
+        there = list(fact(info and ask_server(info, "api/kernelspecs")[1], "kernelspecs", {}))  # type: List[str]
+        sent = json.dumps({"name": there[0]} if len(there) == 1 else {}).encode()  # else the server's usual one
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S, sent=sent) if info else (0, None)
         if status != 201:
-            why = "HTTP status %d; the server has: %s" % (status, ", ".join(sorted(specs)) or "no kernel")
+            why = "HTTP status %d; the server has: %s" % (status, ", ".join(sorted(there)) or "no kernel")
             raise Failure("no kernel could be started", why, "logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)

@@ -212,8 +212,8 @@ def test_one_of_several_kernels_and_another_language_are_not_taken(laptop: Lapto
         add_kernel(host.home, name, STANDIN_KERNEL, "julia", WHICH=name)
     add_kernel(host.home, "other", STANDIN_KERNEL, WHICH="other")
     cases = {
-        "a": (asks_for("julia-1.8", "julia"), ["of its language there are: julia-1.10, julia-1.9", "--kernel NAME"]),
-        "b": (asks_for("of-a-project", "python"), ["of its language there are: other, python3", "--kernel NAME"]),
+        "a": (asks_for("julia-1.8", "julia"), ["there are of its language: julia-1.10, julia-1.9", "--kernel NAME"]),
+        "b": (asks_for("of-a-project", "python"), ["there are of its language: other, python3", "--kernel NAME"]),
         "c": (asks_for("scala212"), ["there is no kernel scala212", "julia-1.10, julia-1.9, other, python3"]),
         "d": (asks_for("sagemath", "sage"), ["written in sage", "julia-1.10, julia-1.9, other, python3"]),
     }
