@@ -1206,6 +1206,8 @@ def http_request(
         head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n" % (method, path, host, len(sent))
         if token:
             head += "Authorization: token %s\r\n" % token
+        else:  # Jupyter then wants any word twice, as no page of another site can say it (tornado, "XSRF")
+            head += "Cookie: _xsrf={0}\r\nX-XSRFToken: {0}\r\n".format(os.urandom(8).hex())
         connection.sendall((head + "\r\n").encode("utf-8") + sent)
         answer = bytearray()
         while len(answer) < most:
@@ -3950,16 +3952,6 @@ def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
     return None
 
 
-def is_configured(names: str) -> bool:
-    """True when the user's own configuration sets one of these, "port|sock": then theirs holds, and we set none."""
-    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
-    for app in ("notebook", "server", "lab"):
-        for ending, pattern in ((".py", r"(?m)^\s*c\.\w+\.(%s)(\[[^\]]*\])?\s*="), (".json", r'"(%s)"\s*:')):
-            if re.search(pattern % names, read_text(os.path.join(home, "jupyter_%s_config%s" % (app, ending)))):
-                return True
-    return False
-
-
 # -- ask it -----------------------------------------------------------------------------------------------------------
 
 
@@ -4093,13 +4085,6 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
 # -- launch -----------------------------------------------------------------------------------------------------------
 
 
-# What Jupyter ends over, by its words for that, and what helps.
-REFUSED = {
-    "referred dir": "another preferred_dir in its configuration",
-    "are mutually exclusive": "no port in its configuration, or open without --socket",
-}
-
-
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
 TELLING = []  # type: List[Callable[[str], List[Away]]] # each has something to tell to who comes back to a server
 
@@ -4114,6 +4099,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     channel.announce(directory)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
+    for name in ("server", "notebook"):  # the latter up to Notebook 6
+        write_whole(os.path.join(directory, "jupyter_%s_config.py" % name), ADDED)
+    places = [directory, environment.get("JUPYTER_CONFIG_PATH")]
+    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     deadline = time.monotonic() + request.start_timeout_s
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
@@ -4137,6 +4126,8 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             if info and request.socket and not info.sock:
                 why = "this Jupyter knows none, or its configuration says where it listens"
                 raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
+            if info:
+                tell_of_launch(request, info, log, channel)
         except Failure:
             end_session(process.pid)
             process.wait()
@@ -4155,12 +4146,29 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if process.returncode in (126, 127):  # a shell's own status for what it cannot run
             set_aside(directory)
             return None
-        if "already in use" not in tail and "is not available" not in tail:  # lost between the look and its bind
+        lost = r"Address already in use|no available port|port %d is (already in use\.|not available)" % port
+        if not re.search(lost, tail) or "The socket" in tail:  # not lost between the look and its bind
             break
     why = "it exited with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    settings = [helps + "\n" for words, helps in REFUSED.items() if words in tail]
-    try_ = "".join(settings) + "the whole log is on the host in " + portable(set_aside(directory))
+    try_ = "another preferred_dir in its configuration\n" if "referred dir" in tail else ""
+    try_ += "the whole log is on the host in " + portable(set_aside(directory))
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
+
+
+def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Channel) -> None:
+    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone."""
+    broken = re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log))
+    for path, said in dict(broken).items():
+        lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
+        place = portable(path) + (", line %s" % lines[-1] if lines else "")
+        channel.tell("unread", place=place, why=said.strip().split("\n")[-1].strip())
+    if info.sock or owner_of_tcp(("0.0.0.0", info.port), 0) != own_uid():
+        return
+    if not info.token and not info.has_password:
+        why = "it listens on all addresses, and its configuration takes away its token"
+        raise Failure("Jupyter would let anyone in", why, "a token there, or no other ip", EXIT_SERVER_ENDED)
+    if request.ip.startswith("127."):
+        channel.tell("wide", node=os.uname().nodename)
 
 
 def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
@@ -4186,24 +4194,25 @@ def lasting_environment(environment: "Dict[str, str]", has_sockets: bool) -> "Di
 def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, List[str]]]":
     """Yield where Jupyter may listen, best first, each as a port (0 for a socket) and Jupyter's arguments for it.
 
-    A socket lies with the server's files, or below /tmp where they cannot hold one.
+    A socket lies with the server's files, or below /tmp where they cannot hold one. Which port it is, the user's own
+    configuration may say; without, Jupyter looks for a free one itself. What that has for NotebookApp wins over what
+    Jupyter Server is told for ServerApp, so both are told.
     """
     if request.socket:
         path = os.path.join(directory, "socket")
         if not can_hold_socket(path):
             path = os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
         # The kernels' own ports ask nobody for a password: others could read what they print.
-        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc"]
+        usual = ["--%s.port=%d" % (app, DEFAULT_PORT) for app in ("ServerApp", "NotebookApp")]  # no other beside it
+        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc", *usual]
         return
-    if is_configured("port|sock") and not request.port:
-        yield find_free_port(DEFAULT_PORT, request.ip), ["--ip=" + request.ip]
-        return
-    starting = [server.port for server in KINDS["server"].running()]
     port = request.port or DEFAULT_PORT
+    listen = ["--ServerApp.ip=" + request.ip, "--NotebookApp.ip=" + request.ip]
+    if not request.port:
+        yield port, listen
     for _ in range(100):
         port = find_free_port(port, request.ip)
-        if port not in starting:  # chosen a moment ago by another run of ours, whose Jupyter does not listen yet
-            yield port, ["--ip=" + request.ip, "--port=%d" % port]
+        yield port, [*listen, "--ServerApp.port=%d" % port, "--NotebookApp.port=%d" % port]
         port += 1
 
 
@@ -4221,18 +4230,28 @@ def server_arguments(request: Request, root_dir: str, directory: str) -> "List[s
         settings["shutdown_no_activity_timeout"] = idle_s
         arguments.append("--MappingKernelManager.cull_idle_timeout=%d" % idle_s)
         arguments.append("--MappingKernelManager.cull_interval=%d" % min(idle_s, 60))
-    theirs = [native(argument) for argument in request.server_args]
-    if not is_configured(TORNADO_SETTINGS) and not any("tornado_settings" in argument for argument in theirs):
-        settings["tornado_settings"] = PINGS
     for app in ("ServerApp", "NotebookApp"):  # the latter up to Notebook 6
         arguments += ["--%s.%s=%s" % (app, name, value) for name, value in settings.items()]
-    return arguments + theirs
+    return arguments + [native(argument) for argument in request.server_args]
 
 
-TORNADO_SETTINGS = "tornado_settings|webapp_settings"
-# Milliseconds. A page whose link died is taken for gone after 12 s, not 90, and from then on Jupyter keeps for it what
-# its kernels print (Jupyter Server's base/websocket.py).
-PINGS = {"ws_ping_interval": 3000, "ws_ping_timeout": 9000}
+# What is added to the user's configuration of Jupyter, from whatever places that comes: it is read last, and merged. A
+# page whose link died is taken for gone after 12 s, not 90, and from then on Jupyter keeps for it what its kernels
+# print (Jupyter Server's base/websocket.py). Before traitlets 5, a later value would take the place of theirs.
+ADDED = """\
+from traitlets.config.loader import LazyConfigValue
+class Added(LazyConfigValue):
+    def get_value(self, initial):
+        return {"ws_ping_interval": 3000, "ws_ping_timeout": 9000, **initial, **(self._update or {})}
+
+    def merge_into(self, other):
+        if isinstance(other, LazyConfigValue):
+            self.update(other._update or {})
+            return self
+        return self.get_value(other) if isinstance(other, dict) else other
+if hasattr(LazyConfigValue, "merge_into"):
+    c.ServerApp.tornado_settings = c.NotebookApp.tornado_settings = Added()
+"""
 
 
 def set_aside(directory: str) -> str:
@@ -4432,6 +4451,10 @@ def open_server(request: Request, channel: Channel) -> Server:
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
+    if file and record and can_ask_server(record, found):
+        name = "".join("%%%02x" % byte for byte in os.fsencode(file))
+        if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
+            channel.tell("note", text="Jupyter has no %s to show: it is hidden, or not in its contents." % found.file)
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
     found.foreign = foreign_files()
     return found
@@ -5062,6 +5085,8 @@ SAYINGS = {
     "found": ("Using {command} ({where}).", ""),
     "note": ("{text}", ""),
     "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
+    "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
+    "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
     "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
@@ -5722,7 +5747,7 @@ BIRTH_EVERY_S = 0.05  # while one may be about to begin
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
-PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (PINGS)
+PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (ADDED)
 SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
@@ -7383,28 +7408,42 @@ class Run:
         self._journal = Journal(journal_of(directory), float("inf"))
 
     def _choose_kernel(self) -> "Tuple[str, str]":
-        """Return the kernel to take, and its language."""
+        """Return the kernel to take, and its language: the one that is named, else the only one of its language."""
         from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_core.application import JupyterApp
+        from traitlets import Type
 
-        specs = KernelSpecManager()
-        there = specs.find_kernel_specs()
+        class NotebookApp(JupyterApp):
+            kernel_spec_manager_class = Type(KernelSpecManager).tag(config=True)
+
+        app = type("ServerApp", (NotebookApp,), {})()  # it has what the server's configuration sets, by both names
+        for name in ("notebook", "lab", "server"):
+            app.config_file_name = "jupyter_%s_config" % name
+            app.load_config_file()
+        self.specs = app.kernel_spec_manager_class(parent=app)
 
         def said(part: str, name: str) -> str:
             facts = self.notebook.metadata.get(part)
             value = facts.get(name) if isinstance(facts, dict) else ""
             return value if isinstance(value, str) else ""
 
-        language = said("language_info", "name") or said("kernelspec", "language") or "python"
+        there = {name: entry["spec"].get("language") or "" for name, entry in self.specs.get_all_specs().items()}
+        language = said("kernelspec", "language") or said("language_info", "name")
         wanted = self.request.kernel or said("kernelspec", "name") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
-                return name, specs.get_kernel_spec(name).language or language
-        if self.request.kernel:
-            raise ValueError("there is no kernel %s on the host; there are: %s" % (wanted, ", ".join(sorted(there))))
-        if language.lower() != "python":
-            raise ValueError("it is written in %s, and there is no kernel %s on the host" % (language, wanted))
-        self.remarks.append("There is no kernel %s there; using python3." % wanted)
-        return "python3", "python"
+                return name, there[name] or language or "python"
+        version = "0123456789.-_"  # julia-1.8 and ir33 name their language, where the notebook does not say it
+        kin = (language or wanted.rstrip(version)).lower()
+        like = [name for name in there if kin in (there[name].lower(), not language and name.lower().rstrip(version))]
+        like = [] if self.request.kernel else like
+        if len(like) == 1:
+            self.remarks.append("There is no kernel %s there; using %s." % (wanted, like[0]))
+            return like[0], there[like[0]] or language
+        why = "there is no kernel %s on the host; there are%s: %s"
+        why %= (wanted, " of its language" if like else "", ", ".join(sorted(like or there)) or "none")
+        is_other = language and not like and not self.request.kernel
+        raise ValueError("it is written in %s, and %s" % (language, why) if is_other else why)
 
     def _inject_parameters(self) -> None:
         """Put the parameters behind the cell that is tagged "parameters", in place of an earlier injection.
@@ -7748,7 +7787,7 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     prefix = socket_prefix(run.directory) if is_private else ""
     config = Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if prefix else {})
     start_s = min(run.request.start_timeout_s, run.deadline - time.monotonic())
-    return Engine(
+    engine = Engine(
         run.notebook,
         config=config,
         timeout=None,
@@ -7758,6 +7797,8 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         shutdown_kernel="immediate",  # until it has answered
         resources={"metadata": {"path": native(run.request.path or "")}},
     )
+    engine.create_kernel_manager().kernel_spec_manager = run.specs
+    return engine
 
 
 def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Tuple[str, str]":
@@ -8156,6 +8197,7 @@ class Execution:
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
+        try_ = "--kernel NAME" if view.state == "invalid" and "there are of its language" in why else try_
         return Failure(what, why, try_, status)
 
 
@@ -8331,8 +8373,9 @@ LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is 
 
 
 def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
-    """Return the kernels of the user's servers that answer; of the server of PATH alone, where that is given."""
+    """Return the kernels of the user's servers that answer, or of PATH's; raises Failure where only a page sees any."""
     found = []
+    is_locked = False
     for record in KINDS["server"].all_running():
         info = server_info(record)
         if not info or not is_in_path(record, request) or not can_ask_server(record, info):
@@ -8351,6 +8394,10 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
                 connections=max(0, fact(kernel, "connections", 0)),
             )
             found.append((record, state))
+        is_locked = is_locked or (info.has_password and not info.token)
+    if is_locked and not found:
+        why = "its configuration sets a password and takes away the token, so only a page can log in"
+        raise Failure("a server there takes no token", why, "take the empty token out of its configuration, then --new")
     return found
 
 
@@ -8528,9 +8575,12 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         if not servers:
             raise Failure("no server of yours runs there", "", "open one first, or `execute` a notebook")
         info = server_info(servers[0])
-        status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
+        there = list(fact(info and ask_server(info, "api/kernelspecs")[1], "kernelspecs", {}))  # type: List[str]
+        sent = json.dumps({"name": there[0]} if len(there) == 1 else {}).encode()  # else the server's usual one
+        status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S, sent=sent) if info else (0, None)
         if status != 201:
-            raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
+            why = "HTTP status %d; the server has: %s" % (status, ", ".join(sorted(there)) or "no kernel")
+            raise Failure("no kernel could be started", why, "logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):

@@ -127,8 +127,10 @@ def test_kernel_that_the_host_has_not(laptop: Laptop, host: Host) -> None:
     assert "There is no kernel my-env there; using python3." in run.stderr
     run = laptop.run("host", "execute", "a.ipynb", "--kernel", "python3")
     assert run.status == 0 and "There is no kernel" not in run.stderr
-    write_notebook(laptop.home / "r.ipynb", "1", kernelspec={"name": "ir-9", "display_name": "R", "language": "R"})
-    check_failure(laptop.run("host", "execute", "r.ipynb"), 1, "cannot be executed", "written in R", "no kernel ir-9")
+    spec = {"name": "lfortran-9", "display_name": "Fortran", "language": "fortran"}
+    write_notebook(laptop.home / "f.ipynb", "1", kernelspec=spec)
+    run = laptop.run("host", "execute", "f.ipynb")
+    check_failure(run, 1, "cannot be executed", "written in fortran", "no kernel lfortran-9", "python3")
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------

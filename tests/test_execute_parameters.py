@@ -175,6 +175,94 @@ def test_kernel_that_was_asked_for_and_is_not_there(laptop: Laptop, host: Host) 
     assert not (host.home / "ran").exists()
 
 
+def asks_for(name: str, language: str = "", **metadata: Any) -> Dict[str, Any]:
+    """Return a notebook's metadata that asks for a kernel, and says its language where one is given."""
+    spec = {"name": name, "display_name": name, **({"language": language} if language else {})}
+    return dict(metadata, kernelspec=spec)
+
+
+WHICH = "import os; print(os.environ.get('WHICH'))"
+
+
+def test_the_only_kernel_of_the_language_is_taken_with_a_line(laptop: Laptop, host: Host) -> None:
+    """Under another version or name; where the notebook does not say its language, the name does."""
+    for name, language in (("julia-1.10", "julia"), ("ir", "R"), ("xcpp14", "C++14")):
+        add_kernel(host.home, name, STANDIN_KERNEL, language, WHICH=name)
+    asked = {
+        "a": ("julia-1.10", asks_for("julia-1.8", "julia")),
+        "b": ("julia-1.10", asks_for("julia-1.8")),
+        "c": ("ir", asks_for("ir33")),
+        "d": ("ir", asks_for("r-4.3-conda", language_info={"name": "R"})),
+        "e": ("xcpp14", asks_for("xcpp17")),
+        "f": ("python3", {"kernelspec": {}}),
+    }
+    for name, (_, metadata) in asked.items():
+        write_notebook(laptop.home / (name + ".ipynb"), WHICH, **metadata)
+    run = laptop.run("host", "execute", "-j", "3", *[name + ".ipynb" for name in asked])
+    assert run.status == 0, run.text
+    for name, (taken, metadata) in asked.items():
+        wanted = metadata["kernelspec"].get("name")
+        assert printed(laptop.home / (name + ".executed.ipynb")) == [(taken if wanted else "None") + "\n"], name
+        assert not wanted or "There is no kernel %s there; using %s." % (wanted, taken) in run.stderr
+
+
+def test_one_of_several_kernels_and_another_language_are_not_taken(laptop: Laptop, host: Host) -> None:
+    """Nothing runs: the list is said, and for several what chooses one of them."""
+    for name in ("julia-1.10", "julia-1.9"):
+        add_kernel(host.home, name, STANDIN_KERNEL, "julia", WHICH=name)
+    add_kernel(host.home, "other", STANDIN_KERNEL, WHICH="other")
+    cases = {
+        "a": (asks_for("julia-1.8", "julia"), ["there are of its language: julia-1.10, julia-1.9", "--kernel NAME"]),
+        "b": (asks_for("of-a-project", "python"), ["there are of its language: other, python3", "--kernel NAME"]),
+        "c": (asks_for("scala212"), ["there is no kernel scala212", "julia-1.10, julia-1.9, other, python3"]),
+        "d": (asks_for("sagemath", "sage"), ["written in sage", "julia-1.10, julia-1.9, other, python3"]),
+    }
+    for name, (metadata, words) in cases.items():
+        write_notebook(laptop.home / (name + ".ipynb"), "open('ran', 'w')", **metadata)
+        run = laptop.run("host", "execute", name + ".ipynb")
+        check_failure(run, 1, "cannot be executed", *words)
+        assert ("--kernel" in run.stderr) == ("--kernel NAME" in words)
+    assert not (host.home / "ran").exists()
+    write_notebook(laptop.home / "a.ipynb", WHICH, **cases["a"][0])
+    assert laptop.run("host", "execute", "a.ipynb", "--kernel", "julia-1.9").status == 0
+    assert printed(laptop.home / "a.executed.ipynb") == ["julia-1.9\n"]
+
+
+MANAGER = """
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+class OfEnvironments(KernelSpecManager):
+    def find_kernel_specs(self):
+        return dict(super().find_kernel_specs(), **{"conda-env-geo-py": "/nowhere"})
+
+    def get_kernel_spec(self, name):
+        if name != "conda-env-geo-py":
+            return super().get_kernel_spec(name)
+        return KernelSpec(argv=%r, display_name="geo", language="python", env={"WHICH": "geo"})
+
+c.JupyterApp.kernel_spec_manager_class = OfEnvironments
+c.KernelSpecManager.allowed_kernelspecs = {"ir"}
+c.OfEnvironments.ensure_native_kernel = False
+"""
+
+
+@pytest.mark.parametrize("file", ["jupyter_config", "jupyter_server_config"])
+def test_kernels_are_those_of_the_servers_configuration(laptop: Laptop, host: Host, file: str) -> None:
+    """A manager that makes kernels of environments, as nb_conda_kernels is; and what the page does not offer."""
+    add_kernel(host.home, "ir", STANDIN_KERNEL, "R")
+    add_kernel(host.home, "closed", STANDIN_KERNEL)
+    (host.home / ".jupyter").mkdir(exist_ok=True)
+    text = MANAGER if file == "jupyter_config" else MANAGER.replace("JupyterApp", "NotebookApp")
+    (host.home / (".jupyter/%s.py" % file)).write_text(text % (STANDIN_KERNEL,))
+    write_notebook(laptop.home / "p.ipynb", WHICH, **asks_for("conda-env-geo-py", "python"))
+    run = laptop.run("host", "execute", "p.ipynb")
+    assert run.status == 0, run.text
+    assert printed(laptop.home / RESULT) == ["geo\n"]
+    check_failure(
+        laptop.run("host", "execute", "p.ipynb", "--kernel", "closed"), 1, "there are: conda-env-geo-py, ir\n"
+    )
+
+
 # -- G11: an environment that can execute, and nothing else -----------------------------------------------------------
 
 

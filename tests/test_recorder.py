@@ -7,11 +7,10 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, List
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_session, send
-from jupyters import standin
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
 
@@ -299,23 +298,6 @@ def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -
         assert len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel))) == 1
         assert word in laptop.run("host", "output", kernel).stdout
     assert laptop.run("host:other", "stop", "--yes").status == 0
-
-
-def test_pings_of_the_user_s_own_stay(laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    host = make_host(path=str(standin()))
-
-    def words_of_server(*arguments: str) -> str:
-        held(laptop, "--new", "--local-port", str(quiet_port()), *arguments, "host")
-        words = Path("/proc/%d/cmdline" % host.servers()[0]["pid"]).read_text()
-        assert laptop.run("host", "stop").status == 0
-        return words
-
-    assert "ws_ping" in words_of_server()
-    assert "ws_ping" not in words_of_server("--server-arg=--ServerApp.tornado_settings={'x': 1}")
-    (host.home / ".jupyter").mkdir(exist_ok=True)
-    path = host.home / ".jupyter/jupyter_server_config.py"
-    path.write_text("c.ServerApp.tornado_settings = {'ws_ping_interval': 7000}\n")
-    assert "ws_ping" not in words_of_server()
 
 
 @pytest.mark.shared

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -10,12 +11,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, compute, is_up
-from jupyters import jupyter_for_everyone, standin
+from client import api, check_failure, compute, is_up
+from execution import add_kernel
+from jupyters import jupyter_for_everyone, jupyter_of, standin
+from notebooks import write_notebook
 from private_slurm import PrivateSlurm
 from sides import (
     BOTH_MODES,
@@ -492,6 +496,220 @@ def test_end_is_told_although_the_log_says_nothing(laptop: Laptop, host: Host, h
     assert run.wait(30) == 4
     assert "it was shut down" in run.stderr, run.stderr
     assert "killed" not in run.stderr
+
+
+# What a configuration puts into a file when Jupyter has read all of them: `from MODULE import APP`.
+TELLS = """
+import json, os
+from {0} import {1}
+
+def init_webapp(self, init={1}.init_webapp):
+    init(self)
+    names = ("headers", "compress_response", "ws_ping_interval", "ws_ping_timeout")
+    with open(os.path.expanduser("~/told"), "w") as stream:
+        json.dump([self.tornado_settings.get(name) for name in names], stream)
+
+{1}.init_webapp = init_webapp
+"""
+OF_SERVER = ("jupyter_server", TELLS.format("jupyter_server.serverapp", "ServerApp"))
+OF_NOTEBOOK = ("jupyter_notebook", TELLS.format("notebook.notebookapp", "NotebookApp"))
+THEIRS = {"headers": {"X-Theirs": "1"}}
+# Of an age of Jupyter, where a configuration lies below home, and what it says: besides, {0} is THEIRS.
+PLACES = {
+    "for all of Jupyter": ("", ".jupyter/jupyter_config.py", "c.ServerApp.tornado_settings = {0}"),
+    "at once": ("notebook-7.0", ".jupyter/jupyter_server_config.py", "c.ServerApp.update(dict(tornado_settings={0}))"),
+    "added": ("", "site/jupyter_server_config.py", "c.ServerApp.tornado_settings.update({0})"),
+    "the app's": ("lab-3.2", ".jupyter/jupyter_lab_config.py", "c.ServerApp.tornado_settings = {0}"),
+    "JSON": ("", "site/jupyter_config.json", '{{"NotebookApp": {{"tornado_settings": {0}}}}}'),
+    "environment": ("", "v/etc/jupyter/jupyter_server_config.json", '{{"ServerApp": {{"tornado_settings": {0}}}}}'),
+    "classic": ("notebook-6.4", ".jupyter/jupyter_config.json", '{{"NotebookApp": {{"tornado_settings": {0}}}}}'),
+}
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("name", sorted(PLACES))
+def test_settings_of_tornado_are_theirs_and_ours(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, name: str
+) -> None:
+    """Wherever theirs lie, and however they are said: they hold, and our pings are added."""
+    age, path, text = PLACES[name]
+    programs = jupyter_of(age) if age else jupyter_for_everyone()
+    host = make_host(path=str(programs), JUPYTER_CONFIG_PATH=str(directory / "host/home/site"))
+    own, tells = OF_NOTEBOOK if age == "notebook-6.4" else OF_SERVER
+    (host.home / ".jupyter").mkdir(exist_ok=True)
+    (host.home / (".jupyter/%s_config.py" % own)).write_text(tells)
+    options = ["--new", "host"]
+    if path.startswith("v/"):
+        (host.home / "v").mkdir()
+        for entry in programs.parent.iterdir():
+            (host.home / "v" / entry.name).symlink_to(entry) if entry.name != "etc" else None
+        shutil.copytree(programs.parent / "etc", host.home / "v/etc")
+        options[:0] = ["--env", "~/v"]
+    (host.home / path).parent.mkdir(exist_ok=True)
+    for settings, pings in ((THEIRS, [3000, 9000]), (dict(THEIRS, ws_ping_interval=7000), [7000, 9000])):
+        with open(host.home / path, "w") as stream:
+            stream.write(
+                text.format(json.dumps(settings)) + "\n" + (tells if path.endswith(own + "_config.py") else "")
+            )
+        with laptop.opened(*options):
+            assert json.loads((host.home / "told").read_text()) == [{"X-Theirs": "1"}, None, *pings]
+        assert laptop.run("host", "stop").status == 0
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize(("age", "app"), [("", "ServerApp"), ("notebook-6.4", "NotebookApp")])
+def test_settings_of_tornado_on_the_command_line_are_theirs(
+    laptop: Laptop, make_host: Callable[..., Host], age: str, app: str
+) -> None:
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    own, tells = OF_NOTEBOOK if age else OF_SERVER
+    (host.home / ".jupyter").mkdir()
+    (host.home / (".jupyter/%s_config.py" % own)).write_text(tells)
+    with laptop.opened("--server-arg=--%s.tornado_settings={'ws_ping_interval': 7000}" % app, "host"):
+        assert json.loads((host.home / "told").read_text())[2] == 7000
+
+
+def listens_on(run: Run, address: str) -> bool:
+    """True when the server that a run launched takes connections at an address."""
+    port = int(run.expect(r"Launched .* port (\d+),").group(1))
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.jupyter
+def test_address_in_the_configuration_never_opens_the_server_without_a_word(laptop: Laptop, host: Host) -> None:
+    """By each name that the server has there, those of other apps too."""
+    wide = "Jupyter listens on all addresses of %s" % os.uname().nodename
+    of_jupyter(host, "c.NotebookApp.ip = '0.0.0.0'\nc.ServerApp.ip = '*'\n")
+    with laptop.opened("host") as run:
+        assert listens_on(run, "127.0.0.1") and not listens_on(run, "127.0.0.2")
+        assert wide not in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, "c.JupyterNotebookApp.ip = '*'\n")
+    with laptop.opened("host") as run:
+        assert listens_on(run, "127.0.0.2")
+        assert wide in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, "c.JupyterNotebookApp.ip = '::'\nc.ServerApp.token = ''\n")
+    check_failure(laptop.run("host"), 4, "Jupyter would let anyone in", "takes away its token")
+    assert not host.servers()
+
+
+BROKEN = {
+    "": {
+        "jupyter_config.py": ("c.ServerApp.port = 1\nc.ServerApp.ip = = 2\n", "line 2", "SyntaxError"),
+        "jupyter_server_config.py": ("c.ServerApp\n\nundefined\n", "line 3", "NameError: name 'undefined'"),
+        "jupyter_server_config.json": ('{"ServerApp": {\n"port" 8888}}\n', "line 2", "Expecting ':'"),
+    },
+    "notebook-6.4": {"jupyter_notebook_config.py": ("import nothing_of_the_kind\n", "line 1", "ModuleNotFoundError")},
+}
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("age", BROKEN)
+def test_configuration_that_is_broken_is_named(laptop: Laptop, make_host: Callable[..., Host], age: str) -> None:
+    """Jupyter goes on without it, and says so in its log alone."""
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    (host.home / ".jupyter").mkdir()
+    for name, (text, _, _) in BROKEN[age].items():
+        (host.home / ".jupyter" / name).write_text(text)
+    with laptop.opened("host") as run:
+        said = [line for line in run.stderr.splitlines() if "could not read its configuration" in line]
+        assert len(said) == len(BROKEN[age]), run.text
+        for name, (_, line, error) in BROKEN[age].items():
+            assert [each for each in said if "/.jupyter/%s" % name in each and line in each and error in each], said
+
+
+ELSEWHERE = """
+from jupyter_server.services.contents.filemanager import FileContentsManager
+from tornado.web import HTTPError
+
+class Elsewhere(FileContentsManager):
+    def get(self, path, *arguments, **options):
+        if path:
+            raise HTTPError(404, "no object of that name in the bucket")
+        return super().get(path, *arguments, **options)
+
+c.ServerApp.contents_manager_class = Elsewhere
+"""
+
+
+@pytest.mark.jupyter
+def test_file_that_jupyter_does_not_show_is_named(laptop: Laptop, host: Host) -> None:
+    """Hidden, or nothing to its contents manager; what it shows needs no word."""
+    for name in ("seen.ipynb", ".hidden.ipynb", "a b#ü.txt"):
+        (host.home / name).write_text("{}")
+    for name, is_shown in (("seen.ipynb", True), (".hidden.ipynb", False), ("a b#ü.txt", True)):
+        with laptop.opened("host:" + name) as run:
+            assert ("Jupyter has no %s to show" % name in run.stderr) != is_shown, run.text
+    assert laptop.run("host", "stop").status == 0
+    of_jupyter(host, ELSEWHERE)
+    with laptop.opened("host:seen.ipynb") as run:
+        assert "Jupyter has no seen.ipynb to show: it is hidden, or not in its contents." in run.stderr
+
+
+def new_session_without_token(url: str, path: str) -> None:
+    """Start a notebook's kernel as its page does: what the cookie says is said again."""
+    body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
+    headers = {"Cookie": "_xsrf=said-twice", "X-XSRFToken": "said-twice"}
+    request = urllib.request.Request(url.partition("/tree")[0] + "/api/sessions", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize(
+    ("age", "app", "options"),
+    [("", "ServerApp", []), ("notebook-6.4", "NotebookApp", []), ("lab-3.2", "ServerApp", ["--app", "lab"])],
+    ids=["today", "classic", "lab-3.2"],
+)
+def test_server_without_a_token_does_all(
+    laptop: Laptop, make_host: Callable[..., Host], age: str, app: str, options: List[str]
+) -> None:
+    """As rental machines have it. With a password besides, only its page can log in, and that is said."""
+    host = make_host(path=str(jupyter_of(age) if age else jupyter_for_everyone()))
+    (host.home / ".jupyter").mkdir()
+    file = host.home / (".jupyter/jupyter_%s_config.py" % ("notebook" if app == "NotebookApp" else "server"))
+    file.write_text("c.%s.token = ''\n" % app)
+    write_notebook(host.home / "n.ipynb", "print('kept')")
+    with laptop.opened(*options, "host") as run:
+        url = run.url().partition("/lab")[0]
+        new_session_without_token(url, "n.ipynb")
+        assert laptop.run("host", "eval", "print('kept')").stdout == "kept\n"
+        assert "Saved the outputs of 1 cell into n.ipynb." in laptop.run("host", "output", "n.ipynb", "--save").stderr
+        code = "%xmode Minimal\nimport time; print('begun', flush=True); time.sleep(600)"
+        computing = laptop.start("host", "eval", code, has_terminal=False)
+        computing.expect("begun")
+        assert laptop.run("host", "eval", "--interrupt").status == 0
+        assert computing.wait() == 5
+        assert laptop.run("host", "stop", "n.ipynb").status == 0
+        assert laptop.run("host", "eval", "6 * 7").stdout == "42\n"  # in a new one
+    assert laptop.run("host", "stop", "--yes").status == 0
+    salted = hashlib.sha1(b"opensesame" + b"0123456789ab").hexdigest()
+    file.write_text("c.%s.token = ''\nc.%s.password = 'sha1:0123456789ab:%s'\n" % (app, app, salted))
+    with laptop.opened(*options, "host"):
+        for action in (["eval", "1"], ["eval", "--interrupt"], ["stop", "n.ipynb"]):
+            check_failure(laptop.run("host", *action), 1, "takes no token", "sets a password", "--new")
+    assert laptop.run("host", "stop", "--yes").status == 0
+
+
+@pytest.mark.jupyter
+def test_eval_starts_a_kernel_that_the_server_has(laptop: Laptop, host: Host) -> None:
+    """The only one, whatever its name; of several without the usual one, none is taken."""
+    for name in ("one", "two"):
+        add_kernel(host.home, name, WHICH=name)
+    for names in ({"one"}, {"one", "two"}):
+        text = "c.KernelSpecManager.allowed_kernelspecs = %r\nc.MultiKernelManager.default_kernel_name = 'gone'\n"
+        of_jupyter(host, text % names)
+        with laptop.opened("host"):
+            run = laptop.run("host", "eval", "import os; print(os.environ['WHICH'])")
+            if names == {"one"}:
+                assert run.stdout == "one\n", run.text
+            else:
+                check_failure(run, 1, "no kernel could be started", "the server has: one, two")
+        assert laptop.run("host", "stop", "--yes").status == 0
 
 
 # -- a home that was touched by root ----------------------------------------------------------------------------------

@@ -228,13 +228,18 @@ def test_further_forward_whose_port_is_taken(host: Host, laptop: Laptop, directo
 
 
 @pytest.mark.jupyter
-def test_no_socket_where_the_configuration_names_a_port(laptop: Laptop, host: Host) -> None:
+@pytest.mark.parametrize("age", ["", "notebook-6.4"])
+def test_socket_holds_where_the_configuration_names_a_port(
+    laptop: Laptop, make_host: Callable[..., Host], age: str
+) -> None:
+    host = make_host(path=str(jupyter_of(age))) if age else make_host()
     (host.home / ".jupyter").mkdir()
-    (host.home / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.port = %d\n" % quiet_port())
-    failed = laptop.run("--socket", "host")
-    words = "Jupyter did not start", "mutually exclusive", "no port in its configuration, or open without --socket"
-    check_failure(failed, rjupyter.EXIT_SERVER_ENDED, *words)
-    assert not host.servers()
+    for name, apps in (("server", ["ServerApp", "NotebookApp"]), ("notebook", ["NotebookApp"])):
+        text = "".join("c.%s.port = %d\n" % (app, quiet_port()) for app in apps)
+        (host.home / (".jupyter/jupyter_%s_config.py" % name)).write_text(text)
+    with laptop.opened("--socket", "host") as run:
+        assert is_up(run.url())
+        assert re.search(r"Launched .* socket,", run.stderr)
 
 
 @pytest.mark.jupyter
@@ -245,7 +250,7 @@ def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_
     wrapper = directory / "bin/jupyter-notebook"
     wrapper.write_text(
         '#!/bin/sh\nfor a; do shift; case $a in --sock=*) ;; *) set -- "$@" "$a";; esac; done\n'
-        'exec %s --port=%d "$@"\n' % (VENV_BIN / "jupyter-notebook", quiet_port())
+        'exec %s "$@"\n' % (VENV_BIN / "jupyter-notebook")
     )
     wrapper.chmod(0o755)
     host = make_host(path=str(directory / "bin"))
