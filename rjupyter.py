@@ -3590,7 +3590,6 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
     """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
-    Pixi, where it is there, knows what the project sets besides.
     """
     import shutil
 
@@ -3611,9 +3610,9 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
     places += ' "$CONDA_PREFIX"/etc/conda/activate.d/*.sh'
     script = 'for file in %s; do [ ! -r "$file" ] || . "$file"; done; ' % places
     pixi = found_program("pixi") if found_in([prefix], "conda-meta/pixi") else ""
-    if pixi:
-        hook = shlex.quote(pixi) + ' shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'
-        script = 'hook=$(cd "$CONDA_PREFIX" && %s) && eval "$hook" || %s' % (hook, script)
+    if pixi:  # which repeats that, and adds what the project's manifest sets
+        words = 'shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'
+        script += 'hook=$(cd "$CONDA_PREFIX" && %s %s) && eval "$hook"; ' % (shlex.quote(pixi), words)
     nonce = os.urandom(8).hex()
     argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
     said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
