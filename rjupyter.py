@@ -3581,7 +3581,7 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
         for path in (directory, os.path.join(directory, "Pipfile")):
             hashed = base64.urlsafe_b64encode(hashlib.sha256(os.fsencode(path)).digest())[:8].decode()
             prefixes += sorted(found_in(places, "*-%s*" % hashed), key=time_of, reverse=True)
-        for prefix in dict.fromkeys(prefixes):
+        for prefix in dict.fromkeys(map(os.path.normpath, prefixes)):
             if found_in([prefix], "pyvenv.cfg") or found_in([prefix], "bin/python"):
                 yield directory, prefix
 
@@ -3604,7 +3604,7 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
     for path in [*found_in([prefix], "etc/conda/env_vars.d/*.json"), state]:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):  # it may be the administrator's
             several = json.loads(read_text(path))
-            several = several["env_vars"] if path == state else several
+            several = several.get("env_vars", {}) if path == state else several
             own_environ.update({name: str(value) for name, value in several.items() if value != "***unset***"})
     places = shlex.quote(environment.get("CONDA_PREFIX", "")) + "/etc/conda/deactivate.d/*.sh"
     places += ' "$CONDA_PREFIX"/etc/conda/activate.d/*.sh'

@@ -1,6 +1,8 @@
 """The first minutes on a host: whose environment it is, which options came too late, what goes on after Ctrl-C."""
 
+import base64
 import contextlib
+import hashlib
 import http.server
 import os
 import re
@@ -82,12 +84,30 @@ def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(l
 def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host) -> None:
     """It is that of the directory, or of one above; the kernels of the last one tell it themselves."""
     (host.home / "proj/deep/er").mkdir(parents=True)
-    for place in PLACES[:-1]:
+    of_poetry, of_pipenv = [
+        base64.urlsafe_b64encode(hashlib.sha256(os.fsencode(os.path.realpath(path))).digest())[:8].decode()
+        for path in (host.home / "proj", host.home / "proj/Pipfile")
+    ]
+    in_venvs = '[virtualenvs]\nin-project = false\npath = "~/venvs"\n'
+    cases = [(place, "", "") for place in PLACES[:-1]] + [
+        ("proj/.pixi/envs/dev", "", ""),
+        (".virtualenvs/model", "proj/.venv", "../.virtualenvs/model\n"),
+        (".local/share/virtualenvs/model", "proj/.venv", "model"),
+        (".local/share/virtualenvs/proj-%s-3.11" % of_pipenv, "proj/Pipfile", ""),
+        ("venvs/model-%s-py3.11" % of_poetry, ".config/pypoetry/config.toml", in_venvs),
+        ("cache/virtualenvs/model-%s-py3.9" % of_poetry, "proj/poetry.toml", "cache-dir = '%s/cache'" % host.home),
+    ]
+    for place, file, text in cases:
+        for path in [place, file] if file else [place]:
+            (host.home / path).parent.mkdir(parents=True, exist_ok=True)
         (host.home / place).symlink_to(standin_environment())
+        if file:
+            (host.home / file).write_text(text)
         with laptop.opened("--new", "--stop-on-exit", "host:proj") as run:
             pass
         assert "Using %s/bin/python (the project's environment)." % (host.home / place) in run.stderr, run.text
-        (host.home / place).unlink()
+        for path in [place, file] if file else [place]:
+            (host.home / path).unlink()
     (host.home / PLACES[-1]).symlink_to(jupyter_for_everyone().parent)
     url = laptop.start("host:proj/deep/er", has_terminal=False).url()
     assert compute(url, "import sys; print(sys.prefix)").strip() == str(host.home / PLACES[-1])
