@@ -3743,10 +3743,10 @@ def launchers_in(
 def python_named_by(script: str) -> str:
     """Return the Python that a script names in its first lines: a path, or a name for PATH; empty where it names none.
 
-    Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    Besides the plain #! line there is the form of pip and uv for long names: sh, then '''exec'.
     """
     plain, by_env = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
-    return match_head(script, plain, by_env, r"(?s).*?'''exec' \"?([^\"\n]*/python[\d.]*)\"? ")
+    return match_head(script, plain, by_env, r"(?s).*?'''exec' [\"']?([^\"'\n]*/python[\d.]*)[\"']? ")
 
 
 def interpreter_of(found: Launcher) -> str:
