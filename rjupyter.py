@@ -3528,7 +3528,8 @@ def conda_envs_dirs() -> "List[str]":
     told = [os.environ.get(name, "").split(os.pathsep) for name in ("CONDA_ENVS_DIRS", "CONDA_ENVS_PATH")]
     for block in re.findall(r"(?ms)^envs_(?:dirs|path) *:(.*?)(?=^\w|\Z)", text):  # YAML: [a, b], or a line for each
         told.append(re.findall(r"""[^\s\[\],'"-](?:[^\n\],'"]*[^\s\],'"])?""", block))
-    own = [os.path.join(tree, "envs") for tree in conda_trees()] + list(map(os.path.dirname, known_to_conda()))
+    own = [os.path.join(tree, "envs") for tree in [*conda_trees(), os.path.expanduser("~/.pixi")]]
+    own += map(os.path.dirname, known_to_conda())
     return found_in(itertools.chain(*told), "") + own
 
 
@@ -3570,7 +3571,8 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
     configs += found_in(["$XDG_CONFIG_HOME", "~/.config", "~/Library/Application Support"], "pypoetry/config.toml")
     for directory in above:
-        forms = [".venv", "venv", "env", ".conda", ".pixi/envs/default", ".pixi/envs/*"]
+        forms = [".venv", "venv", "env", ".conda"]
+        forms += [".pixi/envs/default", ".pixi/envs/*"] if directory != home else []  # in ~/.pixi pixi has tools
         prefixes = [prefix for form in forms for prefix in found_in([directory], form)]
         named = read_text(os.path.join(directory, ".venv")).strip()  # pipenv's file
         prefixes += found_in([directory, *OUT_OF_TREE], named) if named else []
@@ -3606,9 +3608,8 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
             several = json.loads(read_text(path))
             several = several.get("env_vars", {}) if path == state else several
             own_environ.update({name: str(value) for name, value in several.items() if value != "***unset***"})
-    places = shlex.quote(environment.get("CONDA_PREFIX", "")) + "/etc/conda/deactivate.d/*.sh"
-    places += ' "$CONDA_PREFIX"/etc/conda/activate.d/*.sh'
-    script = 'for file in %s; do [ ! -r "$file" ] || . "$file"; done; ' % places
+    script = 'for file in %s/etc/conda/deactivate.d/*.sh "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; '
+    script = script % shlex.quote(environment.get("CONDA_PREFIX", "")) + 'do [ ! -r "$file" ] || . "$file"; done; '
     pixi = found_program("pixi") if found_in([prefix], "conda-meta/pixi") else ""
     if pixi:  # which repeats that, and adds what the project's manifest sets
         words = 'shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'

@@ -114,14 +114,16 @@ def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: H
 
 
 def test_environment_above_home_or_of_no_python_is_not_the_projects(laptop: Laptop, host: Host) -> None:
-    """A directory that is merely called env, and an environment that is not below home."""
+    """A directory that is merely called env, what pixi keeps for its tools, and what is not below home."""
+    (host.home / ".pixi/envs").mkdir(parents=True)
+    venv_without_jupyter(host.home / ".pixi/envs/ruff")
     (host.home / "proj/env").mkdir(parents=True)
     (host.home / "proj/env/settings").write_text("")
     venv_without_jupyter(host.home.parent / "venv")
     run = laptop.start("host:proj", has_terminal=False)
     run.url()
     run.expect("To end it")
-    assert "proj/env" not in run.stderr and "%s/venv" % host.home.parent not in run.stderr
+    assert ".pixi" not in run.stderr and "proj/env" not in run.stderr and "%s/venv" % host.home.parent not in run.stderr
 
 
 def test_no_second_jupyter_is_installed_beside_an_environment_that_lacks_it_in_silence(
