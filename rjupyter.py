@@ -3391,6 +3391,8 @@ def launch(
 
 def problem_of(script: str) -> str:
     """Return why `script` cannot be executed; empty when it can. Environments move and leave dead #! lines behind."""
+    if os.path.islink(script) and not os.path.exists(script):
+        return "leads to %s, which is gone" % portable(os.path.realpath(script))
     if not os.path.isfile(script):
         return "not there"
     if not os.access(script, os.X_OK | os.R_OK):
@@ -3554,38 +3556,111 @@ def with_variables(request: Request, channel: Channel) -> Request:
 # -- named environments -----------------------------------------------------------------------------------------------
 
 
+def found_in(places: "Iterable[str]", form: str) -> "List[str]":
+    """Return what matches a pattern in each of these places, which may begin with ~ or have variables in them."""
+    import glob
+
+    bases = [glob.escape(os.path.expanduser(os.path.expandvars(place))) for place in places]
+    return [path for base in bases for path in sorted(glob.glob(os.path.join(base, form))) if os.path.isabs(path)]
+
+
+def found_program(name: str) -> str:
+    """Return how a program is called on this host: by its name, or by its path in a usual place; empty for none."""
+    import shutil
+
+    places = [os.path.expanduser(place) for place in ("~/.local/bin", "~/.cargo/bin", "~/.pixi/bin")]
+    places += [os.path.join(tree, place) for tree in conda_trees() for place in ("condabin", "bin")]
+    return name if shutil.which(name) else shutil.which(name, path=os.pathsep.join(places)) or ""
+
+
+def known_to_conda() -> "List[str]":
+    """Return the environments in conda's own list of all of them."""
+    return [line.strip() for line in read_text(os.path.expanduser("~/.conda/environments.txt")).splitlines()]
+
+
 def conda_trees() -> "List[str]":
     """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
+    import shutil
+
     home = os.path.expanduser("~")
-    trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), os.path.dirname(os.path.dirname(os.environ.get("CONDA_EXE", "")))]
+    programs = [os.environ.get("CONDA_EXE", ""), os.path.realpath(shutil.which("conda") or "/")]
+    trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), *[os.path.dirname(os.path.dirname(path)) for path in programs]]
     for name in ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".local/share/mamba", ".conda"):
         trees.append(os.path.join(home, name))
     trees += ["/opt/conda", "/opt/miniconda3", "/opt/anaconda3", "/opt/miniforge3"]
-    return [tree for tree in dict.fromkeys(trees) if tree and os.path.isdir(tree)]
+    listed = [place for prefix in known_to_conda() for place in (prefix, os.path.dirname(os.path.dirname(prefix)))]
+    trees += [place for place in listed if found_in([place], "envs") or found_in([place], "condabin")]
+    return [tree for tree in dict.fromkeys(trees) if tree.strip("/") and os.path.isdir(tree)]
+
+
+def conda_envs_dirs() -> "List[str]":
+    """Return the directories of named environments: those that conda was told of, as its manual says, and its own."""
+    places = ["~", "~/.conda", "~/.config/conda", "$XDG_CONFIG_HOME/conda", "/etc/conda", *conda_trees()]
+    files = [os.environ.get("CONDARC", "")]
+    for name in (".condarc", "condarc", ".mambarc", "condarc.d/*.y*ml"):
+        files += found_in(places, name)
+    text = re.sub(r"(?m)(^|\s)#.*", "", "\n".join(map(read_text, files)))
+    told = [os.environ.get(name, "").split(os.pathsep) for name in ("CONDA_ENVS_DIRS", "CONDA_ENVS_PATH")]
+    for block in re.findall(r"(?ms)^envs_(?:dirs|path) *:(.*?)(?=^\w|\Z)", text):  # YAML: [a, b], or a line for each
+        told.append(re.findall(r"""[^\s\[\],'"-](?:[^\n\],'"]*[^\s\],'"])?""", block))
+    own = [os.path.join(tree, "envs") for tree in [*conda_trees(), os.path.expanduser("~/.pixi")]]
+    own += map(os.path.dirname, known_to_conda())
+    return found_in(itertools.chain(*told), "") + own
 
 
 def environment_python(name: str, root_dir: str) -> str:
-    """Return the interpreter of an environment: a path (venv, conda, pixi), or a name (conda, mamba, pixi).
+    """Return the interpreter of an environment: a path (venv, conda, pixi), or a name (conda, mamba, the project).
 
-    Raises Failure (3) when there is none.
+    It may be a link that leads nowhere, where there is no other. Raises Failure (3) when there is none.
     """
     if os.sep in name or name.startswith("~"):
         prefixes = [os.path.join(os.path.expanduser("~"), os.path.expanduser(name))]
     else:
-        prefixes = [tree if name == "base" else os.path.join(tree, "envs", name) for tree in conda_trees()]
-        for parent in os.environ.get("CONDA_ENVS_PATH", "").split(os.pathsep):
-            prefixes.append(os.path.join(parent, name))
-        of_conda = read_text(os.path.expanduser("~/.conda/environments.txt"))  # its own list of all of them
-        prefixes += [line.strip() for line in of_conda.splitlines() if os.path.basename(line.strip()) == name]
-        prefixes.append(os.path.join(root_dir or os.path.expanduser("~"), ".pixi", "envs", name))
-    for prefix in prefixes:
-        python = os.path.join(prefix, "bin", "python")
-        if os.path.isabs(prefix) and not problem_of(python):
-            return python
-    looked = "\n".join(portable(prefix) for prefix in prefixes if os.path.isabs(prefix))
-    raise Failure(
-        "no environment %s on the host" % portable(name), "looked for bin/python in\n" + looked, status=EXIT_NO_JUPYTER
-    )
+        prefixes = [prefix for _, prefix in environments_of_project(root_dir) if os.path.basename(prefix) == name]
+        prefixes += conda_trees() if name == "base" else []
+        prefixes += [os.path.join(parent, name) for parent in conda_envs_dirs()]
+    pythons = [os.path.join(prefix, "bin", "python") for prefix in dict.fromkeys(prefixes) if os.path.isabs(prefix)]
+    for python in [python for python in pythons if not problem_of(python)] + list(filter(os.path.lexists, pythons)):
+        return python
+    why = "looked for\n" + "\n".join(map(portable, pythons))
+    raise Failure("no environment %s on the host" % portable(name), why, status=EXIT_NO_JUPYTER)
+
+
+# Where poetry and pipenv keep environments, each with a hash of a path of its project in its name (poetry's
+# env_manager.py and locations.py, pipenv's project.py).
+OUT_OF_TREE = ["$POETRY_VIRTUALENVS_PATH", "$POETRY_CACHE_DIR/virtualenvs", "$XDG_CACHE_HOME/pypoetry/virtualenvs"]
+OUT_OF_TREE += ["~/.cache/pypoetry/virtualenvs", "~/Library/Caches/pypoetry/virtualenvs", "$WORKON_HOME"]
+OUT_OF_TREE += ["$XDG_DATA_HOME/virtualenvs", "~/.local/share/virtualenvs"]
+POETRY_SETTING = r"""(?m)^\s*(?:virtualenvs\.)?(cache-dir|path)\s*=\s*["'](.+?)["']"""
+
+
+def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
+    """Yield the environments of the opened directory and of those above it, up to home: whose each is, and where."""
+    import base64
+    import hashlib
+
+    home = os.path.realpath(os.path.expanduser("~"))
+    above = [os.path.realpath(root_dir or home)]
+    while above[-1].startswith(home + os.sep):
+        above.append(os.path.dirname(above[-1]))
+    configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
+    configs += found_in(["$XDG_CONFIG_HOME", "~/.config", "~/Library/Application Support"], "pypoetry/config.toml")
+    for directory in above:
+        forms = [".venv", "venv", "env", ".conda"]
+        forms += [".pixi/envs/default", ".pixi/envs/*"] if directory != home else []  # in ~/.pixi pixi has tools
+        prefixes = [prefix for form in forms for prefix in found_in([directory], form)]
+        named = read_text(os.path.join(directory, ".venv")).strip()  # pipenv's file
+        prefixes += found_in([directory, *OUT_OF_TREE], named) if named else []
+        places = list(OUT_OF_TREE)
+        for config in [*configs, os.path.join(directory, "poetry.toml")]:
+            told = re.findall(POETRY_SETTING, read_text(config))
+            places += [path if name == "path" else path + "/virtualenvs" for name, path in told]
+        for path in (directory, os.path.join(directory, "Pipfile")):
+            hashed = base64.urlsafe_b64encode(hashlib.sha256(os.fsencode(path)).digest())[:8].decode()
+            prefixes += sorted(found_in(places, "*-%s*" % hashed), key=time_of, reverse=True)
+        for prefix in dict.fromkeys(map(os.path.normpath, prefixes)):
+            if found_in([prefix], "pyvenv.cfg") or found_in([prefix], "bin/python"):
+                yield directory, prefix
 
 
 def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
@@ -3593,22 +3668,28 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
     """
-    import glob
     import shutil
 
-    if not os.path.isdir(os.path.join(prefix, "conda-meta")):
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")) or environment.get("CONDA_PREFIX") == prefix:
         is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
         return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
-    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=os.path.basename(prefix), CONDA_SHLVL="1")
+    above, name = os.path.split(prefix)
+    name = "base" if found_in([prefix], "condabin") else name if os.path.basename(above) == "envs" else prefix
+    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=name, CONDA_SHLVL="1")
     own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
-    files = glob.glob(os.path.join(glob.escape(prefix), "etc/conda/env_vars.d/*.json"))
-    variables = [read_json(path) for path in sorted(files)]  # type: List[Any]
-    variables.append(read_json(os.path.join(prefix, "conda-meta/state")).get("env_vars"))  # `conda env config vars set`
-    for several in variables:
-        if isinstance(several, dict):
-            own_environ.update({name: str(value) for name, value in several.items()})
+    state = os.path.join(prefix, "conda-meta/state")  # `conda env config vars set`
+    for path in [*found_in([prefix], "etc/conda/env_vars.d/*.json"), state]:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # it may be the administrator's
+            several = json.loads(read_text(path))
+            several = several.get("env_vars", {}) if path == state else several
+            own_environ.update({name: str(value) for name, value in several.items() if value != "***unset***"})
+    script = 'for file in %s/etc/conda/deactivate.d/*.sh "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; '
+    script = script % shlex.quote(environment.get("CONDA_PREFIX", "")) + 'do [ ! -r "$file" ] || . "$file"; done; '
+    pixi = found_program("pixi") if found_in([prefix], "conda-meta/pixi") else ""
+    if pixi:  # which repeats that, and adds what the project's manifest sets
+        words = 'shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'
+        script += 'hook=$(cd "$CONDA_PREFIX" && %s %s) && eval "$hook"; ' % (shlex.quote(pixi), words)
     nonce = os.urandom(8).hex()
-    script = 'for file in "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; do [ ! -r "$file" ] || . "$file"; done; '
     argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
     said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
     return environment_in(said, nonce) or own_environ
@@ -3618,7 +3699,7 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
 # name makes a namespace, which has no location.
 HAS_MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; "
-    "spec = find_spec(sys.argv[1]); sys.exit(not (spec and spec.has_location))"
+    "spec = find_spec(sys.argv[1]); sys.exit(0 if spec and spec.has_location else %d)" % EXIT_NO_JUPYTER
 )
 RUN_MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
@@ -3631,53 +3712,89 @@ def has_app(python: str, app: str, environment: "Optional[Dict[str, str]]" = Non
     return run_command([python, "-c", HAS_MODULE, PROGRAMS[app].module], COMMAND_TIMEOUT_S, environment)[0] == 0
 
 
-def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
+# What makes environments: a file of it, in the environment or in its project's directory; the program; what makes one
+# anew; what adds Jupyter to one. The first row holds whose file and program are there, and that has what is wanted.
+MAKERS = [
+    ("prefix/conda-meta/pixi", "pixi", "{cmd} clean && ", "cd {project} && {anew}{cmd} add {what}"),
+    ("prefix/conda-meta", "conda", "{cmd} create -p {prefix} && ", "{anew}{cmd} install -p {prefix} {what}"),
+    ("prefix/conda-meta", "micromamba", "", "{cmd} install -p {prefix} -c conda-forge {what}"),
+    ("project/poetry.lock", "poetry", "{cmd} install && ", "cd {project} && {anew}{cmd} add --group dev {what}"),
+    ("project/Pipfile", "pipenv", "{cmd} --rm && ", "cd {project} && {anew}{cmd} install --dev {what}"),
+    ("project/uv.lock", "uv", "{cmd} sync && ", "cd {project} && {anew}{cmd} pip install --python {python} {what}"),
+    ("prefix/lib*/*/EXTERNALLY-MANAGED", "", "", "{python} -m venv ~/jupyter && ~/jupyter/bin/pip install {what}"),
+    ("prefix/lib/python3*/*-packages/pip", "", "", "{python} -m pip install {what}"),
+    ("prefix/pyvenv.cfg", "uv", "{cmd} venv --clear {prefix} && ", "{anew}{cmd} pip install --python {python} {what}"),
+    ("prefix/bin", "", "", "{python} -m ensurepip && {python} -m pip install {what}"),
+    ("prefix/pyvenv.cfg", "", "python3 -m venv --clear {prefix} && ", "{anew}{python} -m pip install {what}"),
+    ("prefix/conda-meta", "", "conda create -p {prefix} && ", "{anew}conda install -p {prefix} {what}"),
+]
+
+
+def how_to_add(python: str, project: str, is_gone: bool) -> str:
+    """Return the command that adds Jupyter to an environment, and that first makes it anew where its Python is gone."""
+    prefix = os.path.dirname(os.path.dirname(python))
+    # A tool takes an environment for its project's by the usual name alone.
+    project = prefix if os.path.basename(prefix) in ("venv", "env") else project or os.path.dirname(prefix)
+    facts = {"prefix": prefix, "python": python, "project": project}
+    for sign, program, anew, add in MAKERS:
+        place, _, file = sign.partition("/")
+        is_told = bool(found_in([facts[place]], file)) and (anew != "" or not is_gone)
+        facts["cmd"] = found_program(program) if program and is_told else ""
+        if is_told and bool(facts["cmd"]) == bool(program):
+            quoted = {name: shlex.quote(portable(fact)) for name, fact in facts.items()}
+            return add.replace("{anew}", anew if is_gone else "").format(what="notebook jupyterlab", **quoted)
+    return ""
+
+
+def launcher_of_python(python: str, apps: "List[str]", where: str, project: str = "") -> Launcher:
     """Return how to run Jupyter under one interpreter: by the command beside it, where that is a script of Python.
 
     It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
     """
     problem = problem_of(python)
-    for candidate in apps:
-        if not problem and has_app(python, candidate):
+    for candidate in apps if not problem else []:
+        status, _, said = run_command([python, "-c", HAS_MODULE, PROGRAMS[candidate].module], COMMAND_TIMEOUT_S)
+        if status == 0:
             script = os.path.join(os.path.dirname(python), PROGRAMS[candidate].command)
             how = [script] if python_named_by(script) else ["-c", RUN_MODULE % PROGRAMS[candidate].module]
-            prefix = os.path.dirname(os.path.dirname(python))
-            return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
+            return new_launcher(candidate, [python, *how], where, os.environ)
+        if status != EXIT_NO_JUPYTER:
+            problem = "it does not run: " + (said.strip() or "status %d" % status).splitlines()[-1]
+            break
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
-    try_ = "%s -m pip install notebook jupyterlab" % portable(python)
-    raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
+    try_ = how_to_add(python, project, bool(problem))
+    what = "the Python of this environment is gone" if problem and try_ else "no Jupyter in this environment"
+    raise Failure(what, why, try_, EXIT_NO_JUPYTER)
 
 
 def launchers_of_project(
     root_dir: str, apps: "List[str]", channel: Channel, tried: "List[str]"
 ) -> "Iterator[Launcher]":
-    """Yield the launchers of the project's own virtual environments (PEP 405), in the opened directory and above it.
+    """Yield the launchers of the project's own environments, in the opened directory and above it.
 
     One that has no Jupyter is named, with what adds it: its modules cannot be imported in the Jupyter of another
-    environment, which is taken then.
+    environment, which is taken then. Of several in a directory, the first is named.
     """
-    home = os.path.realpath(os.path.expanduser("~"))
-    place = os.path.realpath(root_dir or home)
-    above = [place]
-    while (place + os.sep).startswith(home + os.sep) and place != home:
-        place = os.path.dirname(place)
-        above.append(place)
-    for prefix in [os.path.join(directory, name) for directory in above for name in (".venv", "venv", "env")]:
-        if os.path.isfile(os.path.join(prefix, "pyvenv.cfg")):
-            try:
-                yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment")
-            except Failure as failure:
-                tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
-                channel.tell("lacking", path=portable(prefix), add=failure.try_)
+    named = ""
+    for project, prefix in environments_of_project(root_dir):
+        try:
+            yield launcher_of_python(os.path.join(prefix, "bin", "python"), apps, "the project's environment", project)
+        except Failure as failure:
+            tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
+            if project != named:
+                channel.tell("lacking", path=portable(prefix), trouble=failure.what, add=failure.try_)
+            named = project
 
 
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
 def new_launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> Launcher:
-    """Return a launcher whose own directory comes first on PATH, so that `!pip` in a notebook is the pip beside it."""
-    path = os.path.dirname(argv[0]) + os.pathsep + environment.get("PATH", os.defpath)
-    return Launcher(app=app, argv=argv, where=where, environment=dict(environment, PATH=path))
+    """Return a launcher in its environment, activated. Its directory is first on PATH: `!pip` is the pip beside it."""
+    place = os.path.dirname(argv[0])
+    environment = activated(os.path.dirname(place), environment)
+    environment["PATH"] = place + os.pathsep + environment.get("PATH", os.defpath)
+    return Launcher(app=app, argv=argv, where=where, environment=environment)
 
 
 def launchers_in(
@@ -3702,10 +3819,10 @@ def launchers_in(
 def python_named_by(script: str) -> str:
     """Return the Python that a script names in its first lines: a path, or a name for PATH; empty where it names none.
 
-    Besides the plain #! line there is pip's form for long names: sh, then '''exec'.
+    Besides the plain #! line there is the form of pip and uv for long names: sh, then '''exec'.
     """
     plain, by_env = r"#!\s*(/\S*/python[\d.]*)\s", r"#!\s*/\S*/env\s+(?:-S\s+)?(python[\d.]*)\s"
-    return match_head(script, plain, by_env, r"(?s).*?'''exec' \"?([^\"\n]*/python[\d.]*)\"? ")
+    return match_head(script, plain, by_env, r"(?s).*?'''exec' [\"']?([^\"'\n]*/python[\d.]*)[\"']? ")
 
 
 def interpreter_of(found: Launcher) -> str:
@@ -3753,11 +3870,9 @@ def install_commands() -> "List[List[str]]":
 
     A virtual environment, never the system's Python, which its owner may have closed (PEP 668).
     """
-    import shutil
-
     venv = os.path.expanduser(VENV_DIR)
     python = os.path.join(venv, "bin", "python")
-    uv = shutil.which("uv") or shutil.which("uv", path=os.path.expanduser("~/.local/bin:~/.cargo/bin"))
+    uv = found_program("uv")
     if uv:
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
@@ -5087,7 +5202,7 @@ SAYINGS = {
     "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
     "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
     "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
-    "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
+    "lacking": ("{path}: {trouble}, and another one is taken. To change that: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),

@@ -173,6 +173,7 @@ def test_jupyter_without_nbclient_leads_to_the_next(
         ("#!/usr/bin/env python3\n", "", "path/python3"),
         ("#!/usr/bin/env -S python3 -I\n", "", "path/python3"),
         ("#!/bin/sh\n'''exec' \"{0}/a b/bin/python\" \"$0\" \"$@\"\n' '''\n", "", "a b/bin/python"),
+        ("#!/bin/sh\n'''exec' '{0}/a b/bin/python' \"$0\" \"$@\"\n' '''\n", "", "a b/bin/python"),
         ("#!/bin/sh\n'''exec' {0}/venv/bin/python3.11 \"$0\" \"$@\"\n' '''\n", "", "venv/bin/python3.11"),
         ("#!/usr/bin/env bash\nexec pyenv exec\n", "bin/python3", "bin/python3"),
         ("#!/bin/sh\nexec apptainer exec x jupyter\n", "", ""),

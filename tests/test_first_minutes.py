@@ -1,19 +1,23 @@
 """The first minutes on a host: whose environment it is, which options came too late, what goes on after Ctrl-C."""
 
+import base64
+import contextlib
+import hashlib
+import http.server
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from client import compute, is_up
-from jupyters import jupyter_for_everyone, standin_environment
+from jupyters import environment, jupyter_for_everyone, standin_environment, standin_wheels
 from sides import (
     ON_HOST,
     SCRIPT,
@@ -37,6 +41,12 @@ def venv_without_jupyter(prefix: Path) -> None:
     (packages / "mymodel.py").write_text("answer = 42\n")
 
 
+def named_in(run: Run, trouble: str) -> Dict[str, str]:
+    """Return the environments that are named for that trouble, each with the command that is said to help."""
+    found = r"^(.+): %s, and another one is taken\. To change that: (.+)$" % trouble
+    return dict(re.findall(found, run.stderr, re.MULTILINE))
+
+
 def closed(run: Run) -> None:
     run.interrupt()
     assert run.wait(30) == 0
@@ -48,40 +58,72 @@ PLACES = ["proj/.venv", "proj/venv", "proj/env", ".venv", "proj/deep/.venv"]
 
 
 def test_environment_of_the_project_without_jupyter_is_named_with_what_adds_it(laptop: Laptop, host: Host) -> None:
+    """One in each directory, of several the first. Neither uv nor pip is there; then the Pythons are gone as well."""
     (host.home / "proj/deep/er").mkdir(parents=True)
-    for place in PLACES:
+    for place in (*PLACES, "proj/deep/er/env"):
         venv_without_jupyter(host.home / place)
-        with laptop.opened("--new", "--stop-on-exit", "host:proj/deep/er" if "deep" in place else "host:proj") as run:
+    named = [host.home / place for place in ("proj/deep/er/env", "proj/deep/.venv", "proj/.venv", ".venv")]
+    wheels = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(standin_wheels()), "PATH": SYSTEM_PATH}
+    for trouble, words in (
+        ("no Jupyter in this environment", "{0}/bin/python -m ensurepip && {0}/bin/python -m pip install {1}"),
+        ("the Python of this environment is gone", "python3 -m venv --clear {0} && {0}/bin/python -m pip install {1}"),
+    ):
+        with laptop.opened("--new", "--stop-on-exit", "host:proj/deep/er") as run:
             pass
-        lines = [line for line in run.stderr.splitlines() if place in line]
-        assert lines and re.search("pip install|uv (pip|add)|ipykernel", run.stderr), run.stderr
-        shutil.rmtree(host.home / place)
+        commands = named_in(run, trouble)
+        assert commands == {str(prefix): words.format(prefix, "notebook jupyterlab") for prefix in named}, run.stderr
+        for prefix in named:
+            done = subprocess.run(["/bin/sh", "-c", commands[str(prefix)]], env=wheels, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            subprocess.run([prefix / "bin/python", "-c", "import notebook"], check=True, cwd="/")
+            (prefix / "bin/python").unlink()
+            (prefix / "bin/python").symlink_to("/usr/local/bin/python3.99")
 
 
 @pytest.mark.jupyter
 def test_environment_of_the_project_with_jupyter_is_used(laptop: Laptop, host: Host) -> None:
     """It is that of the directory, or of one above; the kernels of the last one tell it themselves."""
     (host.home / "proj/deep/er").mkdir(parents=True)
-    for place in PLACES[:-1]:
+    of_poetry, of_pipenv = [
+        base64.urlsafe_b64encode(hashlib.sha256(os.fsencode(os.path.realpath(path))).digest())[:8].decode()
+        for path in (host.home / "proj", host.home / "proj/Pipfile")
+    ]
+    in_venvs = '[virtualenvs]\nin-project = false\npath = "~/venvs"\n'
+    cases = [(place, "", "") for place in PLACES[:-1]] + [
+        ("proj/.pixi/envs/dev", "", ""),
+        (".virtualenvs/model", "proj/.venv", "../.virtualenvs/model\n"),
+        (".local/share/virtualenvs/model", "proj/.venv", "model"),
+        (".local/share/virtualenvs/proj-%s-3.11" % of_pipenv, "proj/Pipfile", ""),
+        ("venvs/model-%s-py3.11" % of_poetry, ".config/pypoetry/config.toml", in_venvs),
+        ("cache/virtualenvs/model-%s-py3.9" % of_poetry, "proj/poetry.toml", "cache-dir = '%s/cache'" % host.home),
+    ]
+    for place, file, text in cases:
+        for path in [place, file] if file else [place]:
+            (host.home / path).parent.mkdir(parents=True, exist_ok=True)
         (host.home / place).symlink_to(standin_environment())
+        if file:
+            (host.home / file).write_text(text)
         with laptop.opened("--new", "--stop-on-exit", "host:proj") as run:
             pass
         assert "Using %s/bin/python (the project's environment)." % (host.home / place) in run.stderr, run.text
-        (host.home / place).unlink()
+        for path in [place, file] if file else [place]:
+            (host.home / path).unlink()
     (host.home / PLACES[-1]).symlink_to(jupyter_for_everyone().parent)
     url = laptop.start("host:proj/deep/er", has_terminal=False).url()
     assert compute(url, "import sys; print(sys.prefix)").strip() == str(host.home / PLACES[-1])
 
 
 def test_environment_above_home_or_of_no_python_is_not_the_projects(laptop: Laptop, host: Host) -> None:
-    """A directory that is merely called env, and an environment that is not below home."""
+    """A directory that is merely called env, what pixi keeps for its tools, and what is not below home."""
+    (host.home / ".pixi/envs").mkdir(parents=True)
+    venv_without_jupyter(host.home / ".pixi/envs/ruff")
     (host.home / "proj/env").mkdir(parents=True)
     (host.home / "proj/env/settings").write_text("")
     venv_without_jupyter(host.home.parent / "venv")
     run = laptop.start("host:proj", has_terminal=False)
     run.url()
     run.expect("To end it")
-    assert "proj/env" not in run.stderr and "%s/venv" % host.home.parent not in run.stderr
+    assert ".pixi" not in run.stderr and "proj/env" not in run.stderr and "%s/venv" % host.home.parent not in run.stderr
 
 
 def test_no_second_jupyter_is_installed_beside_an_environment_that_lacks_it_in_silence(
@@ -93,6 +135,158 @@ def test_no_second_jupyter_is_installed_beside_an_environment_that_lacks_it_in_s
     run = laptop.run("--no-install", "host:proj")
     assert run.status == 3
     assert "%s/proj/.venv" % host.home in run.stderr and "install" in run.stderr.partition("try:")[2], run.stderr
+
+
+# -- what people make environments with -----------------------------------------------------------------------------
+
+# Stand-ins, for neither is on PyPI: they make environments of uv, with the files that tell theirs.
+CONDA = """#!/bin/sh
+verb=$1 prefix=$3
+shift 3
+case $verb in
+    create) ~/.local/bin/uv venv -q --clear "$prefix" && mkdir "$prefix/conda-meta" ;;
+    install) test $# = 0 || exec ~/.local/bin/uv pip install -q --python "$prefix" "$@" ;;
+esac
+"""
+PIXI = """#!/bin/sh
+test -f pixi.toml || exit
+prefix=$PWD/.pixi/envs/default verb=$1
+shift
+case $verb in
+    clean) rm -rf .pixi/envs ;;
+    add)
+        test -d "$prefix" || ~/miniconda3/condabin/conda create -p "$prefix"
+        touch "$prefix/conda-meta/pixi"
+        exec ~/miniconda3/condabin/conda install -p "$prefix" "$@" ;;
+esac
+"""
+
+
+@contextlib.contextmanager
+def index_of_wheels(directory: Path) -> Iterator[str]:
+    """Serve the stand-in's wheels as PyPI does (PEP 503), and return the address."""
+    for wheel in standin_wheels().glob("*.whl"):
+        project = directory / "simple" / wheel.name.partition("-")[0]
+        project.mkdir(parents=True)
+        (project / wheel.name).symlink_to(wheel)
+        (project / "index.html").write_text('<a href="%s">%s</a>' % (wheel.name, wheel.name))
+    handler = partial(QuietHandler, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield "http://127.0.0.1:%d/simple/" % server.server_address[1]
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+class Workshop:
+    """A host with tools for environments, each in a usual place of its own and none on PATH; and who types there."""
+
+    def __init__(self, host: Host, index: str) -> None:
+        self.host, self.index = host, index
+        local = host.home / ".local/bin"
+        local.mkdir(parents=True)
+        (local / "uv").symlink_to(VENV_BIN / "uv")
+        for name in ("poetry", "pipenv"):
+            (local / name).symlink_to(environment(name, "/usr/bin/python3", [name], is_light=False) / name)
+        for path, text in (("miniconda3/condabin/conda", CONDA), (".pixi/bin/pixi", PIXI)):
+            program = host.home / path
+            program.parent.mkdir(parents=True)
+            program.write_text(text)
+            program.chmod(0o755)
+        wheels = str(standin_wheels())
+        self.environment = {"HOME": str(host.home), "PATH": SYSTEM_PATH, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels}
+        self.environment.update(
+            UV_OFFLINE="1", UV_NO_INDEX="1", UV_FIND_LINKS=wheels, VIRTUALENV_NO_PERIODIC_UPDATE="1"
+        )
+
+    def type(self, command: str, place: Path) -> None:
+        """Type a command on the host, which succeeds."""
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], cwd=place, env=self.environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+    def make(self, kind: str, place: Path) -> Path:
+        """Make an environment in a project's directory as its tool does, and return where it is."""
+        place.mkdir()
+        project = '[project]\nname = "My.Model"\nversion = "1"\nrequires-python = ">=3.8"\n'
+        source = 'name = "here"\nurl = "%s"\n' % self.index
+        file, text, command, place_of_it = {
+            "venv": ("", "", "python3 -m venv venv", "venv"),
+            "uv": ("", "", "~/.local/bin/uv venv .venv", ".venv"),
+            "uv project": ("pyproject.toml", project, "~/.local/bin/uv sync", ".venv"),
+            "VS Code": ("", "", "~/miniconda3/condabin/conda create -p .conda", ".conda"),
+            "conda": ("", "", "~/miniconda3/condabin/conda create -p env", "env"),
+            "pixi": ("pixi.toml", "", "~/.pixi/bin/pixi add", ".pixi/envs/default"),
+            "poetry": (
+                "pyproject.toml",
+                "%s[tool.poetry]\npackage-mode = false\n[[tool.poetry.source]]\n%s" % (project, source),
+                "~/.local/bin/poetry install",
+                str(self.host.home / ".cache/pypoetry/virtualenvs"),
+            ),
+            "pipenv": (
+                "Pipfile",
+                "[[source]]\n%sverify_ssl = false\n" % source,
+                "~/.local/bin/pipenv install",
+                str(self.host.home / ".local/share/virtualenvs"),
+            ),
+        }[kind]
+        if file:
+            (place / file).write_text(text)
+        self.type(command, place)
+        found = place / place_of_it
+        return found if (found / "pyvenv.cfg").exists() else next(found.iterdir())
+
+
+@pytest.fixture
+def workshop(host: Host, directory: Path) -> Iterator[Workshop]:
+    with index_of_wheels(directory / "index") as index:
+        yield Workshop(host, index)
+
+
+# What tells each kind's command, and another one in front of it where its Python is gone.
+WHAT_ADDS = {
+    "venv": ("pip install ", "/uv venv --clear "),
+    "uv": ("/uv pip install --python ", "/uv venv --clear "),
+    "uv project": ("/uv pip install --python ", "/uv sync "),
+    "VS Code": ("/conda install -p ", "/conda create -p "),
+    "conda": ("/conda install -p ", "/conda create -p "),
+    "pixi": ("/pixi add ", "/pixi clean "),
+    "poetry": ("/poetry add --group dev ", "/poetry install "),
+    "pipenv": ("/pipenv install --dev ", "/pipenv --rm "),
+}
+
+
+def test_what_is_said_to_add_jupyter_adds_it_in_every_kind_of_environment(laptop: Laptop, workshop: Workshop) -> None:
+    """One project inside another, so that one start names them all; then their Pythons are gone. Each is taken then."""
+    home = workshop.host.home
+    places, place = {}, home
+    for kind in WHAT_ADDS:
+        place = place / ("my " + kind)
+        places[kind] = (place, workshop.make(kind, place))
+    for is_gone in (False, True):
+        with laptop.opened("--new", "--stop-on-exit", "host:%s" % place.relative_to(home)) as run:
+            pass
+        named = named_in(run, "the Python of this environment is gone" if is_gone else "no Jupyter in this environment")
+        for kind, (_, prefix) in places.items():
+            add, anew = WHAT_ADDS[kind]
+            command = named.pop(str(prefix))
+            assert add in command and (anew in command) == is_gone, (kind, command)
+            workshop.type(command, home)
+            subprocess.run([prefix / "bin/python", "-c", "import notebook"], check=True, cwd="/")
+            for name in ("python", "python3") if not is_gone else ():
+                (prefix / "bin" / name).unlink()
+                (prefix / "bin" / name).symlink_to("/Users/ana/.pyenv/versions/3.11.4/bin/python")
+        assert not named
+    for kind in ("pixi", "poetry"):
+        place, prefix = places[kind]
+        with laptop.opened("--new", "--stop-on-exit", "host:%s" % place.relative_to(home)) as run:
+            pass
+        assert "Using %s/bin/python (the project's environment)." % prefix in run.stderr, run.text
 
 
 # -- options that came too late ---------------------------------------------------------------------------------------

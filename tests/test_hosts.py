@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
-from jupyters import AGES, interpreters, jupyter_for_everyone, jupyter_of, standin, standin_environment
+from jupyters import (
+    AGES,
+    interpreters,
+    jupyter_for_everyone,
+    jupyter_of,
+    standin,
+    standin_environment,
+    standin_wheels,
+)
 from private_machines import find_namespaces_obstacle
 from sides import (
     SCRIPT,
@@ -41,6 +50,20 @@ def environment_at(prefix: Path, is_real: bool = False) -> Path:
     """Put an environment with the stand-in, or with Jupyter, at `prefix`, as conda, venv or pixi would."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     prefix.symlink_to(jupyter_for_everyone().parent if is_real else standin_environment())
+    return prefix
+
+
+def conda_at(prefix: Path, script: str = "", **variables: str) -> Path:
+    """Put an environment with the stand-in at `prefix` as conda has it: a package's script, and what the user set."""
+    (prefix / "conda-meta").mkdir(parents=True)
+    (prefix / "conda-meta/history").touch()
+    (prefix / "conda-meta/state").write_text(json.dumps({"env_vars": variables}))
+    if os.getuid() == 0:
+        os.chown(prefix / "conda-meta/state", 65534, -1)  # as the administrator's is not ours
+    (prefix / "etc/conda/activate.d").mkdir(parents=True)
+    (prefix / "etc/conda/activate.d/package.sh").write_text(script)
+    for entry in standin_environment().iterdir():
+        (prefix / entry.name).symlink_to(entry)
     return prefix
 
 
@@ -107,25 +130,67 @@ def test_order_of_places(laptop: Laptop, make_host: Callable[..., Host], directo
             taken.unlink()
 
 
-def test_env(laptop: Laptop, bare_host: Host) -> None:
+def test_env(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
     """By its name, wherever conda, mamba or pixi has it, or by its path. The last one takes what it is asked for."""
+    host = make_host(path=bare_python(directory / "bin"), CONDA_ENVS_DIRS="/nowhere:%s" % (directory / "shared"))
+    block = "channels:\n  - conda-forge\nenvs_dirs:\n  - /nowhere   # gone\n  - ~/scratch/of ana\nalways_yes: false\n"
     cases = [
-        ("miniconda3/envs/ml", "ml"),
-        ("miniforge3", "base"),
-        ("micromamba/envs/ml", "ml"),
-        (".conda/envs/ml", "ml"),
-        ("odd/place/ml", "ml"),
-        (".pixi/envs/ml", "ml"),
-        ('envs/it\'s "ml" $x', '~/envs/it\'s "ml" $x'),
-        ("envs/ml", "envs/ml"),
+        ("miniconda3/envs/ml", "ml", "", ""),
+        ("miniforge3", "base", "", ""),
+        ("micromamba/envs/ml", "ml", "", ""),
+        (".conda/envs/ml", "ml", "", ""),
+        ("odd/place/ml", "ml", ".conda/environments.txt", "/nowhere\n{home}/odd/place/ml\n"),
+        ("work/.pixi/envs/ml", "ml", "", ""),
+        (str(directory / "shared/ml"), "ml", "", ""),
+        ("scratch/of ana/ml", "ml", ".condarc", block),
+        ("scratch/ml", "ml", ".condarc", 'envs_dirs: [/nowhere, "{home}/scratch"]\n'),
+        ("data/ml", "ml", "miniconda3/.condarc", "envs_dirs:\n- $HOME/data\n"),
+        ("site/conda", "base", ".conda/environments.txt", "{home}/site/conda/envs/gone\n"),
+        ("apps/conda", "base", ".conda/environments.txt", "{home}/apps/conda\n{home}/proj/.conda\n"),
+        ('envs/it\'s "ml" $x', '~/envs/it\'s "ml" $x', "", ""),
+        ("envs/ml", "envs/ml", "", ""),
     ]
-    for prefix, argument in cases:
-        environment = environment_at(bare_host.home / prefix)
-        if prefix.startswith("odd"):
-            (bare_host.home / ".conda/environments.txt").write_text("/nowhere\n%s\n" % environment)
-        run = launched(laptop, "--env", argument, "host")
+    (host.home / "work/deep").mkdir(parents=True)
+    for prefix, argument, file, text in cases:
+        place = host.home / prefix
+        environment = conda_at(place) if argument == "base" else environment_at(place)
+        (place / "envs").mkdir() if argument == "base" else None
+        if file:
+            (host.home / file).parent.mkdir(parents=True, exist_ok=True)
+            (host.home / file).write_text(text.format(home=host.home))
+        run = launched(laptop, "--env", argument, "host:work/deep")
         assert "Using %s/bin/python (--env %s)." % (environment, argument) in run.stderr, (prefix, run.text)
-        environment.unlink()
+        shutil.rmtree(place) if argument == "base" else place.unlink()
+
+
+def test_what_an_activation_sets_is_there(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:
+    """Of conda's base in a usual place, after another one; of pixi's, with what the project sets if pixi tells."""
+    (directory / "old/etc/conda/deactivate.d").mkdir(parents=True)
+    (directory / "old/etc/conda/deactivate.d/gdal.sh").write_text("unset GDAL_DATA\n")
+    of_old = {"CONDA_PREFIX": str(directory / "old"), "GDAL_DATA": "/old"}
+    host = make_host(path=bare_python(directory / "bin"), **of_old)
+    script = 'export PROJ_LIB="$CONDA_PREFIX/share/proj"\necho noise\n'
+    (conda_at(host.home / "miniconda3", script, HF_HOME="/data of mine") / "condabin").mkdir()
+    (conda_at(host.home / "proj/.pixi/envs/default", script, HF_HOME="/data") / "conda-meta/pixi").touch()
+    pixi = host.home / ".pixi/bin/pixi"
+    pixi.parent.mkdir(parents=True)
+    hook = "#!/bin/sh\ntest \"$4 $5\" = '--environment default' && pwd | sed 's/.*/export WANDB_DIR=\"&\"/'\n"
+    for path, name, program, expected in (
+        ("work", "miniconda3", "", {"CONDA_DEFAULT_ENV": "base", "HF_HOME": "/data of mine"}),
+        ("proj", "proj/.pixi/envs/default", "#!/bin/sh\nexit 1\n", {"HF_HOME": "/data"}),
+        ("proj", "proj/.pixi/envs/default", hook, {"WANDB_DIR": "{prefix}", "HF_HOME": "/data"}),
+    ):
+        (host.home / path).mkdir(exist_ok=True)
+        pixi.write_text(program)
+        pixi.chmod(0o755)
+        prefix = str(host.home / name)
+        facts = {"CONDA_PREFIX": "{prefix}", "PROJ_LIB": "{prefix}/share/proj", "GDAL_DATA": None, **expected}
+        with laptop.opened("--new", "--stop-on-exit", "--no-install", "host:" + path):
+            (server,) = host.servers()
+            words = Path("/proc/%d/environ" % server["pid"]).read_text().split("\0")
+            environ = dict(word.partition("=")[::2] for word in words)
+        for variable, value in facts.items():
+            assert environ.get(variable) == (value and value.format(prefix=prefix)), (path, variable, environ)
 
 
 @pytest.mark.jupyter
@@ -152,8 +217,32 @@ def test_env_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
 
 
 def test_env_without_jupyter(laptop: Laptop, bare_host: Host) -> None:
+    """Then its Python is another machine's, and is gone at last."""
     subprocess.run(["/usr/bin/env", "python3", "-m", "venv", "--without-pip", str(bare_host.home / "v")], check=True)
     check_failure(laptop.run("--env", "~/v", "host"), 3, "no Jupyter in this environment", "-m pip install notebook")
+    python = bare_host.home / "v/bin/python"
+    python.unlink()
+    python.write_bytes(b"\xcf\xfa\xed\xfe\x07\x00\x00\x01")  # a Mac's
+    python.chmod(0o755)
+    run = laptop.run("--env", "~/v", "host")
+    check_failure(run, 3, "the Python of this environment is gone", "Exec format error", "python3 -m venv --clear ")
+    python.unlink()
+    python.symlink_to("/Users/ana/python")
+    run = laptop.run("--env", "~/v", "host")
+    check_failure(run, 3, "the Python of this environment is gone", "leads to /Users/ana/python", "-m venv --clear ")
+
+
+def test_python_of_the_system_is_left_alone(laptop: Laptop, bare_host: Host) -> None:
+    """What is closed by its owner (PEP 668) is not installed into: what is said to help makes an environment of it."""
+    if not list(Path("/usr").glob("lib*/python3*/EXTERNALLY-MANAGED")):
+        pytest.skip("this machine's Python is open")
+    run = laptop.run("--python", "/usr/bin/python3", "host")
+    check_failure(run, 3, "no Jupyter in this environment")
+    command = run.stderr.partition("try: ")[2].strip()
+    environment = {"PATH": SYSTEM_PATH, "HOME": str(bare_host.home), "PIP_NO_INDEX": "1"}
+    environment["PIP_FIND_LINKS"] = str(standin_wheels())
+    subprocess.run(["/bin/sh", "-c", command], check=True, env=environment)
+    assert "Using %s/jupyter/bin/python" % bare_host.home in launched(laptop, "--env", "~/jupyter", "host").stderr
 
 
 def test_python_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
