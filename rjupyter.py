@@ -229,7 +229,6 @@ BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
 LINE_BYTES = 64 << 20  # of the host's messages, the longest one; a journal's entries have half of that
 NOISE_BYTES = 16 << 20  # of what a host may print that is no message
 QUEUED_LINES = 200  # that are read before they are looked at
-LOGINS_AT_ONCE = 8  # sshd begins to turn logins away at 10 (MaxStartups)
 CROWDED_TRIES = 4  # of a first login that sshd turns away
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
@@ -1537,21 +1536,19 @@ def read_record(kind: "Type[R]", path: str) -> "Optional[R]":
 class Growing:
     """A file that grows, read from where we left off: bytes as they come, or the lines that are complete.
 
-    A line that is longer than `most` bytes is taken for several.
+    A line of more than `most` bytes is taken for several.
     """
 
     def __init__(self, path: str, offset: int = 0, most: float = float("inf")) -> None:
         self.path = path
-        self.offset = offset  # of what was not given out yet
+        self.offset = offset
         self._most = most
-        self._begun = []  # type: List[bytes] # of a line, which may be longer than many parts: read once
-        self._ahead = 0  # its bytes
 
     def part(self) -> bytes:
         """Return the next bytes; none where there are none yet."""
         try:
             with open(self.path, "rb") as stream:
-                stream.seek(self.offset + self._ahead)
+                stream.seek(self.offset)
                 part = stream.read(PART_BYTES)
         except OSError:
             return b""
@@ -1560,25 +1557,23 @@ class Growing:
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
+        begun = []  # type: List[bytes] # of a line, which may be longer than many parts
         part = self.part()
         while part:
             *ends, rest = part.split(b"\n")
             for end in ends:
-                yield self._line(end)
-            self.offset -= len(rest)
-            self._begun.append(rest)
-            self._ahead += len(rest)
-            if self._ahead > self._most:
-                yield self._line()
+                yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
+                begun = []
+            begun.append(rest)
+            if len(begun) * PART_BYTES > self._most:
+                yield b"".join(begun).decode("utf-8", "replace")
+                begun = []
             part = self.part()
-        if has_ended and self._ahead:
-            yield self._line()
-
-    def _line(self, end: bytes = b"") -> str:
-        line = b"".join([*self._begun, end])
-        self.offset += self._ahead
-        self._begun, self._ahead = [], 0
-        return line.decode("utf-8", "replace").rstrip("\r\n")
+        last = b"".join(begun)
+        if has_ended and last:
+            yield last.decode("utf-8", "replace").rstrip("\r\n")
+        elif not has_ended:
+            self.offset -= len(last)
 
 
 def has_lock(lock: "Any") -> bool:
@@ -2642,10 +2637,6 @@ class Ssh:
             raise Failure("cannot forward " + failed, words, "another port in -L")
         return not failed, words
 
-    def cancel(self, local_port: int, target: str) -> None:
-        """Take such a forward away again."""
-        self.way.cancel("127.0.0.1:%d:%s" % (local_port, target))
-
     def can_reach(self, target: str) -> Tuple[bool, str]:
         """Ask sshd for one connection to `target` (host:port) there; return whether it came, and ssh's words.
 
@@ -2827,6 +2818,89 @@ def pairs_of(options: List[str]) -> List[List[str]]:
     for word in words:
         pairs.append([word] if word in ("-4", "-6", "-C") else [word, next(words)])
     return pairs
+
+
+# -- the port here that it listens on ---------------------------------------------------------------------------------
+
+
+class LocalPort:
+    """A port here that is kept for ssh, from the first moment to the last: what a page sends to it is for nobody else.
+
+    Linux lets several sockets have one port as long as all of them have SO_REUSEADDR and none listens, and it looks at
+    that whenever one more is bound. So ours has the port all the time, and lets ssh in when that is about to listen.
+    Where a port cannot be shared, ours is closed for ssh, and there again when ssh has ended.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._socket: "Optional[socket.socket]" = None
+        self._is_shared = False
+
+    def hold(self) -> bool:
+        """Keep others off, and let a page that comes wait; False where it is another's already."""
+        try:
+            if self._socket is None:
+                ours = socket.socket()
+                try:
+                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+                    ours.bind(("127.0.0.1", self.number))
+                    listen_on(self.number).close()  # as ssh will
+                    self._is_shared = True
+                except OSError:
+                    ours.close()
+                    ours = listen_on(self.number)
+                self._socket = ours
+            if self._is_shared:
+                self._share(True)  # those connections that ssh has just lost have the port, too
+                self._socket.listen(8)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+        finally:
+            self._share(False)
+        return True
+
+    def _share(self, is_shared: bool) -> None:
+        if self._socket and self._is_shared:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let ssh listen on it meanwhile; afterwards, it has it or nobody."""
+        if not self._is_shared:
+            self.close()
+        elif self._socket:
+            self._share(True)
+            with contextlib.suppress(OSError):  # it does not listen
+                self._socket.shutdown(socket.SHUT_RDWR)  # which ends that, and leaves it bound
+        try:
+            yield
+        finally:
+            self._share(False)
+
+    def close(self) -> None:
+        """Leave it to others."""
+        if self._socket:
+            self._socket.close()
+        self._socket, self._is_shared = None, False
+
+    def taken_by(self) -> str:
+        """Return " by" and the name of the other user who listens there, as far as that can be seen."""
+        uid = owner_of_tcp(("127.0.0.1", self.number), 0)
+        if uid is None or uid == own_uid():
+            return ""
+        try:
+            import pwd
+
+            return " by " + pwd.getpwuid(uid).pw_name
+        except (ImportError, KeyError):
+            return " by the user %d" % uid
+
+    def taken(self, try_: str = "") -> Failure:
+        """Return the failure of a port that is another's."""
+        why = "127.0.0.1:%d is taken on this machine%s" % (self.number, self.taken_by())
+        return Failure("cannot listen on local port %d" % self.number, why, try_)
 
 
 # -- our directory here -----------------------------------------------------------------------------------------------
@@ -5381,86 +5455,6 @@ class Agent:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LocalPort:
-    """A port here that is kept for ssh, from the first moment to the last: what a page sends to it is for nobody else.
-
-    Linux lets several sockets have one port as long as all of them have SO_REUSEADDR and none listens, and it looks at
-    that whenever one more is bound. So ours has the port all the time, and lets ssh in when that is about to listen.
-    Where a port cannot be shared, ours is closed for ssh, and there again when ssh has ended.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._socket: "Optional[socket.socket]" = None
-        self._is_shared = False
-
-    def hold(self) -> bool:
-        """Keep others off, and let a page that comes wait; False where it is another's already."""
-        try:
-            if self._socket is None:
-                ours = socket.socket()
-                try:
-                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
-                    ours.bind(("127.0.0.1", self.number))
-                    listen_on(self.number).close()  # as ssh will
-                    self._is_shared = True
-                except OSError:
-                    ours.close()
-                    ours = listen_on(self.number)
-                self._socket = ours
-            if self._is_shared:
-                self._share(True)  # those connections that ssh has just lost have the port, too
-                self._socket.listen(8)
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return False
-            raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
-        finally:
-            self._share(False)
-        return True
-
-    def _share(self, is_shared: bool) -> None:
-        if self._socket and self._is_shared:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let ssh listen on it meanwhile; afterwards, it has it or nobody."""
-        if not self._is_shared:
-            self.close()
-        elif self._socket:
-            self._share(True)
-            with contextlib.suppress(OSError):  # it does not listen
-                self._socket.shutdown(socket.SHUT_RDWR)  # which ends that, and leaves it bound
-        try:
-            yield
-        finally:
-            self._share(False)
-
-    def close(self) -> None:
-        """Leave it to others."""
-        if self._socket:
-            self._socket.close()
-        self._socket, self._is_shared = None, False
-
-    def taken_by(self) -> str:
-        """Return " by" and the name of the other user who listens there, as far as that can be seen."""
-        uid = owner_of_tcp(("127.0.0.1", self.number), 0)
-        if uid is None or uid == own_uid():
-            return ""
-        try:
-            import pwd
-
-            return " by " + pwd.getpwuid(uid).pw_name
-        except (ImportError, KeyError):
-            return " by the user %d" % uid
-
-    def taken(self, try_: str = "") -> Failure:
-        """Return the failure of a port that is another's."""
-        why = "127.0.0.1:%d is taken on this machine%s" % (self.number, self.taken_by())
-        return Failure("cannot listen on local port %d" % self.number, why, try_)
-
-
 class Tunnel:
     """A forward from a local port to a server, held until the connection or the server ends."""
 
@@ -5472,6 +5466,7 @@ class Tunnel:
         self.hint = hint  # makes the command that leads to the same place again
         self.port = agent.port
         self._hearing: Optional[threading.Thread] = None
+        self._heard_from = 0  # the port of that connection of ours
         self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
@@ -5591,7 +5586,7 @@ class Tunnel:
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if self._has_left and is_open and self.ssh.way.has_login:
-                self.ssh.cancel(self.local_port, self.server.target)
+                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
                 is_open = not self.port.hold()
             if not self.ssh.wait(0.2):
                 break
@@ -5632,6 +5627,7 @@ class Tunnel:
                 address = ("127.0.0.1", self.local_port)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
+                    self._heard_from = connection.getsockname()[1]
                     with contextlib.suppress(ConnectionError):
                         connection.recv(1)
                     self._has_left = True
@@ -5670,9 +5666,9 @@ class Tunnel:
 
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
+        theirs, ours = ":%04X 01 " % self.local_port, ":%04X " % self._heard_from
         with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
-            ours = bool(self._hearing and self._hearing.is_alive())
-            return sum(":%04X 01 " % self.local_port in line for line in stream) > ours
+            return any(theirs in line and ours not in line for line in stream)
         return False
 
     def _comes_through(self) -> bool:
@@ -10659,6 +10655,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
 
 ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
+LOGIN_EVERY_S = 0.1  # of many hosts, that few log in at once
 
 
 def list_hosts(args: Args, messages: Messages) -> int:
@@ -10673,7 +10670,8 @@ def list_hosts(args: Args, messages: Messages) -> int:
     with contextlib.ExitStack() as ends:
         for host in dict.fromkeys(filter(None, args.host.split(","))):
             words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
-            asked[host] = ends.enter_context(subprocess.Popen([*program, *words], start_new_session=True, **pipes))
+            time.sleep(LOGIN_EVERY_S if len(asked) > 8 else 0)  # sshd, or a bastion's, turns some away beyond ten
+            asked[host] = ends.enter_context(new_process([*program, *words], start_new_session=True, **pipes))
             ends.callback(asked[host].terminate)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
         for host, child in asked.items():
