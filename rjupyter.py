@@ -2585,7 +2585,8 @@ class Ssh:
             (kind, try_, why, line) for start, kind, try_, why in ENDINGS for line in words if re.match(start, line)
         )
         kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
-        if kind is Crowded and self.config.get("proxycommand", "none") != "none":
+        is_at_start = any(re.match("kex_exchange_id|banner exchange", said) for said in words)
+        if is_at_start and self.config.get("proxycommand", "none") != "none":
             try_ = DEAD_PROXY
             own = [said for said in words if said.strip() and not re.match(FATAL_WORDS + "|" + WARNINGS, said)]
             if own:
