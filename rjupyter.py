@@ -2168,8 +2168,11 @@ class Child:
                 is_message = bool(self.mark) and head.startswith(self.mark)
                 if is_message:
                     self.read_at = time.monotonic()
+                begun += [rest] if rest else []
                 size += len(rest)
-                begun += [rest] if rest and size < (LINE_BYTES if is_message else 65536) else []
+                if size > (LINE_BYTES if is_message else 65536):
+                    self._put(name, begun)
+                    begun, size, head = [], 0, b""
         if begun:
             self._put(name, begun)
         self._lines.put(None)

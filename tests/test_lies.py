@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import tarfile
@@ -614,3 +615,40 @@ def test_stub_of_ssh_whose_host_sends_what_is_no_file(laptop: Laptop, kind: str)
     assert run.status == 1, run.text
     assert not os.path.lexists(laptop.home / "out/a")
     assert sum(path.stat().st_size for path in new.values()) < 100000
+
+
+# -- a host that prints without end -----------------------------------------------------------------------------------
+
+# What the stub says in place of an answer: `{nonce}` is the request's.
+ENDLESS = {
+    "lines": "yes 'nothing of ours'",
+    "no newline": "yes | tr -d '\\n'",
+    "on stderr": "yes 'nothing of ours' >&2",
+    "a message that does not end": 'printf \'%s {{"kind": "note", "text": "\' {nonce}; yes | tr -d \'\\n\'',
+    "after it has begun": "echo '{nonce} {hello}'; yes 'nothing of ours'",
+    "zeros": "cat /dev/zero",
+}
+MEMORY_BYTES = 700 << 20  # of addresses; the longest message is let in, and none of the above
+
+
+@pytest.mark.parametrize("name", sorted(ENDLESS))
+def test_stub_of_ssh_whose_host_prints_without_end(laptop: Laptop, name: str) -> None:
+    """It ends with one error, in the memory that there is; how long it takes is no matter of the host's."""
+    put_stub(laptop)
+    way = "--no-mux" if sorted(ENDLESS).index(name) % 2 else ""
+    endless = ENDLESS[name].format(nonce="'$nonce'", hello=json.dumps(TOLD[0]))
+    stub = laptop.home / "bin/ssh"
+    says = 'nonce=$(/usr/bin/python3 -IS -c "$READ"); exec /bin/sh -c "nonce=$nonce; $SAY"'
+    stub.write_text(STUB.partition("exec /usr/bin/python3")[0] + says + "\n")
+    read = (
+        "import base64, json, sys, zlib; words = sys.stdin.buffer.read().split(); "
+        "print(json.loads(zlib.decompress(base64.b64decode(words[-1])))['nonce'])"
+    )
+    say = endless.replace("'$nonce'", "$nonce").replace("echo '$nonce ", 'echo "$nonce"\' ')
+    run = laptop.start(*([way] if way else []), "host", "list", has_terminal=False, READ=read, SAY=say)
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    run.wait()
+    assert run.status in (1, rjupyter.EXIT_TIMEOUT), run.text[-2000:]
+    assert len(re.findall("^rjupyter: ", run.stderr, re.MULTILINE)) == 1, run.text[-2000:]
+    assert re.search("not for us|makes no sense|ended early", run.stderr), run.text[-2000:]
+    assert "no memory" not in run.stderr and len(run.text) < 100000
