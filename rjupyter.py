@@ -3430,6 +3430,17 @@ def end_session(pid: int) -> None:
         until(lambda: not process_identity(pid), 3)
 
 
+@contextlib.contextmanager
+def ended_unless_kept(process: "Any") -> "Iterator[None]":
+    """End what was just started, where it cannot be written down under this: nobody would find it."""
+    try:
+        yield
+    except BaseException:
+        end_session(process.pid)
+        process.wait()
+        raise
+
+
 def end_with_parent() -> "Optional[Callable[[], object]]":
     """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
 
@@ -4231,16 +4242,17 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
-        record = ServerRecord(
-            request=request.but(nonce="", app=found.app),
-            app=found.app,
-            port=port,
-            runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
-            local_port=request.local_port,
-            has_answered=False,
-            **facts_of(process, root_dir, request),
-        )
-        write_down(record, directory)
+        with ended_unless_kept(process):
+            record = ServerRecord(
+                request=request.but(nonce="", app=found.app),
+                app=found.app,
+                port=port,
+                runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
+                local_port=request.local_port,
+                has_answered=False,
+                **facts_of(process, root_dir, request),
+            )
+            write_down(record, directory)
         try:
             info = wait_for_server(record, deadline - time.monotonic())
             if not info and process.poll() is None:
@@ -4261,7 +4273,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             record.app_version = version_of(found)
             write_down(record, directory)
             for start in BESIDE:
-                start(record, found)
+                try:
+                    start(record, found)
+                except OSError as error:
+                    channel.tell("note", text="What cells print is not kept for later: %s" % error)
             return record
         remove_files(left_by_jupyter(record))
         tail = end_of_log(log)
@@ -6092,8 +6107,9 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
     process = start_detached(
         [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
     )
-    mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
-    write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
+    with ended_unless_kept(process):
+        mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
+        write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
 
 
 def revive_recorder(record: ServerRecord) -> None:
@@ -7161,14 +7177,15 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
     process = start_detached([python, program], environment, root_dir, log, request.is_held)
-    record = RunRecord(
-        request=request.to_keep().but(app=found.app),
-        name=request.name,
-        key=request.key,
-        variant=request.variant,
-        **facts_of(process, root_dir, request),
-    )
-    write_down(record, directory)
+    with ended_unless_kept(process):
+        record = RunRecord(
+            request=request.to_keep().but(app=found.app),
+            name=request.name,
+            key=request.key,
+            variant=request.variant,
+            **facts_of(process, root_dir, request),
+        )
+        write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
@@ -9586,8 +9603,9 @@ class WrapperKind(Starter):
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
         process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
-        record.pid, record.identity = process.pid, process_identity(process.pid)
-        return write_down(record, directory)
+        with ended_unless_kept(process):
+            record.pid, record.identity = process.pid, process_identity(process.pid)
+            return write_down(record, directory)
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return those in which what is asked for is about to run."""

@@ -53,6 +53,8 @@ class Torture:
             if "Ctrl-C closes" in run.text:
                 run.interrupt()
         run.wait()
+        run.close()
+        self.laptop.runs.remove(run)
         self.told = ""
         if side:
             report = self.places[side] / "report"
