@@ -2118,6 +2118,7 @@ class Child:
         self.mark = b""  # what a line begins with that is waited for
         self.read_at = 0.0  # when a part of such a line came last
         self._has_left = False  # nobody listens any more
+        self._drops = is_merged
         self._open_streams = 0
         ours, theirs = -1, -1
         with signals_left_to_us():
@@ -2182,7 +2183,7 @@ class Child:
         self.last_lines = [*self.last_lines[-9:], line]
         is_long = len(line[1]) > 2 * PART_BYTES
         while self._lines.qsize() > (0 if is_long else QUEUED_LINES) and not self._has_left:
-            if not self.mark:
+            if self._drops:
                 return
             time.sleep(POLL_S)
         self._lines.put(line)
