@@ -616,12 +616,10 @@ def test_http_answer_of_other_bytes() -> None:
 def test_lines_of_a_child_whatever_it_prints() -> None:
     """All of it comes, in lines; what is longer than a line may be, in several."""
 
+    long = [b"a" * 70000, b"\n" * 400, b"m1 " + b"b" * 300000]
+
     @many(15)
-    @given(
-        st.lists(
-            st.one_of(st.binary(max_size=60), st.sampled_from([b"a" * 70000, b"\n" * 400, b"m1 " + b"b" * 300000]))
-        )
-    )
+    @given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from(long))))
     def print_(pieces: List[bytes]) -> None:
         data = b"\n".join(pieces)
         with tempfile.TemporaryFile() as file:
