@@ -1983,9 +1983,6 @@ class Crowded(NotConnected):
 class NoRoom(Failure):
     """There are no more processes, threads, descriptors or memory for us here."""
 
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(what, why, "ulimit -a   (shows the limits here)")
-
 
 REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
 ASK_FOR_KEY = "ask the host's administrator for its new key"
@@ -2273,8 +2270,8 @@ class Ssh:
         self._warned: List[str] = []
         self._heard_at = 0.0
         self._is_woken = False
-        self._again_at = -REDIAL_MAX_S  # when it was last connected again
-        self._short_lived = 0  # how many connections in a row have ended soon after that
+        self._again_at = float("-inf")  # when it was last connected again
+        self._delay_s = 0.0  # before the next attempt
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2356,16 +2353,14 @@ class Ssh:
 
         Raises Failure (255) when it ends before. One that is turned away because others log in is tried again.
         """
-        tries = 0
-        while True:
+        for tries in itertools.count(1):
             try:
                 self._dial(argv, doing, is_ready)
-                return
+                break
             except Crowded:
-                tries += 1
+                self.hang_up()
                 if not self.has_paused(tries):
                     raise
-                self.hang_up()
 
     def has_paused(self, tries: int) -> bool:
         """Wait a while after so many logins that were turned away; False when that was enough of them."""
@@ -2373,7 +2368,8 @@ class Ssh:
             return False
         if tries == 1:
             self.messages.note("%s turns logins away, perhaps for too many at once. Trying again." % self.destination)
-        time.sleep(2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256))  # not at the same moment as others
+        pause_s = 2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256)  # not at the same moment as others
+        time.sleep(pause_s)
         return True
 
     def _dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
@@ -2421,25 +2417,20 @@ class Ssh:
                 self._guard.kill()
             self._guard = None
 
-    def reconnect(
-        self,
-        why: str,
-        resume: Callable[[], bool],
-        local_port: Optional[int] = None,
-        prepare: Callable[[], object] = lambda: None,
-    ) -> None:
+    def reconnect(self, why: str, resume: Callable[[], bool], port: "Optional[LocalPort]" = None) -> None:
         """Connect again, at once and then after growing delays, until `resume` says that all goes on.
 
-        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. Where
-        `prepare` fails, nobody logs in. Raises the Failure that ends it: the server has ended (4), the host's key is
-        another one, or nobody is let in (255).
+        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. While
+        somebody else has the `port`, nobody logs in. Raises the Failure that ends it: the server has ended (4), the
+        host's key is another one, or nobody is let in (255).
         """
+        local_port = port.number if port else None
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
         could_ask = self.can_ask
         try:
-            self._redial(resume, prepare)
+            self._redial(resume, port)
         finally:
             self.can_ask = could_ask
             self._is_again = False
@@ -2447,22 +2438,25 @@ class Ssh:
         text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
         self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
 
-    def _redial(self, resume: Callable[[], bool], prepare: Callable[[], object]) -> None:
+    def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]") -> None:
         self._shown.clear()
         self.can_ask = False
         denials = 0
         told: List[str] = []  # of what is no matter of the connection, and a person may mend
-        is_short = time.monotonic() - self._again_at < PROBE_EVERY_S
-        self._short_lived = self._short_lived + 1 if is_short else 0
-        delay_s = min(REDIAL_MAX_S, 2.0 ** (self._short_lived - 4)) if self._short_lived > 3 else 0.0
+        if time.monotonic() - self._again_at > PROBE_EVERY_S:  # else it goes on where it was
+            self._delay_s = 0.0
         while True:
             try:
                 is_shown = self.messages.has_spinner and not self.can_ask  # else ssh asks there
                 with self.messages.working("Trying to reach " + self.destination if is_shown else ""):
                     self.close()
-                    time.sleep(delay_s)
-                    delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
-                    prepare()
+                    if port:
+                        port.hold()
+                    pause_s = self._delay_s
+                    time.sleep(pause_s)
+                    self._delay_s = min(REDIAL_MAX_S, max(0.25, 2 * pause_s))
+                    if port and not port.hold():
+                        raise port.taken()
                     self.connect(is_again=True)
                     if resume():
                         self._again_at = time.monotonic()
@@ -2482,7 +2476,7 @@ class Ssh:
                 if self.can_ask:
                     ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
                     self._shown.clear()
-                    delay_s = 0.0
+                    self._delay_s = 0.0
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -2839,46 +2833,36 @@ class LocalPort:
     def __init__(self, number: int) -> None:
         self.number = number
         self._socket: "Optional[socket.socket]" = None
-        self._is_shared = False
 
     def hold(self) -> bool:
         """Keep others off, and let a page that comes wait; False where it is another's already."""
         try:
             if self._socket is None:
-                ours = socket.socket()
-                try:
-                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
-                    ours.bind(("127.0.0.1", self.number))
-                    listen_on(self.number).close()  # as ssh will
-                    self._is_shared = True
-                except OSError:
-                    ours.close()
-                    ours = listen_on(self.number)
-                self._socket = ours
-            if self._is_shared:
-                self._share(True)  # those connections that ssh has just lost have the port, too
-                self._socket.listen(8)
+                self._socket = listen_on(self.number)
+            self._share(True)  # those connections that ssh has just lost have the port, too
+            self._socket.listen(8)
         except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return False
-            raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+            return False
         finally:
             self._share(False)
         return True
 
     def _share(self, is_shared: bool) -> None:
-        if self._socket and self._is_shared:
+        if self._socket and os.name == "posix":
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Let ssh listen on it meanwhile; afterwards, it has it or nobody."""
-        if not self._is_shared:
-            self.close()
-        elif self._socket:
+        """Let ssh listen on it meanwhile, when it is held; afterwards, ssh has it or nobody."""
+        try:
             self._share(True)
-            with contextlib.suppress(OSError):  # it does not listen
-                self._socket.shutdown(socket.SHUT_RDWR)  # which ends that, and leaves it bound
+            if self._socket:
+                self._socket.shutdown(socket.SHUT_RDWR)  # it listens no more, and is still bound
+                listen_on(self.number).close()  # as ssh will
+        except OSError:
+            self.close()
         try:
             yield
         finally:
@@ -2888,19 +2872,18 @@ class LocalPort:
         """Leave it to others."""
         if self._socket:
             self._socket.close()
-        self._socket, self._is_shared = None, False
+        self._socket = None
 
     def taken_by(self) -> str:
         """Return " by" and the name of the other user who listens there, as far as that can be seen."""
         uid = owner_of_tcp(("127.0.0.1", self.number), 0)
         if uid is None or uid == own_uid():
             return ""
-        try:
-            import pwd
+        import pwd
 
+        with contextlib.suppress(KeyError):
             return " by " + pwd.getpwuid(uid).pw_name
-        except (ImportError, KeyError):
-            return " by the user %d" % uid
+        return " by the user %d" % uid
 
     def taken(self, try_: str = "") -> Failure:
         """Return the failure of a port that is another's."""
@@ -5658,27 +5641,8 @@ class Tunnel:
             self._hearing = start_thread(hear)
 
     def _redial(self, why: str) -> None:
-        """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile.
-
-        Where somebody has got it all the same, nobody logs in until it is free.
-        """
-
-        def prepare() -> None:
-            if not self.port.hold():
-                raise self.port.taken()
-
-        def resume() -> bool:
-            comes_through = False
-            try:
-                comes_through = self._comes_through()
-            finally:
-                if not comes_through:
-                    self.ssh.close()
-                    with contextlib.suppress(NoRoom):
-                        self.port.hold()
-            return comes_through
-
-        self.ssh.reconnect(why, resume, self.local_port, prepare)
+        """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
+        self.ssh.reconnect(why, self._comes_through, self.port)
         # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
         # 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
         if self.ssh.way.has_login:
@@ -10693,7 +10657,8 @@ def list_hosts(args: Args, messages: Messages) -> int:
     with contextlib.ExitStack() as ends:
         for host in dict.fromkeys(filter(None, args.host.split(","))):
             words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
-            time.sleep(LOGIN_EVERY_S if len(asked) > 8 else 0)  # sshd, or a bastion's, turns some away beyond ten
+            pause_s = LOGIN_EVERY_S if len(asked) > 8 else 0  # beyond ten logins at once, a bastion turns some away
+            time.sleep(pause_s)
             asked[host] = ends.enter_context(new_process([*program, *words], start_new_session=True, **pipes))
             ends.callback(asked[host].terminate)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S

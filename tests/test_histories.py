@@ -61,6 +61,7 @@ class World:
         self.drops: List[float] = []  # when a connection that stands is lost
         self.evil: List[Tuple[float, float]] = []  # when another user tries to get the port, and then keeps it
         self.hangs: List[Tuple[float, float]] = []
+        self.shaky: List[Tuple[float, float]] = []  # when whoever gets in is thrown out at once
         self.server_ends = float("inf")
         self.logins: List[float] = []
         self.in_vain = 0  # logins, while the port was another's
@@ -79,7 +80,9 @@ class World:
         is_fatal = chance.random()
         self.ways.append((at, "well"))
         for _ in range(chance.randint(1, 4)):
-            self.drops += [at + chance.uniform(0, 1) for _ in range(chance.choice((1, 1, 1, 40)))]
+            self.drops.append(at + chance.uniform(0, 1))
+            if chance.random() < 0.3:
+                self.shaky.append((at, at + chance.choice((1, 30, 300))))
             for _ in range(chance.randint(0, 3)):
                 way = chance.choice(BAD)
                 at += chance.choice((0.5, 5, 60, 60, 600)) * chance.random()
@@ -95,7 +98,7 @@ class World:
         elif is_fatal < 0.2:
             self.ways.append((at + 1e5, "changed"))
             self.drops.append(at)
-        self.end = at + CALM_S + max([0.0] + [late - at for _, late in self.evil + self.hangs])
+        self.end = at + CALM_S + max([0.0] + [late - at for _, late in self.evil + self.hangs + self.shaky])
         self.drops.sort()
 
     # -- time ---------------------------------------------------------------------------------------------------------
@@ -209,6 +212,9 @@ class StandInForSsh:
             return None
         until = world.now + timeout_s
         lost = next((drop for drop in world.drops if drop <= until), float("inf"))
+        if world.is_in(world.shaky):
+            lost = world.now + 0.3
+            world.drops.insert(0, lost)
         if world.now <= world.server_ends <= min(until, lost) and not world.tunnel._has_left:
             world.pass_to(world.server_ends + 0.01)
             world.tunnel._has_left = True
@@ -223,6 +229,7 @@ class StandInForSsh:
 
     def log_in(self) -> Optional[Tuple[str, str]]:
         self.is_in = True
+        self.world.drops = [drop for drop in self.world.drops if drop > self.world.now]
         if self.world.is_mux:
             return None
         is_open = self.world.listen()
@@ -264,6 +271,8 @@ class StandInForPort(rjupyter.LocalPort):
         self.world.look_at_port()
         if self.world.port == "free":
             self.world.port = "ours"
+        if self.world.port == "ssh":
+            return False
         self.is_kept = self.was_held = self.world.port == "ours"
         return self.is_kept
 
