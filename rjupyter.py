@@ -5469,7 +5469,6 @@ class Tunnel:
         self.hint = hint  # makes the command that leads to the same place again
         self.port = agent.port
         self._hearing: Optional[threading.Thread] = None
-        self._heard_from = 0  # the port of that connection of ours
         self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
@@ -5630,7 +5629,6 @@ class Tunnel:
                 address = ("127.0.0.1", self.local_port)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
-                    self._heard_from = connection.getsockname()[1]
                     with contextlib.suppress(ConnectionError):
                         connection.recv(1)
                     self._has_left = True
@@ -5650,9 +5648,10 @@ class Tunnel:
 
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
-        theirs, ours = ":%04X 01 " % self.local_port, ":%04X " % self._heard_from
         with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
-            return any(theirs in line and ours not in line for line in stream)
+            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.local_port in line]
+            ours = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
+            return not all(any("socket:[%s]" % inode in path for path in ours) for inode in inodes)
         return False
 
     def _comes_through(self) -> bool:

@@ -66,6 +66,7 @@ class World:
         self.logins: List[float] = []
         self.in_vain = 0  # logins, while the port was another's
         self.denied = 0
+        self.in_a_row = self.most_in_a_row = 0  # of them
         self.asked = 0
         self.is_asking = False
         self.port = "free"  # or "ours", "ssh", "eve"
@@ -205,6 +206,8 @@ class StandInForSsh:
             if world.now >= self.gives_up_at:
                 self.has_ended = True
                 world.denied += self.way in REFUSALS
+                world.in_a_row += self.way in REFUSALS
+                world.most_in_a_row = max(world.most_in_a_row, world.in_a_row)
                 world.connection = None
                 return self.next_line(0)
             if world.now >= self.ready_at:
@@ -229,6 +232,7 @@ class StandInForSsh:
 
     def log_in(self) -> Optional[Tuple[str, str]]:
         self.is_in = True
+        self.world.in_a_row = 0
         self.world.drops = [drop for drop in self.world.drops if drop > self.world.now]
         if self.world.is_mux:
             return None
@@ -410,6 +414,7 @@ def check_said(said: str) -> None:
 def check_pace(world: World) -> None:
     """No minute has more logins than a person would think well of, and there is none that must be in vain."""
     assert not world.in_vain, "%d logins while the port was another's" % world.in_vain
+    assert world.has_terminal or world.most_in_a_row <= rjupyter.DENIALS_MAX, "it goes on although it is refused"
     for place, moment in enumerate(world.logins[LOGINS_A_MINUTE:]):
         assert moment - world.logins[place] > 60, world.logins[place : place + LOGINS_A_MINUTE + 1]
 
