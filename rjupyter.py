@@ -10650,7 +10650,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
 
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    asked = {}
+    asked: "Dict[str, subprocess.Popen[bytes]]" = {}
     found: Dict[str, List[Any]] = {}  # by their event
     is_one_reached = False
     with contextlib.ExitStack() as ends:

@@ -368,7 +368,7 @@ def held(world: World, said: io.StringIO) -> Tuple[str, object]:
     ssh.meanwhile = lambda: None
     agent.ask = world.ask_end  # type: ignore[method-assign, assignment]
     agent.port = StandInForPort(PORT)
-    agent.port.world = world  # type: ignore[attr-defined]
+    agent.port.world = world
     facts = {"id": "07af", "pid": 3, "host": "127.0.0.1", "port": 8888, "token": "abc", "node": "gpu1", "seconds": 1.0}
     server = rjupyter.Server(app="notebook", root_dir="/a", base_url="/", local_port=PORT, is_launched=True, **facts)
     tunnel = rjupyter.Tunnel(ssh, agent, server, messages, lambda *words: "again")
