@@ -226,6 +226,10 @@ REDIAL_MAX_S = 30.0  # the longest pause between two attempts to connect again
 DENIALS_MAX = 3  # unattended logins that may be refused before we give up
 WARN_BEFORE_END_S = 600  # of the time limit of a server's job
 BROWSER_TIMEOUT_S = 120  # how long the one-time redirect waits for the browser
+LINE_BYTES = 64 << 20  # of the host's messages, the longest one; a journal's entries have half of that
+NOISE_BYTES = 16 << 20  # of what a host may print that is no message
+QUEUED_LINES = 200  # that are read before they are looked at
+CROWDED_TRIES = 4  # of a first login that sshd turns away
 SSH_SOCKET_SUFFIX = 17  # bytes that ssh adds to the control path while it binds (OpenSSH mux.c)
 
 # agent begins
@@ -1553,11 +1557,15 @@ def read_record(kind: "Type[R]", path: str) -> "Optional[R]":
 
 
 class Growing:
-    """A file that grows, read from where we left off: bytes as they come, or the lines that are complete."""
+    """A file that grows, read from where we left off: bytes as they come, or the lines that are complete.
 
-    def __init__(self, path: str, offset: int = 0) -> None:
+    A line of more than `most` bytes is taken for several.
+    """
+
+    def __init__(self, path: str, offset: int = 0, most: float = float("inf")) -> None:
         self.path = path
         self.offset = offset
+        self._most = most
 
     def part(self) -> bytes:
         """Return the next bytes; none where there are none yet."""
@@ -1580,6 +1588,9 @@ class Growing:
                 yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
                 begun = []
             begun.append(rest)
+            if len(begun) * PART_BYTES > self._most:
+                yield b"".join(begun).decode("utf-8", "replace")
+                begun = []
             part = self.part()
         last = b"".join(begun)
         if has_ended and last:
@@ -1778,7 +1789,7 @@ class Messages:
 
         ticker = threading.Thread(target=show, daemon=True)
         try:
-            with signals_held():
+            with signals_held(), contextlib.suppress(RuntimeError, MemoryError):  # no more threads: nothing is shown
                 ticker.start()
             yield tell
         finally:
@@ -1988,6 +1999,14 @@ class HostRefused(NotConnected):
     """The host and ssh do not agree on who or what it is: another attempt ends alike."""
 
 
+class Crowded(NotConnected):
+    """The host turned a login away, as sshd does while too many are under way (MaxStartups)."""
+
+
+class NoRoom(Failure):
+    """There are no more processes, threads, descriptors or memory for us here."""
+
+
 REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
 ASK_FOR_KEY = "ask the host's administrator for its new key"
 UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
@@ -1995,6 +2014,7 @@ ACCEPT_KEY = "{ssh}   (once, in a terminal: it shows the key and asks)"
 CHANGED_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
 ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
 ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
+DEAD_PROXY = "{ssh}   (does its ProxyCommand work?)"
 CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
 SILENT = "{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)"
 SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
@@ -2018,7 +2038,8 @@ ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
     ("ssh: connect to .*refused", NotConnected, "{ssh}   (is sshd running there, and is this its port?)", ""),
     ("Connection timed out during banner", NotConnected, SILENT, ""),
     ("Too many logins", NotConnected, "end other sessions of yours there, or wait", ""),
-    ("kex_exchange_identification: (Connection closed|read: )", NotConnected, CROWDED, ""),
+    (r"channel \d+: open failed: ", NotConnected, "{ssh}   (a jump host did not get there)", ""),
+    ("kex_exchange_identification: (Connection closed|read: )", Crowded, CROWDED, ""),
 ]
 # What only repeats that the connection has ended: the cause is the line before.
 ECHOES = (
@@ -2072,16 +2093,30 @@ def signals_left_to_us() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def new_process(argv: List[str], **how: Any) -> "subprocess.Popen[bytes]":
+    """Start a process; raises NoRoom where that cannot be."""
+    try:
+        return subprocess.Popen(argv, **how)
+    except (OSError, MemoryError) as error:
+        raise NoRoom("cannot start " + argv[0], str(error)) from None
+
+
 def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
     """Start a thread that does not keep us from ending."""
     thread = threading.Thread(target=do, args=arguments, daemon=True)
     with signals_held():
-        thread.start()
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            raise NoRoom("cannot start a thread", str(error)) from None
     return thread
 
 
 class Child:
     """A child process whose output arrives line by line, in one queue, as ("stdout" or "stderr", text).
+
+    What it prints has bounds, without which a host would fill our memory: a line is cut, at LINE_BYTES where it begins
+    with `mark`; nobody reads ahead of us without end; of what is said beside a result, what is too much is dropped.
 
     When it `is_merged`, both streams are one, in the order in which the child wrote. Without `can_ask` it has neither
     a terminal nor an askpass program: BatchMode does not reach the ssh to a jump host, this does. With `is_shown` its
@@ -2100,7 +2135,10 @@ class Child:
     ) -> None:
         self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
         self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
-        self.read_at = time.monotonic()  # when it said something last, if only a part of a line
+        self.mark = b""  # what a line begins with that is waited for
+        self.read_at = 0.0  # when a part of such a line came last
+        self._has_left = False  # nobody listens any more
+        self._drops = is_merged
         self._open_streams = 0
         ours, theirs = -1, -1
         with signals_left_to_us():
@@ -2108,7 +2146,7 @@ class Child:
                 ours, theirs = os.openpty() if is_shown else (-1, -1)
             shown = theirs if theirs >= 0 else None
             try:
-                self.process = subprocess.Popen(
+                self.process = new_process(
                     argv,
                     stdin=stdin or subprocess.DEVNULL,
                     stdout=shown if shown and is_merged else subprocess.PIPE,
@@ -2120,15 +2158,20 @@ class Child:
                 if shown:
                     os.close(theirs)
             terminal = os.fdopen(ours, "rb", 0) if shown else None
-            for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
-                if stream is not None:
-                    self._open_streams += 1
-                    start_thread(self._read, name, stream, is_merged)
+            try:
+                for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr or terminal)):
+                    if stream is not None:
+                        self._open_streams += 1
+                        start_thread(self._read, name, stream, is_merged)
+            except Failure:
+                self.end()
+                raise
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
         import select
 
         begun: List[bytes] = []  # of a line, which may be longer than many parts
+        size, head = 0, b""  # of that line
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
                 if begun and (is_merged or name == "stderr") and os.name == "posix":
@@ -2138,12 +2181,19 @@ class Child:
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
-                self.read_at = time.monotonic()
                 *ends, rest = data.split(b"\n")
                 for end in ends:
                     self._put(name, [*begun, end])
-                    begun = []
+                    begun, size, head = [], 0, b""
+                head = head if len(head) > len(self.mark) else head + rest[:65536]
+                is_message = bool(self.mark) and head.startswith(self.mark)
+                if is_message:
+                    self.read_at = time.monotonic()
                 begun += [rest] if rest else []
+                size += len(rest)
+                if size > (LINE_BYTES if is_message else 65536):
+                    self._put(name, begun)
+                    begun, size, head = [], 0, b""
         if begun:
             self._put(name, begun)
         self._lines.put(None)
@@ -2151,6 +2201,11 @@ class Child:
     def _put(self, name: str, pieces: List[bytes]) -> None:
         line = (name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r"))
         self.last_lines = [*self.last_lines[-9:], line]
+        is_long = len(line[1]) > 2 * PART_BYTES
+        while self._lines.qsize() > (0 if is_long else QUEUED_LINES) and not self._has_left:
+            if self._drops:
+                return
+            time.sleep(POLL_S)
         self._lines.put(line)
 
     def next_line(self, timeout_s: float) -> Optional[Tuple[str, str]]:
@@ -2198,6 +2253,7 @@ class Child:
 
     def end(self) -> None:
         """Terminate the child and reap it; kill it when it does not go within two seconds."""
+        self._has_left = True
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -2237,6 +2293,8 @@ class Ssh:
         self._warned: List[str] = []
         self._heard_at = 0.0
         self._is_woken = False
+        self._again_at = float("-inf")  # when it was last connected again
+        self._delay_s = 0.0  # before the next attempt
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2316,8 +2374,28 @@ class Ssh:
     def dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
         """Start the process that is the connection, and wait until it is ready; `is_ready` sees each line it prints.
 
-        Raises Failure (255) when it ends before.
+        Raises Failure (255) when it ends before. One that is turned away because others log in is tried again.
         """
+        for tries in itertools.count(1):
+            try:
+                self._dial(argv, doing, is_ready)
+                break
+            except Crowded:
+                self.hang_up()
+                if not self.has_paused(tries):
+                    raise
+
+    def has_paused(self, tries: int) -> bool:
+        """Wait a while after so many logins that were turned away; False when that was enough of them."""
+        if tries >= CROWDED_TRIES or self._is_again:  # a redial has pauses of its own
+            return False
+        if tries == 1:
+            self.messages.note("%s turns logins away, perhaps for too many at once. Trying again." % self.destination)
+        pause_s = 2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256)  # not at the same moment as others
+        time.sleep(pause_s)
+        return True
+
+    def _dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
         self.log_argv(argv)
         self.begin_login()
         with signals_left_to_us():
@@ -2352,9 +2430,8 @@ class Ssh:
         argv = ["/bin/sh", "-c", "exec 2>/dev/null; " + script, "sh", *arguments]
         self._end_guard()
         with signals_left_to_us():
-            self._guard = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            quiet = subprocess.DEVNULL
+            self._guard = new_process(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
         return self._guard.stdin
 
     def _end_guard(self) -> None:
@@ -2363,43 +2440,57 @@ class Ssh:
                 self._guard.kill()
             self._guard = None
 
-    def reconnect(self, why: str, resume: Callable[[], bool], local_port: Optional[int] = None) -> None:
+    def reconnect(self, why: str, resume: Callable[[], bool], port: "Optional[LocalPort]" = None) -> None:
         """Connect again, at once and then after growing delays, until `resume` says that all goes on.
 
-        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. Raises
-        the Failure that ends it: the server has ended (4), the host's key is another one, or nobody is let in (255).
+        Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. While
+        somebody else has the `port`, nobody logs in. Raises the Failure that ends it: the server has ended (4), the
+        host's key is another one, or nobody is let in (255).
         """
+        local_port = port.number if port else None
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
         could_ask = self.can_ask
         try:
-            self._redial(resume)
+            self._redial(resume, port)
         finally:
             self.can_ask = could_ask
+            self._is_again = False
         seconds = time.monotonic() - began
         text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
         self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
 
-    def _redial(self, resume: Callable[[], bool]) -> None:
+    def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]") -> None:
         self._shown.clear()
         self.can_ask = False
         denials = 0
-        delay_s = 0.0
+        told: List[str] = []  # of what is no matter of the connection, and a person may mend
+        if time.monotonic() - self._again_at > PROBE_EVERY_S:  # else it goes on where it was
+            self._delay_s = 0.0
         while True:
             try:
                 is_shown = self.messages.has_spinner and not self.can_ask  # else ssh asks there
                 with self.messages.working("Trying to reach " + self.destination if is_shown else ""):
                     self.close()
-                    time.sleep(delay_s)
-                    delay_s = min(REDIAL_MAX_S, max(1.0, 2 * delay_s))
+                    if port:
+                        port.hold()
+                    pause_s = self._delay_s
+                    time.sleep(pause_s)
+                    self._delay_s = min(REDIAL_MAX_S, max(0.25, 2 * pause_s))
+                    if port and not port.hold():
+                        raise port.taken()
                     self.connect(is_again=True)
                     if resume():
+                        self._again_at = time.monotonic()
                         return
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
-                self.messages.detail("%s: %s" % (failure.what, failure.why))
+                text = "%s: %s" % (failure.what, in_one_line(failure.why))
+                is_news = not isinstance(failure, NotConnected) and text not in told
+                told += [text] if is_news else []
+                (self.messages.note if is_news else self.messages.detail)("Not yet: " + text)
                 is_denied = isinstance(failure, LoginRefused)
                 denials += is_denied
                 if is_denied and (denials >= DENIALS_MAX or self.can_ask):
@@ -2408,7 +2499,7 @@ class Ssh:
                 if self.can_ask:
                     ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
                     self._shown.clear()
-                    delay_s = 0.0
+                    self._delay_s = 0.0
 
     def version(self) -> str:
         """Return what ssh calls itself; raises Failure when there is none."""
@@ -2420,6 +2511,8 @@ class Ssh:
     def _read_config(self) -> None:
         argv = self.argv(ASKING, "-G")
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
+        if status == 127 and "No such file" not in words and os.name == "posix":
+            raise NoRoom("cannot start ssh", words)
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
         refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
@@ -2513,6 +2606,12 @@ class Ssh:
             (kind, try_, why, line) for start, kind, try_, why in ENDINGS for line in words if re.match(start, line)
         )
         kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
+        is_at_start = any(re.match("kex_exchange_id|banner exchange", said) for said in words)
+        if is_at_start and self.config.get("proxycommand", "none") != "none":
+            try_ = DEAD_PROXY
+            own = [said for said in words if said.strip() and not re.match(FATAL_WORDS + "|" + WARNINGS, said)]
+            if own:
+                return NotConnected(what, "\n".join(own[-LOG_LINES:]), try_.format(**facts), EXIT_SSH)
         why = why.format(**facts) or (cause if re.match(ECHOES, line) else line.strip())
         try_ = try_.format(**facts)
         if "Permission denied (" in line and kind is LoginRefused and not self.can_ask:
@@ -2559,10 +2658,6 @@ class Ssh:
         if failed in self.further:
             raise Failure("cannot forward " + failed, words, "another port in -L")
         return not failed, words
-
-    def cancel(self, local_port: int, target: str) -> None:
-        """Take such a forward away again."""
-        self.way.cancel("127.0.0.1:%d:%s" % (local_port, target))
 
     def can_reach(self, target: str) -> Tuple[bool, str]:
         """Ask sshd for one connection to `target` (host:port) there; return whether it came, and ssh's words.
@@ -2612,7 +2707,9 @@ class Ssh:
         try:
             with signals_held():
                 child = Child(argv, is_merged=True, can_ask=self.can_ask)
-            words = [text for _, text in child.remaining_lines(CONTROL_TIMEOUT_S)]
+            words: List[str] = []
+            for _, text in child.remaining_lines(CONTROL_TIMEOUT_S):
+                words = [*words[-99:], text]
             if not child.has_ended:
                 return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
             return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
@@ -2745,6 +2842,78 @@ def pairs_of(options: List[str]) -> List[List[str]]:
     return pairs
 
 
+# -- the port here that it listens on ---------------------------------------------------------------------------------
+
+
+class LocalPort:
+    """A port here that is kept for ssh, from the first moment to the last: what a page sends to it is for nobody else.
+
+    Linux lets several sockets have one port as long as all of them have SO_REUSEADDR and none listens, and it looks at
+    that whenever one more is bound. So ours has the port all the time, and lets ssh in when that is about to listen.
+    Where a port cannot be shared, ours is closed for ssh, and there again when ssh has ended.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._socket: "Optional[socket.socket]" = None
+
+    def hold(self) -> bool:
+        """Keep others off, and let a page that comes wait; False where it is another's already."""
+        try:
+            if self._socket is None:
+                self._socket = listen_on(self.number)
+            self._share(True)  # those connections that ssh has just lost have the port, too
+            self._socket.listen(8)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+            return False
+        finally:
+            self._share(False)
+        return True
+
+    def _share(self, is_shared: bool) -> None:
+        if self._socket and os.name == "posix":
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let ssh listen on it meanwhile, when it is held; afterwards, ssh has it or nobody."""
+        try:
+            self._share(True)
+            if self._socket:
+                self._socket.shutdown(socket.SHUT_RDWR)  # it listens no more, and is still bound
+                listen_on(self.number).close()  # as ssh will
+        except OSError:
+            self.close()
+        try:
+            yield
+        finally:
+            self._share(False)
+
+    def close(self) -> None:
+        """Leave it to others."""
+        if self._socket:
+            self._socket.close()
+        self._socket = None
+
+    def taken_by(self) -> str:
+        """Return " by" and the name of the other user who listens there, as far as that can be seen."""
+        uid = owner_of_tcp(("127.0.0.1", self.number), 0)
+        if uid is None or uid == own_uid():
+            return ""
+        import pwd
+
+        with contextlib.suppress(KeyError):
+            return " by " + pwd.getpwuid(uid).pw_name
+        return " by the user %d" % uid
+
+    def taken(self, try_: str = "") -> Failure:
+        """Return the failure of a port that is another's."""
+        why = "127.0.0.1:%d is taken on this machine%s" % (self.number, self.taken_by())
+        return Failure("cannot listen on local port %d" % self.number, why, try_)
+
+
 # -- our directory here -----------------------------------------------------------------------------------------------
 
 
@@ -2817,7 +2986,8 @@ class Channel:
         self._stream = stream or os.fdopen(os.dup(1), "w", closefd=False)  # open to our end
         if not stream:
             os.dup2(2, 1)  # whatever else writes to stdout here goes to stderr instead
-            threading.Thread(target=self._beat, daemon=True).start()
+            with contextlib.suppress(RuntimeError, MemoryError):  # no more threads: then it is not said
+                threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
         """Say again what takes its time, until there is a reply, or nobody who listens."""
@@ -2952,7 +3122,7 @@ class Kind:
 
     def log_of(self, record: "Any") -> Growing:
         """Return what `logs` shows of one."""
-        return Growing(log_of(record))
+        return Growing(log_of(record), most=8 * PART_BYTES)
 
     def describe(self, record: "Any") -> Record:
         """Describe one for `list`."""
@@ -3265,6 +3435,17 @@ def end_session(pid: int) -> None:
         except OSError:
             return
         until(lambda: not process_identity(pid), 3)
+
+
+@contextlib.contextmanager
+def ended_unless_kept(process: "Any") -> "Iterator[None]":
+    """End what was just started, where it cannot be written down under this: nobody would find it."""
+    try:
+        yield
+    except BaseException:
+        end_session(process.pid)
+        process.wait()
+        raise
 
 
 def end_with_parent() -> "Optional[Callable[[], object]]":
@@ -4222,16 +4403,17 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
-        record = ServerRecord(
-            request=request.but(nonce="", app=found.app),
-            app=found.app,
-            port=port,
-            runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
-            local_port=request.local_port,
-            has_answered=False,
-            **facts_of(process, root_dir, request),
-        )
-        write_down(record, directory)
+        with ended_unless_kept(process):
+            record = ServerRecord(
+                request=request.but(nonce="", app=found.app),
+                app=found.app,
+                port=port,
+                runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
+                local_port=request.local_port,
+                has_answered=False,
+                **facts_of(process, root_dir, request),
+            )
+            write_down(record, directory)
         try:
             info = wait_for_server(record, deadline - time.monotonic())
             if not info and process.poll() is None:
@@ -4254,7 +4436,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             record.app_version = version_of(found)
             write_down(record, directory)
             for start in BESIDE:
-                start(record, found)
+                try:
+                    start(record, found)
+                except OSError as error:
+                    channel.tell("note", text="What cells print is not kept for later: %s" % error)
             return record
         remove_files(left_by_jupyter(record))
         tail = end_of_log(log)
@@ -5232,6 +5417,7 @@ class Agent:
         self._found: List[str] = []  # the commands that were said to be used
         self._file: Optional[AgentFile] = None
         self._absences = 0  # how often the host has said that it does not have it
+        self.port = LocalPort(0)  # that is kept for the tunnel while there is none
         ssh.meanwhile = self.get_ready
 
     def get_ready(self) -> AgentFile:
@@ -5258,6 +5444,7 @@ class Agent:
         command = agent_command(request.python)
         file = self.get_ready()
         is_whole = False
+        turned_away = 0  # where the session is a login
         until_s = time.monotonic() + CLOSING_TIMEOUT_S
         while True:
             # Each session may be a login; and a host that was sent the file and lacks it again cannot keep it.
@@ -5269,12 +5456,18 @@ class Agent:
                     # Until it is known here, and has what it is for; Python starts there meanwhile.
                     with signals_held():
                         child = self.ssh.session(command)
+                        child.mark = request.nonce.encode()
                         child.send(file.input_of(command, request, is_whole))
                     found = self._hear(child, request.nonce, reply, show, silence_s, handlers or {})
                     if found:
                         return found
                     self._absences += 1
                     is_whole = True
+                    continue
+                except Crowded:
+                    turned_away += 1
+                    if not self.ssh.has_paused(turned_away):
+                        raise
                     continue
                 except SessionRefused:
                     is_guest = self.ssh.way.has_login and not (self.ssh.process or self.ssh.way.forwards)
@@ -5321,6 +5514,7 @@ class Agent:
     ) -> Optional[R]:
         """Take what the host says, and return its reply; nothing when it does not have this file."""
         noise = self.noise = []
+        noise_bytes = 0
         complaints: List[str] = []  # of that, what came on stderr
         is_login = not self.ssh.way.has_login  # until the first message
         has_begun = False
@@ -5337,15 +5531,18 @@ class Agent:
                 line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
-            if has_begun:
-                heard_at = max(heard_at, child.read_at)  # what it has to say may be long, and the link slow
-            if line is None and time.monotonic() - heard_at >= patience_s:
+            is_message = line is not None and line[0] == "stdout" and line[1].startswith(nonce + " ")
+            heard_at = max(heard_at, child.read_at)  # what it has to say may be long, and the link slow
+            noise_bytes += len(line[1]) if line and not is_message else 0
+            if not is_message and (time.monotonic() - heard_at >= patience_s or noise_bytes > NOISE_BYTES):
                 if self.ssh.asked:
                     raise self.ssh.no_login()
                 why = "the agent said nothing for %d s" % silence_s
+                if noise_bytes > NOISE_BYTES:
+                    why = "%d MB came that are not for us: %s" % (NOISE_BYTES >> 20, noise[-1][:200])
                 try_ = self.ssh.typed("true") + "   (does it answer?)"
                 raise NotConnected("no answer from " + self.ssh.destination, why, try_, EXIT_TIMEOUT)
-            if line and line[0] == "stdout" and line[1].startswith(nonce + " "):
+            if line and is_message:
                 heard_at = time.monotonic()
                 if is_login:  # what it said is no cause of what may come
                     self.ssh.end_login()
@@ -5370,7 +5567,7 @@ class Agent:
             if line:
                 noise.append(line[1])
                 del noise[:-12]
-                complaints += [line[1]] if line[0] == "stderr" else []
+                complaints = [*complaints[-99:], line[1]] if line[0] == "stderr" else complaints
                 self.messages.detail("host: " + line[1])
 
     def _hear_what_begins(self, child: Child, nonce: str, show: Show) -> None:
@@ -5482,29 +5679,40 @@ class Tunnel:
         self.server = server
         self.messages = messages
         self.hint = hint  # makes the command that leads to the same place again
-        self.local_port = 0
+        self.port = agent.port
+        self._hearing: Optional[threading.Thread] = None
         self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
+    @property
+    def local_port(self) -> int:
+        """The number of the local port."""
+        return self.port.number
+
     def open(self, fixed_port: Optional[int]) -> None:
-        """Forward a local port to the server: `fixed_port` and no other, or the first free one."""
+        """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
         usual = self.server.local_port
-        port = fixed_port or (usual if find_free_port(usual) == usual else LOCAL_PORT)
-        while True:
-            if not fixed_port:
-                port = find_free_port(port)
-            is_open, words = self.ssh.forward(port, self.server.target)
-            if is_open:
-                self.local_port = port
-                return
-            if not self.ssh.wait(0.1):
-                raise self.ssh.lost()
-            if fixed_port:
-                why = "127.0.0.1:%d is taken on this machine" % port
-                raise Failure("cannot listen on local port %d" % port, why, "another --local-port, or none")
-            if not re.search("forwarding request failed|cannot listen to port", words):
-                raise Failure("cannot forward a port", words, "-v shows every ssh command")
-            port += 1  # taken between the look and ssh's bind
+        for number in [fixed_port] if fixed_port else itertools.chain([usual], range(LOCAL_PORT, 65536)):
+            if number != self.port.number:
+                self.port.close()
+                self.port = LocalPort(number)
+            if self.port.hold():
+                is_open, words = self._forward()
+                if is_open:
+                    return
+                if not self.ssh.wait(0.1):
+                    raise self.ssh.lost()
+                if not re.search("forwarding request failed|cannot listen to port", words):
+                    raise Failure("cannot forward a port", words, "-v shows every ssh command")
+            by = "" if fixed_port or number != usual else self.port.taken_by()
+            if by:
+                text = "Local port %d is taken%s now: close the pages of this server that are still open."
+                self.messages.note(text % (number, by))
+        raise self.port.taken("another --local-port, or none")
+
+    def _forward(self) -> Tuple[bool, str]:
+        with self.port.lent():
+            return self.ssh.forward(self.local_port, self.server.target)
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -5585,15 +5793,15 @@ class Tunnel:
                 text = "%s left for %s: save what you need." % (duration(max(0.0, left_s)), place)
                 self.messages.step(text, "ending", id=self.server.id, left_s=left_s)
             if not self._has_left and self._is_answering():
-                if not self._hearing.is_alive():
+                if not (self._hearing and self._hearing.is_alive()):
                     self._wake_at_end()
                 if is_silent:
                     self.messages.step("%s answers again." % self.server.title, "answering", id=self.server.id)
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if self._has_left and is_open and self.ssh.way.has_login:
-                self.ssh.cancel(self.local_port, self.server.target)
-                is_open = False
+                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
+                is_open = not self.port.hold()
             if not self.ssh.wait(0.2):
                 break
             try:
@@ -5610,7 +5818,7 @@ class Tunnel:
                 is_silent = True
                 continue
             self._has_left = False
-            is_open = is_open or self.ssh.forward(self.local_port, self.server.target)[0]
+            is_open = is_open or self._forward()[0]
             if not is_open or not self._is_answering():
                 return "nothing comes through the tunnel" if self.ssh.wait(0) else cause_of(self.ssh.words)
         return cause_of(self.ssh.words)
@@ -5639,49 +5847,35 @@ class Tunnel:
                     self.ssh.wake()
 
         self._has_left = False
-        self._hearing = start_thread(hear)
+        with contextlib.suppress(NoRoom):  # then the next look tells
+            self._hearing = start_thread(hear)
 
     def _redial(self, why: str) -> None:
         """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
-        with contextlib.ExitStack() as held:
-            held.enter_context(reserved(self.local_port))
-
-            def resume() -> bool:
-                held.close()
-                comes_through = False
-                try:
-                    comes_through = self._comes_through()
-                finally:
-                    if not comes_through:
-                        self.ssh.close()
-                        held.enter_context(reserved(self.local_port))
-                return comes_through
-
-            self.ssh.reconnect(why, resume, local_port=self.local_port)
+        self.ssh.reconnect(why, self._comes_through, self.port)
         # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
         # 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
         if self.ssh.way.has_login:
             self.ssh.run("true")
 
+    def has_page(self) -> bool:
+        """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
+        with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
+            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.local_port in line]
+            ours = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
+            return not all(any("socket:[%s]" % inode in path for path in ours) for inode in inodes)
+        return False
+
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
-        is_open, words = self.ssh.forward(self.local_port, self.server.target)
-        if not is_open:
-            raise Failure("cannot listen on local port %d" % self.local_port, words)
+        if not self._forward()[0]:
+            raise self.port.taken()
         if self._is_answering():
             return True
         end = self._ask_end()
         if end.is_elsewhere:  # one name for several login nodes
             raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
         return not end.is_answering  # it hangs by itself; the connection is well
-
-
-def reserved(port: int) -> "contextlib.AbstractContextManager[object]":
-    """Keep others off a local port meanwhile, as far as it is free: no ssh listens on it."""
-    try:
-        return listen_on(port)
-    except OSError:
-        return contextlib.nullcontext()
 
 
 # -- the browser ------------------------------------------------------------------------------------------------------
@@ -5694,7 +5888,6 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     returned ends when the browser has come.
     """
     listener = listen_on(0)
-    listener.settimeout(BROWSER_TIMEOUT_S)
     secret = "/" + os.urandom(16).hex()
     redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
@@ -5703,16 +5896,15 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
-    opener = subprocess.Popen(
-        [sys.executable, "-I", "-c", script, address, command or ""],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    argv = [sys.executable, "-I", "-c", script, address, command or ""]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    opener: "Optional[subprocess.Popen[bytes]]" = None
+    with contextlib.suppress(NoRoom):
+        opener = new_process(argv, start_new_session=True, **quiet)
 
     def complain() -> None:
-        if opener.wait() and redirect.is_alive():  # else the browser came, and ended; or nobody waits for it any more
+        # Else the browser came, and ended; or nobody waits for it any more.
+        if (opener is None or opener.wait()) and redirect.is_alive():
             messages.note("No browser could be started. Open the address above.")
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # nobody will come
@@ -5723,11 +5915,24 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
 
 def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
     """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
+    import select
+
+    came: "Dict[socket.socket, Any]" = {}  # and have said nothing: they keep nobody waiting
     with contextlib.suppress(OSError), listener:
         while True:
-            connection, peer = listener.accept()
+            ready = select.select([listener, *came], [], [], BROWSER_TIMEOUT_S)[0]
+            if not ready:
+                return
+            if ready == [listener]:
+                connection, peer = listener.accept()
+                came[connection] = peer
+                if len(came) <= 100:
+                    continue
+                ready = list(came)
+            connection = next(each for each in ready if each is not listener)
+            connection.setblocking(False)
+            peer = came.pop(connection)
             with contextlib.suppress(OSError), connection:
-                connection.settimeout(5)
                 words = connection.recv(65536).split(None, 2)
                 # The secret stood in the browser's argv. WSL's own relay, which runs as root, comes for Windows.
                 is_ours = owner_of_tcp(peer, listener.getsockname()[1]) in (None, 0, own_uid())
@@ -6078,8 +6283,9 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
     process = start_detached(
         [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
     )
-    mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
-    write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
+    with ended_unless_kept(process):
+        mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
+        write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
 
 
 def revive_recorder(record: ServerRecord) -> None:
@@ -7147,14 +7353,15 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
     process = start_detached([python, program], environment, root_dir, log, request.is_held)
-    record = RunRecord(
-        request=request.to_keep().but(app=found.app),
-        name=request.name,
-        key=request.key,
-        variant=request.variant,
-        **facts_of(process, root_dir, request),
-    )
-    write_down(record, directory)
+    with ended_unless_kept(process):
+        record = RunRecord(
+            request=request.to_keep().but(app=found.app),
+            name=request.name,
+            key=request.key,
+            variant=request.variant,
+            **facts_of(process, root_dir, request),
+        )
+        write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
@@ -9593,8 +9800,9 @@ class WrapperKind(Starter):
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
         process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
-        record.pid, record.identity = process.pid, process_identity(process.pid)
-        return write_down(record, directory)
+        with ended_unless_kept(process):
+            record.pid, record.identity = process.pid, process_identity(process.pid)
+            return write_down(record, directory)
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return those in which what is asked for is about to run."""
@@ -10494,6 +10702,9 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             raise
         text = "Closed." if is_ended else "Closed. Back again with: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
+        if not is_ended and (wants_browser(args) or tunnel.has_page()):
+            text = "Close its pages, too: whoever listens on port %d here next is sent their cookie."
+            messages.note(text % tunnel.local_port)
     return EXIT_OK
 
 
@@ -10535,7 +10746,9 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
-    with reserved(local_port), asking, leaving:
+    agent.port = LocalPort(local_port)
+    agent.port.hold()
+    with asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers)
     # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
@@ -10643,6 +10856,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
 
 ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
+LOGIN_EVERY_S = 0.1  # of many hosts, that few log in at once
 
 
 def list_hosts(args: Args, messages: Messages) -> int:
@@ -10651,13 +10865,15 @@ def list_hosts(args: Args, messages: Messages) -> int:
 
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    asked = {}
+    asked: "Dict[str, subprocess.Popen[bytes]]" = {}
     found: Dict[str, List[Any]] = {}  # by their event
     is_one_reached = False
     with contextlib.ExitStack() as ends:
         for host in dict.fromkeys(filter(None, args.host.split(","))):
             words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
-            asked[host] = ends.enter_context(subprocess.Popen([*program, *words], start_new_session=True, **pipes))
+            pause_s = LOGIN_EVERY_S if len(asked) > 8 else 0  # beyond ten logins at once, a bastion turns some away
+            time.sleep(pause_s)
+            asked[host] = ends.enter_context(new_process([*program, *words], start_new_session=True, **pipes))
             ends.callback(asked[host].terminate)
         until_s = time.monotonic() + HOSTS_TIMEOUT_S
         for host, child in asked.items():
@@ -11425,7 +11641,8 @@ def carry_out(words: List[str]) -> int:
             raise
         messages.end_line()
         return EXIT_OK  # of what -f follows, it is the end
-    except Failure as failure:
+    except (Failure, OSError, MemoryError) as error:
+        failure = error if isinstance(error, Failure) else Failure("this machine refused", str(error) or "no memory")
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
             failure.try_ = "did you mean %s?" % near if near else failure.try_

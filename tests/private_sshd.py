@@ -118,7 +118,7 @@ class PrivateSshd:
         config.write_text(
             "%s\nPort %d\nListenAddress %s\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\n"
             "PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nPrintMotd no\nAcceptEnv LANG LC_*\nSetEnv %s\n"
-            "MaxStartups 100\n%s"
+            "%s%s"
             % (
                 self.settings,
                 self.port,
@@ -126,6 +126,7 @@ class PrivateSshd:
                 self.directory / "host_key",
                 self.directory / "user_key.pub",
                 pairs,
+                "" if "MaxStartups" in self.settings else "MaxStartups 100\n",  # of two, the last one would hold
                 fast_kex(),
             )
         )

@@ -7,9 +7,14 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import socket
 import sys
 import tarfile
+import tempfile
+import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -477,6 +482,163 @@ def test_line_that_is_no_message(tmp_path: Path) -> None:
             assert status > 0, line[:40]
 
 
+# -- by bytes ---------------------------------------------------------------------------------------------------------
+
+EDITS = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 600), st.one_of(st.binary(max_size=40), st.just(b"\xff" * 512))),
+    min_size=1,
+    max_size=4,
+)
+
+
+def edited(data: bytes, edits: List[Tuple[int, int, bytes]]) -> bytes:
+    """Return bytes in which some are others, missing, or too many."""
+    for at, count, new in edits:
+        place = at % (len(data) + 1)
+        data = data[:place] + new + data[place + count :]
+    return data
+
+
+def as_parts(file: str, data: bytes) -> List[Any]:
+    """Return bytes as the messages that bring them."""
+    pieces = [data[at : at + 700] for at in range(0, len(data), 700)]
+    return [
+        {"kind": "part", "file": file, "id": "r07af", "data": base64.b64encode(zlib.compress(piece)).decode()}
+        for piece in pieces
+    ]
+
+
+@contextlib.contextmanager
+def little_memory(most: int = 30 << 20) -> Iterator[None]:
+    """What is done under this needs no more than so many bytes, whatever it is told."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+def test_tar_of_other_bytes(tmp_path: Path) -> None:
+    names = ["model.pt", "out/a.pt", "long/" * 30 + "b.pt"]
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            tar.addfile(member, io.BytesIO(b"x" * 600))
+    numbers = iter(range(10**6))
+
+    @many(40)
+    @given(EDITS)
+    def lie(edits: List[Tuple[int, int, bytes]]) -> None:
+        told = as_parts("files", edited(stream.getvalue(), edits))
+
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            before = told if request["action"] == "bring_files" else told_by(request["action"])
+            return [*before, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+
+        place = tmp_path / str(next(numbers))
+        (place / "home").mkdir(parents=True)
+        with little_memory():
+            check(*outcome(COMMANDS["bring_files"], answer, place / "home")[:3])
+        assert [path.name for path in place.iterdir()] == ["home"]
+        assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 100000
+        assert not [path for path in place.rglob("*") if path.is_symlink()]
+
+    lie()
+
+
+def test_journal_of_other_bytes(tmp_path: Path) -> None:
+    whole = "".join(json.dumps(entry) + "\n" for entry in JOURNAL).encode()
+    result = json.dumps({"cells": [CELL], "metadata": {}, "nbformat": 4}).encode()
+
+    @many(40)
+    @given(EDITS, st.booleans())
+    def lie(edits: List[Tuple[int, int, bytes]], is_result: bool) -> None:
+        files = {"journal": whole, "result": result}
+        name = "result" if is_result else "journal"
+        files[name] = edited(files[name], edits)
+
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            told = [part for file, data in files.items() for part in as_parts(file, data)]
+            return [*told, {"kind": "reply", "reply": REPLIES["follow_runs"]}]
+
+        with little_memory():
+            check(*outcome(["-v", *COMMANDS["follow_runs"]], answer, tmp_path)[:3])
+
+    lie()
+
+
+def test_message_of_other_bytes(tmp_path: Path) -> None:
+    @many(60)
+    @given(EDITS, st.sampled_from(sorted(set(REPLIES) - {"describe_end"})))
+    def lie(edits: List[Tuple[int, int, bytes]], action: str) -> None:
+        def answer(request: Dict[str, Any]) -> List[Any]:
+            messages = [*TOLD, {"kind": "reply", "reply": REPLIES[request["action"]]}]
+            lines = b"\n".join(json.dumps(message).encode() for message in messages)
+            return edited(lines, edits).decode("utf-8", "replace").splitlines()
+
+        with little_memory():
+            check(*outcome(COMMANDS[action], answer, tmp_path)[:3])
+
+    lie()
+
+
+def test_http_answer_of_other_bytes() -> None:
+    """Whatever answers, and however much of it: a status and a body with a bound, or no answer."""
+    good = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        @many(40)
+        @given(EDITS, st.integers(0, 3))
+        def lie(edits: List[Tuple[int, int, bytes]], megabytes: int) -> None:
+            data = edited(good, edits) + b"x" * (megabytes << 20)
+
+            def serve() -> None:
+                with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(data)
+
+            server = threading.Thread(target=serve)
+            server.start()
+            try:
+                status, body = rjupyter.http_request(listener.getsockname(), "/api", "abc", 20)
+                assert 0 <= status < 1000 and len(body) < 1100000
+            except OSError:
+                pass
+            server.join(20)
+            assert not server.is_alive()
+
+        lie()
+
+
+def test_lines_of_a_child_whatever_it_prints() -> None:
+    """All of it comes, in lines; what is longer than a line may be, in several."""
+
+    long = [b"a" * 70000, b"\n" * 400, b"m1 " + b"b" * 300000]
+
+    @many(15)
+    @given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from(long))))
+    def print_(pieces: List[bytes]) -> None:
+        data = b"\n".join(pieces)
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.seek(0)
+            with little_memory():
+                child = rjupyter.Child(["cat"], stdin=file)
+                child.mark = b"m1"
+                lines = [line for _, line in child.remaining_lines(60)]
+                child.end()
+        wanted = [line.decode("utf-8", "replace").rstrip("\r") for line in data.split(b"\n")]
+        assert max(map(len, lines), default=0) <= 400000
+        if all(len(piece) < 60000 for piece in pieces):
+            assert lines == (wanted if wanted[-1] else wanted[:-1])
+        assert "".join(lines) == "".join(wanted) or b"\r" in data or not data.isascii()
+
+    print_()
+
+
 # -- the whole program, with a stub of ssh on PATH --------------------------------------------------------------------
 
 STUB = """#!/bin/sh
@@ -614,3 +776,40 @@ def test_stub_of_ssh_whose_host_sends_what_is_no_file(laptop: Laptop, kind: str)
     assert run.status == 1, run.text
     assert not os.path.lexists(laptop.home / "out/a")
     assert sum(path.stat().st_size for path in new.values()) < 100000
+
+
+# -- a host that prints without end -----------------------------------------------------------------------------------
+
+# What the stub says in place of an answer: `{nonce}` is the request's.
+ENDLESS = {
+    "lines": "yes 'nothing of ours'",
+    "no newline": "yes | tr -d '\\n'",
+    "on stderr": "yes 'nothing of ours' >&2",
+    "a message that does not end": 'printf \'%s {{"kind": "note", "text": "\' {nonce}; yes | tr -d \'\\n\'',
+    "after it has begun": "echo '{nonce} {hello}'; yes 'nothing of ours'",
+    "zeros": "cat /dev/zero",
+}
+MEMORY_BYTES = 700 << 20  # of addresses; the longest message is let in, and none of the above
+
+
+@pytest.mark.parametrize("name", sorted(ENDLESS))
+def test_stub_of_ssh_whose_host_prints_without_end(laptop: Laptop, name: str) -> None:
+    """It ends with one error, in the memory that there is; how long it takes is no matter of the host's."""
+    put_stub(laptop)
+    way = "--no-mux" if sorted(ENDLESS).index(name) % 2 else ""
+    endless = ENDLESS[name].format(nonce="'$nonce'", hello=json.dumps(TOLD[0]))
+    stub = laptop.home / "bin/ssh"
+    says = 'nonce=$(/usr/bin/python3 -IS -c "$READ"); exec /bin/sh -c "nonce=$nonce; $SAY"'
+    stub.write_text(STUB.partition("exec /usr/bin/python3")[0] + says + "\n")
+    read = (
+        "import base64, json, sys, zlib; words = sys.stdin.buffer.read().split(); "
+        "print(json.loads(zlib.decompress(base64.b64decode(words[-1])))['nonce'])"
+    )
+    say = endless.replace("'$nonce'", "$nonce").replace("echo '$nonce ", 'echo "$nonce"\' ')
+    run = laptop.start(*([way] if way else []), "host", "list", has_terminal=False, READ=read, SAY=say)
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    run.wait()
+    assert run.status in (1, rjupyter.EXIT_TIMEOUT), run.text[-2000:]
+    assert len(re.findall("^rjupyter: ", run.stderr, re.MULTILINE)) == 1, run.text[-2000:]
+    assert re.search("not for us|makes no sense|ended early", run.stderr), run.text[-2000:]
+    assert "no memory" not in run.stderr and len(run.text) < 100000

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -394,6 +395,105 @@ def test_greeting_is_not_why_a_connection_is_lost(
         assert why == "ssh ended without a message"
         run.expect("Connected to host again", times=number)
     ended(run)
+
+
+# -- turned away, and a way there that is dead -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def crowd(host: Host, count: int = 2) -> Iterator[None]:
+    """Have so many logins under way meanwhile, as many as sshd takes."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", host.sshd.port), timeout=20))
+            assert one.recv(4) == b"SSH-"
+        yield
+
+
+def turned_away(host: Host) -> int:
+    return len(re.findall("drop connection", host.sshd.log_text()))
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("action", [[], ["list"]], ids=["open", "list"])
+def test_login_that_is_turned_away_for_others_is_tried_again(
+    laptop: Laptop, make_host: Callable[..., Host], action: List[str], mode: List[str]
+) -> None:
+    host = make_host(settings="MaxStartups 2:100:2")
+    with crowd(host):
+        run = laptop.start(*mode, "host", *action, has_terminal=False)
+        run.expect("^host turns logins away, perhaps for too many at once. Trying again.$")
+    if action:
+        assert run.wait() == 0, run.text
+    else:
+        assert is_up(run.url())
+    assert run.text.count("turns logins away") == 1
+
+
+def test_login_that_is_always_turned_away_ends_with_one_failure(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    host = make_host(settings="MaxStartups 2:100:2")
+    with crowd(host):
+        run = laptop.run("host", "list")
+    check_failure(run, 255, "kex_exchange_identification: ", "in a minute: sshd has too many logins")
+    assert turned_away(host) == rjupyter.CROWDED_TRIES
+
+
+@BOTH_MODES
+def test_many_hosts_behind_one_bastion_are_all_reached(
+    laptop: Laptop, make_host: Callable[..., Host], mode: List[str]
+) -> None:
+    """As with MaxStartups 10:30:100 and forty of them: sshd turns away whom it has no room for."""
+    bastion = make_host(name="bastion", settings="MaxStartups 2:100:2")
+    host = make_host(name="host")
+    names = ["host%d" % number for number in range(4)]
+    text = host.sshd.config.read_text().replace("Host host\n", "Host %s\n  ProxyJump bastion\n" % " ".join(names))
+    Path(laptop.config).write_text(bastion.sshd.config.read_text() + text)
+    assert Path(laptop.config) == host.sshd.config
+    with crowd(bastion):
+        run = laptop.start(*mode, ",".join(names), "list", "--json", has_terminal=False)
+        wait_until(lambda: turned_away(bastion) >= 2, "some are turned away")
+    assert run.wait() == 0, run.text
+    found = [event for event in map(json.loads, run.stdout.splitlines()) if event["event"] == "host"]
+    assert [(row["host"], row["is_reached"], row["why"]) for row in found] == [(name, True, None) for name in names]
+
+
+IAP = "ERROR: (gcloud.compute.start-iap-tunnel) Error while connecting [4003: 'failed to connect to backend']."
+SSM = "An error occurred (TargetNotConnected) when calling the StartSession operation: i-0abc is not connected."
+DEAD = {
+    "iap": ('echo "%s" >&2; exit 1' % IAP, IAP),
+    "ssm": ("echo; echo '%s' >&2; exit 254" % SSM, SSM),
+    "two lines": ("echo 'Please log in again:' >&2; echo '  tsh login' >&2; exit 1", "Please log in again:"),
+    "no program": ("exec /nowhere/cloud ssh-proxy", "/nowhere/cloud"),
+    "no word": ("exit 1", "does its ProxyCommand work?"),
+}
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", sorted(DEAD))
+def test_proxy_command_that_is_dead_is_told_in_its_own_words(
+    laptop: Laptop, host: Host, name: str, mode: List[str]
+) -> None:
+    script, words = DEAD[name]
+    program = laptop.home / "proxy"
+    program.write_text("#!/bin/sh\n%s\n" % script)
+    program.chmod(0o755)
+    with open(laptop.config, "a") as config:
+        config.write("  ProxyCommand %s\n" % program)
+    run = laptop.run(*mode, "host", "list")
+    check_failure(run, 255, words, "host true")
+    assert "too many logins" not in run.stderr
+    if name != "no word":
+        assert "turns logins away" not in run.stderr  # which nobody is told to wait for
+
+
+@BOTH_MODES
+def test_jump_host_that_does_not_get_there_is_no_crowd(laptop: Laptop, host: Host, mode: List[str]) -> None:
+    text = host.sshd.config.read_text()
+    text += text.replace("Host host\n", "Host behind\n  ProxyJump host\n").replace(str(host.sshd.port), "1")
+    Path(laptop.config).write_text(text)
+    run = laptop.run(*mode, "behind", "list")
+    check_failure(run, 255, "open failed: connect failed: Connection refused", "behind true")
+    assert "turns logins away" not in run.stderr
 
 
 # -- a connection that is lost before there is a result ---------------------------------------------------------------

@@ -239,6 +239,50 @@ def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
     assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).runs == []
 
 
+class SlowSsh(StandInForSsh):
+    """One whose host says this, and then goes on so for a while, a little at a time."""
+
+    says = ""
+
+    def session(self, command: str) -> rjupyter.Child:
+        script = "import sys, time\nnonce = sys.argv[1]\n%s" % self.says
+        return rjupyter.Child([sys.executable, "-IS", "-c", script, "nonce"], stdin=subprocess.PIPE)
+
+
+# A message that is long, and its link slow; and what is none, by lines, by a piece of one, and beside it.
+SLOW = {
+    "a message": ("""'nonce {"kind": "reply", "reply": {"count": 3'""", "'   '", "print('}}')", ""),
+    "lines": ("'hello'", "'a line\\n'", "", "said nothing for 2 s"),
+    "a line": ("'hello'", "'a'", "", "said nothing for 2 s"),
+    "after it has begun": (
+        """'nonce {"kind": "progress", "text": ""}\\n'""",
+        "'a line\\n'",
+        "",
+        "said nothing for 2 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_any_byte_of_a_message_is_life_and_noise_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again, last, why = SLOW[name]
+    write = "sys.stdout.write(%s) and sys.stdout.flush()"
+    monkeypatch.setattr(os, "urandom", lambda count: b"")
+    monkeypatch.setattr(rjupyter.Request, "but", lambda request, **_: request)
+    messages = rjupyter.Messages(quiet=True)
+    ssh = SlowSsh("host", [], False, messages, False)
+    ssh.says = "\n".join([write % first, "for _ in range(20):", "    time.sleep(0.2)", "    " + write % again, last])
+    agent = rjupyter.Agent(ssh, messages)
+    monkeypatch.setattr(rjupyter.AgentFile, "input_of", lambda *_: b"")
+    request = rjupyter.Request(action="stop", nonce="nonce")
+    if not why:
+        assert agent.ask(request, rjupyter.StopReply, silence_s=2).count == 3
+        return
+    with pytest.raises(rjupyter.NotConnected, match="no answer") as failed:
+        agent.ask(request, rjupyter.StopReply, silence_s=2)
+    assert why in failed.value.why
+
+
 def test_directory_into_which_something_is_written_as_it_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from client import api, base_url, check_failure, compute, is_up, listed, token_of
 from jupyters import jupyter_for_everyone, jupyter_of, standin
-from sides import VENV_BIN, Host, Laptop, User, quiet_port, wait_until, without_port
+from sides import VENV_BIN, Host, Laptop, User, quiet_port, ssh_of, wait_until, without_port
 
 import rjupyter
 
@@ -413,6 +414,150 @@ def test_the_browser_of_another_user_on_the_laptop_is_not_sent_on(eve: User) -> 
     assert as_user(eve, mapped, str(port), "/secret") == "404\n"
     assert rjupyter.http_request(("127.0.0.1", port), "/secret", "", 10)[0] == 302
     thread.join(10)
+    assert not thread.is_alive()
+
+
+# Wants a port whenever it is free, and listens there; what it is sent, it throws away.
+GRABBER = """
+import socket, sys
+print("up", flush=True)
+while True:
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        s.bind(("127.0.0.1", int(sys.argv[1])))
+        s.listen(8)
+        break
+    except OSError:
+        s.close()
+print("got it", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def grabbing(user: User, port: int) -> Iterator["subprocess.Popen[str]"]:
+    """Let another user be after a local port meanwhile."""
+    argv = ["/usr/bin/python3", "-IS", "-c", GRABBER, str(port)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, text=True, user=user.uid, group=65534, extra_groups=[], cwd="/"
+    ) as grabber:
+        try:
+            assert grabber.stdout is not None and grabber.stdout.readline() == "up\n"
+            yield grabber
+        finally:
+            grabber.kill()
+
+
+def got_it(grabber: "subprocess.Popen[str]") -> bool:
+    assert grabber.stdout is not None
+    return bool(select.select([grabber.stdout], [], [], 0)[0])
+
+
+def kill_ssh(host: Host, mark: str) -> None:
+    os.kill(ssh_of(mark), signal.SIGKILL)
+
+
+def end_session(host: Host, mark: str) -> None:
+    host.sshd.end_connections()
+
+
+def end_server(host: Host, mark: str) -> None:
+    """The forward is closed before the host has said what became of the server."""
+    os.killpg(host.servers()[0]["pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [kill_ssh, end_session])
+def test_another_user_does_not_get_the_local_port_while_ssh_is_down(
+    laptop: Laptop, host: Host, eve: User, mark: str, end: Callable[[Host, str], None]
+) -> None:
+    port = quiet_port()
+    run = laptop.start("-v", "--local-port", str(port), "host", has_terminal=False)
+    url = run.url()
+    run.expect("To end it")
+    with grabbing(eve, port) as grabber:
+        host.sshd.stop()
+        end(host, mark)
+        run.expect("Not yet: cannot connect", 60, times=3)
+        assert not got_it(grabber)
+    host.sshd.start()
+    run.expect("Connected to host again")
+    assert is_up(url)
+
+
+def test_another_user_does_not_get_the_local_port_of_a_server_that_ended(
+    laptop: Laptop, host: Host, eve: User, mark: str
+) -> None:
+    port = quiet_port()
+    run = laptop.start("--local-port", str(port), "host", has_terminal=False)
+    run.expect("To end it")
+    with grabbing(eve, port) as grabber:
+        grabber.send_signal(signal.SIGSTOP)
+        end_server(host, mark)
+        assert run.wait(30) == 4
+        grabber.send_signal(signal.SIGCONT)
+        wait_until(lambda: got_it(grabber), "it is free when we are gone", 20)
+
+
+def test_another_user_who_got_the_local_port_is_named_and_nobody_logs_in_meanwhile(
+    laptop: Laptop, host: Host, eve: User, mark: str, directory: Path
+) -> None:
+    """She is quick: between our leaving it and ssh's taking it, which a stub of ssh makes long."""
+    stub, held = directory / "bin/ssh", directory / "held"
+    stub.parent.mkdir()
+    wait = 'case "$*" in *"-O forward"*) while [ -e %s ]; do sleep 0.02; done;; esac' % held
+    stub.write_text('#!/bin/sh\n%s\nexec /usr/bin/ssh "$@"\n' % wait)
+    stub.chmod(0o755)
+    laptop.environment["PATH"] = "%s:%s" % (stub.parent, laptop.environment["PATH"])
+    port = quiet_port()
+    run = laptop.start("-v", "--local-port", str(port), "host", has_terminal=False)
+    url = run.url()
+    run.expect("To end it")
+    held.touch()
+    with grabbing(eve, port) as grabber:
+        host.sshd.end_connections()
+        wait_until(lambda: got_it(grabber), "she has it", 30)
+        held.unlink()
+        words = "^Not yet: cannot listen on local port %d: 127.0.0.1:%d is taken on this machine by %s"
+        run.expect(words % (port, port, eve.name))
+        logins = host.sshd.logins()
+        run.expect("Not yet", times=4)
+        assert host.sshd.logins() == logins
+    run.expect("Connected to host again", 60)
+    assert is_up(url)
+    run.interrupt()
+    run.wait()
+    with grabbing(eve, port) as grabber:
+        wait_until(lambda: got_it(grabber), "she has it", 30)
+        check_failure(laptop.run("--local-port", str(port), "host"), 1, "is taken on this machine by " + eve.name)
+        again = laptop.start("host", has_terminal=False)
+        again.expect("^Local port %d is taken by %s now: close the pages" % (port, eve.name))
+        assert ":%d/" % port not in again.url()
+
+
+@pytest.mark.parametrize("has_page", [True, False])
+def test_pages_that_stay_open_are_told_of_at_ctrl_c(laptop: Laptop, host: Host, has_page: bool) -> None:
+    port = quiet_port()
+    run = laptop.start("--local-port", str(port), "host", has_terminal=False)
+    run.expect("To end it")
+    with socket.create_connection(("127.0.0.1", port)) if has_page else contextlib.nullcontext():
+        run.interrupt()
+        assert run.wait() == 0
+    assert ("Close its pages, too: whoever listens on port %d here" % port in run.stderr) == has_page
+
+
+def test_connections_that_say_nothing_keep_nobody_from_the_one_time_address() -> None:
+    listener = rjupyter.listen_on(0)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=rjupyter._redirect_once, args=(listener, "/secret", "http://127.0.0.1:1/?token=t"))
+    thread.start()
+    with contextlib.ExitStack() as stack:
+        for _ in range(120):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        assert rjupyter.http_request(("127.0.0.1", port), "/other", "", 4)[0] == 404
+        assert rjupyter.http_request(("127.0.0.1", port), "/secret", "", 4)[0] == 302
+        thread.join(10)
     assert not thread.is_alive()
 
 

@@ -145,7 +145,7 @@ def sleeps() -> Iterator[str]:
 
 def test_no_fixed_sleeps() -> None:
     """What sleeps looks every POLL_S, or with pauses that grow from there, or is named here."""
-    named = {"_redial: delay_s", "follow_log: 0.2", "job_main: FOLLOW_MAX_S"}
+    named = {"follow_log: 0.2", "job_main: FOLLOW_MAX_S"}
     assert {sleep for sleep in sleeps() if not sleep.endswith((": POLL_S", ": pause_s"))} <= named
 
 
