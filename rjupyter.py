@@ -555,6 +555,7 @@ class Request(Record):
     server_args: "List[str]" = []
     idle_timeout_s: int = 0
     no_record: bool = False
+    no_save: bool = False  # what was missed is told, and put into no notebook
     start_timeout_s: float = float(START_TIMEOUT_S)
     local_port: int = 0  # the one it is to be reached by; the next open of it looks for the same
     # Through which scheduler.
@@ -772,13 +773,16 @@ class Told(Record):
 
 
 class Away(Record):
-    """A notebook whose cell ended while no page was connected to its kernel: the last one that did."""
+    """A notebook whose cells ended while no page was connected to its kernel: how many, and how the last one did."""
 
     notebook: str
+    cells: int = 1
     count: "Optional[int]" = None
     seconds: float
     lines: int
     is_done: bool
+    has_died: bool = False  # its kernel, before it ended by itself
+    why: str = ""  # the notebook has not got their outputs
 
 
 class Server(RuntimeInfo):
@@ -4382,7 +4386,8 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
 
 
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
-TELLING = []  # type: List[Callable[[str], List[Away]]] # each has something to tell to who comes back to a server
+ENDING = []  # type: List[Callable[[Request, Channel], None]] # each ends what has no record, by its name
+TELLING = []  # type: List[Callable[[Request, str], List[Away]]] # each has something for who comes back to a server
 
 
 def launch_server(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[ServerRecord]":
@@ -4755,7 +4760,7 @@ def open_server(request: Request, channel: Channel) -> Server:
         name = "".join("%%%02x" % byte for byte in os.fsencode(file))
         if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
             channel.tell("note", text="Jupyter has no %s to show: it is hidden, or not in its contents." % found.file)
-    found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(found.id))]
+    found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(request, found.id))]
     found.foreign = foreign_files()
     return found
 
@@ -4924,23 +4929,24 @@ def follow_log(request: Request, channel: Channel) -> Record:
 def stop_all(request: Request, channel: Channel) -> StopReply:
     """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
+    What is no id is the name of something else (ENDING).
     With `asks`, nothing is ended while a kernel computes, be it in a job that is named: the reply names the busy ones,
     and the client comes again.
     """
     if request.ids:
-        known = [record for kind in KINDS.values() for record in kind.all_running()]
-        found = [record for record in known if record.id in request.ids]
-        missing = sorted(set(request.ids) - {record.id for record in found})
-        if missing:
-            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
+        found = [record for kind in KINDS.values() for record in kind.all_running() if record.id in request.ids]
     else:
         found = what_to_stop(request)
+    names = [word for word in request.ids if word not in {record.id for record in found}]
     inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
     views = [KINDS[record.kind].describe(record) for record in found + inside if request.asks]
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
         return StopReply(busy=busy, runs=runs)
+    for name in names:
+        for end in ENDING:
+            end(request.but(name=name), channel)
     failures = []
     for record in found:
         held = place_of(record).held
@@ -4958,7 +4964,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
     if failures:
         raise failures[0]
-    return StopReply(count=len(found))
+    return StopReply(count=len(found) + len(names))
 
 
 def what_to_stop(request: Request) -> "List[Any]":
@@ -4968,14 +4974,13 @@ def what_to_stop(request: Request) -> "List[Any]":
     others = [kind for kind in KINDS.values() if kind.name != "server"]
     if request.is_all:
         return found + [record for kind in others for record in kind.stopped_with_all()]
-    if len(found) > 1:
-        names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
-        raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
-    waiting = [] if found else [record for kind in others for record in kind.waiting(request)]
-    if len(waiting) > 1:
-        names = ["%s   for %s" % (job.id, job.request.path or "~") for job in waiting]
-        raise Failure("%d jobs wait there" % len(waiting), "\n".join(names), "stop ID, or stop --all")
-    return found or waiting
+    found = found or [record for kind in others for record in kind.waiting(request)]
+    there = found or matching_servers(request.but(app=""), root_dir)
+    if len(there) > 1 or len(there) > len(found):
+        names = ["%s   %s in %s" % (r.id, r.request.app or r.kind, r.root_dir or r.request.path or "~") for r in there]
+        what = "%d servers run or wait there" % len(found) if found else "no %s runs there" % APPS[request.app].title
+        raise Failure(what, "\n".join(names), "stop ID, or stop --all")
+    return found
 
 
 # -- the end of a thing -----------------------------------------------------------------------------------------------
@@ -5393,6 +5398,7 @@ SAYINGS = {
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
     "stopped run": ("Stopped the execution of {name} ({id}); its result so far is kept.", "stopped"),
     "stopped job": ("Cancelled job {job} ({id}).", "stopped"),
+    "stopped kernel": ("Ended the kernel of {name}.", "ended"),
     "stopped wrapper": ("Ended what started inside {wrap} ({id}).", "stopped"),
 }
 # The facts in it that are no texts, or may be none.
@@ -6076,6 +6082,7 @@ NOTEBOOK_MAX = 1 << 30  # bytes
 SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
 IDS_MAX = 1000  # cells whose threads may still print
+OVERLAP = 1000  # characters by which the end of one text is found again in another
 WAS_KILLED = "the output printed here is lost: the recorder was killed"
 TOO_LARGE = "an output of %d MB was not kept"
 IS_CUT = "older output was dropped: more than %d MB came" % (JOURNAL_BYTES >> 20)
@@ -6152,6 +6159,7 @@ class BegunCell(TimedEntry):
     code: str = ""
     notebook: str = ""
     asked_by: str = ""  # the id of the message that asked for it
+    is_eval: bool = False  # nobody misses what came of it
     # In a notebook that is executed: its place, and its number among those with code.
     index: int = -1
     cell: int = 0
@@ -6182,9 +6190,10 @@ class FinishedCell(TimedEntry):
 
 
 class Gap(TimedEntry):
-    """Something is missing here; `dropped` lines of the journal so far, where it is those."""
+    """Something is missing here: the `dropped` lines of the journal so far, unless they are there after all."""
 
     kind = "gap"
+    id: str = ""  # of the cell that ran
     dropped: int = 0
     why: str
 
@@ -6217,10 +6226,15 @@ class RecorderMark(Record):
 
 
 class KernelMark(Record):
-    """What a quick look at a kernel needs, beside its journal: KERNEL.json."""
+    """What a quick look at a kernel needs, beside its journal: KERNEL.json. It is there when the kernel is heard."""
 
     notebook: str = ""
-    is_heard: bool = False
+    former: "List[str]" = []  # its names before
+
+    def named(self, notebook: str) -> "KernelMark":
+        """Return it with the name that the notebook has now, where there is one."""
+        former = [name for name in [*self.former, self.notebook] if name not in ("", notebook)]
+        return self.but(notebook=notebook, former=former) if notebook else self
 
 
 class Connection(Record):
@@ -6280,9 +6294,8 @@ def start_recorder(record: ServerRecord, found: Launcher) -> None:
 def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
     """Start the recorder's program, and write down which process it is."""
     log = os.path.join(record.directory, "recorder.log")
-    process = start_detached(
-        [python, os.path.join(record.directory, "agent.py")], environment, "/", log, record.request.is_held
-    )
+    argv = [python, os.path.join(record.directory, "agent.py")]
+    process = start_detached(argv, environment, "/", log, record.request.is_held)
     with ended_unless_kept(process):
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
         write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
@@ -6291,13 +6304,9 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
 def revive_recorder(record: ServerRecord) -> None:
     """Start a recorder again that was killed; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
-    if (
-        mark
-        and not record.request.is_held
-        and place_of(record).is_here
-        and not is_same_process(mark.pid, mark.identity)
-    ):
-        run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
+    if mark and not is_same_process(mark.pid, mark.identity) and not record.request.is_held:
+        if place_of(record).is_here:
+            run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
 
 
 BESIDE.append(start_recorder)
@@ -6452,15 +6461,14 @@ class RecordedKernel:
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, BegunCell]
         self._failed: "Set[str]" = set()
-        self._lines = {}  # type: Dict[str, int]
-        self._unseen = None  # type: Optional[Away] # what ended with a page that may be gone, for its link died
+        self._unseen = {}  # type: Dict[str, float] # when cells ended with a page that may be gone, for its link died
         self._ended_at = 0.0
         self.shell = None  # type: Any # what it is asked through, and answers
         self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
         if os.path.exists(self._journal.path):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
-        self._journal.mark(KernelMark(notebook=recorder.notebook_of(identity), is_heard=True))
+        self._journal.mark(recorder.notebook_of(identity))
 
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
@@ -6513,26 +6521,25 @@ class RecordedKernel:
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
-            self._lines[identity] = self._lines.get(identity, 0) + joined_text(content.get("text", "")).count("\n")
-            self._lines[identity] += content.get("data") is not None
             self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
         elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
             self._end(identity)
 
     def _begin(self, asked_by: str, content: "Json") -> None:
         self._begun += 1
-        self._asked.discard(asked_by)
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
         for old in list(self._ids)[:-IDS_MAX]:
             del self._ids[old]
         self._end_all()  # of what runs no more, without a word: the kernel was started anew
         notebook = self.recorder.notebook_of(self.id)
         facts = {"count": fact(content, "execution_count", 0) or None, "code": fact(content, "code", "")}
+        facts["is_eval"] = asked_by in self._asked
+        self._asked.discard(asked_by)
         begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, notebook=notebook, **facts)
-        self._running[identity], self._lines[identity] = begun, 0
-        self._journal.head = begun
-        self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
+        self._running[identity] = begun
+        self._journal.mark(notebook)
         self._journal.tell(begun)
+        self._journal.head = begun
 
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
@@ -6574,17 +6581,18 @@ class RecordedKernel:
         connections = connections_of(server_info(self.recorder.record), self.id)
         facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
         self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
-        lines = self._lines.pop(identity, 0)
+        self._journal.head = None
         self._failed.discard(identity)
-        away = Away(
-            notebook=begun.notebook, count=begun.count, seconds=time.time() - begun.time, lines=lines, is_done=is_done
-        )
-        self._unseen, self._ended_at = away if begun.notebook else None, time.monotonic()
-        self._tell_unseen(connections)
+        self._ended_at = time.monotonic()
+        if begun.notebook and not begun.is_eval:
+            recent = {name: at for name, at in self._unseen.items() if self._ended_at - at < PAGE_GONE_S}
+            self._unseen = dict(recent, **{identity: self._ended_at})
+            self._tell_unseen(connections)
 
     def _tell_unseen(self, connections: int) -> None:
-        self._journal.tell_away(self._unseen if connections == 0 else None)
-        self._unseen = None if connections == 0 else self._unseen
+        if connections >= 0:
+            self._journal.tell_away([] if connections else list(self._unseen))
+            self._unseen = self._unseen if connections else {}
 
     def look_again(self) -> None:
         """Learn what changes in and after a cell: the notebook's name, and whether a page is there.
@@ -6595,11 +6603,9 @@ class RecordedKernel:
         has_just_ended = time.monotonic() - self._ended_at < PAGE_GONE_S
         notebook = self.recorder.notebook_of(self.id) if self._running or has_just_ended else ""
         if notebook:
-            self._journal.mark(KernelMark(notebook=notebook, is_heard=True))
+            self._journal.mark(notebook)
             for begun in self._running.values():
                 begun.notebook = notebook
-            if self._unseen:
-                self._unseen.notebook = notebook
         if self._unseen and has_just_ended:
             self._tell_unseen(connections_of(server_info(self.recorder.record), self.id))
 
@@ -6610,27 +6616,30 @@ class Journal:
     def __init__(self, path: str, most: float = JOURNAL_BYTES // 2) -> None:
         self.path = path
         self.most = most  # bytes of each
-        self.head = None  # type: Optional[BegunCell] # the cell that runs, or ran last
+        self.head = None  # type: Optional[BegunCell] # the cell that runs
         self._file = -1
         self._size = 0
         self._lost = ""
-        self._lines = [0, 0, 0]  # that were dropped, in the older half, in the newer one
-        self._mark = KernelMark()
+        self._lines = 0  # that were written
+        self._mark = None  # type: Optional[KernelMark]
 
     def tell(self, entry: Entry) -> None:
         """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
         line = line_of(entry)
         if len(line) > self.most:
-            line = line_of(Gap(time=time.time(), why=TOO_LARGE % (len(line) >> 20)))
+            line = self._gap(TOO_LARGE % (len(line) >> 20))
         try:
             if self._size + len(line) > self.most and self._size:
                 self._turn()
             if self._lost:
-                self._write(line_of(Gap(time=time.time(), why=self._lost)))
+                self._write(self._gap(self._lost))
                 self._lost = ""
             self._write(line)
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
+
+    def _gap(self, why: str, dropped: int = 0) -> bytes:
+        return line_of(Gap(id=self.head.id if self.head else "", time=time.time(), why=why, dropped=dropped))
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
@@ -6640,36 +6649,36 @@ class Journal:
         try:
             write_all(self._file, line)
             self._size += len(line)
-            self._lines[2] += 1
+            self._lines += 1
         except OSError:
             os.ftruncate(self._file, self._size)
             raise
 
     def _turn(self) -> None:
-        dropped, older, newer = self._lines
-        self._lines = [dropped + older, newer, 0]
+        """Begin a newer half, which says what is missing when it is the older one."""
         os.replace(self.path, self.path + ".old")
         os.close(self._file)
         self._file, self._size = -1, 0
-        if dropped + older:
-            self._write(line_of(Gap(time=time.time(), why=IS_CUT, dropped=dropped + older)))
+        self._write(self._gap(IS_CUT, self._lines))
         if self.head:
             self._write(line_of(self.head))
 
-    def mark(self, mark: KernelMark) -> None:
+    def mark(self, notebook: str) -> None:
         """Write down what is to be found quickly."""
+        mark = (self._mark or read_record(KernelMark, beside(self.path, ".json")) or KernelMark()).named(notebook)
         if mark != self._mark:
             with contextlib.suppress(OSError):
                 write_whole(beside(self.path, ".json"), json.dumps(mark.facts()))
                 self._mark = mark
 
-    def tell_away(self, away: "Optional[Away]") -> None:
-        """Leave a note for the next open about a cell that ended with no page connected; or remove that note."""
+    def tell_away(self, ids: "List[str]") -> None:
+        """Note for the next open cells that ended with no page connected; without any, remove such notes."""
+        path = beside(self.path, ".away")
         with contextlib.suppress(OSError):
-            if away:
-                write_whole(beside(self.path, ".away"), json.dumps(away.facts()))
+            if ids:
+                write_whole(path, read_text(path) + "\n".join([*ids, ""]))
             else:
-                os.unlink(beside(self.path, ".away"))
+                os.unlink(path)
 
 
 def beside(journal: str, suffix: str) -> str:
@@ -6680,25 +6689,6 @@ def beside(journal: str, suffix: str) -> str:
 def line_of(entry: Entry) -> bytes:
     """Return a line of a journal."""
     return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
-
-
-def away_from(identity: str) -> "List[Away]":
-    """Return the notes that the recorder left for this open; each is told once."""
-    found = []
-    for record in [record for record in KINDS["server"].records() if record.id == identity]:
-        with contextlib.suppress(OSError):
-            revive_recorder(record)
-        directory = cells_dir(record.directory)
-        names = os.listdir(directory) if os.path.isdir(directory) else []
-        for path in sorted(os.path.join(directory, name) for name in names if name.endswith(".away")):
-            away = read_record(Away, path)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            found += [away] if away else []
-    return found
-
-
-TELLING.append(away_from)
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
@@ -6784,7 +6774,13 @@ class Executions:
         """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
         entry = entry_in(facts)
         if isinstance(entry, Gap):
-            cell = self.cells["gap %d" % len(self.cells)] = CellOutput(gap=entry)
+            if entry.dropped and self.cells:  # we have what was before
+                return None, None
+            name = entry.id or "gap %d" % len(self.cells)
+            cell = self.cells.setdefault(name, CellOutput(gap=None if entry.id else entry))
+            if not cell.gap:
+                content = {"name": "stderr", "text": "[%s]\n" % entry.why, "is_gap": True}
+                cell.outputs.append(PrintedOutput(id=entry.id, type="stream", content=content))
             return cell, entry
         identity = str(getattr(entry, "id", ""))
         if not identity or (isinstance(entry, FinishedCell) and identity not in self.cells):
@@ -6859,10 +6855,8 @@ class JournalReader:
             old = Growing(self.path + ".old", self._new.offset) if self._inode else None
             self._new = Growing(self.path)
         self._inode, self._is_begun = self._inode_now(), True
-        return [
-            *(old.lines() if old else []),
-            *self._new.lines(),
-        ]  # at once: what is half read may become the older one
+        # At once: what is half read may become the older one.
+        return [*(old.lines() if old else []), *self._new.lines()]
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
@@ -6870,31 +6864,38 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
 
     Raises Failure, with those that there are.
     """
-    found = []
     wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
-    for record in KINDS["server"].records():
-        directory = cells_dir(record.directory)
-        if not is_in_path(record, request) or not os.path.isdir(directory):
-            continue
-        for name in os.listdir(directory):
-            path = os.path.join(directory, name)
-            if name.endswith(".journal"):
-                mark = read_record(KernelMark, beside(path, ".json")) or KernelMark()
-                found.append((os.stat(path).st_mtime, record, path, mark))
-    found.sort(key=lambda row: row[0], reverse=True)
-    named = [row[1:] for row in found if is_named(wanted, row[3].notebook, os.path.basename(row[2]))]
+    records = [record for record in KINDS["server"].records() if is_in_path(record, request)]
+    found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
+    found.sort(key=lambda row: os.stat(row[1]).st_mtime, reverse=True)
+    named = [row for row in found if is_named(wanted, row[2].notebook, os.path.basename(row[1]))]
+    named = named or [row for row in found if any(is_named(wanted, former, "") for former in row[2].former)]
     if named:
         return named[0]
-    there = ", ".join(dict.fromkeys(row[3].notebook or os.path.basename(row[2])[:8] for row in found))
+    there = ", ".join(dict.fromkeys(mark.notebook or os.path.basename(path)[:8] for _, path, mark in found))
     what = "nothing is recorded" + (" of " + portable(wanted) if wanted else "")
-    why = (
-        "there is: " + there
-        if there
-        else "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
-    )
+    why = "there is: " + there
+    if not there:
+        why = "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
     for record in [] if found else KINDS["server"].running():
         why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
     raise Failure(what, why, "output, with one of these names" if there else "")
+
+
+def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]":
+    """Return the journals of a server that have such a file beside them, and what their notebooks are called now."""
+    directory = cells_dir(record.directory)
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    kernels = sorted(name[: -len(suffix)] for name in names if name.endswith(suffix))
+    info = server_info(record) if kernels and place_of(record).is_running() else None
+    notebooks = notebooks_of(info) if info and can_ask_server(record, info) else {}
+    marks = [mark_of(record, kernel).named(notebooks.get(kernel, "")) for kernel in kernels]
+    return [(os.path.join(directory, kernel + ".journal"), mark) for kernel, mark in zip(kernels, marks)]
+
+
+def mark_of(record: ServerRecord, kernel: str) -> KernelMark:
+    """Return what the recorder wrote down of a kernel."""
+    return read_record(KernelMark, os.path.join(cells_dir(record.directory), kernel + ".json")) or KernelMark()
 
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
@@ -6911,36 +6912,73 @@ REQUESTS["send_output"] = send_output
 
 
 def save_output(request: Request, channel: Channel) -> "Json":
+    """Put what cells printed into their notebook; raises Failure where that cannot be."""
+    record, path, mark = journal_asked_for(request)
+    executions = Executions(JournalReader(path).lines())
+    changed, placed = save_into(record, mark.notebook, executions)
+    if not placed:
+        raise Failure("nothing was saved into " + mark.notebook, "no cell has code that ran", "output, without --save")
+    return {"notebook": mark.notebook, "cells": changed}
+
+
+def away_from(request: Request, identity: str) -> "List[Away]":
+    """Return what the recorder noted for this open, each once; what was missed goes into the notebooks."""
+    found = []
+    for record in [record for record in KINDS["server"].records() if record.id == identity]:
+        with contextlib.suppress(OSError):
+            revive_recorder(record)
+        for path, mark in marks_of(record, ".away"):
+            executions = Executions(JournalReader(path).lines())
+            ids = [name for name in read_text(beside(path, ".away")).split() if name in executions.cells]
+            remove_files([beside(path, ".away")])
+            last = executions.cells[ids[-1]] if ids else CellOutput()
+            if not last.begun or not last.finished:
+                continue
+            facts = {"count": last.begun.count, "is_done": last.finished.is_done, "has_died": last.finished.has_died}
+            facts["lines"] = sum(text_of(output).count("\n") for output in last.outputs)
+            away = Away(notebook=mark.notebook, cells=len(ids), seconds=last.finished.time - last.begun.time, **facts)
+            found.append(away)
+            try:
+                if not request.no_save:
+                    _, placed = save_into(record, mark.notebook, executions)
+                    away.why = "" if set(ids) <= set(placed) else "the code was changed since"
+            except (Failure, OSError, ValueError) as error:  # nobody is to be kept from the page by that
+                why = (error.why or error.what) if isinstance(error, Failure) else str(error)
+                away.why = why.split("\n")[0]
+    return found
+
+
+TELLING.append(away_from)
+
+
+def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "Tuple[int, List[str]]":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
-    Raises Failure, and changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
+    Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
+    changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
     from urllib.parse import quote
 
-    record, path, mark = journal_asked_for(request)
     info = server_info(record) if place_of(record).is_running() else None
-    if not info or not mark.notebook:
-        why = "its server has ended" if mark.notebook else "its kernel belongs to no notebook"
+    if not info or not notebook or not can_ask_server(record, info):
+        why = "its server has ended, or only its own node reaches it" if notebook else "its kernel has no notebook"
         raise Failure("cannot save into a notebook", why, "output, without --save")
-    kernel = os.path.basename(path).partition(".")[0]
-    api = "api/contents/" + quote(mark.notebook)
-    check_alone(info, kernel, mark.notebook)
+    api = "api/contents/" + quote(notebook)
+    check_alone(info, notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
-    executions = Executions(JournalReader(path).lines())
-    cells = objects(before["content"], "cells")
-    changed = fill_in(cells, list(executions.cells.values()))
+    cells = objects(before.get("content"), "cells")
+    changed, placed = fill_in(cells, list(executions.cells.values()))
     if changed:
-        check_alone(info, kernel, mark.notebook)
+        check_alone(info, notebook)
         if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
-            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
-        sent = json.dumps(
-            {"type": "notebook", "format": "json", "content": dict(before["content"], cells=cells)}
-        ).encode()
+            raise Failure("nothing was saved", "%s was changed meanwhile" % notebook, "the same command again")
+        content = dict(before["content"], cells=cells)
+        sent = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
         status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
         if status not in (200, 201):
             why = fact(said, "message", "") or "HTTP status %d" % status
-            raise Failure("cannot save into " + mark.notebook, why)
-    return {"notebook": mark.notebook, "cells": changed}
+            raise Failure("cannot save into " + notebook, why)
+    return changed, placed
 
 
 def contents_of(info: RuntimeInfo, api: str, query: str) -> "Json":
@@ -6952,38 +6990,67 @@ def contents_of(info: RuntimeInfo, api: str, query: str) -> "Json":
     return dict(said)
 
 
-def check_alone(info: RuntimeInfo, kernel: str, notebook: str) -> None:
-    """Raise Failure while a page is connected to a kernel: it has the notebook, and would save its own over ours."""
-    if connections_of(info, kernel) > 0:
-        why = "a page is connected to its kernel, which shows and saves these outputs itself"
-        raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
+def check_alone(info: RuntimeInfo, notebook: str) -> None:
+    """Raise Failure while a page has a notebook: it shows these outputs itself, and would save its own over ours."""
+    status, said = ask_server(info, "api/sessions?no_track_activity=1")
+    if not status:
+        raise Failure("cannot save into " + notebook, "Jupyter does not answer")
+    for session in objects({"said": said}, "said"):
+        if fact(session, "path", "") == notebook and fact(fact(session, "kernel", {}), "connections", 0) > 0:
+            why = "a page is connected to its kernel, which shows and saves these outputs itself"
+            raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
 
 
-def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> int:
-    """Give cells the outputs of the executions of their code, equal ones by their order; return how many changed.
+def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> "Tuple[int, List[str]]":
+    """Give cells the outputs of the executions of their code, equal ones by their order; trusted, as in a page.
 
-    Where equal cells were executed more often than there are, the last executions count.
+    Where equal cells were executed more often than there are, the last executions count. Return how many cells changed,
+    and the ids of the executions of what is still there.
     """
     by_code = {}  # type: Dict[str, List[Json]]
     for cell in cells:
         if fact(cell, "cell_type", "") == "code":
             by_code.setdefault(joined_text(cell.get("source", "")), []).append(cell)
-    changed = 0
+    changed, placed = 0, []  # type: int, List[str]
+    begun = [(execution.begun, execution) for execution in executions if execution.begun]
     for code, same in by_code.items():
-        ran = [execution for execution in executions if execution.begun and execution.begun.code == code]
-        for cell, execution in zip(same, ran[-len(same) :]):
-            count = execution.begun.count if execution.begun else None
-            outputs = outputs_in_file(execution)
+        ran = [row for row in begun if row[0].code == code]
+        placed += [its.id for its, _ in ran]
+        for cell, (its, execution) in zip(same, ran[-len(same) :]):
+            has_ended = execution.finished or cell.get("execution_count") == its.count
+            count = its.count if has_ended else None  # as a page has it
+            ours = outputs_in_file(execution)
+            outputs = whole_outputs(cell, execution, ours, its.count)
             if (cell.get("outputs"), cell.get("execution_count")) != (outputs, count):
-                cell["outputs"], cell["execution_count"] = outputs, count
+                metadata = fact(cell, "metadata", {})  # type: Json
+                metadata["trusted"] = outputs == ours or metadata.get("trusted") is True
+                cell.update(outputs=outputs, execution_count=count, metadata=metadata)
                 changed += 1
-    return changed
+    return changed, placed
 
 
-def outputs_in_file(execution: CellOutput) -> "List[Json]":
-    """Return the outputs of an execution in a notebook's own form (nbformat 4)."""
+def whole_outputs(cell: "Json", execution: CellOutput, ours: "List[Json]", count: "Optional[int]") -> "List[Json]":
+    """Return the outputs of an execution for its cell: where some are missing, with those that the cell has of it."""
+    gap = max([-1, *(place for place, output in enumerate(execution.outputs) if "is_gap" in output.content)])
+    theirs = objects(cell, "outputs")
+    if (execution.finished and gap < 0) or not theirs or cell.get("execution_count") not in (None, count):
+        return ours
+    later = outputs_in_file(execution, gap + 1)
+    end = joined_text(later[0].get("text", "")) if later else ""
+    for place, output in enumerate(theirs if later else []):
+        text = joined_text(output.get("text", ""))
+        at = text.find(end[:OVERLAP])
+        if output == later[0] or (end and at >= 0 and end.startswith(text[at:])):
+            return [*theirs[:place], dict(later[0], text=text[:at] + end) if end else output, *later[1:]]
+    if cell.get("execution_count") is None and gap == 0:
+        return theirs + ours
+    return max(ours, theirs, key=lambda outputs: len(json.dumps(outputs)))
+
+
+def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
+    """Return the outputs of an execution, from one on, in a notebook's own form (nbformat 4)."""
     found = []  # type: List[Json]
-    for output in execution.outputs:
+    for output in execution.outputs[first:]:
         content = output.content
         names = {"stream": ("name", "text"), "error": ("ename", "evalue", "traceback")}.get(output.type)
         facts = {name: content.get(name) for name in names} if names else {}
@@ -7712,6 +7779,7 @@ class Run:
         timeout_s = self.request.timeout_s
         self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
+        self.pair = self._read_pair() if self.request.file else None
         self.remarks = []  # type: List[str]
         self.kernel, self.language = self._choose_kernel()
         self.parameters = {}  # type: Json # the last word for a name holds, and -p is over the files
@@ -7728,6 +7796,21 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self._journal = Journal(journal_of(directory), float("inf"))
+
+    def _read_pair(self) -> "Any":
+        """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
+        try:
+            import jupytext  # type: ignore[import-not-found]
+
+            manager = jupytext.TextFileContentsManager(root_dir="/", allow_hidden=True)
+        except ImportError:
+            return None
+        name = native(self.request.file).lstrip("/")
+        model = manager.get(name)
+        if name not in manager.paired_notebooks:
+            return None
+        self.notebook, self.shown = model["content"], model["last_modified"]
+        return manager
 
     def _choose_kernel(self) -> "Tuple[str, str]":
         """Return the kernel to take, and its language: the one that is named, else the only one of its language."""
@@ -7856,15 +7939,38 @@ class Run:
     def _write_in_place(self) -> str:
         """Let the result take the notebook's place, and return why it could not: it was moved, or edited meanwhile."""
         place = native(self.request.file)
+        name = place.lstrip("/")
         try:
-            if digest_of(read_notebook(place)) != self.request.original:
+            before = read_notebook(place)
+            is_shown = not self.pair or self.pair.get(name, content=False)["last_modified"] == self.shown
+            if digest_of(before) != self.request.original or not is_shown:
                 return "it was changed during the execution"
-            write_through(place, self.text())
+            if self.pair:
+                self.pair.save({"type": "notebook", "content": self.notebook}, name)
+            else:
+                write_through(place, self.text())
+            signing = threading.Thread(target=self._sign, args=(before, read_notebook(place)), daemon=True)
+            signing.start()
+            signing.join(COMMAND_TIMEOUT_S)  # a database, on a home that may be slow
         except Failure as failure:
             return failure.why
-        except OSError as error:
+        except Exception as error:  # the system's, or jupytext's
             return str(error)
         return ""
+
+    def _sign(self, before: str, after: str) -> None:
+        """Let Jupyter trust the outputs of the cells that ran, as a page would, and of others if it did before."""
+        from nbformat.sign import TrustNotebookApp
+
+        app = TrustNotebookApp()
+        app.load_config_file()
+        notary = app.notary  # type: Any
+        old, new = (self.nbformat.reads(text, as_version=4) for text in (before, after))
+        notary.mark_cells(new, notary.check_signature(old))
+        for index in self.numbers:
+            new.cells[index].metadata["trusted"] = True
+        if notary.check_cells(new):
+            notary.sign(new)
 
 
 def write_through(path: str, text: str) -> None:
@@ -8723,14 +8829,17 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
     return found
 
 
-def kernel_named(request: Request) -> "Tuple[ServerRecord, KernelState]":
+def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord, KernelState]":
     """Return the kernel that is named, or the only one; raises Failure, with those that there are."""
     kernels = live_kernels(request)
     named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
+    for record, kernel in [] if named else kernels:
+        former = mark_of(record, kernel.id).former
+        named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
     if len(named) == 1:
         return named[0]
     there = ", ".join(kernel.title for _, kernel in kernels)
-    what = "there is no such kernel: %s" % request.name if request.name else "no kernel of yours runs"
+    what = "there is no such %s: %s" % (thing, request.name) if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
@@ -8786,14 +8895,18 @@ def gpu_memory() -> "Dict[int, int]":
     return found
 
 
-def end_kernel(request: Request, channel: Channel) -> KernelReply:
+def end_kernel(request: Request, channel: Channel) -> None:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
-    record, kernel = kernel_named(request)
+    record, kernel = kernel_named(request, "server, execution or kernel")
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
         raise Failure("the kernel was not ended", "HTTP status %d" % status, "stop %s   (its whole server)" % record.id)
-    return KernelReply(kernel=kernel)
+    facts = {"kernel": kernel.id, "notebook": kernel.notebook, "server": record.id}
+    channel.tell("stopped", what="kernel", name=kernel.title, **facts)
+
+
+ENDING.append(end_kernel)
 
 
 def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
@@ -8908,11 +9021,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     with contextlib.suppress(OSError):
         revive_recorder(record)
     path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
-
-    def is_heard() -> bool:
-        return (read_record(KernelMark, path) or KernelMark()).is_heard
-
-    if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2):
+    if not record.directory or not until(lambda: os.path.exists(path), UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
         raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
     return record, kernel
@@ -8944,7 +9053,6 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
 REQUESTS["eval_code"] = eval_code
 REQUESTS["interrupt_kernel"] = interrupt_kernel
 REQUESTS["list_kernels"] = list_kernels
-REQUESTS["end_kernel"] = end_kernel
 REQUESTS["wait_for_kernel"] = wait_for_kernel
 
 
@@ -10242,6 +10350,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
         Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
         Option("--no-record", "do not keep what cells print"),
+        Option("--no-save", "do not put what you missed into the notebooks there"),
         Option("--idle-timeout DURATION", "end the server after this long without use (12h)", _duration_s, 0, "server"),
         Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
         Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
@@ -10811,9 +10920,13 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello["user"])))
     for away in server.away:
-        text = "While you were away: %s %s (%s). To see it: %s"
-        ending, see = ending_of(away.count, away.is_done, away.seconds), args.again("output", away.notebook)
-        messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
+        more, it = (", the last of %d cells" % away.cells, "they are") if away.cells > 1 else ("", "it is")
+        ending = ending_of(away.count, away.is_done, away.seconds) + (": its kernel died" if away.has_died else "")
+        text = "While you were away: %s %s (%s)%s" % (away.notebook, ending, count_of(away.lines, "line"), more)
+        where = "" if args.no_save else "; %s in the notebook" % it
+        where = "; not put into the notebook: " + away.why if away.why else where
+        see = " To see it: " + args.again("output", away.notebook) if away.why or args.no_save else ""
+        messages.note("%s%s.%s" % (text, where, see))
     if server.is_launched and agent.hello["is_root"]:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
@@ -10996,6 +11109,7 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
     if args.save:
         reply = agent.ask(request_of(args, "save_output"), reply_of(notebook="str", cells="int"), "Saving")
         text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
+        text = text if reply.cells else "%s has all of these outputs already." % reply.notebook
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
     shown = ShownCells(messages, args.since)
@@ -11006,21 +11120,15 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
 
 
 def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
-    """Stop servers on the host; ask before one whose kernels compute. Or one kernel.
+    """Stop servers on the host; ask before one whose kernels compute. Or kernels.
 
     Raises Failure where there is something to ask, and nobody who could answer.
     """
-    is_kernel = len(args.ids) == 1 and not re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", args.ids[0])
-    if not is_kernel:  # through a tunnel to what is ended, which ends as well, we would cut ourselves off
+    # Through a tunnel to what is ended, which ends as well, we would cut ourselves off. These words are ids.
+    if not args.ids or any(re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
-    if is_kernel:
-        request = request_of(args, "end_kernel", name=args.ids[0])
-        kernel = agent.ask(request, KernelReply, "Ending the kernel").kernel
-        text = "Ended the kernel of %s." % kernel.title
-        messages.step(text, "ended", kernel=kernel.id, notebook=kernel.notebook, server=kernel.server)
-        return EXIT_OK
-    request = request_of(args, "stop", app=args.app)
+    request = request_of(args, "stop", app=args.typed.get("app", ""))
     reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
     if reply.busy or reply.runs:
         facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]

@@ -82,6 +82,11 @@ def jupyter_for_everyone() -> Path:
     return environment("today", "/usr/bin/python3", [*TODAY, LIGHT])
 
 
+def jupyter_with_pairs() -> Path:
+    """Return the bin directory of today's Jupyter with what holds notebooks elsewhere, too: jupytext, collaboration."""
+    return environment("pairs", os.path.realpath(sys.executable), [*TODAY, LIGHT, "jupytext", "jupyter-collaboration"])
+
+
 def jupyter_as_installed() -> Path:
     """Return the bin directory of today's Jupyter with all that pip installs: what is measured."""
     return environment("whole", os.path.realpath(sys.executable), TODAY, is_light=False)

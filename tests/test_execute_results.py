@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from client import check_failure
+from browser import chromium, patience, shown_in
+from client import api, check_failure, held
 from execution import (
     cells_of,
     code,
@@ -32,7 +33,7 @@ from execution import (
     write_notebook,
     written_anywhere,
 )
-from jupyters import jupyter_for_everyone, nbclient_alone
+from jupyters import jupyter_for_everyone, jupyter_with_pairs, nbclient_alone
 from sides import VENV_BIN, Host, Laptop, User
 
 import rjupyter
@@ -254,6 +255,62 @@ def test_notebook_that_is_touched_while_it_runs(laptop: Laptop, host: Host) -> N
     (host.home / "go").touch()
     assert (run.wait(), run.stdout) == (0, "w.ipynb\n"), run.text
     assert printed(laptop.home / "w.ipynb")[2] == "1\n"
+
+
+# -- what the page shows ----------------------------------------------------------------------------------------------
+
+HTML = "from IPython.display import HTML, display\ndisplay(HTML('<b>x</b>'))"
+SKIPPED = dict(
+    code("", "skip-execution"),
+    source="1",
+    outputs=[{"output_type": "display_data", "data": {"text/html": "<script>1</script>"}, "metadata": {}}],
+)
+
+
+@pytest.mark.jupyter
+def test_a_notebook_that_was_executed_there_opens_trusted(laptop: Laptop, host: Host) -> None:
+    """As one that ran in the page; what did not run is trusted as far as it was before."""
+    cells: Dict[str, List[Any]] = {"ran": [HTML, "1 / 0"], "mixed": [HTML, SKIPPED], "known": [SKIPPED, HTML]}
+    for name, each in cells.items():
+        write_notebook(host.home / (name + ".ipynb"), *each)
+    assert host.sshd.ssh("jupyter trust %s/known.ipynb" % host.home).returncode == 0
+    for name in cells:
+        run = laptop.run("host", "execute", ":%s.ipynb" % name, "--inplace", "--allow-errors")
+        assert run.status == 0, run.text
+    url = held(laptop, "host").url()
+    found = {name: api(url, "contents/%s.ipynb?content=1" % name)["content"]["cells"] for name in cells}
+    trusted = {name: [cell["metadata"]["trusted"] for cell in each] for name, each in found.items()}
+    assert trusted == {"ran": [True, True], "mixed": [False, False], "known": [True, True]}
+
+
+@pytest.mark.jupyter
+def test_a_notebook_that_is_held_elsewhere_is_executed_as_the_page_shows_it(
+    laptop: Laptop, make_host: Callable[..., Host]
+) -> None:
+    """By jupytext, in a text file; by jupyter-collaboration, in the server. Or it is refused before it runs."""
+    host = make_host(path=str(jupyter_with_pairs()))
+    (host.home / "jupytext.toml").write_text('formats = "ipynb,py:percent"\n')
+    (host.home / "sub").mkdir()
+    pair, text = host.home / "sub/pair.ipynb", host.home / "sub/pair.py"
+    run = held(laptop, "host")
+    with chromium(laptop) as driver:
+        for number, source in enumerate(["print('one', x)", "print('two', x)"]):
+            if not number:
+                write_notebook(pair, code("x = 0", "parameters"), "print('zero', x)")
+            text.write_text('# %%%% tags=["parameters"]\nx = 0\n\n# %%%%\n%s\n' % source)
+            away = laptop.run("host", "execute", ":sub/pair.ipynb", "-p", "x=1", "-o", "away.ipynb", "--force")
+            assert away.status == 0 and printed(laptop.home / "away.ipynb")[-1] == source[7:10] + " 1\n", away.text
+            done = laptop.run("host", "execute", ":sub/pair.ipynb", "-p", "x=2", "--inplace")
+            assert done.status == 0 and printed(pair)[-1] == source[7:10] + " 2\n", done.text
+            assert source in text.read_text() and "x = 2" in text.read_text()
+            if not number:
+                driver.get(run.url().replace("/tree", "/notebooks/sub/pair.ipynb"))
+            patience(driver).until(lambda _, source=source: source[7:10] + " 2" in shown_in(driver))
+    write_notebook(pair, "print('three')")
+    os.utime(text, (1, 1))
+    before = pair.read_text()
+    check_failure(laptop.run("host", "execute", ":sub/pair.ipynb", "--inplace"), 1, "cannot be executed", "more recent")
+    assert pair.read_text() == before
 
 
 # -- G12: what it costs -----------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from client import api, check_failure, compute, end_kernels, events_of, new_session, send
+from client import api, check_failure, compute, end_kernels, events_of, held, new_session, send
 from notebooks import write_notebook
 from proxy import Proxy
-from sides import Host, Laptop, Run, process_of, wait_until
+from sides import Host, Laptop, Run, process_of, quiet_port, wait_until
 
 pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 
@@ -166,4 +166,62 @@ def test_names_of_kernels_that_are_none_or_several(laptop: Laptop, host: Host, r
     for path in ("it's here.ipynb", "other.ipynb"):
         new_session(run.url(), path)
     check_failure(laptop.run("host", "wait"), 1, "several kernels could be meant", "it's here.ipynb (", "other.ipynb (")
-    check_failure(laptop.run("host", "stop", "third.ipynb"), 1, "there is no such kernel: third.ipynb")
+    check_failure(laptop.run("host", "stop", "third.ipynb"), 1, "there is no such server, execution or kernel: third")
+
+
+def test_kernels_are_ended_by_their_notebooks_whatever_these_are_called(laptop: Laptop, host: Host, run: Run) -> None:
+    """Several at once; and those whose names look as ids do: what there is decides, and an id comes first."""
+    names = ["a.ipynb", "sub/b.ipynb", "beef.ipynb", "r12ab.ipynb", "p7.ipynb"]
+    kernels = {name: new_session(run.url(), name) for name in names}
+    stopped = laptop.run("host", "stop", "a.ipynb", "b.ipynb")
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("Ended")] == [
+        "Ended the kernel of %s (%s)." % (name, kernels[name][:8]) for name in names[:2]
+    ], stopped.text
+    for name in names[2:]:
+        stopped = laptop.run("--json", "host", "stop", name[: -len(".ipynb")])
+        (ended,) = [event for event in events_of(stopped) if event["event"] == "ended"]
+        assert (ended["notebook"], ended["kernel"]) == (name, kernels[name]), stopped.text
+    assert api(run.url(), "kernels") == []
+    check_failure(laptop.run("host", "stop", "beef", "--yes"), 1, "no such server, execution or kernel: beef")
+    assert len(host.servers()) == 1
+
+
+def test_a_notebook_that_was_renamed_is_known_by_both_names(laptop: Laptop, host: Host, run: Run) -> None:
+    """Also by one that it got when no cell ran; a name that another one has now means that one."""
+    kernel = new_session(run.url(), "old.ipynb")
+    write_notebook(host.home / "new.ipynb", "print('here')")
+    compute(run.url(), "print('here')", kernel)
+    wait_until(lambda: "here" in laptop.run("host", "output", "old.ipynb").stdout, "it is written down")
+    (session,) = api(run.url(), "sessions")
+    api(run.url(), "sessions/" + session["id"], "PATCH", {"path": "new.ipynb", "name": "new.ipynb", "type": "notebook"})
+    for name in ("new.ipynb", "old.ipynb"):
+        assert "here" in laptop.run("host", "output", name).stdout, name
+        assert laptop.run("host", "eval", "-k", name, "6 * 7").stdout == "42\n", name
+        assert laptop.run("host", "wait", name).status == 0, name
+    saved = laptop.run("host", "output", "old", "--save")
+    assert "Saved the outputs of 1 cell into new.ipynb." in saved.stderr, saved.text
+    other = new_session(run.url(), "old.ipynb")
+    compute(run.url(), "print('there')", other)
+    wait_until(lambda: laptop.run("host", "output", "old").stdout.endswith("there\n"), "it means the other one")
+    assert "(%s)" % other[:8] in laptop.run("host", "stop", "old").stderr
+    assert "(%s)" % kernel[:8] in laptop.run("host", "stop", "old").stderr
+
+
+def test_a_path_through_a_link_is_the_place_that_it_leads_to(laptop: Laptop, host: Host) -> None:
+    """For each action; also where the link is in the middle, and where the path is no shortest one."""
+    (host.home / "scratch/real/deep").mkdir(parents=True)
+    (host.home / "proj").symlink_to("scratch/real")
+    write_notebook(host.home / "proj/deep/n.ipynb", "print('here')")
+    run = held(laptop, "host:proj/deep", "--local-port", str(quiet_port()))
+    kernel = new_session(run.url(), "n.ipynb")
+    compute(run.url(), "print('here')", kernel)
+    paths = ["scratch/real/deep", "proj/../scratch/real/deep/", "./proj/deep", str(host.home / "proj/deep")]
+    for path in paths:
+        place = "host:" + path
+        assert laptop.run(place, "eval", "-k", "n.ipynb", "1 + 1").stdout == "2\n", path
+        assert "n.ipynb is idle" in laptop.run(place, "wait").stdout, path
+        assert "here" in laptop.run(place, "output").stdout, path
+        assert kernel[:8] in laptop.run(place, "list", "--kernels").stdout, path
+        again = held(laptop, place, "--local-port", str(quiet_port()))
+        assert "Found Jupyter" in again.text, path
+    assert laptop.run("host:scratch/real/deep", "stop", "--yes").stderr.count("Stopped Jupyter") == 1

@@ -6,14 +6,17 @@ import re
 import signal
 import uuid
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 from browser import chromium, patience, run_first_cell, shown_in
 from client import api, check_failure, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
+from jupyters import jupyter_with_pairs
 from notebooks import write_notebook
-from sides import Host, Laptop, Run, command_of, quiet_port, ssh_of, wait_until
+from sides import VENV_BIN, Host, Laptop, Run, command_of, quiet_port, ssh_of, wait_until
+
+import rjupyter
 
 pytestmark = pytest.mark.jupyter
 
@@ -39,7 +42,12 @@ def has_all(text: str) -> bool:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jupyter", [lambda: VENV_BIN, jupyter_with_pairs], ids=["plain", "collaboration"])
+def test_page_that_went_in_the_middle_of_a_cell(
+    laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path, jupyter: Callable[[], Path]
+) -> None:
+    """Who comes back finds what it printed in the page; also where the server itself holds what a page shows."""
+    host = make_host(path=str(jupyter()))
     for name in ("closed", "reloaded"):
         write_notebook(host.home / (name + ".ipynb"), CODE)
     run = held(laptop, "host:closed.ipynb")
@@ -57,9 +65,10 @@ def test_page_that_went_in_the_middle_of_a_cell(laptop: Laptop, host: Host, tmp_
     told = held(laptop, "host", "--local-port", str(quiet_port())).text
     for name in pages:
         assert has_all(laptop.run("host", "output", name + ".ipynb").stdout), name
-        assert "While you were away: %s.ipynb In [" % name in told, told
-        saved = laptop.run("host", "output", name + ".ipynb", "--save")
-        assert "Saved the outputs of 1 cell into %s.ipynb." % name in saved.stderr, saved.text
+        wanted = (
+            r"While you were away: %s\.ipynb In \[1\] done after \d+ s \(41 lines\); it is in the notebook\." % name
+        )
+        assert re.search(wanted, told), told
     with chromium(laptop) as driver:
         for name, url in pages.items():
             driver.get(url)
@@ -225,6 +234,72 @@ def test_files_that_other_kernels_left_cost_nothing(laptop: Laptop, host: Host) 
 def recorder_pid(host: Host) -> int:
     (mark,) = host.home.glob(".local/state/rjupyter/servers/*/recorder.json")
     return int(json.loads(mark.read_text())["pid"])
+
+
+def outputs(*texts: str) -> List[Dict[str, Any]]:
+    return [{"output_type": "stream", "name": "stdout", "text": text} for text in texts]
+
+
+COUNT = 7
+PRINTED = ["line %d\n" % number for number in range(300)]
+SHOWN: Dict[str, Any] = {"output_type": "display_data", "data": {"text/plain": "shown"}, "metadata": {}}
+HAD: Dict[
+    str, Any
+] = {  # what the file has, and the number of the cell there; what it has then: "TAIL" stands for what is kept
+    "nothing": ([], None, ["MARK", "TAIL"]),
+    "all of it": (outputs("".join(PRINTED)), COUNT, ["".join(PRINTED)]),
+    "its beginning": (outputs("".join(PRINTED[:50])), None, ["".join(PRINTED[:50]), "MARK", "TAIL"]),
+    "more than its beginning": ([SHOWN, *outputs("".join(PRINTED[:290]))], None, [None, "".join(PRINTED)]),
+    "an earlier execution": (outputs("an older one\n"), 3, ["MARK", "TAIL"]),
+}
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+@pytest.mark.parametrize("had", list(HAD))
+def test_nothing_that_a_notebook_has_is_lost_for_what_was_not_kept(tmp_path: Path, had: str, is_ended: bool) -> None:
+    """With a journal of 20 kB in place of 64 MB: what is missing is marked, where it is missing."""
+    there, number, wanted = HAD[had]
+    journal = rjupyter.Journal(str(tmp_path / "k.journal"), most=10000)
+    begun = rjupyter.BegunCell(id="1.1", time=1.0, count=COUNT, code="x")
+    for entry in [
+        begun,
+        *(rjupyter.PrintedOutput(id="1.1", type=each["output_type"], content=each) for each in outputs(*PRINTED)),
+        *([rjupyter.FinishedCell(id="1.1", time=2.0, is_done=True)] if is_ended else []),
+    ]:
+        journal.tell(entry)
+        journal.head = begun
+    executions = rjupyter.Executions(rjupyter.JournalReader(journal.path).lines())
+    tail = "".join(output.content["text"] for output in executions.cells["1.1"].outputs[1:])
+    assert "".join(PRINTED).endswith(tail) and 1000 < len(tail) < len("".join(PRINTED)) - 500
+    words = {"TAIL": tail, "MARK": "[older output was dropped: more than 64 MB came]\n"}
+    cell: Dict[str, Any] = {
+        "cell_type": "code",
+        "source": "x",
+        "metadata": {},
+        "execution_count": number,
+        "outputs": there,
+    }
+    for _ in range(2):  # and again: then it is there already
+        changed, placed = rjupyter.fill_in([cell], list(executions.cells.values()))
+        texts: List[Optional[str]] = [output.get("text") for output in cell["outputs"]]
+        assert texts == [words.get(text, text) for text in wanted] and placed == ["1.1"]
+    assert (changed, cell["execution_count"]) == (0, COUNT if is_ended or number == COUNT else None)
+
+
+def test_a_recorder_that_was_killed_takes_nothing_from_a_notebook(tmp_path: Path) -> None:
+    """What a page showed and saved meanwhile is more than what is written down."""
+    begun = {"kind": "begun", "id": "1.1", "time": 1, "count": COUNT, "code": "x"}
+    content = {"name": "stdout", "text": PRINTED[0]}
+    printed = {"kind": "printed", "id": "1.1", "type": "stream", "content": content}
+    lines = [json.dumps(each) for each in (begun, printed, {"kind": "gap", "time": 2, "why": "killed"})]
+    executions = list(rjupyter.Executions(lines).cells.values())
+    for number in (COUNT, None):
+        cell = {"cell_type": "code", "source": "x", "outputs": outputs("".join(PRINTED)), "execution_count": number}
+        assert rjupyter.fill_in([cell], executions) == (0, ["1.1"])
+    for number in (COUNT - 1, None):
+        cell = {"cell_type": "code", "source": "x", "outputs": outputs("old"), "execution_count": number}
+        assert rjupyter.fill_in([cell], executions) == (1, ["1.1"])
+        assert cell["outputs"] == outputs(PRINTED[0])
 
 
 # -- what ends before its cell does -----------------------------------------------------------------------------------

@@ -258,6 +258,19 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     assert not listed(laptop)
 
 
+def test_what_chooses_a_launch_does_not_hide_what_is_there(laptop: Laptop, host: Host) -> None:
+    """The app of the configuration is for the next launch; one that is typed is meant, and others are named."""
+    config = laptop.home / ".config/rjupyter/config"
+    config.parent.mkdir(parents=True)
+    config.write_text("[*]\napp = lab\nenv = none\nsocket\n")
+    laptop.start("--no-config", "host", has_terminal=False).url()
+    (server,) = listed(laptop)
+    check_failure(laptop.run("--lab", "host", "stop"), 1, "no JupyterLab runs there", server["id"], "stop ID")
+    stop = laptop.run("host", "stop")
+    assert (stop.status, "Stopped Jupyter Notebook in" in stop.stderr) == (0, True), stop.text
+    assert "No server of yours runs there." in laptop.run("--lab", "host", "stop").stderr
+
+
 @pytest.mark.jupyter
 def test_stop_without_a_question(laptop: Laptop, host: Host, mark: str) -> None:
     """In a terminal and without one."""
