@@ -832,6 +832,12 @@ class Server(RuntimeInfo):
         return self.sock or "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
 
     @property
+    def is_on_node(self) -> bool:
+        """True for one at an address that others may reach: of a job's node, or of a network that it is wrapped in."""
+        is_near = self.host.startswith("127.") or self.host == "::1" or bool(self.sock)
+        return bool(self.job) or (bool(self.wrapper) and not is_near)
+
+    @property
     def good_statuses(self) -> "Tuple[int, ...]":
         """What our own server answers: with a password and no token, it cannot take ours."""
         return (401, 403) if self.has_password and not self.token else (200,)
@@ -1470,6 +1476,8 @@ def private_dir(path: str) -> str:
         raise PermissionError("%s is not a directory of ours" % path)
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
+        if hasattr(os, "getuid") and os.lstat(path).st_mode & 0o077:  # CIFS, or what Windows has: it keeps no modes
+            raise PermissionError("%s cannot be closed to others: its file system keeps no permissions" % path)
     probe = os.path.join(path, ".%d" % os.getpid())
     try:
         with open(probe, "wb") as stream:
@@ -4137,14 +4145,18 @@ def how_to_install() -> str:
 # -- Jupyter's own files ----------------------------------------------------------------------------------------------
 
 
-def runtime_dirs(environment: "Any" = os.environ) -> "List[str]":
-    """Return where Jupyter keeps its runtime files (jupyter_core.paths), and the places that we fall back to."""
+def data_dir(environment: "Any" = os.environ) -> str:
+    """Return where Jupyter keeps what is the user's (jupyter_core.paths)."""
     home = os.path.expanduser("~")
     default = os.path.join(home, "Library/Jupyter") if sys.platform == "darwin" else ""
     data = default or os.path.join(environment.get("XDG_DATA_HOME") or os.path.join(home, ".local/share"), "jupyter")
-    data = environment.get("JUPYTER_DATA_DIR") or data
-    path = environment.get("JUPYTER_RUNTIME_DIR") or os.path.join(data, "runtime")
-    return [path, os.path.join(data, "runtime"), os.path.join(own_tmp_dir(), "runtime")]
+    return environment.get("JUPYTER_DATA_DIR") or data
+
+
+def runtime_dirs(environment: "Any" = os.environ) -> "List[str]":
+    """Return where Jupyter keeps its runtime files (jupyter_core.paths), and the places that we fall back to."""
+    usual = os.path.join(data_dir(environment), "runtime")
+    return [environment.get("JUPYTER_RUNTIME_DIR") or usual, usual, os.path.join(own_tmp_dir(), "runtime")]
 
 
 def runtime_dir(has_sockets: bool) -> str:
@@ -4167,7 +4179,7 @@ def runtime_dir(has_sockets: bool) -> str:
 
 def foreign_files() -> "List[str]":
     """Return the files that Jupyter writes for each notebook and that we may not write: `sudo jupyter` leaves such."""
-    data = os.path.dirname(runtime_dirs()[1])
+    data = data_dir()
     paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
     paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
     return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
@@ -4175,12 +4187,12 @@ def foreign_files() -> "List[str]":
 
 def can_hold_kernels(directory: str) -> bool:
     """True when a directory can hold the sockets of kernels."""
-    return can_hold_socket(os.path.join(directory, "kernel-%s-ipc-5" % ("0" * 36)))
+    return can_hold_socket(os.path.join(directory, "kernel-%036d-ipc-5" % os.getpid()))
 
 
 def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
-    if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII) or len(path) >= SUN_PATH_MAX:
+    if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII):
         return False
     try:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
@@ -4405,8 +4417,10 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     places = [directory, environment.get("JUPYTER_CONFIG_PATH")]
     environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     deadline = time.monotonic() + request.start_timeout_s
+    settings = transport_of_kernels(found, request, environment["JUPYTER_RUNTIME_DIR"], channel)
+    settings += server_arguments(request, root_dir, directory)
     for port, listen in ways_to_listen(request, directory):
-        argv = [*found.argv, "--no-browser", *listen, *server_arguments(request, root_dir, directory)]
+        argv = [*found.argv, "--no-browser", *listen, *settings]
         process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
         with ended_unless_kept(process):
             record = ServerRecord(
@@ -4482,7 +4496,7 @@ def environment_of_server(found: Launcher, request: Request, directory: str) -> 
     write_whole(token_file, os.urandom(24).hex())
     environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
     if request.is_held:
-        own = private_dir(os.path.join(directory, "runtime"))  # two nodes, or two containers, may have one pid
+        own = private_dir(os.path.join(directory, "r"))  # two nodes may have one pid; short, for the kernels' sockets
         if not request.socket or can_hold_kernels(own):
             environment["JUPYTER_RUNTIME_DIR"] = own
     return environment
@@ -4507,9 +4521,8 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
         path = os.path.join(directory, "socket")
         if not can_hold_socket(path):
             path = os.path.join(private_dir(own_tmp_dir()), os.path.basename(directory) + ".socket")
-        # The kernels' own ports ask nobody for a password: others could read what they print.
         usual = ["--%s.port=%d" % (app, DEFAULT_PORT) for app in ("ServerApp", "NotebookApp")]  # no other beside it
-        yield 0, ["--sock=" + path, "--KernelManager.transport=ipc", *usual]
+        yield 0, ["--sock=" + path, *usual]
         return
     port = request.port or DEFAULT_PORT
     listen = ["--ServerApp.ip=" + request.ip, "--NotebookApp.ip=" + request.ip]
@@ -4519,6 +4532,42 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
         port = find_free_port(port, request.ip)
         yield port, [*listen, "--ServerApp.port=%d" % port, "--NotebookApp.port=%d" % port]
         port += 1
+
+
+# How the command of a kernel begins that takes sockets, by its kernel.json: ipykernel, what is built on it, IRkernel
+# since 1.0, IJulia, xeus-python. Jupyter would wait in vain for one on the JVM, one of Deno's, or one behind ssh.
+TAKES_SOCKETS = r"\S*(python[\d.]* (-\S+ )*-m (ipy|bash_|octave_)kernel|R .*IRkernel::|julia\S* .*IJulia|xpython )"
+
+
+def transport_of_kernels(found: Launcher, request: Request, runtime: str, channel: Channel) -> "List[str]":
+    """Return what Jupyter's command line says of where kernels listen: on sockets in a directory that is ours alone.
+
+    Their ports ask nobody for a password: any user of the host reads there what they print, and the code. Where it must
+    be ports, a line says so. It is one way for all kernels of a server.
+    """
+    import glob
+
+    sockets = "--KernelManager.transport=ipc"
+    if request.socket:
+        return [sockets]
+    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
+    theirs = "".join(map(read_text, glob.glob(glob.escape(home) + "/jupyter_*config*")))
+    if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
+        return []
+    why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
+    prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
+    tops = [data_dir(), *[prefix + "/share/jupyter" for prefix in prefixes]]
+    tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
+    for path in [path for top in tops for path in glob.glob(glob.escape(top) + "/kernels/*/kernel.json")]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
+            words = " ".join(json.loads(read_text(path))["argv"])
+            if not why and not re.match(TAKES_SOCKETS, words):
+                name = os.path.basename(os.path.dirname(path))
+                why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
+    if why:
+        text = "Kernels listen on ports, where other users of the host can read what they print: "
+        channel.tell("note", text=text + portable(why))
+    return [] if why else [sockets]
 
 
 def server_arguments(request: Request, root_dir: str, directory: str) -> "List[str]":
@@ -5100,7 +5149,8 @@ def perform(
     except (ImportError, KeyError):
         user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
-    channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
+    node, is_root = os.uname().nodename, os.getuid() == 0
+    channel.tell("hello", user=user, node=node, python=version, is_root=is_root, clock=time.time())
     try:
         request = with_variables(request, channel)
         if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
@@ -5402,8 +5452,9 @@ SAYINGS = {
     "stopped wrapper": ("Ended what started inside {wrap} ({id}).", "stopped"),
 }
 # The facts in it that are no texts, or may be none.
-FACTS = {"is_root": "bool", "tried": "List[str]", "seconds": "float", "pid": "Optional[int]"}
+FACTS = {"is_root": "bool", "tried": "List[str]", "seconds": "float", "clock": "float", "pid": "Optional[int]"}
 FACTS.update(dict.fromkeys(("app", "root_dir", "name", "job", "wrap"), "Optional[str]"))
+SAME_AGAIN = "the same command again; -v shows more"
 
 
 class Agent:
@@ -5414,11 +5465,13 @@ class Agent:
         self.messages = messages
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
         self.hello: Json = {"user": "", "node": "", "python": "", "is_root": False}  # who and where we are there
+        self.ahead_s = 0.0  # the host's clock, of ours
         self.noise: List[str] = []  # what else the host printed in the last conversation
         self.greets = True  # says once who and where we are
         self.redials = True  # a connection that is lost while we ask
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
+        self.again = SAME_AGAIN  # leads back to what was begun
         self._step = ""  # the name of the step, while Jupyter is installed
         self._found: List[str] = []  # the commands that were said to be used
         self._file: Optional[AgentFile] = None
@@ -5597,6 +5650,7 @@ class Agent:
             text = text.format_map(dict(facts, destination=self.ssh.destination, title=title))
             if kind == "hello":
                 self.hello.update(facts)
+                self.ahead_s = facts["clock"] - time.time()
                 if not self.greets:
                     return
                 self.greets = False
@@ -5626,7 +5680,7 @@ class Agent:
     @contextlib.contextmanager
     def leaving(self, goes_on: Callable[[], str]) -> Iterator[None]:
         """Under this, Ctrl-C says what goes on there without us, as far as there is something to say."""
-        self.launching = ""
+        self.launching, self.again = "", SAME_AGAIN
         try:
             yield
         except (KeyboardInterrupt, Terminated):
@@ -5649,7 +5703,7 @@ class Agent:
         if (has_begun or not way.has_login) and way.is_lost(status, noise):
             return self.ssh.lost([] if way.has_login else noise) if has_begun else self.ssh.connect_failure(noise)
         if has_begun:
-            return Failure("the agent on %s ended early" % host, why, "the same command again; -v shows more")
+            return Failure("the agent on %s ended early" % host, why, self.again)
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
@@ -6327,6 +6381,11 @@ class Recorder:
 
     def __init__(self, directory: str, zmq: "Any") -> None:
         self.directory = directory
+        self._trim = lambda pad: None  # type: Callable[[int], Any]
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes
+
+            self._trim = ctypes.CDLL(None).malloc_trim  # glibc's alone
         self.zmq = zmq
         self.poller = zmq.Poller()
         self.context = zmq.Context()
@@ -6354,6 +6413,7 @@ class Recorder:
                     break
                 for kernel in self._known.values():
                     kernel.look_again()
+                self._trim(0)  # what waited in ZeroMQ after a burst goes back to the system
             pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
             self.pass_on()
             if not self.poller.sockets:
@@ -7157,9 +7217,10 @@ def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> 
 class ShownCells:
     """What `output` shows of a journal: each cell when it has ended, the one that runs at last, and then what comes."""
 
-    def __init__(self, messages: Messages, since: float) -> None:
+    def __init__(self, messages: Messages, since: float, agent: Agent) -> None:
         self.messages = messages
         self.since = since  # seconds since 1970: what ended before is not shown
+        self.agent = agent  # the times are by its clock
         self.lines = 0  # of the journal, that were taken
         self._executions = Executions()
         self._is_live = False
@@ -7180,7 +7241,7 @@ class ShownCells:
         """Show what came; from now on, what comes is shown as it comes."""
         cells = list(self._executions.cells.values())
         for cell in cells:
-            if not cell.finished or cell.finished.time >= self.since:
+            if not cell.finished or cell.finished.time - self.agent.ahead_s >= self.since:
                 self._show(cell, is_last=cell is cells[-1])
         self._is_live = True
 
@@ -7191,9 +7252,10 @@ class ShownCells:
             return
         title = "[%s]" % cell.gap.why if cell.gap else head_of(cell.begun.count if cell.begun else None)
         if cell.begun:
-            seconds = (cell.finished.time if cell.finished else time.time()) - cell.begun.time
+            seconds = (cell.finished.time if cell.finished else time.time() + self.agent.ahead_s) - cell.begun.time
             state = "" if cell.finished and cell.finished.is_done else ", failed" if cell.finished else ", runs"
-            title += "  %s, %s%s" % (moment(cell.begun.time), duration(max(0.0, seconds), 2), state)
+            began = moment(cell.begun.time - self.agent.ahead_s)
+            title += "  %s, %s%s" % (began, duration(max(0.0, seconds), 2), state)
         self.messages.line(title)
         found: List[str] = []
         screen = Screen(found.append)  # what a terminal would show in the end
@@ -7271,7 +7333,6 @@ class RunKind(Kind):
 
     def describe(self, record: RunRecord) -> RunView:
         """Say how a run does."""
-        import re
         import shutil
 
         names = ("id", "pid", "node", "name", "root_dir", "job")
@@ -7300,8 +7361,6 @@ class RunKind(Kind):
 
     def end(self, record: RunRecord) -> None:
         """End a run: interrupt its cell, so that what it has is kept; then its place ends it. No kernel outlives it."""
-        import signal
-
         mark(record, "stop")  # on another node, the agent in its job sees that
         place = place_of(record)
         children = place.children()
@@ -7335,6 +7394,13 @@ def start_run(request: Request, channel: Channel) -> StartReply:
             same += [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
             same += [record for kind in KINDS.values() for record in kind.waiting(request)]
         is_new = not begun and not same
+        place = place_of_result(request)
+        looks = is_new and place and not request.overlaps
+        others = [record for kind in KINDS.values() if looks for record in kind.running()]  # type: List[Kept]
+        others = [record for record in others if place_of_result(record.request) == place]
+        if others:
+            why = "the execution %s, which goes on, is to write it" % others[0].id
+            raise Failure("no place for the result " + place.partition(":")[2], why, "-o FILE; or --overlap")
         if is_new and not request.wrapper:
             forget_ended(KINDS["run"], KINDS["run"].running())
         if is_new and jobs:
@@ -7345,6 +7411,11 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     found = begun or same[0]
     return StartReply(id=found.id, pid=found.pid, is_started=bool(begun), age_s=found.age_s())
+
+
+def place_of_result(request: Request) -> str:
+    """Return where the result of an execution goes, here or there; empty where no other could get in its way."""
+    return request.key if request.is_in_place else request.result
 
 
 def with_notebook(request: Request, root_dir: str) -> Request:
@@ -7795,6 +7866,7 @@ class Run:
         self.state = RunState(count=len(code))
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
+        self.exit_status = None  # type: Optional[int] # of a kernel that died
         self._journal = Journal(journal_of(directory), float("inf"))
 
     def _read_pair(self) -> "Any":
@@ -8119,8 +8191,6 @@ def guard_kernel(directory: str) -> "Callable[[int], None]":
 
     ipykernel looks for its parent, R's and others do not; and what a cell started looks for nobody.
     """
-    import signal
-
     reading, writing = os.pipe()
     if os.fork():
         os.close(reading)
@@ -8168,7 +8238,6 @@ def socket_prefix(directory: str) -> str:
 def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Any":
     """Return nbclient's engine for a run, with a word to the journal at each step; its kernel on sockets or ports."""
     import asyncio
-    import signal
 
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
@@ -8201,6 +8270,8 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
                 is_done = True
                 return cell
             except (CellTimeoutError, DeadKernelError):
+                process = getattr(self.km, "provisioner", None) or self.km.kernel
+                run.exit_status = getattr(process, "process", process).poll()
                 self.shutdown_kernel = "immediate"  # it would not hear a polite word
                 raise
             finally:
@@ -8265,7 +8336,12 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
     if isinstance(error, (CellTimeoutError, TimeIsUp)):
         return "timeout", "its time ran out " + place
     if isinstance(error, DeadKernelError):
-        return "died", "it was killed, by hand or because memory ran out"
+        status = run.exit_status or 0
+        number = -status if status < 0 else status - 128 if status > 128 else 0  # the latter a shell's word for it
+        names = {one.value: one.name for one in signal.Signals}
+        if run.exit_status is None or names.get(number) == "SIGKILL":
+            return "died", "it was killed, by hand or because memory ran out"
+        return "died", "it was ended by %s" % names[number] if number in names else "it ended with status %d" % status
     if isinstance(error, CellExecutionError):
         if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
             return "done", "it called sys.exit " + place
@@ -8440,6 +8516,7 @@ class Execution:
         self.result: List[bytes] = []  # the parts of it that are here
         self.seconds = 0.0
         self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
+        self.again = ""  # the command that brings all of it again
         self.overwrites = False  # what is brought may replace what is here
         self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
         self.offset = 0  # in its journal
@@ -8531,28 +8608,29 @@ class Execution:
             path = executed_name(path)
         if self._bad_lines:
             self.messages.warn("%d lines of the journal of %s are damaged." % (self._bad_lines, self.id))
-        self.path = path
         text = b"".join(self.result).decode("utf-8", "replace")
         if text and "cells" not in facts_in(text):
             raise Wrong("the result is no notebook")
+        self.path = path
         if text and path == "-":
             try:
                 self.messages.line(text.rstrip("\n"))
             except Failure as lost:
-                lost.try_ = BRINGS_AGAIN
+                lost.try_ = self.again
                 raise
         elif text and path:
             try:
                 write_through(path, text)
             except OSError as error:
-                raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
+                raise Failure("cannot write " + path, str(error), self.again) from None
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
+        facts["path"] = path if text and path else None
         if view.state == "done":
             text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
             text += "; %s." % view.error if view.error else "."
-            self.messages.step(text, "executed", path=path, **facts)
+            self.messages.step(text, "executed", **facts)
         else:
-            self.messages.event("executed", path=path, **facts)
+            self.messages.event("executed", **facts)
 
     def settle(self, view: FollowReply) -> None:
         """Print where the result is, bring what the run wrote, and raise the Failure that its end stands for."""
@@ -8567,15 +8645,15 @@ class Execution:
                 self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if self.brings else []
         if view.brings and not self.brings:
-            text = "%s was to bring: %s. To bring it here: execute --attach %s --bring PATTERN"
-            self.messages.note(text % (self.name, " ".join(view.brings), self.id))
+            text = "%s was to bring: %s. To bring it here: %s --bring PATTERN"
+            self.messages.note(text % (self.name, " ".join(view.brings), self.again))
         if view.state != "done":
             if lacking:
                 self.messages.note("\n".join(lacking))
             raise self.failure(view)
         if lacking:
             what = "not everything that %s was to bring is here" % self.name
-            raise Failure(what, "\n".join(lacking), "execute --attach %s --force   (replaces what is here)" % self.id)
+            raise Failure(what, "\n".join(lacking), self.again + " --force   (replaces what is here)")
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
@@ -8723,7 +8801,7 @@ class Batch:
         self.messages.event("started", id=reply.id)
         execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
         execution.is_one_of_many = True
-        execution.overwrites = self._args.force
+        execution.overwrites, execution.again = self._args.force, self._args.again("execute", "--attach", reply.id)
         execution.brings = self._patterns_of(reply.id)
         self.running[index] = execution
 
@@ -8781,9 +8859,6 @@ def unpacked(message: Told) -> bytes:
         return zlib.decompressobj().decompress(binascii.a2b_base64(message.data), PART_BYTES)
     except (zlib.error, ValueError) as error:
         raise Wrong(str(error)) from None
-
-
-BRINGS_AGAIN = "execute --attach brings it again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9795,18 +9870,21 @@ PYTHONS_IN_WRAPPER = ["python3", "python", "/usr/bin/python3", "/usr/local/bin/p
 class Container(Record):
     """A row of CONTAINERS: how a program runs a command in a container, and removes that.
 
-    Its words have `{name}`, `{image}`, `{home}`, `{uid}`, `{gid}` and `{user}` in them. `mount` is for each directory
-    that is to be seen inside, `gpus` for where there are some, `as_user` for all but root.
+    Its words have `{name}`, `{image}`, `{home}`, `{shm}`, `{uid}`, `{gid}` and `{user}` in them. `mount` is for each
+    directory that is to be seen inside, `gpus` for where there are some and a file that `gpus_need` is there, `as_user`
+    for all but root.
     """
 
     run: "List[str]"
     mount: "List[str]"
     gpus: "List[str]"
+    gpus_need: "List[str]" = []
     as_user: "List[str]" = []
     remove: "List[str]" = []
 
 
-OF_DOCKER = ["run", "--rm", "--name={name}", "--network=host", "--security-opt=label=disable", "--workdir={home}"]
+OF_DOCKER = ["run", "--rm", "--name={name}", "--network=host", "--shm-size={shm}", "--security-opt=label=disable"]
+OF_DOCKER += ["--workdir={home}", "--entrypoint="]  # an image's own may be Jupyter, or begin with a banner
 OF_DOCKER += ["--user={uid}:{gid}", "--env=HOME={home}", "--env=USER={user}"]
 MOUNT = ["--mount=type=bind,{field}source={path}{field},{field}target={path}{field}"]
 # podman-run(1), docs.docker.com ("docker container run"), apptainer.org/docs ("exec"). An image's USER may be another
@@ -9816,6 +9894,7 @@ CONTAINERS = {
         run=["podman", *OF_DOCKER],
         mount=MOUNT,
         gpus=["--device=nvidia.com/gpu=all"],
+        gpus_need=["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
         as_user=["--userns=keep-id"],
         remove=["podman", "rm", "--force", "--ignore", "{name}"],
     ),
@@ -9904,7 +9983,8 @@ class WrapperKind(Starter):
             path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
         )
         program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
-        command = " ".join(["exec", *[native(words) for words in request.wrap], *container_words(record, environment)])
+        within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
+        command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
         process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
@@ -9953,6 +10033,7 @@ class WrapperKind(Starter):
         told = {
             "rjupyter: cannot": sees + "; or --state-dir PATH",
             "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
+            "could not select device driver": "nvidia-container-toolkit there, for GPUs in docker",
         }
         try_ = next((try_ for start, try_ in told.items() if start in words), "")
         if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
@@ -10029,8 +10110,8 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
     return next((name for name in names if shutil.which(name, path=environment.get("PATH", os.defpath))), "")
 
 
-def container_words(record: WrapperRecord, environment: "Dict[str, str]") -> "List[str]":
-    """Return the words of a shell that run the container that is asked for, if one is; note how it is removed."""
+def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "Callable[[str], Any]") -> "List[str]":
+    """Return the words of a shell that run the container, if one is asked for; note its removal, say what it lacks."""
     import glob
     import shutil
 
@@ -10043,6 +10124,8 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]") -> "Li
     image = request.container[len(program + "://") :] if request.container.startswith(program + "://") else ""
     facts = {"name": "rjupyter-%d-%s" % (os.getuid(), record.id), "image": image or request.container, "home": home}
     facts.update(uid=str(os.getuid()), gid=str(os.getgid()), user=environment.get("USER", "user"))
+    shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None  # podman's and docker's own has 64 MB
+    facts["shm"] = str(shared.f_frsize * shared.f_blocks) if shared else "64m"
     words = row.run + (row.as_user if os.getuid() else [])
     seen_inside = [home, os.path.dirname(os.path.dirname(record.directory)), native(record.root_dir)]
     outer = [path for path in dict.fromkeys(seen_inside) if path not in ("", "/")]
@@ -10051,7 +10134,11 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]") -> "Li
         escaped = path.replace('"', '""') if field else path
         words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row.mount]
     has_gpus = shutil.which("nvidia-smi", path=environment.get("PATH")) or glob.glob("/dev/nvidia[0-9]*")
-    words = words + (row.gpus if has_gpus else []) + ["{image}"]
+    is_cut_off = has_gpus and row.gpus_need and not any(map(glob.glob, row.gpus_need))
+    if is_cut_off:
+        remedy = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        say("No GPU in the container: %s finds no CDI specification. To make one, on the host: %s" % (program, remedy))
+    words = words + (row.gpus if has_gpus and not is_cut_off else []) + ["{image}"]
     record.remove = [portable(filled(word, facts)) for word in row.remove]
     return [shlex.quote(filled(native(word), facts)) for word in words]
 
@@ -10837,7 +10924,7 @@ def open_tunnel(server: Server, args: Args, agent: Agent, messages: Messages) ->
     tunnel.open(args.local_port)
     tunnel.check()
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
-    if server.job and not args.via_node:
+    if server.is_on_node and not args.via_node:
         where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
     text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.local_port, where)
     messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port, sock=server.sock)
@@ -10909,8 +10996,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         if ignored:
             text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
-    is_near = server.host.startswith("127.") or server.host == "::1"
-    if (server.job and not args.via_node) or (server.wrapper and not is_near and not server.sock):
+    if server.is_on_node and not args.via_node:
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
         messages.note(text % (server.host, server.node))
     if server.scheduler:
@@ -11112,7 +11198,7 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
         text = text if reply.cells else "%s has all of these outputs already." % reply.notebook
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
-    shown = ShownCells(messages, args.since)
+    shown = ShownCells(messages, args.since, agent)
     request = request_of(args, "send_output")
     agent.redials = agent.redials and args.is_followed
     agent.ask_on(lambda: request.but(line=shown.lines), Record, "", {"recorded": shown.take})
@@ -11255,7 +11341,7 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
         name = label_of(os.path.basename(source.name.lstrip(":")), values)
         output = os.path.join(os.path.dirname(source.output), executed_name(name)) if values else source.output
         parameters = [list(pair) for pair in (*args.parameters, *values.items())]
-        result = "%s:%s" % (socket.gethostname(), os.path.realpath(output))
+        result = "%s:%s" % (socket.gethostname(), os.path.realpath(output)) if output not in ("", "-") else ""
         task = request.but(name=name, parameters=parameters, result=result, errand=os.urandom(8).hex())
         tasks.append(Task(name, task, output, original))
     return tasks
@@ -11332,15 +11418,16 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    execution.overwrites = args.force
+    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", execution.id)
     execution.brings = brings_of(args, execution.host, execution.id)
 
     def goes_on() -> str:
-        again, stop = args.again("execute", "--attach", execution.id), args.again("stop", execution.id)
-        text = "%s keeps running. To follow it again: %s   To end it: %s" % (execution.name, again, stop)
+        facts = (execution.name, execution.again, args.again("stop", execution.id))
+        text = "%s keeps running. To follow it again: %s   To end it: %s" % facts
         return "" if waiting.state.is_waiting else text
 
     with execution.agent.leaving(goes_on):
+        execution.agent.again = execution.again
         execution.follow()
 
 

@@ -35,7 +35,7 @@ if [ "$purpose" = test ]; then
             for name in munged slurmctld slurmd sbatch ip; do
                 command -v $name >/dev/null || missing="$missing $name"
             done
-            for name in bwrap podman runc newuidmap debootstrap; do # elsewhere the tests of containers skip
+            for name in bwrap podman runc newuidmap debootstrap bindfs; do # elsewhere what needs them skips
                 command -v $name >/dev/null || missing="$missing $name"
             done
             # R's kernel, where Debian has it; the tests of it skip where it is not there.

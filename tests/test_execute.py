@@ -16,7 +16,7 @@ from client import check_failure, events_of, listed
 from jupyters import AGES, jupyter_for_everyone, jupyter_of, nbclient_alone
 from notebooks import PYTHON_SPEC, cells_of, code, printed, write_notebook
 from readme import README
-from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, User, processes_with, wait_until
+from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, User, processes_with, wait_until, words_of
 
 import rjupyter
 
@@ -332,6 +332,43 @@ def test_lost_connection_is_dialled_again_and_nothing_is_said_twice(
     assert run.wait() == 0, run.text
     assert printed(laptop.home / "w.executed.ipynb") == ["", "waits\nwent\n", "1\n"]
     assert run.text.count("Cell 1/3 done") == 1 and run.text.count("\nwaits\n") == 1
+
+
+def test_agent_that_is_killed(laptop: Laptop, host: Host, mark: str) -> None:
+    """The run goes on, and what is said leads to it."""
+    run, identity = start_waiting(laptop)
+    (agent,) = [pid for pid, words in processes_with(mark).items() if re.match(r"\S*python3 -IS -c import sys", words)]
+    os.kill(agent, signal.SIGKILL)
+    assert run.wait() == 1, run.text
+    assert "the agent on host ended early" in run.stderr
+    (host.home / "go").write_text("")
+    words = words_of(run.stderr.rpartition("try: ")[2])
+    assert words[-4:] == ["host", "execute", "--attach", identity]
+    laptop.config = ""  # it stands in the words
+    assert laptop.run(*words).status == 0
+    assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"
+
+
+def test_result_that_cannot_be_written_is_not_called_written(laptop: Laptop, host: Host) -> None:
+    """Nor is one that there is not; and what is said brings it where there is room."""
+    write_notebook(laptop.home / "w.ipynb", "1")
+    (laptop.home / "sub").mkdir()
+    run = laptop.run("--json", "host", "execute", "w.ipynb", "--kernel", "none")
+    (executed,) = [event for event in events_of(run) if event["event"] == "executed"]
+    assert (executed["outcome"], executed["path"]) == ("invalid", None)
+    assert not (laptop.home / "w.executed.ipynb").exists()
+    write_notebook(laptop.home / "w.ipynb", "x = 1", WAITS, "print(x)")
+    run = laptop.start("host", "execute", "-v", "w.ipynb", "-o", "sub/r.ipynb", has_terminal=False)
+    run.expect("^waits$")
+    identity = run.expect(r"\((r[0-9a-f]{4})\)").group(1)
+    (laptop.home / "sub").rmdir()
+    (host.home / "go").write_text("")
+    assert run.wait() == 1 and "Executed" not in run.text, run.text
+    words = words_of(run.stderr.rpartition("try: ")[2])
+    assert words[-4:] == ["host", "execute", "--attach", identity]
+    laptop.config = ""
+    assert laptop.run(*words).status == 0
+    assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"
 
 
 def test_kill_9_of_us(laptop: Laptop, host: Host, mark: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from client import check_failure
 from execution import (
+    IPYKERNEL,
     add_kernel,
     add_kernel_that_ignores_its_parent,
     add_r,
@@ -155,6 +156,31 @@ def test_run_that_was_not_started_is_never_silent(laptop: Laptop, host: Host) ->
     assert run.wait() == 0
 
 
+def test_results_of_runs_at_once_never_meet(laptop: Laptop, host: Host) -> None:
+    """Whoever comes second is refused before it runs: here, and in place on the host; with -o it is not."""
+    write_notebook(laptop.home / "w.ipynb", waiting_for(host.home / "go"), "print(x)")
+    write_notebook(host.home / "there.ipynb", waiting_for(host.home / "go"), "print(x)")
+    asked = [["w.ipynb", "-p", "x=%d" % number] for number in range(5)]
+    asked += [[":there.ipynb", "--inplace", "-p", "x=%d" % number] for number in range(2)]
+    started = [laptop.start("host", "execute", *words, has_terminal=False) for words in asked]
+    try:
+        wait_until(lambda: len([run for run in started if not has_ended(run)]) == 2, "the others are refused", 120)
+        other = laptop.start("host", "execute", "w.ipynb", "-p", "x=7", "-o", "other.ipynb", has_terminal=False)
+        wait_until(lambda: len(run_dirs(host)) == 3 or has_ended(other), "with -o it runs", 60)
+    finally:
+        (host.home / "go").touch()
+    assert [run.wait() for run in [*started, other]].count(0) == 3
+    assert printed(laptop.home / "other.ipynb")[-1] == "7\n"
+    for runs, words, result in (
+        (started[:5], "w.executed.ipynb", laptop.home / "w.executed.ipynb"),
+        (started[5:], "there.ipynb", host.home / "there.ipynb"),
+    ):
+        (done,) = [number for number, run in enumerate(runs) if run.wait() == 0]
+        assert printed(result)[-1] == "%d\n" % done
+        for run in runs[:done] + runs[done + 1 :]:
+            check_failure(run, 1, "no place for the result", words, "which goes on, is to write it", "-o FILE")
+
+
 # -- G14: killed within a cell ----------------------------------------------------------------------------------------
 
 SAYS = """
@@ -211,6 +237,27 @@ def test_logs_of_a_run_that_goes_on_and_of_one_that_has_ended(laptop: Laptop, ho
     logs = laptop.run("host", "logs", identity)
     assert logs.status == 0 and logs.stdout.endswith("waits\nwent\n1\n"), logs.text
     check_failure(laptop.run("host", "logs", "r0000"), 1, "r0000")
+
+
+DEATHS = {
+    "import os; os._exit(3)": "it ended with status 3",
+    "import os; os._exit(0)": "it ended with status 0",
+    "import os; os.kill(os.getpid(), 11)": "it was ended by SIGSEGV",
+    "import os; os.kill(os.getpid(), 9)": "it was killed, by hand or because memory ran out",
+}
+
+
+def test_how_a_kernel_died_is_said(laptop: Laptop, host: Host) -> None:
+    """By its own status, or its signal; also where a shell stands between, which turns 11 into 139."""
+    add_kernel(host.home, "shell", ["/bin/sh", "-c", '"$@"; exit $?', "sh", *IPYKERNEL])
+    names = ["%d.ipynb" % number for number in range(len(DEATHS))]
+    for name, source in zip(names, DEATHS):
+        write_notebook(laptop.home / name, source)
+    for options in ([], ["--kernel", "shell"]):
+        run = laptop.run("host", "execute", "-j", "4", *options, *names)
+        assert run.status == 5, run.text
+        for name, why in zip(names, DEATHS.values()):
+            assert "the kernel of %s died in cell 1 of 1: %s\n" % (name, why) in run.stderr, run.stderr
 
 
 # -- G18: told to end -------------------------------------------------------------------------------------------------

@@ -425,6 +425,43 @@ def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_ho
         subprocess.run(["umount", "--lazy", str(user.home)], check=True)
 
 
+@pytest.mark.jupyter
+@pytest.mark.parametrize(
+    "options",
+    [["--chmod-ignore"], ["--chmod-deny"], ["--chmod-ignore", "--force-user=nobody"]],
+    ids=["ignores modes", "refuses modes", "has another owner"],
+)
+def test_home_that_cannot_be_closed_to_others(
+    laptop: Laptop,
+    make_user: Callable[[str], User],
+    make_host: Callable[..., Host],
+    directory: Path,
+    options: List[str],
+) -> None:
+    """As CIFS, Azure's files and WSL's drives are: what was asked of it is looked at."""
+    if not shutil.which("bindfs"):
+        pytest.skip("needs bindfs")
+    user = make_user("/bin/bash")
+    user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    below = directory / "below"
+    user.home.rename(below)
+    user.home.mkdir()
+    mounted = subprocess.run(["bindfs", "--perms=a=rwx", *options, str(below), str(user.home)], stderr=subprocess.PIPE)
+    if mounted.returncode:
+        pytest.skip("bindfs mounts nothing here: %r" % mounted.stderr)
+    try:
+        make_host(user=user)
+        with laptop.opened("host") as run:
+            assert compute(run.url(), "print(1)") == "1\n"
+            token = parse_qs(urlsplit(run.url()).query)["token"][0].encode()
+            assert not [path for path in below.rglob("*") if path.is_file() and token in path.read_bytes()]
+        state = Path("/tmp/rjupyter-%d" % user.uid)
+        assert [path.stat().st_mode & 0o077 for path in (state, state / "servers", state / "runtime")] == [0, 0, 0]
+        assert "Stopped" in laptop.run("host", "stop").stderr
+    finally:
+        subprocess.run(["umount", "--lazy", str(user.home)], check=True)
+
+
 def check_two_runs_and_stop(laptop: Laptop, state: str) -> None:
     """Everything works, with our state elsewhere; and it is ours alone."""
     with laptop.opened("--local-port", str(quiet_port()), "host") as run:

@@ -116,7 +116,7 @@ RECORDED: List[Dict[str, Any]] = [
     {},
 ]
 TOLD: List[Dict[str, Any]] = [
-    {"kind": "hello", "user": "ana", "node": "gpu1", "python": "3.11.7", "is_root": True},
+    {"kind": "hello", "user": "ana", "node": "gpu1", "python": "3.11.7", "is_root": True, "clock": 1.0},
     {"kind": "progress", "text": "waiting"},
     {"kind": "queue", "id": "j07af", "job": "12", "is_waiting": True, "word": "PENDING", "reason": "Priority"},
     {"kind": "found", "where": "the usual places", "command": "/a/jupyter-lab", "tried": ["/a"]},

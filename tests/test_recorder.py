@@ -14,6 +14,8 @@ from client import api, check_failure, compute, end_kernels, events_of, held, li
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
 
+import rjupyter
+
 pytestmark = pytest.mark.jupyter
 
 KEPT_S = 7 * 86400  # a week
@@ -300,7 +302,9 @@ def test_a_server_may_be_left_without(laptop: Laptop, host: Host, mark: str) -> 
 
 
 @pytest.mark.shared
-def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Laptop, host: Host, run: Run) -> None:
+def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(
+    laptop: Laptop, host: Host, run: Run, mark: str
+) -> None:
     kernel = new_session(run.url(), "long.ipynb")
     code = "for i in range(1000000): print('%08d' % i + 'x' * 91)"
     send(run.url(), code, kernel).close()  # a page would be slower
@@ -312,6 +316,13 @@ def test_100_mb_as_fast_as_python_can_arrive_or_are_cut_by_the_bound(laptop: Lap
     assert re.match(r"In \[\d+\]  .*\n\[older output was dropped: more than 64 MB came\]\n%08d" % numbers[0], shown)
     sizes = [path.stat().st_size for path in host.home.glob(".local/state/rjupyter/servers/*/cells/%s*" % kernel)]
     assert 32e6 < sum(sizes) < 70e6
+    (pid,) = recorders(mark)
+    wait_until(lambda: memory_of(pid) < 64e6, "it has given back what waited: %d" % memory_of(pid), 20)
+
+
+def memory_of(pid: int) -> float:
+    """Return how much memory a process has, in bytes."""
+    return float(Path("/proc/%d/statm" % pid).read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def tail(host: Host, kernel: str) -> str:
@@ -370,6 +381,41 @@ def test_a_server_on_a_socket_is_recorded(laptop: Laptop, host: Host) -> None:
     compute(run.url(), "print('through')", kernel)
     wait_for_end(host, kernel)
     assert "through" in laptop.run("host", "output").stdout
+
+
+# An agent whose clock is another, as on a host that is not set: it alone tells us the time.
+OTHER_CLOCK = """#!/bin/sh
+test "$2" = -c || exec /usr/bin/python3 "$@"
+code=$3; shift 3
+exec /usr/bin/python3 -IS -c "import time; now = time.time; time.time = lambda: now() + %d
+$code" "$@"
+"""
+
+
+@pytest.mark.parametrize("ahead_s", [7200, -7200, 0])
+def test_since_is_by_the_clock_here(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path, ahead_s: int
+) -> None:
+    python = directory / "front/python3"
+    python.parent.mkdir()
+    python.write_text(OTHER_CLOCK % ahead_s)
+    python.chmod(0o755)
+    host = make_host(front=str(python.parent))
+    there = time.time() + ahead_s
+    kept = host.home / ".local/state/rjupyter/servers/ab12"
+    (kept / "cells").mkdir(parents=True)
+    facts = {"node": "node", "pid": 2**22 + 1, "app": "notebook", "runtime_dir": "", "local_port": 8889}
+    rjupyter.write_down(rjupyter.ServerRecord(created=there - 9000, **facts), str(kept))
+    lines: List[rjupyter.Entry] = []
+    for count, age_s in ((1, 2400), (2, 60)):
+        code = "%d" % count
+        lines.append(rjupyter.BegunCell(id=code, time=there - age_s - 1, code=code, count=count))
+        lines.append(rjupyter.FinishedCell(id=code, time=there - age_s, is_done=True))
+    (kept / "cells/0123abcd.journal").write_bytes(b"".join(map(rjupyter.line_of, lines)))
+    shown = laptop.run("host", "output", "--since", "30m").stdout
+    began = time.strftime("%H:%M", time.localtime(time.time() - 61))
+    assert "In [1]" not in shown and "In [2]" in shown, shown
+    assert began in shown or time.strftime("%H:%M", time.localtime(time.time() - 62)) in shown, shown
 
 
 # -- --save -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from urllib.parse import urlsplit
 
@@ -171,6 +172,89 @@ def test_a_socket_is_out_of_reach_for_another_user(laptop: Laptop, shared: Host,
     assert " socket " in laptop.run("host", "list").stdout
     assert laptop.run("host", "stop").status == 0
     assert not path.exists()
+
+
+@pytest.mark.jupyter
+@pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
+def test_a_kernel_is_out_of_reach_for_another_user(
+    laptop: Laptop, make_host: Callable[..., Host], ana: User, eve: User, age: str
+) -> None:
+    """Its sockets lie where only you get to; what is typed on the host goes on finding the server and the kernel."""
+    ana.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+    host = make_host(path=str(jupyter_of(age))) if age else make_host(user=ana)
+    url = laptop.start("host", has_terminal=False).url()
+    kernel = api(url, "kernels", "POST", {})["id"]
+    assert compute(url, "print(40 + 2)", kernel) == "42\n"
+    sockets = list(host.home.glob(".local/share/jupyter/runtime/kernel-%s-ipc-*" % kernel))
+    assert len(sockets) == 5
+    for path in sockets:
+        assert as_user(eve, CONNECT, str(path), "/") == "Permission denied\n"
+    assert age or len(listening_ports(ana.uid)) <= 2  # Jupyter's own, and ipykernel's, as above
+    shell = "sh %s '%%s'" % ("-c" if age else "-lc")
+    lists = "jupyter server list" if age != "notebook-6.4" else "jupyter notebook list"
+    assert token_of(url) in host.sshd.ssh(shell % lists).stdout
+    existing = host.sshd.ssh(shell % ('echo "print(6 * 7)" | jupyter run --existing kernel-%s.json' % kernel))
+    assert existing.stdout == "42\n", existing
+    assert laptop.run("host", "stop", "--yes").status == 0
+    assert not list(host.home.glob(".local/share/jupyter/runtime/*"))
+
+
+def add_kernel(user: User, name: str, *argv: str) -> None:
+    spec = {"argv": argv, "display_name": name, "language": "python"}
+    user.write(".local/share/jupyter/kernels/%s/kernel.json" % name, json.dumps(spec))
+
+
+@pytest.mark.jupyter
+def test_kernels_listen_on_ports_where_one_may_know_nothing_else(
+    laptop: Laptop, shared: Host, ana: User, eve: User
+) -> None:
+    add_kernel(ana, "scala", "java", "-cp", "almond.jar", "almond.ScalaKernel", "{connection_file}")
+    run = laptop.start("host", has_terminal=False)
+    url = run.url()
+    kernel = api(url, "kernels", "POST", {})["id"]
+    assert compute(url, "print(40 + 2)", kernel) == "42\n"
+    assert len(listening_ports(ana.uid)) > 5
+    said = run.expect("other users of the host can read what they print: the kernel scala may .* (--server-arg=.*)")
+    remedy = said.group(1)
+    run.interrupt()
+    assert laptop.run("host", "stop", "--yes").status == 0
+    run = laptop.start("host", remedy, has_terminal=False)
+    kernel = api(run.url(), "kernels", "POST", {})["id"]
+    assert compute(run.url(), "print(40 + 2)", kernel) == "42\n"
+    assert len(listening_ports(ana.uid)) <= 2 and "Kernels listen" not in run.text
+
+
+SPECS = {
+    "ports": [
+        ["java", "-jar", "ijava.jar", "{connection_file}"],
+        ["deno", "jupyter", "--kernel", "--conn", "{connection_file}"],
+        ["ssh", "node1", "python", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        ["/opt/python/bin/python3", "-m", "remote_ikernel", "--kernel_cmd", "python -m ipykernel_launcher"],
+        ["docker", "run", "-v", "{connection_file}:/c", "img", "python", "-m", "ipykernel_launcher", "-f", "/c"],
+        ["python3", "-m", "run_kotlin_kernel"],
+    ],
+    "sockets": [
+        ["/opt/env/bin/python3.11", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        ["python", "-m", "ipykernel", "-f", "{connection_file}"],
+        ["/usr/lib/R/bin/R", "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"],
+        ["julia", "-i", "--color=yes", "--project=@.", "/home/a/.julia/packages/IJulia/AQu2H/src/kernel.jl"],
+        ["/usr/bin/python3", "-m", "bash_kernel", "-f", "{connection_file}"],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_which_kernels_are_known_to_take_sockets(directory: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(directory))
+    file = directory / "kernels/one/kernel.json"
+    file.parent.mkdir(parents=True)
+    found = rjupyter.Launcher(app="notebook", argv=["/nowhere/bin/python3", "x"], where="", environment={})
+    for argv in SPECS[kind]:
+        file.write_text(json.dumps({"argv": argv}))
+        told: List[str] = []
+        channel: Any = SimpleNamespace(tell=lambda kind, text, told=told: told.append(text))
+        arguments = rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel)
+        assert (bool(arguments), bool(told)) == ((True, False) if kind == "sockets" else (False, True)), argv
 
 
 def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., Host], laptop: Laptop) -> None:

@@ -1,5 +1,6 @@
 """Jupyter inside something: --wrap and --container, on commands that are real where the machine has them."""
 
+import json
 import os
 import re
 import shlex
@@ -433,6 +434,40 @@ def test_container_executes(laptop: Laptop, boxed: Host, podman: PrivatePodman) 
     wait_until(lambda: not podman.containers(boxed.home), "it is removed", 20)
 
 
+ENTRYPOINTS = [
+    ["jupyter-notebook"],
+    ["/usr/bin/env", "-i"],  # as tini and its like: what comes is executed, with less
+    ["/bin/sh", "-c", "echo A banner; exec /bin/false"],
+]
+
+
+@pytest.mark.parametrize("entrypoint", ENTRYPOINTS, ids=["jupyter", "env", "banner"])
+def test_image_whose_entry_point_is_another(
+    laptop: Laptop, boxed: Host, podman: PrivatePodman, directory: Path, entrypoint: List[str]
+) -> None:
+    """It is not used; the image's PATH is, on which its Jupyter lies; and /dev/shm is as large as the host's."""
+    image = "localhost/%s" % directory.name.lower()
+    stand_in(boxed, "nvidia-smi", "exit 0\n")
+    moved = "cp /usr/local/bin/jupyter-notebook /opt/jupyter-notebook && rm /usr/local/bin/jupyter-*"
+    try:
+        made = podman.command("run", "--name=" + directory.name, IMAGE, "sh", "-c", moved)
+        assert made.returncode == 0, made.stderr
+        changes = ["ENTRYPOINT " + json.dumps(entrypoint), "ENV PATH=/opt:/usr/local/bin:/usr/bin:/bin"]
+        made = podman.command("commit", *["--change=" + change for change in changes], directory.name, image)
+        assert made.returncode == 0, made.stderr
+        init = ["--init", "export PATH=%s:$PATH" % (boxed.home / "programs")]
+        run = held(laptop, *init, "--container", image, "host")
+        run.expect("No GPU in the container: podman finds no CDI specification.* sudo nvidia-ctk cdi generate")
+        seen = json.loads(podman.command("inspect", *podman.containers(boxed.home)).stdout)[0]
+        inside = Path("/proc/%d/root/dev/shm" % seen["State"]["Pid"])
+        within, outside = os.statvfs(inside), os.statvfs("/dev/shm")
+        assert within.f_frsize * within.f_blocks == outside.f_frsize * outside.f_blocks
+        assert laptop.run("host", "stop", "--yes").status == 0
+    finally:
+        podman.command("rm", "--force", directory.name)
+        podman.command("rmi", "--force", image)
+
+
 def test_container_whose_client_was_killed_is_stopped(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
     held(laptop, "--container", IMAGE, "host")
     (server,) = listed(laptop)
@@ -505,8 +540,9 @@ def words_for(image: str, uid: int, monkeypatch: pytest.MonkeyPatch, programs: P
     facts: Dict[str, Any] = {"created": 0.0, "node": "n", "home": "/home/ann", "root_dir": '/data/a,"b'}
     record = rjupyter.WrapperRecord(request=rjupyter.Request(container=image, **request), **facts)
     record.id, record.directory = "w12ab", "/home/ann/.local/state/rjupyter/wrappers/w12ab"
-    words = rjupyter.container_words(record, {"PATH": str(programs), "USER": "ann"})
-    return shlex.split(" ".join(words))
+    said: List[str] = []
+    words = rjupyter.container_words(record, {"PATH": str(programs), "USER": "ann"}, said.append)
+    return shlex.split(" ".join(words)) + said
 
 
 def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -517,8 +553,20 @@ def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert docker[:4] == ["docker", "run", "--rm", "--name=rjupyter-1000-w12ab"] and docker[-1] == "reg/img:1"
     assert '--mount=type=bind,"source=/data/a,""b","target=/data/a,""b"' in docker and "--gpus=all" in docker
     assert "--mount=type=bind,source=/home/ann,target=/home/ann" in docker and "--user=1000:1000" in docker
-    podman = words_for("img", 1000, monkeypatch, tmp_path)
+    assert "--entrypoint=" in docker
+    # podman has them by a specification that somebody has made, or the container has none, and a line says so.
+    gpus, told = "--device=nvidia.com/gpu=all", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+    monkeypatch.setattr(rjupyter.CONTAINERS["podman"], "gpus_need", [str(tmp_path / "*nvidia*.yaml")])
+    podman = words_for("podman://img", 1000, monkeypatch, tmp_path)
     assert podman[0] == "podman" and "--userns=keep-id" in podman
+    assert gpus not in podman and podman[-2] == "img" and podman[-1].endswith(told)
+    (tmp_path / "nvidia.com-gpu.yaml").touch()
+    podman = words_for("img", 1000, monkeypatch, tmp_path)
+    assert gpus in podman and podman[-1] == "img"
+    (tmp_path / "nvidia-smi").unlink()
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        podman = words_for("img", 1000, monkeypatch, tmp_path)
+        assert gpus not in podman and podman[-1] == "img"
     assert "--userns=keep-id" not in words_for("img", 0, monkeypatch, tmp_path)
     assert words_for("/data/my.sif", 1000, monkeypatch, tmp_path)[:2] == ["apptainer", "exec"]
     assert words_for("apptainer://docker://img", 1000, monkeypatch, tmp_path)[-1] == "docker://img"
@@ -541,6 +589,7 @@ def test_srun_of_an_allocation(laptop: Laptop, login: Host, slurm: PrivateSlurm,
     node = slurm.job(job)["NodeList"]
     assert whereabouts(run.url()).split()[0] == node
     assert "Jupyter is on %s, an address of %s" % (slurm.nodes[node], node) in run.text
+    run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(%s\) through host\." % (slurm.nodes[node], node))
     again = held(laptop, "host", "--local-port", str(quiet_port()))
     assert without_port(again.url()) == without_port(run.url())
     assert laptop.run("host", "stop", "--yes").status == 0
