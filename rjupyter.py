@@ -949,6 +949,7 @@ class ListReply(Record):
     runs: "List[RunView]" = []
     jobs: "List[JobView]" = []
     kernels: "List[KernelState]" = []
+    missing: str = ""  # what is not known of them
 
 
 class KernelState(Record):
@@ -963,6 +964,7 @@ class KernelState(Record):
     connections: int = 0
     memory: "Optional[int]" = None
     gpu_memory: "Optional[int]" = None
+    ports: "List[int]" = []  # on which it listens, or what it started
 
     @property
     def title(self) -> str:
@@ -1067,6 +1069,7 @@ class TunnelRecord(Record):
     request: "Request" = Request()
     is_background: bool = False
     url: str
+    base_url: str = "/"
     local_port: int
     id: str
     created: float = 0.0
@@ -1121,6 +1124,7 @@ EVENTS = {
     "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
     "output": Event("what a cell printed", ("cell", "type", "content")),
     "finished": Event("a cell that ended", ("cell", "is_done", "time", "seconds", "connections")),
+    "image": Event("`eval --save-images` wrote what is no text", ("type", "path")),
     "saved": Event("`output --save` has put outputs into a notebook", ("notebook", "cells")),
     "gap": Event("something is missing in `output`", ("why", "time")),
     "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
@@ -1476,7 +1480,7 @@ def private_dir(path: str) -> str:
         raise PermissionError("%s is not a directory of ours" % path)
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
-        if hasattr(os, "getuid") and os.lstat(path).st_mode & 0o077:  # CIFS, or what Windows has: it keeps no modes
+        if hasattr(os, "getuid") and os.lstat(path).st_mode & 0o077:  # CIFS, WSL's drives: chmod(2) did nothing
             raise PermissionError("%s cannot be closed to others: its file system keeps no permissions" % path)
     probe = os.path.join(path, ".%d" % os.getpid())
     try:
@@ -1933,6 +1937,7 @@ COLUMNS = {
         "PAGES": lambda kernel: kernel.connections,
         "MEMORY": lambda kernel: "-" if kernel.memory is None else "%.1f MB" % (kernel.memory / 1e6),
         "GPU": lambda kernel: "-" if kernel.gpu_memory is None else "%.1f MB" % (kernel.gpu_memory / 1e6),
+        "PORTS": lambda kernel: " ".join(map(str, kernel.ports)),
         "SERVER": lambda kernel: kernel.server,
     },
     "tunnel": {
@@ -5928,6 +5933,8 @@ class Tunnel:
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
+        for record in [record for record in tunnels() if record.pid == os.getpid()]:
+            self.ssh.further = record.further  # a second open may have added some
         if not self._forward()[0]:
             raise self.port.taken()
         if self._is_answering():
@@ -6019,6 +6026,32 @@ def written_down(record: TunnelRecord) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
+    """Add a forward to a tunnel that is up, at once; its process takes it along when it connects again."""
+    is_open, words = ssh.call(Mux(ssh, record.control).control_argv("forward", *each("-L", [spec])))
+    if not is_open:
+        is_up = os.path.exists(record.control)
+        raise Failure("cannot forward " + spec, words, "another port in -L" if is_up else "the same command again")
+    record.further = [*record.further, spec]
+    path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
+    write_whole(path, json.dumps(record.facts()))
+
+
+def gateway_settings(url: str, base_url: str) -> str:
+    """Return the line of a shell that sends a JupyterLab here to a server for its kernels (Jupyter Server, "Gateway").
+
+    It tries again as long as we do; five times, as is usual, are half a minute. Raises Failure without a token.
+    """
+    from urllib.parse import unquote
+
+    address, _, token = url.partition("?token=")
+    if not token:
+        raise Failure("no JupyterLab here can use the server", "it takes a password, and has no token")
+    settings = {"URL": "/".join(address.split("/")[:3]) + base_url, "AUTH_TOKEN": unquote(token)}
+    settings.update(RETRY_MAX="1000", RETRY_INTERVAL_MAX="10", VALIDATE_CERT="no")  # it is on the loopback
+    return "export" + "".join(" JUPYTER_GATEWAY_%s=%s" % (name, shlex.quote(settings[name])) for name in settings)
 
 
 def tunnels() -> List[TunnelRecord]:
@@ -6124,6 +6157,8 @@ CANNOT_RUN = 127  # a shell's own status for a command that is not there
 JOURNAL_BYTES = 64 << 20  # of one kernel; when half of that is full, the half before it goes
 RECORD_EVERY_S = 0.25  # between two looks for new kernels
 BIRTH_EVERY_S = 0.05  # while one may be about to begin
+HEAD_BYTES = 200  # which tell one half of a journal from another
+REPLY_LATE_MS = 1000  # in which a kernel that is idle has answered who asked it
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
@@ -6244,12 +6279,19 @@ class FinishedCell(TimedEntry):
 
 
 class Gap(TimedEntry):
-    """Something is missing here: the `dropped` lines of the journal so far, unless they are there after all."""
+    """Something is missing here."""
 
     kind = "gap"
     id: str = ""  # of the cell that ran
-    dropped: int = 0
     why: str
+
+
+class Half(Entry):
+    """The later half of a journal begins, after so many bytes; the cell that runs begins there once more."""
+
+    kind = "half"
+    at: int
+    cell: str = ""  # the id of that cell
 
 
 class Remark(Entry):
@@ -6259,7 +6301,7 @@ class Remark(Entry):
     text: str
 
 
-RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap, Remark)}  # type: Dict[str, Type[Entry]]
+RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap, Remark, Half)}  # type: Dict[str, Type[Entry]]
 OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
 
 
@@ -6381,11 +6423,6 @@ class Recorder:
 
     def __init__(self, directory: str, zmq: "Any") -> None:
         self.directory = directory
-        self._trim = lambda pad: None  # type: Callable[[int], Any]
-        with contextlib.suppress(ImportError, OSError, AttributeError):
-            import ctypes
-
-            self._trim = ctypes.CDLL(None).malloc_trim  # glibc's alone
         self.zmq = zmq
         self.poller = zmq.Poller()
         self.context = zmq.Context()
@@ -6413,7 +6450,6 @@ class Recorder:
                     break
                 for kernel in self._known.values():
                     kernel.look_again()
-                self._trim(0)  # what waited in ZeroMQ after a burst goes back to the system
             pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
             self.pass_on()
             if not self.poller.sockets:
@@ -6525,6 +6561,8 @@ class RecordedKernel:
         self._ended_at = 0.0
         self.shell = None  # type: Any # what it is asked through, and answers
         self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
+        # What it replied to each of them beside its outputs; None where it has not replied yet.
+        self._payloads = {}  # type: Dict[str, Optional[List[Json]]]
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
         if os.path.exists(self._journal.path):
             self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
@@ -6583,7 +6621,15 @@ class RecordedKernel:
                 self._failed.add(identity)
             self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
         elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
+            while self._payloads.get(asked_by, ()) is None and self.shell.poll(REPLY_LATE_MS):
+                self.take(self.shell.recv_multipart())  # it comes on another socket
+            for shown in self._payloads.pop(asked_by, None) or []:  # the help of `?`; the text of %load
+                data = fact(shown, "data", {}) or {"text/plain": fact(shown, "text", "")}
+                if data != {"text/plain": ""}:
+                    self.understand("display_data", asked_by, {"data": data, "metadata": {}})
             self._end(identity)
+        elif kind == "execute_reply" and asked_by in self._payloads:
+            self._payloads[asked_by] = objects(content, "payload")
 
     def _begin(self, asked_by: str, content: "Json") -> None:
         self._begun += 1
@@ -6616,6 +6662,7 @@ class RecordedKernel:
         parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
         self.shell.send_multipart([SIGNED, connection.signature(parts), *parts])
         self._asked.add(identity)
+        self._payloads[identity] = None
 
     def _lose_all(self) -> None:
         """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
@@ -6624,11 +6671,13 @@ class RecordedKernel:
             self.recorder.poller.unregister(self.shell)
             self.shell.close()  # with what waits in it: the next process is not to get that
             self.shell = None
+            self._payloads.clear()
         for asked in list(self._asked):
             self._give_up(asked, has_died=True)
 
     def _give_up(self, asked: str, has_died: bool = False) -> None:
         self._asked.discard(asked)
+        self._payloads.pop(asked, None)
         self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
 
     def _end_all(self) -> None:
@@ -6650,9 +6699,14 @@ class RecordedKernel:
             self._tell_unseen(connections)
 
     def _tell_unseen(self, connections: int) -> None:
-        if connections >= 0:
-            self._journal.tell_away([] if connections else list(self._unseen))
-            self._unseen = self._unseen if connections else {}
+        """Note for the next open what ended with no page connected; where there is one, nothing was missed."""
+        path = beside(self._journal.path, ".away")
+        if connections > 0:
+            remove_files([path])
+        elif connections == 0:
+            with contextlib.suppress(OSError):
+                write_whole(path, read_text(path) + "\n".join([*self._unseen, ""]))
+            self._unseen = {}
 
     def look_again(self) -> None:
         """Learn what changes in and after a cell: the notebook's name, and whether a page is there.
@@ -6680,7 +6734,7 @@ class Journal:
         self._file = -1
         self._size = 0
         self._lost = ""
-        self._lines = 0  # that were written
+        self._before = 0  # the bytes of what was written before this half
         self._mark = None  # type: Optional[KernelMark]
 
     def tell(self, entry: Entry) -> None:
@@ -6698,18 +6752,19 @@ class Journal:
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
 
-    def _gap(self, why: str, dropped: int = 0) -> bytes:
-        return line_of(Gap(id=self.head.id if self.head else "", time=time.time(), why=why, dropped=dropped))
+    def _gap(self, why: str) -> bytes:
+        return line_of(Gap(id=self.head.id if self.head else "", time=time.time(), why=why))
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self._file = os.open(self.path, flags, 0o600)
             self._size = os.fstat(self._file).st_size
+            if self._size and not self._before:  # another recorder's, perhaps
+                self._before = JournalReader(self.path, self._size).at - self._size
         try:
             write_all(self._file, line)
             self._size += len(line)
-            self._lines += 1
         except OSError:
             os.ftruncate(self._file, self._size)
             raise
@@ -6718,8 +6773,9 @@ class Journal:
         """Begin a newer half, which says what is missing when it is the older one."""
         os.replace(self.path, self.path + ".old")
         os.close(self._file)
+        self._before += self._size
         self._file, self._size = -1, 0
-        self._write(self._gap(IS_CUT, self._lines))
+        self._write(line_of(Half(at=self._before, cell=self.head.id if self.head else "")))
         if self.head:
             self._write(line_of(self.head))
 
@@ -6730,15 +6786,6 @@ class Journal:
             with contextlib.suppress(OSError):
                 write_whole(beside(self.path, ".json"), json.dumps(mark.facts()))
                 self._mark = mark
-
-    def tell_away(self, ids: "List[str]") -> None:
-        """Note for the next open cells that ended with no page connected; without any, remove such notes."""
-        path = beside(self.path, ".away")
-        with contextlib.suppress(OSError):
-            if ids:
-                write_whole(path, read_text(path) + "\n".join([*ids, ""]))
-            else:
-                os.unlink(path)
 
 
 def beside(journal: str, suffix: str) -> str:
@@ -6815,18 +6862,14 @@ class CellOutput:
                 self.outputs, self._clears = [], False
             self.outputs.append(printed)
 
-    def update(self, printed: PrintedOutput) -> None:
-        """Take another content for the displays of the same id."""
-        identity = display_of(printed)
-        for output in [output for output in self.outputs if identity and display_of(output) == identity]:
-            output.content = dict(output.content, data=printed.content.get("data"))
-
 
 class Executions:
     """The executions of a journal, in their order."""
 
     def __init__(self, lines: "Iterable[str]" = ()) -> None:
         self.cells = {}  # type: Dict[str, CellOutput]
+        # By the id of a display: what it shows since it was updated, and those that do not show that yet.
+        self._displays = {}  # type: Dict[str, Tuple[Json, List[PrintedOutput]]]
         for line in lines:
             self.take(facts_in(line))
 
@@ -6834,8 +6877,6 @@ class Executions:
         """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
         entry = entry_in(facts)
         if isinstance(entry, Gap):
-            if entry.dropped and self.cells:  # we have what was before
-                return None, None
             name = entry.id or "gap %d" % len(self.cells)
             cell = self.cells.setdefault(name, CellOutput(gap=None if entry.id else entry))
             if not cell.gap:
@@ -6854,8 +6895,13 @@ class Executions:
                 cell.begun.count = entry.count
         elif isinstance(entry, PrintedOutput):
             cell.take(entry)
-            for other in self.cells.values() if entry.type == "update_display_data" else []:
-                other.update(entry)
+            identity = display_of(entry)
+            shown, older = self._displays.setdefault(identity, ({}, [])) if identity else ({}, [])
+            older.append(entry)
+            if entry.type == "update_display_data":
+                shown.update(entry.content)
+                while older:  # all of one id have the same content from now on: each is looked at once
+                    older.pop().content = shown
         return cell, entry
 
 
@@ -6866,16 +6912,12 @@ def send_output(request: Request, channel: Channel) -> Record:
     """Send the journal of a kernel, from a line on; when it is followed, what comes, until its server has ended."""
     record, path, _ = journal_asked_for(request)
     journal = JournalReader(path)
-    position = -1
 
     def send_entries() -> bool:
-        nonlocal position
         is_last = not (request.is_followed and place_of(record).is_running())  # before the look
-        for line in journal.lines():
-            facts = facts_in(line)
-            position = position + 1 if position >= 0 else fact(facts, "dropped", 0)
-            if position >= request.line:
-                channel.tell("recorded", entry=facts, at=position)
+        for at, line in journal.placed():
+            if at >= request.line:
+                channel.tell("recorded", entry=facts_in(line), at=at)
         return is_last or channel.is_closed
 
     is_whole = send_entries()
@@ -6895,28 +6937,51 @@ def facts_in(line: str) -> "Json":
 
 
 class JournalReader:
-    """Reads both halves of a journal as it grows; of one that is known up to an offset, what comes after that."""
+    """Reads both halves of a journal as it grows; of one that is known up to an offset, what comes after that.
+
+    Where lines were dropped before they could be read, one says so in their place.
+    """
 
     def __init__(self, path: str, offset: int = 0) -> None:
         self.path = path
         self._new = Growing(path, offset)
-        self._inode = self._inode_now()
-        self._is_begun = offset > 0
+        self._head = self._head_of(path) if offset else ""
+        self.at = offset + fact(facts_in(self._head), "at", 0)  # where the next line begins, in all that ever came
 
-    def _inode_now(self) -> int:
-        with contextlib.suppress(OSError):
-            return os.stat(self.path).st_ino
-        return 0
+    @staticmethod
+    def _head_of(path: str) -> str:
+        """Return how its first line begins, which no other half has; empty while it is written."""
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            head = stream.readline(HEAD_BYTES)
+            return head.decode("ascii", "replace") if head.endswith(b"\n") or len(head) == HEAD_BYTES else ""
+        return ""
 
     def lines(self) -> "List[str]":
         """Return the lines that came since we looked last."""
-        old = None if self._is_begun else Growing(self.path + ".old")
-        if self._is_begun and self._inode_now() != self._inode:  # it became the older half
-            old = Growing(self.path + ".old", self._new.offset) if self._inode else None
-            self._new = Growing(self.path)
-        self._inode, self._is_begun = self._inode_now(), True
-        # At once: what is half read may become the older one.
-        return [*(old.lines() if old else []), *self._new.lines()]
+        return [line for _, line in self.placed()]
+
+    def placed(self) -> "List[Tuple[int, str]]":
+        """Return the lines that came since we looked last, each with where it begins."""
+        head, old = self._head_of(self.path), []  # type: Tuple[str, List[str]]
+        if head not in ("", self._head):  # the half that we know has become the older one, or is gone
+            is_known = bool(self._head) and self._head_of(self.path + ".old") == self._head
+            old = list(Growing(self.path + ".old", self._new.offset if is_known else 0).lines())
+            self._new, self._head = Growing(self.path), head
+        found = []
+        is_again = False
+        for line in [*old, *self._new.lines()]:  # at once: what is half read may become the older one
+            if line.endswith('"kind": "half"}'):
+                half = Half.read(facts_in(line))
+                is_again = half.at <= self.at  # what begins there once more is for those who have missed it
+                if not is_again:
+                    gap = Gap(id=half.cell, time=time.time(), why=IS_CUT)
+                    found.append((half.at, line_of(gap).decode()))
+                self.at = half.at
+            elif not (is_again and line.endswith('"kind": "begun"}')):
+                found.append((self.at, line))
+                is_again = False
+            self.at += len(line) + 1
+        return found
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
@@ -7212,6 +7277,27 @@ def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> 
         messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
     elif isinstance(entry, Gap):
         messages.event("gap", why=entry.why, time=entry.time)
+
+
+def write_display(output: PrintedOutput, name: str) -> Dict[str, str]:
+    """Write what is no text of an output into new files, with what their kind is called behind; return them by that."""
+    import base64
+    import mimetypes
+
+    data: Json = fact(output.content, "data", {})
+    media = "(image|audio|video)/|application/pdf$"
+    written = {}
+    for kind in [kind for kind in data if re.match(media, kind)] or [kind for kind in data if "text/plain" not in data]:
+        content = (joined_text(data[kind]) or json.dumps(data[kind])).encode()
+        ending = mimetypes.guess_extension(kind) or ".bin"
+        names = (name + ("-%d" % number if number > 1 else "") + ending for number in itertools.count(1))
+        path = written[kind] = next(path for path in names if not os.path.lexists(path))
+        try:
+            with open(path, "xb") as stream:
+                stream.write(base64.b64decode(content) if re.match(media, kind) and "svg" not in kind else content)
+        except (OSError, ValueError) as error:
+            raise Failure("cannot write " + path, getattr(error, "strerror", "") or str(error)) from None
+    return written
 
 
 class ShownCells:
@@ -8608,10 +8694,10 @@ class Execution:
             path = executed_name(path)
         if self._bad_lines:
             self.messages.warn("%d lines of the journal of %s are damaged." % (self._bad_lines, self.id))
+        self.path = path
         text = b"".join(self.result).decode("utf-8", "replace")
         if text and "cells" not in facts_in(text):
             raise Wrong("the result is no notebook")
-        self.path = path
         if text and path == "-":
             try:
                 self.messages.line(text.rstrip("\n"))
@@ -8872,6 +8958,7 @@ def unpacked(message: Told) -> bytes:
 WAIT_EVERY_S = 0.5
 INTERRUPT_TIMEOUT_S = 5.0  # in which a kernel heeds one; numpy's long steps and the like take it when they are done
 STARTING_S = 10.0  # after which one that no page has ever asked has started: Jupyter Server 2.21 does not say so
+GPU_TIMEOUT_S = 5.0
 LATE_WORD_S = 3.0  # in which a recorder has written down what a kernel that is idle did last
 
 
@@ -8921,15 +9008,27 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
 
 
 def list_kernels(request: Request, channel: Channel) -> ListReply:
-    """Describe each kernel, with what it holds of the memory."""
-    kernels = [kernel for _, kernel in live_kernels(request)]
+    """Describe each kernel, with what it holds of the memory and where it listens."""
+    found = []  # type: List[Optional[Dict[int, int]]]
+    asking = threading.Thread(target=lambda: found.append(gpu_memory()), daemon=True)
+    asking.start()
+    kernels = live_kernels(request)
     processes = all_processes()
-    on_gpu = gpu_memory()
-    for kernel in kernels:
+    listening = {}  # the ports, by the sockets as /proc/PID/fd has them (proc(5))
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table) as stream:
+            rows = [row.split() for row in stream]
+            listening.update({"socket:[%s]" % row[9]: int(row[1][-4:], 16) for row in rows if row[3] == "0A"})
+    asking.join(GPU_TIMEOUT_S + 1)  # longer only where a driver holds the command, and no signal ends it
+    on_gpu = found[0] if found else None
+    for record, kernel in kernels:
         pids = processes_of_kernel(kernel.id, processes)
         kernel.memory = sum(processes[pid][1] for pid in pids) if pids else None
         kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
-    return ListReply(kernels=kernels)
+        connection = read_json(os.path.join(native(record.runtime_dir), "kernel-%s.json" % kernel.id))
+        kernel.ports = ports_of(pids, {port for name, port in connection.items() if name.endswith("_port")}, listening)
+    missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
+    return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
 
 
 def all_processes() -> "Dict[int, Tuple[int, int, str]]":
@@ -8955,19 +9054,40 @@ def processes_of_kernel(identity: str, processes: "Dict[int, Tuple[int, int, str
     return found
 
 
-def gpu_memory() -> "Dict[int, int]":
-    """Return how many bytes of a GPU each process holds, as nvidia-smi tells in MiB; empty where there is none."""
+def ports_of(pids: "List[int]", own: "Set[int]", listening: "Dict[str, int]") -> "List[int]":
+    """Return the ports on which processes of a kernel listen, but for those through which Jupyter talks to it.
+
+    ipykernel has one more than its connection file names: what ZeroMQ waits for together with them is no cell's.
+    """
+    found = set()  # type: Set[int]
+    for pid in pids:
+        names = {}
+        with contextlib.suppress(OSError):
+            for fd in os.listdir("/proc/%d/fd" % pid):
+                names[fd] = os.readlink("/proc/%d/fd/%s" % (pid, fd))
+        ports = {fd: listening[name] for fd, name in names.items() if name in listening}
+        for fd in [fd for fd, name in names.items() if name == "anon_inode:[eventpoll]"]:
+            waiting = re.findall(r"^tfd: +(\d+)", read_text("/proc/%d/fdinfo/%s" % (pid, fd)), re.MULTILINE)
+            together = {ports[each] for each in waiting if each in ports}
+            own = own | together if own & together else own
+        found.update(ports.values())
+    return sorted(found - own)
+
+
+def gpu_memory() -> "Optional[Dict[int, int]]":
+    """Return how many bytes of a GPU each process holds, as nvidia-smi tells in MiB; None where it does not answer."""
     import shutil
 
     if not shutil.which("nvidia-smi"):
         return {}
     argv = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    status, said, _ = run_command(argv, GPU_TIMEOUT_S)
     found = {}  # type: Dict[int, int]
-    for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines():
+    for line in said.splitlines():
         pid, _, size = line.partition(",")
         if pid.strip().isdigit() and size.strip().isdigit():
             found[int(pid)] = found.get(int(pid), 0) + (int(size) << 20)
-    return found
+    return None if status == 124 else found
 
 
 def end_kernel(request: Request, channel: Channel) -> None:
@@ -9052,30 +9172,30 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
         offset = size_of(path + ".journal")
         write_whole(asked, request.data)
     journal = JournalReader(path + ".journal", offset)
-    known = request.line
     executions = Executions()
     cell = executions.cells[request.errand] = CellOutput()  # until it begins
 
     def look() -> str:
-        nonlocal known, cell
+        nonlocal cell
         is_lost = is_visible and recorder and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
-        for line in journal.lines():
+        for at, line in journal.placed():
             facts = facts_in(line)
             found, entry = executions.take(facts)
             if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
                 cell = found
-            if found is cell and cell.begun:
-                known -= 1
-                if known < 0:
-                    channel.tell("recorded", entry=facts)
+            is_ours = (found is cell and cell.begun) or (isinstance(entry, Gap) and (cell.begun or request.line))
+            if is_ours and at >= request.line:
+                channel.tell("recorded", entry=facts, at=at)
+            if cell.finished:
+                break
         if cell.finished:
             how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
             return "dead" if cell.finished.has_died else how
         return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
-    state = until(look, float("inf"), FOLLOW_MAX_S)
-    return KernelReply(kernel=kernel, state=state)
+    state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
+    return KernelReply(kernel=kernel, state=state or ("busy" if cell.begun else "queued"))
 
 
 def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
@@ -9107,22 +9227,27 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
     record, kernel = kernel_named(request)
     info = server_info(record)
     journal = JournalReader(os.path.join(cells_dir(record.directory), kernel.id + ".journal"))
-
-    def has_ended() -> bool:  # a cell; another one may have begun
-        return any(line.endswith('"kind": "finished"}') for line in journal.lines())
-
-    has_ended()  # of those before
+    processes = identities_of(kernel.id)
+    recorded = Executions(line for line in journal.lines() if not line.endswith('"kind": "printed"}'))
+    last = next(reversed(list(recorded.cells.values())), CellOutput())
+    is_recorded = bool(last.begun and not last.finished)  # Jupyter calls a kernel "starting" until a page has come
+    is_idle = not is_recorded and state_of_kernel(record, kernel.id, processes) != "busy"
     status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
     if status != 204:
         raise Failure("the kernel was not interrupted", "HTTP status %d" % status, "stop, for the kernel itself")
 
-    def has_heeded() -> bool:
-        return has_ended() or state_of_kernel(record, kernel.id, []) != "busy"
+    def has_heeded() -> str:
+        state = state_of_kernel(record, kernel.id, processes)
+        has_ended = any(line.endswith('"kind": "finished"}') for line in journal.lines())  # another may have begun
+        if state == "dead":
+            return state
+        return "interrupted" if has_ended or not (is_recorded or state == "busy") else ""
 
-    if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
+    state = "idle" if is_idle else until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S)
+    if not state:
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
         raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
-    return KernelReply(kernel=kernel, state="interrupted")
+    return KernelReply(kernel=kernel, state=state)
 
 
 REQUESTS["eval_code"] = eval_code
@@ -10307,10 +10432,12 @@ def _address(text: str) -> str:
 
 
 def _forward(text: str) -> str:
-    """Check a local forward; one without an address here gets 127.0.0.1, and no second one on ::1."""
+    """Check a local forward; one without an address here gets 127.0.0.1, and none on ::1. PORT is both ends."""
     match = re.fullmatch(r"(?:(127\.0\.0\.\d+|localhost):)?(\d+):(/[^:\s]+|(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+)", text)
+    if text.isascii() and text.isdigit():
+        return "127.0.0.1:%d:127.0.0.1:%d" % (_port(text), _port(text))
     if not match:
-        raise ValueError("a forward is PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
+        raise ValueError("a forward is PORT, PORT:HOST:PORT or PORT:/SOCKET, not %r" % text)
     address = match.group(1) if match.group(1) not in (None, "localhost") else "127.0.0.1"
     return "%s:%d:%s" % (address, _port(match.group(2)), match.group(3))
 
@@ -10462,7 +10589,8 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--local-port N", "local port (the first free one from %d up)" % LOCAL_PORT, _port, None, "server"),
         Option("--no-browser", "print the address only"),
         Option("--browser COMMAND", "browser to open (the system's)"),
-        Option("-L SPEC", "another forward, as for ssh; repeatable", _forward, [], "server", "further"),
+        Option("-L SPEC", "another forward, as in ssh, or a port; repeatable", _forward, [], "server", "further"),
+        Option("--gateway", "print what sends a JupyterLab here there for its kernels (implies -f)"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", key="background"),
     ],
@@ -10843,7 +10971,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
     Ctrl-C before there is a tunnel ends it with 130; after that it closes the tunnel, which is a good end.
     """
     request = request_of(args, "open")
-    if joins_tunnel(args, request, messages):
+    args.background, args.no_browser = args.background or args.gateway, args.no_browser or args.gateway
+    if joins_tunnel(args, request, agent, messages):
         return EXIT_OK
     background = Background() if args.background else None
     if background and background.pid:
@@ -10852,11 +10981,14 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
     try:
         agent.ssh.connect()
         server = get_server(args, request, agent, messages)
+        if args.further and joins_tunnel(args, request, agent, messages, server.id):
+            return EXIT_OK
         if args.via_node and server.job:
             agent.ssh = move_to_node(agent.ssh, server)
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
-        messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        text = gateway_settings(url, server.base_url) if args.gateway else url
+        messages.result(text, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -10870,6 +11002,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             request=request,
             is_background=args.background,
             url=url,
+            base_url=server.base_url,
             local_port=tunnel.local_port,
             id=server.id,
             control=agent.ssh.way.control_path if agent.ssh.process else "",
@@ -10904,14 +11037,25 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
     return EXIT_OK
 
 
-def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
-    """True when a tunnel is up already that does what is asked for: its page is shown again, and nothing connected."""
+def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages, server: str = "") -> bool:
+    """True when a tunnel is up already that does what is asked for, or leads to a server: its page is shown again.
+
+    Nothing is connected: a further forward is added to what is up.
+    """
     for record in [] if args.is_new else tunnels():
-        is_there = (record.destination, record.ssh, record.further) == (args.host, args.ssh, args.further)
-        if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
+        further = [spec for spec in args.further if spec not in record.further]
+        is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
+        is_same = request.same_as(record.request) or record.id == server
+        if is_there and is_same and args.local_port in (None, record.local_port):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
-            messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
-            if wants_browser(args):
+            for spec in further:
+                add_forward(record, spec, agent.ssh)
+                address, port, target = spec.split(":", 2)
+                text = "Forwarding %s:%s to %s on %s." % (address, port, target, args.host)
+                messages.step(text, "forwarding", local_port=int(port))
+            text = gateway_settings(record.url, record.base_url) if args.gateway else record.url
+            messages.result(text, "open", url=record.url, local_port=record.local_port, id=record.id)
+            if wants_browser(args) and not further:
                 open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
             return True
     return False
@@ -11032,7 +11176,10 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     agent.ssh.connect()
     views: Dict[str, List[Any]]
     if args.kernels:
-        views = {"kernel": agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers").kernels}
+        reply = agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers")
+        views = {"kernel": reply.kernels}
+        if reply.missing:
+            messages.note(reply.missing)
     else:
         reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
@@ -11099,16 +11246,17 @@ def list_hosts(args: Args, messages: Messages) -> int:
     return EXIT_OK if is_one_reached else EXIT_SSH
 
 
+def within(timeout_s: int, request: Callable[[], Request]) -> Callable[[], Request]:
+    """Return what makes a request, each time with what is left of the time from now on; 0 is no limit."""
+    began = time.monotonic()
+    return lambda: request().but(timeout_s=timeout_s and max(1, timeout_s - int(time.monotonic() - began)))
+
+
 def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
-    began = time.monotonic()
-
-    def ask() -> Request:
-        left_s = max(1, args.timeout_s - int(time.monotonic() - began)) if args.timeout_s else 0
-        return request_of(args, "wait_for_kernel", timeout_s=left_s)
-
+    request = request_of(args, "wait_for_kernel")
     agent.ssh.connect()
-    reply = agent.ask_on(ask, KernelReply, "Waiting for the kernel")
+    reply = agent.ask_on(within(args.timeout_s, lambda: request), KernelReply, "Waiting for the kernel")
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
@@ -11124,11 +11272,18 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
     if args.interrupt:
         agent.ssh.connect()
-        kernel = agent.ask(request_of(args, "interrupt_kernel"), KernelReply).kernel
-        messages.note("Interrupted the kernel of %s." % kernel.title)
+        reply = agent.ask(request_of(args, "interrupt_kernel"), KernelReply)
+        if reply.state == "dead":
+            raise Failure("the kernel died", "of the interrupt", args.again("list", "--kernels"), EXIT_SERVER_ENDED)
+        text = "Nothing to interrupt: %s is idle." if reply.state == "idle" else "Interrupted the kernel of %s."
+        messages.note(text % reply.kernel.title)
         return EXIT_OK
     if args.code is None:
         raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", args.again("eval", "--help"))
+    try:
+        os.makedirs(args.save_images or ".", exist_ok=True)
+    except OSError as error:
+        raise Failure("cannot write into " + args.save_images, error.strerror or str(error)) from None
     code = sys.stdin.read() if args.code == "-" else args.code
     request = request_of(args, "eval_code", errand=os.urandom(16).hex(), data=code)
     executions, lines = Executions(), 0
@@ -11136,12 +11291,19 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     def take(message: Told, show: Show) -> None:
         """Print what comes: results on stdout, the rest on stderr; with --json, each output."""
         nonlocal lines
-        lines += 1
+        lines = message.at + 1
         cell, entry = executions.take(message.entry)
         if args.json and cell and entry:
             tell_entry(entry, cell, messages)
-        elif isinstance(entry, PrintedOutput) and entry.type in ("stream", "error", "execute_result", "display_data"):
-            text = re.sub(COLOURS, "", text_of(entry).replace("\r", "\n"))
+        written = {}
+        if args.save_images and cell and cell.begun and isinstance(entry, PrintedOutput):
+            written = write_display(entry, os.path.join(args.save_images, "cell-%s" % cell.begun.count))
+        for kind, path in written.items():
+            messages.result("[%s: %s]" % (kind, path), "image", type=kind, path=path)
+        if isinstance(entry, Gap) and not args.json:
+            messages.warn("[%s]" % entry.why)
+        elif isinstance(entry, PrintedOutput) and not written and not args.json:
+            text = re.sub(COLOURS + "|.\b", "", text_of(entry).replace("\r", "\n"))
             if entry.type == "error" or entry.content.get("name") == "stderr":
                 messages.warn(text, end="")
             else:
@@ -11150,11 +11312,17 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     def goes_on() -> str:
         follow, kernel = args.again("output", agent.launching, "-f"), agent.launching
         stop = args.again("eval", "--interrupt", "-k", kernel)
-        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop) if kernel else ""
+        if not executions.cells:
+            return "It waits for a cell before it. To follow it: %s" % follow if kernel else ""
+        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop)
 
     with agent.leaving(goes_on):
         agent.ssh.connect()
-        reply = agent.ask_on(lambda: request.but(line=lines), KernelReply, "", {"recorded": take})
+        asking = within(args.timeout_s, lambda: request.but(line=lines))
+        reply = agent.ask_on(asking, KernelReply, "", {"recorded": take})
+    if reply.state in ("busy", "queued"):
+        why = re.sub(" +(?=To )", "\n", goes_on())
+        raise Failure("it is not done after " + duration(args.timeout_s), why, "", EXIT_TIMEOUT)
     if reply.state == "dead":
         kernels = args.again("list", "--kernels")
         raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
@@ -11760,6 +11928,8 @@ OPTIONS_OF["output"] = [
 OPTIONS_OF["eval"] = [
     Option("CODE", "what it executes; - reads it from stdin", key="code", many="?"),
     Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", key="name"),
+    Option("--timeout S", "how long to wait for it (no limit)", _duration_s, 0),
+    Option("--save-images DIR", "write displays that are no text into this directory", _text),
     Option("--interrupt", "interrupt it"),
 ]
 OPTIONS_OF["stop"] = [
@@ -11842,6 +12012,8 @@ def carry_out(words: List[str]) -> int:
             near = nearest(args.host, ssh_hosts(args.line))
             failure.try_ = "did you mean %s?" % near if near else failure.try_
         messages.failure(failure)
+        if args and args.gateway and not args.json:
+            messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there
         return failure.status
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import uuid
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Callable
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, new_session, send
+from execution import add_kernel, add_r
 from notebooks import write_notebook
 from readme import readme_block
 from sides import SCRIPT, Host, Laptop, Run, process_of, wait_until
@@ -98,10 +100,103 @@ def test_as_json(laptop: Laptop, run: Run, kernel: str) -> None:
     assert events[3]["is_done"] is True
 
 
+def test_help_is_printed(laptop: Laptop, host: Host, run: Run, kernel: str) -> None:
+    """It comes beside the outputs, in what the kernel replies; a page shows it in a pager."""
+    (host.home / "loaded.py").write_text("loaded = 'from a file'\n")
+    laptop.run("host", "eval", "def twice(n):\n    'Twice as much.'\n    return 2 * n")
+    for code, words in {
+        "twice?": "Docstring: Twice as much.",
+        "twice??": "return 2 * n",
+        "%pinfo twice": "Signature: twice(n)",
+        "print(x)\ntwice?": "42\n",
+        "%load loaded.py": "loaded = 'from a file'",
+    }.items():
+        said = laptop.run("host", "eval", code)
+        assert said.status == 0 and words in said.stdout, (code, said.text)
+        assert "\x1b" not in said.stdout
+    assert laptop.run("host", "eval", "twice(2)").stdout == "4\n"
+
+
+def test_help_of_r_is_printed(laptop: Laptop, host: Host, run: Run) -> None:
+    kernel = new_session(run.url(), "r.ipynb", add_r(host.home)["name"])
+    said = laptop.run("host", "eval", "-k", kernel[:8], "?lm")
+    assert "Fitting Linear Models" in said.stdout, said.text  # with no bold by overstriking
+    end_kernels(run.url())
+
+
+PICTURES = """
+from IPython.display import HTML, SVG, Image, display
+import base64
+dot = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==')
+shown = display(Image(dot), display_id=True)
+display(SVG('<svg xmlns="http://www.w3.org/2000/svg"/>'), HTML('<b>text</b>'))
+display({'application/x-odd': 'odd'}, raw=True)
+shown.update(Image(dot))
+"""
+
+
+def test_displays_are_written_where_that_is_asked_for(laptop: Laptop, run: Run, kernel: str) -> None:
+    said = laptop.run("host", "eval", "--save-images", "new/plots", PICTURES)
+    names = re.findall(r"^\[(\S+): new/plots/cell-(\d+)(\S+)\]$", said.stdout, re.MULTILINE)
+    png, svg, odd = "image/png", "image/svg+xml", "application/x-odd"
+    assert [(kind, end) for kind, _, end in names] == [
+        (png, ".png"),
+        (svg, ".svg"),
+        (odd, ".bin"),
+        (png, "-2.png"),
+    ], said.text
+    assert "<IPython.core.display.HTML object>" in said.stdout
+    plots = laptop.home / "new/plots"
+    count = names[0][1]
+    assert (plots / ("cell-%s.png" % count)).read_bytes().startswith(b"\x89PNG")
+    assert (plots / ("cell-%s.svg" % count)).read_text().startswith("<svg")
+    (plots / ("cell-%d.png" % (int(count) + 1))).write_text("of mine")
+    events = events_of(laptop.run("--json", "host", "eval", "--save-images", "new/plots", "Image(dot)"))
+    (image,) = [event for event in events if event["event"] == "image"]
+    assert image == {"event": "image", "type": png, "path": "new/plots/cell-%d-2.png" % (int(count) + 1)}
+    assert (plots / ("cell-%d.png" % (int(count) + 1))).read_text() == "of mine"
+    (laptop.home / "a file").write_text("")
+    failed = laptop.run("host", "eval", "--save-images", "a file", "ran = 1")
+    check_failure(failed, 1, "cannot write into a file")
+    assert "NameError" in laptop.run("host", "eval", "ran").stderr
+
+
+def test_no_longer_than_it_may(laptop: Laptop, run: Run, kernel: str, gate: Path) -> None:
+    """What was begun goes on, and so does what waits for it."""
+    said = laptop.run("host", "eval", "--timeout", "1s", "print('begun', flush=True)\n" + waits_for(gate, "n = 7"))
+    assert (said.status, said.stdout) == (6, "begun\n")
+    form = r"after 1 s\n  why: It keeps running\.\n +To follow it: .*\n +To interrupt it: .*(host .*)\n"
+    words = re.search(form, said.stderr)
+    assert words and words.group(1) == "host eval --interrupt -k %s" % kernel[:8], said.stderr
+    waiting = laptop.run("host", "eval", "--timeout", "1", "n = n + 1")
+    check_failure(waiting, 6, "it is not done after 1 s", "It waits for a cell before it.\n", "To follow it: ")
+    assert "--interrupt" not in waiting.stderr  # that would be the other cell's
+    gate.write_text("")
+    assert laptop.run("host", "eval", "--timeout", "1h", "n").stdout == "8\n"
+
+
 def test_20_mb_arrive_whole(laptop: Laptop, run: Run, kernel: str) -> None:
     said = laptop.run("host", "eval", "for i in range(200000): print('%08d' % i + 'x' * 91)").stdout
     assert [int(line[:8]) for line in said.splitlines()] == list(range(200000))
     end_kernels(run.url())  # `output` would show all of it in the tests that come
+
+
+def test_what_is_lost_on_the_way_is_told(laptop: Laptop, host: Host, run: Run, kernel: str, gate: Path) -> None:
+    """One output that is too large, and more of them than are kept until a link that stalls takes them."""
+    said = laptop.run("host", "eval", "print('x' * 40_000_000, flush=True)\nprint('after')")
+    assert said.stdout == "after\n"
+    assert "[an output of 38 MB was not kept]\n" in said.stderr
+    printing = waits_for(gate, "for i in range(150): print(i, 'x' * 1_000_000, flush=True)")
+    asked = laptop.start("--json", "host", "eval", "print('begun', flush=True)\n" + printing, has_terminal=False)
+    asked.expect("begun")
+    os.kill(asked.pid, signal.SIGSTOP)
+    gate.write_text("")
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it is done")
+    os.kill(asked.pid, signal.SIGCONT)
+    assert asked.wait() == 0, asked.text[-2000:]
+    assert "older output was dropped" in asked.stdout
+    assert re.search(r"99 x+", asked.stdout)
+    end_kernels(run.url())
 
 
 def test_nothing_is_sent_twice_when_the_connection_is_lost(
@@ -142,6 +237,32 @@ def test_interrupted_is_said_of_a_kernel_that_takes_it(laptop: Laptop, run: Run,
     check_failure(laptop.run("host", "eval", "--interrupt"), 1, "the kernel was not interrupted", "computes on")
     gate.write_text("")
     page.close()
+
+
+@pytest.mark.parametrize("how", ["deaf", "behind a runner", "idle"])
+def test_interrupted_is_said_only_where_it_is_so(laptop: Laptop, host: Host, run: Run, gate: Path, how: str) -> None:
+    """Of a kernel that no page has come to, which Jupyter calls "starting" whatever it does."""
+    name = "python3"
+    if how == "behind a runner":  # which keeps to itself what is for the kernel
+        runner = "trap '' INT; exec setsid --wait %s -m ipykernel_launcher -f \"$0\"" % sys.executable
+        name = "behind"
+        add_kernel(host.home, name, ["sh", "-c", runner, "{connection_file}"])
+    end_kernels(run.url())
+    kernel = api(run.url(), "kernels", "POST", {"name": name})["id"]
+    if how == "idle":
+        assert laptop.run("host", "eval", "1").stdout == "1\n"
+        said = laptop.run("host", "eval", "--interrupt")
+        assert said.status == 0 and "Nothing to interrupt: no notebook (%s) is idle." % kernel[:8] in said.stderr
+        return
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if how == "deaf" else ""
+    asked = laptop.start(
+        "host", "eval", deaf + "print('begun', flush=True)\n" + waits_for(gate, ""), has_terminal=False
+    )
+    asked.expect("begun")
+    check_failure(laptop.run("host", "eval", "--interrupt"), 1, "the kernel was not interrupted", "computes on")
+    gate.write_text("")
+    assert asked.wait() == 0
+    end_kernels(run.url())
 
 
 def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, run: Run, kernel: str, gate: Path) -> None:
@@ -229,6 +350,15 @@ def test_code_in_the_queue_of_a_kernel_that_goes(
     asked.wait()
     check_failure(asked, 4, "the kernel died")
     page.close()
+
+
+def test_the_page_interrupts_it_as_a_cell_of_its_own(laptop: Laptop, run: Run, kernel: str) -> None:
+    code = "%xmode Minimal\nprint('begun', flush=True)\nimport time; time.sleep(600)"
+    asked = laptop.start("host", "eval", code, has_terminal=False)
+    asked.expect("begun")
+    api(run.url(), "kernels/%s/interrupt" % kernel, "POST", {})
+    assert asked.wait() == 5, asked.text
+    assert "KeyboardInterrupt" in asked.stderr
 
 
 def test_an_error_does_not_cancel_what_the_page_has_asked_for(

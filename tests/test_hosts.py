@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import ssl
 import subprocess
@@ -357,6 +358,9 @@ def test_what_the_user_configured_holds(laptop: Laptop, configured: Any) -> None
     assert parse_qs(urlsplit(url).query)["token"] == [token]
     assert "port %d," % port in run.stderr
     assert compute(url, "print(1)") == "1\n"
+    settings = dict(word.partition("=")[::2] for word in shlex.split(laptop.run("--gateway", "host").stdout)[1:])
+    assert settings["JUPYTER_GATEWAY_URL"] == url.partition("tree")[0]
+    assert (settings["JUPYTER_GATEWAY_AUTH_TOKEN"], settings["JUPYTER_GATEWAY_VALIDATE_CERT"]) == (token, "no")
     with urllib.request.urlopen(url, timeout=30, context=ssl._create_unverified_context()) as page:
         assert page.status == 200
     listening = Path("/proc/net/tcp").read_text()
@@ -389,6 +393,9 @@ def test_configured_password_is_said_and_no_token_shown(
     assert urlsplit(url).query == ""
     with urllib.request.urlopen(url, timeout=30) as page:
         assert "/login" in page.url
+    failed = laptop.run("--gateway", "host")
+    assert (failed.status, failed.stdout) == (1, "false\n")  # so what follows `eval "$(...)" &&` is not run
+    assert "no JupyterLab here can use the server\n  why: it takes a password" in failed.stderr
 
 
 # -- what the host lacks ----------------------------------------------------------------------------------------------

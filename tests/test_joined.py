@@ -1,15 +1,19 @@
 """A tunnel of ours that is up is a connection: what comes after it logs in no more, and never takes another's."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Callable, List
 
 import pytest
-from client import held, is_up
+from client import check_failure, held, is_up
 from notebooks import write_notebook
 from sides import Host, Laptop, Run, quiet_port, ssh_of, wait_until
+
+import rjupyter
 
 
 @pytest.fixture
@@ -77,6 +81,74 @@ def test_the_forward_of_a_second_open_goes_with_it(laptop: Laptop, host: Host, t
     wait_until(lambda: not is_up(url), "its forward is taken away", 20)
     assert is_up(tunnel.url())
     laptop.run("host", "list")  # which takes away the record that a kill -9 left
+
+
+def echoes(port: int, there: socket.socket) -> bool:
+    """True when what is sent to a port here arrives there, and the other way."""
+    there.settimeout(20)
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=20) as near:
+        far, _ = there.accept()
+        with far:
+            near.sendall(b"x")
+            return far.recv(1) == b"x"
+    return False
+
+
+@pytest.mark.parametrize("words", [[], ["-f"]], ids=["in front", "in the background"])
+def test_a_forward_is_added_to_the_tunnel_that_is_up(
+    laptop: Laptop, host: Host, mark: str, words: List[str], tmp_path: Path
+) -> None:
+    """At once, without a login; it is there again when the tunnel is, and goes with it."""
+    (host.home / "work").mkdir()
+    own = quiet_port()
+    run = laptop.start(*words, "--local-port", str(own), "host:work", has_terminal=False)
+    run.expect("To (end|close) it")
+    before = host.sshd.logins()
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as taken:
+        port, other, busy = there.getsockname()[1], quiet_port(), taken.getsockname()[1]
+        added = laptop.run("-L", "%d:localhost:%d" % (other, port), "host:work")
+        assert added.status == 0 and added.stdout == run.url() + "\n", added.text
+        words_of_it = "The tunnel is up already", "Forwarding 127.0.0.1:%d to localhost:%d on host.\n" % (other, port)
+        assert all(word in added.stderr for word in words_of_it), added.stderr
+        socket_here = tmp_path / "socket"
+        with socket.socket(socket.AF_UNIX) as at_socket:
+            at_socket.bind(str(socket_here))
+            at_socket.listen()
+            third = quiet_port()
+            # The same server, otherwise asked for; what is added already is not added twice.
+            more = ["-L", "%d:localhost:%d" % (other, port), "-L", "%d:%s" % (third, socket_here)]
+            assert "%s" % third in laptop.run(*more, "--json", "host").stdout
+            check_failure(laptop.run("-L", str(busy), "host:work"), 1, "cannot forward 127.0.0.1:%d" % busy)
+            assert echoes(other, there) and echoes(third, at_socket)
+            assert host.sshd.logins() == before
+            os.kill(ssh_of(mark), signal.SIGKILL)
+            wait_until(lambda: host.sshd.logins() == before + 1, "it has connected again")
+            wait_until(lambda: echoes(other, there) and echoes(third, at_socket), "the forwards are back")
+            assert is_up(run.url())
+    if words:
+        assert laptop.run("host", "close").status == 0
+    else:
+        run.interrupt()
+        assert run.wait(20) == 0
+    for free in (own, other, third):
+        with socket.create_server(("127.0.0.1", free)):
+            pass
+
+
+def test_a_port_alone_is_the_same_one_there() -> None:
+    forwards = {
+        "6006": "127.0.0.1:6006:127.0.0.1:6006",
+        "7860:localhost:80": "127.0.0.1:7860:localhost:80",
+        "7860:/a/socket": "127.0.0.1:7860:/a/socket",
+    }
+    for typed, forward in forwards.items():
+        assert rjupyter.Args(rjupyter.CommandLine(["--no-config", "-L", typed, "gpu1"])).further == [forward]
+    wrong = dict.fromkeys(["0", "70000"], "a port is a number")
+    wrong.update(dict.fromkeys(["80:", "a", "80:80", "\u0661"], "a forward is PORT, PORT:HOST:PORT or PORT:/SOCKET"))
+    for typed, why in wrong.items():
+        with pytest.raises(rjupyter.Failure) as failed:
+            rjupyter.Args(rjupyter.CommandLine(["--no-config", "-L", typed, "gpu1"]))
+        assert why in failed.value.why and failed.value.status == 2
 
 
 def other_options(host: Host, ssh: int) -> List[str]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import uuid
 from pathlib import Path
-from typing import Iterator
+from typing import Dict, Iterator, List
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, held, new_session, send
@@ -98,6 +98,35 @@ def test_a_tool_that_hangs_is_given_up_and_the_agent_is_heard_to_live(
         listing.wait()
     (event,) = events_of(listing)[1:]
     assert (event["id"], event["gpu_memory"]) == (kernel, None)
+    assert "GPU memory is not shown: nvidia-smi does not answer.\n" in listing.stderr
+    write_tool(tools / "nvidia-smi", "echo 'No devices were found'; exit 6\n")
+    assert "nvidia-smi" not in laptop.run("host", "list", "--kernels").stderr
+
+
+def test_ports_on_which_a_cell_listens(laptop: Laptop, host: Host, run: Run) -> None:
+    """What the kernel serves itself and what it started, and none of those through which Jupyter talks to it."""
+    kernel, other = new_session(run.url(), "it's here.ipynb"), new_session(run.url(), "other.ipynb")
+    ports = sorted((quiet_port(), quiet_port()))
+    code = """
+import http.server, subprocess, sys, threading
+server = http.server.HTTPServer(("127.0.0.1", %d), http.server.BaseHTTPRequestHandler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+script = "import socket, sys; s = socket.create_server(('::1', %d), family=socket.AF_INET6); sys.stdin.read()"
+child = subprocess.Popen([sys.executable, "-c", script + "; print()"], stdin=subprocess.PIPE)
+""" % tuple(ports)
+    compute(run.url(), code, kernel)
+    compute(run.url(), "%time 1", other)
+
+    def listed() -> Dict[str, List[int]]:
+        return {
+            event["id"]: event["ports"] for event in events_of(laptop.run("--json", "host", "list", "--kernels"))[1:]
+        }
+
+    wait_until(lambda: listed() == {kernel: ports, other: []}, "both listen", 30)
+    shown = laptop.run("host", "list", "--kernels").stdout
+    assert re.search(r"^%s .* %s +\w{4}$" % (kernel[:8], " ".join(map(str, ports))), shown, re.MULTILINE), shown
+    compute(run.url(), "child.stdin.close(); child.wait(); server.shutdown(); server.server_close()", kernel)
+    assert listed() == {kernel: [], other: []}
 
 
 def test_wait_returns_when_the_kernel_is_idle(laptop: Laptop, host: Host, run: Run) -> None:

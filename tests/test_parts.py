@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 from jupyters import interpreters
@@ -397,3 +398,94 @@ def test_what_was_announced_once_goes_on_whoever_leaves(tmp_path: Path) -> None:
         assert b'"s1111"' in os.read(reading, 1000)
         os.close(reading)
         channel.announce("s2222")
+
+
+# -- the journal ------------------------------------------------------------------------------------------------------
+
+
+def told(journal: rjupyter.Journal, *numbers: int) -> None:
+    for number in numbers:
+        journal.tell(rjupyter.Remark(text="%03d" % number))
+
+
+def read(reader: rjupyter.JournalReader) -> List[str]:
+    """Return what a reader finds: the texts, and why something is missing."""
+    found = [json.loads(line) for line in reader.lines()]
+    return [facts.get("text") or facts.get("why", "")[:5] or facts["kind"] for facts in found]
+
+
+def test_a_journal_tells_what_its_reader_has_missed(tmp_path: Path) -> None:
+    """It keeps two halves; one who reads often enough misses nothing, also where a half is full meanwhile."""
+    path = str(tmp_path / "a.journal")
+    journal = rjupyter.Journal(path, most=400)  # a few lines
+    often, seldom = rjupyter.JournalReader(path), rjupyter.JournalReader(path)
+    journal.head = rjupyter.BegunCell(id="1", time=1.0)
+    numbers = ["%03d" % number for number in range(40)]
+    found: List[str] = []
+    for number in range(40):
+        told(journal, number)
+        found += read(often)
+        if number == 2:
+            assert read(seldom) == numbers[:3]
+            late = rjupyter.JournalReader(path, os.path.getsize(path))
+    assert found == numbers
+    readers = [seldom, late, rjupyter.JournalReader(path)]
+    for reader in readers:
+        gap, head, *rest = read(reader)
+        assert (gap, head, rest) == ("older", "begun", numbers[-len(rest) :])
+        assert 5 < len(rest) < 20
+    assert {reader.at for reader in [often, rjupyter.JournalReader(path, os.path.getsize(path)), *readers]} == {
+        often.at
+    }
+    told(journal, 40)
+    assert [read(reader) for reader in [often, *readers]] == [["040"]] * 4
+    places = [at for at, _ in rjupyter.JournalReader(path).placed()]
+    assert places == sorted(places) and len(set(places)) == len(places)
+
+
+def test_a_journal_that_another_recorder_began(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.journal")
+    told(rjupyter.Journal(path, most=220), *range(12))
+    reader = rjupyter.JournalReader(path)
+    read(reader)
+    journal = rjupyter.Journal(path, most=220)
+    found: List[str] = []
+    for number in range(12, 24):
+        told(journal, number)
+        found += read(reader)
+    assert found == ["%03d" % number for number in range(12, 24)]
+
+
+def test_a_display_that_is_updated_often_costs_what_one_does_that_is_not(tmp_path: Path) -> None:
+    """An update is looked at once, and not once for each display: of one id, of many, in one cell or several."""
+
+    def line(kind: str, cell: int, identity: str, value: int) -> str:
+        content = {"data": {"text/plain": str(value)}, "transient": {"display_id": identity} if identity else {}}
+        return json.dumps({"kind": "printed", "id": str(cell), "type": kind, "content": content})
+
+    def counted(lines: List[str]) -> Tuple[int, List[str]]:
+        calls = 0
+
+        def count(frame: object, event: str, argument: object) -> Any:
+            nonlocal calls
+            calls += event == "line"
+            return count
+
+        sys.settrace(count)
+        try:
+            executions = rjupyter.Executions(lines)
+        finally:
+            sys.settrace(None)
+        outputs = [output for cell in executions.cells.values() for output in cell.outputs]
+        return calls, [rjupyter.text_of(output).strip() for output in outputs]
+
+    def cost(count: int, identity: str) -> int:
+        identities = [identity % number if "%" in identity else identity for number in range(count)]
+        shows = [line("display_data", number % 3, name, 0) for number, name in enumerate(identities)]
+        updates = [line("update_display_data", 0, name, 7) for name in identities]
+        calls, texts = counted(shows + updates)
+        assert texts == ["7" if identity else "0"] * count
+        return calls
+
+    for identity in ("one", "%d", ""):
+        assert cost(200, identity) < 3 * cost(100, identity), identity
