@@ -3510,10 +3510,11 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         of_terminal, said = shell_environment(shell, init, "interactive" in how)
         if of_terminal:
             channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
-            # Behind the terminal's PATH is that of the session, which /etc/profile may have reset.
-            path = os.pathsep.join(filter(None, [of_terminal.get("PATH"), os.environ.get("PATH")])).split(os.pathsep)
+            path = of_terminal.get("PATH", "").split(os.pathsep)
+            # What the session alone has there stays in front: /etc/profile may set PATH anew.
+            path = [place for place in os.environ.get("PATH", "").split(os.pathsep) if place not in path] + path
             os.environ.clear()
-            os.environ.update(of_terminal, HOME=home, PATH=os.pathsep.join(dict.fromkeys(path)))
+            os.environ.update(of_terminal, HOME=home, PATH=os.pathsep.join(filter(None, path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
         if said.startswith(NO_ANSWER):
