@@ -3517,8 +3517,8 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
             os.environ.update(found, HOME=home, PATH=os.pathsep.join(filter(None, path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
-        if said.startswith(NO_ANSWER):
-            channel.tell("note", text="The start-up files of %s: %s; going on without them." % (shell, said))
+        if said.startswith(NO_ANSWER) and "interactive" in how:  # once
+            channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
     channel.progress("")
     if init and not found:
         raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
