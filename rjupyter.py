@@ -3615,7 +3615,7 @@ def match_head(script: str, *forms: str) -> str:
 # Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
 MULTIPLEXED = {"TMUX": "/", "STY": "0", "ZELLIJ": "0", "ABDUCO_SESSION": "x", "TERM": "screen", "TERM_PROGRAM": "tmux"}
 NO_ANSWER = "no answer within %d s" % SHELL_TIMEOUT_S
-of_terminal = None  # type: Optional[Dict[str, str]] # once it has been looked up; empty where that did not work out
+of_terminal = None  # type: Optional[Dict[str, str]] # what one sets in another way than our session, once we know
 
 
 def mended(environment: "Any") -> "Any":
@@ -3705,23 +3705,24 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
     with contextlib.suppress(KeyError):  # in a container, an uid without a name
         shell = shell or pwd.getpwuid(os.getuid()).pw_shell
     shell = shell or "/bin/sh"
-    said = ""
     channel.progress("waiting for the start-up files of " + shell)
     for how in ("an interactive login shell", "a login shell"):
         began = time.monotonic()
-        of_terminal, said = shell_environment(shell, init, "interactive" in how)
-        if of_terminal:
+        found, said = shell_environment(shell, init, "interactive" in how)
+        if found:
             channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
-            # Behind the terminal's PATH is that of the session, which /etc/profile may have reset.
-            path = os.pathsep.join(filter(None, [of_terminal.get("PATH"), os.environ.get("PATH")])).split(os.pathsep)
+            of_terminal = {name: found[name] for name in found if os.environ.get(name) != found[name]}
+            path = found.get("PATH", "").split(os.pathsep)
+            # What the session alone has there stays in front: /etc/profile may set PATH anew.
+            path = [place for place in os.environ.get("PATH", "").split(os.pathsep) if place not in path] + path
             os.environ.clear()
-            os.environ.update(of_terminal, HOME=home, PATH=os.pathsep.join(dict.fromkeys(path)))
+            os.environ.update(found, HOME=home, PATH=os.pathsep.join(filter(None, path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
-        if said.startswith(NO_ANSWER):
-            channel.tell("note", text="The start-up files of %s: %s; going on without them." % (shell, said))
+        if said.startswith(NO_ANSWER) and "interactive" in how:  # once
+            channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
     channel.progress("")
-    if init and not of_terminal:
+    if init and not found:
         raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
 
 
@@ -5646,7 +5647,8 @@ class Agent:
 
     def _tell(self, message: Json, show: Show) -> None:
         """Tell the user what the host says, by the table."""
-        kind, say = message["kind"], self.messages.note
+        kind = message["kind"]
+        say = self.messages.detail if kind == "terminal" else self.messages.note
         told = {name: value for name, value in message.items() if name in FACTS or isinstance(value, str)}
         facts = {name: checked(FACTS.get(name, "str"), value) for name, value in told.items()}
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
@@ -5666,8 +5668,6 @@ class Agent:
             elif kind in ("installing", "installed"):
                 self._step = "Installing Jupyter" if kind == "installing" else ""
                 show("", self._step)
-            elif kind == "terminal":
-                say = self.messages.detail
             elif kind == "found":
                 if facts["command"] in self._found:
                     return
@@ -9603,7 +9603,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
     record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
     enter_terminal(request, channel, [])
-    record.environment = {name: portable(os.environ[name]) for name in os.environ if re.match(OF_SCHEDULERS, name)}
+    record.environment = {n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)}
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
     script = write_script(record, request)
