@@ -145,15 +145,15 @@ def serve(argv: List[str]) -> None:
 
     if not settings["port"].isdigit():
         sys.exit("[C] Bad config encountered during initialization: the 'port' trait expected an int")
-    port = int(settings["port"])
-    if not settings["sock"]:
+    first = port = int(settings["port"])
+    for port in [] if settings["sock"] else range(first, first + 100):
         with socket.socket() as probe:  # Jupyter looks in the same way, and takes another port, before it binds
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((settings["ip"], port))
+                break
             except OSError:
-                log("ERROR: the port %d is already in use." % port)
-                sys.exit(1)
+                log("The port %d is already in use, trying another port." % port)
     facts = {
         "base_url": base_url,
         "hostname": settings["ip"],
