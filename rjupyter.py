@@ -1980,6 +1980,10 @@ class Crowded(NotConnected):
     """The host turned a login away, as sshd does while too many are under way (MaxStartups)."""
 
 
+class AgentEnded(Failure):
+    """The agent did not come to its reply, although the connection stands."""
+
+
 class NoRoom(Failure):
     """There are no more processes, threads, descriptors or memory for us here."""
 
@@ -1991,7 +1995,6 @@ ACCEPT_KEY = "{ssh}   (once, in a terminal: it shows the key and asks)"
 CHANGED_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
 ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
 ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
-DEAD_PROXY = "{ssh}   (does its ProxyCommand work?)"
 CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
 SILENT = "{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)"
 SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
@@ -2585,7 +2588,7 @@ class Ssh:
         kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
         is_at_start = any(re.match("kex_exchange_id|banner exchange", said) for said in words)
         if is_at_start and self.config.get("proxycommand", "none") != "none":
-            try_ = DEAD_PROXY
+            try_ = "{ssh}   (does its ProxyCommand work?)"
             own = [said for said in words if said.strip() and not re.match(FATAL_WORDS + "|" + WARNINGS, said)]
             if own:
                 return NotConnected(what, "\n".join(own[-LOG_LINES:]), try_.format(**facts), EXIT_SSH)
@@ -5407,7 +5410,7 @@ class Agent:
 
     @contextlib.contextmanager
     def leaving(self, goes_on: Callable[[], str]) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, as far as there is something to say."""
+        """Under this, Ctrl-C says what goes on there without us, as far as there is something; a killed agent, too."""
         self.launching = ""
         try:
             yield
@@ -5416,6 +5419,12 @@ class Agent:
             if text:
                 self.messages.end_line()
                 self.messages.note(text)
+            raise
+        except AgentEnded as failure:
+            text = goes_on()
+            if text:
+                self.messages.note(text)
+                failure.try_ = ""  # the same command would begin another
             raise
 
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
@@ -5431,7 +5440,7 @@ class Agent:
         if (has_begun or not way.has_login) and way.is_lost(status, noise):
             return self.ssh.lost([] if way.has_login else noise) if has_begun else self.ssh.connect_failure(noise)
         if has_begun:
-            return Failure("the agent on %s ended early" % host, why, "the same command again; -v shows more")
+            return AgentEnded("the agent on %s ended early" % host, why, "the same command again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
@@ -5448,7 +5457,7 @@ class Agent:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
         elif not complaints and "This account is" not in why:  # nologin(8) says that on stdout
             why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
-        return Failure("the agent did not run on " + host, why, try_)
+        return AgentEnded("the agent did not run on " + host, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
