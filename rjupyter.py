@@ -2020,6 +2020,10 @@ class Crowded(NotConnected):
     """The host turned a login away, as sshd does while too many are under way (MaxStartups)."""
 
 
+class AgentEnded(Failure):
+    """The agent did not come to its reply, although the connection stands."""
+
+
 class NoRoom(Failure):
     """There are no more processes, threads, descriptors or memory for us here."""
 
@@ -2031,7 +2035,6 @@ ACCEPT_KEY = "{ssh}   (once, in a terminal: it shows the key and asks)"
 CHANGED_KEY = "the host key of {host} is not the one known here: a new installation, or someone in between"
 ONE_KEY = "-o IdentitiesOnly=yes -i KEY   (or both for this host in ~/.ssh/config), so that ssh offers no other"
 ALGORITHMS = "an update of the older side; or KexAlgorithms, HostKeyAlgorithms, Ciphers or MACs in ~/.ssh/config"
-DEAD_PROXY = "{ssh}   (does its ProxyCommand work?)"
 CROWDED = "{ssh}   (in a minute: sshd has too many logins, or shuts out an address after refused ones)"
 SILENT = "{ssh}   (something listens there and says nothing: no sshd, or one that is overloaded)"
 SIGN = "touch the key when its light blinks, or unlock its agent (ssh-add -l)"
@@ -2625,7 +2628,7 @@ class Ssh:
         kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
         is_at_start = any(re.match("kex_exchange_id|banner exchange", said) for said in words)
         if is_at_start and self.config.get("proxycommand", "none") != "none":
-            try_ = DEAD_PROXY
+            try_ = "{ssh}   (does its ProxyCommand work?)"
             own = [said for said in words if said.strip() and not re.match(FATAL_WORDS + "|" + WARNINGS, said)]
             if own:
                 return NotConnected(what, "\n".join(own[-LOG_LINES:]), try_.format(**facts), EXIT_SSH)
@@ -5460,7 +5463,6 @@ SAYINGS = {
 # The facts in it that are no texts, or may be none.
 FACTS = {"is_root": "bool", "tried": "List[str]", "seconds": "float", "clock": "float", "pid": "Optional[int]"}
 FACTS.update(dict.fromkeys(("app", "root_dir", "name", "job", "wrap"), "Optional[str]"))
-SAME_AGAIN = "the same command again; -v shows more"
 
 
 class Agent:
@@ -5477,7 +5479,6 @@ class Agent:
         self.redials = True  # a connection that is lost while we ask
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
-        self.again = SAME_AGAIN  # leads back to what was begun
         self._step = ""  # the name of the step, while Jupyter is installed
         self._found: List[str] = []  # the commands that were said to be used
         self._file: Optional[AgentFile] = None
@@ -5684,8 +5685,8 @@ class Agent:
 
     @contextlib.contextmanager
     def leaving(self, goes_on: Callable[[], str]) -> Iterator[None]:
-        """Under this, Ctrl-C says what goes on there without us, as far as there is something to say."""
-        self.launching, self.again = "", SAME_AGAIN
+        """Under this, Ctrl-C says what goes on there without us, as far as there is something; a killed agent, too."""
+        self.launching = ""
         try:
             yield
         except (KeyboardInterrupt, Terminated):
@@ -5693,6 +5694,12 @@ class Agent:
             if text:
                 self.messages.end_line()
                 self.messages.note(text)
+            raise
+        except AgentEnded as failure:
+            text = goes_on()
+            if text:
+                self.messages.note(text)
+                failure.try_ = ""  # the same command would begin another
             raise
 
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
@@ -5708,7 +5715,7 @@ class Agent:
         if (has_begun or not way.has_login) and way.is_lost(status, noise):
             return self.ssh.lost([] if way.has_login else noise) if has_begun else self.ssh.connect_failure(noise)
         if has_begun:
-            return Failure("the agent on %s ended early" % host, why, self.again)
+            return AgentEnded("the agent on %s ended early" % host, why, "the same command again; -v shows more")
         if NO_PYTHON in noise:
             what = "no python3 on " + host
             why = "the host needs Python 3.6 or newer; tried: " + ", ".join(PYTHONS).replace('"', "")
@@ -5725,7 +5732,7 @@ class Agent:
             why += " and printed nothing: its shell may run no commands, or ~/.bashrc may exit early"
         elif not complaints and "This account is" not in why:  # nologin(8) says that on stdout
             why += "\nthe login shell there did not reach our command; a start-up file (~/.bashrc) may exit early"
-        return Failure("the agent did not run on " + host, why, try_)
+        return AgentEnded("the agent did not run on " + host, why, try_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11595,7 +11602,6 @@ def follow(execution: Execution, waiting: Queue, args: Args) -> None:
         return "" if waiting.state.is_waiting else text
 
     with execution.agent.leaving(goes_on):
-        execution.agent.again = execution.again
         execution.follow()
 
 

@@ -19,7 +19,19 @@ from jupyters import standin
 from notebooks import write_notebook
 from private_machines import Cluster, find_obstacle
 from proxy import Proxy
-from sides import BOTH_MODES, VENV_BIN, Host, Laptop, Run, User, quiet_port, ssh_of, wait_until
+from sides import (
+    BOTH_MODES,
+    VENV_BIN,
+    Host,
+    Laptop,
+    Run,
+    User,
+    processes_with,
+    quiet_port,
+    ssh_of,
+    wait_until,
+    words_of,
+)
 
 import rjupyter
 
@@ -547,6 +559,31 @@ def test_connection_lost_as_an_execution_is_submitted(laptop: Laptop, host: Host
     assert run.wait() == 0, run.text
     assert (host.home / "ran").read_text() == "x"
     assert (laptop.home / "n.executed.ipynb").exists()
+
+
+@pytest.mark.nbclient
+def test_agent_that_is_killed_leaves_word_of_the_execution_that_goes_on(laptop: Laptop, host: Host, mark: str) -> None:
+    name = notebook(laptop, "import os, time\nwhile not os.path.exists(%r): time.sleep(0.05)" % str(host.home / "go"))
+    run = laptop.start("host", "execute", name, has_terminal=False)
+    run.expect("Executing")
+    (directory,) = host.home.glob(".local/state/rjupyter/runs/*")
+
+    def kill_agent() -> bool:
+        for pid, words in processes_with(mark).items():
+            if " -IS -c " in words and "sys.stdin" in words:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return run_ended(run)
+
+    wait_until(kill_agent, "it ends, whichever agent was killed", 30)
+    assert run.wait() == 1, run.text
+    assert (
+        re.search("the agent (did not run on host|on host ended early)", run.stderr)
+        and "the same command again" not in run.stderr
+    )
+    again = run.expect(r"keeps running. To follow it again: (.+ --attach %s)  " % directory.name).group(1)
+    (host.home / "go").touch()
+    assert laptop.run(*words_of(again)[2:]).status == 0
 
 
 @pytest.fixture
