@@ -37,9 +37,9 @@ else:
 # fmt: on
 __doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
 
-  rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
-  rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
-  rjupyter.py gpu1 stop                 end the server, which runs until then
+  rjupyter gpu1:work                 open Jupyter in ~/work, or come back to it
+  rjupyter gpu1 execute train.ipynb  run a notebook there, and bring the result
+  rjupyter gpu1 stop                 end the server, which runs until then
 
 HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 """
@@ -47,7 +47,7 @@ HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 # How it works:
 #
 #    laptop                                              HOST
-#    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
+#    rjupyter ------- ssh -M -N (one login) -----------> sshd
 #        |  ssh -S socket HOST  <request on stdin> ----> agent (python3) -> finds a port, launches, replies one line
 #        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
 #    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
@@ -9925,7 +9925,7 @@ def help_text(topic: str = "") -> str:
         rows = [OPTIONS["output"][-1], *OPTIONS_OF.get(topic, ()), *OPTIONS["output"][:3]]
         groups = {"positional arguments": [row for row in rows if not row.flags]}
         groups["options"] = [row for row in rows if row.flags]
-        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in EXAMPLES.get(topic, ()))])
+        last = "\n".join(["examples:", *("  rjupyter " + example for example in EXAMPLES.get(topic, ()))])
     else:
         usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
         last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"

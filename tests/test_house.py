@@ -143,7 +143,7 @@ def test_examples_of_an_action_are_lines_that_are_taken() -> None:
     """What stands behind a wide gap in an example is a remark."""
     for name in filter(None, rjupyter.ACTIONS):
         for example in rjupyter.EXAMPLES.get(name, ()):
-            assert len("  rjupyter.py " + example) <= 80, example  # or it is broken in two in most terminals
+            assert len("  rjupyter " + example) <= 80, example  # or it is broken in two in most terminals
             words = shlex.split(re.split(r" {3,}| && | <| \|", example)[0])
             assert rjupyter.Args(rjupyter.CommandLine(["--no-config", *words])).action == name, example
 
