@@ -51,9 +51,7 @@ def test_row_that_fails_is_a_row_with_the_reason(
     rows = capsys.readouterr().out.splitlines()[4:]
     assert rows[0] == rows[3] == "| a row | <= 1 | 0.50 | - |"
     assert rows[1] == "| browser | - | **failed** | FileNotFoundError: no chromedriver \\| here |"
-    assert rows[2].startswith("| command | - | **failed** | CalledProcessError: ") and rows[2].endswith(
-        ": refused |"
-    )
+    assert rows[2].startswith("| command | - | **failed** | CalledProcessError: ") and rows[2].endswith(": refused |")
     assert len(rows) == 4
     monkeypatch.setattr(sys, "argv", ["bench.py", "well"])
     assert bench.main() == 0
