@@ -215,6 +215,7 @@ LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter m
 CONNECT_TIMEOUT_S = 15
 BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
 SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
+SLOW_LOGIN_S = 3.0  # after which also a small command says where it has logged in
 JOIN_TIMEOUT_S = 3  # for an answer through a tunnel of ours that is up, before we log in ourselves
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, where it allows one (MaxSessions)
@@ -1067,7 +1068,7 @@ class Event(NamedTuple):
 
 
 EVENTS = {
-    "connected": Event("logged in", ("user", "node", "python")),
+    "connected": Event("logged in", ("user", "node", "python", "home")),
     "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
@@ -1636,6 +1637,14 @@ def count_of(number: int, thing: str) -> str:
     return "%d %s%s" % (number, thing, "" if number == 1 else "s")
 
 
+BOLD, DIM, RED, GREEN = "1", "2", "31", "32"  # looks, as a terminal calls them (ECMA-48, "SGR")
+# The steps on the way to what was asked for: they are dimmed.
+PASSING = {"connected", "installing", "installed", "launched", "found", "forwarding", "started", "queue"}
+# Of the terminals that make a link of what is marked as one (OSC 8), a variable that they set, or their TERM_PROGRAM.
+LINKS = {"VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "iTerm.app", "vscode", "WezTerm", "ghostty"}
+FRAMES = ("|/-\\", "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f")  # of the spinner
+
+
 class Messages:
     """The voice of the program: steps, details, results and failures, each in its place.
 
@@ -1647,32 +1656,32 @@ class Messages:
         self.verbose = verbose
         self.as_json = as_json
         self.is_terminal = sys.stderr.isatty()
-        can_move = self.is_terminal and os.environ.get("TERM") != "dumb"
-        self.has_colour = can_move and "NO_COLOR" not in os.environ
-        self.has_spinner = can_move and not quiet
+        self.has_spinner = self.is_terminal and os.environ.get("TERM") != "dumb" and not quiet
+        self.has_looks = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self.home = ""  # on the host: what is in it is shown with a ~
         self._lock = threading.RLock()
         self._transient = ""
 
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
-        if not self.quiet:
-            self.warn(text)
+        if text and not self.quiet:
+            self.warn(text, look=DIM if event in PASSING else "")
         self.event(event, **facts)
 
-    def result(self, text: str, event: str, **facts: Any) -> None:
-        """Print what was asked for on stdout: the text, or with --json one object."""
+    def result(self, text: str, event: str, look: str = "", **facts: Any) -> None:
+        """Print what was asked for on stdout: the text, its first word with a look, or with --json one object."""
         if self.as_json:
             self.event(event, **facts)
         else:
-            self.line(text)
+            self.line(text, look=look)
 
-    def line(self, text: str, end: str = "\n") -> None:
+    def line(self, text: str, end: str = "\n", look: str = "") -> None:
         """Print a line of a result that programs read in another form, or not at all.
 
         Raises Failure where it is lost; a reader that has left wants no more of it.
         """
         try:
-            self._write(sys.stdout, printable(text) + end)
+            self._write(sys.stdout, text, end, look)
         except BrokenPipeError:
             pass
         except (OSError, UnicodeError) as error:
@@ -1692,10 +1701,10 @@ class Messages:
         if not self.quiet:
             self.warn(text)
 
-    def warn(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+    def warn(self, text: str, end: str = "\n", look: str = "") -> None:
         """Say what must not be missed, also under -q; what is lost there must not stop us."""
         with contextlib.suppress(OSError):
-            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+            self._write(sys.stderr, text, end, look)
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
@@ -1709,12 +1718,11 @@ class Messages:
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
-        name = "\033[31mrjupyter:\033[0m" if self.has_colour else "rjupyter:"
-        text = "%s %s" % (name, printable(failure.what))
+        text = "rjupyter: " + failure.what
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self.warn(text, is_clean=True)
+        self.warn(text, look=RED)
         with contextlib.suppress(Failure):  # of stdout, which may be the very one
             self.event("failure", **failure.facts())
 
@@ -1739,6 +1747,7 @@ class Messages:
             step, stands = name or text, words
 
         def show() -> None:
+            has_braille = (sys.stderr.encoding or "").lower() == "utf-8"
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
             if done.acquire(timeout=delay_s) or self.quiet:
                 return
@@ -1747,7 +1756,7 @@ class Messages:
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
-                frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
+                frame = FRAMES[has_braille][int((time.monotonic() - began) * 5) % len(FRAMES[has_braille])]
                 where = " (%s)" % stands if stands else ""
                 self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
                 if done.acquire(timeout=0.2):
@@ -1772,10 +1781,18 @@ class Messages:
                 sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
                 sys.stderr.flush()
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def _write(self, stream: TextIO, text: str, end: str, look: str) -> None:
+        """Write text without control characters; where it has a look, that is of its first word, but for DIM."""
+        text, rest = printable(text), ""
+        if look and self.has_looks and stream.isatty():
+            if look != DIM:
+                text, _, rest = re.split("( |$)", text, maxsplit=1)
+            if text.startswith("http") and {*os.environ, os.environ.get("TERM_PROGRAM")} & LINKS:
+                text = "\033]8;;%s\033\\%s\033]8;;\033\\" % (text, text)
+            text = "\033[%sm%s\033[0m%s" % (look, text, rest and " " + rest)
         with self._lock:
             self._show_transient("")
-            stream.write(text)
+            stream.write(text + end)
             stream.flush()
 
 
@@ -1820,6 +1837,11 @@ def says_yes(question: str) -> bool:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+def from_home(path: str, home: str) -> str:
+    """Return a path on the host as a person writes it there: ~/work."""
+    return "~" + path[len(home) :] if home and (path + "/").startswith(home + "/") else path
+
+
 def shortened(text: str) -> str:
     """Return a text as it fits into a column."""
     return text if len(text) <= 40 else text[:37] + "..."
@@ -1859,7 +1881,7 @@ COLUMNS = {
         "NODE": lambda run: run.node if run.job else "",
         "JOB": lambda run: run.job,
         "INSIDE": lambda run: shortened(run.wrap),
-        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6),
+        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6) if run.size > 5e4 else "",
         "AGE": lambda run: duration(run.age_s),
     },
     "job": {
@@ -1917,7 +1939,7 @@ def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callabl
         return
     columns = {**more, **COLUMNS[event]}
     table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
-    table = [column for column in table if any(column[1:])]
+    table = [[from_home(cell, messages.home) for cell in column] for column in table if any(column[1:])]
     widths = [max(len(printable(cell)) for cell in column) for column in table]
     for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -3569,7 +3591,8 @@ def launcher_of_python(python: str, apps: "List[str]", where: str) -> Launcher:
             prefix = os.path.dirname(os.path.dirname(python))
             return new_launcher(candidate, [python, *how], where, activated(prefix, os.environ))
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
-    try_ = "%s -m pip install notebook jupyterlab" % portable(python)
+    try_ = "on the host: %s -m pip install notebook jupyterlab" % portable(python)
+    try_ = "another --python, or --env" if problem else try_
     raise Failure("no Jupyter in this environment", why, try_, EXIT_NO_JUPYTER)
 
 
@@ -4013,7 +4036,7 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
     if info and status:
         why = "what listens there is not the server %s: it accepts any token, or another, or is not yours" % record.id
         what = "something else answers on port %d of the host" % info.port
-        raise Failure(what, why, "stop it; or --new, which starts another")
+        raise Failure(what, why, "rjupyter --new   (starts another)")
     return info
 
 
@@ -4344,7 +4367,7 @@ def open_server(request: Request, channel: Channel) -> Server:
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir)
         if request.attach and not found:
-            raise Failure("the server %s is about to end" % request.attach, "it accepts no more connections", "list")
+            raise Failure("the server %s is about to end" % request.attach, "it takes no connections", "rjupyter list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -4438,7 +4461,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     if request.attach:
         found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
         if not found:
-            raise Failure("no server of yours has this id: " + request.attach, "", "list shows the ids")
+            raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter list")
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
             raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
@@ -4505,7 +4528,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
         records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
-        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "list shows the ids")
+        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
     known = request.line
@@ -4541,7 +4564,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         found = [record for record in known if record.id in request.ids]
         missing = sorted(set(request.ids) - {record.id for record in found})
         if missing:
-            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "list shows the ids")
+            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "rjupyter list")
     else:
         found = what_to_stop(request)
     inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
@@ -4579,11 +4602,11 @@ def what_to_stop(request: Request) -> "List[Any]":
         return found + [record for kind in others for record in kind.stopped_with_all()]
     if len(found) > 1:
         names = ["%s   %s in %s" % (server.id, server.app, server.root_dir) for server in found]
-        raise Failure("%d servers run there" % len(found), "\n".join(names), "stop ID, or stop --all")
+        raise Failure("%d servers run there" % len(found), "\n".join(names), "`stop` with an id, or with --all")
     waiting = [] if found else [record for kind in others for record in kind.waiting(request)]
     if len(waiting) > 1:
         names = ["%s   for %s" % (job.id, job.request.path or "~") for job in waiting]
-        raise Failure("%d jobs wait there" % len(waiting), "\n".join(names), "stop ID, or stop --all")
+        raise Failure("%d jobs wait there" % len(waiting), "\n".join(names), "`stop` with an id, or with --all")
     return found or waiting
 
 
@@ -4703,11 +4726,12 @@ def perform(
         user = pwd.getpwuid(os.getuid()).pw_name
     except (ImportError, KeyError):
         user = str(os.getuid())
+    home = os.path.expanduser("~")
     if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
-        home = os.path.expanduser("~")
         own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
     version = "%d.%d.%d" % sys.version_info[:3]
-    channel.tell("hello", user=user, node=os.uname().nodename, python=version, is_root=os.getuid() == 0)
+    facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
+    channel.tell("hello", home=portable(home), **facts)
     try:
         reply = REQUESTS[request.action](prepare(request), channel)
         channel.tell("reply", reply=plain(reply))
@@ -4992,7 +5016,7 @@ SAYINGS = {
     "hello": ("Connected to {destination} ({user}@{node}, python {python}).", "connected"),
     "found": ("Using {command} ({where}).", ""),
     "note": ("{text}", ""),
-    "lacking": ("{path} has no Jupyter, and another environment is taken. To add it: {add}", ""),
+    "lacking": ("{path} has no Jupyter, so another environment is used.\nTo add it, on the host: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
@@ -5014,7 +5038,8 @@ class Agent:
         self.state_dir = state_dir  # where our state is on the host; empty for the usual place
         self.hello: Json = {"user": "", "node": "", "python": "", "is_root": False}  # who and where we are there
         self.noise: List[str] = []  # what else the host printed in the last conversation
-        self.greets = True  # says once who and where we are
+        self.greets_after_s = 0.0  # says once who and where we are: it goes without saying where that was quick
+        self._began = time.monotonic()
         self.redials = True  # a connection that is lost while we ask
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
@@ -5181,12 +5206,15 @@ class Agent:
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
         text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
         try:
-            text = text.format_map(dict(facts, destination=self.ssh.destination, title=title))
+            near = {k: from_home(v, self.messages.home) if isinstance(v, str) else v for k, v in facts.items()}
+            text = text.format_map(dict(near, destination=self.ssh.destination, title=title))
             if kind == "hello":
+                is_first = not self.hello["user"]
                 self.hello.update(facts)
-                if not self.greets:
+                self.messages.home = facts.get("home", "")
+                if not is_first:
                     return
-                self.greets = False
+                text = text if time.monotonic() - self._began >= self.greets_after_s else ""
             elif kind == "progress":
                 show(facts["text"], self._step)
             elif kind == "launching":
@@ -5224,7 +5252,7 @@ class Agent:
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
         """Say what was begun there, as far as it was, and how to end it."""
         facts = (what, self.doing, self.ssh.destination, hint("stop", self.launching))
-        return "%s %s on %s. To end it: %s" % facts if self.launching else ""
+        return "%s %s on %s.\nTo end it: %s" % facts if self.launching else ""
 
     def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
@@ -5245,6 +5273,8 @@ class Agent:
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         # The account did not come to our command: in the host's words where it has said any.
         try_ = self.ssh.typed("true") + "   (must succeed)"
+        if "is not recognized as an internal or external command" in why:
+            return Failure("the shell on %s is Windows's" % host, why, "a host with a Unix shell, as in WSL")
         if re.search("password has expired|Password change required", why):
             try_ = self.ssh.typed() + "   (once, in a terminal: it asks for a new password)"
         if not noise:
@@ -5474,6 +5504,9 @@ def reserved(port: int) -> "contextlib.AbstractContextManager[object]":
 
 # -- the browser ------------------------------------------------------------------------------------------------------
 
+# In a terminal, where they would take our place, and show no notebook: not opened unless they are asked for.
+TEXT_BROWSERS = ("www-browser", "links", "elinks", "lynx", "w3m")
+
 
 def open_browser(url: str, command: Optional[str], messages: Messages) -> threading.Thread:
     """Open `url` in a browser here without handing it over in an argv, where others could read the token.
@@ -5489,10 +5522,13 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     import warnings
 
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
-    script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
+    script = "import sys, webbrowser; browser = webbrowser.get(sys.argv[2] or None); "
+    script += "sys.exit(getattr(browser, 'name', '') in sys.argv[3:] or not browser.open(sys.argv[1]))"
+    if command and os.path.isfile(command):  # a space in it is no gap between words
+        command = shlex.quote(command) + " %s"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     opener = subprocess.Popen(
-        [sys.executable, "-I", "-c", script, address, command or ""],
+        [sys.executable, "-I", "-c", script, address, command or "", *([] if command else TEXT_BROWSERS)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -5501,7 +5537,8 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
 
     def complain() -> None:
         if opener.wait() and redirect.is_alive():  # else the browser came, and ended; or nobody waits for it any more
-            messages.note("No browser could be started. Open the address above.")
+            name = "%r could not be started" % command if command else "No browser could be started"
+            messages.note("%s. Open the address above." % name)
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
@@ -6476,7 +6513,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     )
     for record in [] if found else KINDS["server"].running():
         why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
-    raise Failure(what, why, "output, with one of these names" if there else "")
+    raise Failure(what, why, "one of these names" if there else "")
 
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
@@ -6514,7 +6551,7 @@ def save_output(request: Request, channel: Channel) -> "Json":
     if changed:
         check_alone(info, kernel, mark.notebook)
         if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
-            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same again")
+            raise Failure("%s was changed meanwhile" % mark.notebook, "nothing was saved", "the same command again")
         sent = json.dumps(
             {"type": "notebook", "format": "json", "content": dict(before["content"], cells=cells)}
         ).encode()
@@ -6969,7 +7006,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     def look_at(identity: str) -> bool:
         if identity not in things:
             why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
-            raise Failure("no run of yours has this id: " + identity, why, "list shows the ids")
+            raise Failure("no run of yours has this id: " + identity, why, "rjupyter list")
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
         if identity not in followed:
@@ -7764,6 +7801,7 @@ class Source(NamedTuple):
             result = "" if is_in_place else executed_name(os.path.basename(name[1:]))
             text = ""
         else:
+            text = ""
             name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
             result = name if is_in_place else executed_name(name)
             try:
@@ -7773,7 +7811,9 @@ class Source(NamedTuple):
             except OSError as error:
                 raise Failure("cannot read " + name, str(error), "for one on the host, write :%s" % name) from None
             except (ValueError, RecursionError) as error:
-                raise Failure("%s is not a notebook" % name, "it is not JSON: %s" % error) from None
+                signs = {"version https://git-lfs": "it is a pointer of Git LFS", "<<<<<<<": "it has a merge conflict"}
+                why = next((why for sign, why in signs.items() if sign in text), "it is not JSON: %s" % error)
+                raise Failure("%s is not a notebook" % name, why if text.strip() else "it is empty") from None
             if not isinstance(notebook, dict) or "nbformat" not in notebook:
                 raise Failure("%s is not a notebook" % name, "it has no nbformat")
         if output and os.path.isdir(output):
@@ -7897,7 +7937,10 @@ class Execution:
         self.agent = agent
         self.messages = messages
         self.result: List[bytes] = []  # the parts of it that are here
-        self.seconds = 0.0
+        self.seconds = 0.0  # that its cells took
+        self._began = time.monotonic()
+        self._failed_at = ""  # the line of code
+        self.shows_output = False
         self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.overwrites = False  # what is brought may replace what is here
         self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
@@ -7949,8 +7992,11 @@ class Execution:
         if isinstance(entry, BegunCell):
             self._begun[entry.id] = entry
             show("cell %d/%d" % (entry.cell, entry.cells))
+        elif isinstance(entry, PrintedOutput) and entry.type == "error":  # the rest of it is said at the end
+            marked = re.findall(r"(?m)^-+> *(\d+) (.*)", re.sub(COLOURS, "", text_of(entry)))
+            self._failed_at = "\nline %s: %s" % marked[0] if marked else ""
         elif isinstance(entry, PrintedOutput):
-            self._screen.write(text_of(entry) if entry.type == "stream" else "")  # how it failed is said at the end
+            self._screen.write(text_of(entry) if entry.type == "stream" else "")
         elif isinstance(entry, FinishedCell) and entry.id in self._begun:
             self._screen.end_line()
             begun = self._begun.pop(entry.id)
@@ -7969,7 +8015,8 @@ class Execution:
             self._bad_lines += 1
 
     def _show_line(self, line: str) -> None:
-        self.messages.detail("%s: %s" % (self.name, line) if self.is_one_of_many else line)
+        say = self.messages.note if self.shows_output else self.messages.detail
+        say("%s: %s" % (self.name, line) if self.is_one_of_many else line)
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -8007,7 +8054,8 @@ class Execution:
                 raise Failure("cannot write " + path, str(error), BRINGS_AGAIN) from None
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         if view.state == "done":
-            text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
+            waited_s = time.monotonic() - self._began
+            text = "Executed %s: %s in %.1f s" % (self.name, count_of(view.count, "cell"), waited_s)
             text += "; %s." % view.error if view.error else "."
             self.messages.step(text, "executed", path=path, **facts)
         else:
@@ -8026,7 +8074,7 @@ class Execution:
                 self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if self.brings else []
         if view.brings and not self.brings:
-            text = "%s was to bring: %s. To bring it here: execute --attach %s --bring PATTERN"
+            text = "%s was to bring %s; execute --attach %s takes --bring as well."
             self.messages.note(text % (self.name, " ".join(view.brings), self.id))
         if view.state != "done":
             if lacking:
@@ -8034,7 +8082,7 @@ class Execution:
             raise self.failure(view)
         if lacking:
             what = "not everything that %s was to bring is here" % self.name
-            raise Failure(what, "\n".join(lacking), "execute --attach %s --force   (replaces what is here)" % self.id)
+            raise Failure(what, "\n".join(lacking), "rjupyter execute --attach %s --force   (replaces them)" % self.id)
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
@@ -8069,7 +8117,7 @@ class Execution:
         """Return the failure that a run ended with before it was done."""
         path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
-        why = view.error
+        why = view.error + (self._failed_at if view.state == "failed" else "")
         if self.result:
             why += "\nthe result so far is in %s" % (path or "the notebook there")
             why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
@@ -8351,7 +8399,7 @@ def end_kernel(request: Request, channel: Channel) -> KernelReply:
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
-        raise Failure("the kernel was not ended", "HTTP status %d" % status, "stop %s   (its whole server)" % record.id)
+        raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter stop " + record.id)
     return KernelReply(kernel=kernel)
 
 
@@ -8458,7 +8506,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         info = server_info(servers[0])
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
         if status != 201:
-            raise Failure("no kernel could be started", "HTTP status %d" % status, "logs")
+            raise Failure("no kernel could be started", "HTTP status %d" % status, "rjupyter logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):
@@ -8470,7 +8518,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
 
     if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
-        raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
+        raise Failure("cannot use the server %s" % record.id, why, "rjupyter --new   (starts another)")
     return record, kernel
 
 
@@ -8493,7 +8541,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
 
     if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
-        raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
+        raise Failure("the kernel was not interrupted", why, "rjupyter stop %s   (ends the kernel)" % kernel.id[:8])
     return KernelReply(kernel=kernel, state="interrupted")
 
 
@@ -8857,7 +8905,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
     if status or not matches:
         why = why.strip() or said.strip() or "status %d" % status
-        raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
+        raise Failure("%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit")
     number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
     record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
     record.pid, record.identity = 0, ""
@@ -9192,7 +9240,7 @@ class Queue:
                 with contextlib.suppress(KeyboardInterrupt):
                     is_kept = not says_yes("Cancel job %s? [y/N] " % (self.state.job or self.state.id))
             if is_kept:
-                text = "Job %s stays. Back to it with: %s   To cancel it: %s"
+                text = "Job %s stays.\nTo come back: %s\nTo cancel it: %s"
                 stop = self.hint("stop", self.state.id)
                 self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
@@ -9853,7 +9901,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-J HOST", "jump host", str, [], "host", "ssh"),
         Option("-l USER", "user to log in as", str, [], "host", "ssh"),
         Option("-o OPTION", "any option of ssh_config(5)", str, [], "host", "ssh"),
-        Option("-p PORT", "port of sshd", str, [], "host", "ssh"),
+        Option("-p PORT", "port of sshd", _port, [], "host", "ssh"),
         Option("-4", "IPv4 only", str, [], "host", "ssh"),
         Option("-6", "IPv6 only", str, [], "host", "ssh"),
         Option("-C", "compress", str, [], "host", "ssh"),
@@ -9864,12 +9912,13 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-v --verbose", "every ssh command, and what the host prints"),
         Option("--json", "one JSON object a line on stdout"),
         Option("--no-config", "do not read " + config_path(), chooses="host"),
-        Option("--version", "print the version"),
+        Option("-V --version", "print the version"),
         Option("-h --help", "print this help"),
     ],
 }
 EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
+SYNONYMS = {"ls": "list", "ps": "list", "run": "execute", "exec": "execute", "kill": "stop", "log": "logs"}
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -10014,12 +10063,15 @@ class CommandLine:
 
     def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
+        topics = (*ACTIONS, "events", "status", "version")
+        if self.destination in ("help", "version") and self.action in ("", *topics) and not self.operands:
+            return self.action if self.destination == "help" else "version"
         for typed in [*self.before, *self.behind]:
             if typed.option and typed.option.name == "version":
                 return "version"
             if typed.option and typed.option.name == "help":
                 name = self.action if typed in self.behind else self.destination
-                return name if name in (*ACTIONS, "events", "status") else ""
+                return name if name in topics else ""
         return None
 
     def values(self) -> Dict[str, Any]:
@@ -10042,13 +10094,21 @@ class CommandLine:
                 raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
         if unknown:
-            known = by_flag(itertools.chain(EVERY_OPTION, *OPTIONS_OF.values()))
-            near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
-            raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
-        missing = row.metavar if row and not row.many and not taken else ""
-        if missing or not self.destination:
-            required = missing if self.destination else "DESTINATION[:PATH]"
-            raise wrong_usage("the following arguments are required: " + required)
+            near = nearest(unknown[0], list(self.known)) if unknown[0].startswith("-") else ""
+            right = self.words(self.destination, self.action)
+            right = [near + word[len(unknown[0]) :] if word.startswith(unknown[0]) else word for word in right]
+            others = [name for name, rows in OPTIONS_OF.items() if not near and unknown[0] in by_flag(rows)]
+            why = "unknown option: " if unknown[0].startswith("-") else "one argument too many: "
+            why += " ".join(unknown) + (" (of %s)" % ", ".join(others) if others else "")
+            raise wrong_usage(why, near and command_line(*right))
+        if row and not row.many and not taken:
+            raise wrong_usage("%s needs %s: %s" % (self.action, row.metavar, row.text))
+        if not self.destination:
+            eaten = next((one for one in reversed(self.before) if one.value), None)
+            right = [word for one in self.before if one is not eaten for word in one.words]
+            why = "no host was given" + ("; %s took %r for its value" % (eaten.flag, eaten.value) if eaten else "")
+            right += [eaten.flag, "VALUE", str(eaten.value)] if eaten else ["HOST"]
+            raise wrong_usage(why, command_line(*right))
         return values
 
     def _check(self) -> None:
@@ -10075,11 +10135,11 @@ class CommandLine:
                         right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
-            destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
-            swapped = nearest(destination, actions)
+            destination, wrong = self.destination, self.action
+            near, swapped = (SYNONYMS.get(word) or nearest(word, actions) for word in (wrong, destination))
             if swapped and not near:  # as in `lsit gpu1`
                 destination, wrong, near = wrong, destination, swapped
-            right = "did you mean: " + command_line(*self.words(destination, near)) if near else ""
+            right = command_line(*self.words(destination, near)) if near else ""
             if not near and ("/" in wrong or "." in wrong):
                 right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
             raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
@@ -10237,7 +10297,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             agent.ssh = move_to_node(agent.ssh, server)
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
-        messages.result(url, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        messages.result(url, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -10258,12 +10318,12 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         )
         with written_down(record):
             if args.background:
-                messages.note("The tunnel is in the background. To close it: %s" % args.again("close"))
+                messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
             elif args.stop_on_exit:
                 messages.note("Ctrl-C closes the tunnel and ends the server.")
             else:
                 stop = args.again("stop", *([] if server.is_only else [server.id]))
-                messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
+                messages.note("Ctrl-C closes the tunnel; the server keeps running.\nTo end it: %s" % stop)
             if background:
                 background.detach()
                 agent.ssh.can_ask = can_ask()
@@ -10277,7 +10337,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
         if not tunnel:
             raise
-        text = "Closed." if is_ended else "Closed. Back again with: %s" % args.again()
+        text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
     return EXIT_OK
 
@@ -10288,7 +10348,7 @@ def joins_tunnel(args: Args, request: Request, messages: Messages) -> bool:
         is_there = (record.destination, record.ssh, record.further) == (args.host, args.ssh, args.further)
         if is_there and request.same_as(record.request) and args.local_port in (None, record.local_port):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
-            messages.result(record.url, "open", url=record.url, local_port=record.local_port, id=record.id)
+            messages.result(record.url, "open", BOLD, url=record.url, local_port=record.local_port, id=record.id)
             if wants_browser(args):
                 open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
             return True
@@ -10356,7 +10416,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     title += " inside %s" % server.request.outside if server.request.outside else ""
-    text = "%s in %s (pid %d, %s, " % (title, server.root_dir, server.pid, where)
+    text = "%s in %s (pid %d, %s, " % (title, from_home(server.root_dir, messages.home), server.pid, where)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
         messages.step("Launched %s%.1f s)." % (text, server.seconds), "launched", **facts)
@@ -10370,7 +10430,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         ignored = ["--" + option.name for option in EVERY_OPTION if option.key in fields]
         messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         if ignored:
-            text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
+            text = "%s takes effect only at launch, and this server was running already.\nFor a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
     is_near = server.host.startswith("127.") or server.host == "::1"
     if (server.job and not args.via_node) or (server.wrapper and not is_near and not server.sock):
@@ -10380,10 +10440,10 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
         messages.note(text % (server.scheduler, destination))
     if server.foreign:
-        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
+        text = "Notebooks may fail on %s: another user owns files of Jupyter's.\nTo fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello["user"])))
     for away in server.away:
-        text = "While you were away: %s %s (%s). To see it: %s"
+        text = "While you were away: %s %s (%s).\nTo see it: %s"
         ending, see = ending_of(away.count, away.is_done, away.seconds), args.again("output", away.notebook)
         messages.note(text % (away.notebook, ending, count_of(away.lines, "line"), see))
     if server.is_launched and agent.hello["is_root"]:
@@ -10404,29 +10464,29 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         return list_hosts(args, messages)
     agent.ssh.connect()
     views: Dict[str, List[Any]]
+    ended: List[RunView] = []
     if args.kernels:
         views = {"kernel": agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers").kernels}
     else:
         reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
+        ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
+        views["run"] = [run for run in reply.runs if run not in ended]
         ids = [view.id for found in views.values() for view in found]
-        if kept_here().hosts.get(agent.ssh.destination) != ids:
+        if kept_here().hosts.get(agent.ssh.destination) != ids:  # to complete a line with
             keep_here("hosts", agent.ssh.destination, ids)
     for event, found in views.items():
         if ((event in ("wrapper", "run") and found) or (event == "server" and views["job"])) and not args.json:
             messages.line("")
-        ended = [view for view in found if event == "run" and view.state not in GOING_ON]
-        hidden = [] if args.all or args.json else ended[ENDED_SHOWN:]
-        print_rows(event, [view for view in found if view not in hidden], messages)
-        if hidden:
-            count = count_of(len(hidden), "ended execution")
-            messages.note("%s more; to see them: %s" % (count, args.again("list", "--all")))
-        elif event in ("server", "kernel") and not found:
+        print_rows(event, found, messages)
+        if event in ("server", "kernel") and not found:
             messages.note("No %s of yours runs there." % event)
+    if ended:
+        count = count_of(len(ended), "finished execution")
+        messages.note("%s not shown.\nTo list them: %s" % (count, args.again("list", "--all")))
     return EXIT_OK
 
 
-ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
 
 
@@ -10438,7 +10498,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked = {}
     found: Dict[str, List[Any]] = {}  # by their event
-    is_one_reached = False
+    status = EXIT_OK
     with contextlib.ExitStack() as ends:
         for host in dict.fromkeys(filter(None, args.host.split(","))):
             words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
@@ -10457,16 +10517,18 @@ def list_hosts(args: Args, messages: Messages) -> int:
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
                 messages.event(**facts)
-            is_one_reached = is_one_reached or not why or bool(rows)
+            status = EXIT_SSH if why else status
+            home = next((str(facts["home"]) for facts in events if facts.get("event") == "connected"), "")
             if why or not rows:
                 nothing = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
                 view = ServerView(manager=why, state="not reached" if why else "none", **nothing)
                 rows.append(dict(view.facts(), event="server"))
             for facts in rows:
-                found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
+                facts.update(behind=host, root_dir=from_home(facts.get("root_dir") or "", home))
+                found.setdefault(facts["event"], []).append(types.SimpleNamespace(**facts))
     for event in ("job", "server", "wrapper", "run", "kernel") if not args.json else ():
         print_rows(event, found.get(event, []), messages, HOST=lambda row: row.behind)
-    return EXIT_OK if is_one_reached else EXIT_SSH
+    return status
 
 
 def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
@@ -10520,7 +10582,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     def goes_on() -> str:
         follow, kernel = args.again("output", agent.launching, "-f"), agent.launching
         stop = args.again("eval", "--interrupt", "-k", kernel)
-        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop) if kernel else ""
+        return "It keeps running.\nTo follow it: %s\nTo interrupt it: %s" % (follow, stop) if kernel else ""
 
     with agent.leaving(goes_on):
         agent.ssh.connect()
@@ -10564,7 +10626,8 @@ def run_output(args: Args, agent: Agent, messages: Messages) -> int:
     agent.ssh.connect()
     if args.save:
         reply = agent.ask(request_of(args, "save_output"), reply_of(notebook="str", cells="int"), "Saving")
-        text = "Saved the outputs of %s into %s." % (count_of(reply.cells, "cell"), reply.notebook)
+        text = "Saved the outputs of %s into %s." if reply.cells else "%s has outputs that can be saved into %s."
+        text = text % (count_of(reply.cells, "cell") if reply.cells else "No cell", reply.notebook)
         messages.step(text, "saved", notebook=reply.notebook, cells=reply.cells)
         return EXIT_OK
     shown = ShownCells(messages, args.since)
@@ -10614,11 +10677,15 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
-        raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
+        raise wrong_usage("close whose tunnels?", command_line("close", "--all"))
     closed = 0
     for record in tunnels():
-        is_there = is_alone or record.destination == args.host
-        if record.is_background and is_there and args.path in (None, record.request.path):
+        if not (is_alone or record.destination == args.host) or args.path not in (None, record.request.path):
+            continue
+        if not record.is_background:
+            text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
+            messages.note(text % (record.local_port, record.pid))
+        else:
             end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
@@ -10638,10 +10705,12 @@ def run_tunnels(args: Args, agent: Agent, messages: Messages) -> int:
         rows.append(dict(row, age_s=max(0.0, time.time() - record.created)))
     print_rows("tunnel", rows, messages)
     if not rows:
-        messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
+        messages.note("No tunnel of yours is up here.\nTo open one: %s" % command_line("HOST"))
     elif not args.json:
         back = command_line(*records[-1].ssh, records[-1].typed)
-        messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
+        messages.note("To come back: %s" % back)
+        if any(record.is_background for record in records):
+            messages.note("To close those in the background: %s" % command_line("close", "--all"))
     return EXIT_OK
 
 
@@ -10743,8 +10812,8 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
 
     def goes_on() -> str:
         ids = [execution.id for execution in batch.running.values()]
-        text = "What is running keeps running. To follow it again, and start the rest: the same command"
-        return text + ("   To end it: " + args.again("stop", *ids) if ids else "")
+        text = "What is running keeps running. The same command follows it again, and starts the rest."
+        return text + ("\nTo end it: " + args.again("stop", *ids) if ids else "")
 
     try:
         with agent.leaving(goes_on):
@@ -10781,7 +10850,7 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers)
     if not reply.is_started:
-        text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
+        text = "%s is being executed already (%s, for %s); --overlap starts it all the same.\nTo follow it: %s"
         again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
@@ -10793,12 +10862,12 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    execution.overwrites = args.force
+    execution.overwrites, execution.shows_output = args.force, args.show_output
     execution.brings = brings_of(args, execution.host, execution.id)
 
     def goes_on() -> str:
         again, stop = args.again("execute", "--attach", execution.id), args.again("stop", execution.id)
-        text = "%s keeps running. To follow it again: %s   To end it: %s" % (execution.name, again, stop)
+        text = "%s keeps running.\nTo follow it again: %s\nTo end it: %s" % (execution.name, again, stop)
         return "" if waiting.state.is_waiting else text
 
     with execution.agent.leaving(goes_on):
@@ -10820,13 +10889,13 @@ def brings_of(args: Args, host: str, identity: str) -> List[str]:
 def run_doctor(args: Args, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
     agent.ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
-    agent.greets = False  # the lines below say it
+    agent.greets_after_s = float("inf")  # the lines below say it
     status = EXIT_OK
     for name, words, try_ in checks(args, agent):
         says = in_one_line(words)
         text = "%s  %-12s %s" % ("FAIL" if try_ else "ok  ", name, says)
         text += "\n      %-12s try: %s" % ("", try_) if try_ else ""
-        messages.result(text, "check", check=name, is_ok=not try_, says=says, remedy=try_)
+        messages.result(text, "check", RED if try_ else GREEN, check=name, is_ok=not try_, says=says, remedy=try_)
         status = EXIT_FAILURE if try_ else status
     return status
 
@@ -10848,9 +10917,11 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing", ""
     except Failure as failure:
         yield "runtime dir", failure.why, failure.try_
-    yield "local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT), ""
     try:
-        yield "browser", type(webbrowser.get()).__name__, ""
+        browser = webbrowser.get(args.browser)
+        name = str(getattr(browser, "name", "")) or type(browser).__name__
+        is_text = name in TEXT_BROWSERS and not args.browser
+        yield "browser", "only %s, for text; the address is printed" % name if is_text else name, ""
     except webbrowser.Error:
         yield "browser", "none found; the address is printed", ""
     began = time.monotonic()
@@ -10874,7 +10945,6 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    yield "sessions", check_sessions(ssh), ""
     found = facts.jupyter
     trouble = facts.jupyter_trouble
     if is_inside:
@@ -10901,22 +10971,13 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "disk", text, "make room there" if facts.free_bytes < 5e7 else ""
     if facts.foreign:
         yield "own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello["user"])
-    yield "port", "%d is free on the host" % facts.port, ""
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     if can_reach or "connect failed" in words:  # that sshd tried will do
         yield "forwarding", "allowed", ""
     else:
         yield "forwarding", words, "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
-    skew_s = abs(facts.clock - time.time())
-    far = "its clock is %s off; set it (NTP)" % duration(skew_s) if skew_s > 120 else ""
-    yield "clock", "%.0f s from ours" % skew_s, far
-    others = facts.other_users
-    who = "1 other user runs" if others == 1 else "%d other users run" % others if others else "nobody else runs"
-    yield (
-        "other users",
-        who + (" something there; --socket keeps them off the port" if others else " anything there"),
-        "",
-    )
+    others = count_of(facts.other_users, "user") + " there; --socket keeps them off the port"
+    yield "others", others if facts.other_users else "nobody else runs anything there", ""
     if args.slurm is not None or args.submit:
         try:
             reply = reply_of(said="str", is_refused="bool", limits="str")
@@ -10932,43 +10993,33 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "scheduler", "%s is there: a login node, perhaps" % facts.scheduler, ""
 
 
-def check_sessions(ssh: Ssh) -> str:
-    """Say whether the connection carries a second session; an open needs one at a time."""
-    if not ssh.way.has_login:
-        return "each one is a login of its own"
-    first = ssh.session("echo open; exec cat")
-    try:
-        lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
-        has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
-    finally:
-        first.send(b"")
-        first.end()
-    return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
-
-
 # -- completion -------------------------------------------------------------------------------------------------------
 
 # What a shell runs: it asks us for what may come next, behind the words that are typed so far.
 COMPLETIONS = {
     "bash": """_rjupyter() {
-    local IFS=$'\\n'
-    COMPREPLY=($("$1" completion words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+    local IFS=$'\\n' words line=${COMP_LINE:0:COMP_POINT}
+    IFS=' ' read -ra words <<<"$line"
+    [[ $line != *' ' ]] || words+=('')
+    COMPREPLY=($("$1" completion words "${words[@]:1}" 2>/dev/null))
+    [[ ${COMPREPLY-} != / ]] || { COMPREPLY=(); compopt -o default; }
 }
-complete -o bashdefault -o default -F _rjupyter rjupyter.py rjupyter
+complete -F _rjupyter rjupyter rjupyter.py
 """,
-    "zsh": """#compdef rjupyter.py rjupyter
+    "zsh": """#compdef rjupyter rjupyter.py
 _rjupyter() {
     local -a found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    [[ -n "$found[1]" ]] && compadd -a found || _files
+    if [[ "$found[1]" == / ]]; then _files; elif [[ -n "$found[1]" ]]; then compadd -a found; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-compdef _rjupyter rjupyter.py rjupyter
+compdef _rjupyter rjupyter rjupyter.py
 """,
     "fish": """function __rjupyter
     set -l typed (commandline -opc)
-    $typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null
+    set -l found ($typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null)
+    test "$found[1]" = / && __fish_complete_path (commandline -ct) || printf '%s\\n' $found
 end
-complete -c rjupyter.py -c rjupyter -a '(__rjupyter)'
+complete -f -c rjupyter -c rjupyter.py -a '(__rjupyter)'
 """,
 }
 
@@ -10980,7 +11031,10 @@ def run_completion(args: Args, agent: Agent, messages: Messages) -> int:
 
 
 def candidates(words: List[str]) -> List[str]:
-    """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
+    """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value.
+
+    A slash alone asks the shell for the names of files.
+    """
     *typed, current = words or [""]
     line = CommandLine(typed)
     own = OPTIONS_OF.get(line.action, [])
@@ -10991,6 +11045,11 @@ def candidates(words: List[str]) -> List[str]:
     takes = last if is_value else next((row for row in own if not row.flags), None)
     if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
+    elif takes and (takes.metavar in ("FILE", "KEY") or takes.key in ("along", "notebooks")):
+        import glob
+
+        names = glob.glob(glob.escape(current) + "*.ipynb") if takes.key == "notebooks" else []
+        return sorted(names) or ["/"]
     elif takes:
         found = ids if takes.metavar == "ID" else list(takes.choices)
     elif not line.destination:
@@ -11111,6 +11170,7 @@ OPTIONS_OF["execute"] = [
     Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
     Option("--allow-errors", "go on after a cell that failed, as nbconvert does", key="allows_errors"),
     Option("--attach ID", "follow this run, and bring its result", _text, key="run_id"),
+    Option("--show-output", "what its cells print, as they print it"),
     Option("--overlap", "even if the notebook is being executed already", key="overlaps"),
 ]
 OPTIONS_OF["list"] = [
@@ -11201,6 +11261,7 @@ def carry_out(words: List[str]) -> int:
         ssh.further = args.further
         agent = Agent(ssh, messages, args.state_dir or "")
         agent.redials = not args.no_reconnect
+        agent.greets_after_s = 0.0 if args.action in (None, "execute") or args.verbose else SLOW_LOGIN_S
         try:
             return ACTIONS[args.action].run(args, agent, messages)
         finally:
@@ -11213,7 +11274,14 @@ def carry_out(words: List[str]) -> int:
     except Failure as failure:
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
-            failure.try_ = "did you mean %s?" % near if near else failure.try_
+            if near:
+                right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
+                failure.try_ = command_line(*right)
+            elif args.host in SYNONYMS:
+                failure.try_ = command_line("HOST", SYNONYMS[args.host])
+        if args and failure.try_.startswith("rjupyter "):  # the host's advice, as it is typed here
+            words, gap, remark = failure.try_.partition("   ")
+            failure.try_ = args.again(*shlex.split(words)[1:]) + gap + remark
         messages.failure(failure)
         return failure.status
 

@@ -305,7 +305,7 @@ def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, h
     run, identity = start_waiting(laptop, has_terminal=True)
     run.interrupt()
     assert run.wait() == 130
-    assert "w.ipynb keeps running. To follow it again: " in run.text
+    assert "w.ipynb keeps running.\nTo follow it again: " in run.text
     assert "execute --attach %s " % identity in run.text and "stop %s" % identity in run.text
     again = laptop.start("host", "execute", "--attach", identity, "-v", has_terminal=False)
     again.expect("^waits$")  # from its begin

@@ -37,12 +37,13 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
     lines = [line for line in shown if not line.startswith(("You are root on host", "sbatch is there"))]
     patterns = [
         r"Connected to host \(\w+@\S+, python 3\.\d+\.\d+\)\.",
-        r"Launched Jupyter Notebook \d\S* in %s/work \(pid \d+, port \d+, \d+\.\d s\)\." % re.escape(str(host.home)),
+        r"Launched Jupyter Notebook \d\S* in ~/work \(pid \d+, port \d+, \d+\.\d s\)\.",
         r"Forwarding 127\.0\.0\.1:\d+ to host:\d+\.",
         r"http://127\.0\.0\.1:\d+/tree\?token=[0-9a-f]{48}",
-        r"Ctrl-C closes the tunnel; the server keeps running\. To end it: \S*rjupyter\.py -F \S+ host stop",
+        r"Ctrl-C closes the tunnel; the server keeps running\.",
+        r"To end it: \S*rjupyter\.py -F \S+ host stop",
         r"\^C",
-        r"Closed\. Back again with: \S*rjupyter\.py -F \S+ host:work",
+        r"Closed\. To come back: \S*rjupyter\.py -F \S+ host:work",
     ]
     assert len(lines) == len(patterns), lines
     for line, pattern in zip(lines, patterns):

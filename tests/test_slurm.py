@@ -201,9 +201,7 @@ def test_ctrl_c_while_it_waits(laptop: Laptop, slurm: PrivateSlurm, login: Host)
     run.expect(r"Cancel job 3\? \[y/N\] ")
     run.type("n\n")
     assert run.wait() == 130
-    run.expect(
-        "Job 3 stays. Back to it with: .*rjupyter.py .*--slurm '-t 10' host   To cancel it: .* stop j[0-9a-f]{4}"
-    )
+    run.expect("Job 3 stays.\nTo come back: .*rjupyter.py .*--slurm '-t 10' host\nTo cancel it: .* stop j[0-9a-f]{4}")
     assert slurm.squeue()[3] == "PENDING"
     run = laptop.start("--slurm", "-t 10", "host", has_terminal=False)
     run.expect("Job 3 pending")

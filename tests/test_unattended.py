@@ -281,7 +281,7 @@ def test_connection_again_offers_one_login_and_asks_nobody_before(
     run.expect("Press Enter", times=2)
     run.interrupt()
     assert run.wait(20) == 0
-    assert "Back again with" in run.text
+    assert "To come back" in run.text
 
 
 def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:

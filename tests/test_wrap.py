@@ -110,7 +110,7 @@ def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: 
     assert " stop" in hint
     again.interrupt()
     assert again.wait() == 0
-    back = shlex.split(re.search("Back again with: (.*)", again.text).group(1))  # type: ignore[union-attr]
+    back = shlex.split(re.search("To come back: (.*)", again.text).group(1))  # type: ignore[union-attr]
     assert [word for before, word in zip(back, back[1:]) if before == "--wrap"] == [wraps[1], wraps[3]]
     assert "Launched" in held(laptop, "--wrap", "env A=2", destination, "--local-port", str(quiet_port())).text
     assert "Stopped Jupyter Notebook" in laptop.run("host", "stop", "--all", "--yes").stderr
