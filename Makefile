@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: ## the main job without a remote host: a private sshd here, its Jupyter in your browser
+demo: ## a shell in which `demo` is a host to try it with: a private sshd here, with a Jupyter of its own
 	@PYTHON=$(PYTHON) sh tests/setup.sh demo
 	@.venv/bin/python tests/demo.py $(DEMO_ARGS)
 

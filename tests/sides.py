@@ -38,7 +38,7 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 DEADLINE_S = float(os.environ.get("RJ_DEADLINE", "90"))
 MARK = "RJUPYTER_TEST"
 ON_HOST = "RJUPYTER_SIDE=host"
-LOOKS = r"\x1b\[[0-9;]*m|\x1b\]8;;[^\x1b]*\x1b\\\\"  # colours and the like, and what makes a link of a word
+LOOKS = r"\x1b\[[0-9;]*m|\x1b\]8;;[^\x1b]*\x1b\\"  # colours and the like, and what makes a link of a word
 BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
 
 for ignored in (signal.SIGHUP, signal.SIGINT):  # as under nohup, or in the background of a script; children inherit it

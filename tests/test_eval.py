@@ -252,7 +252,7 @@ def test_an_error_does_not_cancel_what_the_page_has_asked_for(
 
 def test_ten_lines_of_the_readme(laptop: Laptop, run: Run, kernel: str) -> None:
     """A program on the laptop works in the kernel, as the README shows it."""
-    code = readme_block("def remote(code)").replace("rjupyter.py", str(SCRIPT)).replace("gpu1", "host")
+    code = readme_block("def remote(code)").replace("rjupyter", str(SCRIPT)).replace("gpu1", "host")
     code = code.replace('["', '[%r, "' % laptop.python, 1).replace('"host"', '"-F", %r, "host"' % laptop.config)
     said = subprocess.run(
         [laptop.python, "-c", code], env=laptop.environment, capture_output=True, text=True, timeout=60

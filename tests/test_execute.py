@@ -491,7 +491,7 @@ def test_crontab_line_of_the_readme(laptop: Laptop, host: Host, directory: Path)
     (host.home / "work").mkdir()
     (laptop.home / "reports").mkdir()
     notebook = write_notebook(laptop.home / "reports/daily.ipynb", "import os; print(os.getcwd())")
-    program = laptop.home / ".local/bin/rjupyter.py"
+    program = laptop.home / ".local/bin/rjupyter"
     program.parent.mkdir(parents=True)
     program.write_text(
         "#!/bin/sh\nexport RJUPYTER_TMP=%s\nexec %s %s -F %s -o HostKeyAlias=[127.0.0.1]:%d -o HostName=127.0.0.1 "

@@ -561,19 +561,48 @@ def test_example_config_is_valid() -> None:
 
 
 @pytest.mark.sshd  # make demo has its own
+@pytest.mark.jupyter
 def test_make_demo(laptop: Laptop, mark: str) -> None:
-    """The README's first command, in a terminal, to its Ctrl-C; afterwards nothing of it is left."""
+    """The README's first host, in a terminal: what its welcome advises is typed; afterwards nothing of it is left."""
     top = Path(__file__).parent.parent
-    argv = ["make", "-C", str(top), "demo", "DEMO_ARGS=--no-browser demo:work", "PYTHON=%s" % sys.executable]
-    run = Run(argv, dict(laptop.environment), has_terminal=True, cwd=str(top))
+    argv = ["make", "-C", str(top), "demo", "PYTHON=%s" % sys.executable]
+    run = Run(argv, dict(laptop.environment, TMPDIR=str(laptop.directory)), has_terminal=True, cwd=str(top))
     laptop.runs.append(run)
-    url = run.url()
-    assert api(url, "status")["kernels"] == 0
-    run.expect("To end it")
-    run.interrupt()
-    run.wait()  # make itself ends by the signal, after its child
-    assert not is_running(int(run.expect(r"\(pid (\d+),").group(1)))
-    assert "Stopped" not in run.text and run.text.count("rjupyter: ") == 0
-    directory = re.search(r"-F (\S+)/ssh_config", run.text)
-    assert directory and not Path(directory.group(1)).exists()
-    assert "are gone" in run.text
+    prompts = 1
+
+    def type_line(line: str) -> None:
+        run.expect(r"^(\x1b\[\?2004h)?demo\$ ", times=prompts)
+        run.type(line + "\n")
+
+    advised = [line.strip() for line in run.expect(r"Try:\s*\n((?:.*\n)+?)\s*\S*demo\$").group(1).splitlines()]
+    lines = [re.split(" {2,}", line)[0] for line in advised if line]
+    assert lines[0] == lines[1] == "rjupyter demo:work" and lines[-1] == "exit", lines
+    ends = (
+        "Launched Jupyter",
+        "Found Jupyter",
+        " live ",
+        "Executed hello.ipynb: 1 cell ",
+        "Stopped Jupyter",
+        "are gone",
+    )
+    for line, said in zip(lines, ends):
+        is_open = line == "rjupyter demo:work"
+        type_line(line.replace("rjupyter", "rjupyter --no-browser") if is_open else line)
+        run.expect(said)
+        if is_open:
+            run.expect("To end it: rjupyter demo stop", times=prompts)
+            run.interrupt()
+            run.expect("To come back: rjupyter demo:work", times=prompts)
+        prompts += 1
+    assert run.wait() == 0 and run.text.count("rjupyter: ") == 0, run.text
+    assert not list(laptop.directory.glob("rjupyter-demo-*"))
+
+
+@pytest.mark.sshd
+def test_make_demo_of_one_line_and_of_a_script(laptop: Laptop, mark: str) -> None:
+    top = Path(__file__).parent.parent
+    for words, script in (["DEMO_ARGS=demo list"], ""), ([], "rjupyter demo list\n"):
+        argv = ["make", "-C", str(top), "demo", "PYTHON=%s" % sys.executable, *words]
+        run = subprocess.run(argv, env=laptop.environment, input=script, capture_output=True, text=True)
+        assert run.returncode == 0 and "No server of yours runs there." in run.stderr, run.stderr
+        assert "are gone.\n" in run.stdout

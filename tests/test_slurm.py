@@ -13,7 +13,7 @@ import pytest
 from client import api, check_failure, compute, events_of, listed, token_of, whereabouts
 from notebooks import code, printed, write_notebook
 from private_slurm import PrivateSlurm
-from readme import readme_events
+from readme import help_events
 from sides import Host, Laptop, Run, User, processes_with, quiet_port, wait_until, without_port
 
 
@@ -349,7 +349,7 @@ def test_login_node_without_slurm_option_is_told_of_it(laptop: Laptop, slurm: Pr
     )
 
 
-def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+def test_json_events_of_a_cluster_are_the_ones_of_the_help(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     blocking = slurm.occupy()
     run = laptop.start("--json", "-q", "--slurm", "-t 5", "host", has_terminal=False)
     run.expect('"event": "queue"')
@@ -359,8 +359,8 @@ def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slu
     seen += events_of(run)
     again = laptop.start("host", has_terminal=False)
     again.expect(r"^4 min left for Jupyter Notebook \S+ on node\d: save what you need\.$")
-    of_readme = readme_events()
+    of_help = help_events()
     for name in ("job", "queue", "ending"):
         assert {tuple(key for key in event if key != "event") for event in seen if event["event"] == name} == {
-            tuple(of_readme[name])
+            tuple(of_help[name])
         }

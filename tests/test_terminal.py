@@ -84,7 +84,7 @@ PLAIN: Dict[str, Dict[str, str]] = {"wanted": {}, **COLOURS, "a link": {"VTE_VER
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_address_stands_out_and_the_steps_before_it_do_not(laptop: Laptop, host: Host, name: str) -> None:
-    """In a terminal: the address is bold, a link where the terminal has links; steps are dim, and what is to do is not."""
+    """The address is bold, and a link where the terminal has links; steps are dim, and what is to do is not."""
     run = laptop.start("--no-browser", "host", **PLAIN[name])
     url = run.url()
     run.expect("To end it.*\n")

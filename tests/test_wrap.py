@@ -580,9 +580,7 @@ def test_execution_in_a_wrapper_in_a_job(laptop: Laptop, login: Host, slurm: Pri
 
 def test_lines_of_the_readme_are_taken_as_they_stand(laptop: Laptop) -> None:
     """Each is run above with other names, or with a stand-in; here each gets as far as a connection."""
-    lines = re.findall(
-        r"(?:^ {4}|`)(rjupyter\.py --(?:wrap|container) [^`\n]*?(?:gpu1|login):work)", README, re.MULTILINE
-    )
+    lines = re.findall(r"(?:^ {4}|`)(rjupyter --(?:wrap|container) [^`\n]*?(?:gpu1|login):work)", README, re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
         words = shlex.split(line)[1:]
