@@ -4036,7 +4036,7 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
     if info and status:
         why = "what listens there is not the server %s: it accepts any token, or another, or is not yours" % record.id
         what = "something else answers on port %d of the host" % info.port
-        raise Failure(what, why, "rjupyter --new   (starts another)")
+        raise Failure(what, why, "rjupyter HOST --new   (starts another)")
     return info
 
 
@@ -4367,7 +4367,9 @@ def open_server(request: Request, channel: Channel) -> Server:
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir)
         if request.attach and not found:
-            raise Failure("the server %s is about to end" % request.attach, "it takes no connections", "rjupyter list")
+            raise Failure(
+                "the server %s is about to end" % request.attach, "it takes no connections", "rjupyter HOST list"
+            )
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -4461,7 +4463,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     if request.attach:
         found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
         if not found:
-            raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter list")
+            raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter HOST list")
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
             raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
@@ -4528,7 +4530,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
         records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
-        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter list")
+        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter HOST list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
     known = request.line
@@ -4564,7 +4566,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         found = [record for record in known if record.id in request.ids]
         missing = sorted(set(request.ids) - {record.id for record in found})
         if missing:
-            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "rjupyter list")
+            raise Failure("nothing of yours that runs has this id: " + ", ".join(missing), "", "rjupyter HOST list")
     else:
         found = what_to_stop(request)
     inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
@@ -7006,7 +7008,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     def look_at(identity: str) -> bool:
         if identity not in things:
             why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
-            raise Failure("no run of yours has this id: " + identity, why, "rjupyter list")
+            raise Failure("no run of yours has this id: " + identity, why, "rjupyter HOST list")
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
         if identity not in followed:
@@ -8082,7 +8084,9 @@ class Execution:
             raise self.failure(view)
         if lacking:
             what = "not everything that %s was to bring is here" % self.name
-            raise Failure(what, "\n".join(lacking), "rjupyter execute --attach %s --force   (replaces them)" % self.id)
+            raise Failure(
+                what, "\n".join(lacking), "rjupyter HOST execute --attach %s --force   (replaces them)" % self.id
+            )
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
@@ -8399,7 +8403,7 @@ def end_kernel(request: Request, channel: Channel) -> KernelReply:
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
-        raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter stop " + record.id)
+        raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter HOST stop " + record.id)
     return KernelReply(kernel=kernel)
 
 
@@ -8506,7 +8510,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         info = server_info(servers[0])
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S) if info else (0, None)
         if status != 201:
-            raise Failure("no kernel could be started", "HTTP status %d" % status, "rjupyter logs")
+            raise Failure("no kernel could be started", "HTTP status %d" % status, "rjupyter HOST logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):
@@ -8518,7 +8522,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
 
     if not record.directory or not until(is_heard, UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
-        raise Failure("cannot use the server %s" % record.id, why, "rjupyter --new   (starts another)")
+        raise Failure("cannot use the server %s" % record.id, why, "rjupyter HOST --new   (starts another)")
     return record, kernel
 
 
@@ -8541,7 +8545,9 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
 
     if not until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S):
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
-        raise Failure("the kernel was not interrupted", why, "rjupyter stop %s   (ends the kernel)" % kernel.id[:8])
+        raise Failure(
+            "the kernel was not interrupted", why, "rjupyter HOST stop %s   (ends the kernel)" % kernel.id[:8]
+        )
     return KernelReply(kernel=kernel, state="interrupted")
 
 
@@ -10106,7 +10112,7 @@ class CommandLine:
         if not self.destination:
             eaten = next((one for one in reversed(self.before) if one.value), None)
             right = [word for one in self.before if one is not eaten for word in one.words]
-            why = "no host was given" + ("; %s took %r for its value" % (eaten.flag, eaten.value) if eaten else "")
+            why = "no host was given" + ("; %s took %r as its value" % (eaten.flag, eaten.value) if eaten else "")
             right += [eaten.flag, "VALUE", str(eaten.value)] if eaten else ["HOST"]
             raise wrong_usage(why, command_line(*right))
         return values
@@ -10976,7 +10982,7 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "forwarding", "allowed", ""
     else:
         yield "forwarding", words, "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
-    others = count_of(facts.other_users, "user") + " there; --socket keeps them off the port"
+    others = count_of(facts.other_users, "other user") + " there; --socket keeps them off the port"
     yield "others", others if facts.other_users else "nobody else runs anything there", ""
     if args.slurm is not None or args.submit:
         try:
@@ -11272,6 +11278,9 @@ def carry_out(words: List[str]) -> int:
         messages.end_line()
         return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
+        if args and failure.try_.startswith("rjupyter HOST "):  # the host's advice, as it is typed here
+            words, gap, remark = failure.try_.partition("   ")
+            failure.try_ = args.again(*shlex.split(words)[2:]) + gap + remark
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
             if near:
@@ -11279,9 +11288,6 @@ def carry_out(words: List[str]) -> int:
                 failure.try_ = command_line(*right)
             elif args.host in SYNONYMS:
                 failure.try_ = command_line("HOST", SYNONYMS[args.host])
-        if args and failure.try_.startswith("rjupyter "):  # the host's advice, as it is typed here
-            words, gap, remark = failure.try_.partition("   ")
-            failure.try_ = args.again(*shlex.split(words)[1:]) + gap + remark
         messages.failure(failure)
         return failure.status
 

@@ -87,7 +87,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["--lab"], ["no host was given\n", "rjupyter.py --lab HOST\n"]),
         (
             ["--lab", "--slurm", "gpu1:work"],
-            ["--slurm took 'gpu1:work'", "rjupyter.py --lab --slurm VALUE gpu1:work\n"],
+            ["--slurm took 'gpu1:work' as its value", "rjupyter.py --lab --slurm VALUE gpu1:work\n"],
         ),
         (["-p", "x", "gpu1", "list"], ["argument -p: a port is a number from 1 to 65535, not 'x'"]),
         (["gpu1", "list", "gpu2"], ["one argument too many: gpu2"]),

@@ -446,7 +446,6 @@ DOCTOR_CASES = [
     ("PermitOpen 127.0.0.1:1", [], "forwarding", False, "prohibited"),
     ("DisableForwarding yes", [], "forwarding", False, "prohibited"),
     ("AllowTcpForwarding local", [], "forwarding", True, "allowed"),
-    ("MaxSessions 1", [], "sessions", True, "one at a time"),
     ("MaxSessions 0", [], "command", False, "opens no session"),
     ("AuthenticationMethods password", [], "connection", False, "Permission denied"),
     ("AuthenticationMethods password", ["--no-mux"], "connection", False, "Permission denied"),
