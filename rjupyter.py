@@ -5208,13 +5208,13 @@ class Agent:
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
         text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
         try:
-            near = {k: from_home(v, self.messages.home) if isinstance(v, str) else v for k, v in facts.items()}
-            text = text.format_map(dict(near, destination=self.ssh.destination, title=title))
+            near = {"root_dir": from_home(facts.get("root_dir") or "", self.messages.home)}
+            text = text.format_map(dict(facts, destination=self.ssh.destination, title=title, **near))
             if kind == "hello":
                 is_first = not self.hello["user"]
                 self.hello.update(facts)
                 self.messages.home = facts.get("home", "")
-                if not is_first:
+                if not is_first or self.greets_after_s == float("inf"):
                     return
                 text = text if time.monotonic() - self._began >= self.greets_after_s else ""
             elif kind == "progress":
@@ -7803,7 +7803,7 @@ class Source(NamedTuple):
             result = "" if is_in_place else executed_name(os.path.basename(name[1:]))
             text = ""
         else:
-            text = ""
+            text = "?"  # until it is read
             name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
             result = name if is_in_place else executed_name(name)
             try:

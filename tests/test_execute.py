@@ -306,7 +306,7 @@ def test_ctrl_c_leaves_it_running_and_attach_brings_the_result(laptop: Laptop, h
     run.interrupt()
     assert run.wait() == 130
     assert "w.ipynb keeps running.\nTo follow it again: " in run.text
-    assert "execute --attach %s " % identity in run.text and "stop %s" % identity in run.text
+    assert "execute --attach %s\n" % identity in run.text and "stop %s" % identity in run.text
     again = laptop.start("host", "execute", "--attach", identity, "-v", has_terminal=False)
     again.expect("^waits$")  # from its begin
     (host.home / "go").write_text("")
@@ -378,8 +378,9 @@ def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
     os.utime(old, (past, past))
     assert laptop.run("host", "execute", "a.ipynb").status == 0
     assert not old.exists()
-    table = laptop.run("host", "list").stdout.splitlines()
-    assert table[1].split() == ["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "SIZE", "AGE"]
+    assert laptop.run("host", "list").stdout == ""
+    table = laptop.run("host", "list", "--all").stdout.splitlines()
+    assert table[1].split() == ["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "AGE"]
     assert [line.split()[1:4] for line in table[2:]] == [["done", "1/1", "a.ipynb"]] * 2
 
 
@@ -392,6 +393,9 @@ def test_what_is_no_notebook_is_said_before_anything_is_connected(laptop: Laptop
         "[1]": "it has no nbformat",
         "\xff": "it is not JSON",
         "[" * 100000: "it is not JSON",
+        "": "it is empty",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\n": "it is a pointer of Git LFS",
+        '{"cells": [\n<<<<<<< HEAD\n1\n=======\n2\n>>>>>>> theirs\n]}': "it has a merge conflict",
     }
     for text, words in cases.items():
         (laptop.home / "no.ipynb").write_bytes(text.encode("latin-1"))

@@ -152,7 +152,7 @@ def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login:
         url = run.url()
         assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
         assert "Job 1 " in run.stderr
-        assert "on node2 in %s" % (login.home / "work") in run.stderr
+        assert "on node2 in ~/work (pid " in run.stderr
         run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
         run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
         (job,) = listed(laptop, "job")

@@ -106,7 +106,7 @@ def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: 
     assert "INSIDE" in table and wraps[1] in table
     again = held(laptop, destination, "--local-port", str(quiet_port()))
     assert without_port(again.url()) == without_port(url)
-    hint = again.expect("Ctrl-C closes the tunnel.*\n").group()
+    hint = again.expect("To end it.*\n").group()
     assert " stop" in hint
     again.interrupt()
     assert again.wait() == 0
