@@ -44,15 +44,7 @@ __doc__ = """Put the Jupyter of a remote host into the browser in front of you, 
 HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 """
 
-# How it works:
-#
-#    laptop                                              HOST
-#    rjupyter ------- ssh -M -N (one login) -----------> sshd
-#        |  ssh -S socket HOST  <request on stdin> ----> agent (python3) -> finds a port, launches, replies one line
-#        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
-#    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
-#
-# What runs on the host outlives this program; `stop` ends it.
+# How it works is drawn in README.md. What runs on the host outlives this program; `stop` ends it.
 #
 # The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
 # to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there), PLACES
@@ -1023,7 +1015,6 @@ class ExamineReply(Record):
     """What `doctor` asks of the host; what cannot be told is left out."""
 
     shell: str = ""
-    clock: float
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
@@ -1031,7 +1022,6 @@ class ExamineReply(Record):
     jupyter: "Optional[Jupyter]" = None
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
-    port: int
     sshd_port: int = 22
     other_users: int = 0
     foreign: "List[str]" = []
@@ -4655,7 +4645,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
 
-    facts = ExamineReply(clock=time.time(), port=find_free_port(request.port or DEFAULT_PORT))
+    facts = ExamineReply()
     facts.shell = os.environ.get("SHELL", "")
     facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
@@ -10553,7 +10543,7 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
     if reply.is_done is not None:
         text = "%s is idle: " + ending_of(reply.count, reply.is_done, reply.seconds or 0.0) + "."
-    facts = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
+    facts: Json = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
     messages.result(text % name, "waited", kernel=reply.kernel.id, notebook=reply.kernel.notebook, **facts)
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
@@ -11226,10 +11216,7 @@ EXAMPLES = {
     "output": ["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
     "eval": ['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
     "stop": ["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
-    "close": ["gpu1 close", "close --all"],
-    "completion": ["completion fish | source"],
     "doctor": ["gpu1 doctor", '--slurm "-t 5" login doctor'],
-    "config": ["gpu1 config"],
 }
 
 
@@ -11279,8 +11266,8 @@ def carry_out(words: List[str]) -> int:
         return EXIT_OK  # of what -f follows, it is the end
     except Failure as failure:
         if args and failure.try_.startswith("rjupyter HOST "):  # the host's advice, as it is typed here
-            words, gap, remark = failure.try_.partition("   ")
-            failure.try_ = args.again(*shlex.split(words)[2:]) + gap + remark
+            advice, gap, remark = failure.try_.partition("   ")
+            failure.try_ = args.again(*shlex.split(advice)[2:]) + gap + remark
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
             if near:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from execution import code, write_notebook
@@ -79,7 +79,7 @@ def test_no_colour() -> None:
         assert "\x1b" not in plain.text, name
 
 
-PLAIN: Dict[str, Dict[str, str]] = {"wanted": {}, **COLOURS, "a link": {"VTE_VERSION": "7200"}}
+PLAIN: Dict[str, Any] = {"wanted": {}, **COLOURS, "a link": {"VTE_VERSION": "7200"}}
 
 
 @pytest.mark.parametrize("name", PLAIN)
