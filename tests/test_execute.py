@@ -197,7 +197,10 @@ def test_cell_that_fails(laptop: Laptop, host: Host) -> None:
     write_notebook(laptop.home / "bad.ipynb", "print('before')", "{}['no such key']", "print('never')")
     run = laptop.run("host", "execute", "bad.ipynb")
     assert (run.status, run.stdout) == (5, "bad.executed.ipynb\n")
-    assert "rjupyter: cell 2 of 3 failed in bad.ipynb\n  why: KeyError: 'no such key'\n" in run.stderr
+    assert (
+        "rjupyter: cell 2 of 3 failed in bad.ipynb\n  why: KeyError: 'no such key'\n       line 1: {}['no such key']\n"
+        in run.stderr
+    )
     assert "the result so far is in bad.executed.ipynb" in run.stderr
     _, second, third = cells_of(laptop.home / "bad.executed.ipynb")
     assert printed(laptop.home / "bad.executed.ipynb")[0] == "before\n"

@@ -161,7 +161,7 @@ def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
         (one, two) = events_of(laptop.run("--json"))
         assert (one["path"], one["is_background"], two["path"], two["is_background"]) == ("work", True, None, False)
         closed = laptop.run("close", "--all")
-        assert closed.text.count("Closed the tunnel") == 1
+        assert closed.text.count("Closed the tunnel") == closed.text.count("is open in another terminal (pid ") == 1
         assert [event["path"] for event in events_of(laptop.run("--json"))] == [None]
 
 
@@ -246,7 +246,8 @@ def test_what_is_not_executed_is_named_and_what_runs_can_be_followed(laptop: Lap
 def completed(laptop: Laptop, *words: str) -> List[str]:
     """Return what the program says that the last word may become."""
     argv = [sys.executable, "-c", MODULE, str(SCRIPT), "completion", "words", *words]
-    return subprocess.run(argv, env=laptop.environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    said = subprocess.run(argv, env=laptop.environment, cwd=laptop.home, stdout=subprocess.PIPE, text=True, check=True)
+    return said.stdout.split()
 
 
 @pytest.fixture
@@ -277,6 +278,15 @@ def test_completion_knows_hosts_actions_options_and_ids(names: Laptop) -> None:
     assert completed(names, "gpu2", "stop", "") == []
     cache.write_text("[broken")
     assert completed(names, "gpu1", "stop", "") == []
+    for name in ("b.ipynb", "a.ipynb", "data.csv"):
+        (names.home / name).touch()
+    (names.home / "sub").mkdir()
+    assert completed(names, "gpu1", "execute", "") == ["a.ipynb", "b.ipynb"]
+    assert completed(names, "gpu1:work", "execute", "a.ipynb", "b") == ["b.ipynb"]
+    for words in (["execute", "sub"], ["execute", "a.ipynb", "--with", ""], ["execute", "-o", "x"]):
+        assert completed(names, "gpu1", *words) == ["/"], words  # the shell's own names of files
+    for words in (["gpu1:"], ["gpu1:work"], ["gpu1", "output", ""], ["--python", ""]):
+        assert completed(names, *words) == [], words
 
 
 def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> None:

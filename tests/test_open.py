@@ -328,7 +328,30 @@ def test_browser_that_ends_badly_after_it_had_the_page(laptop: Laptop, host: Hos
 
 def test_browser_that_cannot_be_started(laptop: Laptop, host: Host) -> None:
     with laptop.opened("--browser", "false %s", "host") as run:
-        run.expect("^No browser could be started")
+        run.expect("^'false %s' could not be started")
+
+
+@pytest.mark.parametrize("name", ["w3m", "lynx", "www-browser"])
+def test_browser_of_text_is_not_opened(laptop: Laptop, host: Host, name: str) -> None:
+    """It would take over the terminal, and show no notebook; doctor says so."""
+    program = laptop.home / "bin" / name
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n>%s/eaten\n" % laptop.home)
+    program.chmod(0o755)
+    path = {"PATH": "%s:%s" % (program.parent, SYSTEM_PATH)}
+    run = laptop.start("host", **path)
+    run.expect("No browser could be started. Open the address above.")
+    run.interrupt()
+    assert run.wait() == 0 and not (laptop.home / "eaten").exists()
+    assert re.search("browser .*only %s.*the address is printed" % name, laptop.run("host", "doctor", **path).stdout)
+
+
+def test_browser_with_a_space_in_its_path(laptop: Laptop, host: Host) -> None:
+    place = laptop.home / "my browser"
+    place.mkdir()
+    browser = StubBrowser(place)
+    with laptop.opened("--browser", str(browser.program), "host"):
+        wait_until(lambda: browser.page.exists() and browser.page.read_text(), "the browser has the page")
 
 
 @pytest.mark.jupyter
