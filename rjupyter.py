@@ -35,7 +35,7 @@ else:
 ' "$0" "$@"
 '''  # noqa: D300
 # fmt: on
-__doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
+__doc__ = """Open the Jupyter of a remote host in your browser, over SSH.
 
   rjupyter gpu1:work                 open Jupyter in ~/work, or come back to it
   rjupyter gpu1 execute train.ipynb  run a notebook there, and bring the result
@@ -1075,9 +1075,7 @@ EVENTS = {
         ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
     ),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
-    "stopped": Event(
-        "`stop` ended a server, a run or a job", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")
-    ),
+    "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
@@ -9855,17 +9853,17 @@ JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of opt
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
         Option("--app APP", "what to open (notebook)", default="", choices=list(APPS), chooses="server"),
-        Option("--lab", "the same as --app lab", default="", chooses="server", key="app", const="lab"),
+        Option("--lab", "short for --app lab", default="", chooses="server", key="app", const="lab"),
         Option("--new", "start another server instead of coming back", key="is_new"),
         Option("--attach ID", "come back to this server; `list` shows the ids", _text, None, "server"),
-        Option("--stop-on-exit", "end the server together with the tunnel"),
+        Option("--stop-on-exit", "end the server when the tunnel closes"),
         Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
-        Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
-        Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
+        Option("--ip ADDR", "address Jupyter listens on (127.0.0.1)", _address, "127.0.0.1", "server"),
+        Option("--socket", "listen on a Unix socket of yours instead of a port", chooses="server"),
         Option("--no-record", "do not keep what cells print"),
-        Option("--idle-timeout DURATION", "end the server after this long without use (12h)", _duration_s, 0, "server"),
-        Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
-        Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
+        Option("--idle-timeout DURATION", "end the server after this long without use: 12h", _duration_s, 0, "server"),
+        Option("--server-arg ARG", "pass this argument to Jupyter; repeatable", str, [], "server", "server_args"),
+        Option("--state-dir PATH", "where to keep our files (~/.local/state/rjupyter)", _text, None, "host"),
         Option("--start-timeout S", "how long Jupyter may take to start (120 s)", _seconds, float(START_TIMEOUT_S)),
     ],
     "environment on the host": [
@@ -9874,24 +9872,24 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--init COMMAND", "run this in your shell there first; repeatable", _text, [], "server"),
         Option("--wrap COMMAND", "run Jupyter inside this command; repeatable", _wrap, [], "server"),
         Option("--container IMAGE", "run it in a container: IMAGE, or docker://IMAGE", _text, None, "server"),
-        Option("--install", "install Jupyter if there is none (the default)", default=True, key="may_install"),
+        Option("--install", "install Jupyter if it is missing (the default)", default=True, key="may_install"),
         Option("--no-install", "do not install Jupyter; print how to", default=True, key="may_install", const=False),
     ],
-    "scheduler, on a host that is a login node": [
-        Option("--slurm OPTIONS", "run it in a Slurm job with these options of sbatch", str, None, "server"),
-        Option("--submit COMMAND", "run it in a job that this command submits (qsub)", _text, None, "server"),
+    "cluster, where the host is a login node": [
+        Option("--slurm OPTIONS", "run in a Slurm job, with these options of sbatch", str, None, "server"),
+        Option("--submit COMMAND", "run in a job that this command submits: qsub ...", _text, None, "server"),
         Option("--via-node", "end the tunnel on the job's node itself", chooses="server"),
-        Option("--node-address NAME", "interface or name of the job's node to connect to", _text, None, "server"),
+        Option("--node-address NAME", "interface or name to reach the job's node by", _text, None, "server"),
     ],
     "tunnel and browser": [
         Option("--local-port N", "local port (the first free one from %d up)" % LOCAL_PORT, _port, None, "server"),
-        Option("--no-browser", "print the address only"),
+        Option("--no-browser", "only print the address"),
         Option("--browser COMMAND", "browser to open (the system's)"),
         Option("-L SPEC", "another forward, as for ssh; repeatable", _forward, [], "server", "further"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", key="background"),
     ],
-    "ssh, letter for letter": [
+    "ssh, with the same letters": [
         Option("-F FILE", "configuration file (~/.ssh/config)", str, [], "host", "ssh"),
         Option("-i KEY", "private key", str, [], "host", "ssh"),
         Option("-J HOST", "jump host", str, [], "host", "ssh"),
@@ -9901,13 +9899,13 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("-4", "IPv4 only", str, [], "host", "ssh"),
         Option("-6", "IPv6 only", str, [], "host", "ssh"),
         Option("-C", "compress", str, [], "host", "ssh"),
-        Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
+        Option("--no-mux", "log in for each step, as on Windows", chooses="host"),
     ],
     "output": [
-        Option("-q --quiet", "the address and errors only"),
-        Option("-v --verbose", "every ssh command, and what the host prints"),
-        Option("--json", "one JSON object a line on stdout"),
-        Option("--no-config", "do not read " + config_path(), chooses="host"),
+        Option("-q --quiet", "print only the address and errors"),
+        Option("-v --verbose", "print every ssh command, and what the host prints"),
+        Option("--json", "print one JSON object a line on stdout"),
+        Option("--no-config", "ignore " + config_path(), chooses="host"),
         Option("-V --version", "print the version"),
         Option("-h --help", "print this help"),
     ],
@@ -9935,10 +9933,10 @@ def nearest(word: str, words: List[str]) -> str:
 
 EXITS = {
     EXIT_OK: "done; also Ctrl-C on an open tunnel",
-    EXIT_FAILURE: "a failure that has no number of its own",
+    EXIT_FAILURE: "any other failure",
     EXIT_USAGE: "wrong usage",
     EXIT_NO_JUPYTER: "no usable Jupyter on the host, and it could not be installed",
-    EXIT_SERVER_ENDED: "the server, or a notebook's kernel, did not start; or it ended while we held its tunnel",
+    EXIT_SERVER_ENDED: "the server or a kernel did not start, or ended while its tunnel was up",
     EXIT_CELL_FAILED: "a notebook's cell failed",
     EXIT_TIMEOUT: "a deadline passed",
     EXIT_INTERRUPTED: "Ctrl-C before there was a result",
@@ -9968,12 +9966,12 @@ def help_text(topic: str = "") -> str:
         action = ACTIONS[topic]
         usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
         rows = [OPTIONS["output"][-1], *OPTIONS_OF.get(topic, ()), *OPTIONS["output"][:3]]
-        groups = {"positional arguments": [row for row in rows if not row.flags]}
+        groups = {"arguments": [row for row in rows if not row.flags]}
         groups["options"] = [row for row in rows if row.flags]
         last = "\n".join(["examples:", *("  rjupyter " + example for example in EXAMPLES.get(topic, ()))])
     else:
         usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
-        last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
+        last = "actions, after the host; `rjupyter HOST ACTION --help` says more about one:\n"
         last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
         last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
     parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
@@ -10066,7 +10064,7 @@ class CommandLine:
             if typed.option and typed.option.name == "version":
                 return "version"
             if typed.option and typed.option.name == "help":
-                name = self.action if typed in self.behind else self.destination
+                name = self.action if typed in self.behind or self.destination == NO_HOST else self.destination
                 return name if name in topics else ""
         return None
 
@@ -10093,10 +10091,8 @@ class CommandLine:
             near = nearest(unknown[0], list(self.known)) if unknown[0].startswith("-") else ""
             right = self.words(self.destination, self.action)
             right = [near + word[len(unknown[0]) :] if word.startswith(unknown[0]) else word for word in right]
-            others = [name for name, rows in OPTIONS_OF.items() if not near and unknown[0] in by_flag(rows)]
-            why = "unknown option: " if unknown[0].startswith("-") else "one argument too many: "
-            why += " ".join(unknown) + (" (of %s)" % ", ".join(others) if others else "")
-            raise wrong_usage(why, near and command_line(*right))
+            why = "unknown option: %s" if unknown[0].startswith("-") else "one argument too many: %s"
+            raise wrong_usage(why % " ".join(unknown), near and command_line(*right))
         if row and not row.many and not taken:
             raise wrong_usage("%s needs %s: %s" % (self.action, row.metavar, row.text))
         if not self.destination:
@@ -10113,13 +10109,14 @@ class CommandLine:
         if not self.destination and is_plain:
             self.destination, self.action = NO_HOST, "tunnels"
         actions = [name for name in ACTIONS if name]
-        if self.destination in actions and self.action not in actions:
+        name = SYNONYMS.get(self.destination, self.destination)
+        if name in actions and self.action not in actions:
             plain = [word for word in [self.action, *self.operands] if word]
             host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
             self.operands = [word for word in plain if word != host]
             unknown = [typed for typed in self.before if not typed.option]
-            right = command_line(*self.words(host, self.destination, unknown))
-            raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
+            right = command_line(*self.words(host, name, unknown))
+            raise wrong_usage("%s is an action: the host comes before it" % name, right)
         for typed in self.before:
             value = typed.value or ""
             is_ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
@@ -10132,7 +10129,7 @@ class CommandLine:
                     raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
             destination, wrong = self.destination, self.action
-            near, swapped = (SYNONYMS.get(word) or nearest(word, actions) for word in (wrong, destination))
+            near, swapped = SYNONYMS.get(wrong) or nearest(wrong, actions), nearest(destination, actions)
             if swapped and not near:  # as in `lsit gpu1`
                 destination, wrong, near = wrong, destination, swapped
             right = command_line(*self.words(destination, near)) if near else ""
@@ -10913,13 +10910,11 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing", ""
     except Failure as failure:
         yield "runtime dir", failure.why, failure.try_
-    try:
-        browser = webbrowser.get(args.browser)
-        name = str(getattr(browser, "name", "")) or type(browser).__name__
-        is_text = name in TEXT_BROWSERS and not args.browser
-        yield "browser", "only %s, for text; the address is printed" % name if is_text else name, ""
-    except webbrowser.Error:
-        yield "browser", "none found; the address is printed", ""
+    name = "none found"
+    with contextlib.suppress(webbrowser.Error):
+        name = str(getattr(webbrowser.get(args.browser), "name", "the system's"))
+    is_one = args.browser or name not in ("none found", *TEXT_BROWSERS)
+    yield "browser", name if is_one else name + "; the address is printed", ""
     began = time.monotonic()
     step = "connection"
     try:
@@ -11135,69 +11130,69 @@ class Action(NamedTuple):
 
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results"),
-    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels"),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results back"),
+    "list": Action(run_list, "list [--kernels] [--all]", "list your servers on the host, or their kernels"),
     "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle"),
-    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution"),
-    "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed"),
-    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "print the log of a server, a job or an execution"),
+    "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "print what the cells of a notebook printed"),
+    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a live kernel"),
     "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host"),
     "close": Action(run_close, "close [--all]", "close the tunnels that are in the background", alone=True),
-    "tunnels": Action(run_tunnels, "tunnels", "the tunnels that are up here", alone=True),
-    "completion": Action(run_completion, "completion SHELL", "print what completes lines in a shell", alone=True),
+    "tunnels": Action(run_tunnels, "tunnels", "list the tunnels that are up here", alone=True),
+    "completion": Action(run_completion, "completion SHELL", "print what makes Tab complete in a shell", alone=True),
     "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong"),
-    "config": Action(run_config, "config", "the defaults that apply to the host"),
+    "config": Action(run_config, "config", "show the defaults that apply to the host"),
 }
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", key="is_followed")
+FOLLOW = Option("-f", "follow it, until Ctrl-C", key="is_followed")
 OPTIONS_OF: Dict[str, List[Option]] = {}
 OPTIONS_OF["execute"] = [
-    Option("NOTEBOOK", "one here; one on the host with : before it", key="notebooks", many="*"),
+    Option("NOTEBOOK", "one on this machine, or :NAME on the host", key="notebooks", many="*"),
     Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
-    Option("--inplace", "the result replaces the notebook"),
-    Option("-p NAME=VALUE", "a variable for the notebook, as YAML reads it; repeatable", _pair, [], key="parameters"),
-    Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
-    Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], key="along"),
-    Option("--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []),
-    Option("--force", "what is brought replaces what is here"),
-    Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-    Option("-j N", "execute this many at the same time", _number("a number", 999), 0, key="at_once"),
+    Option("--inplace", "replace the notebook by the result"),
+    Option("-p NAME=VALUE", "set a variable, whose value is YAML; repeatable", _pair, [], key="parameters"),
+    Option("--parameters-file FILE", "set those in a JSON or YAML file; repeatable", _text, []),
+    Option("--with PATH", "send this file or directory along; repeatable", _text, [], key="along"),
+    Option("--bring GLOB", "bring back what it writes: `out/*.png`; repeatable", _pattern, []),
+    Option("--force", "let what is brought back replace what is here"),
+    Option("--grid NAME=[...]", "run it once for each combination of such values", _grid, []),
+    Option("-j N", "run this many at the same time", _number("a number", 999), 0, key="at_once"),
     Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
     Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0),
     Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
     Option("--allow-errors", "go on after a cell that failed, as nbconvert does", key="allows_errors"),
-    Option("--attach ID", "follow this run, and bring its result", _text, key="run_id"),
-    Option("--show-output", "what its cells print, as they print it"),
-    Option("--overlap", "even if the notebook is being executed already", key="overlaps"),
+    Option("--attach ID", "follow this run again, and bring its result", _text, key="run_id"),
+    Option("--show-output", "print what its cells print, as they print it"),
+    Option("--overlap", "run it even if it is running already", key="overlaps"),
 ]
 OPTIONS_OF["list"] = [
-    Option("--kernels", "the kernels: notebook, state, memory"),
-    Option("--all", "also executions that ended long ago"),
+    Option("--kernels", "list kernels: their notebook, state, memory"),
+    Option("--all", "also list executions that have finished"),
 ]
 OPTIONS_OF["wait"] = [
-    Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", key="name", many="?"),
-    Option("--timeout S", "how long at most (no limit)", _duration_s, 0),
+    Option("NOTEBOOK", "a notebook or kernel (the only one)", default="", key="name", many="?"),
+    Option("--timeout S", "how long to wait (no limit)", _duration_s, 0),
 ]
 OPTIONS_OF["logs"] = [
-    Option("ID", "of which server or run (the newest server)", default="", key="id", many="?"),
+    Option("ID", "a server, job or execution (the newest server)", str, "", key="id", many="?"),
     FOLLOW,
 ]
 OPTIONS_OF["output"] = [
-    Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", key="name", many="?"),
+    Option("NOTEBOOK", "a notebook or kernel (the newest)", default="", key="name", many="?"),
     FOLLOW,
-    Option("--save", "put it into the notebook, there"),
-    Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
+    Option("--save", "save it into the notebook on the host"),
+    Option("--since TIME", "only what ended since 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
 ]
 OPTIONS_OF["eval"] = [
-    Option("CODE", "what it executes; - reads it from stdin", key="code", many="?"),
-    Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", key="name"),
-    Option("--interrupt", "interrupt it"),
+    Option("CODE", "the code to run; - reads it from stdin", key="code", many="?"),
+    Option("-k NOTEBOOK", "in the kernel of this notebook, or with this id", default="", key="name"),
+    Option("--interrupt", "interrupt what it runs"),
 ]
 OPTIONS_OF["stop"] = [
-    Option("ID", "which one (that of PATH, or the only one); a notebook: only its kernel", key="ids", many="*"),
-    Option("--all", "all of yours there", key="is_all"),
-    Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
+    Option("ID", "what to end: an id, or a notebook for its kernel alone", key="ids", many="*"),
+    Option("--all", "end all of yours there", key="is_all"),
+    Option("--yes", "do not ask, even if a kernel is busy"),
 ]
-OPTIONS_OF["close"] = [Option("--all", "those to any host")]
+OPTIONS_OF["close"] = [Option("--all", "close those to all hosts")]
 OPTIONS_OF["completion"] = [Option("SHELL", "bash, zsh or fish", key="shell", choices=list(COMPLETIONS))]
 # For the help of an action. What stands behind a wide gap is a remark.
 EXAMPLES = {
@@ -11208,10 +11203,7 @@ EXAMPLES = {
         "gpu1 execute --attach r5d98               follow it again",
     ],
     "list": ["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
-    "wait": [
-        "gpu1 wait train.ipynb && notify-send done",
-        "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
-    ],
+    "wait": ["gpu1 wait train.ipynb && notify-send done", "gpu1 wait --timeout 2h"],
     "logs": ["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
     "output": ["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
     "eval": ['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
@@ -11270,11 +11262,8 @@ def carry_out(words: List[str]) -> int:
             failure.try_ = args.again(*shlex.split(advice)[2:]) + gap + remark
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
-            if near:
-                right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
-                failure.try_ = command_line(*right)
-            elif args.host in SYNONYMS:
-                failure.try_ = command_line("HOST", SYNONYMS[args.host])
+            right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
+            failure.try_ = command_line(*right) if near else failure.try_
         messages.failure(failure)
         return failure.status
 

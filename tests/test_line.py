@@ -73,13 +73,14 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["gpu1", "work/a"], ["gpu1:work/a"]),
         (["gpu1", "zzzz"], ["no action zzzz", "--help"]),
         (["gpu1", "ls"], ["no action ls", "rjupyter.py gpu1 list\n"]),
-        (["-p", "22", "ps", "gpu1"], ["no action ps", "rjupyter.py -p 22 gpu1 list\n"]),
+        (["-p", "22", "ps", "gpu1"], ["list is an action: the host comes before it", "rjupyter.py -p 22 gpu1 list\n"]),
+        (["ls"], ["rjupyter.py HOST list\n"]),
         (["gpu1", "run", "a.ipynb"], ["no action run", "rjupyter.py gpu1 execute a.ipynb\n"]),
         (["gpu1", "kill", "--all"], ["no action kill", "rjupyter.py gpu1 stop --all\n"]),
         (["--nwe", "gpu1"], ["unknown option: --nwe", "rjupyter.py --new gpu1\n"]),
         (["gpu1", "execute", "a.ipynb", "--inplce"], ["rjupyter.py gpu1 execute --inplace a.ipynb\n"]),
         (["gpu1", "list", "--kernel"], ["unknown option: --kernel", "rjupyter.py gpu1 list --kernels\n"]),
-        (["gpu1", "logs", "--grid"], ["unknown option: --grid (of execute)", "--help\n"]),
+        (["gpu1", "logs", "--grid"], ["unknown option: --grid\n", "--help\n"]),
         (["gpu1", "stop", "--al"], ["unknown option: --al", "rjupyter.py gpu1 stop --all\n"]),
         (["gpu1", "stop", "--a"], ["unknown option: --a\n"]),
         (["gpu1,gpu2"], ["only list takes several hosts", "gpu1,gpu2 list"]),
@@ -131,10 +132,8 @@ def test_reason_is_in_words(laptop: Laptop) -> None:
 
 
 def test_host_that_is_nearly_one_of_the_configuration(laptop: Laptop, host: Host) -> None:
-    """Or nearly an action, or another program's word for one."""
     failed = laptop.run("-o", "ConnectTimeout=9", "hsot:work", "list", "--all")
     check_failure(failed, rjupyter.EXIT_SSH, " -o ConnectTimeout=9 host:work list --all\n")
-    check_failure(laptop.run("ps"), rjupyter.EXIT_SSH, "rjupyter.py HOST list\n")
 
 
 @pytest.mark.parametrize("text, seconds", [("2m", 120.0), ("90", 90.0), ("3h", 10800.0), ("10s", 10.0)])
