@@ -8214,7 +8214,7 @@ class Batch:
             self._fail(index, failure)
             return
         if not reply.is_started:
-            text = "%s is being executed already (%s); --overlap does it all the same."
+            text = "%s is already running (%s); --overlap starts it anyway."
             self.messages.warn(text % (task.name, reply.id))
             self.messages.event("overlap", id=reply.id)
             return
@@ -10126,7 +10126,7 @@ class CommandLine:
                     right = command_line("HOST", name, typed.flag, *filter(None, [row.metavar]))
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
-                    raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
+                    raise wrong_usage("%s is an option of %s, and goes after it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
             destination, wrong = self.destination, self.action
             near, swapped = SYNONYMS.get(wrong) or nearest(wrong, actions), nearest(destination, actions)
@@ -10657,7 +10657,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
             raise Failure("nothing was stopped", why, command_line(*sys.argv[1:], "--yes"))
         for line in words:
             messages.note(line)
-        if not says_yes("Stop it all the same? [y/N] "):
+        if not says_yes("Stop it anyway? [y/N] "):
             messages.note("Nothing was stopped.")
             return EXIT_FAILURE
         reply = agent.ask(request, StopReply, "Stopping")
@@ -10795,7 +10795,7 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     seed = "" if args.overlaps else kept_here().batches.get(key, "")
     begun = re.match(r"([0-9a-f]{1,9})\.", seed)
     if begun and time.time() - int(begun.group(1), 16) < BATCH_S:  # else the next night's, of one that was killed
-        messages.note("Going on with what the same command has begun; --overlap begins anew.")
+        messages.note("Continuing what the same command began; --overlap starts afresh.")
     else:
         seed = "%x.%s" % (int(time.time()), os.urandom(8).hex())
         keep_here("batches", key, seed)
@@ -10843,7 +10843,7 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers)
     if not reply.is_started:
-        text = "%s is being executed already (%s, for %s); --overlap starts it all the same.\nTo follow it: %s"
+        text = "%s is already running (%s, for %s); --overlap starts it anyway.\nTo follow it: %s"
         again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)

@@ -348,7 +348,7 @@ def test_two_runs_of_one_notebook_do_not_overlap(laptop: Laptop, host: Host) -> 
     run, identity = start_waiting(laptop)
     second = laptop.run("host", "execute", "w.ipynb")
     assert (second.status, second.stdout) == (0, "")
-    assert re.search(r"w\.ipynb is being executed already \(%s, for \d+ s\)" % identity, second.stderr)
+    assert re.search(r"w\.ipynb is already running \(%s, for \d+ s\)" % identity, second.stderr)
     third = laptop.start("host", "execute", "--overlap", "w.ipynb", "-o", "third.ipynb", has_terminal=False)
     wait_until(lambda: len([run for run in listed(laptop, "run") if run["state"] == "running"]) == 2, "both run")
     (host.home / "go").write_text("")
@@ -362,7 +362,7 @@ def test_two_at_the_same_moment(laptop: Laptop, host: Host) -> None:
     def has_given_way() -> bool:
         for run in both:
             run._read(0.05)
-        return any("being executed already" in run.text for run in both)
+        return any("is already running" in run.text for run in both)
 
     wait_until(has_given_way, "one gives way")
     (host.home / "go").write_text("")

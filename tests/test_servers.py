@@ -208,12 +208,12 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
         check_failure(stop, 1, "nothing was stopped", why, "no terminal", " %s --yes" % " ".join(words))
     no = laptop.start("host", "stop")
     no.expect(re.escape(why))
-    no.expect("Stop it all the same")
+    no.expect("Stop it anyway")
     no.type("n\n")
     assert no.wait() == 1
     assert "Nothing was stopped." in no.text and [server["busy"] for server in listed(laptop)] == [1]
     yes = laptop.start("host", "stop")
-    yes.expect("Stop it all the same")
+    yes.expect("Stop it anyway")
     yes.type("y\n")
     assert yes.wait() == 0
     assert not listed(laptop)

@@ -327,7 +327,7 @@ def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: 
     run.interrupt()
     assert run.wait() == 130
     second = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
-    assert second.status == 0 and "is being executed already" in second.stderr
+    assert second.status == 0 and "is already running" in second.stderr
     (job,) = listed(laptop, "job")
     follow = laptop.start("host", "execute", "--attach", job["id"], "-v", has_terminal=False)
     follow.expect("Job 3 pending")
