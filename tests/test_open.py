@@ -338,12 +338,12 @@ def test_browser_of_text_is_not_opened(laptop: Laptop, host: Host, name: str) ->
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n>%s/eaten\n" % laptop.home)
     program.chmod(0o755)
-    path = {"PATH": "%s:%s" % (program.parent, SYSTEM_PATH)}
-    run = laptop.start("host", **path)
+    laptop.environment["PATH"] = "%s:%s" % (program.parent, SYSTEM_PATH)
+    run = laptop.start("host")
     run.expect("No browser could be started. Open the address above.")
     run.interrupt()
     assert run.wait() == 0 and not (laptop.home / "eaten").exists()
-    assert re.search("browser +%s; the address is printed" % name, laptop.run("host", "doctor", **path).stdout)
+    assert re.search("browser +%s; the address is printed" % name, laptop.run("host", "doctor").stdout)
 
 
 def test_browser_with_a_space_in_its_path(laptop: Laptop, host: Host) -> None:
