@@ -1014,7 +1014,7 @@ class Jupyter(Record):
 class ExamineReply(Record):
     """What `doctor` asks of the host; what cannot be told is left out."""
 
-    shell: str = ""
+    shell: str
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
@@ -4643,8 +4643,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
 
-    facts = ExamineReply()
-    facts.shell = os.environ.get("SHELL", "")
+    facts = ExamineReply(shell=os.environ.get("SHELL", ""))
     facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
         place = first_private(state_dirs("servers"))
@@ -10096,7 +10095,7 @@ class CommandLine:
         if row and not row.many and not taken:
             raise wrong_usage("%s needs %s: %s" % (self.action, row.metavar, row.text))
         if not self.destination:
-            eaten = next((one for one in reversed(self.before) if one.value), None)
+            eaten = next((one for one in reversed(self.before) if one.flag in JOINED), None)
             right = [word for one in self.before if one is not eaten for word in one.words]
             why = "no host was given" + ("; %s took %r as its value" % (eaten.flag, eaten.value) if eaten else "")
             right += [eaten.flag, "VALUE", str(eaten.value)] if eaten else ["HOST"]

@@ -110,19 +110,18 @@ def bench_beside_one_that_fails(bench: Any, tmp_path: Path, monkeypatch: pytest.
         (
             "cold",
             [
-                "| 0.50 (0.50 to 0.50) | 0.50 (0.50 to 0.50) | by hand 0.50 (0.50 to 0.50), jupyter-forward - to HTTP, "
-                "- to its browser |",
+                "| 0.50 (0.50 to 0.50) | by hand 0.50 (0.50 to 0.50), jupyter-forward - to HTTP, - to its browser |",
                 "| 1.00 (1.00 to 1.00), **missed** | jupyter-forward - to HTTP, - to its browser |",
                 "| 1.00 (1.00 to 1.00) | nobody reattaches |",
                 "| alone 1.00 (1.00 to 1.00), ssh 1.00 (1.00 to 1.00) |",
-                "| 0 and 0 | - | by hand 0, jupyter-forward - |",
+                "| 0 and 0 | by hand 0, jupyter-forward - |",
             ],
         ),
-        ("trips", ["| cold 0.0, reattach 0.0 | - | by hand 0.0, jupyter-forward - |"]),
+        ("trips", ["| cold 0.0, reattach 0.0 | by hand 0.0, jupyter-forward - |"]),
         (
             "tunnel",
             [
-                "| 1.00 (1.00 to 1.00) | - | jupyter-forward -; plain `ssh -L` 2 (2 to 2) MB/s, "
+                "| 1.00 (1.00 to 1.00) | jupyter-forward -; plain `ssh -L` 2 (2 to 2) MB/s, "
                 "without a tunnel 2 (2 to 2) MB/s |",
                 "2000.0 ms (2000.0 to 2000.0), jupyter-forward -, without a tunnel 2000.0 ms (2000.0 to 2000.0) |",
             ],
