@@ -125,9 +125,8 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, run: Run
     asked.expect("begun")
     asked.interrupt()
     assert asked.wait() == 130
-    words = re.search(
-        r"To follow it: \S+ .*(host output %s -f)   To interrupt it: .*(host eval .*)\n" % kernel[:8], asked.text
-    )
+    pattern = r"\nTo follow it: \S+ .*(host output %s -f)\nTo interrupt it: .*(host eval .*)\n" % kernel[:8]
+    words = re.search(pattern, asked.text)
     assert words, asked.text
     assert api(run.url(), "kernels/" + kernel)["execution_state"] == "busy"
     ended = laptop.run(*words.group(2).split())
