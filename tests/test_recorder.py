@@ -178,7 +178,7 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     run.wait(20)
     gate.write_text("")
     wait_for_end(host, kernel)
-    told = re.compile(r"While you were away: train\.ipynb In \[\d+\] done after \d+ s \(2 lines\)\. To see it: (.*)\n")
+    told = re.compile(r"While you were away: train\.ipynb In \[\d+\] done after \d+ s \(2 lines\)\.\nTo see it: (.*)\n")
     again = held(laptop, "host")
     match = told.search(again.text)
     assert match and match.group(1).endswith("host output train.ipynb"), again.text
