@@ -289,15 +289,13 @@ def test_completion_knows_hosts_actions_options_and_ids(names: Laptop) -> None:
         assert completed(names, *words) == [], words
 
 
-def test_small_command_says_where_it_has_logged_in_only_after_a_slow_login(laptop: Laptop, host: Host) -> None:
-    through = "sleep %s; exec ssh -F %s -W 127.0.0.1:%d host" % (rjupyter.SLOW_LOGIN_S, laptop.config, host.sshd.port)
+def test_small_command_answers_without_a_preface(laptop: Laptop, host: Host) -> None:
     for words in (["list"], ["output"], ["stop"]):
         began = time.monotonic()
         run = laptop.run("host", *words)
         is_slow = time.monotonic() - began > rjupyter.SLOW_LOGIN_S  # on a machine that is busy
         assert is_slow or "Connected" not in run.text, run.text
-    for options in (["-v"], ["-o", "ProxyCommand=" + through]):
-        assert "Connected to host (" in laptop.run(*options, "host", "list").stderr
+    assert "Connected to host (" in laptop.run("-v", "host", "list").stderr
 
 
 def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> None:
