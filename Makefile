@@ -1,4 +1,4 @@
-# `make help` lists the targets. Nothing here is needed to use rjupyter.py: copy the file and run it.
+# `make help` lists the targets. Nothing here is needed to use rjupyter.py: copy the file as `rjupyter`, and run it.
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -6,28 +6,12 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-# -I and -S: no module of the user's or the site's is imported, which takes time and may be a queue.py of somebody's.
-define LAUNCHER
-#!/bin/sh
-exec python3 -IS -c '
-import _signal, os, sys
-if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until main: a Ctrl-C among the imports leaves no traceback
-del sys.argv[0]
-top = os.path.dirname(os.path.dirname(os.path.realpath(sys.argv[0])))
-sys.path.insert(0, os.path.join(top, "lib", "rjupyter"))
-import rjupyter
-rjupyter.command()
-' "$$0" "$$@"
-endef
-export LAUNCHER
-
 .PHONY: help demo setup check test bench lint install uninstall clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: ## the main job without a remote host: a private sshd here, its Jupyter in your browser
+demo: ## a shell in which `demo` is a host to try it with: a private sshd here, with a Jupyter of its own
 	@PYTHON=$(PYTHON) sh tests/setup.sh demo
 	@.venv/bin/python tests/demo.py $(DEMO_ARGS)
 
@@ -55,15 +39,12 @@ lint: ## ruff, mypy --strict, shellcheck
 	shellcheck tests/*.sh .ci/run
 	@.venv/bin/python tests/size.py
 
-install: ## put it into $(PREFIX)/lib/rjupyter with its bytecode, so that it starts sooner, and a launcher on PATH
-	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib/rjupyter"
-	install -m 644 rjupyter.py "$(DESTDIR)$(PREFIX)/lib/rjupyter/rjupyter.py"
-	$(PYTHON) -m compileall -q -f -d "$(PREFIX)/lib/rjupyter" "$(DESTDIR)$(PREFIX)/lib/rjupyter"
-	printf '%s\n' "$$LAUNCHER" >"$(DESTDIR)$(PREFIX)/bin/rjupyter"
-	chmod 755 "$(DESTDIR)$(PREFIX)/bin/rjupyter"
+install: ## copy it to $(PREFIX)/bin/rjupyter
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 rjupyter.py "$(DESTDIR)$(PREFIX)/bin/rjupyter"
 
 uninstall: ## remove it again
-	rm -rf "$(DESTDIR)$(PREFIX)/bin/rjupyter" "$(DESTDIR)$(PREFIX)/lib/rjupyter"
+	rm -f "$(DESTDIR)$(PREFIX)/bin/rjupyter"
 
 clean: ## remove what the others made here
 	rm -rf .venv .sshd .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__

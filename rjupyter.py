@@ -35,24 +35,16 @@ else:
 ' "$0" "$@"
 '''  # noqa: D300
 # fmt: on
-__doc__ = """Put the Jupyter of a remote host into the browser in front of you, over SSH.
+__doc__ = """Open the Jupyter of a remote host in your browser, over SSH.
 
-  rjupyter.py gpu1:work                 open Jupyter in ~/work, or return to it
-  rjupyter.py gpu1 execute train.ipynb  run a notebook there, bring the result
-  rjupyter.py gpu1 stop                 end the server, which runs until then
+  rjupyter gpu1:work                 open Jupyter in ~/work, or come back to it
+  rjupyter gpu1 execute train.ipynb  run a notebook there, and bring the result
+  rjupyter gpu1 stop                 end the server, which runs until then
 
 HOST is whatever ssh takes; PATH is a directory or a notebook there, as in scp.
 """
 
-# How it works:
-#
-#    laptop                                              HOST
-#    rjupyter.py ---- ssh -M -N (one login) -----------> sshd
-#        |  ssh -S socket HOST  <request on stdin> ----> agent (python3) -> finds a port, launches, replies one line
-#        |                                                  `-- jupyter notebook, detached, on 127.0.0.1:8888
-#    browser -> 127.0.0.1:8889 == -L through the same ssh ==> 127.0.0.1:8888
-#
-# What runs on the host outlives this program; `stop` ends it.
+# How it works is drawn in README.md. What runs on the host outlives this program; `stop` ends it.
 #
 # The rooms of this file, in reading order. A room uses those above it, and none below it. What a later room has to add
 # to an earlier one it adds to a table: REQUESTS (what the host can be asked), KINDS (what is kept there), PLACES
@@ -215,6 +207,7 @@ LOCAL_PORT = 8889  # the first one tried here: not 8888, where a local Jupyter m
 CONNECT_TIMEOUT_S = 15
 BATCH_LOGIN_TIMEOUT_S = 120  # sshd's own LoginGraceTime
 SILENCE_TIMEOUT_S = 45  # the agent says something every few seconds while it works
+SLOW_LOGIN_S = 3.0  # after which also a small command says where it has logged in
 JOIN_TIMEOUT_S = 3  # for an answer through a tunnel of ours that is up, before we log in ourselves
 CONTROL_TIMEOUT_S = 15  # for `ssh -O`, which only talks to our own master
 CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, where it allows one (MaxSessions)
@@ -1038,8 +1031,7 @@ class Jupyter(Record):
 class ExamineReply(Record):
     """What `doctor` asks of the host; what cannot be told is left out."""
 
-    shell: str = ""
-    clock: float
+    shell: str
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
@@ -1047,7 +1039,6 @@ class ExamineReply(Record):
     jupyter: "Optional[Jupyter]" = None
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
-    port: int
     sshd_port: int = 22
     other_users: int = 0
     foreign: "List[str]" = []
@@ -1085,7 +1076,7 @@ class Event(NamedTuple):
 
 
 EVENTS = {
-    "connected": Event("logged in", ("user", "node", "python")),
+    "connected": Event("logged in", ("user", "node", "python", "home")),
     "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
     "installed": Event("it is there now", ("path", "seconds")),
     "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
@@ -1102,9 +1093,7 @@ EVENTS = {
         ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
     ),
     "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
-    "stopped": Event(
-        "`stop` ended a server, a run or a job", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")
-    ),
+    "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
     "job": Event("one job in `list`", tuple(JobView.fields)),
@@ -1686,6 +1675,14 @@ def count_of(number: int, thing: str) -> str:
     return "%d %s%s" % (number, thing, "" if number == 1 else "s")
 
 
+BOLD, DIM, RED, GREEN = "1", "2", "31", "32"  # looks, as a terminal calls them (ECMA-48, "SGR")
+# The steps on the way to what was asked for: they are dimmed.
+PASSING = {"connected", "installing", "installed", "launched", "found", "forwarding", "started", "queue"}
+# Of the terminals that make a link of what is marked as one (OSC 8), a variable that they set, or their TERM_PROGRAM.
+LINKS = {"VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "iTerm.app", "vscode", "WezTerm", "ghostty"}
+FRAMES = ("|/-\\", "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f")  # of the spinner
+
+
 class Messages:
     """The voice of the program: steps, details, results and failures, each in its place.
 
@@ -1697,32 +1694,32 @@ class Messages:
         self.verbose = verbose
         self.as_json = as_json
         self.is_terminal = sys.stderr.isatty()
-        can_move = self.is_terminal and os.environ.get("TERM") != "dumb"
-        self.has_colour = can_move and "NO_COLOR" not in os.environ
-        self.has_spinner = can_move and not quiet
+        self.has_spinner = self.is_terminal and os.environ.get("TERM") != "dumb" and not quiet
+        self.has_looks = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self.home = ""  # on the host: what is in it is shown with a ~
         self._lock = threading.RLock()
         self._transient = ""
 
     def step(self, text: str, event: str, **facts: Any) -> None:
         """Say that a step is done: one line on stderr, and with --json one object on stdout."""
-        if not self.quiet:
-            self.warn(text)
+        if text and not self.quiet:
+            self.warn(text, look=DIM if event in PASSING else "")
         self.event(event, **facts)
 
-    def result(self, text: str, event: str, **facts: Any) -> None:
-        """Print what was asked for on stdout: the text, or with --json one object."""
+    def result(self, text: str, event: str, look: str = "", **facts: Any) -> None:
+        """Print what was asked for on stdout: the text, its first word with a look, or with --json one object."""
         if self.as_json:
             self.event(event, **facts)
         else:
-            self.line(text)
+            self.line(text, look=look)
 
-    def line(self, text: str, end: str = "\n") -> None:
+    def line(self, text: str, end: str = "\n", look: str = "") -> None:
         """Print a line of a result that programs read in another form, or not at all.
 
         Raises Failure where it is lost; a reader that has left wants no more of it.
         """
         try:
-            self._write(sys.stdout, printable(text) + end)
+            self._write(sys.stdout, text, end, look)
         except BrokenPipeError:
             pass
         except (OSError, UnicodeError) as error:
@@ -1742,10 +1739,10 @@ class Messages:
         if not self.quiet:
             self.warn(text)
 
-    def warn(self, text: str, end: str = "\n", is_clean: bool = False) -> None:
+    def warn(self, text: str, end: str = "\n", look: str = "") -> None:
         """Say what must not be missed, also under -q; what is lost there must not stop us."""
         with contextlib.suppress(OSError):
-            self._write(sys.stderr, (text if is_clean else printable(text)) + end)
+            self._write(sys.stderr, text, end, look)
 
     def detail(self, text: str) -> None:
         """Say something that only -v asks for."""
@@ -1759,12 +1756,11 @@ class Messages:
 
     def failure(self, failure: Failure) -> None:
         """Print an error as what, why, try; long reasons are indented under their label."""
-        name = "\033[31mrjupyter:\033[0m" if self.has_colour else "rjupyter:"
-        text = "%s %s" % (name, printable(failure.what))
+        text = "rjupyter: " + failure.what
         for label, words in (("why", failure.why), ("try", failure.try_)):
             lines = printable(words).splitlines()
             text += "".join("\n  %s%s" % ("     " if i else label + ": ", line) for i, line in enumerate(lines))
-        self.warn(text, is_clean=True)
+        self.warn(text, look=RED)
         with contextlib.suppress(Failure):  # of stdout, which may be the very one
             self.event("failure", **failure.facts())
 
@@ -1789,6 +1785,7 @@ class Messages:
             step, stands = name or text, words
 
         def show() -> None:
+            has_braille = (sys.stderr.encoding or "").lower() == "utf-8"
             delay_s = 0.0 if self.has_spinner and not is_animated else 1.0
             if done.acquire(timeout=delay_s) or self.quiet:
                 return
@@ -1797,7 +1794,7 @@ class Messages:
             elif not is_animated:
                 self._show_transient(step + "... ")
             while self.has_spinner and is_animated:
-                frame = "|/-\\"[int((time.monotonic() - began) * 5) % 4]
+                frame = FRAMES[has_braille][int((time.monotonic() - began) * 5) % len(FRAMES[has_braille])]
                 where = " (%s)" % stands if stands else ""
                 self._show_transient("%s %s%s  %d s " % (frame, step, where, time.monotonic() - began))
                 if done.acquire(timeout=0.2):
@@ -1822,10 +1819,18 @@ class Messages:
                 sys.stderr.write("\r\033[K" + printable(text).replace("\n", " ")[: max(20, terminal_width() - 1)])
                 sys.stderr.flush()
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def _write(self, stream: TextIO, text: str, end: str, look: str) -> None:
+        """Write text without control characters; where it has a look, that is of its first word, but for DIM."""
+        text, rest = printable(text), ""
+        if look and self.has_looks and stream.isatty():
+            if look != DIM:
+                text, _, rest = re.split("( |$)", text, maxsplit=1)
+            if text.startswith("http") and {*os.environ, os.environ.get("TERM_PROGRAM")} & LINKS:
+                text = "\033]8;;%s\033\\%s\033]8;;\033\\" % (text, text)
+            text = "\033[%sm%s\033[0m%s" % (look, text, rest and " " + rest)
         with self._lock:
             self._show_transient("")
-            stream.write(text)
+            stream.write(text + end)
             stream.flush()
 
 
@@ -1870,6 +1875,11 @@ def says_yes(question: str) -> bool:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+def from_home(path: str, home: str) -> str:
+    """Return a path on the host as a person writes it there: ~/work."""
+    return "~" + path[len(home) :] if home and (path + "/").startswith(home + "/") else path
+
+
 def shortened(text: str) -> str:
     """Return a text as it fits into a column."""
     return text if len(text) <= 40 else text[:37] + "..."
@@ -1909,7 +1919,7 @@ COLUMNS = {
         "NODE": lambda run: run.node if run.job else "",
         "JOB": lambda run: run.job,
         "INSIDE": lambda run: shortened(run.wrap),
-        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6),
+        "SIZE": lambda run: "%.1f MB" % (run.size / 1e6) if run.size > 5e4 else "",
         "AGE": lambda run: duration(run.age_s),
     },
     "job": {
@@ -1968,7 +1978,7 @@ def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callabl
         return
     columns = {**more, **COLUMNS[event]}
     table = [[title, *(str(cell(row)).replace("\n", "?") for row in rows)] for title, cell in columns.items()]
-    table = [column for column in table if any(column[1:])]
+    table = [[from_home(cell, messages.home) for cell in column] for column in table if any(column[1:])]
     widths = [max(len(printable(cell)) for cell in column) for column in table]
     for line in zip(*table):
         messages.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -3964,7 +3974,7 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
             problem = "it does not run: " + (said.strip() or "status %d" % status).splitlines()[-1]
             break
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
-    try_ = how_to_add(python, project, bool(problem))
+    try_ = how_to_add(python, project, bool(problem)) or "another --python, or --env"
     what = "the Python of this environment is gone" if problem and try_ else "no Jupyter in this environment"
     raise Failure(what, why, try_, EXIT_NO_JUPYTER)
 
@@ -4399,7 +4409,7 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
     if info and status:
         why = "what listens there is not the server %s: it accepts any token, or another, or is not yours" % record.id
         what = "something else answers on port %d of the host" % info.port
-        raise Failure(what, why, "stop it; or --new, which starts another")
+        raise Failure(what, why, "rjupyter HOST --new   (starts another)")
     return info
 
 
@@ -4794,7 +4804,9 @@ def open_server(request: Request, channel: Channel) -> Server:
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir)
         if request.attach and not found:
-            raise Failure("the server %s is about to end" % request.attach, "it accepts no more connections", "list")
+            raise Failure(
+                "the server %s is about to end" % request.attach, "it takes no connections", "rjupyter HOST list"
+            )
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -4892,7 +4904,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     if request.attach:
         found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
         if not found:
-            raise Failure("no server of yours has this id: " + request.attach, "", "list shows the ids")
+            raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter HOST list")
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
             raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
@@ -4959,7 +4971,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
         records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
         what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
-        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "list shows the ids")
+        raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter HOST list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
     known = request.line
@@ -5037,7 +5049,7 @@ def what_to_stop(request: Request) -> "List[Any]":
     if len(there) > 1 or len(there) > len(found):
         names = ["%s   %s in %s" % (r.id, r.request.app or r.kind, r.root_dir or r.request.path or "~") for r in there]
         what = "%d servers run or wait there" % len(found) if found else "no %s runs there" % APPS[request.app].title
-        raise Failure(what, "\n".join(names), "stop ID, or stop --all")
+        raise Failure(what, "\n".join(names), "`stop` with an id, or with --all")
     return found
 
 
@@ -5084,8 +5096,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
 
-    facts = ExamineReply(clock=time.time(), port=find_free_port(request.port or DEFAULT_PORT))
-    facts.shell = os.environ.get("SHELL", "")
+    facts = ExamineReply(shell=os.environ.get("SHELL", ""))
     facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
         place = first_private(state_dirs("servers"))
@@ -5158,8 +5169,8 @@ def perform(
     except (ImportError, KeyError):
         user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
-    node, is_root = os.uname().nodename, os.getuid() == 0
-    channel.tell("hello", user=user, node=node, python=version, is_root=is_root, clock=time.time())
+    facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
+    channel.tell("hello", home=portable(os.path.expanduser("~")), clock=time.time(), **facts)
     try:
         request = with_variables(request, channel)
         if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
@@ -5451,7 +5462,7 @@ SAYINGS = {
     "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
     "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
     "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
-    "lacking": ("{path}: {trouble}, and another one is taken. To change that: {add}", ""),
+    "lacking": ("{path}: {trouble}, so another one is used.\nTo change that, on the host: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
@@ -5475,7 +5486,8 @@ class Agent:
         self.hello: Json = {"user": "", "node": "", "python": "", "is_root": False}  # who and where we are there
         self.ahead_s = 0.0  # the host's clock, of ours
         self.noise: List[str] = []  # what else the host printed in the last conversation
-        self.greets = True  # says once who and where we are
+        self.greets_after_s = 0.0  # says once who and where we are: it goes without saying where that was quick
+        self._began = time.monotonic()
         self.redials = True  # a connection that is lost while we ask
         self.launching = ""  # the id of what was started there, until the reply
         self.doing = ""  # what it does
@@ -5655,13 +5667,16 @@ class Agent:
         title = APPS[facts["app"]].title if facts.get("app") in APPS else "Jupyter"
         text, event = SAYINGS.get(("%s %s" % (kind, facts.get("what", ""))).strip(), ("", ""))
         try:
-            text = text.format_map(dict(facts, destination=self.ssh.destination, title=title))
+            near = {"root_dir": from_home(facts.get("root_dir") or "", self.messages.home)}
+            text = text.format_map(dict(facts, destination=self.ssh.destination, title=title, **near))
             if kind == "hello":
+                is_first = not self.hello["user"]
                 self.hello.update(facts)
                 self.ahead_s = facts["clock"] - time.time()
-                if not self.greets:
+                self.messages.home = facts.get("home", "")
+                if not is_first or self.greets_after_s == float("inf"):
                     return
-                self.greets = False
+                text = text if time.monotonic() - self._began >= self.greets_after_s else ""
             elif kind == "progress":
                 show(facts["text"], self._step)
             elif kind == "launching":
@@ -5705,7 +5720,7 @@ class Agent:
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
         """Say what was begun there, as far as it was, and how to end it."""
         facts = (what, self.doing, self.ssh.destination, hint("stop", self.launching))
-        return "%s %s on %s. To end it: %s" % facts if self.launching else ""
+        return "%s %s on %s.\nTo end it: %s" % facts if self.launching else ""
 
     def _no_reply(self, noise: List[str], complaints: List[str], status: int, has_begun: bool) -> Failure:
         """Return why a session ended without a reply: no Python, no login, no connection, no room, or the shell."""
@@ -5726,6 +5741,8 @@ class Agent:
             return SessionRefused("%s opens no session" % host, why, "MaxSessions in its sshd_config", EXIT_SSH)
         # The account did not come to our command: in the host's words where it has said any.
         try_ = self.ssh.typed("true") + "   (must succeed)"
+        if "is not recognized as an internal or external command" in why:
+            return Failure("the shell on %s is Windows's" % host, why, "a host with a Unix shell, as in WSL")
         if re.search("password has expired|Password change required", why):
             try_ = self.ssh.typed() + "   (once, in a terminal: it asks for a new password)"
         if not noise:
@@ -5954,6 +5971,9 @@ class Tunnel:
 
 # -- the browser ------------------------------------------------------------------------------------------------------
 
+# In a terminal, where they would take our place, and show no notebook: not opened unless they are asked for.
+TEXT_BROWSERS = ("www-browser", "links", "elinks", "lynx", "w3m")
+
 
 def open_browser(url: str, command: Optional[str], messages: Messages) -> threading.Thread:
     """Open `url` in a browser here without handing it over in an argv, where others could read the token.
@@ -5968,9 +5988,12 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     import warnings
 
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
-    script = "import sys, webbrowser; sys.exit(not webbrowser.get(sys.argv[2] or None).open(sys.argv[1]))"
+    script = "import sys, webbrowser; browser = webbrowser.get(sys.argv[2] or None); "
+    script += "sys.exit(getattr(browser, 'name', '') in sys.argv[3:] or not browser.open(sys.argv[1]))"
+    if command and os.path.isfile(command):  # a space in it is no gap between words
+        command = shlex.quote(command) + " %s"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
-    argv = [sys.executable, "-I", "-c", script, address, command or ""]
+    argv = [sys.executable, "-I", "-c", script, address, command or "", *([] if command else TEXT_BROWSERS)]
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     opener: "Optional[subprocess.Popen[bytes]]" = None
     with contextlib.suppress(NoRoom):
@@ -5979,7 +6002,8 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     def complain() -> None:
         # Else the browser came, and ended; or nobody waits for it any more.
         if (opener is None or opener.wait()) and redirect.is_alive():
-            messages.note("No browser could be started. Open the address above.")
+            name = "%r could not be started" % command if command else "No browser could be started"
+            messages.note("%s. Open the address above." % name)
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # nobody will come
 
@@ -7011,7 +7035,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
         why = "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
     for record in [] if found else KINDS["server"].running():
         why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
-    raise Failure(what, why, "output, with one of these names" if there else "")
+    raise Failure(what, why, "one of these names" if there else "")
 
 
 def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]":
@@ -7103,7 +7127,7 @@ def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "T
     if changed:
         check_alone(info, notebook)
         if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
-            raise Failure("nothing was saved", "%s was changed meanwhile" % notebook, "the same command again")
+            raise Failure("%s was changed meanwhile" % notebook, "nothing was saved", "the same command again")
         content = dict(before["content"], cells=cells)
         sent = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
         status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
@@ -7619,7 +7643,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     def look_at(identity: str) -> bool:
         if identity not in things:
             why = "ended runs are kept for %d days" % (KEEP_ENDED_S // 86400)
-            raise Failure("no run of yours has this id: " + identity, why, "list shows the ids")
+            raise Failure("no run of yours has this id: " + identity, why, "rjupyter HOST list")
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
         if identity not in followed:
@@ -8474,6 +8498,7 @@ class Source(NamedTuple):
             result = "" if is_in_place else executed_name(os.path.basename(name[1:]))
             text = ""
         else:
+            text = "?"  # until it is read
             name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
             result = name if is_in_place else executed_name(name)
             try:
@@ -8483,7 +8508,9 @@ class Source(NamedTuple):
             except OSError as error:
                 raise Failure("cannot read " + name, str(error), "for one on the host, write :%s" % name) from None
             except (ValueError, RecursionError) as error:
-                raise Failure("%s is not a notebook" % name, "it is not JSON: %s" % error) from None
+                signs = {"version https://git-lfs": "it is a pointer of Git LFS", "<<<<<<<": "it has a merge conflict"}
+                why = next((why for sign, why in signs.items() if sign in text), "it is not JSON: %s" % error)
+                raise Failure("%s is not a notebook" % name, why if text.strip() else "it is empty") from None
             if not isinstance(notebook, dict) or "nbformat" not in notebook:
                 raise Failure("%s is not a notebook" % name, "it has no nbformat")
         if output and os.path.isdir(output):
@@ -8607,7 +8634,10 @@ class Execution:
         self.agent = agent
         self.messages = messages
         self.result: List[bytes] = []  # the parts of it that are here
-        self.seconds = 0.0
+        self.seconds = 0.0  # that its cells took
+        self._began = time.monotonic()
+        self._failed_at = ""  # the line of code
+        self.shows_output = False
         self.brings: List[str] = []  # patterns: those that were typed here, and no word of the host's
         self.again = ""  # the command that brings all of it again
         self.overwrites = False  # what is brought may replace what is here
@@ -8660,8 +8690,11 @@ class Execution:
         if isinstance(entry, BegunCell):
             self._begun[entry.id] = entry
             show("cell %d/%d" % (entry.cell, entry.cells))
+        elif isinstance(entry, PrintedOutput) and entry.type == "error":  # the rest of it is said at the end
+            marked = re.findall(r"(?m)^-+> *(\d+) (.*)", re.sub(COLOURS, "", text_of(entry)))
+            self._failed_at = "\nline %s: %s" % marked[0] if marked else ""
         elif isinstance(entry, PrintedOutput):
-            self._screen.write(text_of(entry) if entry.type == "stream" else "")  # how it failed is said at the end
+            self._screen.write(text_of(entry) if entry.type == "stream" else "")
         elif isinstance(entry, FinishedCell) and entry.id in self._begun:
             self._screen.end_line()
             begun = self._begun.pop(entry.id)
@@ -8680,7 +8713,8 @@ class Execution:
             self._bad_lines += 1
 
     def _show_line(self, line: str) -> None:
-        self.messages.detail("%s: %s" % (self.name, line) if self.is_one_of_many else line)
+        say = self.messages.note if self.shows_output else self.messages.detail
+        say("%s: %s" % (self.name, line) if self.is_one_of_many else line)
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
@@ -8719,7 +8753,8 @@ class Execution:
         facts = {"id": self.id, "outcome": view.state, "cells": view.cell, "seconds": self.seconds}
         facts["path"] = path if text and path else None
         if view.state == "done":
-            text = "Executed %s: %d cells in %.1f s" % (self.name, view.count, self.seconds)
+            waited_s = time.monotonic() - self._began
+            text = "Executed %s: %s in %.1f s" % (self.name, count_of(view.count, "cell"), waited_s)
             text += "; %s." % view.error if view.error else "."
             self.messages.step(text, "executed", **facts)
         else:
@@ -8738,15 +8773,15 @@ class Execution:
                 self.messages.warn(lost.what)  # how the run ended is more to know
         lacking = self._bring(path, is_silent) if self.brings else []
         if view.brings and not self.brings:
-            text = "%s was to bring: %s. To bring it here: %s --bring PATTERN"
-            self.messages.note(text % (self.name, " ".join(view.brings), self.again))
+            text = "%s was to bring %s; execute --attach %s takes --bring as well."
+            self.messages.note(text % (self.name, " ".join(view.brings), self.id))
         if view.state != "done":
             if lacking:
                 self.messages.note("\n".join(lacking))
             raise self.failure(view)
         if lacking:
             what = "not everything that %s was to bring is here" % self.name
-            raise Failure(what, "\n".join(lacking), self.again + " --force   (replaces what is here)")
+            raise Failure(what, "\n".join(lacking), self.again + " --force   (replaces them)")
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
             raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
@@ -8781,7 +8816,7 @@ class Execution:
         """Return the failure that a run ended with before it was done."""
         path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
-        why = view.error
+        why = view.error + (self._failed_at if view.state == "failed" else "")
         if self.result:
             why += "\nthe result so far is in %s" % (path or "the notebook there")
             why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
@@ -8887,7 +8922,7 @@ class Batch:
             self._fail(index, failure)
             return
         if not reply.is_started:
-            text = "%s is being executed already (%s); --overlap does it all the same."
+            text = "%s is already running (%s); --overlap starts it anyway."
             self.messages.warn(text % (task.name, reply.id))
             self.messages.event("overlap", id=reply.id)
             return
@@ -9103,7 +9138,7 @@ def end_kernel(request: Request, channel: Channel) -> None:
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
-        raise Failure("the kernel was not ended", "HTTP status %d" % status, "stop %s   (its whole server)" % record.id)
+        raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter HOST stop " + record.id)
     facts = {"kernel": kernel.id, "notebook": kernel.notebook, "server": record.id}
     channel.tell("stopped", what="kernel", name=kernel.title, **facts)
 
@@ -9217,7 +9252,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
         status, said = ask_server(info, "api/kernels", "POST", START_TIMEOUT_S, sent=sent) if info else (0, None)
         if status != 201:
             why = "HTTP status %d; the server has: %s" % (status, ", ".join(sorted(there)) or "no kernel")
-            raise Failure("no kernel could be started", why, "logs")
+            raise Failure("no kernel could be started", why, "rjupyter HOST logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):
@@ -9225,7 +9260,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
     if not record.directory or not until(lambda: os.path.exists(path), UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
-        raise Failure("cannot use the server %s" % record.id, why, "--new, for a server that is")
+        raise Failure("cannot use the server %s" % record.id, why, "rjupyter HOST --new   (starts another)")
     return record, kernel
 
 
@@ -9253,7 +9288,8 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
     state = "idle" if is_idle else until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S)
     if not state:
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
-        raise Failure("the kernel was not interrupted", why, "stop %s, for the kernel itself" % kernel.id[:8])
+        try_ = "rjupyter HOST stop %s   (ends the kernel)" % kernel.id[:8]
+        raise Failure("the kernel was not interrupted", why, try_)
     return KernelReply(kernel=kernel, state=state)
 
 
@@ -9620,7 +9656,7 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
     if status or not matches:
         why = why.strip() or said.strip() or "status %d" % status
-        raise Failure("%s did not take the job" % portable(argv[0]), why, portable(" ".join(argv[1:-1])))
+        raise Failure("%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit")
     number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
     record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
     record.pid, record.identity = 0, ""
@@ -9940,7 +9976,7 @@ class Queue:
                 with contextlib.suppress(KeyboardInterrupt):
                     is_kept = not says_yes("Cancel job %s? [y/N] " % (self.state.job or self.state.id))
             if is_kept:
-                text = "Job %s stays. Back to it with: %s   To cancel it: %s"
+                text = "Job %s stays.\nTo come back: %s\nTo cancel it: %s"
                 stop = self.hint("stop", self.state.id)
                 self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
@@ -10563,18 +10599,18 @@ JOINED = ("--slurm", "--submit", "--server-arg")  # their values are made of opt
 OPTIONS: Dict[str, List[Option]] = {
     "server": [
         Option("--app APP", "what to open (notebook)", default="", choices=list(APPS), chooses="server"),
-        Option("--lab", "the same as --app lab", default="", chooses="server", key="app", const="lab"),
+        Option("--lab", "short for --app lab", default="", chooses="server", key="app", const="lab"),
         Option("--new", "start another server instead of coming back", key="is_new"),
         Option("--attach ID", "come back to this server; `list` shows the ids", _text, None, "server"),
-        Option("--stop-on-exit", "end the server together with the tunnel"),
+        Option("--stop-on-exit", "end the server when the tunnel closes"),
         Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
-        Option("--ip ADDR", "address that Jupyter binds (127.0.0.1)", _address, "127.0.0.1", "server"),
-        Option("--socket", "listen on a Unix socket of yours, not on a port", chooses="server"),
+        Option("--ip ADDR", "address Jupyter listens on (127.0.0.1)", _address, "127.0.0.1", "server"),
+        Option("--socket", "listen on a Unix socket of yours instead of a port", chooses="server"),
         Option("--no-record", "do not keep what cells print"),
         Option("--no-save", "do not put what you missed into the notebooks there"),
-        Option("--idle-timeout DURATION", "end the server after this long without use (12h)", _duration_s, 0, "server"),
-        Option("--server-arg ARG", "an argument for Jupyter itself; repeatable", str, [], "server", "server_args"),
-        Option("--state-dir PATH", "where our files are there (~/.local/state/rjupyter)", _text, None, "host"),
+        Option("--idle-timeout DURATION", "end the server after this long without use: 12h", _duration_s, 0, "server"),
+        Option("--server-arg ARG", "pass this argument to Jupyter; repeatable", str, [], "server", "server_args"),
+        Option("--state-dir PATH", "where to keep our files (~/.local/state/rjupyter)", _text, None, "host"),
         Option("--start-timeout S", "how long Jupyter may take to start (120 s)", _seconds, float(START_TIMEOUT_S)),
     ],
     "environment on the host": [
@@ -10583,47 +10619,48 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--init COMMAND", "run this in your shell there first; repeatable", _text, [], "server"),
         Option("--wrap COMMAND", "run Jupyter inside this command; repeatable", _wrap, [], "server"),
         Option("--container IMAGE", "run it in a container: IMAGE, or docker://IMAGE", _text, None, "server"),
-        Option("--install", "install Jupyter if there is none (the default)", default=True, key="may_install"),
+        Option("--install", "install Jupyter if it is missing (the default)", default=True, key="may_install"),
         Option("--no-install", "do not install Jupyter; print how to", default=True, key="may_install", const=False),
     ],
-    "scheduler, on a host that is a login node": [
-        Option("--slurm OPTIONS", "run it in a Slurm job with these options of sbatch", str, None, "server"),
-        Option("--submit COMMAND", "run it in a job that this command submits (qsub)", _text, None, "server"),
+    "cluster, where the host is a login node": [
+        Option("--slurm OPTIONS", "run in a Slurm job, with these options of sbatch", str, None, "server"),
+        Option("--submit COMMAND", "run in a job that this command submits: qsub ...", _text, None, "server"),
         Option("--via-node", "end the tunnel on the job's node itself", chooses="server"),
-        Option("--node-address NAME", "interface or name of the job's node to connect to", _text, None, "server"),
+        Option("--node-address NAME", "interface or name to reach the job's node by", _text, None, "server"),
     ],
     "tunnel and browser": [
         Option("--local-port N", "local port (the first free one from %d up)" % LOCAL_PORT, _port, None, "server"),
-        Option("--no-browser", "print the address only"),
+        Option("--no-browser", "only print the address"),
         Option("--browser COMMAND", "browser to open (the system's)"),
         Option("-L SPEC", "another forward, as in ssh, or a port; repeatable", _forward, [], "server", "further"),
         Option("--gateway", "print what sends a JupyterLab here there for its kernels (implies -f)"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", key="background"),
     ],
-    "ssh, letter for letter": [
+    "ssh, with the same letters": [
         Option("-F FILE", "configuration file (~/.ssh/config)", str, [], "host", "ssh"),
         Option("-i KEY", "private key", str, [], "host", "ssh"),
         Option("-J HOST", "jump host", str, [], "host", "ssh"),
         Option("-l USER", "user to log in as", str, [], "host", "ssh"),
         Option("-o OPTION", "any option of ssh_config(5)", str, [], "host", "ssh"),
-        Option("-p PORT", "port of sshd", str, [], "host", "ssh"),
+        Option("-p PORT", "port of sshd", _port, [], "host", "ssh"),
         Option("-4", "IPv4 only", str, [], "host", "ssh"),
         Option("-6", "IPv6 only", str, [], "host", "ssh"),
         Option("-C", "compress", str, [], "host", "ssh"),
-        Option("--no-mux", "a login for each step, as on Windows", chooses="host"),
+        Option("--no-mux", "log in for each step, as on Windows", chooses="host"),
     ],
     "output": [
-        Option("-q --quiet", "the address and errors only"),
-        Option("-v --verbose", "every ssh command, and what the host prints"),
-        Option("--json", "one JSON object a line on stdout"),
-        Option("--no-config", "do not read " + config_path(), chooses="host"),
-        Option("--version", "print the version"),
+        Option("-q --quiet", "print only the address and errors"),
+        Option("-v --verbose", "print every ssh command, and what the host prints"),
+        Option("--json", "print one JSON object a line on stdout"),
+        Option("--no-config", "ignore " + config_path(), chooses="host"),
+        Option("-V --version", "print the version"),
         Option("-h --help", "print this help"),
     ],
 }
 EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
+SYNONYMS = {"ls": "list", "ps": "list", "run": "execute", "exec": "execute", "kill": "stop", "log": "logs"}
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -10644,10 +10681,10 @@ def nearest(word: str, words: List[str]) -> str:
 
 EXITS = {
     EXIT_OK: "done; also Ctrl-C on an open tunnel",
-    EXIT_FAILURE: "a failure that has no number of its own",
+    EXIT_FAILURE: "any other failure",
     EXIT_USAGE: "wrong usage",
     EXIT_NO_JUPYTER: "no usable Jupyter on the host, and it could not be installed",
-    EXIT_SERVER_ENDED: "the server, or a notebook's kernel, did not start; or it ended while we held its tunnel",
+    EXIT_SERVER_ENDED: "the server or a kernel did not start, or ended while its tunnel was up",
     EXIT_CELL_FAILED: "a notebook's cell failed",
     EXIT_TIMEOUT: "a deadline passed",
     EXIT_INTERRUPTED: "Ctrl-C before there was a result",
@@ -10677,12 +10714,12 @@ def help_text(topic: str = "") -> str:
         action = ACTIONS[topic]
         usage, about = "HOST[:PATH] " + action.usage, action.help[:1].upper() + action.help[1:] + "."
         rows = [OPTIONS["output"][-1], *OPTIONS_OF.get(topic, ()), *OPTIONS["output"][:3]]
-        groups = {"positional arguments": [row for row in rows if not row.flags]}
+        groups = {"arguments": [row for row in rows if not row.flags]}
         groups["options"] = [row for row in rows if row.flags]
-        last = "\n".join(["examples:", *("  rjupyter.py " + example for example in EXAMPLES.get(topic, ()))])
+        last = "\n".join(["examples:", *("  rjupyter " + example for example in EXAMPLES.get(topic, ()))])
     else:
         usage, about, groups = "[options] HOST[:PATH] [action]", (__doc__ or "").strip(), OPTIONS
-        last = "actions, behind the host; `HOST ACTION --help` tells more of one:\n"
+        last = "actions, after the host; `rjupyter HOST ACTION --help` says more about one:\n"
         last += "".join("  %-32s %s\n" % (row.usage, row.help) for row in ACTIONS.values() if row.usage)
         last += "\n`--help events` lists what --json prints, `--help status` the exit statuses."
     parts = ["usage: %s %s" % (os.path.basename(sys.argv[0]), usage), filled(about)]
@@ -10768,12 +10805,15 @@ class CommandLine:
 
     def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
+        topics = (*ACTIONS, "events", "status", "version")
+        if self.destination in ("help", "version") and self.action in ("", *topics) and not self.operands:
+            return self.action if self.destination == "help" else "version"
         for typed in [*self.before, *self.behind]:
             if typed.option and typed.option.name == "version":
                 return "version"
             if typed.option and typed.option.name == "help":
-                name = self.action if typed in self.behind else self.destination
-                return name if name in (*ACTIONS, "events", "status") else ""
+                name = self.action if typed in self.behind or self.destination == NO_HOST else self.destination
+                return name if name in topics else ""
         return None
 
     def values(self) -> Dict[str, Any]:
@@ -10796,13 +10836,19 @@ class CommandLine:
                 raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
         unknown += self.operands[len(taken) :]
         if unknown:
-            known = by_flag(itertools.chain(EVERY_OPTION, *OPTIONS_OF.values()))
-            near = nearest(unknown[0], list(known)) if unknown[0].startswith("-") else ""
-            raise wrong_usage("unrecognized arguments: " + " ".join(unknown), near and "did you mean %s?" % near)
-        missing = row.metavar if row and not row.many and not taken else ""
-        if missing or not self.destination:
-            required = missing if self.destination else "DESTINATION[:PATH]"
-            raise wrong_usage("the following arguments are required: " + required)
+            near = nearest(unknown[0], list(self.known)) if unknown[0].startswith("-") else ""
+            right = self.words(self.destination, self.action)
+            right = [near + word[len(unknown[0]) :] if word.startswith(unknown[0]) else word for word in right]
+            why = "unknown option: %s" if unknown[0].startswith("-") else "one argument too many: %s"
+            raise wrong_usage(why % " ".join(unknown), near and command_line(*right))
+        if row and not row.many and not taken:
+            raise wrong_usage("%s needs %s: %s" % (self.action, row.metavar, row.text))
+        if not self.destination:
+            eaten = next((one for one in reversed(self.before) if one.flag in JOINED), None)
+            right = [word for one in self.before if one is not eaten for word in one.words]
+            why = "no host was given" + ("; %s took %r as its value" % (eaten.flag, eaten.value) if eaten else "")
+            right += [eaten.flag, "VALUE", str(eaten.value)] if eaten else ["HOST"]
+            raise wrong_usage(why, command_line(*right))
         return values
 
     def _check(self) -> None:
@@ -10811,13 +10857,14 @@ class CommandLine:
         if not self.destination and is_plain:
             self.destination, self.action = NO_HOST, "tunnels"
         actions = [name for name in ACTIONS if name]
-        if self.destination in actions and self.action not in actions:
+        name = SYNONYMS.get(self.destination, self.destination)
+        if name in actions and self.action not in actions:
             plain = [word for word in [self.action, *self.operands] if word]
             host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
             self.operands = [word for word in plain if word != host]
             unknown = [typed for typed in self.before if not typed.option]
-            right = command_line(*self.words(host, self.destination, unknown))
-            raise wrong_usage("%s is an action: the host comes before it" % self.destination, right)
+            right = command_line(*self.words(host, name, unknown))
+            raise wrong_usage("%s is an action: the host comes before it" % name, right)
         for typed in self.before:
             value = typed.value or ""
             is_ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
@@ -10827,13 +10874,13 @@ class CommandLine:
                     right = command_line("HOST", name, typed.flag, *filter(None, [row.metavar]))
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
-                    raise wrong_usage("%s is an option of %s, and comes behind it" % (typed.flag, name), right)
+                    raise wrong_usage("%s is an option of %s, and goes after it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
-            destination, wrong, near = self.destination, self.action, nearest(self.action, actions)
-            swapped = nearest(destination, actions)
+            destination, wrong = self.destination, self.action
+            near, swapped = SYNONYMS.get(wrong) or nearest(wrong, actions), nearest(destination, actions)
             if swapped and not near:  # as in `lsit gpu1`
                 destination, wrong, near = wrong, destination, swapped
-            right = "did you mean: " + command_line(*self.words(destination, near)) if near else ""
+            right = command_line(*self.words(destination, near)) if near else ""
             if not near and ("/" in wrong or "." in wrong):
                 right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
             raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
@@ -10995,7 +11042,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
         text = gateway_settings(url, server.base_url) if args.gateway else url
-        messages.result(text, "open", pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -11017,12 +11064,12 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         )
         with written_down(record):
             if args.background:
-                messages.note("The tunnel is in the background. To close it: %s" % args.again("close"))
+                messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
             elif args.stop_on_exit:
                 messages.note("Ctrl-C closes the tunnel and ends the server.")
             else:
                 stop = args.again("stop", *([] if server.is_only else [server.id]))
-                messages.note("Ctrl-C closes the tunnel; the server keeps running. To end it: %s" % stop)
+                messages.note("Ctrl-C closes the tunnel; the server keeps running.\nTo end it: %s" % stop)
             if background:
                 background.detach()
                 agent.ssh.can_ask = can_ask()
@@ -11036,7 +11083,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
         if not tunnel:
             raise
-        text = "Closed." if is_ended else "Closed. Back again with: %s" % args.again()
+        text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
         messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
         if not is_ended and (wants_browser(args) or tunnel.has_page()):
             text = "Close its pages, too: whoever listens on port %d here next is sent their cookie."
@@ -11061,7 +11108,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
                 text = "Forwarding %s:%s to %s on %s." % (address, port, target, args.host)
                 messages.step(text, "forwarding", local_port=int(port))
             text = gateway_settings(record.url, record.base_url) if args.gateway else record.url
-            messages.result(text, "open", url=record.url, local_port=record.local_port, id=record.id)
+            messages.result(text, "open", BOLD, url=record.url, local_port=record.local_port, id=record.id)
             if wants_browser(args) and not further:
                 open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
             return True
@@ -11131,7 +11178,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
     title += " inside %s" % server.request.outside if server.request.outside else ""
-    text = "%s in %s (pid %d, %s, " % (title, server.root_dir, server.pid, where)
+    text = "%s in %s (pid %d, %s, " % (title, from_home(server.root_dir, messages.home), server.pid, where)
     facts = {name: getattr(server, name) for name in EVENTS["launched"].keys}
     if server.is_launched:
         messages.step("Launched %s%.1f s)." % (text, server.seconds), "launched", **facts)
@@ -11145,7 +11192,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         ignored = ["--" + option.name for option in EVERY_OPTION if option.key in fields]
         messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         if ignored:
-            text = "%s takes effect only at launch, and this server was running already. For a new one: %s"
+            text = "%s takes effect only at launch, and this server was running already.\nFor a new one: %s"
             messages.note(text % (", ".join(ignored), args.again("--new")))
     if server.is_on_node and not args.via_node:
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
@@ -11154,7 +11201,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "%s is there: if %s is a login node, run Jupyter in a job (--slurm OPTIONS, --submit COMMAND)."
         messages.note(text % (server.scheduler, destination))
     if server.foreign:
-        text = "Notebooks may fail on %s: another user owns files of Jupyter's. To fix it, on the host: %s"
+        text = "Notebooks may fail on %s: another user owns files of Jupyter's.\nTo fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello["user"])))
     for away in server.away:
         more, it = (", the last of %d cells" % away.cells, "they are") if away.cells > 1 else ("", "it is")
@@ -11162,7 +11209,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "While you were away: %s %s (%s)%s" % (away.notebook, ending, count_of(away.lines, "line"), more)
         where = "" if args.no_save else "; %s in the notebook" % it
         where = "; not put into the notebook: " + away.why if away.why else where
-        see = " To see it: " + args.again("output", away.notebook) if away.why or args.no_save else ""
+        see = "\nTo see it: " + args.again("output", away.notebook) if away.why or args.no_save else ""
         messages.note("%s%s.%s" % (text, where, see))
     if server.is_launched and agent.hello["is_root"]:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
@@ -11182,6 +11229,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         return list_hosts(args, messages)
     agent.ssh.connect()
     views: Dict[str, List[Any]]
+    ended: List[RunView] = []
     if args.kernels:
         reply = agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers")
         views = {"kernel": reply.kernels}
@@ -11190,24 +11238,23 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     else:
         reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
+        ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
+        views["run"] = [run for run in reply.runs if run not in ended]
         ids = [view.id for found in views.values() for view in found]
-        if kept_here().hosts.get(agent.ssh.destination) != ids:
+        if kept_here().hosts.get(agent.ssh.destination) != ids:  # to complete a line with
             keep_here("hosts", agent.ssh.destination, ids)
     for event, found in views.items():
         if ((event in ("wrapper", "run") and found) or (event == "server" and views["job"])) and not args.json:
             messages.line("")
-        ended = [view for view in found if event == "run" and view.state not in GOING_ON]
-        hidden = [] if args.all or args.json else ended[ENDED_SHOWN:]
-        print_rows(event, [view for view in found if view not in hidden], messages)
-        if hidden:
-            count = count_of(len(hidden), "ended execution")
-            messages.note("%s more; to see them: %s" % (count, args.again("list", "--all")))
-        elif event in ("server", "kernel") and not found:
+        print_rows(event, found, messages)
+        if event in ("server", "kernel") and not found:
             messages.note("No %s of yours runs there." % event)
+    if ended:
+        count = count_of(len(ended), "finished execution")
+        messages.note("%s not shown.\nTo list them: %s" % (count, args.again("list", "--all")))
     return EXIT_OK
 
 
-ENDED_SHOWN = 5  # of the executions that have ended, so many are shown
 HOSTS_TIMEOUT_S = 20.0  # in which each of several hosts has answered, or is not reached
 LOGIN_EVERY_S = 0.1  # of many hosts, that few log in at once
 
@@ -11220,7 +11267,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked: "Dict[str, subprocess.Popen[bytes]]" = {}
     found: Dict[str, List[Any]] = {}  # by their event
-    is_one_reached = False
+    status = EXIT_OK
     with contextlib.ExitStack() as ends:
         for host in dict.fromkeys(filter(None, args.host.split(","))):
             words = args.line.words(args.line.destination.replace(args.host, host, 1), "list")
@@ -11241,16 +11288,18 @@ def list_hosts(args: Args, messages: Messages) -> int:
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
                 messages.event(**facts)
-            is_one_reached = is_one_reached or not why or bool(rows)
+            status = EXIT_SSH if why else status
+            home = next((str(facts["home"]) for facts in events if facts.get("event") == "connected"), "")
             if why or not rows:
                 nothing = {"id": "-", "pid": 0, "node": "", "app": "", "root_dir": "-", "is_ours": True, "age_s": 0.0}
                 view = ServerView(manager=why, state="not reached" if why else "none", **nothing)
                 rows.append(dict(view.facts(), event="server"))
             for facts in rows:
-                found.setdefault(facts["event"], []).append(types.SimpleNamespace(behind=host, **facts))
+                facts.update(behind=host, root_dir=from_home(facts.get("root_dir") or "", home))
+                found.setdefault(facts["event"], []).append(types.SimpleNamespace(**facts))
     for event in ("job", "server", "wrapper", "run", "kernel") if not args.json else ():
         print_rows(event, found.get(event, []), messages, HOST=lambda row: row.behind)
-    return EXIT_OK if is_one_reached else EXIT_SSH
+    return status
 
 
 def within(timeout_s: int, request: Callable[[], Request]) -> Callable[[], Request]:
@@ -11270,7 +11319,7 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     text = "%s: its kernel died, or was restarted." if reply.state == "dead" else "%s is idle."
     if reply.is_done is not None:
         text = "%s is idle: " + ending_of(reply.count, reply.is_done, reply.seconds or 0.0) + "."
-    facts = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
+    facts: Json = {"state": reply.state, "count": reply.count, "seconds": reply.seconds, "is_done": reply.is_done}
     messages.result(text % name, "waited", kernel=reply.kernel.id, notebook=reply.kernel.notebook, **facts)
     return EXIT_SERVER_ENDED if reply.state == "dead" else EXIT_CELL_FAILED if reply.is_done is False else EXIT_OK
 
@@ -11320,8 +11369,8 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         follow, kernel = args.again("output", agent.launching, "-f"), agent.launching
         stop = args.again("eval", "--interrupt", "-k", kernel)
         if not executions.cells:
-            return "It waits for a cell before it. To follow it: %s" % follow if kernel else ""
-        return "It keeps running. To follow it: %s   To interrupt it: %s" % (follow, stop)
+            return "It waits for a cell before it.\nTo follow it: %s" % follow if kernel else ""
+        return "It keeps running.\nTo follow it: %s\nTo interrupt it: %s" % (follow, stop)
 
     with agent.leaving(goes_on):
         agent.ssh.connect()
@@ -11401,7 +11450,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
             raise Failure("nothing was stopped", why, command_line(*sys.argv[1:], "--yes"))
         for line in words:
             messages.note(line)
-        if not says_yes("Stop it all the same? [y/N] "):
+        if not says_yes("Stop it anyway? [y/N] "):
             messages.note("Nothing was stopped.")
             return EXIT_FAILURE
         reply = agent.ask(request, StopReply, "Stopping")
@@ -11414,11 +11463,15 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
     is_alone = args.line.destination == NO_HOST
     if is_alone and not args.all:
-        raise wrong_usage("close whose tunnels?", command_line("close", "--all") + ", or HOST close")
+        raise wrong_usage("close whose tunnels?", command_line("close", "--all"))
     closed = 0
     for record in tunnels():
-        is_there = is_alone or record.destination == args.host
-        if record.is_background and is_there and args.path in (None, record.request.path):
+        if not (is_alone or record.destination == args.host) or args.path not in (None, record.request.path):
+            continue
+        if not record.is_background:
+            text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
+            messages.note(text % (record.local_port, record.pid))
+        else:
             end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
@@ -11438,10 +11491,12 @@ def run_tunnels(args: Args, agent: Agent, messages: Messages) -> int:
         rows.append(dict(row, age_s=max(0.0, time.time() - record.created)))
     print_rows("tunnel", rows, messages)
     if not rows:
-        messages.note("No tunnel of yours is up here. To open one: %s" % command_line("HOST"))
+        messages.note("No tunnel of yours is up here.\nTo open one: %s" % command_line("HOST"))
     elif not args.json:
         back = command_line(*records[-1].ssh, records[-1].typed)
-        messages.note("Back to one: %s   To close those in the background: %s" % (back, command_line("close", "--all")))
+        messages.note("To come back: %s" % back)
+        if any(record.is_background for record in records):
+            messages.note("To close those in the background: %s" % command_line("close", "--all"))
     return EXIT_OK
 
 
@@ -11533,7 +11588,7 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     seed = "" if args.overlaps else kept_here().batches.get(key, "")
     begun = re.match(r"([0-9a-f]{1,9})\.", seed)
     if begun and time.time() - int(begun.group(1), 16) < BATCH_S:  # else the next night's, of one that was killed
-        messages.note("Going on with what the same command has begun; --overlap begins anew.")
+        messages.note("Continuing what the same command began; --overlap starts afresh.")
     else:
         seed = "%x.%s" % (int(time.time()), os.urandom(8).hex())
         keep_here("batches", key, seed)
@@ -11543,8 +11598,8 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
 
     def goes_on() -> str:
         ids = [execution.id for execution in batch.running.values()]
-        text = "What is running keeps running. To follow it again, and start the rest: the same command"
-        return text + ("   To end it: " + args.again("stop", *ids) if ids else "")
+        text = "What is running keeps running. The same command follows it again, and starts the rest."
+        return text + ("\nTo end it: " + args.again("stop", *ids) if ids else "")
 
     try:
         with agent.leaving(goes_on):
@@ -11581,7 +11636,7 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
         doing = "Launching the execution of " + task.name
         reply = agent.ask_on(lambda: task.request, StartReply, doing, waiting.handlers)
     if not reply.is_started:
-        text = "%s is being executed already (%s, for %s); --overlap does it all the same. To follow it: %s"
+        text = "%s is already running (%s, for %s); --overlap starts it anyway.\nTo follow it: %s"
         again = args.again("execute", "--attach", reply.id)
         messages.warn(text % (task.name, reply.id, duration(reply.age_s), again))
         messages.event("overlap", id=reply.id)
@@ -11594,11 +11649,12 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 def follow(execution: Execution, waiting: Queue, args: Args) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     execution.overwrites, execution.again = args.force, args.again("execute", "--attach", execution.id)
+    execution.shows_output = args.show_output
     execution.brings = brings_of(args, execution.host, execution.id)
 
     def goes_on() -> str:
         facts = (execution.name, execution.again, args.again("stop", execution.id))
-        text = "%s keeps running. To follow it again: %s   To end it: %s" % facts
+        text = "%s keeps running.\nTo follow it again: %s\nTo end it: %s" % facts
         return "" if waiting.state.is_waiting else text
 
     with execution.agent.leaving(goes_on):
@@ -11620,13 +11676,13 @@ def brings_of(args: Args, host: str, identity: str) -> List[str]:
 def run_doctor(args: Args, agent: Agent, messages: Messages) -> int:
     """Walk every step of an open, each with its verdict; return 1 when one failed."""
     agent.ssh.masters.remove(master_of_a_tunnel)  # the login is one of the steps
-    agent.greets = False  # the lines below say it
+    agent.greets_after_s = float("inf")  # the lines below say it
     status = EXIT_OK
     for name, words, try_ in checks(args, agent):
         says = in_one_line(words)
         text = "%s  %-12s %s" % ("FAIL" if try_ else "ok  ", name, says)
         text += "\n      %-12s try: %s" % ("", try_) if try_ else ""
-        messages.result(text, "check", check=name, is_ok=not try_, says=says, remedy=try_)
+        messages.result(text, "check", RED if try_ else GREEN, check=name, is_ok=not try_, says=says, remedy=try_)
         status = EXIT_FAILURE if try_ else status
     return status
 
@@ -11648,11 +11704,11 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "runtime dir", private_runtime_dir() if ssh.is_mux else "not needed without multiplexing", ""
     except Failure as failure:
         yield "runtime dir", failure.why, failure.try_
-    yield "local port", "127.0.0.1:%d is free" % find_free_port(LOCAL_PORT), ""
-    try:
-        yield "browser", type(webbrowser.get()).__name__, ""
-    except webbrowser.Error:
-        yield "browser", "none found; the address is printed", ""
+    name = "none found"
+    with contextlib.suppress(webbrowser.Error):
+        name = str(getattr(webbrowser.get(args.browser), "name", "the system's"))
+    is_one = args.browser or name not in ("none found", *TEXT_BROWSERS)
+    yield "browser", name if is_one else name + "; the address is printed", ""
     began = time.monotonic()
     step = "connection"
     try:
@@ -11674,7 +11730,6 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    yield "sessions", check_sessions(ssh), ""
     found = facts.jupyter
     trouble = facts.jupyter_trouble
     if is_inside:
@@ -11701,22 +11756,13 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "disk", text, "make room there" if facts.free_bytes < 5e7 else ""
     if facts.foreign:
         yield "own files", "another user owns some of Jupyter's", how_to_own(facts.foreign, agent.hello["user"])
-    yield "port", "%d is free on the host" % facts.port, ""
     can_reach, words = ssh.can_reach("127.0.0.1:%d" % facts.sshd_port)
     if can_reach or "connect failed" in words:  # that sshd tried will do
         yield "forwarding", "allowed", ""
     else:
         yield "forwarding", words, "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
-    skew_s = abs(facts.clock - time.time())
-    far = "its clock is %s off; set it (NTP)" % duration(skew_s) if skew_s > 120 else ""
-    yield "clock", "%.0f s from ours" % skew_s, far
-    others = facts.other_users
-    who = "1 other user runs" if others == 1 else "%d other users run" % others if others else "nobody else runs"
-    yield (
-        "other users",
-        who + (" something there; --socket keeps them off the port" if others else " anything there"),
-        "",
-    )
+    others = count_of(facts.other_users, "other user") + " there; --socket keeps them off the port"
+    yield "others", others if facts.other_users else "nobody else runs anything there", ""
     if args.slurm is not None or args.submit:
         try:
             reply = reply_of(said="str", is_refused="bool", limits="str")
@@ -11732,43 +11778,33 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         yield "scheduler", "%s is there: a login node, perhaps" % facts.scheduler, ""
 
 
-def check_sessions(ssh: Ssh) -> str:
-    """Say whether the connection carries a second session; an open needs one at a time."""
-    if not ssh.way.has_login:
-        return "each one is a login of its own"
-    first = ssh.session("echo open; exec cat")
-    try:
-        lines = iter(lambda: first.next_line(CONTROL_TIMEOUT_S), None)
-        has_two = ("stdout", "open") in lines and ssh.run("exit 0")[0]
-    finally:
-        first.send(b"")
-        first.end()
-    return "several at a time" if has_two else "one at a time (MaxSessions), which is enough"
-
-
 # -- completion -------------------------------------------------------------------------------------------------------
 
 # What a shell runs: it asks us for what may come next, behind the words that are typed so far.
 COMPLETIONS = {
     "bash": """_rjupyter() {
-    local IFS=$'\\n'
-    COMPREPLY=($("$1" completion words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+    local IFS=$'\\n' words line=${COMP_LINE:0:COMP_POINT}
+    IFS=' ' read -ra words <<<"$line"
+    [[ $line != *' ' ]] || words+=('')
+    COMPREPLY=($("$1" completion words "${words[@]:1}" 2>/dev/null))
+    [[ ${COMPREPLY-} != / ]] || { COMPREPLY=(); compopt -o default; }
 }
-complete -o bashdefault -o default -F _rjupyter rjupyter.py rjupyter
+complete -F _rjupyter rjupyter rjupyter.py
 """,
-    "zsh": """#compdef rjupyter.py rjupyter
+    "zsh": """#compdef rjupyter rjupyter.py
 _rjupyter() {
     local -a found=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    [[ -n "$found[1]" ]] && compadd -a found || _files
+    if [[ "$found[1]" == / ]]; then _files; elif [[ -n "$found[1]" ]]; then compadd -a found; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-compdef _rjupyter rjupyter.py rjupyter
+compdef _rjupyter rjupyter rjupyter.py
 """,
     "fish": """function __rjupyter
     set -l typed (commandline -opc)
-    $typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null
+    set -l found ($typed[1] completion words $typed[2..-1] (commandline -ct) 2>/dev/null)
+    test "$found[1]" = / && __fish_complete_path (commandline -ct) || printf '%s\\n' $found
 end
-complete -c rjupyter.py -c rjupyter -a '(__rjupyter)'
+complete -f -c rjupyter -c rjupyter.py -a '(__rjupyter)'
 """,
 }
 
@@ -11780,7 +11816,10 @@ def run_completion(args: Args, agent: Agent, messages: Messages) -> int:
 
 
 def candidates(words: List[str]) -> List[str]:
-    """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value."""
+    """Return what the last word may become: a host, an action, an option, an id of the last `list`, a value.
+
+    A slash alone asks the shell for the names of files.
+    """
     *typed, current = words or [""]
     line = CommandLine(typed)
     own = OPTIONS_OF.get(line.action, [])
@@ -11791,6 +11830,11 @@ def candidates(words: List[str]) -> List[str]:
     takes = last if is_value else next((row for row in own if not row.flags), None)
     if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
+    elif takes and (takes.metavar in ("FILE", "KEY") or takes.key in ("along", "notebooks")):
+        import glob
+
+        names = glob.glob(glob.escape(current) + "*.ipynb") if takes.key == "notebooks" else []
+        return sorted(names) or ["/"]
     elif takes:
         found = ids if takes.metavar == "ID" else list(takes.choices)
     elif not line.destination:
@@ -11880,70 +11924,71 @@ class Action(NamedTuple):
 
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results"),
-    "list": Action(run_list, "list [--kernels] [--all]", "the servers on the host, or their kernels"),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results back"),
+    "list": Action(run_list, "list [--kernels] [--all]", "list your servers on the host, or their kernels"),
     "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle"),
-    "logs": Action(run_logs, "logs [ID] [-f]", "the log of a server, a job or an execution"),
-    "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "what the cells of a notebook printed"),
-    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a kernel"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "print the log of a server, a job or an execution"),
+    "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "print what the cells of a notebook printed"),
+    "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a live kernel"),
     "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host"),
     "close": Action(run_close, "close [--all]", "close the tunnels that are in the background", alone=True),
-    "tunnels": Action(run_tunnels, "tunnels", "the tunnels that are up here", alone=True),
-    "completion": Action(run_completion, "completion SHELL", "print what completes lines in a shell", alone=True),
+    "tunnels": Action(run_tunnels, "tunnels", "list the tunnels that are up here", alone=True),
+    "completion": Action(run_completion, "completion SHELL", "print what makes Tab complete in a shell", alone=True),
     "doctor": Action(run_doctor, "doctor", "check every step, and say what is wrong"),
-    "config": Action(run_config, "config", "the defaults that apply to the host"),
+    "config": Action(run_config, "config", "show the defaults that apply to the host"),
 }
-FOLLOW = Option("-f", "go on as it grows, until Ctrl-C", key="is_followed")
+FOLLOW = Option("-f", "follow it, until Ctrl-C", key="is_followed")
 OPTIONS_OF: Dict[str, List[Option]] = {}
 OPTIONS_OF["execute"] = [
-    Option("NOTEBOOK", "one here; one on the host with : before it", key="notebooks", many="*"),
+    Option("NOTEBOOK", "one on this machine, or :NAME on the host", key="notebooks", many="*"),
     Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
-    Option("--inplace", "the result replaces the notebook"),
-    Option("-p NAME=VALUE", "a variable for the notebook, as YAML reads it; repeatable", _pair, [], key="parameters"),
-    Option("--parameters-file FILE", "a JSON or YAML file of variables; repeatable", _text, []),
-    Option("--with PATH", "a file or directory that it needs there; repeatable", _text, [], key="along"),
-    Option("--bring GLOB", "what to bring back of what it writes (`out/*.png`, `out/**`); repeatable", _pattern, []),
-    Option("--force", "what is brought replaces what is here"),
-    Option("--grid NAME=[...]", "run it for each of these values; repeatable, for each combination", _grid, []),
-    Option("-j N", "execute this many at the same time", _number("a number", 999), 0, key="at_once"),
+    Option("--inplace", "replace the notebook by the result"),
+    Option("-p NAME=VALUE", "set a variable, whose value is YAML; repeatable", _pair, [], key="parameters"),
+    Option("--parameters-file FILE", "set those in a JSON or YAML file; repeatable", _text, []),
+    Option("--with PATH", "send this file or directory along; repeatable", _text, [], key="along"),
+    Option("--bring GLOB", "bring back what it writes: `out/*.png`; repeatable", _pattern, []),
+    Option("--force", "let what is brought back replace what is here"),
+    Option("--grid NAME=[...]", "run it once for each combination of such values", _grid, []),
+    Option("-j N", "run this many at the same time", _number("a number", 999), 0, key="at_once"),
     Option("--kernel NAME", "kernel to use (the notebook's)", default=""),
     Option("--timeout S", "how long one notebook may take (no limit)", _duration_s, 0),
     Option("--cell-timeout S", "how long one cell may take (no limit)", _duration_s, 0),
     Option("--allow-errors", "go on after a cell that failed, as nbconvert does", key="allows_errors"),
-    Option("--attach ID", "follow this run, and bring its result", _text, key="run_id"),
-    Option("--overlap", "even if the notebook is being executed already", key="overlaps"),
+    Option("--attach ID", "follow this run again, and bring its result", _text, key="run_id"),
+    Option("--show-output", "print what its cells print, as they print it"),
+    Option("--overlap", "run it even if it is running already", key="overlaps"),
 ]
 OPTIONS_OF["list"] = [
-    Option("--kernels", "the kernels: notebook, state, memory"),
-    Option("--all", "also executions that ended long ago"),
+    Option("--kernels", "list kernels: their notebook, state, memory"),
+    Option("--all", "also list executions that have finished"),
 ]
 OPTIONS_OF["wait"] = [
-    Option("NOTEBOOK", "of which notebook or kernel (the only one)", default="", key="name", many="?"),
-    Option("--timeout S", "how long at most (no limit)", _duration_s, 0),
+    Option("NOTEBOOK", "a notebook or kernel (the only one)", default="", key="name", many="?"),
+    Option("--timeout S", "how long to wait (no limit)", _duration_s, 0),
 ]
 OPTIONS_OF["logs"] = [
-    Option("ID", "of which server or run (the newest server)", default="", key="id", many="?"),
+    Option("ID", "a server, job or execution (the newest server)", str, "", key="id", many="?"),
     FOLLOW,
 ]
 OPTIONS_OF["output"] = [
-    Option("NOTEBOOK", "of which notebook or kernel (the newest one)", default="", key="name", many="?"),
+    Option("NOTEBOOK", "a notebook or kernel (the newest)", default="", key="name", many="?"),
     FOLLOW,
-    Option("--save", "put it into the notebook, there"),
-    Option("--since TIME", "only what ended after 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
+    Option("--save", "save it into the notebook on the host"),
+    Option("--since TIME", "only what ended since 14:02, 2026-11-26, or 2h ago", _moment, 0.0),
 ]
 OPTIONS_OF["eval"] = [
-    Option("CODE", "what it executes; - reads it from stdin", key="code", many="?"),
-    Option("-k NOTEBOOK", "in the kernel of this notebook, or of this id", default="", key="name"),
+    Option("CODE", "the code to run; - reads it from stdin", key="code", many="?"),
+    Option("-k NOTEBOOK", "in the kernel of this notebook, or with this id", default="", key="name"),
     Option("--timeout S", "how long to wait for it (no limit)", _duration_s, 0),
     Option("--save-images DIR", "write displays that are no text into this directory", _text),
-    Option("--interrupt", "interrupt it"),
+    Option("--interrupt", "interrupt what it runs"),
 ]
 OPTIONS_OF["stop"] = [
-    Option("ID", "which one (that of PATH, or the only one); a notebook: only its kernel", key="ids", many="*"),
-    Option("--all", "all of yours there", key="is_all"),
-    Option("--yes", "even if a kernel is busy: without the question, which needs a terminal"),
+    Option("ID", "what to end: an id, or a notebook for its kernel alone", key="ids", many="*"),
+    Option("--all", "end all of yours there", key="is_all"),
+    Option("--yes", "do not ask, even if a kernel is busy"),
 ]
-OPTIONS_OF["close"] = [Option("--all", "those to any host")]
+OPTIONS_OF["close"] = [Option("--all", "close those to all hosts")]
 OPTIONS_OF["completion"] = [Option("SHELL", "bash, zsh or fish", key="shell", choices=list(COMPLETIONS))]
 # For the help of an action. What stands behind a wide gap is a remark.
 EXAMPLES = {
@@ -11954,18 +11999,12 @@ EXAMPLES = {
         "gpu1 execute --attach r5d98               follow it again",
     ],
     "list": ["gpu1 list", "gpu1,gpu2 list             several hosts at the same time", "gpu1 list --kernels"],
-    "wait": [
-        "gpu1 wait train.ipynb && notify-send done",
-        "gpu1 wait train.ipynb || echo $?   5: a cell failed, 4: it died",
-    ],
+    "wait": ["gpu1 wait train.ipynb && notify-send done", "gpu1 wait --timeout 2h"],
     "logs": ["gpu1 logs -f", "gpu1 logs r5d98            what the cells of an execution print"],
     "output": ["gpu1 output train.ipynb -f", "gpu1 output train.ipynb --save      into the notebook there"],
     "eval": ['gpu1 eval -k train.ipynb "model.evaluate(test)"', "gpu1 eval - <script.py"],
     "stop": ["gpu1 stop", "gpu1 stop 07af r5d98", "gpu1 stop train.ipynb      only its kernel"],
-    "close": ["gpu1 close", "close --all"],
-    "completion": ["completion fish | source"],
     "doctor": ["gpu1 doctor", '--slurm "-t 5" login doctor'],
-    "config": ["gpu1 config"],
 }
 
 
@@ -12003,6 +12042,7 @@ def carry_out(words: List[str]) -> int:
         ssh.further = args.further
         agent = Agent(ssh, messages, args.state_dir or "")
         agent.redials = not args.no_reconnect
+        agent.greets_after_s = 0.0 if args.action in (None, "execute") or args.verbose else SLOW_LOGIN_S
         try:
             return ACTIONS[args.action].run(args, agent, messages)
         finally:
@@ -12014,9 +12054,13 @@ def carry_out(words: List[str]) -> int:
         return EXIT_OK  # of what -f follows, it is the end
     except (Failure, OSError, MemoryError) as error:
         failure = error if isinstance(error, Failure) else Failure("this machine refused", str(error) or "no memory")
+        if args and failure.try_.startswith("rjupyter HOST "):  # the host's advice, as it is typed here
+            advice, gap, remark = failure.try_.partition("   ")
+            failure.try_ = args.again(*shlex.split(advice)[2:]) + gap + remark
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
-            failure.try_ = "did you mean %s?" % near if near else failure.try_
+            right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
+            failure.try_ = command_line(*right) if near else failure.try_
         messages.failure(failure)
         if args and args.gateway and not args.json:
             messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there

@@ -60,9 +60,10 @@ for user in ana root; do
     go() { chroot "$bare" su - $user -c "$settings; cd rjupyter && $1"; }
     echo "newcomer: make demo, as $user"
     go "make demo DEMO_ARGS='demo list'"
-    # A Ctrl-C some seconds after the page is there.
-    go "timeout -s INT 40 make demo </dev/null" 2>&1 | tee "$bare/tmp/demo" || true
-    grep -q '^http://127.0.0.1:' "$bare/tmp/demo"
+    go "printf '%s\\n' 'rjupyter -f demo:work' 'rjupyter demo:work' 'rjupyter demo execute hello.ipynb' |
+        make demo" 2>&1 | tee "$bare/tmp/demo"
+    [ "$(grep -c '^http://127.0.0.1:' "$bare/tmp/demo")" = 2 ]
+    grep -q '^hello.executed.ipynb$' "$bare/tmp/demo"
     for goal in "$@"; do
         echo "newcomer: make $goal, as $user"
         go "make $goal"

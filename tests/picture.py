@@ -1,4 +1,4 @@
-"""Draw tests/picture.svg, which the README shows: the terminal of a real run, and the page that it opens.
+"""Draw tests/picture.svg, which the README shows: its first transcript in a terminal, and the page that it opens.
 
 usage: .venv/bin/python tests/picture.py
 
@@ -16,7 +16,7 @@ from typing import List
 from browser import chromium, run_first_cell
 from notebooks import code, write_notebook
 from private_sshd import PrivateSshd
-from sides import SYSTEM_PATH, VENV_BIN, Laptop, Run
+from sides import SCRIPT, SYSTEM_PATH, VENV_BIN, Laptop, Run
 
 PICTURE = Path(__file__).with_name("picture.svg")
 CODE = "squares = [n * n for n in range(1000)]\nprint(sum(squares))"
@@ -31,12 +31,12 @@ HEAD = (
 
 def shown(run: Run, home: str) -> List[str]:
     """Return what the terminal shows, under the names of the README."""
-    text = run.text.replace("^C", "").replace(home, "/home/ana")
+    text = run.text.replace(home, "/home/ana").replace(str(SCRIPT), "rjupyter")
     text = re.sub(r"[^\s(]+@\S+, python", "ana@gpu1, python", re.sub(r" -F \S+", "", text))
     text = re.sub(r"token=(\w{12})\w+", r"token=\1...", text)
     left_out = ("You are root", "Launching", "sbatch is there")
     lines = [line for line in re.sub(r"\x1b\[[0-9;?]*\w|.*\r(?!\n)", "", text).splitlines() if line.strip()]
-    return ["$ rjupyter.py gpu1:work/hello.ipynb"] + [line for line in lines if not line.startswith(left_out)]
+    return ["$ rjupyter gpu1:work/hello.ipynb"] + [line for line in lines if not line.startswith(left_out)]
 
 
 def picture_of_page(laptop: Laptop, url: str) -> bytes:
@@ -54,7 +54,10 @@ def draw(lines: List[str], page: bytes) -> str:
     width, height = (int.from_bytes(page[at : at + 4], "big") for at in (16, 20))  # of a PNG
     parts = [HEAD % (WIDTH, top + height * (WIDTH - 40) // width + 24, escape("; ".join(lines)))]
     for number, line in enumerate(lines):
-        parts.append('<text x="16" y="%d" xml:space="preserve">%s</text>\n' % (LINE * (number + 1) + 4, escape(line)))
+        steps = ("Connected", "Launched", "Forwarding")
+        look = ' fill="#8a8a94"' if line.startswith(steps) else ' font-weight="bold"' if line.startswith("http") else ""
+        place = (LINE * (number + 1) + 4, look, escape(line))
+        parts.append('<text x="16" y="%d"%s xml:space="preserve">%s</text>\n' % place)
     data = base64.b64encode(page).decode("ascii")
     image = '</g>\n<image x="20" y="%d" width="%d" href="data:image/png;base64,%s"/>\n</svg>\n'
     return "".join(parts) + image % (top, WIDTH - 40, data)
@@ -75,9 +78,9 @@ def main() -> None:
             url = run.url()
             run.expect("To end it.*\n")
             page = picture_of_page(laptop, url)
-            lines = shown(run, str(sshd.home))
             run.interrupt()
             run.wait()
+            lines = shown(run, str(sshd.home))
             PICTURE.write_text(draw(lines, page))
             print("\n".join(lines))
         finally:

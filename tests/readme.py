@@ -1,9 +1,11 @@
-"""What the README says, taken out of it: its examples are run as they stand, and its tables are compared."""
+"""What the README and the help say, taken out of them: examples are run as they stand, and tables are compared."""
 
 import re
 from typing import Dict, List
 
 from sides import TOP
+
+import rjupyter
 
 README = (TOP / "README.md").read_text()
 
@@ -14,11 +16,11 @@ def readme_block(words: str) -> str:
     return "\n".join(line[4:] for line in str(block).strip("\n").splitlines()) + "\n"
 
 
-def readme_events() -> Dict[str, List[str]]:
-    """Return the README's table of events: the keys of each."""
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", README, re.MULTILINE)
+def help_events() -> Dict[str, List[str]]:
+    """Return what `--help events` lists: the keys of each."""
+    rows = re.findall(r"^(\w+) +\S.*: ([\w, ]+)$", rjupyter.help_text("events"), re.MULTILINE)
     assert rows
-    return {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
+    return {name: keys.split(", ") for name, keys in rows}
 
 
 def readme_range(name: str) -> str:

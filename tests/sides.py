@@ -38,6 +38,7 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 DEADLINE_S = float(os.environ.get("RJ_DEADLINE", "90"))
 MARK = "RJUPYTER_TEST"
 ON_HOST = "RJUPYTER_SIDE=host"
+LOOKS = r"\x1b\[[0-9;]*m|\x1b\]8;;[^\x1b]*\x1b\\"  # colours and the like, and what makes a link of a word
 BOTH_MODES = pytest.mark.parametrize("mode", [[], ["--no-mux"]], ids=["mux", "no-mux"])
 
 for ignored in (signal.SIGHUP, signal.SIGINT):  # as under nohup, or in the background of a script; children inherit it
@@ -129,7 +130,7 @@ class Run:
     """A running rjupyter.py: `text` is what it printed so far, both streams as they came when it has a terminal."""
 
     def __init__(self, argv: List[str], environment: Dict[str, str], has_terminal: bool, cwd: str) -> None:
-        self._printed: Dict[str, List[str]] = {"text": [], "stdout": [], "stderr": []}
+        self._printed: Dict[str, List[str]] = {name: [""] for name in ("raw", "text", "stdout", "stderr")}
         self.status: Optional[int] = None
         self._fds: Dict[int, str] = {}
         if has_terminal:
@@ -153,10 +154,16 @@ class Run:
             self._fds = {self.process.stdout.fileno(): "stdout", self.process.stderr.fileno(): "stderr"}
 
     def _so_far(self, name: str) -> str:
-        """Join what came when it is asked for: it may be 64 MB in a thousand pieces."""
+        """Join what came when it is asked for: it may be 64 MB in a thousand pieces. Looks and links are taken out."""
         pieces = self._printed[name]
-        pieces[:] = ["".join(pieces)]
+        if len(pieces) > 1:
+            pieces[:] = ["".join(pieces) if name == "raw" else re.sub(LOOKS, "", "".join(pieces))]
         return pieces[0]
+
+    @property
+    def raw(self) -> str:
+        """Return all that it printed as a terminal gets it."""
+        return self._so_far("raw")
 
     @property
     def text(self) -> str:
@@ -180,6 +187,7 @@ class Run:
             if not data:
                 del self._fds[fd]
             words = data.decode(errors="replace").replace("\r\n", "\n")
+            self._printed["raw"].append(words)
             self._printed["text"].append(words)
             self._printed[self._fds.get(fd, "stdout")].append(words)
 

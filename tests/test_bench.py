@@ -49,11 +49,9 @@ def test_row_that_fails_is_a_row_with_the_reason(
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     assert bench.main() == 1
     rows = capsys.readouterr().out.splitlines()[4:]
-    assert rows[0] == rows[3] == "| a row | <= 1 | 0.50 | - | - |"
-    assert rows[1] == "| browser | - | **failed** | - | FileNotFoundError: no chromedriver \\| here |"
-    assert rows[2].startswith("| command | - | **failed** | - | CalledProcessError: ") and rows[2].endswith(
-        ": refused |"
-    )
+    assert rows[0] == rows[3] == "| a row | <= 1 | 0.50 | - |"
+    assert rows[1] == "| browser | - | **failed** | FileNotFoundError: no chromedriver \\| here |"
+    assert rows[2].startswith("| command | - | **failed** | CalledProcessError: ") and rows[2].endswith(": refused |")
     assert len(rows) == 4
     monkeypatch.setattr(sys, "argv", ["bench.py", "well"])
     assert bench.main() == 0
@@ -112,19 +110,18 @@ def bench_beside_one_that_fails(bench: Any, tmp_path: Path, monkeypatch: pytest.
         (
             "cold",
             [
-                "| 0.50 (0.50 to 0.50) | 0.50 (0.50 to 0.50) | by hand 0.50 (0.50 to 0.50), jupyter-forward - to HTTP, "
-                "- to its browser |",
+                "| 0.50 (0.50 to 0.50) | by hand 0.50 (0.50 to 0.50), jupyter-forward - to HTTP, - to its browser |",
                 "| 1.00 (1.00 to 1.00), **missed** | jupyter-forward - to HTTP, - to its browser |",
                 "| 1.00 (1.00 to 1.00) | nobody reattaches |",
                 "| alone 1.00 (1.00 to 1.00), ssh 1.00 (1.00 to 1.00) |",
-                "| 0 and 0 | - | by hand 0, jupyter-forward - |",
+                "| 0 and 0 | by hand 0, jupyter-forward - |",
             ],
         ),
-        ("trips", ["| cold 0.0, reattach 0.0 | - | by hand 0.0, jupyter-forward - |"]),
+        ("trips", ["| cold 0.0, reattach 0.0 | by hand 0.0, jupyter-forward - |"]),
         (
             "tunnel",
             [
-                "| 1.00 (1.00 to 1.00) | - | jupyter-forward -; plain `ssh -L` 2 (2 to 2) MB/s, "
+                "| 1.00 (1.00 to 1.00) | jupyter-forward -; plain `ssh -L` 2 (2 to 2) MB/s, "
                 "without a tunnel 2 (2 to 2) MB/s |",
                 "2000.0 ms (2000.0 to 2000.0), jupyter-forward -, without a tunnel 2000.0 ms (2000.0 to 2000.0) |",
             ],

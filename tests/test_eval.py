@@ -220,9 +220,8 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_go_on(laptop: Laptop, run: Run
     asked.expect("begun")
     asked.interrupt()
     assert asked.wait() == 130
-    words = re.search(
-        r"To follow it: \S+ .*(host output %s -f)   To interrupt it: .*(host eval .*)\n" % kernel[:8], asked.text
-    )
+    pattern = r"\nTo follow it: \S+ .*(host output %s -f)\nTo interrupt it: .*(host eval .*)\n" % kernel[:8]
+    words = re.search(pattern, asked.text)
     assert words, asked.text
     assert api(run.url(), "kernels/" + kernel)["execution_state"] == "busy"
     ended = laptop.run(*words.group(2).split())
@@ -382,7 +381,7 @@ def test_an_error_does_not_cancel_what_the_page_has_asked_for(
 
 def test_ten_lines_of_the_readme(laptop: Laptop, run: Run, kernel: str) -> None:
     """A program on the laptop works in the kernel, as the README shows it."""
-    code = readme_block("def remote(code)").replace("rjupyter.py", str(SCRIPT)).replace("gpu1", "host")
+    code = readme_block("def remote(code)").replace("rjupyter", str(SCRIPT)).replace("gpu1", "host")
     code = code.replace('["', '[%r, "' % laptop.python, 1).replace('"host"', '"-F", %r, "host"' % laptop.config)
     said = subprocess.run(
         [laptop.python, "-c", code], env=laptop.environment, capture_output=True, text=True, timeout=60

@@ -16,7 +16,7 @@ from private_machines import Cluster, find_obstacle
 from sides import SCRIPT, SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, quiet_port, wait_until, words_of
 
 HINTS = {
-    "back": r"Back (?:again|to it) with: (.+?)(?:   To cancel it: .*)?$",
+    "back": r"To come back: (.+)$",
     "stop": r"To (?:end|cancel) it: (.+)$",
     "close": r"To close it: (.+)$",
     "try": r"try: (.*rjupyter\.py .+?)(?:   \(.*\))?$",

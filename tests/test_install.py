@@ -1,20 +1,22 @@
-"""`make install`: the module with its bytecode, and a launcher that finds it from anywhere."""
+"""How it is installed: `make install`, and pip, pipx and uv by pyproject.toml; under one name, `rjupyter`."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import List
 
 import pytest
-from sides import SCRIPT, TOP
+from sides import SCRIPT, SYSTEM_PATH, TOP
 
 pytestmark = pytest.mark.unit
 
 
 def make(target: str, prefix: Path, **variables: str) -> None:
-    words = ["%s=%s" % pair for pair in {"PREFIX": str(prefix), "PYTHON": sys.executable, **variables}.items()]
+    words = ["%s=%s" % pair for pair in {"PREFIX": str(prefix), **variables}.items()]
     subprocess.run(["make", "-C", str(TOP), target, *words], check=True, capture_output=True)
 
 
@@ -25,50 +27,83 @@ def prefix(tmp_path: Path) -> Path:
     return prefix
 
 
-def said(program: Path, *arguments: str, cwd: Path) -> str:
-    environment = dict(os.environ, PATH="%s:%s" % (Path(sys.executable).parent, os.environ["PATH"]))
-    argv = [str(program), *arguments]
-    run = subprocess.run(argv, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def version() -> str:
+    (number,) = re.findall(r'^__version__ = "(.+)"$', SCRIPT.read_text(), re.MULTILINE)
+    return str(number)
+
+
+def said(words: List[object], cwd: Path, **environment: str) -> str:
+    path = "%s:%s" % (Path(sys.executable).parent, SYSTEM_PATH)
+    run = subprocess.run(
+        [str(word) for word in words],
+        env={"HOME": str(cwd), "PATH": path, **environment},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     return run.stdout
 
 
-def test_launcher_runs_the_module_whose_bytecode_lies_beside_it(prefix: Path, tmp_path: Path) -> None:
-    (bytecode,) = (prefix / "lib/rjupyter/__pycache__").iterdir()
-    before = bytecode.stat().st_mtime_ns
-    assert re.fullmatch(r"rjupyter \d+\.\d+\.\d+\n", said(prefix / "bin/rjupyter", "--version", cwd=tmp_path))
-    assert bytecode.stat().st_mtime_ns == before
-    assert str(prefix / "lib/rjupyter/rjupyter.py").encode() in bytecode.read_bytes()  # for tracebacks
+def test_make_install_copies_the_file_under_its_name(prefix: Path, tmp_path: Path) -> None:
+    program = prefix / "bin/rjupyter"
+    assert [path for path in prefix.rglob("*") if not path.is_dir()] == [program]
+    assert program.read_bytes() == SCRIPT.read_bytes() and os.access(program, os.X_OK)
+    assert said([program, "--version"], tmp_path) == "rjupyter %s\n" % version()
+    (bytecode,) = [path for path in (tmp_path / ".cache").rglob("*") if not path.is_dir()]
+    assert str(program).encode() in bytecode.read_bytes()  # for tracebacks
 
 
-def test_launcher_is_found_by_a_link_and_goes_by_its_name(prefix: Path, tmp_path: Path) -> None:
+def test_installed_program_is_found_by_a_link_and_goes_by_its_name(prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "gpu").symlink_to(prefix / "bin/rjupyter")
-    assert "try: %s --help" % (tmp_path / "gpu") in said(tmp_path / "gpu", "--nonsense", cwd=tmp_path)
+    assert "try: %s --help" % (tmp_path / "gpu") in said([tmp_path / "gpu", "--nonsense"], tmp_path)
+    path = "%s:%s:%s" % (prefix / "bin", Path(sys.executable).parent, SYSTEM_PATH)
+    assert "try: rjupyter --help\n" in said([prefix / "bin/rjupyter", "--nonsense"], tmp_path, PATH=path)
 
 
-def test_launcher_imports_nothing_from_where_it_is_run(prefix: Path, tmp_path: Path) -> None:
+def test_installed_program_imports_nothing_from_where_it_is_run(prefix: Path, tmp_path: Path) -> None:
     for name in ("argparse", "rjupyter", "queue"):
         (tmp_path / (name + ".py")).write_text("raise SystemExit('a stranger')\n")
-    assert "a stranger" not in said(prefix / "bin/rjupyter", "--version", cwd=tmp_path)
+    assert "a stranger" not in said([prefix / "bin/rjupyter", "--version"], tmp_path)
 
 
 def test_uninstall_leaves_nothing_of_ours(prefix: Path) -> None:
     (prefix / "bin/other").write_text("")
     make("uninstall", prefix)
     assert [path.name for path in prefix.rglob("*") if not path.is_dir()] == ["other"]
-    assert not (prefix / "lib/rjupyter").exists()
 
 
 def test_packagers_can_install_below_another_root(tmp_path: Path) -> None:
     make("install", Path("/usr"), DESTDIR=str(tmp_path / "root"))
-    (bytecode,) = (tmp_path / "root/usr/lib/rjupyter/__pycache__").iterdir()
-    assert str(tmp_path).encode() not in bytecode.read_bytes()
+    assert (tmp_path / "root/usr/bin/rjupyter").is_file()
+
+
+def test_package_has_the_command(tmp_path: Path) -> None:
+    """As pip, pipx and uv install it; the command knows its own name, and nothing is left in the checkout."""
+    spec = importlib.util.find_spec("flit_core")
+    if not spec or not spec.origin:
+        pytest.skip("flit_core, which builds the package, is not there")
+    checkout, place = tmp_path / "checkout", tmp_path / "place"
+    checkout.mkdir()
+    names = ["LICENSE", "README.md", "pyproject.toml", "rjupyter.py"]
+    for name in names:
+        shutil.copy(TOP / name, checkout)
+    options = ["--quiet", "--no-index", "--no-build-isolation", "--no-deps", "--target", place]
+    backend = str(Path(spec.origin).parents[1])
+    log = said([sys.executable, "-m", "pip", "install", *options, checkout], tmp_path, PYTHONPATH=backend)
+    assert (place / "bin/rjupyter").is_file(), log
+    path = "%s:%s" % (place / "bin", SYSTEM_PATH)
+    for words, answer in ((["--version"], "rjupyter %s\n" % version()), (["--nonsense"], "try: rjupyter --help\n")):
+        assert said([place / "bin/rjupyter", *words], tmp_path, PYTHONPATH=str(place), PATH=path).endswith(answer)
+    assert sorted(path.name for path in checkout.iterdir()) == names
 
 
 def test_the_file_says_which_python_it_takes() -> None:
-    """PEP 723, for `uv run`: the same as what the file itself checks."""
+    """PEP 723, for `uv run`: the same as what the file itself checks, and what the package says."""
     head = SCRIPT.read_text().partition('"""')[0]
     assert '# /// script\n# requires-python = ">=3.8"\n# dependencies = []\n# ///\n' in head
     assert "sys.version_info < (3, 8)" in SCRIPT.read_text()
+    assert 'requires-python = ">=3.8"\n' in (TOP / "pyproject.toml").read_text()
 
 
 # What dpkg does for a package, in a root of its own: the words of its maintainer script, as debhelper writes them.

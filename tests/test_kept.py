@@ -25,7 +25,7 @@ def kept(cache: Path) -> List[str]:
 
 def check(laptop: Laptop, *options: str) -> None:
     """It is the same to the user, however it runs there."""
-    run = laptop.run(*options, "host", "list")
+    run = laptop.run("-v", *options, "host", "list")
     assert (run.status, run.stdout) == (0, ""), run.text
     assert "Connected to host" in run.stderr and "No server" in run.stderr
 

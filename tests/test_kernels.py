@@ -132,7 +132,7 @@ child = subprocess.Popen([sys.executable, "-c", script + "; print()"], stdin=sub
 def test_wait_returns_when_the_kernel_is_idle(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     gate = compute_until(run, host, kernel)
-    waiting = laptop.start("host", "wait", "it's here", has_terminal=False)
+    waiting = laptop.start("-v", "host", "wait", "it's here", has_terminal=False)
     waiting.expect("Connected to host")
     open(gate, "w").close()
     assert waiting.wait() == 0
@@ -174,7 +174,7 @@ def test_wait_no_longer_than_it_may(laptop: Laptop, host: Host, run: Run) -> Non
 def test_wait_outlives_the_connection(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "it's here.ipynb")
     gate = compute_until(run, host, kernel)
-    waiting = laptop.start("host", "wait", has_terminal=False)
+    waiting = laptop.start("-v", "host", "wait", has_terminal=False)
     waiting.expect("Connected to host")
     host.sshd.end_connections(signal.SIGKILL)
     waiting.expect("Connected to host again")

@@ -54,8 +54,6 @@ RUN = {"id": "r07af", "pid": 12, "node": "gpu1", "name": "a.ipynb", "root_dir": 
 JOB = {"id": "j07af", "job": "12", "command": "sbatch", "action": "open", "path": "a", "age_s": 3.0, "left_s": 60}
 TROUBLE = {"what": "no room", "why": "the disk is full", "try": "remove something", "status": 1}
 EXAMINED: Dict[str, Any] = {
-    "clock": 1e9,
-    "port": 8888,
     "shell": "/bin/sh",
     "state": "/a",
     "free_bytes": 10**9,

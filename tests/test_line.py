@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
 from client import check_failure, events_of, held, listed
 from notebooks import write_notebook
-from sides import MODULE, SCRIPT, Host, Laptop, quiet_port, wait_until
+from sides import MODULE, SCRIPT, Host, Laptop, quiet_port, wait_until, words_of
 
 import rjupyter
 
@@ -66,19 +68,32 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["execute", "gpu1", "t.ipynb"], ["gpu1 execute t.ipynb"]),
         (["--lab", "stop", "gpu1"], ["--lab gpu1 stop"]),
         (["stop", "--yes", "gpu1", "--all"], ["gpu1 stop --yes --all"]),
-        (["lsit", "gpu1"], ["no action lsit", "did you mean: ", "gpu1 list"]),
-        (["gpu1", "lst"], ["no action lst", "did you mean: ", "gpu1 list"]),
+        (["lsit", "gpu1"], ["no action lsit", "rjupyter.py gpu1 list\n"]),
+        (["gpu1", "lst"], ["no action lst", "rjupyter.py gpu1 list\n"]),
         (["gpu1", "train.ipynb"], ["gpu1:train.ipynb"]),
         (["gpu1", "work/a"], ["gpu1:work/a"]),
         (["gpu1", "zzzz"], ["no action zzzz", "--help"]),
-        (["--nwe", "gpu1"], ["--nwe", "did you mean --new?"]),
-        (["gpu1", "execute", "a.ipynb", "--inplce"], ["did you mean --inplace?"]),
-        (["gpu1", "stop", "--al"], ["unrecognized arguments: --al", "did you mean --all?"]),
-        (["gpu1", "stop", "--a"], ["unrecognized arguments: --a"]),
+        (["gpu1", "ls"], ["no action ls", "rjupyter.py gpu1 list\n"]),
+        (["-p", "22", "ps", "gpu1"], ["list is an action: the host comes before it", "rjupyter.py -p 22 gpu1 list\n"]),
+        (["ls"], ["rjupyter.py HOST list\n"]),
+        (["gpu1", "run", "a.ipynb"], ["no action run", "rjupyter.py gpu1 execute a.ipynb\n"]),
+        (["gpu1", "kill", "--all"], ["no action kill", "rjupyter.py gpu1 stop --all\n"]),
+        (["--nwe", "gpu1"], ["unknown option: --nwe", "rjupyter.py --new gpu1\n"]),
+        (["gpu1", "execute", "a.ipynb", "--inplce"], ["rjupyter.py gpu1 execute --inplace a.ipynb\n"]),
+        (["gpu1", "list", "--kernel"], ["unknown option: --kernel", "rjupyter.py gpu1 list --kernels\n"]),
+        (["gpu1", "logs", "--grid"], ["unknown option: --grid\n", "--help\n"]),
+        (["gpu1", "stop", "--al"], ["unknown option: --al", "rjupyter.py gpu1 stop --all\n"]),
+        (["gpu1", "stop", "--a"], ["unknown option: --a\n"]),
         (["gpu1,gpu2"], ["only list takes several hosts", "gpu1,gpu2 list"]),
         (["close"], ["close whose tunnels?", "close --all"]),
-        (["--lab"], ["required: DESTINATION[:PATH]"]),
-        (["gpu1", "list", "gpu2"], ["unrecognized arguments: gpu2"]),
+        (["--lab"], ["no host was given\n", "rjupyter.py --lab HOST\n"]),
+        (
+            ["--lab", "--slurm", "gpu1:work"],
+            ["--slurm took 'gpu1:work' as its value", "rjupyter.py --lab --slurm VALUE gpu1:work\n"],
+        ),
+        (["-p", "x", "gpu1", "list"], ["argument -p: a port is a number from 1 to 65535, not 'x'"]),
+        (["gpu1", "list", "gpu2"], ["one argument too many: gpu2"]),
+        (["completion"], ["completion needs SHELL: bash, zsh or fish"]),
         (["completion", "ksh"], ["argument SHELL: invalid choice: 'ksh'"]),
         (["gpu1", "execute", "-o"], ["argument -o/--output: expected one argument"]),
         (["--port", "--lab", "gpu1"], ["argument --port: expected one argument"]),
@@ -106,7 +121,10 @@ def test_help_of_an_action_needs_no_host(laptop: Laptop) -> None:
     for words in (["execute", "--help"], ["--help", "execute"], ["-h", "execute"], ["gpu1", "execute", "-h"]):
         assert "-p NAME=VALUE" in laptop.run(*words).stdout
     assert "--slurm" in laptop.run("--help", "gpu1", "execute").stdout
-    assert laptop.run("gpu1", "list", "--version").stdout == "rjupyter %s\n" % rjupyter.__version__
+    for words in (["gpu1", "list", "--version"], ["-V"], ["version"]):
+        assert laptop.run(*words).stdout == "rjupyter %s\n" % rjupyter.__version__
+    for words in (["help"], ["help", "execute"], ["help", "status"]):
+        assert laptop.run(*words).stdout == laptop.run("--help", *words[1:]).stdout != ""
 
 
 def test_reason_is_in_words(laptop: Laptop) -> None:
@@ -115,7 +133,8 @@ def test_reason_is_in_words(laptop: Laptop) -> None:
 
 
 def test_host_that_is_nearly_one_of_the_configuration(laptop: Laptop, host: Host) -> None:
-    check_failure(laptop.run("hsot", "list"), rjupyter.EXIT_SSH, "did you mean host?")
+    failed = laptop.run("-o", "ConnectTimeout=9", "hsot:work", "list", "--all")
+    check_failure(failed, rjupyter.EXIT_SSH, " -o ConnectTimeout=9 host:work list --all\n")
 
 
 @pytest.mark.parametrize("text, seconds", [("2m", 120.0), ("90", 90.0), ("3h", 10800.0), ("10s", 10.0)])
@@ -142,7 +161,7 @@ def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
         (one, two) = events_of(laptop.run("--json"))
         assert (one["path"], one["is_background"], two["path"], two["is_background"]) == ("work", True, None, False)
         closed = laptop.run("close", "--all")
-        assert closed.text.count("Closed the tunnel") == 1
+        assert closed.text.count("Closed the tunnel") == closed.text.count("is open in another terminal (pid ") == 1
         assert [event["path"] for event in events_of(laptop.run("--json"))] == [None]
 
 
@@ -166,7 +185,8 @@ def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Hos
     laptop.config = str(config)
     held(laptop, "one")
     shown = laptop.run("one,two,three.invalid", "list")
-    assert shown.status == 0, shown.text
+    assert shown.status == rjupyter.EXIT_SSH, shown.text
+    assert laptop.run("one,two", "list").status == 0
     rows = {line.split()[0]: line for line in shown.stdout.splitlines()}
     assert list(rows) == ["HOST", "one", "two", "three.invalid"]
     assert " live " in rows["one"] and " none " in rows["two"] and " not reached " in rows["three.invalid"]
@@ -189,12 +209,12 @@ def test_list_of_a_path_and_the_newest_executions(laptop: Laptop, host: Host) ->
     done = laptop.run("host", "execute", "many.ipynb")
     assert done.status == 0, done.text
     (one,) = host.home.glob(".local/state/rjupyter/runs/*")
-    for number in range(6):  # as if there had been seven
+    for number in range(2):  # as if there had been three
         shutil.copytree(one, one.with_name("%s%x" % (one.name[:-1], (int(one.name[-1], 16) + number + 1) % 16)))
     shown = laptop.run("host", "list")
-    assert shown.text.count("many.ipynb") == 5 and "2 ended executions more" in shown.text
-    assert "list --all" in shown.text
-    assert laptop.run("host", "list", "--all").text.count("many.ipynb") == 7
+    assert "many.ipynb" not in shown.text and "3 finished executions not shown.\n" in shown.stderr
+    laptop.config = ""
+    assert laptop.run(*words_of(re.findall("To list them: (.*)", shown.stderr)[0])).text.count("many.ipynb") == 3
 
 
 def listed_in(laptop: Laptop, destination: str) -> List[Dict[str, Any]]:
@@ -226,7 +246,8 @@ def test_what_is_not_executed_is_named_and_what_runs_can_be_followed(laptop: Lap
 def completed(laptop: Laptop, *words: str) -> List[str]:
     """Return what the program says that the last word may become."""
     argv = [sys.executable, "-c", MODULE, str(SCRIPT), "completion", "words", *words]
-    return subprocess.run(argv, env=laptop.environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    said = subprocess.run(argv, env=laptop.environment, cwd=laptop.home, stdout=subprocess.PIPE, text=True, check=True)
+    return said.stdout.split()
 
 
 @pytest.fixture
@@ -257,6 +278,24 @@ def test_completion_knows_hosts_actions_options_and_ids(names: Laptop) -> None:
     assert completed(names, "gpu2", "stop", "") == []
     cache.write_text("[broken")
     assert completed(names, "gpu1", "stop", "") == []
+    for name in ("b.ipynb", "a.ipynb", "data.csv"):
+        (names.home / name).touch()
+    (names.home / "sub").mkdir()
+    assert completed(names, "gpu1", "execute", "") == ["a.ipynb", "b.ipynb"]
+    assert completed(names, "gpu1:work", "execute", "a.ipynb", "b") == ["b.ipynb"]
+    for words in (["execute", "sub"], ["execute", "a.ipynb", "--with", ""], ["execute", "-o", "x"]):
+        assert completed(names, "gpu1", *words) == ["/"], words  # the shell's own names of files
+    for words in (["gpu1:"], ["gpu1:work"], ["gpu1", "output", ""], ["--python", ""]):
+        assert completed(names, *words) == [], words
+
+
+def test_small_command_answers_without_a_preface(laptop: Laptop, host: Host) -> None:
+    for words in (["list"], ["output"], ["stop"]):
+        began = time.monotonic()
+        run = laptop.run("host", *words)
+        is_slow = time.monotonic() - began > rjupyter.SLOW_LOGIN_S  # on a machine that is busy
+        assert is_slow or "Connected" not in run.text, run.text
+    assert "Connected to host (" in laptop.run("-v", "host", "list").stderr
 
 
 def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> None:
@@ -266,7 +305,7 @@ def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> No
 
 
 SHELLS = {
-    "bash": 'eval "$(rjupyter.py completion bash)"; COMP_WORDS=(rjupyter.py gpu1 st); COMP_CWORD=2; '
+    "bash": 'eval "$(rjupyter.py completion bash)"; COMP_LINE="rjupyter.py gpu1:work st"; COMP_POINT=24; '
     '_rjupyter rjupyter.py; printf "%s\\n" "${COMPREPLY[@]}"; complete -p rjupyter.py >/dev/null && echo registered',
     "fish": "rjupyter.py completion fish | source; complete -C 'rjupyter.py gpu1 st'",
 }

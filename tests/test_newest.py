@@ -261,11 +261,11 @@ def test_pythons_of_the_readme_are_those_that_the_file_takes_and_the_tests_run(s
     if side == "here":
         assert '# requires-python = ">=3.%d"\n' % oldest in source
         assert re.search(r"if sys.version_info < \(3, %d\):\n +sys.exit\(" % oldest, source)
-        assert "It needs Python 3.%d or newer and OpenSSH's `ssh` here" % oldest in README
+        assert "needs Python 3.%d or newer and OpenSSH's `ssh` here" % oldest in " ".join(README.split())
     else:
         assert "sys.version_info < (3, %d) and sys.exit(99)" % oldest in source
         assert "the host needs Python 3.%d or newer" % oldest in source
-        assert "`sshd` and Python 3.%d or newer on the host" % oldest in README
+        assert "`sshd` and Python 3.%d or newer on the host" % oldest in " ".join(README.split())
     missing = set(range(oldest, NEWEST + 1)) - set(interpreters()) - set(sid_pythons())
     if OBSTACLE or missing:
         pytest.skip(OBSTACLE or "not run, for there is none on this machine: Python 3.%s" % sorted(missing))

@@ -37,12 +37,13 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
     lines = [line for line in shown if not line.startswith(("You are root on host", "sbatch is there"))]
     patterns = [
         r"Connected to host \(\w+@\S+, python 3\.\d+\.\d+\)\.",
-        r"Launched Jupyter Notebook \d\S* in %s/work \(pid \d+, port \d+, \d+\.\d s\)\." % re.escape(str(host.home)),
+        r"Launched Jupyter Notebook \d\S* in ~/work \(pid \d+, port \d+, \d+\.\d s\)\.",
         r"Forwarding 127\.0\.0\.1:\d+ to host:\d+\.",
         r"http://127\.0\.0\.1:\d+/tree\?token=[0-9a-f]{48}",
-        r"Ctrl-C closes the tunnel; the server keeps running\. To end it: \S*rjupyter\.py -F \S+ host stop",
+        r"Ctrl-C closes the tunnel; the server keeps running\.",
+        r"To end it: \S*rjupyter\.py -F \S+ host stop",
         r"\^C",
-        r"Closed\. Back again with: \S*rjupyter\.py -F \S+ host:work",
+        r"Closed\. To come back: \S*rjupyter\.py -F \S+ host:work",
     ]
     assert len(lines) == len(patterns), lines
     for line, pattern in zip(lines, patterns):
@@ -89,7 +90,7 @@ def test_kernel_computes_through_the_tunnel_and_stop_ends_it(laptop: Laptop, hos
         assert told.splitlines()[0] == "42 %03o" % current_umask() and token not in told
     stop = laptop.run("host", "stop")
     assert stop.status == 0
-    assert "Stopped Jupyter Notebook in %s" % host.home in stop.stderr
+    assert "Stopped Jupyter Notebook in ~ (pid " in stop.stderr
     assert host.servers() == []
     wait_until(lambda: not processes_with(mark), "all gone")
     again = laptop.run("host", "stop")
@@ -327,7 +328,30 @@ def test_browser_that_ends_badly_after_it_had_the_page(laptop: Laptop, host: Hos
 
 def test_browser_that_cannot_be_started(laptop: Laptop, host: Host) -> None:
     with laptop.opened("--browser", "false %s", "host") as run:
-        run.expect("^No browser could be started")
+        run.expect("^'false %s' could not be started")
+
+
+@pytest.mark.parametrize("name", ["w3m", "lynx", "www-browser"])
+def test_browser_of_text_is_not_opened(laptop: Laptop, host: Host, name: str) -> None:
+    """It would take over the terminal, and show no notebook; doctor says so."""
+    program = laptop.home / "bin" / name
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n>%s/eaten\n" % laptop.home)
+    program.chmod(0o755)
+    laptop.environment["PATH"] = "%s:%s" % (program.parent, SYSTEM_PATH)
+    run = laptop.start("host")
+    run.expect("No browser could be started. Open the address above.")
+    run.interrupt()
+    assert run.wait() == 0 and not (laptop.home / "eaten").exists()
+    assert re.search("browser +%s; the address is printed" % name, laptop.run("host", "doctor").stdout)
+
+
+def test_browser_with_a_space_in_its_path(laptop: Laptop, host: Host) -> None:
+    place = laptop.home / "my browser"
+    place.mkdir()
+    browser = StubBrowser(place)
+    with laptop.opened("--browser", str(browser.program), "host"):
+        wait_until(lambda: browser.page.exists() and browser.page.read_text(), "the browser has the page")
 
 
 @pytest.mark.jupyter
@@ -541,7 +565,7 @@ def test_connection_that_ends_while_we_hold_it(laptop: Laptop, host: Host) -> No
     ],
 )
 def test_wrong_usage(laptop: Laptop, arguments: Any) -> None:
-    check_failure(laptop.run(*arguments), 2, "wrong usage", "--help")
+    check_failure(laptop.run(*arguments), 2, "wrong usage", "try: ")
     assert not (laptop.home / "pwned").exists()
 
 
@@ -560,19 +584,48 @@ def test_example_config_is_valid() -> None:
 
 
 @pytest.mark.sshd  # make demo has its own
+@pytest.mark.jupyter
 def test_make_demo(laptop: Laptop, mark: str) -> None:
-    """The README's first command, in a terminal, to its Ctrl-C; afterwards nothing of it is left."""
+    """The README's first host, in a terminal: what its welcome advises is typed; afterwards nothing of it is left."""
     top = Path(__file__).parent.parent
-    argv = ["make", "-C", str(top), "demo", "DEMO_ARGS=--no-browser demo:work", "PYTHON=%s" % sys.executable]
-    run = Run(argv, dict(laptop.environment), has_terminal=True, cwd=str(top))
+    argv = ["make", "-C", str(top), "demo", "PYTHON=%s" % sys.executable]
+    run = Run(argv, dict(laptop.environment, TMPDIR=str(laptop.directory)), has_terminal=True, cwd=str(top))
     laptop.runs.append(run)
-    url = run.url()
-    assert api(url, "status")["kernels"] == 0
-    run.expect("To end it")
-    run.interrupt()
-    run.wait()  # make itself ends by the signal, after its child
-    assert not is_running(int(run.expect(r"\(pid (\d+),").group(1)))
-    assert "Stopped" not in run.text and run.text.count("rjupyter: ") == 0
-    directory = re.search(r"-F (\S+)/ssh_config", run.text)
-    assert directory and not Path(directory.group(1)).exists()
-    assert "are gone" in run.text
+    prompts = 1
+
+    def type_line(line: str) -> None:
+        run.expect(r"^(\x1b\[\?2004h)?demo\$ ", times=prompts)
+        run.type(line + "\n")
+
+    advised = [line.strip() for line in run.expect(r"Try:\s*\n((?:.*\n)+?)\s*\S*demo\$").group(1).splitlines()]
+    lines = [re.split(" {2,}", line)[0] for line in advised if line]
+    assert lines[0] == lines[1] == "rjupyter demo:work" and lines[-1] == "exit", lines
+    ends = (
+        "Launched Jupyter",
+        "Found Jupyter",
+        " live ",
+        "Executed hello.ipynb: 1 cell ",
+        "Stopped Jupyter",
+        "are gone",
+    )
+    for line, said in zip(lines, ends):
+        is_open = line == "rjupyter demo:work"
+        type_line(line.replace("rjupyter", "rjupyter --no-browser") if is_open else line)
+        run.expect(said)
+        if is_open:
+            run.expect("To end it: rjupyter demo stop", times=prompts)
+            run.interrupt()
+            run.expect("To come back: rjupyter demo:work", times=prompts)
+        prompts += 1
+    assert run.wait() == 0 and run.text.count("rjupyter: ") == 0, run.text
+    assert not list(laptop.directory.glob("rjupyter-demo-*"))
+
+
+@pytest.mark.sshd
+def test_make_demo_of_one_line_and_of_a_script(laptop: Laptop, mark: str) -> None:
+    top = Path(__file__).parent.parent
+    for words, script in (["DEMO_ARGS=demo list"], ""), ([], "rjupyter demo list\n"):
+        argv = ["make", "-C", str(top), "demo", "PYTHON=%s" % sys.executable, *words]
+        run = subprocess.run(argv, env=laptop.environment, input=script, capture_output=True, text=True)
+        assert run.returncode == 0 and "No server of yours runs there." in run.stderr, run.stderr
+        assert "are gone.\n" in run.stdout

@@ -229,7 +229,7 @@ def test_notebooks_are_left_alone_where_that_was_asked_for(laptop: Laptop, host:
         wait_for_end(host, kernel, count)
         wait_until(lambda: list(host.home.glob(NOTES)), "the page is gone", 30)
         again = held(laptop, "host", *words, "--local-port", str(quiet_port()))
-        told = r"While you were away: a\.ipynb In \[\d\] done after \d+ s \(1 line\)\. To see it: .* output a.ipynb\n"
+        told = r"While you were away: a\.ipynb In \[\d\] done after \d+ s \(1 line\)\.\nTo see it: .* output a.ipynb\n"
         assert re.search(told, again.text), again.text
         assert (host.home / "a.ipynb").read_text() == before
         config.parent.mkdir(parents=True, exist_ok=True)

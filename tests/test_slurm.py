@@ -13,7 +13,7 @@ import pytest
 from client import api, check_failure, compute, events_of, listed, token_of, whereabouts
 from notebooks import code, printed, write_notebook
 from private_slurm import PrivateSlurm
-from readme import readme_events
+from readme import help_events
 from sides import Host, Laptop, Run, User, processes_with, quiet_port, wait_until, without_port
 
 
@@ -152,7 +152,7 @@ def test_open_in_a_job_and_come_back(laptop: Laptop, slurm: PrivateSlurm, login:
         url = run.url()
         assert compute(url, WHERE) == "node2 %s\n" % (login.home / "work")
         assert "Job 1 " in run.stderr
-        assert "on node2 in %s" % (login.home / "work") in run.stderr
+        assert "on node2 in ~/work (pid " in run.stderr
         run.expect(r"Forwarding 127\.0\.0\.1:\d+ to %s:\d+ \(node2\) through host\." % slurm.nodes["node2"])
         run.expect("an address of node2: whoever reaches that can connect; the token alone keeps them out")
         (job,) = listed(laptop, "job")
@@ -201,9 +201,7 @@ def test_ctrl_c_while_it_waits(laptop: Laptop, slurm: PrivateSlurm, login: Host)
     run.expect(r"Cancel job 3\? \[y/N\] ")
     run.type("n\n")
     assert run.wait() == 130
-    run.expect(
-        "Job 3 stays. Back to it with: .*rjupyter.py .*--slurm '-t 10' host   To cancel it: .* stop j[0-9a-f]{4}"
-    )
+    run.expect("Job 3 stays.\nTo come back: .*rjupyter.py .*--slurm '-t 10' host\nTo cancel it: .* stop j[0-9a-f]{4}")
     assert slurm.squeue()[3] == "PENDING"
     run = laptop.start("--slurm", "-t 10", "host", has_terminal=False)
     run.expect("Job 3 pending")
@@ -351,7 +349,7 @@ def test_execution_that_waits_is_left_and_followed_again(laptop: Laptop, slurm: 
     run.interrupt()
     assert run.wait() == 130
     second = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
-    assert second.status == 0 and "is being executed already" in second.stderr
+    assert second.status == 0 and "is already running" in second.stderr
     (job,) = listed(laptop, "job")
     follow = laptop.start("host", "execute", "--attach", job["id"], "-v", has_terminal=False)
     follow.expect("Job 3 pending")
@@ -373,7 +371,7 @@ def test_login_node_without_slurm_option_is_told_of_it(laptop: Laptop, slurm: Pr
     )
 
 
-def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+def test_json_events_of_a_cluster_are_the_ones_of_the_help(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
     blocking = slurm.occupy()
     run = laptop.start("--json", "-q", "--slurm", "-t 5", "host", has_terminal=False)
     run.expect('"event": "queue"')
@@ -383,8 +381,8 @@ def test_json_events_of_a_cluster_are_the_ones_of_the_readme(laptop: Laptop, slu
     seen += events_of(run)
     again = laptop.start("host", has_terminal=False)
     again.expect(r"^4 min left for Jupyter Notebook \S+ on node\d: save what you need\.$")
-    of_readme = readme_events()
+    of_help = help_events()
     for name in ("job", "queue", "ending"):
         assert {tuple(key for key in event if key != "event") for event in seen if event["event"] == name} == {
-            tuple(of_readme[name])
+            tuple(of_help[name])
         }

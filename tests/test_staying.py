@@ -131,7 +131,7 @@ def test_redial(laptop: Laptop, host: Host, mark: str, proxy: Proxy, is_frozen: 
             run.expect(r"^Connected to host again \(after \d+ s\)\.$", times=number)
             check_same(run, url, kernel)
             host.sshd.end_connections(signal.SIGCONT)
-    assert "Closed. Back again with" in run.stderr
+    assert "Closed. To come back" in run.stderr
     assert len(host.servers()) == 1
 
 
@@ -238,7 +238,7 @@ def test_ctrl_c_while_it_is_lost(laptop: Laptop, host: Host) -> None:
     run.expect("is lost")
     run.interrupt()
     assert run.wait(10) == 0
-    assert "Back again with" in run.text
+    assert "To come back" in run.text
 
 
 def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> None:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from execution import code, write_notebook
@@ -57,7 +57,7 @@ print("done")
 @pytest.mark.parametrize("columns", [24, 40, 200])
 def test_spinner_stays_on_one_line(columns: int) -> None:
     run = in_terminal(columns, sys.executable, "-c", SPINNER, PYTHONPATH=str(Path(SCRIPT).parent))
-    run.expect("\r\x1b\\[K/ A step")
+    run.expect("\r\x1b\\[K\u2819 A step")
     run.type("\n")
     lines = ended(run)
     frames = [frame for line in lines for frame in line.split("\r\x1b[K") if " A step" in frame]
@@ -72,11 +72,38 @@ COLOURS: Dict[str, Dict[str, str]] = {"none wanted": {"NO_COLOR": "1"}, "none th
 def test_no_colour() -> None:
     words = [*PROGRAM, "--no-config", "--nosuch"]
     coloured = in_terminal(80, *words)
-    assert coloured.wait() == 2 and "\x1b[31mrjupyter:\x1b[0m wrong usage" in coloured.text
+    assert coloured.wait() == 2 and "\x1b[31mrjupyter:\x1b[0m wrong usage" in coloured.raw
     for name, environment in COLOURS.items():
         plain = in_terminal(80, *words, **environment)
         assert plain.wait() == 2 and plain.text.startswith("rjupyter: wrong usage"), name
         assert "\x1b" not in plain.text, name
+
+
+PLAIN: Dict[str, Any] = {"wanted": {}, **COLOURS, "a link": {"VTE_VERSION": "7200"}}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_address_stands_out_and_the_steps_before_it_do_not(laptop: Laptop, host: Host, name: str) -> None:
+    """The address is bold, and a link where the terminal has links; steps are dim, and what is to do is not."""
+    run = laptop.start("--no-browser", "host", **PLAIN[name])
+    url = run.url()
+    run.expect("To end it.*\n")
+    run.interrupt()
+    assert run.wait() == 0
+    raw = run.raw.replace("\r", "")
+    assert ("\x1b[1m" in raw) == ("\x1b[2mConnected" in raw) == (name not in COLOURS), raw
+    assert "\nCtrl-C closes" in raw and "\nTo end it" in raw and raw.count("\x1b]8;;" + url) == (name == "a link")
+    if name not in COLOURS:
+        link = ("\x1b]8;;%s\x1b\\" % url, "\x1b]8;;\x1b\\") if name == "a link" else ("", "")
+        assert "\x1b[1m%s%s%s\x1b[0m\n" % (link[0], url, link[1]) in raw, raw
+
+
+def test_doctor_is_green_and_red(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    make_host(settings="AllowTcpForwarding no")
+    run = laptop.start("host", "doctor")
+    assert run.wait() == 1
+    assert "\x1b[31mFAIL\x1b[0m  forwarding " in run.raw and "\x1b[32mok\x1b[0m    jupyter " in run.raw
+    assert run.raw.count("\x1b[31m") == 1
 
 
 def test_nothing_but_text_goes_into_a_pipe(laptop: Laptop, host: Host) -> None:

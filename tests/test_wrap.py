@@ -107,11 +107,11 @@ def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: 
     assert "INSIDE" in table and wraps[1] in table
     again = held(laptop, destination, "--local-port", str(quiet_port()))
     assert without_port(again.url()) == without_port(url)
-    hint = again.expect("Ctrl-C closes the tunnel.*\n").group()
+    hint = again.expect("To end it.*\n").group()
     assert " stop" in hint
     again.interrupt()
     assert again.wait() == 0
-    back = shlex.split(re.search("Back again with: (.*)", again.text).group(1))  # type: ignore[union-attr]
+    back = shlex.split(re.search("To come back: (.*)", again.text).group(1))  # type: ignore[union-attr]
     assert [word for before, word in zip(back, back[1:]) if before == "--wrap"] == [wraps[1], wraps[3]]
     assert "Launched" in held(laptop, "--wrap", "env A=2", destination, "--local-port", str(quiet_port())).text
     assert "Stopped Jupyter Notebook" in laptop.run("host", "stop", "--all", "--yes").stderr
@@ -629,9 +629,7 @@ def test_execution_in_a_wrapper_in_a_job(laptop: Laptop, login: Host, slurm: Pri
 
 def test_lines_of_the_readme_are_taken_as_they_stand(laptop: Laptop) -> None:
     """Each is run above with other names, or with a stand-in; here each gets as far as a connection."""
-    lines = re.findall(
-        r"(?:^ {4}|`)(rjupyter\.py --(?:wrap|container) [^`\n]*?(?:gpu1|login):work)", README, re.MULTILINE
-    )
+    lines = re.findall(r"(?:^ {4}|`)(rjupyter --(?:wrap|container) [^`\n]*?(?:gpu1|login):work)", README, re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
         words = shlex.split(line)[1:]

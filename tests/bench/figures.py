@@ -14,7 +14,6 @@ class Row(NamedTuple):
     target: str
     ours: str
     others: str
-    installed: str = ""  # the same by what `make install` made
 
 
 def spread(values: Sequence[float], form: str = "%.2f", unit: str = "") -> str:
@@ -60,7 +59,7 @@ def failed(name: str, error: Exception) -> Row:
 def table(rows: Sequence[Row], title: Optional[str] = None) -> str:
     """Return the rows as a Markdown table."""
     lines = [title, ""] if title else []
-    lines += ["| what | target | copied file | installed | others |", "|---|---|---|---|---|"]
-    cells = [(row.what, row.target, row.ours, row.installed, row.others) for row in rows]
+    lines += ["| what | target | rjupyter | others |", "|---|---|---|---|"]
+    cells = [(row.what, row.target, row.ours, row.others) for row in rows]
     lines += ["| %s |" % " | ".join(cell or "-" for cell in row) for row in cells]
     return "\n".join(lines)

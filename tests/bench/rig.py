@@ -14,7 +14,7 @@ from typing import Iterator, List, NamedTuple
 
 from jupyters import environment, jupyter_as_installed
 from private_sshd import PrivateSshd
-from sides import MARK, SCRIPT, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from sides import MARK, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 from rjupyter import http_request
 
@@ -45,8 +45,8 @@ class Rig:
         self.host = Host(self.sshd)
         self.laptop = Laptop(directory, self.mark)
         self.laptop.config = str(self.sshd.config)
-        self.laptop.environment["PATH"] = "%s:%s" % (VENV_BIN, SYSTEM_PATH)  # the launcher takes the same Python
-        self.launcher = str(install(directory / "prefix"))
+        self.laptop.environment["PATH"] = "%s:%s" % (VENV_BIN, SYSTEM_PATH)  # rjupyter takes the same Python
+        self.laptop.installed = str(install(directory / "prefix"))
         self._write_home()
         self.sshd.start()
         self.port = self.sshd.port
@@ -62,10 +62,6 @@ class Rig:
         self.bin.mkdir()
         (self.bin / "activate").write_text("")
         (home / ".bash_profile").write_text("PATH=%s:%s:%s\n" % (self.bin, self.jupyter, SYSTEM_PATH))
-
-    def program(self, is_installed: bool = False) -> List[str]:
-        """Return what a command of ours begins with."""
-        return [self.launcher] if is_installed else [str(SCRIPT)]  # as it is called
 
     # -- plain ssh ----------------------------------------------------------------------------------------------------
 
@@ -89,9 +85,8 @@ class Rig:
     # -- ways to a Jupyter --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def open_ours(self, port: int, *arguments: str, is_installed: bool = False) -> Iterator[Opened]:
-        """Open with rjupyter.py; it prints the address when it has heard the first answer itself."""
-        self.laptop.installed = self.launcher if is_installed else ""
+    def open_ours(self, port: int, *arguments: str) -> Iterator[Opened]:
+        """Open with rjupyter; it prints the address when it has heard the first answer itself."""
         began = time.monotonic()
         local = quiet_port()
         words = [*self.options(port), "--local-port", str(local), *arguments]
@@ -195,8 +190,8 @@ class Rig:
 
 
 def install(prefix: Path) -> Path:
-    """Install as the README says, and return the launcher."""
-    argv = ["make", "-C", str(TOP), "install", "PREFIX=%s" % prefix, "PYTHON=%s" % sys.executable]
+    """Install as the README says, and return the program."""
+    argv = ["make", "-C", str(TOP), "install", "PREFIX=%s" % prefix]
     subprocess.run(argv, check=True, capture_output=True)
     return prefix / "bin/rjupyter"
 

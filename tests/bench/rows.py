@@ -95,7 +95,6 @@ def measure_cold(rig: Rig, rounds: int) -> List[Row]:
             opened.run.expect("Jupyter Lab URL")
             sample(times, "its browser", opened.seconds + time.monotonic() - began)
 
-    open_installed = functools.partial(rig.open_ours, is_installed=True)
     for _ in range(rounds):
         with rig.open_here() as opened:
             sample(times, "floor", opened.seconds)
@@ -105,11 +104,6 @@ def measure_cold(rig: Rig, rounds: int) -> List[Row]:
             pass
         sample(times, "pass", rig.ssh(rig.port, "python3 -c pass"))
         with measured("again", rig.open_ours):
-            pass
-        with measured("again, installed", open_installed):
-            pass
-        rig.end_servers()
-        with measured("installed", open_installed):
             pass
         rig.end_servers()
         others.measure(by_hand, "by hand")
@@ -131,31 +125,27 @@ def cold_rows(times: Samples, logins: Samples) -> List[Row]:
     return [
         Row(
             "cold start to the first answer through the tunnel / (Jupyter alone, without ssh + `ssh HOST true`)",
-            "<= 1.04, installed 1.02",
+            "<= 1.04",
             judged(ratios(times["ours"], least), 1.04),
             "by hand %s, %s" % (others["by hand"], words % others),
-            judged(ratios(times["installed"], least), 1.02),
         ),
         Row(
             "cold start / by hand (`ssh HOST jupyter notebook`, then `ssh -N -L`, without a person's pauses)",
             "<= 0.95",
             judged(ratios(times["ours"], times["by hand"]), 0.95),
             words % others_by_hand,
-            judged(ratios(times["installed"], times["by hand"]), 0.95),
         ),
         Row(
             "reattach / `ssh HOST python3 -c pass`",
-            "<= 1.35, installed 1.20",
+            "<= 1.35",
             judged(ratios(times["again"], times["pass"]), 1.35),
             "nobody reattaches",
-            judged(ratios(times["again, installed"], times["pass"]), 1.20),
         ),
         Row(
             "the same in seconds: cold, reattach, Jupyter alone, `ssh HOST true`",
             "",
             "%s, %s" % (spread(times["ours"]), spread(times["again"])),
             "alone %s, ssh %s" % (spread(times["floor"]), spread(times["true"])),
-            "%s, %s" % (spread(times["installed"]), spread(times["again, installed"])),
         ),
         Row(
             "logins for a cold start and for a reattach",
@@ -310,17 +300,13 @@ def measure_idle(rig: Rig, rounds: int) -> List[Row]:
         there += ", " + judged([resident_mb(recorder)], 40, "%.1f", " MB")
         megabytes = resident_mb(opened.run.pid)
         bare = resident_mb_of_bare_python()
-    with rig.open_ours(rig.port, is_installed=True) as opened:
-        opened.run.expect("To end it")
-        installed = resident_mb(opened.run.pid)
     rig.end_servers()
     return [
         Row(
             "idle: processor time of script and ssh together; resident memory of the script",
-            "<= 0.1 % of a core, <= 25 MB, installed 18 MB",
+            "<= 0.1 % of a core, <= 25 MB",
             "%s, %s" % (judged([percent], 0.1, "%.3f", " %"), judged([megabytes], 25, "%.1f", " MB")),
             "an idle Python alone: %.1f MB" % bare,
-            judged([installed], 18, "%.1f", " MB"),
         ),
         Row(
             "the recorder beside a server with one idle kernel: processor time, resident memory",
@@ -384,8 +370,8 @@ def measure_list(rig: Rig, rounds: int) -> List[Row]:
     return [Row(what, "<= 1.5", ratio, "nobody lists; of one: %s s" % spread(times["1"]))]
 
 
-def ours_argv(rig: Rig, *action: str, is_installed: bool = False) -> List[str]:
-    return [*rig.program(is_installed), "-F", str(rig.sshd.config), "host", *action]
+def ours_argv(rig: Rig, *action: str) -> List[str]:
+    return [rig.laptop.installed, "-F", str(rig.sshd.config), "host", *action]
 
 
 def measure_joined(rig: Rig, rounds: int) -> List[Row]:
@@ -399,7 +385,6 @@ def measure_joined(rig: Rig, rounds: int) -> List[Row]:
         for _ in range(rounds):
             sample(times, "pass", rig.time(["ssh", "-S", str(control), "host", "python3 -c pass"]))
             sample(times, "ours", rig.time(ours_argv(rig, "list")))
-            sample(times, "installed", rig.time(ours_argv(rig, "list", is_installed=True)))
         run.interrupt()
         run.wait(20)
     finally:
@@ -412,17 +397,15 @@ def measure_joined(rig: Rig, rounds: int) -> List[Row]:
     return [
         Row(
             "`list` while a tunnel of ours is up / `ssh -S SOCKET HOST python3 -c pass`, through the same socket",
-            "<= 2, installed 1.5",
+            "<= 2",
             judged(ratios(times["ours"], times["pass"]), 2),
             "`ssh -S` %s ms" % spread([1000 * seconds for seconds in times["pass"]], "%.0f"),
-            judged(ratios(times["installed"], times["pass"]), 1.5),
         ),
         Row(
             "bytes to the host for a second `list`",
             "<= 2 kB",
             kilobytes,
             "",
-            kilobytes,
         ),
     ]
 
@@ -552,14 +535,12 @@ def measure_start(rig: Rig, rounds: int) -> List[Row]:
     """How long the script takes to come to its first line."""
     times: Samples = no_samples()
     for _ in range(3 * rounds):
-        sample(times, "ours", rig.time([*rig.program(), "--version"]))
-        sample(times, "installed", rig.time([*rig.program(is_installed=True), "--version"]))
+        sample(times, "ours", rig.time([rig.laptop.installed, "--version"]))
         sample(times, "pass", rig.time([sys.executable, "-c", "pass"]))
     ratio = judged(ratios(times["ours"], times["pass"]), 6)
-    installed = judged(ratios(times["installed"], times["pass"]), 3)
     milliseconds = [1000 * seconds for seconds in times["pass"]]
     others = "`python3 -c pass` %s" % spread(milliseconds, "%.0f", " ms")
-    return [Row("`rjupyter.py --version` / `python3 -c pass`", "<= 6, installed 3", ratio, others, installed)]
+    return [Row("`rjupyter --version` / `python3 -c pass`", "<= 6", ratio, others)]
 
 
 ROWS: Dict[str, Callable[[Rig, int], List[Row]]] = {
