@@ -43,7 +43,7 @@ def venv_without_jupyter(prefix: Path) -> None:
 
 def named_in(run: Run, trouble: str) -> Dict[str, str]:
     """Return the environments that are named for that trouble, each with the command that is said to help."""
-    found = r"^(.+): %s, and another one is taken\. To change that: (.+)$" % trouble
+    found = r"^(.+): %s, so another one is used\.\s+To change that, on the host: (.+)$" % trouble
     return dict(re.findall(found, run.stderr, re.MULTILINE))
 
 

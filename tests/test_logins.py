@@ -581,7 +581,7 @@ def test_agent_that_is_killed_leaves_word_of_the_execution_that_goes_on(laptop: 
         re.search("the agent (did not run on host|on host ended early)", run.stderr)
         and "the same command again" not in run.stderr
     )
-    again = run.expect(r"keeps running. To follow it again: (.+ --attach %s)  " % directory.name).group(1)
+    again = run.expect(r"keeps running\.\s+To follow it again: (.+ --attach %s)\s" % directory.name).group(1)
     (host.home / "go").touch()
     assert laptop.run(*words_of(again)[2:]).status == 0
 

@@ -171,7 +171,7 @@ def test_output_is_followed_while_the_cell_runs(laptop: Laptop, host: Host, run:
 HTML = "from IPython.display import HTML, display\ndisplay(HTML('<b>x</b>'))"
 DIES = "import os, time\nprint(1, flush=True)\ntime.sleep(.5)\nos._exit(3)"
 NOT = r"; not put into the notebook: "
-SEE = r"\. To see it: (.*)\n"
+SEE = r"\.\nTo see it: (.*)\n"
 MISSED = {
     "one": (["print(1)\nprint(2)"], r"\[1\] done after \d+ s \(2 lines\); it is in the notebook\.\n"),
     "three": ([HTML, "1", "print(3)"], r"\[1\] done .* \(1 line\), the last of 3 cells; they are in the notebook\.\n"),
