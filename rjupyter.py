@@ -3777,12 +3777,13 @@ def found_in(places: "Iterable[str]", form: str) -> "List[str]":
 
 
 def found_program(name: str) -> str:
-    """Return how a program is called on this host: by its name, or by its path in a usual place; empty for none."""
+    """Return where a program is on this host, on PATH or in a usual place; empty where it is not."""
     import shutil
 
-    places = [os.path.expanduser(place) for place in ("~/.local/bin", "~/.cargo/bin", "~/.pixi/bin")]
+    places = [os.environ.get("PATH", os.defpath)]
+    places += map(os.path.expanduser, ("~/.local/bin", "~/.cargo/bin", "~/.pixi/bin"))
     places += [os.path.join(tree, place) for tree in conda_trees() for place in ("condabin", "bin")]
-    return name if shutil.which(name) else shutil.which(name, path=os.pathsep.join(places)) or ""
+    return shutil.which(name, path=os.pathsep.join(places)) or ""
 
 
 def known_to_conda() -> "List[str]":
