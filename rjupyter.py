@@ -3152,7 +3152,7 @@ class Kind:
 
     def log_of(self, record: "Any") -> Growing:
         """Return what `logs` shows of one."""
-        return Growing(log_of(record), most=8 * PART_BYTES)
+        return Growing(log_of(record), most=32 * PART_BYTES)
 
     def describe(self, record: "Any") -> Record:
         """Describe one for `list`."""
@@ -3975,9 +3975,9 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
             problem = "it does not run: " + (said.strip() or "status %d" % status).splitlines()[-1]
             break
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
-    try_ = how_to_add(python, project, bool(problem)) or "another --python, or --env"
-    what = "the Python of this environment is gone" if problem and try_ else "no Jupyter in this environment"
-    raise Failure(what, why, try_, EXIT_NO_JUPYTER)
+    add = how_to_add(python, project, bool(problem))
+    what = "the Python of this environment is gone" if problem and add else "no Jupyter in this environment"
+    raise Failure(what, why, add or "another --python, or --env", EXIT_NO_JUPYTER)
 
 
 def launchers_of_project(
@@ -9062,6 +9062,10 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         with contextlib.suppress(OSError), open(table) as stream:
             rows = [row.split() for row in stream]
             listening.update({"socket:[%s]" % row[9]: int(row[1][-4:], 16) for row in rows if row[3] == "0A"})
+    sockets = {}  # on which kernels listen in place of ports, by their paths
+    with contextlib.suppress(OSError), open("/proc/net/unix") as stream:
+        rows = [row.split() for row in stream]
+        sockets.update({row[7]: "socket:[%s]" % row[6] for row in rows if row[3] == "00010000" and len(row) == 8})
     asking.join(GPU_TIMEOUT_S + 1)  # longer only where a driver holds the command, and no signal ends it
     on_gpu = found[0] if found else None
     for record, kernel in kernels:
@@ -9069,7 +9073,10 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         kernel.memory = sum(processes[pid][1] for pid in pids) if pids else None
         kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
         connection = read_json(os.path.join(native(record.runtime_dir), "kernel-%s.json" % kernel.id))
-        kernel.ports = ports_of(pids, {port for name, port in connection.items() if name.endswith("_port")}, listening)
+        own = {port for name, port in connection.items() if name.endswith("_port")}
+        paths = {port: "%s-%s" % (connection.get("ip"), port) for port in own}
+        listening.update({sockets[path]: port for port, path in paths.items() if path in sockets})
+        kernel.ports = ports_of(pids, own, listening)
     missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
     return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
 

@@ -345,7 +345,7 @@ def test_agent_that_is_killed(laptop: Laptop, host: Host, mark: str) -> None:
     assert run.wait() == 1, run.text
     assert "the agent on host ended early" in run.stderr
     (host.home / "go").write_text("")
-    words = words_of(run.stderr.rpartition("try: ")[2])
+    words = words_of(run.expect("To follow it again: (.*)").group(1))
     assert words[-4:] == ["host", "execute", "--attach", identity]
     laptop.config = ""  # it stands in the words
     assert laptop.run(*words).status == 0

@@ -285,7 +285,7 @@ def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directo
     )
     assert [line.strip() for line in tried] == [
         "PATH: " + ", ".join([str(directory / "bin"), *SYSTEM_PATH.split(":")]),
-        "the login shell's PATH: " + of_shell.strip().replace(":", ", "),
+        "the login shell's PATH: " + ", ".join([str(directory / "bin"), *of_shell.strip().split(":")]),
         "%s: needs /gone/python, which is gone" % dead,
         "the usual places: %s, %s" % (bare_host.home / "miniconda3/bin", dead.parent),
         "our own environment: nothing there",

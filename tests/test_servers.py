@@ -263,7 +263,7 @@ def test_what_chooses_a_launch_does_not_hide_what_is_there(laptop: Laptop, host:
     config.write_text("[*]\napp = lab\nenv = none\nsocket\n")
     laptop.start("--no-config", "host", has_terminal=False).url()
     (server,) = listed(laptop)
-    check_failure(laptop.run("--lab", "host", "stop"), 1, "no JupyterLab runs there", server["id"], "stop ID")
+    check_failure(laptop.run("--lab", "host", "stop"), 1, "no JupyterLab runs there", server["id"], "`stop` with an id")
     stop = laptop.run("host", "stop")
     assert (stop.status, "Stopped Jupyter Notebook in" in stop.stderr) == (0, True), stop.text
     assert "No server of yours runs there." in laptop.run("--lab", "host", "stop").stderr

@@ -669,6 +669,8 @@ def test_json_events_are_the_ones_of_the_help(
     seen += events_of(found)
     url = next(event["url"] for event in events_of(found) if event["event"] == "open")
     seen += events_of_kernels(laptop, host, url)
+    image = "from IPython.display import Image; Image(data=b'it has no pixels', format='png')"
+    seen += events_of(laptop.run("--json", "-q", "host", "eval", "--save-images", "images", image))
     write_notebook(laptop.home / "a.ipynb", "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)")
     first = laptop.start("--json", "-q", "host", "execute", "a.ipynb", has_terminal=False)
     first.expect('"started"')
