@@ -1585,23 +1585,20 @@ class Growing:
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
-        begun = []  # type: List[bytes] # of a line, which may be longer than many parts
-        part = self.part()
-        while part:
+        begun = bytearray()  # of a line, which may be longer than many parts
+        for part in iter(self.part, b""):
             *ends, rest = part.split(b"\n")
             for end in ends:
-                yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
-                begun = []
-            begun.append(rest)
-            if len(begun) * PART_BYTES > self._most:
-                yield b"".join(begun).decode("utf-8", "replace")
-                begun = []
-            part = self.part()
-        last = b"".join(begun)
-        if has_ended and last:
-            yield last.decode("utf-8", "replace").rstrip("\r\n")
-        elif not has_ended:
-            self.offset -= len(last)
+                yield (begun + end).decode("utf-8", "replace").rstrip("\r\n")
+                begun.clear()
+            begun += rest
+            if len(begun) > self._most:
+                yield begun.decode("utf-8", "replace")
+                begun.clear()
+        if not has_ended:
+            self.offset -= len(begun)
+        elif begun:
+            yield begun.decode("utf-8", "replace").rstrip("\r\n")
 
 
 def has_lock(lock: "Any") -> bool:
@@ -2034,10 +2031,6 @@ class AgentEnded(Failure):
     """The agent did not come to its reply, although the connection stands."""
 
 
-class NoRoom(Failure):
-    """There are no more processes, threads, descriptors or memory for us here."""
-
-
 REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
 ASK_FOR_KEY = "ask the host's administrator for its new key"
 UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
@@ -2124,21 +2117,21 @@ def signals_left_to_us() -> Iterator[None]:
 
 
 def new_process(argv: List[str], **how: Any) -> "subprocess.Popen[bytes]":
-    """Start a process; raises NoRoom where that cannot be."""
+    """Start a process; raises Failure where there is no room for one."""
     try:
         return subprocess.Popen(argv, **how)
     except (OSError, MemoryError) as error:
-        raise NoRoom("cannot start " + argv[0], str(error)) from None
+        raise Failure("cannot start " + argv[0], str(error)) from None
 
 
 def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
-    """Start a thread that does not keep us from ending."""
+    """Start a thread that does not keep us from ending; raises Failure where there is no room for one."""
     thread = threading.Thread(target=do, args=arguments, daemon=True)
     with signals_held():
         try:
             thread.start()
         except (RuntimeError, MemoryError) as error:
-            raise NoRoom("cannot start a thread", str(error)) from None
+            raise Failure("cannot start a thread", str(error)) from None
     return thread
 
 
@@ -2156,12 +2149,7 @@ class Child:
     """
 
     def __init__(
-        self,
-        argv: List[str],
-        stdin: Any = None,
-        is_merged: bool = False,
-        can_ask: bool = True,
-        is_shown: bool = False,
+        self, argv: List[str], stdin: Any = None, is_merged: bool = False, can_ask: bool = True, is_shown: bool = False
     ) -> None:
         self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
         self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
@@ -2200,36 +2188,33 @@ class Child:
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
         import select
 
-        begun: List[bytes] = []  # of a line, which may be longer than many parts
-        size, head = 0, b""  # of that line
+        begun = bytearray()  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
                 if begun and (is_merged or name == "stderr") and os.name == "posix":
                     if not select.select([stream], [], [], ASKING_S / 4)[0]:
                         self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
-                        begun = []
+                        begun.clear()
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
                 *ends, rest = data.split(b"\n")
                 for end in ends:
-                    self._put(name, [*begun, end])
-                    begun, size, head = [], 0, b""
-                head = head if len(head) > len(self.mark) else head + rest[:65536]
-                is_message = bool(self.mark) and head.startswith(self.mark)
+                    self._put(name, begun + end)
+                    begun.clear()
+                begun += rest
+                is_message = bool(self.mark) and begun.startswith(self.mark)
                 if is_message:
                     self.read_at = time.monotonic()
-                begun += [rest] if rest else []
-                size += len(rest)
-                if size > (LINE_BYTES if is_message else 65536):
+                if len(begun) > (LINE_BYTES if is_message else 65536):
                     self._put(name, begun)
-                    begun, size, head = [], 0, b""
+                    begun.clear()
         if begun:
             self._put(name, begun)
         self._lines.put(None)
 
-    def _put(self, name: str, pieces: List[bytes]) -> None:
-        line = (name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r"))
+    def _put(self, name: str, said: bytearray) -> None:
+        line = (name, said.decode("utf-8", "replace").rstrip("\r"))
         self.last_lines = [*self.last_lines[-9:], line]
         is_long = len(line[1]) > 2 * PART_BYTES
         while self._lines.qsize() > (0 if is_long else QUEUED_LINES) and not self._has_left:
@@ -2542,7 +2527,7 @@ class Ssh:
         argv = self.argv(ASKING, "-G")
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127 and "No such file" not in words and os.name == "posix":
-            raise NoRoom("cannot start ssh", words)
+            raise Failure("cannot start ssh", words)  # there is no room for it
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
         refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
@@ -2896,7 +2881,7 @@ class LocalPort:
             self._socket.listen(8)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+                raise Failure("cannot listen on local port %d" % self.number, str(error)) from None
             return False
         finally:
             self._share(False)
@@ -3532,8 +3517,6 @@ def launchers(
     command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
     environments usually are; at last our own, which is installed then.
     """
-    import glob
-
     apps = [request.app] if request.app else list(programs)
     places = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not request.wrapper:  # which has what was set outside
@@ -3547,20 +3530,17 @@ def launchers(
         yield from launchers_of_project(root_dir, apps, channel, tried)
         where = "PATH after --init"
         if not request.init or request.wrapper:
-            yield from launchers_in(places, apps, "PATH", os.environ, tried)
+            yield from launchers_in(places, apps, "PATH", tried)
             enter_terminal(request, channel, tried)
             where = "the login shell's PATH"
         places = os.environ.get("PATH", os.defpath).split(os.pathsep)
-        yield from launchers_in(places, apps, where, os.environ, tried)
-        home = os.path.expanduser("~")
+        yield from launchers_in(places, apps, where, tried)
         places = [os.path.join(tree, "bin") for tree in conda_trees()]
-        places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
+        places += [os.path.expanduser("~/.local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
-            places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
-        yield from launchers_in(places, apps, "the usual places", os.environ, tried)
-        own = own_launcher(apps, tried)
-        if own:
-            yield own
+            places += reversed(found_in(["~"], pattern))
+        yield from launchers_in(places, apps, "the usual places", tried)
+        yield from own_launcher(apps, "our own environment", tried)
     asked = APPS[request.app].title if request.app else "Jupyter"
     none = Failure(
         "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install(), status=EXIT_NO_JUPYTER
@@ -3587,7 +3567,8 @@ def launch(
     began = time.monotonic()
     for found in launchers(request, root_dir, channel, tried, programs):
         python = interpreter_of(found) if request.wrapper else ""
-        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
+        argv = [python, "-c", HAS_MODULE, PROGRAMS[found.app].module]
+        if request.wrapper and not (python and run_command(argv, COMMAND_TIMEOUT_S, found.environment)[0] == 0):
             # A home that is seen in there has scripts of a Python outside.
             tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
             continue
@@ -3876,19 +3857,20 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
                 yield directory, prefix
 
 
-def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
-    """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
+def activated(prefix: str) -> "Dict[str, str]":
+    """Return our environment with another one activated in it: a venv's name; of conda's, also what its packages set.
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
     """
     import shutil
 
-    if not os.path.isdir(os.path.join(prefix, "conda-meta")) or environment.get("CONDA_PREFIX") == prefix:
+    outer = os.environ.get("CONDA_PREFIX", "")
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")) or outer == prefix:
         is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
-        return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
+        return dict(os.environ, VIRTUAL_ENV=prefix) if is_venv else dict(os.environ)
     above, name = os.path.split(prefix)
     name = "base" if found_in([prefix], "condabin") else name if os.path.basename(above) == "envs" else prefix
-    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=name, CONDA_SHLVL="1")
+    own_environ = dict(os.environ, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=name, CONDA_SHLVL="1")
     own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
     state = os.path.join(prefix, "conda-meta/state")  # `conda env config vars set`
     for path in [*found_in([prefix], "etc/conda/env_vars.d/*.json"), state]:
@@ -3897,7 +3879,7 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
             several = several.get("env_vars", {}) if path == state else several
             own_environ.update({name: str(value) for name, value in several.items() if value != "***unset***"})
     script = 'for file in %s/etc/conda/deactivate.d/*.sh "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; '
-    script = script % shlex.quote(environment.get("CONDA_PREFIX", "")) + 'do [ ! -r "$file" ] || . "$file"; done; '
+    script = script % shlex.quote(outer) + 'do [ ! -r "$file" ] || . "$file"; done; '
     pixi = found_program("pixi") if found_in([prefix], "conda-meta/pixi") else ""
     if pixi:  # which repeats that, and adds what the project's manifest sets
         words = 'shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'
@@ -3918,11 +3900,6 @@ RUN_MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
     "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
 )
-
-
-def has_app(python: str, app: str, environment: "Optional[Dict[str, str]]" = None) -> bool:
-    """True when an interpreter can import an app; in our environment, where no other one is given."""
-    return run_command([python, "-c", HAS_MODULE, PROGRAMS[app].module], COMMAND_TIMEOUT_S, environment)[0] == 0
 
 
 # What makes environments: a file of it, in the environment or in its project's directory; the program; what makes one
@@ -3970,7 +3947,7 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
         if status == 0:
             script = os.path.join(os.path.dirname(python), PROGRAMS[candidate].command)
             how = [script] if python_named_by(script) else ["-c", RUN_MODULE % PROGRAMS[candidate].module]
-            return new_launcher(candidate, [python, *how], where, os.environ)
+            return new_launcher(candidate, [python, *how], where)
         if status != EXIT_NO_JUPYTER:
             problem = "it does not run: " + (said.strip() or "status %d" % status).splitlines()[-1]
             break
@@ -4002,17 +3979,15 @@ def launchers_of_project(
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
-def new_launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> Launcher:
+def new_launcher(app: str, argv: "List[str]", where: str) -> Launcher:
     """Return a launcher in its environment, activated. Its directory is first on PATH: `!pip` is the pip beside it."""
     place = os.path.dirname(argv[0])
-    environment = activated(os.path.dirname(place), environment)
+    environment = activated(os.path.dirname(place))
     environment["PATH"] = place + os.pathsep + environment.get("PATH", os.defpath)
     return Launcher(app=app, argv=argv, where=where, environment=environment)
 
 
-def launchers_in(
-    places: "List[str]", apps: "List[str]", where: str, environment: "Any", tried: "List[str]"
-) -> "Iterator[Launcher]":
+def launchers_in(places: "List[str]", apps: "List[str]", where: str, tried: "List[str]") -> "Iterator[Launcher]":
     """Yield the launchers in `places`; in each of them, the apps in their order."""
     looked = []
     for place in dict.fromkeys(places):
@@ -4023,7 +3998,7 @@ def launchers_in(
             script = os.path.join(place, PROGRAMS[candidate].command)
             problem = problem_of(script)
             if not problem:
-                yield new_launcher(candidate, [script], where, environment)
+                yield new_launcher(candidate, [script], where)
             elif problem != "not there":
                 tried.append("%s: %s" % (portable(script), problem))
     tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
@@ -4056,16 +4031,11 @@ def interpreter_of(found: Launcher) -> str:
 
 def version_of(found: Launcher) -> str:
     """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
-    import glob
-
     commands = [found.argv[0], os.path.realpath(found.argv[0]), interpreter_of(found)]
-    for prefix in [os.path.dirname(os.path.dirname(command)) for command in commands if command]:
-        for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-            name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
-            paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
-            if paths:
-                return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "")
-    return ""
+    prefixes = [os.path.dirname(os.path.dirname(command)) for command in commands if command]
+    name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
+    paths = found_in(prefixes, os.path.join("lib/python3*/*-packages", name))
+    return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "") if paths else ""
 
 
 # -- an environment of our own ----------------------------------------------------------------------------------------
@@ -4073,9 +4043,10 @@ def version_of(found: Launcher) -> str:
 INSTALLED = "installed now"
 
 
-def own_launcher(apps: "List[str]", tried: "List[str]", where: str = "our own environment") -> "Optional[Launcher]":
+def own_launcher(apps: "List[str]", where: str, tried: "List[str]") -> "List[Launcher]":
     """Return the launcher in our private virtual environment, if it is there."""
-    return next(launchers_in([os.path.join(os.path.expanduser(VENV_DIR), "bin")], apps, where, os.environ, tried), None)
+    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
+    return list(itertools.islice(launchers_in(places, apps, where, tried), 1))
 
 
 def install_commands() -> "List[List[str]]":
@@ -4104,18 +4075,17 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     channel.tell("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
     began = time.monotonic()
     with one_at_a_time(os.path.dirname(venv), channel, "another run of rjupyter is installing it; waiting"):
-        found = own_launcher(apps, [], INSTALLED)
-        for argv in commands if not found else []:
+        for argv in commands if not own_launcher(apps, INSTALLED, []) else []:
             status, output = run_with_progress(argv, channel)
             if status:
                 why = "%s\n%s" % (" ".join(argv), output)
                 raise Failure("Jupyter could not be installed", why, how_to_install(), EXIT_NO_JUPYTER)
-        found = own_launcher(apps, [], INSTALLED)
+        found = own_launcher(apps, INSTALLED, [])
         if not found:
             what = "Jupyter was installed, but its command is not there"
             raise Failure(what, portable(venv), "remove it there", EXIT_NO_JUPYTER)
     channel.tell("installed", path=portable(venv), seconds=time.monotonic() - began)
-    return found
+    return found[0]
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
@@ -4565,20 +4535,18 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     Their ports ask nobody for a password: any user of the host reads there what they print, and the code. Where it must
     be ports, a line says so. It is one way for all kernels of a server.
     """
-    import glob
-
     sockets = "--KernelManager.transport=ipc"
     if request.socket:
         return [sockets]
-    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
-    theirs = "".join(map(read_text, glob.glob(glob.escape(home) + "/jupyter_*config*")))
+    home = os.environ.get("JUPYTER_CONFIG_DIR") or "~/.jupyter"
+    theirs = "".join(map(read_text, found_in([home], "jupyter_*config*")))
     if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
         return []
     why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
     prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
     tops = [data_dir(), *[prefix + "/share/jupyter" for prefix in prefixes]]
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
-    for path in [path for top in tops for path in glob.glob(glob.escape(top) + "/kernels/*/kernel.json")]:
+    for path in found_in(tops, "kernels/*/kernel.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
             words = " ".join(json.loads(read_text(path))["argv"])
             if not why and not re.match(TAKES_SOCKETS, words):
@@ -4931,21 +4899,21 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     within = resolve_path(request.path)[0] if request.path is not None else ""
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
     views = [None for _ in records]  # type: List[Any]
-    errors = []  # type: List[Exception]
 
     def describe(place: int) -> None:
         try:
             views[place] = KINDS["server"].describe(records[place])
         except Exception as error:  # raised below: a thread would only print it
-            errors.append(error)
+            views[place] = error
 
     threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
+    for view in views:
+        if isinstance(view, Exception):
+            raise view
     others = {
         kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
         for kind in KINDS.values()
@@ -4979,9 +4947,8 @@ def follow_log(request: Request, channel: Channel) -> Record:
 
     def send_lines() -> bool:
         nonlocal known
-        is_last = not (
-            request.is_followed and KINDS[record.kind].goes_on(record)
-        )  # before the look: what it wrote last is seen
+        # Before the look: what it wrote last is seen.
+        is_last = not request.is_followed or not KINDS[record.kind].goes_on(record)
         for line in log.lines(has_ended=is_last):
             known -= 1
             if known < 0:
@@ -5278,10 +5245,7 @@ class Starter(Kind):
 
 
 def work(
-    directory: str,
-    request: Request,
-    prepare: "Callable[[Request], Request]",
-    is_unwanted: "Callable[[Kept], bool]",
+    directory: str, request: Request, prepare: "Callable[[Request], Request]", is_unwanted: "Callable[[Kept], bool]"
 ) -> None:
     """Do what an agent was left for, and stay until what that started has ended; end it once, when it is unwanted.
 
@@ -5705,17 +5669,14 @@ class Agent:
         self.launching = ""
         try:
             yield
-        except (KeyboardInterrupt, Terminated):
+        except (KeyboardInterrupt, Terminated, AgentEnded) as end:
             text = goes_on()
-            if text:
+            if text and isinstance(end, AgentEnded):
+                end.try_ = ""  # the same command would begin another
+            elif text:
                 self.messages.end_line()
-                self.messages.note(text)
-            raise
-        except AgentEnded as failure:
-            text = goes_on()
             if text:
                 self.messages.note(text)
-                failure.try_ = ""  # the same command would begin another
             raise
 
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
@@ -5861,7 +5822,11 @@ class Tunnel:
                 why = self._watch()
                 if not redials:
                     raise Failure("the connection to %s was lost" % self.ssh.destination, why, self.hint(), EXIT_SSH)
-                self._redial(why)
+                self.ssh.reconnect(why, self._comes_through, self.port)
+                # Before its first session on a connection, sshd holds small packets back: each answer through a forward
+                # is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
+                if self.ssh.way.has_login:
+                    self.ssh.run("true")
         finally:
             self.ssh.can_ask = could_ask
 
@@ -5937,16 +5902,8 @@ class Tunnel:
                     self.ssh.wake()
 
         self._has_left = False
-        with contextlib.suppress(NoRoom):  # then the next look tells
+        with contextlib.suppress(Failure):  # then the next look tells
             self._hearing = start_thread(hear)
-
-    def _redial(self, why: str) -> None:
-        """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
-        self.ssh.reconnect(why, self._comes_through, self.port)
-        # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
-        # 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
-        if self.ssh.way.has_login:
-            self.ssh.run("true")
 
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
@@ -5997,7 +5954,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     argv = [sys.executable, "-I", "-c", script, address, command or "", *([] if command else TEXT_BROWSERS)]
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     opener: "Optional[subprocess.Popen[bytes]]" = None
-    with contextlib.suppress(NoRoom):
+    with contextlib.suppress(Failure):
         opener = new_process(argv, start_new_session=True, **quiet)
 
     def complain() -> None:
