@@ -436,7 +436,6 @@ class App(Record):
     title: str
     command: str
     module: str
-    distribution: str
     page: str = ""
     notebook_page: str = ""
     file_page: str = ""
@@ -449,7 +448,6 @@ APPS = {
         title="Jupyter Notebook",
         command="jupyter-notebook",
         module="notebook",
-        distribution="notebook",
         page="tree",
         notebook_page="notebooks/%s",
         file_page="edit/%s",
@@ -458,7 +456,6 @@ APPS = {
         title="JupyterLab",
         command="jupyter-lab",
         module="jupyterlab",
-        distribution="jupyterlab",
         page="lab",
         notebook_page="lab/tree/%s",
         file_page="lab/tree/%s",
@@ -468,9 +465,7 @@ APPS = {
 
 
 # What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
-PROGRAMS = dict(
-    APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient", distribution="nbclient")
-)
+PROGRAMS = dict(APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient"))
 
 
 class RuntimeInfo(Record):
@@ -484,6 +479,11 @@ class RuntimeInfo(Record):
     root_dir: str
     is_secure: bool = False
     has_password: bool = False
+
+    @property
+    def good_statuses(self) -> "Tuple[int, ...]":
+        """What our own server answers: with a password and no token, it cannot take ours."""
+        return (401, 403) if self.has_password and not self.token else (200,)
 
     def unusable(self) -> "List[str]":
         """Return the settings of Jupyter's that cannot be put into a header or an address."""
@@ -829,11 +829,6 @@ class Server(RuntimeInfo):
         """True for one at an address that others may reach: of a job's node, or of a network that it is wrapped in."""
         is_near = self.host.startswith("127.") or self.host == "::1" or bool(self.sock)
         return bool(self.job) or (bool(self.wrapper) and not is_near)
-
-    @property
-    def good_statuses(self) -> "Tuple[int, ...]":
-        """What our own server answers: with a password and no token, it cannot take ours."""
-        return (401, 403) if self.has_password and not self.token else (200,)
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
@@ -1242,13 +1237,11 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
     port_in_table = ":%04X " % local[1]
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
-                for row in (line.lower().split() for line in stream if port_in_table in line):
-                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                        return int(row[7])
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), open(table) as stream:
+            # No further than it must: a busy host's table is long, and slow to read.
+            for row in (line.lower().split() for line in stream if port_in_table in line):
+                if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                    return int(row[7])
     return None
 
 
@@ -1271,12 +1264,10 @@ def node_address(asked: str) -> str:
         _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], COMMAND_TIMEOUT_S)
         names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
     for name in names:
-        try:
+        with contextlib.suppress(OSError):
             address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
-        except OSError:
-            continue
-        if not address.startswith("127."):
-            return address
+            if not address.startswith("127."):
+                return address
     why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
     raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
 
@@ -1311,12 +1302,10 @@ def boot_identity() -> str:
 
     Some containers, Android and early WSL let nobody read the first (random(4)); the second is pid_namespaces(7).
     """
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as boot:
-            namespace = os.readlink("/proc/self/ns/pid")
-            return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as boot:
+        namespace = os.readlink("/proc/self/ns/pid")
+        return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
+    return ""
 
 
 def process_identity(pid: int) -> str:
@@ -1330,13 +1319,10 @@ def process_identity(pid: int) -> str:
         except ChildProcessError:
             has_ended = not session_of(pid)
         return "" if has_ended else boot_identity() + ":"
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as process:
-            fields = process.read().rpartition(b")")[2].split()
-            # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
-            return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as process:
+        fields = process.read().rpartition(b")")[2].split()
+        # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
+        return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     if os.path.exists("/proc/self/stat"):
         return ""
     import calendar
@@ -1367,10 +1353,9 @@ def parents() -> "Dict[int, int]":
 
 def is_own_proc() -> bool:
     """False where /proc tells of the processes outside of our pid namespace: bwrap --unshare-pid without --proc."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink("/proc/self") in (str(os.getpid()), "curproc")  # the latter is FreeBSD's
-    except OSError:
-        return True  # there is none
+    return True  # there is none
 
 
 def is_same_process(pid: int, identity: str) -> bool:
@@ -1405,19 +1390,16 @@ def has_exited(pid: int) -> bool:
 
 def session_of(pid: int) -> int:
     """Return the session that process `pid` is in; 0 when there is no such process."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no sessions
         return os.getsid(pid)
-    except (OSError, AttributeError):  # Windows has no sessions
-        return 0
+    return 0
 
 
 def command_of_process(pid: int) -> str:
     """Return the command line of a process; empty where it cannot be had."""
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            return stream.read(4096).decode("utf-8", "replace")
-    except OSError:
-        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+    with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as stream:
+        return stream.read(4096).decode("utf-8", "replace")
+    return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
 
 
 def environment_of(pid: int) -> "Dict[str, str]":
@@ -1514,27 +1496,23 @@ def look_anew(directory: str) -> None:
 
 def size_of(path: str) -> int:
     """Return how large a file is, in bytes; 0 for one that is not there."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_size
-    except OSError:
-        return 0
+    return 0
 
 
 def time_of(path: str) -> float:
     """Return when a file was written, by the clock of its file system; 0 for one that is not there."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
+    return 0.0
 
 
 def read_text(path: str) -> str:
     """Return what is in a small file; empty when there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.read(RUNTIME_FILE_MAX)
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+        return stream.read(RUNTIME_FILE_MAX)
+    return ""
 
 
 def read_json(path: str) -> "Json":
@@ -1555,10 +1533,9 @@ def read_json(path: str) -> "Json":
 def read_record(kind: "Type[R]", path: str) -> "Optional[R]":
     """Return the record in a small file of ours; None when there is none, or when it makes no sense."""
     facts = read_json(path)
-    try:
+    with contextlib.suppress(Wrong):
         return kind.read(facts) if facts else None
-    except Wrong:
-        return None
+    return None
 
 
 class Growing:
@@ -1574,14 +1551,12 @@ class Growing:
 
     def part(self) -> bytes:
         """Return the next bytes; none where there are none yet."""
-        try:
-            with open(self.path, "rb") as stream:
-                stream.seek(self.offset)
-                part = stream.read(PART_BYTES)
-        except OSError:
-            return b""
-        self.offset += len(part)
-        return part
+        with contextlib.suppress(OSError), open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            part = stream.read(PART_BYTES)
+            self.offset += len(part)
+            return part
+        return b""
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
@@ -1649,11 +1624,6 @@ def as_typed(path: str, name: str = "") -> str:
     places = [os.path.join(directory, name) for directory in os.get_exec_path()]
     found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
     return name if found and os.path.exists(path) and os.path.samefile(found, path) else path
-
-
-def in_one_line(text: str) -> str:
-    """Return several lines as one."""
-    return text.replace("\n", "; ")
 
 
 def duration(seconds: Optional[float], units: int = 1) -> str:
@@ -1833,21 +1803,19 @@ class Messages:
 
 def terminal_width() -> int:
     """Return the columns of the terminal that stderr is; 80 where it is none."""
-    try:
+    with contextlib.suppress(OSError):
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
+    return 80
 
 
 def has_terminal() -> bool:
     """True when someone could answer a question here: there is a controlling terminal."""
     if os.name != "posix":
         return sys.stdin.isatty()
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def can_ask() -> bool:
@@ -2502,7 +2470,7 @@ class Ssh:
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
-                text = "%s: %s" % (failure.what, in_one_line(failure.why))
+                text = "%s: %s" % (failure.what, failure.why.replace("\n", "; "))
                 is_news = not isinstance(failure, NotConnected) and text not in told
                 told += [text] if is_news else []
                 (self.messages.note if is_news else self.messages.detail)("Not yet: " + text)
@@ -3291,11 +3259,9 @@ def kept_dirs(kind: str) -> "List[str]":
     """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
     found = []
     for top in state_dirs(kind):
-        try:
+        with contextlib.suppress(OSError):
             if os.stat(top).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
-        except OSError:
-            continue
     return found
 
 
@@ -3320,11 +3286,9 @@ def new_dir(kind: Kind) -> str:
     top = first_private(state_dirs(kind.directory))
     while True:
         path = os.path.join(top, kind.prefix + os.urandom(2).hex())
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
             return path
-        except FileExistsError:
-            continue
 
 
 def write_down(record: "K", directory: str) -> "K":
@@ -3380,10 +3344,7 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
         record = record_in(kind, path)
-        try:
-            age_s = time.time() - os.stat(path).st_mtime
-        except OSError:
-            continue
+        age_s = time.time() - time_of(path)
         is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
         if path not in stays and age_s > KEEP_ENDED_S and is_known:
             shutil.rmtree(path, ignore_errors=True)
@@ -3391,13 +3352,11 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
 def end_of_log(path: str, lines: int = LOG_LINES) -> str:
     """Return the last lines of a log, tokens taken out."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
-            text = stream.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    text = b""
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
+        text = stream.read()
+    tail = [line.rstrip() for line in text.decode("utf-8", "replace").splitlines() if line.strip()][-lines:]
     return without_tokens("\n".join(tail))
 
 
@@ -3412,9 +3371,18 @@ def without_tokens(text: str) -> str:
 def start_detached(
     argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
 ) -> "Any":
-    """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
+    """Start a process in a session of its own that has nothing of ours open.
+
+    With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
+    no more of a job than its process group: what has a session of its own would outlive the job.
+    """
     import warnings
 
+    prctl = None  # type: Any
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl if is_held else None
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
         return subprocess.Popen(
@@ -3425,7 +3393,8 @@ def start_detached(
             cwd=directory,
             env=environment,
             start_new_session=True,
-            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # held by one with one thread
+            # PR_SET_PDEATHSIG. Who holds it has one thread.
+            preexec_fn=prctl and (lambda: prctl(1, int(signal.SIGTERM))),  # noqa: PLW1509
         )
 
 
@@ -3461,20 +3430,6 @@ def ended_unless_kept(process: "Any") -> "Iterator[None]":
         end_session(process.pid)
         process.wait()
         raise
-
-
-def end_with_parent() -> "Optional[Callable[[], object]]":
-    """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
-
-    A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
-    """
-    try:
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-    except (ImportError, OSError, AttributeError):
-        return None
-    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def resolve_path(path: str) -> "Tuple[str, str]":
@@ -3541,14 +3496,10 @@ def launchers(
             places += reversed(found_in(["~"], pattern))
         yield from launchers_in(places, apps, "the usual places", tried)
         yield from own_launcher(apps, "our own environment", tried)
-    asked = APPS[request.app].title if request.app else "Jupyter"
-    none = Failure(
-        "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install(), status=EXIT_NO_JUPYTER
-    )
-    if not request.may_install or request.python or request.env:
-        raise none
-    yield install_jupyter(apps, channel)
-    raise none
+    if request.may_install and not request.python and not request.env:
+        yield install_jupyter(apps, channel)
+    what = "no %s on the host" % (APPS[request.app].title if request.app else "Jupyter")
+    raise Failure(what, "looked at\n" + "\n".join(tried), how_to_install(), EXIT_NO_JUPYTER)
 
 
 def launch(
@@ -3595,11 +3546,9 @@ def problem_of(script: str) -> str:
 
 def match_head(script: str, *forms: str) -> str:
     """Return what the first of these forms that fits the beginning of a script finds in it; empty when none does."""
-    try:
-        with open(script, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        return ""
+    head = ""
+    with contextlib.suppress(OSError), open(script, "rb") as stream:
+        head = os.fsdecode(stream.read(1024))
     found = next(filter(None, (re.match(form, head) for form in forms)), None)
     return found.group(1) if found else ""
 
@@ -4033,7 +3982,7 @@ def version_of(found: Launcher) -> str:
     """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
     commands = [found.argv[0], os.path.realpath(found.argv[0]), interpreter_of(found)]
     prefixes = [os.path.dirname(os.path.dirname(command)) for command in commands if command]
-    name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
+    name = PROGRAMS[found.app].module + "-[0-9]*.*-info"
     paths = found_in(prefixes, os.path.join("lib/python3*/*-packages", name))
     return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "") if paths else ""
 
@@ -4184,13 +4133,12 @@ def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
     if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII):
         return False
-    try:
+    with contextlib.suppress(OSError):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
             probe.bind(path)
         os.unlink(path)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
@@ -4198,10 +4146,9 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
     One that is not ours is never removed: it may be another node's, on a shared home.
     """
-    try:
+    names = []  # type: List[str]
+    with contextlib.suppress(OSError):
         names = os.listdir(directory)
-    except OSError:
-        return
     for name in names:
         kind, _, rest = name.partition("-")
         pid, _, ending = rest.partition(".")
@@ -4295,12 +4242,9 @@ def answers(info: RuntimeInfo) -> bool:
     Whoever else took the port may take any token: a server of ours listens under our own uid, and refuses another
     token. With a password and no token at all, that it asks for the password must do.
     """
-    status, _ = ask_server(info, STATUS_PATH)
-    if not status or not is_our_port(info):
+    if ask_server(info, STATUS_PATH)[0] not in info.good_statuses or not is_our_port(info):
         return False
-    if info.token:
-        return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
-    return status in ((401, 403) if info.has_password else (200,))
+    return not info.token or ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
 
 
 def listens(info: RuntimeInfo) -> bool:
@@ -4321,21 +4265,14 @@ def listens(info: RuntimeInfo) -> bool:
 
 def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
-    try:
+    with contextlib.suppress(OSError):
         return bool(info.sock) or owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
-    except OSError:
-        return True  # a host name in place of an address
+    return True  # a host name in place of an address
 
 
 def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
     """True when a server answers, or cannot be asked from here."""
     return not can_ask_server(record, info) or answers(info)
-
-
-def can_be_opened(record: ServerRecord) -> bool:
-    """True when a server seems well, and what leads to it fits into an address."""
-    info = server_info(record)
-    return info is not None and not info.unusable() and seems_well(record, info)
 
 
 def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
@@ -4741,10 +4678,9 @@ def seconds_since(moment: "Any") -> "Optional[float]":
     """Return how long ago a moment was, in seconds, from the form that Jupyter's API has (ISO 8601, UTC)."""
     import calendar
 
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, time.time() - calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S")))
-    except (ValueError, OverflowError):
-        return None
+    return None
 
 
 # agent ends
@@ -4877,16 +4813,14 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
             raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
-        others = found if not found[0].is_ours else []
     else:
         found = matching_servers(request, root_dir)
-        others = []
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
             others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
-            others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
-            others = [record for record in others if can_be_opened(record)]
-        found = found + others
-    for other in others:
+            for record in [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]:
+                info = server_info(record)
+                found += [record] if info and not info.unusable() and seems_well(record, info) else []
+    for other in [record for record in found if not record.is_ours]:
         other.local_port = request.local_port
     return found
 
@@ -5080,9 +5014,9 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
             facts.jupyter_trouble = failure
     facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
-    for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+    for process in found_in(["/proc"], "[0-9]*"):
         with contextlib.suppress(OSError):
-            uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
+            uids.add(os.stat(process).st_uid)
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
     facts.foreign = foreign_files()
     facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
@@ -5735,11 +5669,6 @@ class Tunnel:
         self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
-    @property
-    def local_port(self) -> int:
-        """The number of the local port."""
-        return self.port.number
-
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
         usual = self.server.local_port
@@ -5763,7 +5692,7 @@ class Tunnel:
 
     def _forward(self) -> Tuple[bool, str]:
         with self.port.lent():
-            return self.ssh.forward(self.local_port, self.server.target)
+            return self.ssh.forward(self.port.number, self.server.target)
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -5798,14 +5727,13 @@ class Tunnel:
     def probe(self, timeout_s: float) -> int:
         """Return the HTTP status of /api/status through the tunnel; OSError when there is none."""
         path = self.server.base_url + STATUS_PATH
-        address = ("127.0.0.1", self.local_port)
+        address = ("127.0.0.1", self.port.number)
         return http_request(address, path, self.server.token, timeout_s, is_secure=self.server.is_secure)[0]
 
     def _is_answering(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return self.probe(PROBE_TIMEOUT_S) in self.server.good_statuses
-        except OSError:
-            return False
+        return False
 
     # -- the hold -----------------------------------------------------------------------------------------------------
 
@@ -5855,7 +5783,7 @@ class Tunnel:
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if self._has_left and is_open and self.ssh.way.has_login:
-                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
+                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.port.number, self.server.target))
                 is_open = not self.port.hold()
             if not self.ssh.wait(0.2):
                 break
@@ -5893,7 +5821,7 @@ class Tunnel:
 
         def hear() -> None:
             with contextlib.suppress(OSError):
-                address = ("127.0.0.1", self.local_port)
+                address = ("127.0.0.1", self.port.number)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
                     with contextlib.suppress(ConnectionError):
@@ -5908,7 +5836,7 @@ class Tunnel:
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
         with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
-            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.local_port in line]
+            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.port.number in line]
             ours = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
             return not all(any("socket:[%s]" % inode in path for path in ours) for inode in inodes)
         return False
@@ -6090,10 +6018,9 @@ MASTERS.append(master_of_a_tunnel)
 def does_answer(record: TunnelRecord) -> bool:
     """True when an answer comes through a tunnel; any, for the server's own matters are not asked about."""
     is_secure = record.url.startswith("https:")
-    try:
+    with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
-    except OSError:
-        return False
+    return False
 
 
 class Background:
@@ -8767,7 +8694,7 @@ class Execution:
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
             if not is_silent:
-                self.messages.line(in_one_line(brought))
+                self.messages.line(brought.replace("\n", "; "))
         return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
     def failure(self, view: RunView) -> Failure:
@@ -10998,9 +10925,9 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if args.via_node and server.job:
             agent.ssh = move_to_node(agent.ssh, server)
         tunnel = open_tunnel(server, args, agent, messages)
-        url = server.url(tunnel.local_port, has_token=not server.has_password)
+        url = server.url(tunnel.port.number, has_token=not server.has_password)
         text = gateway_settings(url, server.base_url) if args.gateway else url
-        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.port.number, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -11015,7 +10942,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             is_background=args.background,
             url=url,
             base_url=server.base_url,
-            local_port=tunnel.local_port,
+            local_port=tunnel.port.number,
             id=server.id,
             control=agent.ssh.way.control_path if agent.ssh.process else "",
             config=agent.ssh.config_text,
@@ -11042,10 +10969,10 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
-        messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
+        messages.step(text, "closed", local_port=tunnel.port.number, tunnel_pid=os.getpid())
         if not is_ended and (wants_browser(args) or tunnel.has_page()):
             text = "Close its pages, too: whoever listens on port %d here next is sent their cookie."
-            messages.note(text % tunnel.local_port)
+            messages.note(text % tunnel.port.number)
     return EXIT_OK
 
 
@@ -11082,8 +11009,8 @@ def open_tunnel(server: Server, args: Args, agent: Agent, messages: Messages) ->
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
     if server.is_on_node and not args.via_node:
         where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
-    text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.local_port, where)
-    messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port, sock=server.sock)
+    text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.port.number, where)
+    messages.step(text, "forwarding", local_port=tunnel.port.number, port=server.port, sock=server.sock)
     if server.has_password:
         messages.note("The server has a password; the page asks for it.")
     elif not server.token:
@@ -11241,7 +11168,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 why = "it ended with status %d" % child.returncode if child.returncode else ""
             events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
             failed = [str(facts["why"] or facts["what"]) for facts in events if facts.get("event") == "failure"]
-            why = in_one_line(failed[0]) if failed else why
+            why = failed[0].replace("\n", "; ") if failed else why
             messages.event("host", host=host, is_reached=not why, why=why or None)
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
@@ -11637,7 +11564,7 @@ def run_doctor(args: Args, agent: Agent, messages: Messages) -> int:
     agent.greets_after_s = float("inf")  # the lines below say it
     status = EXIT_OK
     for name, words, try_ in checks(args, agent):
-        says = in_one_line(words)
+        says = words.replace("\n", "; ")
         text = "%s  %-12s %s" % ("FAIL" if try_ else "ok  ", name, says)
         text += "\n      %-12s try: %s" % ("", try_) if try_ else ""
         messages.result(text, "check", RED if try_ else GREEN, check=name, is_ok=not try_, says=says, remedy=try_)
