@@ -1379,13 +1379,11 @@ START_ERROR = 2
 
 def has_exited(pid: int) -> bool:
     """True when a child of ours has. It reaps all others that have: we may be a container's first process."""
-    while True:
-        try:
+    ended = -1
+    with contextlib.suppress(ChildProcessError):
+        while ended not in (0, pid):
             ended, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return True
-        if ended in (0, pid):
-            return ended == pid
+    return ended != 0
 
 
 def session_of(pid: int) -> int:
@@ -1405,11 +1403,9 @@ def command_of_process(pid: int) -> str:
 def environment_of(pid: int) -> "Dict[str, str]":
     """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
     path = "/proc/%d/environ" % pid
-    try:
-        with open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
-            entries = os.fsdecode(stream.read()).split("\0")
-    except OSError:
-        return {}
+    entries = []  # type: List[str]
+    with contextlib.suppress(OSError), open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
+        entries = os.fsdecode(stream.read()).split("\0")
     return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
@@ -1580,13 +1576,10 @@ def has_lock(lock: "Any") -> bool:
     """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
     import fcntl
 
-    try:
+    with contextlib.suppress(BlockingIOError, PermissionError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 # agent ends
@@ -2033,19 +2026,13 @@ ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
     ("kex_exchange_identification: (Connection closed|read: )", Crowded, CROWDED, ""),
 ]
 # What only repeats that the connection has ended: the cause is the line before.
-ECHOES = (
-    "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
-    "Connection (closed|reset|timed out|to .* (closed|timed out))"
-)
+ECHOES = "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
+ECHOES += "Connection (closed|reset|timed out|to .* (closed|timed out))"
 # All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
 # banner or the text of a second factor must be read before the prompt that follows.
-FATAL_WORDS = "|".join(
-    [
-        *(pattern for pattern, _, _, why in ENDINGS if not why),
-        "ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad |client_loop",
-        "Timeout,|Received disconnect|" + ECHOES,
-    ]
-)
+FATAL_WORDS = "|".join(pattern for pattern, _, _, why in ENDINGS if not why)
+FATAL_WORDS += "|ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad "
+FATAL_WORDS += "|client_loop|Timeout,|Received disconnect|" + ECHOES
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
 WARNINGS = (
     r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
@@ -2374,8 +2361,7 @@ class Ssh:
             return False
         if tries == 1:
             self.messages.note("%s turns logins away, perhaps for too many at once. Trying again." % self.destination)
-        pause_s = 2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256)  # not at the same moment as others
-        time.sleep(pause_s)
+        time.sleep(2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256))  # not at the same moment as others
         return True
 
     def _dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
@@ -2626,10 +2612,6 @@ class Ssh:
         self.log_argv(argv)
         is_shown = not self.way.has_login and has_terminal()
         return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask, is_shown=is_shown)
-
-    def run(self, command: str) -> Tuple[bool, str]:
-        """Run a short command on the host; return whether it succeeded, and what it printed."""
-        return self.call(self.way.session_argv(command=command))
 
     def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
         """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
@@ -3030,19 +3012,13 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
     No crash leaves it behind. Where files cannot be locked, there is none.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with contextlib.suppress(OSError):
             lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
-
-            def look() -> str:
-                if has_lock(lock):
-                    return "ours"
+            while not has_lock(lock):
                 channel.progress(waiting)
-                return "nobody" if channel.is_closed else ""
-
-            if until(look, float("inf")) == "nobody":
-                raise Failure("nobody is waiting for this any more")
-        except OSError:
-            pass
+                if channel.is_closed:
+                    raise Failure("nobody is waiting for this any more")
+                time.sleep(POLL_S)
         channel.progress("")
         yield
 
@@ -4146,14 +4122,12 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
     One that is not ours is never removed: it may be another node's, on a shared home.
     """
-    names = []  # type: List[str]
-    with contextlib.suppress(OSError):
-        names = os.listdir(directory)
-    for name in names:
-        kind, _, rest = name.partition("-")
-        pid, _, ending = rest.partition(".")
-        if kind in ("jpserver", "nbserver") and ending == "json" and pid.isdigit() and len(pid) < 10:
-            yield kind, int(pid), os.path.join(directory, name)
+    import glob
+
+    for path in glob.glob(os.path.join(glob.escape(directory), "*.json")):
+        match = re.fullmatch(r"(jpserver|nbserver)-([0-9]{1,9})\.json", os.path.basename(path))
+        if match:
+            yield match.group(1), int(match.group(2)), path
 
 
 def remove_files(paths: "List[str]") -> None:
@@ -4610,8 +4584,7 @@ class ServerKind(Kind):
         if not record.is_ours:
             return
         # What its cells printed is kept, with its record and its log; without cells, nothing.
-        cells = cells_dir(record.directory)
-        has_run = os.path.isdir(cells) and any(name.endswith(".journal") for name in os.listdir(cells))
+        has_run = bool(found_in([cells_dir(record.directory)], "*.journal"))
         for name in os.listdir(record.directory) if has_run else []:
             if name not in ("cells", "log", "server.json", "stop"):
                 path = os.path.join(record.directory, name)
@@ -4709,9 +4682,8 @@ def open_server(request: Request, channel: Channel) -> Server:
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir)
         if request.attach and not found:
-            raise Failure(
-                "the server %s is about to end" % request.attach, "it takes no connections", "rjupyter HOST list"
-            )
+            what = "the server %s is about to end" % request.attach
+            raise Failure(what, "it takes no connections", "rjupyter HOST list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -4766,9 +4738,8 @@ def find_server(request: Request, root_dir: str) -> "Optional[Server]":
 
 def begun_by(request: Request) -> "Optional[Kept]":
     """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
-    if not request.errand:
-        return None
-    kept = [record for kind in KINDS.values() for record in kind.begun()]  # type: List[Kept]
+    kinds = list(KINDS.values()) if request.errand else []
+    kept = [record for kind in kinds for record in kind.begun()]  # type: List[Kept]
     return next((record for record in kept if record.request.errand == request.errand), None)
 
 
@@ -4955,9 +4926,6 @@ def what_to_stop(request: Request) -> "List[Any]":
     return found
 
 
-# -- the end of a thing -----------------------------------------------------------------------------------------------
-
-
 def describe_end(request: Request, channel: Channel) -> EndReply:
     """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
     known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
@@ -4989,9 +4957,6 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
     was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
     return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
-
-
-# -- doctor -----------------------------------------------------------------------------------------------------------
 
 
 def examine_host(request: Request, channel: Channel) -> ExamineReply:
@@ -5064,12 +5029,11 @@ def perform(
     `prepare` may change the request first; what it raises is told like the rest.
     """
     global own_state_dir
-    try:
+    user = str(os.getuid())
+    with contextlib.suppress(ImportError, KeyError):
         import pwd
 
         user = pwd.getpwuid(os.getuid()).pw_name
-    except (ImportError, KeyError):
-        user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
     channel.tell("hello", home=portable(os.path.expanduser("~")), clock=time.time(), **facts)
@@ -5754,7 +5718,7 @@ class Tunnel:
                 # Before its first session on a connection, sshd holds small packets back: each answer through a forward
                 # is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
                 if self.ssh.way.has_login:
-                    self.ssh.run("true")
+                    self.ssh.call(self.ssh.way.session_argv(command="true"))
         finally:
             self.ssh.can_ask = could_ask
 
