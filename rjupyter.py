@@ -436,7 +436,6 @@ class App(Record):
     title: str
     command: str
     module: str
-    distribution: str
     page: str = ""
     notebook_page: str = ""
     file_page: str = ""
@@ -449,7 +448,6 @@ APPS = {
         title="Jupyter Notebook",
         command="jupyter-notebook",
         module="notebook",
-        distribution="notebook",
         page="tree",
         notebook_page="notebooks/%s",
         file_page="edit/%s",
@@ -458,7 +456,6 @@ APPS = {
         title="JupyterLab",
         command="jupyter-lab",
         module="jupyterlab",
-        distribution="jupyterlab",
         page="lab",
         notebook_page="lab/tree/%s",
         file_page="lab/tree/%s",
@@ -468,9 +465,7 @@ APPS = {
 
 
 # What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
-PROGRAMS = dict(
-    APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient", distribution="nbclient")
-)
+PROGRAMS = dict(APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient"))
 
 
 class RuntimeInfo(Record):
@@ -484,6 +479,11 @@ class RuntimeInfo(Record):
     root_dir: str
     is_secure: bool = False
     has_password: bool = False
+
+    @property
+    def good_statuses(self) -> "Tuple[int, ...]":
+        """What our own server answers: with a password and no token, it cannot take ours."""
+        return (401, 403) if self.has_password and not self.token else (200,)
 
     def unusable(self) -> "List[str]":
         """Return the settings of Jupyter's that cannot be put into a header or an address."""
@@ -829,11 +829,6 @@ class Server(RuntimeInfo):
         """True for one at an address that others may reach: of a job's node, or of a network that it is wrapped in."""
         is_near = self.host.startswith("127.") or self.host == "::1" or bool(self.sock)
         return bool(self.job) or (bool(self.wrapper) and not is_near)
-
-    @property
-    def good_statuses(self) -> "Tuple[int, ...]":
-        """What our own server answers: with a password and no token, it cannot take ours."""
-        return (401, 403) if self.has_password and not self.token else (200,)
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
@@ -1242,13 +1237,11 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
     port_in_table = ":%04X " % local[1]
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table) as stream:  # no further than it must: a busy host's table is long, and slow to read
-                for row in (line.lower().split() for line in stream if port_in_table in line):
-                    if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                        return int(row[7])
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), open(table) as stream:
+            # No further than it must: a busy host's table is long, and slow to read.
+            for row in (line.lower().split() for line in stream if port_in_table in line):
+                if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+                    return int(row[7])
     return None
 
 
@@ -1271,12 +1264,10 @@ def node_address(asked: str) -> str:
         _, said, _ = run_command(["scontrol", "--oneliner", "show", "node", slurm_name], COMMAND_TIMEOUT_S)
         names[:0] = [*re.findall(r"\bNodeAddr=(\S+)", said), slurm_name]
     for name in names:
-        try:
+        with contextlib.suppress(OSError):
             address = str(socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)[0][4][0])
-        except OSError:
-            continue
-        if not address.startswith("127."):
-            return address
+            if not address.startswith("127."):
+                return address
     why = "tried %s; its interfaces: %s" % (", ".join(names), ", ".join(sorted(interfaces)) or "none")
     raise Failure("this node has no address of its own", why, "--node-address INTERFACE, or --via-node")
 
@@ -1311,12 +1302,10 @@ def boot_identity() -> str:
 
     Some containers, Android and early WSL let nobody read the first (random(4)); the second is pid_namespaces(7).
     """
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as boot:
-            namespace = os.readlink("/proc/self/ns/pid")
-            return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as boot:
+        namespace = os.readlink("/proc/self/ns/pid")
+        return boot.read().strip() + ("" if namespace == "pid:[4026531836]" else "/" + namespace[5:-1])
+    return ""
 
 
 def process_identity(pid: int) -> str:
@@ -1330,13 +1319,10 @@ def process_identity(pid: int) -> str:
         except ChildProcessError:
             has_ended = not session_of(pid)
         return "" if has_ended else boot_identity() + ":"
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as process:
-            fields = process.read().rpartition(b")")[2].split()
-            # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
-            return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as process:
+        fields = process.read().rpartition(b")")[2].split()
+        # Fields 3 and 22 of proc(5): the state and the start time. A zombie has ended.
+        return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     if os.path.exists("/proc/self/stat"):
         return ""
     import calendar
@@ -1367,10 +1353,9 @@ def parents() -> "Dict[int, int]":
 
 def is_own_proc() -> bool:
     """False where /proc tells of the processes outside of our pid namespace: bwrap --unshare-pid without --proc."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink("/proc/self") in (str(os.getpid()), "curproc")  # the latter is FreeBSD's
-    except OSError:
-        return True  # there is none
+    return True  # there is none
 
 
 def is_same_process(pid: int, identity: str) -> bool:
@@ -1394,40 +1379,33 @@ START_ERROR = 2
 
 def has_exited(pid: int) -> bool:
     """True when a child of ours has. It reaps all others that have: we may be a container's first process."""
-    while True:
-        try:
+    ended = -1
+    with contextlib.suppress(ChildProcessError):
+        while ended not in (0, pid):
             ended, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return True
-        if ended in (0, pid):
-            return ended == pid
+    return ended != 0
 
 
 def session_of(pid: int) -> int:
     """Return the session that process `pid` is in; 0 when there is no such process."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no sessions
         return os.getsid(pid)
-    except (OSError, AttributeError):  # Windows has no sessions
-        return 0
+    return 0
 
 
 def command_of_process(pid: int) -> str:
     """Return the command line of a process; empty where it cannot be had."""
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as stream:
-            return stream.read(4096).decode("utf-8", "replace")
-    except OSError:
-        return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
+    with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as stream:
+        return stream.read(4096).decode("utf-8", "replace")
+    return run_command(["ps", "-o", "args=", "-p", str(pid)], COMMAND_TIMEOUT_S)[1]
 
 
 def environment_of(pid: int) -> "Dict[str, str]":
     """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
     path = "/proc/%d/environ" % pid
-    try:
-        with open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
-            entries = os.fsdecode(stream.read()).split("\0")
-    except OSError:
-        return {}
+    entries = []  # type: List[str]
+    with contextlib.suppress(OSError), open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
+        entries = os.fsdecode(stream.read()).split("\0")
     return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
@@ -1514,27 +1492,23 @@ def look_anew(directory: str) -> None:
 
 def size_of(path: str) -> int:
     """Return how large a file is, in bytes; 0 for one that is not there."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_size
-    except OSError:
-        return 0
+    return 0
 
 
 def time_of(path: str) -> float:
     """Return when a file was written, by the clock of its file system; 0 for one that is not there."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
+    return 0.0
 
 
 def read_text(path: str) -> str:
     """Return what is in a small file; empty when there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.read(RUNTIME_FILE_MAX)
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+        return stream.read(RUNTIME_FILE_MAX)
+    return ""
 
 
 def read_json(path: str) -> "Json":
@@ -1555,10 +1529,9 @@ def read_json(path: str) -> "Json":
 def read_record(kind: "Type[R]", path: str) -> "Optional[R]":
     """Return the record in a small file of ours; None when there is none, or when it makes no sense."""
     facts = read_json(path)
-    try:
+    with contextlib.suppress(Wrong):
         return kind.read(facts) if facts else None
-    except Wrong:
-        return None
+    return None
 
 
 class Growing:
@@ -1574,47 +1547,39 @@ class Growing:
 
     def part(self) -> bytes:
         """Return the next bytes; none where there are none yet."""
-        try:
-            with open(self.path, "rb") as stream:
-                stream.seek(self.offset)
-                part = stream.read(PART_BYTES)
-        except OSError:
-            return b""
-        self.offset += len(part)
-        return part
+        with contextlib.suppress(OSError), open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            part = stream.read(PART_BYTES)
+            self.offset += len(part)
+            return part
+        return b""
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
-        begun = []  # type: List[bytes] # of a line, which may be longer than many parts
-        part = self.part()
-        while part:
+        begun = bytearray()  # of a line, which may be longer than many parts
+        for part in iter(self.part, b""):
             *ends, rest = part.split(b"\n")
             for end in ends:
-                yield b"".join([*begun, end]).decode("utf-8", "replace").rstrip("\r\n")
-                begun = []
-            begun.append(rest)
-            if len(begun) * PART_BYTES > self._most:
-                yield b"".join(begun).decode("utf-8", "replace")
-                begun = []
-            part = self.part()
-        last = b"".join(begun)
-        if has_ended and last:
-            yield last.decode("utf-8", "replace").rstrip("\r\n")
-        elif not has_ended:
-            self.offset -= len(last)
+                yield (begun + end).decode("utf-8", "replace").rstrip("\r\n")
+                begun.clear()
+            begun += rest
+            if len(begun) > self._most:
+                yield begun.decode("utf-8", "replace")
+                begun.clear()
+        if not has_ended:
+            self.offset -= len(begun)
+        elif begun:
+            yield begun.decode("utf-8", "replace").rstrip("\r\n")
 
 
 def has_lock(lock: "Any") -> bool:
     """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
     import fcntl
 
-    try:
+    with contextlib.suppress(BlockingIOError, PermissionError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 # agent ends
@@ -1652,11 +1617,6 @@ def as_typed(path: str, name: str = "") -> str:
     places = [os.path.join(directory, name) for directory in os.get_exec_path()]
     found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), "")
     return name if found and os.path.exists(path) and os.path.samefile(found, path) else path
-
-
-def in_one_line(text: str) -> str:
-    """Return several lines as one."""
-    return text.replace("\n", "; ")
 
 
 def duration(seconds: Optional[float], units: int = 1) -> str:
@@ -1836,21 +1796,19 @@ class Messages:
 
 def terminal_width() -> int:
     """Return the columns of the terminal that stderr is; 80 where it is none."""
-    try:
+    with contextlib.suppress(OSError):
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
+    return 80
 
 
 def has_terminal() -> bool:
     """True when someone could answer a question here: there is a controlling terminal."""
     if os.name != "posix":
         return sys.stdin.isatty()
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def can_ask() -> bool:
@@ -2034,10 +1992,6 @@ class AgentEnded(Failure):
     """The agent did not come to its reply, although the connection stands."""
 
 
-class NoRoom(Failure):
-    """There are no more processes, threads, descriptors or memory for us here."""
-
-
 REMOVE_KEY = "ask the host's administrator whether the key is new; if so:\n{removal}"
 ASK_FOR_KEY = "ask the host's administrator for its new key"
 UNKNOWN_KEY = "the host key of {host} is not known here, and it was not accepted"
@@ -2072,19 +2026,13 @@ ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
     ("kex_exchange_identification: (Connection closed|read: )", Crowded, CROWDED, ""),
 ]
 # What only repeats that the connection has ended: the cause is the line before.
-ECHOES = (
-    "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
-    "Connection (closed|reset|timed out|to .* (closed|timed out))"
-)
+ECHOES = "kex_exchange_identification: (Connection closed|read: )|stdio forwarding|Disconnected from|"
+ECHOES += "Connection (closed|reset|timed out|to .* (closed|timed out))"
 # All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
 # banner or the text of a second factor must be read before the prompt that follows.
-FATAL_WORDS = "|".join(
-    [
-        *(pattern for pattern, _, _, why in ENDINGS if not why),
-        "ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad |client_loop",
-        "Timeout,|Received disconnect|" + ECHOES,
-    ]
-)
+FATAL_WORDS = "|".join(pattern for pattern, _, _, why in ENDINGS if not why)
+FATAL_WORDS += "|ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad "
+FATAL_WORDS += "|client_loop|Timeout,|Received disconnect|" + ECHOES
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
 WARNINGS = (
     r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
@@ -2124,21 +2072,21 @@ def signals_left_to_us() -> Iterator[None]:
 
 
 def new_process(argv: List[str], **how: Any) -> "subprocess.Popen[bytes]":
-    """Start a process; raises NoRoom where that cannot be."""
+    """Start a process; raises Failure where there is no room for one."""
     try:
         return subprocess.Popen(argv, **how)
     except (OSError, MemoryError) as error:
-        raise NoRoom("cannot start " + argv[0], str(error)) from None
+        raise Failure("cannot start " + argv[0], str(error)) from None
 
 
 def start_thread(do: Callable[..., object], *arguments: Any) -> threading.Thread:
-    """Start a thread that does not keep us from ending."""
+    """Start a thread that does not keep us from ending; raises Failure where there is no room for one."""
     thread = threading.Thread(target=do, args=arguments, daemon=True)
     with signals_held():
         try:
             thread.start()
         except (RuntimeError, MemoryError) as error:
-            raise NoRoom("cannot start a thread", str(error)) from None
+            raise Failure("cannot start a thread", str(error)) from None
     return thread
 
 
@@ -2156,12 +2104,7 @@ class Child:
     """
 
     def __init__(
-        self,
-        argv: List[str],
-        stdin: Any = None,
-        is_merged: bool = False,
-        can_ask: bool = True,
-        is_shown: bool = False,
+        self, argv: List[str], stdin: Any = None, is_merged: bool = False, can_ask: bool = True, is_shown: bool = False
     ) -> None:
         self._lines: "queue.SimpleQueue[Optional[Tuple[str, str]]]" = queue.SimpleQueue()  # which a signal leaves whole
         self.last_lines: List[Tuple[str, str]] = []  # also one that a signal took from us
@@ -2200,36 +2143,33 @@ class Child:
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
         import select
 
-        begun: List[bytes] = []  # of a line, which may be longer than many parts
-        size, head = 0, b""  # of that line
+        begun = bytearray()  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
                 if begun and (is_merged or name == "stderr") and os.name == "posix":
                     if not select.select([stream], [], [], ASKING_S / 4)[0]:
                         self._put(name, begun)  # a banner may end without a newline, and what it asks for is awaited
-                        begun = []
+                        begun.clear()
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     break
                 *ends, rest = data.split(b"\n")
                 for end in ends:
-                    self._put(name, [*begun, end])
-                    begun, size, head = [], 0, b""
-                head = head if len(head) > len(self.mark) else head + rest[:65536]
-                is_message = bool(self.mark) and head.startswith(self.mark)
+                    self._put(name, begun + end)
+                    begun.clear()
+                begun += rest
+                is_message = bool(self.mark) and begun.startswith(self.mark)
                 if is_message:
                     self.read_at = time.monotonic()
-                begun += [rest] if rest else []
-                size += len(rest)
-                if size > (LINE_BYTES if is_message else 65536):
+                if len(begun) > (LINE_BYTES if is_message else 65536):
                     self._put(name, begun)
-                    begun, size, head = [], 0, b""
+                    begun.clear()
         if begun:
             self._put(name, begun)
         self._lines.put(None)
 
-    def _put(self, name: str, pieces: List[bytes]) -> None:
-        line = (name, b"".join(pieces).decode("utf-8", "replace").rstrip("\r"))
+    def _put(self, name: str, said: bytearray) -> None:
+        line = (name, said.decode("utf-8", "replace").rstrip("\r"))
         self.last_lines = [*self.last_lines[-9:], line]
         is_long = len(line[1]) > 2 * PART_BYTES
         while self._lines.qsize() > (0 if is_long else QUEUED_LINES) and not self._has_left:
@@ -2421,8 +2361,7 @@ class Ssh:
             return False
         if tries == 1:
             self.messages.note("%s turns logins away, perhaps for too many at once. Trying again." % self.destination)
-        pause_s = 2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256)  # not at the same moment as others
-        time.sleep(pause_s)
+        time.sleep(2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256))  # not at the same moment as others
         return True
 
     def _dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:
@@ -2517,7 +2456,7 @@ class Ssh:
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
-                text = "%s: %s" % (failure.what, in_one_line(failure.why))
+                text = "%s: %s" % (failure.what, failure.why.replace("\n", "; "))
                 is_news = not isinstance(failure, NotConnected) and text not in told
                 told += [text] if is_news else []
                 (self.messages.note if is_news else self.messages.detail)("Not yet: " + text)
@@ -2542,7 +2481,7 @@ class Ssh:
         argv = self.argv(ASKING, "-G")
         status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
         if status == 127 and "No such file" not in words and os.name == "posix":
-            raise NoRoom("cannot start ssh", words)
+            raise Failure("cannot start ssh", words)  # there is no room for it
         if status == 127:
             raise Failure("no ssh on this machine", "there is no `ssh` on PATH", "install OpenSSH's client")
         refused = re.search(r"command-line.*bad configuration option: (\w+)", words.lower())
@@ -2673,10 +2612,6 @@ class Ssh:
         self.log_argv(argv)
         is_shown = not self.way.has_login and has_terminal()
         return Child(argv, stdin=subprocess.PIPE, can_ask=self.can_ask, is_shown=is_shown)
-
-    def run(self, command: str) -> Tuple[bool, str]:
-        """Run a short command on the host; return whether it succeeded, and what it printed."""
-        return self.call(self.way.session_argv(command=command))
 
     def forward(self, local_port: int, target: str) -> Tuple[bool, str]:
         """Forward 127.0.0.1:`local_port` to `target`; return whether it listens, and ssh's words when it does not.
@@ -2896,7 +2831,7 @@ class LocalPort:
             self._socket.listen(8)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise NoRoom("cannot listen on local port %d" % self.number, str(error)) from None
+                raise Failure("cannot listen on local port %d" % self.number, str(error)) from None
             return False
         finally:
             self._share(False)
@@ -3077,19 +3012,13 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
     No crash leaves it behind. Where files cannot be locked, there is none.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with contextlib.suppress(OSError):
             lock = stack.enter_context(open(os.path.join(private_dir(directory), "lock"), "w"))
-
-            def look() -> str:
-                if has_lock(lock):
-                    return "ours"
+            while not has_lock(lock):
                 channel.progress(waiting)
-                return "nobody" if channel.is_closed else ""
-
-            if until(look, float("inf")) == "nobody":
-                raise Failure("nobody is waiting for this any more")
-        except OSError:
-            pass
+                if channel.is_closed:
+                    raise Failure("nobody is waiting for this any more")
+                time.sleep(POLL_S)
         channel.progress("")
         yield
 
@@ -3306,11 +3235,9 @@ def kept_dirs(kind: str) -> "List[str]":
     """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
     found = []
     for top in state_dirs(kind):
-        try:
+        with contextlib.suppress(OSError):
             if os.stat(top).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
-        except OSError:
-            continue
     return found
 
 
@@ -3335,11 +3262,9 @@ def new_dir(kind: Kind) -> str:
     top = first_private(state_dirs(kind.directory))
     while True:
         path = os.path.join(top, kind.prefix + os.urandom(2).hex())
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
             return path
-        except FileExistsError:
-            continue
 
 
 def write_down(record: "K", directory: str) -> "K":
@@ -3395,10 +3320,7 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
         record = record_in(kind, path)
-        try:
-            age_s = time.time() - os.stat(path).st_mtime
-        except OSError:
-            continue
+        age_s = time.time() - time_of(path)
         is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
         if path not in stays and age_s > KEEP_ENDED_S and is_known:
             shutil.rmtree(path, ignore_errors=True)
@@ -3406,13 +3328,11 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
 
 def end_of_log(path: str, lines: int = LOG_LINES) -> str:
     """Return the last lines of a log, tokens taken out."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
-            text = stream.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    tail = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    text = b""
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 8192))
+        text = stream.read()
+    tail = [line.rstrip() for line in text.decode("utf-8", "replace").splitlines() if line.strip()][-lines:]
     return without_tokens("\n".join(tail))
 
 
@@ -3427,9 +3347,18 @@ def without_tokens(text: str) -> str:
 def start_detached(
     argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
 ) -> "Any":
-    """Start a process in a session of its own that has nothing of ours open; with `is_held`, it ends when we end."""
+    """Start a process in a session of its own that has nothing of ours open.
+
+    With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
+    no more of a job than its process group: what has a session of its own would outlive the job.
+    """
     import warnings
 
+    prctl = None  # type: Any
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl if is_held else None
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
         return subprocess.Popen(
@@ -3440,7 +3369,8 @@ def start_detached(
             cwd=directory,
             env=environment,
             start_new_session=True,
-            preexec_fn=end_with_parent() if is_held else None,  # noqa: PLW1509 # held by one with one thread
+            # PR_SET_PDEATHSIG. Who holds it has one thread.
+            preexec_fn=prctl and (lambda: prctl(1, int(signal.SIGTERM))),  # noqa: PLW1509
         )
 
 
@@ -3476,20 +3406,6 @@ def ended_unless_kept(process: "Any") -> "Iterator[None]":
         end_session(process.pid)
         process.wait()
         raise
-
-
-def end_with_parent() -> "Optional[Callable[[], object]]":
-    """Return what lets a new process get SIGTERM when the one that started it ends, even by SIGKILL; Linux alone can.
-
-    A scheduler may know no more of a job than its process group: what has a session of its own would outlive the job.
-    """
-    try:
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-    except (ImportError, OSError, AttributeError):
-        return None
-    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def resolve_path(path: str) -> "Tuple[str, str]":
@@ -3532,8 +3448,6 @@ def launchers(
     command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
     environments usually are; at last our own, which is installed then.
     """
-    import glob
-
     apps = [request.app] if request.app else list(programs)
     places = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not request.wrapper:  # which has what was set outside
@@ -3547,28 +3461,21 @@ def launchers(
         yield from launchers_of_project(root_dir, apps, channel, tried)
         where = "PATH after --init"
         if not request.init or request.wrapper:
-            yield from launchers_in(places, apps, "PATH", os.environ, tried)
+            yield from launchers_in(places, apps, "PATH", tried)
             enter_terminal(request, channel, tried)
             where = "the login shell's PATH"
         places = os.environ.get("PATH", os.defpath).split(os.pathsep)
-        yield from launchers_in(places, apps, where, os.environ, tried)
-        home = os.path.expanduser("~")
+        yield from launchers_in(places, apps, where, tried)
         places = [os.path.join(tree, "bin") for tree in conda_trees()]
-        places += [os.path.join(home, ".local/bin"), "/opt/homebrew/bin"]
+        places += [os.path.expanduser("~/.local/bin"), "/opt/homebrew/bin"]
         for pattern in (".pyenv/versions/*/bin", "Library/Python/3.*/bin"):
-            places += sorted(glob.glob(os.path.join(glob.escape(home), pattern)), reverse=True)
-        yield from launchers_in(places, apps, "the usual places", os.environ, tried)
-        own = own_launcher(apps, tried)
-        if own:
-            yield own
-    asked = APPS[request.app].title if request.app else "Jupyter"
-    none = Failure(
-        "no %s on the host" % asked, "looked at\n" + "\n".join(tried), how_to_install(), status=EXIT_NO_JUPYTER
-    )
-    if not request.may_install or request.python or request.env:
-        raise none
-    yield install_jupyter(apps, channel)
-    raise none
+            places += reversed(found_in(["~"], pattern))
+        yield from launchers_in(places, apps, "the usual places", tried)
+        yield from own_launcher(apps, "our own environment", tried)
+    if request.may_install and not request.python and not request.env:
+        yield install_jupyter(apps, channel)
+    what = "no %s on the host" % (APPS[request.app].title if request.app else "Jupyter")
+    raise Failure(what, "looked at\n" + "\n".join(tried), how_to_install(), EXIT_NO_JUPYTER)
 
 
 def launch(
@@ -3587,7 +3494,8 @@ def launch(
     began = time.monotonic()
     for found in launchers(request, root_dir, channel, tried, programs):
         python = interpreter_of(found) if request.wrapper else ""
-        if request.wrapper and not (python and has_app(python, found.app, found.environment)):
+        argv = [python, "-c", HAS_MODULE, PROGRAMS[found.app].module]
+        if request.wrapper and not (python and run_command(argv, COMMAND_TIMEOUT_S, found.environment)[0] == 0):
             # A home that is seen in there has scripts of a Python outside.
             tried.append("%s: its Python has no such module in there" % portable(found.argv[0]))
             continue
@@ -3614,11 +3522,9 @@ def problem_of(script: str) -> str:
 
 def match_head(script: str, *forms: str) -> str:
     """Return what the first of these forms that fits the beginning of a script finds in it; empty when none does."""
-    try:
-        with open(script, "rb") as stream:
-            head = os.fsdecode(stream.read(1024))
-    except OSError:
-        return ""
+    head = ""
+    with contextlib.suppress(OSError), open(script, "rb") as stream:
+        head = os.fsdecode(stream.read(1024))
     found = next(filter(None, (re.match(form, head) for form in forms)), None)
     return found.group(1) if found else ""
 
@@ -3876,19 +3782,20 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
                 yield directory, prefix
 
 
-def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
-    """Return what an environment has when it is activated: a venv's name; of conda's, also what its packages set.
+def activated(prefix: str) -> "Dict[str, str]":
+    """Return our environment with another one activated in it: a venv's name; of conda's, also what its packages set.
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
     """
     import shutil
 
-    if not os.path.isdir(os.path.join(prefix, "conda-meta")) or environment.get("CONDA_PREFIX") == prefix:
+    outer = os.environ.get("CONDA_PREFIX", "")
+    if not os.path.isdir(os.path.join(prefix, "conda-meta")) or outer == prefix:
         is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
-        return dict(environment, VIRTUAL_ENV=prefix) if is_venv else dict(environment)
+        return dict(os.environ, VIRTUAL_ENV=prefix) if is_venv else dict(os.environ)
     above, name = os.path.split(prefix)
     name = "base" if found_in([prefix], "condabin") else name if os.path.basename(above) == "envs" else prefix
-    own_environ = dict(environment, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=name, CONDA_SHLVL="1")
+    own_environ = dict(os.environ, CONDA_PREFIX=prefix, CONDA_DEFAULT_ENV=name, CONDA_SHLVL="1")
     own_environ["PATH"] = os.path.join(prefix, "bin") + os.pathsep + own_environ.get("PATH", os.defpath)
     state = os.path.join(prefix, "conda-meta/state")  # `conda env config vars set`
     for path in [*found_in([prefix], "etc/conda/env_vars.d/*.json"), state]:
@@ -3897,7 +3804,7 @@ def activated(prefix: str, environment: "Any") -> "Dict[str, str]":
             several = several.get("env_vars", {}) if path == state else several
             own_environ.update({name: str(value) for name, value in several.items() if value != "***unset***"})
     script = 'for file in %s/etc/conda/deactivate.d/*.sh "$CONDA_PREFIX"/etc/conda/activate.d/*.sh; '
-    script = script % shlex.quote(environment.get("CONDA_PREFIX", "")) + 'do [ ! -r "$file" ] || . "$file"; done; '
+    script = script % shlex.quote(outer) + 'do [ ! -r "$file" ] || . "$file"; done; '
     pixi = found_program("pixi") if found_in([prefix], "conda-meta/pixi") else ""
     if pixi:  # which repeats that, and adds what the project's manifest sets
         words = 'shell-hook --shell bash --environment "${CONDA_PREFIX##*/}" --frozen --no-install'
@@ -3918,11 +3825,6 @@ RUN_MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
     "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
 )
-
-
-def has_app(python: str, app: str, environment: "Optional[Dict[str, str]]" = None) -> bool:
-    """True when an interpreter can import an app; in our environment, where no other one is given."""
-    return run_command([python, "-c", HAS_MODULE, PROGRAMS[app].module], COMMAND_TIMEOUT_S, environment)[0] == 0
 
 
 # What makes environments: a file of it, in the environment or in its project's directory; the program; what makes one
@@ -3970,7 +3872,7 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
         if status == 0:
             script = os.path.join(os.path.dirname(python), PROGRAMS[candidate].command)
             how = [script] if python_named_by(script) else ["-c", RUN_MODULE % PROGRAMS[candidate].module]
-            return new_launcher(candidate, [python, *how], where, os.environ)
+            return new_launcher(candidate, [python, *how], where)
         if status != EXIT_NO_JUPYTER:
             problem = "it does not run: " + (said.strip() or "status %d" % status).splitlines()[-1]
             break
@@ -4002,17 +3904,15 @@ def launchers_of_project(
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
-def new_launcher(app: str, argv: "List[str]", where: str, environment: "Any") -> Launcher:
+def new_launcher(app: str, argv: "List[str]", where: str) -> Launcher:
     """Return a launcher in its environment, activated. Its directory is first on PATH: `!pip` is the pip beside it."""
     place = os.path.dirname(argv[0])
-    environment = activated(os.path.dirname(place), environment)
+    environment = activated(os.path.dirname(place))
     environment["PATH"] = place + os.pathsep + environment.get("PATH", os.defpath)
     return Launcher(app=app, argv=argv, where=where, environment=environment)
 
 
-def launchers_in(
-    places: "List[str]", apps: "List[str]", where: str, environment: "Any", tried: "List[str]"
-) -> "Iterator[Launcher]":
+def launchers_in(places: "List[str]", apps: "List[str]", where: str, tried: "List[str]") -> "Iterator[Launcher]":
     """Yield the launchers in `places`; in each of them, the apps in their order."""
     looked = []
     for place in dict.fromkeys(places):
@@ -4023,7 +3923,7 @@ def launchers_in(
             script = os.path.join(place, PROGRAMS[candidate].command)
             problem = problem_of(script)
             if not problem:
-                yield new_launcher(candidate, [script], where, environment)
+                yield new_launcher(candidate, [script], where)
             elif problem != "not there":
                 tried.append("%s: %s" % (portable(script), problem))
     tried.append("%s: %s" % (where, ", ".join(portable(place) for place in looked) or "nothing there"))
@@ -4056,16 +3956,11 @@ def interpreter_of(found: Launcher) -> str:
 
 def version_of(found: Launcher) -> str:
     """Return the installed version of the app that a launcher runs; empty when its environment does not tell."""
-    import glob
-
     commands = [found.argv[0], os.path.realpath(found.argv[0]), interpreter_of(found)]
-    for prefix in [os.path.dirname(os.path.dirname(command)) for command in commands if command]:
-        for packages in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-            name = PROGRAMS[found.app].distribution + "-[0-9]*.*-info"
-            paths = glob.glob(os.path.join(glob.escape(prefix), packages, name))
-            if paths:
-                return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "")
-    return ""
+    prefixes = [os.path.dirname(os.path.dirname(command)) for command in commands if command]
+    name = PROGRAMS[found.app].module + "-[0-9]*.*-info"
+    paths = found_in(prefixes, os.path.join("lib/python3*/*-packages", name))
+    return os.path.basename(paths[0]).split("-")[1].replace(".dist", "").replace(".egg", "") if paths else ""
 
 
 # -- an environment of our own ----------------------------------------------------------------------------------------
@@ -4073,9 +3968,10 @@ def version_of(found: Launcher) -> str:
 INSTALLED = "installed now"
 
 
-def own_launcher(apps: "List[str]", tried: "List[str]", where: str = "our own environment") -> "Optional[Launcher]":
+def own_launcher(apps: "List[str]", where: str, tried: "List[str]") -> "List[Launcher]":
     """Return the launcher in our private virtual environment, if it is there."""
-    return next(launchers_in([os.path.join(os.path.expanduser(VENV_DIR), "bin")], apps, where, os.environ, tried), None)
+    places = [os.path.join(os.path.expanduser(VENV_DIR), "bin")]
+    return list(itertools.islice(launchers_in(places, apps, where, tried), 1))
 
 
 def install_commands() -> "List[List[str]]":
@@ -4104,18 +4000,17 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     channel.tell("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
     began = time.monotonic()
     with one_at_a_time(os.path.dirname(venv), channel, "another run of rjupyter is installing it; waiting"):
-        found = own_launcher(apps, [], INSTALLED)
-        for argv in commands if not found else []:
+        for argv in commands if not own_launcher(apps, INSTALLED, []) else []:
             status, output = run_with_progress(argv, channel)
             if status:
                 why = "%s\n%s" % (" ".join(argv), output)
                 raise Failure("Jupyter could not be installed", why, how_to_install(), EXIT_NO_JUPYTER)
-        found = own_launcher(apps, [], INSTALLED)
+        found = own_launcher(apps, INSTALLED, [])
         if not found:
             what = "Jupyter was installed, but its command is not there"
             raise Failure(what, portable(venv), "remove it there", EXIT_NO_JUPYTER)
     channel.tell("installed", path=portable(venv), seconds=time.monotonic() - began)
-    return found
+    return found[0]
 
 
 def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
@@ -4214,13 +4109,12 @@ def can_hold_socket(path: str) -> bool:
     """True when a socket can be made at `path`: short enough, on a file system that knows them, plain for ssh's -L."""
     if not re.match(r"[\w/.,+@=-]+\Z", path, re.ASCII):
         return False
-    try:
+    with contextlib.suppress(OSError):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
             probe.bind(path)
         os.unlink(path)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
@@ -4228,15 +4122,12 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
     One that is not ours is never removed: it may be another node's, on a shared home.
     """
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return
-    for name in names:
-        kind, _, rest = name.partition("-")
-        pid, _, ending = rest.partition(".")
-        if kind in ("jpserver", "nbserver") and ending == "json" and pid.isdigit() and len(pid) < 10:
-            yield kind, int(pid), os.path.join(directory, name)
+    import glob
+
+    for path in glob.glob(os.path.join(glob.escape(directory), "*.json")):
+        match = re.fullmatch(r"(jpserver|nbserver)-([0-9]{1,9})\.json", os.path.basename(path))
+        if match:
+            yield match.group(1), int(match.group(2)), path
 
 
 def remove_files(paths: "List[str]") -> None:
@@ -4325,12 +4216,9 @@ def answers(info: RuntimeInfo) -> bool:
     Whoever else took the port may take any token: a server of ours listens under our own uid, and refuses another
     token. With a password and no token at all, that it asks for the password must do.
     """
-    status, _ = ask_server(info, STATUS_PATH)
-    if not status or not is_our_port(info):
+    if ask_server(info, STATUS_PATH)[0] not in info.good_statuses or not is_our_port(info):
         return False
-    if info.token:
-        return status == 200 and ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
-    return status in ((401, 403) if info.has_password else (200,))
+    return not info.token or ask_server(info.but(token=os.urandom(8).hex()), STATUS_PATH)[0] in (401, 403)
 
 
 def listens(info: RuntimeInfo) -> bool:
@@ -4351,21 +4239,14 @@ def listens(info: RuntimeInfo) -> bool:
 
 def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
-    try:
+    with contextlib.suppress(OSError):
         return bool(info.sock) or owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
-    except OSError:
-        return True  # a host name in place of an address
+    return True  # a host name in place of an address
 
 
 def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
     """True when a server answers, or cannot be asked from here."""
     return not can_ask_server(record, info) or answers(info)
-
-
-def can_be_opened(record: ServerRecord) -> bool:
-    """True when a server seems well, and what leads to it fits into an address."""
-    info = server_info(record)
-    return info is not None and not info.unusable() and seems_well(record, info)
 
 
 def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
@@ -4565,20 +4446,18 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     Their ports ask nobody for a password: any user of the host reads there what they print, and the code. Where it must
     be ports, a line says so. It is one way for all kernels of a server.
     """
-    import glob
-
     sockets = "--KernelManager.transport=ipc"
     if request.socket:
         return [sockets]
-    home = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
-    theirs = "".join(map(read_text, glob.glob(glob.escape(home) + "/jupyter_*config*")))
+    home = os.environ.get("JUPYTER_CONFIG_DIR") or "~/.jupyter"
+    theirs = "".join(map(read_text, found_in([home], "jupyter_*config*")))
     if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
         return []
     why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
     prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
     tops = [data_dir(), *[prefix + "/share/jupyter" for prefix in prefixes]]
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
-    for path in [path for top in tops for path in glob.glob(glob.escape(top) + "/kernels/*/kernel.json")]:
+    for path in found_in(tops, "kernels/*/kernel.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
             words = " ".join(json.loads(read_text(path))["argv"])
             if not why and not re.match(TAKES_SOCKETS, words):
@@ -4705,8 +4584,7 @@ class ServerKind(Kind):
         if not record.is_ours:
             return
         # What its cells printed is kept, with its record and its log; without cells, nothing.
-        cells = cells_dir(record.directory)
-        has_run = os.path.isdir(cells) and any(name.endswith(".journal") for name in os.listdir(cells))
+        has_run = bool(found_in([cells_dir(record.directory)], "*.journal"))
         for name in os.listdir(record.directory) if has_run else []:
             if name not in ("cells", "log", "server.json", "stop"):
                 path = os.path.join(record.directory, name)
@@ -4773,10 +4651,9 @@ def seconds_since(moment: "Any") -> "Optional[float]":
     """Return how long ago a moment was, in seconds, from the form that Jupyter's API has (ISO 8601, UTC)."""
     import calendar
 
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, time.time() - calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S")))
-    except (ValueError, OverflowError):
-        return None
+    return None
 
 
 # agent ends
@@ -4805,9 +4682,8 @@ def open_server(request: Request, channel: Channel) -> Server:
         same = request.but(is_new=False, attach=begun.id) if begun else request
         found = None if job else find_server(same, root_dir)
         if request.attach and not found:
-            raise Failure(
-                "the server %s is about to end" % request.attach, "it takes no connections", "rjupyter HOST list"
-            )
+            what = "the server %s is about to end" % request.attach
+            raise Failure(what, "it takes no connections", "rjupyter HOST list")
         job = job or (None if found else start_elsewhere(request, channel))
         if not found and not job:
             if not request.wrapper:  # what runs outside cannot be seen from in there
@@ -4862,9 +4738,8 @@ def find_server(request: Request, root_dir: str) -> "Optional[Server]":
 
 def begun_by(request: Request) -> "Optional[Kept]":
     """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
-    if not request.errand:
-        return None
-    kept = [record for kind in KINDS.values() for record in kind.begun()]  # type: List[Kept]
+    kinds = list(KINDS.values()) if request.errand else []
+    kept = [record for kind in kinds for record in kind.begun()]  # type: List[Kept]
     return next((record for record in kept if record.request.errand == request.errand), None)
 
 
@@ -4909,16 +4784,14 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
             raise Failure("%s is a server of %s" % (request.attach, found[0].manager), why, "its address there")
-        others = found if not found[0].is_ours else []
     else:
         found = matching_servers(request, root_dir)
-        others = []
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
             others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
-            others = [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]
-            others = [record for record in others if can_be_opened(record)]
-        found = found + others
-    for other in others:
+            for record in [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]:
+                info = server_info(record)
+                found += [record] if info and not info.unusable() and seems_well(record, info) else []
+    for other in [record for record in found if not record.is_ours]:
         other.local_port = request.local_port
     return found
 
@@ -4931,21 +4804,21 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     within = resolve_path(request.path)[0] if request.path is not None else ""
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
     views = [None for _ in records]  # type: List[Any]
-    errors = []  # type: List[Exception]
 
     def describe(place: int) -> None:
         try:
             views[place] = KINDS["server"].describe(records[place])
         except Exception as error:  # raised below: a thread would only print it
-            errors.append(error)
+            views[place] = error
 
     threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
+    for view in views:
+        if isinstance(view, Exception):
+            raise view
     others = {
         kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
         for kind in KINDS.values()
@@ -4979,9 +4852,8 @@ def follow_log(request: Request, channel: Channel) -> Record:
 
     def send_lines() -> bool:
         nonlocal known
-        is_last = not (
-            request.is_followed and KINDS[record.kind].goes_on(record)
-        )  # before the look: what it wrote last is seen
+        # Before the look: what it wrote last is seen.
+        is_last = not request.is_followed or not KINDS[record.kind].goes_on(record)
         for line in log.lines(has_ended=is_last):
             known -= 1
             if known < 0:
@@ -5054,9 +4926,6 @@ def what_to_stop(request: Request) -> "List[Any]":
     return found
 
 
-# -- the end of a thing -----------------------------------------------------------------------------------------------
-
-
 def describe_end(request: Request, channel: Channel) -> EndReply:
     """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
     known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
@@ -5090,9 +4959,6 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
 
 
-# -- doctor -----------------------------------------------------------------------------------------------------------
-
-
 def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
@@ -5113,9 +4979,9 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
             facts.jupyter_trouble = failure
     facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
-    for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+    for process in found_in(["/proc"], "[0-9]*"):
         with contextlib.suppress(OSError):
-            uids.add(os.stat("/proc/" + pid).st_uid if pid.isdigit() else os.getuid())
+            uids.add(os.stat(process).st_uid)
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
     facts.foreign = foreign_files()
     facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
@@ -5163,12 +5029,11 @@ def perform(
     `prepare` may change the request first; what it raises is told like the rest.
     """
     global own_state_dir
-    try:
+    user = str(os.getuid())
+    with contextlib.suppress(ImportError, KeyError):
         import pwd
 
         user = pwd.getpwuid(os.getuid()).pw_name
-    except (ImportError, KeyError):
-        user = str(os.getuid())
     version = "%d.%d.%d" % sys.version_info[:3]
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
     channel.tell("hello", home=portable(os.path.expanduser("~")), clock=time.time(), **facts)
@@ -5278,10 +5143,7 @@ class Starter(Kind):
 
 
 def work(
-    directory: str,
-    request: Request,
-    prepare: "Callable[[Request], Request]",
-    is_unwanted: "Callable[[Kept], bool]",
+    directory: str, request: Request, prepare: "Callable[[Request], Request]", is_unwanted: "Callable[[Kept], bool]"
 ) -> None:
     """Do what an agent was left for, and stay until what that started has ended; end it once, when it is unwanted.
 
@@ -5705,17 +5567,14 @@ class Agent:
         self.launching = ""
         try:
             yield
-        except (KeyboardInterrupt, Terminated):
+        except (KeyboardInterrupt, Terminated, AgentEnded) as end:
             text = goes_on()
-            if text:
+            if text and isinstance(end, AgentEnded):
+                end.try_ = ""  # the same command would begin another
+            elif text:
                 self.messages.end_line()
-                self.messages.note(text)
-            raise
-        except AgentEnded as failure:
-            text = goes_on()
             if text:
                 self.messages.note(text)
-                failure.try_ = ""  # the same command would begin another
             raise
 
     def what_goes_on(self, what: str, hint: Callable[..., str]) -> str:
@@ -5774,11 +5633,6 @@ class Tunnel:
         self._has_left = False  # the server has closed a connection that is there to tell its end
         self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
 
-    @property
-    def local_port(self) -> int:
-        """The number of the local port."""
-        return self.port.number
-
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
         usual = self.server.local_port
@@ -5802,7 +5656,7 @@ class Tunnel:
 
     def _forward(self) -> Tuple[bool, str]:
         with self.port.lent():
-            return self.ssh.forward(self.local_port, self.server.target)
+            return self.ssh.forward(self.port.number, self.server.target)
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -5837,14 +5691,13 @@ class Tunnel:
     def probe(self, timeout_s: float) -> int:
         """Return the HTTP status of /api/status through the tunnel; OSError when there is none."""
         path = self.server.base_url + STATUS_PATH
-        address = ("127.0.0.1", self.local_port)
+        address = ("127.0.0.1", self.port.number)
         return http_request(address, path, self.server.token, timeout_s, is_secure=self.server.is_secure)[0]
 
     def _is_answering(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return self.probe(PROBE_TIMEOUT_S) in self.server.good_statuses
-        except OSError:
-            return False
+        return False
 
     # -- the hold -----------------------------------------------------------------------------------------------------
 
@@ -5861,7 +5714,11 @@ class Tunnel:
                 why = self._watch()
                 if not redials:
                     raise Failure("the connection to %s was lost" % self.ssh.destination, why, self.hint(), EXIT_SSH)
-                self._redial(why)
+                self.ssh.reconnect(why, self._comes_through, self.port)
+                # Before its first session on a connection, sshd holds small packets back: each answer through a forward
+                # is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
+                if self.ssh.way.has_login:
+                    self.ssh.call(self.ssh.way.session_argv(command="true"))
         finally:
             self.ssh.can_ask = could_ask
 
@@ -5890,7 +5747,7 @@ class Tunnel:
                 is_silent, pause_s = False, PROBE_EVERY_S
                 continue
             if self._has_left and is_open and self.ssh.way.has_login:
-                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.local_port, self.server.target))
+                self.ssh.way.cancel("127.0.0.1:%d:%s" % (self.port.number, self.server.target))
                 is_open = not self.port.hold()
             if not self.ssh.wait(0.2):
                 break
@@ -5928,7 +5785,7 @@ class Tunnel:
 
         def hear() -> None:
             with contextlib.suppress(OSError):
-                address = ("127.0.0.1", self.local_port)
+                address = ("127.0.0.1", self.port.number)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
                     connection.settimeout(None)
                     with contextlib.suppress(ConnectionError):
@@ -5937,21 +5794,13 @@ class Tunnel:
                     self.ssh.wake()
 
         self._has_left = False
-        with contextlib.suppress(NoRoom):  # then the next look tells
+        with contextlib.suppress(Failure):  # then the next look tells
             self._hearing = start_thread(hear)
-
-    def _redial(self, why: str) -> None:
-        """Connect again, until the same local port leads to the server again; nobody else gets it meanwhile."""
-        self.ssh.reconnect(why, self._comes_through, self.port)
-        # Before its first session on a connection, sshd holds small packets back: each answer through a forward is then
-        # 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
-        if self.ssh.way.has_login:
-            self.ssh.run("true")
 
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
         with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
-            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.local_port in line]
+            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.port.number in line]
             ours = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
             return not all(any("socket:[%s]" % inode in path for path in ours) for inode in inodes)
         return False
@@ -5997,7 +5846,7 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     argv = [sys.executable, "-I", "-c", script, address, command or "", *([] if command else TEXT_BROWSERS)]
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     opener: "Optional[subprocess.Popen[bytes]]" = None
-    with contextlib.suppress(NoRoom):
+    with contextlib.suppress(Failure):
         opener = new_process(argv, start_new_session=True, **quiet)
 
     def complain() -> None:
@@ -6133,10 +5982,9 @@ MASTERS.append(master_of_a_tunnel)
 def does_answer(record: TunnelRecord) -> bool:
     """True when an answer comes through a tunnel; any, for the server's own matters are not asked about."""
     is_secure = record.url.startswith("https:")
-    try:
+    with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
-    except OSError:
-        return False
+    return False
 
 
 class Background:
@@ -8810,7 +8658,7 @@ class Execution:
         for brought in map(os.path.normpath, written):
             self.messages.event("brought", path=brought, id=self.id)
             if not is_silent:
-                self.messages.line(in_one_line(brought))
+                self.messages.line(brought.replace("\n", "; "))
         return [*reply.refused, *refused, *("%s: nothing matches" % pattern for pattern in reply.unmatched)]
 
     def failure(self, view: RunView) -> Failure:
@@ -11048,9 +10896,9 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if args.via_node and server.job:
             agent.ssh = move_to_node(agent.ssh, server)
         tunnel = open_tunnel(server, args, agent, messages)
-        url = server.url(tunnel.local_port, has_token=not server.has_password)
+        url = server.url(tunnel.port.number, has_token=not server.has_password)
         text = gateway_settings(url, server.base_url) if args.gateway else url
-        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.port.number, id=server.id)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -11065,7 +10913,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             is_background=args.background,
             url=url,
             base_url=server.base_url,
-            local_port=tunnel.local_port,
+            local_port=tunnel.port.number,
             id=server.id,
             control=agent.ssh.way.control_path if agent.ssh.process else "",
             config=agent.ssh.config_text,
@@ -11092,10 +10940,10 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
-        messages.step(text, "closed", local_port=tunnel.local_port, tunnel_pid=os.getpid())
+        messages.step(text, "closed", local_port=tunnel.port.number, tunnel_pid=os.getpid())
         if not is_ended and (wants_browser(args) or tunnel.has_page()):
             text = "Close its pages, too: whoever listens on port %d here next is sent their cookie."
-            messages.note(text % tunnel.local_port)
+            messages.note(text % tunnel.port.number)
     return EXIT_OK
 
 
@@ -11132,8 +10980,8 @@ def open_tunnel(server: Server, args: Args, agent: Agent, messages: Messages) ->
     where = "%s:%s" % (ssh.destination, server.sock or server.port)
     if server.is_on_node and not args.via_node:
         where = "%s (%s) through %s" % (server.target, server.node, ssh.destination)
-    text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.local_port, where)
-    messages.step(text, "forwarding", local_port=tunnel.local_port, port=server.port, sock=server.sock)
+    text = "Forwarding 127.0.0.1:%d to %s." % (tunnel.port.number, where)
+    messages.step(text, "forwarding", local_port=tunnel.port.number, port=server.port, sock=server.sock)
     if server.has_password:
         messages.note("The server has a password; the page asks for it.")
     elif not server.token:
@@ -11291,7 +11139,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
                 why = "it ended with status %d" % child.returncode if child.returncode else ""
             events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
             failed = [str(facts["why"] or facts["what"]) for facts in events if facts.get("event") == "failure"]
-            why = in_one_line(failed[0]) if failed else why
+            why = failed[0].replace("\n", "; ") if failed else why
             messages.event("host", host=host, is_reached=not why, why=why or None)
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
@@ -11687,7 +11535,7 @@ def run_doctor(args: Args, agent: Agent, messages: Messages) -> int:
     agent.greets_after_s = float("inf")  # the lines below say it
     status = EXIT_OK
     for name, words, try_ in checks(args, agent):
-        says = in_one_line(words)
+        says = words.replace("\n", "; ")
         text = "%s  %-12s %s" % ("FAIL" if try_ else "ok  ", name, says)
         text += "\n      %-12s try: %s" % ("", try_) if try_ else ""
         messages.result(text, "check", RED if try_ else GREEN, check=name, is_ok=not try_, says=says, remedy=try_)
