@@ -6789,8 +6789,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._file = os.open(self.path, flags, 0o600)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._size = os.fstat(self._file).st_size
             if self._size and not self._before:  # another recorder's, perhaps
                 self._before = JournalReader(self.path, self._size).at - self._size
@@ -6831,11 +6830,6 @@ def line_of(entry: Entry) -> bytes:
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
-
-
-def display_of(output: PrintedOutput) -> str:
-    """Return the id by which a display is updated; empty for none."""
-    return str(fact(fact(output.content, "transient", {}), "display_id", ""))
 
 
 def text_of(output: PrintedOutput) -> str:
@@ -6927,8 +6921,8 @@ class Executions:
                 cell.begun.count = entry.count
         elif isinstance(entry, PrintedOutput):
             cell.take(entry)
-            identity = display_of(entry)
-            shown, older = self._displays.setdefault(identity, ({}, [])) if identity else ({}, [])
+            display = fact(fact(entry.content, "transient", {}), "display_id", "")
+            shown, older = self._displays.setdefault(display, ({}, [])) if display else ({}, [])
             older.append(entry)
             if entry.type == "update_display_data":
                 shown.update(entry.content)
@@ -7346,22 +7340,17 @@ class ShownCells:
 
     def take(self, message: Told, show: Show) -> None:
         """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
-        if not message.entry:
-            if not self._is_live:
-                self.show_so_far()
-            return
-        self.lines = message.at + 1
-        cell, entry = self._executions.take(message.entry)
-        if self._is_live and cell and entry:
-            self._show_live(cell, entry)
-
-    def show_so_far(self) -> None:
-        """Show what came; from now on, what comes is shown as it comes."""
-        cells = list(self._executions.cells.values())
-        for cell in cells:
-            if not cell.finished or cell.finished.time - self.agent.ahead_s >= self.since:
-                self._show(cell, is_last=cell is cells[-1])
-        self._is_live = True
+        if message.entry:
+            self.lines = message.at + 1
+            cell, entry = self._executions.take(message.entry)
+            if self._is_live and cell and entry:
+                self._show_live(cell, entry)
+        elif not self._is_live:
+            cells = list(self._executions.cells.values())
+            for cell in cells:
+                if not cell.finished or cell.finished.time - self.agent.ahead_s >= self.since:
+                    self._show(cell, is_last=cell is cells[-1])
+            self._is_live = True  # from now on, what comes is shown as it comes
 
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
@@ -7610,13 +7599,9 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
     process = start_detached([python, program], environment, root_dir, log, request.is_held)
     with ended_unless_kept(process):
-        record = RunRecord(
-            request=request.to_keep().but(app=found.app),
-            name=request.name,
-            key=request.key,
-            variant=request.variant,
-            **facts_of(process, root_dir, request),
-        )
+        facts = {name: getattr(request, name) for name in ("name", "key", "variant")}
+        facts.update(facts_of(process, root_dir, request))
+        record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
@@ -7635,6 +7620,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         records = [record for kind in KINDS.values() for record in kind.records()]
         return {record.id: record for record in records if record.id in request.ids}
 
+    is_alone = len(request.ids) == 1
     late_s = LATE_S if KINDS["job"].records() else 0  # another machine may have written it a moment ago
     until(lambda: len(known()) == len(request.ids), late_s, FOLLOW_MAX_S)
     things = known()
@@ -7648,18 +7634,15 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
         if identity not in followed:
-            is_alone = len(request.ids) == 1
+            run = thing
             if kind.name != "run":
-                is_alone = len(request.ids) == 1
                 reply = kind.await_reply(thing, channel) if is_alone else kind.replied(thing)
                 run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
-            else:
-                run = thing
             if not run:
                 return False
             followed[identity] = Followed(run, request.offsets.get(identity, 0))
         found = followed[identity].look(identity, channel)
-        if isinstance(found, FollowReply) and (kind.name == "run" or len(request.ids) == 1 or not kind.goes_on(thing)):
+        if isinstance(found, FollowReply) and (kind.name == "run" or is_alone or not kind.goes_on(thing)):
             followed[identity].send_result(identity, channel)
             ended.append(RunEnd(id=identity, run=found))
         return bool(found == "more")
@@ -7820,13 +7803,9 @@ def is_matched(name: str, patterns: "List[str]") -> bool:
         if pattern[0] == "**":
             dots = [at for at, part in enumerate(parts) if part.startswith(".")] + [len(parts)]
             return any(is_match(parts[at:], pattern[1:]) for at in range(dots[0] + 1))
-        is_dot = parts[:1] and parts[0].startswith(".") and not pattern[0].startswith(".")
-        return (
-            bool(parts)
-            and not is_dot
-            and fnmatch.fnmatchcase(parts[0], pattern[0])
-            and is_match(parts[1:], pattern[1:])
-        )
+        if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+            return False
+        return fnmatch.fnmatchcase(parts[0], pattern[0]) and is_match(parts[1:], pattern[1:])
 
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return any(is_match(parts, native(pattern).split("/")) for pattern in patterns)
@@ -8305,9 +8284,8 @@ KERNEL_DIED = "Kernel died"  # nbclient's and jupyter_client's words
 def guard_kernel(directory: str) -> "Callable[[int], None]":
     """Start a process that ends the kernel when we end, even by SIGKILL; return what tells it which one that is.
 
-    It removes the kernel's sockets, too.
-
-    ipykernel looks for its parent, R's and others do not; and what a cell started looks for nobody.
+    It removes the kernel's sockets, too. ipykernel looks for its parent, R's and others do not; and what a cell started
+    looks for nobody.
     """
     reading, writing = os.pipe()
     if os.fork():
@@ -11378,8 +11356,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         asking = within(args.timeout_s, lambda: request.but(line=lines))
         reply = agent.ask_on(asking, KernelReply, "", {"recorded": take})
     if reply.state in ("busy", "queued"):
-        why = re.sub(" +(?=To )", "\n", goes_on())
-        raise Failure("it is not done after " + duration(args.timeout_s), why, "", EXIT_TIMEOUT)
+        raise Failure("it is not done after " + duration(args.timeout_s), goes_on(), "", EXIT_TIMEOUT)
     if reply.state == "dead":
         kernels = args.again("list", "--kernels")
         raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
