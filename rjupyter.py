@@ -7439,7 +7439,6 @@ class RunKind(Kind):
         return place_of(record).is_running() and self.describe(record).state in GOING_ON
 
     def describe(self, record: RunRecord) -> RunView:
-        """Say how a run does."""
         import shutil
 
         names = ("id", "pid", "node", "name", "root_dir", "job")
@@ -9307,19 +9306,13 @@ class Scheduler(Record):
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
+SQUEUE = ["squeue", "--clusters={cluster}", "--noheader", "--user={user}", "--states=all"]
 SEVERAL = "it starts several"
 RETURNS = "it does not return before the job has ended"
 SCHEDULERS = {
     "sbatch": Scheduler(
         id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
-        query=[
-            "squeue",
-            "--clusters={cluster}",
-            "--noheader",
-            "--user={user}",
-            "--states=all",
-            "--format=%i|%T|%r|%S|%N|%L|%o",
-        ],
+        query=[*SQUEUE, "--format=%i|%T|%r|%S|%N|%L|%o"],
         cancel=["scancel", "--clusters={cluster}", "{id}"],
         variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
         r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
@@ -9424,17 +9417,10 @@ class JobKind(Starter):
         return self.running()
 
     def describe(self, record: JobRecord) -> JobView:
-        """Say how a job does."""
         state = job_state(record)  # which may find out the number
-        return JobView(
-            id=record.id,
-            job=record.number,
-            command=record.command,
-            action=record.request.action,
-            path=record.request.path,
-            age_s=record.age_s(),
-            **state.facts(),
-        )
+        asked = record.request
+        facts = {"job": record.number, "command": record.command, "action": asked.action, "path": asked.path}
+        return JobView(id=record.id, age_s=record.age_s(), **facts, **state.facts())
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
@@ -9480,14 +9466,8 @@ class JobKind(Starter):
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
-        return [
-            job
-            for job in self.running()
-            if request.is_done_by(job.request)
-            and job.request.via_node >= request.via_node
-            and not is_marked(job, "unwanted")
-            and not reply_in(job)
-        ]
+        same = [job for job in self.running() if request.is_done_by(job.request) and not is_marked(job, "unwanted")]
+        return [job for job in same if job.request.via_node >= request.via_node and not reply_in(job)]
 
     def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
@@ -9545,7 +9525,7 @@ class InJob(Elsewhere):
 
     def __init__(self, record: Kept) -> None:
         super().__init__(record)
-        self.job = kept_record(KINDS["job"], record.job)  # type: Optional[JobRecord]
+        self.job = kept_record(KINDS["job"], record.job)
         self.is_here = Here.holds(record)
         self.is_known = True
         self.settle_s = 0.0 if self.is_here else SETTLE_S
@@ -9559,33 +9539,28 @@ class InJob(Elsewhere):
         """True when its process runs on this node, or elsewhere its job does."""
         if self.is_here:
             return Here(self.record).is_running()
-        state = self._state()
+        state = job_state(self.job)
         return state.is_live and not state.is_waiting
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        state = self._state()
-        if state.word in JOB_ENDS or "received signal" in log:
+        if job_state(self.job).word in JOB_ENDS or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
     def why_in_doubt(self) -> str:
         """Return why the job ended, as far as the scheduler says."""
-        assert self.job is not None
         return why_job_ended(self.job)
 
     def why_cut(self) -> str:
         """Return why the job ended, where that was not by itself."""
-        assert self.job is not None
         is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
         return self.why_in_doubt() if is_cut else ""
 
     def left_s(self) -> float:
-        """Return how much time the job has left."""
-        return self._state().left_s or 0.0
+        return job_state(self.job).left_s or 0.0
 
     def children(self) -> "List[Tuple[int, str]]":
-        """Return those on this node."""
         return Here(self.record).children() if self.is_here else []
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -9594,10 +9569,6 @@ class InJob(Elsewhere):
             Here(self.record).end(children, polite_s)
         else:
             KINDS["job"].end(self.job)
-
-    def _state(self) -> JobState:
-        assert self.job is not None
-        return job_state(self.job)
 
 
 PLACES.insert(0, InJob)
@@ -9650,14 +9621,6 @@ def early_words(record: JobRecord) -> str:
     Not in the job's own directory: a node may not see that yet, and Slurm ends a job whose output it cannot open.
     """
     return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
-
-
-def refuse_options(command: str, words: "List[str]") -> None:
-    """Raise Failure (2) for an option of a submission that a job of ours cannot have."""
-    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
-        for word in words:
-            if re.match(pattern, word):
-                raise Failure("wrong usage", "%s: %s" % (word, why), "%s without it" % command, EXIT_USAGE)
 
 
 def write_script(record: JobRecord, request: Request) -> str:
@@ -9752,15 +9715,9 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     if record.command != "sbatch":
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
-    return JobState(
-        is_live=waits or runs,
-        is_waiting=waits,
-        word=row["state"],
-        reason=row["reason"],
-        start=row["start"],
-        node=row["node"],
-        left_s=seconds_of(row["left"]) if runs else None,
-    )
+    facts = {name: row[name] for name in ("reason", "start", "node")}
+    left_s = seconds_of(row["left"]) if runs else None
+    return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
@@ -9794,14 +9751,19 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
+def filled(word: str, facts: "Dict[str, str]") -> str:
+    """Return a word of a table with facts in it."""
+    for name, value in facts.items():
+        word = word.replace("{%s}" % name, value)
+    return word
+
+
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     """Run a command of the scheduler of a job, in the environment of its submission; return status, stdout, stderr."""
     import pwd
 
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
-    argv = [word for word in argv if record.cluster or "{cluster}" not in word]
-    for name, value in facts.items():
-        argv = [word.replace("{%s}" % name, value) for word in argv]
+    argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
     pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
     both = dict(os.environ, **{name: native(value) for name, value in record.environment.items()})
     return run_command(argv, timeout_s, {name: value for name, value in both.items() if not re.match(pattern, name)})
@@ -9966,15 +9928,6 @@ class Queue:
 def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
     ssh.close()
-    there = node_ssh(ssh, server.node)
-    there.connect()
-    text = "Connected to %s through %s." % (server.node, ssh.destination)
-    there.messages.step(text, "connected", node=server.node)
-    return there
-
-
-def node_ssh(ssh: Ssh, node: str) -> Ssh:
-    """Return what makes the connection to a compute node."""
     login = ssh.destination
     options: List[str] = []
     jump: Dict[str, str] = {}
@@ -9988,8 +9941,11 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
+    there = Ssh(server.node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
+    there.connect()
+    text = "Connected to %s through %s." % (server.node, ssh.destination)
+    there.messages.step(text, "connected", node=server.node)
     return there
 
 
@@ -10078,7 +10034,6 @@ class WrapperKind(Starter):
         return self.listed()
 
     def describe(self, record: WrapperRecord) -> WrapperView:
-        """Say what it is for."""
         asked = record.request
         facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
         return WrapperView(id=record.id, age_s=record.age_s(), **facts)
@@ -10219,7 +10174,6 @@ class InWrapper(Elsewhere):
         return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
 
     def why_ended(self, log: str) -> str:
-        """Return what is known of the command's end."""
         return self.outer.why_ended(log)
 
     def why_in_doubt(self) -> str:
@@ -10228,11 +10182,9 @@ class InWrapper(Elsewhere):
         return self.outer.why_in_doubt() + (" (%s)" % words if words else "")
 
     def why_cut(self) -> str:
-        """Return by what the command's own place was ended."""
         return self.outer.why_cut()
 
     def left_s(self) -> float:
-        """Return how long the command may run on."""
         return self.outer.left_s()
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -10288,13 +10240,6 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     words = words + (row.gpus if has_gpus and not is_cut_off else []) + ["{image}"]
     record.remove = [portable(filled(word, facts)) for word in row.remove]
     return [shlex.quote(filled(native(word), facts)) for word in words]
-
-
-def filled(word: str, facts: "Dict[str, str]") -> str:
-    """Return a word of a table with facts in it."""
-    for name, value in facts.items():
-        word = word.replace("{%s}" % name, value)
-    return word
 
 
 def network_identity() -> str:
@@ -10988,8 +10933,11 @@ def submit_words(args: Args) -> List[str]:
         words = words if args.slurm is None else [*SBATCH, *shlex.split(args.slurm)]
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
-    if words:
-        refuse_options(os.path.basename(words[0]), words)
+    command = os.path.basename(words[0]) if words else ""
+    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+        for word in words:
+            if re.match(pattern, word):
+                raise wrong_usage("%s: %s" % (word, why), "%s without it" % command)
     if words and args.socket and not args.via_node:
         raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
