@@ -8592,25 +8592,25 @@ class Along(NamedTuple):
 SENT_BYTES = 12 << 20  # in one request
 
 
+class Task(NamedTuple):
+    """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
+
+    name: str
+    request: Request
+    output: Optional[str]  # None: beside us, under a name that follows from the notebook's
+    original: str = ""  # what stands here where the result goes, when it is to be replaced
+
+
 class Execution:
     """A run on the host, followed from here: what its journal tells is shown, and its result is taken."""
 
-    def __init__(
-        self,
-        identity: str,
-        name: str,
-        output: Optional[str],
-        agent: Agent,
-        messages: Messages,
-        handlers: Dict[str, Handler],
-        original: str = "",
-    ) -> None:
+    def __init__(self, task: Task, identity: str, agent: Agent, handlers: Dict[str, Handler]) -> None:
         self.id = identity
-        self.name = name
-        self.output = output  # None: beside us, under a name that follows from the notebook's
-        self.original = original  # what stands here where the result goes, when it is to be replaced
+        self.name = task.name
+        self.output, self.original = task.output, task.original
         self.agent = agent
-        self.messages = messages
+        self.messages = agent.messages
+        self.handlers = handlers
         self.result: List[bytes] = []  # the parts of it that are here
         self.seconds = 0.0  # that its cells took
         self._began = time.monotonic()
@@ -8626,12 +8626,6 @@ class Execution:
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
         self._begun: Dict[str, BegunCell] = {}
-        self.handlers = handlers
-
-    @property
-    def host(self) -> str:
-        """The destination, as the user calls it."""
-        return self.agent.ssh.destination
 
     def follow(self) -> None:
         """Follow the run to its end, and write its result.
@@ -8762,7 +8756,7 @@ class Execution:
             raise Failure(what, "\n".join(lacking), self.again + " --force   (replaces them)")
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
-            raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
+            raise Failure("cannot write the result of %s on %s" % (self.name, self.agent.ssh.destination), why)
 
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
@@ -8792,11 +8786,10 @@ class Execution:
 
     def failure(self, view: RunView) -> Failure:
         """Return the failure that a run ended with before it was done."""
-        path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error + (self._failed_at if view.state == "failed" else "")
         if self.result:
-            why += "\nthe result so far is in %s" % (path or "the notebook there")
+            why += "\nthe result so far is in %s" % (self.path or "the notebook there")
             why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
         ends = {
             "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
@@ -8805,7 +8798,7 @@ class Execution:
             "cut": ("the job of %s ended" % self.name, EXIT_SERVER_ENDED),
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
             "unstarted": ("the kernel of %s did not start" % self.name, EXIT_SERVER_ENDED),
-            "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
+            "invalid": ("%s cannot be executed on %s" % (self.name, self.agent.ssh.destination), EXIT_FAILURE),
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
@@ -8833,37 +8826,28 @@ def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Di
     return ended
 
 
-class Task(NamedTuple):
-    """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
-
-    name: str
-    request: Request
-    output: Optional[str]
-    original: str = ""
-
-
 class Batch:
     """Several executions, so many at once, followed in one conversation: each result is written when it is there."""
 
-    def __init__(self, tasks: List[Task], args: "Args", agent: Agent, patterns_of: Callable[[str], List[str]]) -> None:
+    def __init__(self, tasks: List[Task], width: int, agent: Agent, new: Callable[[Task, str], Execution]) -> None:
         self.running: Dict[int, Execution] = {}  # by the number of their task, as all is here
         self.agent = agent
         self.messages = agent.messages
         self._tasks = tasks
-        self._args = args
-        self._patterns_of = patterns_of
+        self._width = width
+        self._new = new  # makes what follows a task, by the id of its run
         self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
 
     def follow(self) -> None:
         """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
-        count, width = len(self._tasks), self._args.at_once or 1
+        count = len(self._tasks)
         waiting = list(range(count))
         while waiting or self.running:
-            if waiting and len(self.running) < width:
+            if waiting and len(self.running) < self._width:
                 self._begin(waiting[0])
                 if len(waiting) == count:  # the host has answered: what is said of it holds
-                    facts = (count_of(count, "notebook"), self.agent.ssh.destination, width)
+                    facts = (count_of(count, "notebook"), self.agent.ssh.destination, self._width)
                     self.messages.note("Executing %s on %s, %d at once." % facts)
                 del waiting[0]
             else:
@@ -8905,11 +8889,8 @@ class Batch:
             self.messages.event("overlap", id=reply.id)
             return
         self.messages.event("started", id=reply.id)
-        execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
-        execution.is_one_of_many = True
-        execution.overwrites, execution.again = self._args.force, self._args.again("execute", "--attach", reply.id)
-        execution.brings = self._patterns_of(reply.id)
-        self.running[index] = execution
+        self.running[index] = self._new(task, reply.id)
+        self.running[index].is_one_of_many = True
 
     def _hear(self, begun: int) -> None:
         """Take what those that run have to tell, until some of them have ended."""
@@ -11452,8 +11433,7 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
         return EXIT_OK
     with waiting.asking():
         if args.run_id:
-            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
-            follow(execution, waiting, args)
+            follow(Task(args.run_id, request, args.output), args.run_id, args, agent, waiting)
         for number, task in enumerate(tasks, 1):
             try:
                 execute_one(task, args, agent, waiting)
@@ -11520,7 +11500,7 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
         keep_here("batches", key, seed)
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
-    batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+    batch = Batch(tasks, args.at_once or 1, agent, lambda task, name: execution_of(task, name, args, agent, {}))
 
     def goes_on() -> str:
         ids = [execution.id for execution in batch.running.values()]
@@ -11568,32 +11548,33 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
         messages.event("overlap", id=reply.id)
         return
     messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    execution = Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
-    follow(execution, waiting, args)
+    follow(task, reply.id, args, agent, waiting)
 
 
-def follow(execution: Execution, waiting: Queue, args: Args) -> None:
+def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", execution.id)
+    execution = execution_of(task, identity, args, agent, waiting.handlers)
     execution.shows_output = args.show_output
-    execution.brings = brings_of(args, execution.host, execution.id)
 
     def goes_on() -> str:
         facts = (execution.name, execution.again, args.again("stop", execution.id))
         text = "%s keeps running.\nTo follow it again: %s\nTo end it: %s" % facts
         return "" if waiting.state.is_waiting else text
 
-    with execution.agent.leaving(goes_on):
+    with agent.leaving(goes_on):
         execution.follow()
 
 
-def brings_of(args: Args, host: str, identity: str) -> List[str]:
-    """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
-    key = "%s %s" % (host, identity)
+def execution_of(task: Task, identity: str, args: Args, agent: Agent, handlers: Dict[str, Handler]) -> Execution:
+    """Return what follows a run. It brings what this command says, or else the one that began it."""
+    execution = Execution(task, identity, agent, handlers)
+    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", identity)
+    key = "%s %s" % (agent.ssh.destination, identity)
     kept = kept_here().brings.get(key, [])
     if args.bring and args.bring != kept:
         keep_here("brings", key, args.bring)
-    return list(args.bring or kept)
+    execution.brings = list(args.bring or kept)
+    return execution
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
