@@ -7259,8 +7259,7 @@ class Screen:
 
     def end_line(self) -> None:
         """Show a line that has ended, unless it was shown before."""
-        if self._line or not self._shown:
-            self.show()
+        self.show()
         self._line, self._column, self._shown = [], 0, ""
 
 
@@ -7364,13 +7363,9 @@ class ShownCells:
             began = moment(cell.begun.time - self.agent.ahead_s)
             title += "  %s, %s%s" % (began, duration(max(0.0, seconds), 2), state)
         self.messages.line(title)
-        found: List[str] = []
-        screen = Screen(found.append)  # what a terminal would show in the end
         for output in cell.outputs:
-            screen.write(text_of(output))
-        screen.end_line()
-        for line in found[:-1] if found and not found[-1] else found:
-            self.messages.line(line)
+            self._screen.write(text_of(output))
+        self._screen.end_line()
         if not is_last:
             self.messages.line("")
 
@@ -8493,20 +8488,17 @@ class Source(NamedTuple):
                 raise Failure("%s is not a notebook" % name, "it has no nbformat")
         if output and os.path.isdir(output):
             output = os.path.join(output, executed_name(os.path.basename(name.lstrip(":"))))
-        source = cls(name, text, output or result)
-        if source.output not in ("", "-"):
-            source._check_output()
-        return source
-
-    def _check_output(self) -> None:
+        output = output or result
+        if output in ("", "-"):
+            return cls(name, text, output)
         why = ""
-        directory = os.path.dirname(os.path.realpath(self.output)) or "."
-        if os.path.exists(self.output):
-            why = "" if os.access(self.output, os.W_OK) else "it cannot be written"
-        elif not os.access(directory, os.W_OK) or self.output.endswith(os.sep):
-            why = "there is no directory %s here, or it cannot be written" % (os.path.dirname(self.output) or ".")
+        if os.path.exists(output):
+            why = "" if os.access(output, os.W_OK) else "it cannot be written"
+        elif not os.access(os.path.dirname(os.path.realpath(output)), os.W_OK) or output.endswith(os.sep):
+            why = "there is no directory %s here, or it cannot be written" % (os.path.dirname(output) or ".")
         if why:
-            raise Failure("no place for the result " + self.output, why, "execute ... -o FILE")
+            raise Failure("no place for the result " + output, why, "execute ... -o FILE")
+        return cls(name, text, output)
 
 
 def check_results(sources: List[Source]) -> None:
@@ -8604,13 +8596,12 @@ class Task(NamedTuple):
 class Execution:
     """A run on the host, followed from here: what its journal tells is shown, and its result is taken."""
 
-    def __init__(self, task: Task, identity: str, agent: Agent, handlers: Dict[str, Handler]) -> None:
+    def __init__(self, task: Task, identity: str, agent: Agent) -> None:
         self.id = identity
         self.name = task.name
         self.output, self.original = task.output, task.original
         self.agent = agent
         self.messages = agent.messages
-        self.handlers = handlers
         self.result: List[bytes] = []  # the parts of it that are here
         self.seconds = 0.0  # that its cells took
         self._began = time.monotonic()
@@ -8627,13 +8618,12 @@ class Execution:
         self._bad_lines = 0
         self._begun: Dict[str, BegunCell] = {}
 
-    def follow(self) -> None:
+    def follow(self, handlers: Dict[str, Handler]) -> None:
         """Follow the run to its end, and write its result.
 
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
-        doing = "Executing " + self.name if self.messages.has_spinner else ""
-        (end,) = hear_runs({self.id: self}, self.agent, doing, self.handlers)
+        (end,) = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
         view = end.view()
         self.id = view.id
         try:
@@ -8820,6 +8810,7 @@ def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Di
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
     reply = reply_of(ended="List[RunEnd]")
+    doing = doing if agent.messages.has_spinner else ""
     ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part)).ended
     if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
         raise Wrong("wrong in it: ended")
@@ -8896,10 +8887,8 @@ class Batch:
         """Take what those that run have to tell, until some of them have ended."""
         by_id = {execution.id: index for index, execution in self.running.items()}
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
-        doing = doing if self.messages.has_spinner else ""
         runs = {execution.id: execution for execution in self.running.values()}
-        ended = hear_runs(runs, self.agent, doing, {})
-        for end in ended:
+        for end in hear_runs(runs, self.agent, doing, {}):
             index = by_id[end.id]
             execution = self.running.pop(index)
             if end.run:
@@ -9580,7 +9569,13 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     record.environment = {n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)}
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
-    script = write_script(record, request)
+    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
+    program = leave_agent(directory, job_main, inner, is_elsewhere=True)
+    script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
+    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
+    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
     output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
     argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
     status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
@@ -9604,18 +9599,6 @@ def early_words(record: JobRecord) -> str:
     return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
 
 
-def write_script(record: JobRecord, request: Request) -> str:
-    """Write what a job runs, and return its path: its name is our id, by which a scheduler's answer tells it again."""
-    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(record.directory, job_main, inner, is_elsewhere=True)
-    script = os.path.join(record.directory, record.id + ".sh")
-    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
-    return script
-
-
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
@@ -9628,10 +9611,8 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     begun = begun_of(record)
     if record.command in SCHEDULERS and (record.command == "sbatch" or not begun):
         state = state_in(record, *query(record, max_age_s))
-    elif begun:
-        state = JobState() if gives_signs(record) else ENDED
     else:
-        state = JobState() if may_be_taken(record) and gives_signs(record) else ENDED
+        state = JobState() if (begun or may_be_taken(record)) and gives_signs(record) else ENDED
     if state.is_live and is_marked(record, "cancelled"):
         state = ENDED.but(word="CANCELLED")
     elif state.is_live and is_marked(record, "ended"):
@@ -10062,9 +10043,8 @@ class WrapperKind(Starter):
         )
         write_down(record, directory)
         within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
-        within = within.but(
-            path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
-        )
+        state_dir = portable(os.path.dirname(os.path.dirname(directory)))
+        within = within.but(path=portable(path) or None, state_dir=state_dir)
         program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
         within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
@@ -11342,7 +11322,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
     Raises Failure where there is something to ask, and nobody who could answer.
     """
     # Through a tunnel to what is ended, which ends as well, we would cut ourselves off. These words are ids.
-    if not args.ids or any(re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
+    if not args.ids or any(re.fullmatch(r"[rjw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
     request = request_of(args, "stop", app=args.typed.get("app", ""))
@@ -11500,7 +11480,7 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
         keep_here("batches", key, seed)
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
-    batch = Batch(tasks, args.at_once or 1, agent, lambda task, name: execution_of(task, name, args, agent, {}))
+    batch = Batch(tasks, args.at_once or 1, agent, lambda task, name: execution_of(task, name, args, agent))
 
     def goes_on() -> str:
         ids = [execution.id for execution in batch.running.values()]
@@ -11553,7 +11533,7 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 
 def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    execution = execution_of(task, identity, args, agent, waiting.handlers)
+    execution = execution_of(task, identity, args, agent)
     execution.shows_output = args.show_output
 
     def goes_on() -> str:
@@ -11562,12 +11542,12 @@ def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) 
         return "" if waiting.state.is_waiting else text
 
     with agent.leaving(goes_on):
-        execution.follow()
+        execution.follow(waiting.handlers)
 
 
-def execution_of(task: Task, identity: str, args: Args, agent: Agent, handlers: Dict[str, Handler]) -> Execution:
+def execution_of(task: Task, identity: str, args: Args, agent: Agent) -> Execution:
     """Return what follows a run. It brings what this command says, or else the one that began it."""
-    execution = Execution(task, identity, agent, handlers)
+    execution = Execution(task, identity, agent)
     execution.overwrites, execution.again = args.force, args.again("execute", "--attach", identity)
     key = "%s %s" % (agent.ssh.destination, identity)
     kept = kept_here().brings.get(key, [])
