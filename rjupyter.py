@@ -7056,9 +7056,6 @@ def is_named(name: str, notebook: str, kernel: str) -> bool:
     return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
 
 
-REQUESTS["send_output"] = send_output
-
-
 # -- what it puts into the notebook -----------------------------------------------------------------------------------
 
 
@@ -7217,6 +7214,7 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
     return found
 
 
+REQUESTS["send_output"] = send_output
 REQUESTS["save_output"] = save_output
 
 
@@ -7708,10 +7706,6 @@ def packed(part: bytes) -> str:
     return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
-REQUESTS["start_run"] = start_run
-REQUESTS["follow_runs"] = follow_runs
-
-
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
 #
 # A tar either way, made and read by the same functions on both sides. Nothing in it leads outside its directory, and
@@ -7745,10 +7739,10 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     """Send what a run wrote and the request's patterns match, as a tar."""
     import types
 
-    known = [record for record in KINDS["run"].records() if record.id == request.id]
-    if not known:
+    record = kept_record(KINDS["run"], request.id)
+    if not record:
         raise Failure("no run of yours has this id: " + request.id)
-    base = native(known[0].root_dir)
+    base = native(record.root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
     stream = types.SimpleNamespace(write=lambda data: channel.tell("part", file="files", data=packed(data)))
@@ -7756,6 +7750,8 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
 
+REQUESTS["start_run"] = start_run
+REQUESTS["follow_runs"] = follow_runs
 REQUESTS["put_files"] = put_files
 REQUESTS["bring_files"] = bring_files
 
@@ -7990,14 +7986,10 @@ class Run:
             app.load_config_file()
         self.specs = app.kernel_spec_manager_class(parent=app)
 
-        def said(part: str, name: str) -> str:
-            facts = self.notebook.metadata.get(part)
-            value = facts.get(name) if isinstance(facts, dict) else ""
-            return value if isinstance(value, str) else ""
-
         there = {name: entry["spec"].get("language") or "" for name, entry in self.specs.get_all_specs().items()}
-        language = said("kernelspec", "language") or said("language_info", "name")
-        wanted = self.request.kernel or said("kernelspec", "name") or "python3"
+        spec = fact(self.notebook.metadata, "kernelspec", {})  # type: Json
+        language = fact(spec, "language", "") or fact(fact(self.notebook.metadata, "language_info", {}), "name", "")
+        wanted = self.request.kernel or fact(spec, "name", "") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, there[name] or language or "python"
@@ -8235,7 +8227,6 @@ def literal(value: "Any", language: str) -> str:
 def unset_in(source: str, names: "List[str]") -> "List[str]":
     """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
     import ast
-    import re
 
     try:
         tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
@@ -8499,16 +8490,6 @@ class Source(NamedTuple):
         if why:
             raise Failure("no place for the result " + output, why, "execute ... -o FILE")
         return cls(name, text, output)
-
-
-def check_results(sources: List[Source]) -> None:
-    """Raise Failure (2) when two notebooks would have one result."""
-    seen: Dict[str, str] = {}
-    for source in [source for source in sources if source.output]:
-        other = seen.setdefault(os.path.realpath(source.output), source.name)
-        if other != source.name:
-            why = "%s would be the result of %s and of %s" % (source.output, other, source.name)
-            raise Failure("wrong usage", why, "one after the other, each with -o FILE", EXIT_USAGE)
 
 
 def executed_name(name: str) -> str:
@@ -10237,32 +10218,29 @@ def wrapper_main(directory: str) -> None:
     def is_unwanted(thing: Kept) -> bool:
         return is_marked(record, "unwanted") or is_marked(thing, "stop")
 
+    def as_inside(request: Request) -> Request:
+        """Return it as it is done in here; in a network of its own, on an address that is seen from outside."""
+        root_dir = native(record.root_dir)
+        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
+        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
+        if root_dir and (is_other or not os.path.isdir(root_dir)):
+            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
+            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
+        network = network_identity()
+        is_shared = record.network == network or not (record.network and network)
+        if is_shared or request.socket or request.action != "open":
+            return request
+        try:
+            return request.but(ip=node_address(request.node_address))
+        except Failure as failure:
+            try_ = "--socket; or the host's network (docker --network=host)"
+            raise Failure("no network leads to what runs", failure.why, try_)
+
     try:
-        work(directory, request, lambda asked: as_inside(asked, record), is_unwanted)
+        work(directory, request, as_inside, is_unwanted)
     finally:
         with contextlib.suppress(OSError):
             mark(record, "ended")
-
-
-def as_inside(request: Request, record: WrapperRecord) -> Request:
-    """Return a request as it is done in a wrapper. Raises Failure where that does not see what it should.
-
-    In a network of its own, Jupyter takes an address that is seen from outside.
-    """
-    root_dir = native(record.root_dir)
-    entries = [os.path.join(root_dir, native(name)) for name in record.entries]
-    is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
-    if root_dir and (is_other or not os.path.isdir(root_dir)):
-        why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
-        raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
-    network = network_identity()
-    if not record.network or not network or record.network == network or request.socket or request.action != "open":
-        return request
-    try:
-        return request.but(ip=node_address(request.node_address))
-    except Failure as failure:
-        try_ = "--socket; or the host's network (docker --network=host)"
-        raise Failure("no network leads to what runs", failure.why, try_)
 
 
 def examine_inside(request: Request, channel: Channel) -> ExamineReply:
@@ -10930,7 +10908,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.local_port, has_token=not server.has_password)
         text = gateway_settings(url, server.base_url) if args.gateway else url
-        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.local_port, id=server.id)
+        facts = {"url": url, "local_port": tunnel.local_port, "id": server.id}
+        messages.result(text, "open", BOLD, pid=server.pid, **facts)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -10943,12 +10922,10 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             further=args.further,
             request=request,
             is_background=args.background,
-            url=url,
             base_url=server.base_url,
-            local_port=tunnel.local_port,
-            id=server.id,
             control=agent.ssh.way.control_path if agent.ssh.process else "",
             config=agent.ssh.config_text,
+            **facts,
         )
         with written_down(record):
             if args.background:
@@ -11399,7 +11376,12 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     is_many = bool(args.grid or args.at_once)
     request = request_of(args, "start_run", brings=args.bring, is_one_of_many=is_many)
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
-    check_results(sources)
+    seen: Dict[str, str] = {}
+    for source in [source for source in sources if source.output]:
+        other = seen.setdefault(os.path.realpath(source.output), source.name)
+        if other != source.name:
+            why = "%s would be the result of %s and of %s" % (source.output, other, source.name)
+            raise wrong_usage(why, "one after the other, each with -o FILE")
     request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
     alongs = [Along.of(source, args.along) for source in sources if args.along]
     digests = [along.digest for along in alongs] or [""] * len(sources)
