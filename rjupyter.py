@@ -7440,12 +7440,10 @@ class RunKind(Kind):
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
         state = read_record(RunState, state_file(record.directory))
-        view.state = "running" if state else "starting"
+        view.state = (state.outcome or "running") if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
-        if state and state.outcome:
-            view.state = state.outcome
-        elif has_ended:
+        if has_ended and view.state in GOING_ON:
             view.state = "killed"
             last_line = end_of_log(log_of(record), 1)
             own = re.match(r"\w+(Error|Exception)\b", last_line)
@@ -10082,13 +10080,12 @@ class WrapperKind(Starter):
         try_ = next((try_ for start, try_ in told.items() if start in words), "")
         if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
             words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
-        if not words and not record.request.container:
-            words = (
-                "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
-            )
-        alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
-        alone = "" if record.request.container else alone
-        return Failure("nothing ran", words, try_ or alone, EXIT_NO_JUPYTER)
+        if not record.request.container:
+            silent = "it ended and said nothing; it must stay as long as what runs in it"
+            words = words or silent + " (systemd-run --scope, no docker -d)"
+            alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
+            try_ = try_ or alone
+        return Failure("nothing ran", words, try_, EXIT_NO_JUPYTER)
 
 
 KINDS["wrapper"] = WrapperKind()
