@@ -6437,9 +6437,6 @@ def revive_recorder(record: ServerRecord) -> None:
             run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
 
 
-BESIDE.append(start_recorder)
-
-
 def recorder_main(directory: str) -> None:
     """Record beside the server of a directory, until it has ended. Ends with CANNOT_RUN where there is no pyzmq."""
     try:
@@ -7096,9 +7093,6 @@ def away_from(request: Request, identity: str) -> "List[Away]":
     return found
 
 
-TELLING.append(away_from)
-
-
 def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "Tuple[int, List[str]]":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
@@ -7216,6 +7210,8 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
 
 REQUESTS["send_output"] = send_output
 REQUESTS["save_output"] = save_output
+BESIDE.append(start_recorder)
+TELLING.append(away_from)
 
 
 # agent ends
@@ -8256,12 +8252,10 @@ def run_main(directory: str) -> None:
     run.begin()
     tell_kernel = guard_kernel(directory)
     outcome = outcome_of(run, nbclient, tell_kernel, is_private=True)
-    if outcome[0] == "unstarted" and KERNEL_DIED in outcome[1] and run.deadline > time.monotonic():
+    has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
+    if has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
     run.end(*outcome)
-
-
-KERNEL_DIED = "Kernel died"  # nbclient's and jupyter_client's words
 
 
 def guard_kernel(directory: str) -> "Callable[[int], None]":
@@ -8279,11 +8273,9 @@ def guard_kernel(directory: str) -> "Callable[[int], None]":
         signal.signal(signum, signal.SIG_IGN)
     os.close(writing)
     known = {}  # type: Dict[int, str]
-    data = os.read(reading, 4)
-    while data:
+    for data in iter(lambda: os.read(reading, 4), b""):
         pid = struct.unpack("=i", data)[0]
         known[pid] = process_identity(pid)
-        data = os.read(reading, 4)
     for pid, identity in known.items():
         if identity and identity == process_identity(pid):
             with contextlib.suppress(OSError):
@@ -8380,27 +8372,24 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
 
 
 def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Tuple[str, str]":
-    """Let nbclient execute a run's notebook; return how that ended, in a word, and why."""
-    import asyncio
-
-    try:
-        new_engine(run, nbclient, tell_kernel, is_private).execute()
-    except (Exception, asyncio.CancelledError) as error:
-        return outcome_after(run, error)
-    outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
-    errors = [output for output in outputs if output.output_type == "error"]
-    allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
-    return "done", allowed if errors and run.request.allows_errors else ""
-
-
-def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
-    """Return the outcome that an exception of nbclient's stands for, and why.
+    """Let nbclient execute a run's notebook; return how that ended, in a word, and why.
 
     nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
     by the file that asked for it, because an interrupted cell looks like one that failed.
     """
+    import asyncio
+
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+    try:
+        new_engine(run, nbclient, tell_kernel, is_private).execute()
+    except (Exception, asyncio.CancelledError) as raised:
+        error = raised
+    else:
+        outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
+        errors = [output for output in outputs if output.output_type == "error"]
+        allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
+        return "done", allowed if errors and run.request.allows_errors else ""
     place = "in cell %d of %d" % (run.state.cell, run.state.count)
     if os.path.exists(os.path.join(run.directory, "stop")):
         return "stopped", place
@@ -8427,7 +8416,7 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
         return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
     import traceback
 
-    traceback.print_exc()  # the disk is full
+    traceback.print_exception(type(error), error, error.__traceback__)  # the disk is full
     return "failed", "%s: %s" % (type(error).__name__, last_line)
 
 
@@ -8942,17 +8931,12 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
         kernels = ask_for_list(info, "api/kernels")
         notebooks = notebooks_of(info) if kernels else {}
         for kernel in kernels:
-            identity = fact(kernel, "id", "")
-            state = KernelState(
-                id=identity,
-                server=record.id,
-                notebook=notebooks.get(identity, ""),
-                name=fact(kernel, "name", ""),
-                state=fact(kernel, "execution_state", ""),
-                idle_s=seconds_since(kernel.get("last_activity")),
-                connections=max(0, fact(kernel, "connections", 0)),
-            )
-            found.append((record, state))
+            view = KernelState(id=fact(kernel, "id", ""), server=record.id, name=fact(kernel, "name", ""))
+            view.notebook = notebooks.get(view.id, "")
+            view.state = fact(kernel, "execution_state", "")
+            view.idle_s = seconds_since(kernel.get("last_activity"))
+            view.connections = max(0, fact(kernel, "connections", 0))
+            found.append((record, view))
         is_locked = is_locked or (info.has_password and not info.token)
     if is_locked and not found:
         why = "its configuration sets a password and takes away the token, so only a page can log in"
@@ -9068,9 +9052,6 @@ def end_kernel(request: Request, channel: Channel) -> None:
         raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter HOST stop " + record.id)
     facts = {"kernel": kernel.id, "notebook": kernel.notebook, "server": record.id}
     channel.tell("stopped", what="kernel", name=kernel.title, **facts)
-
-
-ENDING.append(end_kernel)
 
 
 def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
@@ -9224,6 +9205,7 @@ REQUESTS["eval_code"] = eval_code
 REQUESTS["interrupt_kernel"] = interrupt_kernel
 REQUESTS["list_kernels"] = list_kernels
 REQUESTS["wait_for_kernel"] = wait_for_kernel
+ENDING.append(end_kernel)
 
 
 # agent ends
