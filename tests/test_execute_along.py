@@ -554,7 +554,7 @@ def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str,
         said = sorted(printed(path)[-1].strip() for path in results(laptop, again))
         assert said == ["1", "2", "3", "4"]
         assert sorted(begun(host)) == sorted("1234" * times)
-        assert ("Going on" in again.stderr) == (times == 1)
+        assert ("Continuing" in again.stderr) == (times == 1)
 
 
 def test_grid_of_eight_survives_a_cut_connection(laptop: Laptop, host: Host) -> None:
