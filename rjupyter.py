@@ -11284,8 +11284,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
     request = request_of(args, "stop", app=args.typed.get("app", ""))
     reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
     if reply.busy or reply.runs:
-        facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]
-        words = [("%d of %d kernels are busy in %s (%s)." % row) for row in facts]
+        words = ["%d of %d kernels are busy in %s (%s)." % (s.busy, s.kernels, s.root_dir, s.id) for s in reply.busy]
         words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
         words += ["%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id) for run in reply.runs]
         if not has_terminal():
@@ -11578,8 +11577,7 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    found = facts.jupyter
-    trouble = facts.jupyter_trouble
+    found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
             inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
