@@ -8967,11 +8967,14 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
     asking.start()
     kernels = live_kernels(request)
     processes = all_processes()
-    listening = {}  # the ports, by the sockets as /proc/PID/fd has them (proc(5))
+    listening = {}  # type: Dict[str, Any] # the ports and paths, by the sockets as /proc/PID/fd has them (proc(5))
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table) as stream:
             rows = [row.split() for row in stream]
             listening.update({"socket:[%s]" % row[9]: int(row[1][-4:], 16) for row in rows if row[3] == "0A"})
+    with contextlib.suppress(OSError), open("/proc/net/unix", errors="replace") as stream:
+        rows = [row.split(None, 7) for row in stream]
+        listening.update({"socket:[%s]" % row[6]: row[7].strip() for row in rows if len(row) == 8})
     asking.join(GPU_TIMEOUT_S + 1)  # longer only where a driver holds the command, and no signal ends it
     on_gpu = found[0] if found else None
     for record, kernel in kernels:
@@ -8979,7 +8982,9 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         kernel.memory = sum(processes[pid][1] for pid in pids) if pids else None
         kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
         connection = read_json(os.path.join(native(record.runtime_dir), "kernel-%s.json" % kernel.id))
-        kernel.ports = ports_of(pids, {port for name, port in connection.items() if name.endswith("_port")}, listening)
+        own = {port for name, port in connection.items() if name.endswith("_port")}
+        own |= {"%s-%s" % (connection.get("ip"), port) for port in own}  # on sockets, it is a part of their names
+        kernel.ports = ports_of(pids, own, listening)
     missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
     return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
 
@@ -9007,12 +9012,12 @@ def processes_of_kernel(identity: str, processes: "Dict[int, Tuple[int, int, str
     return found
 
 
-def ports_of(pids: "List[int]", own: "Set[int]", listening: "Dict[str, int]") -> "List[int]":
+def ports_of(pids: "List[int]", own: "Set[Any]", listening: "Dict[str, Any]") -> "List[int]":
     """Return the ports on which processes of a kernel listen, but for those through which Jupyter talks to it.
 
     ipykernel has one more than its connection file names: what ZeroMQ waits for together with them is no cell's.
     """
-    found = set()  # type: Set[int]
+    found = set()  # type: Set[Any]
     for pid in pids:
         names = {}
         with contextlib.suppress(OSError):
@@ -9024,7 +9029,7 @@ def ports_of(pids: "List[int]", own: "Set[int]", listening: "Dict[str, int]") ->
             together = {ports[each] for each in waiting if each in ports}
             own = own | together if own & together else own
         found.update(ports.values())
-    return sorted(found - own)
+    return sorted(port for port in found - own if isinstance(port, int))
 
 
 def gpu_memory() -> "Optional[Dict[int, int]]":
