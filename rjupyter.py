@@ -10022,7 +10022,6 @@ class WrapperKind(Starter):
             return write_down(record, directory)
 
     def waiting(self, request: Request) -> "List[Kept]":
-        """Return those in which what is asked for is about to run."""
         return [record for record in self.listed() if request.is_done_by(record.request)]
 
     def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
@@ -11242,9 +11241,6 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
     identity, lines = args.id, 0
     held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
 
-    def request() -> Request:
-        return request_of(args, "logs", id=identity, line=lines)
-
     def take(line: Told, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
@@ -11255,7 +11251,7 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
 
     agent.ssh.connect()
     agent.redials = agent.redials and args.is_followed
-    agent.ask_on(request, Record, handlers={"line": take})
+    agent.ask_on(lambda: request_of(args, "logs", id=identity, line=lines), Record, handlers={"line": take})
     for text in held:
         messages.result(as_shown(text), "line", line=text)
     return EXIT_OK
