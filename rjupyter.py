@@ -6285,9 +6285,6 @@ def revive_recorder(record: ServerRecord) -> None:
             run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
 
 
-BESIDE.append(start_recorder)
-
-
 def recorder_main(directory: str) -> None:
     """Record beside the server of a directory, until it has ended. Ends with CANNOT_RUN where there is no pyzmq."""
     try:
@@ -6637,8 +6634,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._file = os.open(self.path, flags, 0o600)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._size = os.fstat(self._file).st_size
             if self._size and not self._before:  # another recorder's, perhaps
                 self._before = JournalReader(self.path, self._size).at - self._size
@@ -6679,11 +6675,6 @@ def line_of(entry: Entry) -> bytes:
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
-
-
-def display_of(output: PrintedOutput) -> str:
-    """Return the id by which a display is updated; empty for none."""
-    return str(fact(fact(output.content, "transient", {}), "display_id", ""))
 
 
 def text_of(output: PrintedOutput) -> str:
@@ -6775,8 +6766,8 @@ class Executions:
                 cell.begun.count = entry.count
         elif isinstance(entry, PrintedOutput):
             cell.take(entry)
-            identity = display_of(entry)
-            shown, older = self._displays.setdefault(identity, ({}, [])) if identity else ({}, [])
+            display = fact(fact(entry.content, "transient", {}), "display_id", "")
+            shown, older = self._displays.setdefault(display, ({}, [])) if display else ({}, [])
             older.append(entry)
             if entry.type == "update_display_data":
                 shown.update(entry.content)
@@ -6910,9 +6901,6 @@ def is_named(name: str, notebook: str, kernel: str) -> bool:
     return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
 
 
-REQUESTS["send_output"] = send_output
-
-
 # -- what it puts into the notebook -----------------------------------------------------------------------------------
 
 
@@ -6951,9 +6939,6 @@ def away_from(request: Request, identity: str) -> "List[Away]":
                 why = (error.why or error.what) if isinstance(error, Failure) else str(error)
                 away.why = why.split("\n")[0]
     return found
-
-
-TELLING.append(away_from)
 
 
 def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "Tuple[int, List[str]]":
@@ -7071,7 +7056,10 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
     return found
 
 
+REQUESTS["send_output"] = send_output
 REQUESTS["save_output"] = save_output
+BESIDE.append(start_recorder)
+TELLING.append(away_from)
 
 
 # agent ends
@@ -7113,8 +7101,7 @@ class Screen:
 
     def end_line(self) -> None:
         """Show a line that has ended, unless it was shown before."""
-        if self._line or not self._shown:
-            self.show()
+        self.show()
         self._line, self._column, self._shown = [], 0, ""
 
 
@@ -7194,22 +7181,17 @@ class ShownCells:
 
     def take(self, message: Told, show: Show) -> None:
         """Take a line of the journal; one that makes no sense is passed over. An empty one: these were all so far."""
-        if not message.entry:
-            if not self._is_live:
-                self.show_so_far()
-            return
-        self.lines = message.at + 1
-        cell, entry = self._executions.take(message.entry)
-        if self._is_live and cell and entry:
-            self._show_live(cell, entry)
-
-    def show_so_far(self) -> None:
-        """Show what came; from now on, what comes is shown as it comes."""
-        cells = list(self._executions.cells.values())
-        for cell in cells:
-            if not cell.finished or cell.finished.time - self.agent.ahead_s >= self.since:
-                self._show(cell, is_last=cell is cells[-1])
-        self._is_live = True
+        if message.entry:
+            self.lines = message.at + 1
+            cell, entry = self._executions.take(message.entry)
+            if self._is_live and cell and entry:
+                self._show_live(cell, entry)
+        elif not self._is_live:
+            cells = list(self._executions.cells.values())
+            for cell in cells:
+                if not cell.finished or cell.finished.time - self.agent.ahead_s >= self.since:
+                    self._show(cell, is_last=cell is cells[-1])
+            self._is_live = True  # from now on, what comes is shown as it comes
 
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
@@ -7223,13 +7205,9 @@ class ShownCells:
             began = moment(cell.begun.time - self.agent.ahead_s)
             title += "  %s, %s%s" % (began, duration(max(0.0, seconds), 2), state)
         self.messages.line(title)
-        found: List[str] = []
-        screen = Screen(found.append)  # what a terminal would show in the end
         for output in cell.outputs:
-            screen.write(text_of(output))
-        screen.end_line()
-        for line in found[:-1] if found and not found[-1] else found:
-            self.messages.line(line)
+            self._screen.write(text_of(output))
+        self._screen.end_line()
         if not is_last:
             self.messages.line("")
 
@@ -7298,7 +7276,6 @@ class RunKind(Kind):
         return place_of(record).is_running() and self.describe(record).state in GOING_ON
 
     def describe(self, record: RunRecord) -> RunView:
-        """Say how a run does."""
         import shutil
 
         names = ("id", "pid", "node", "name", "root_dir", "job")
@@ -7307,12 +7284,10 @@ class RunKind(Kind):
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
         state = read_record(RunState, state_file(record.directory))
-        view.state = "running" if state else "starting"
+        view.state = (state.outcome or "running") if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
-        if state and state.outcome:
-            view.state = state.outcome
-        elif has_ended:
+        if has_ended and view.state in GOING_ON:
             view.state = "killed"
             last_line = end_of_log(log_of(record), 1)
             own = re.match(r"\w+(Error|Exception)\b", last_line)
@@ -7458,13 +7433,9 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
     process = start_detached([python, program], environment, root_dir, log, request.is_held)
     with ended_unless_kept(process):
-        record = RunRecord(
-            request=request.to_keep().but(app=found.app),
-            name=request.name,
-            key=request.key,
-            variant=request.variant,
-            **facts_of(process, root_dir, request),
-        )
+        facts = {name: getattr(request, name) for name in ("name", "key", "variant")}
+        facts.update(facts_of(process, root_dir, request))
+        record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
@@ -7483,6 +7454,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         records = [record for kind in KINDS.values() for record in kind.records()]
         return {record.id: record for record in records if record.id in request.ids}
 
+    is_alone = len(request.ids) == 1
     late_s = LATE_S if KINDS["job"].records() else 0  # another machine may have written it a moment ago
     until(lambda: len(known()) == len(request.ids), late_s, FOLLOW_MAX_S)
     things = known()
@@ -7496,18 +7468,15 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         kind = KINDS[things[identity].kind]
         thing = record_in(kind, things[identity].directory) or things[identity]  # anew: a job may have got its number
         if identity not in followed:
-            is_alone = len(request.ids) == 1
+            run = thing
             if kind.name != "run":
-                is_alone = len(request.ids) == 1
                 reply = kind.await_reply(thing, channel) if is_alone else kind.replied(thing)
                 run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
-            else:
-                run = thing
             if not run:
                 return False
             followed[identity] = Followed(run, request.offsets.get(identity, 0))
         found = followed[identity].look(identity, channel)
-        if isinstance(found, FollowReply) and (kind.name == "run" or len(request.ids) == 1 or not kind.goes_on(thing)):
+        if isinstance(found, FollowReply) and (kind.name == "run" or is_alone or not kind.goes_on(thing)):
             followed[identity].send_result(identity, channel)
             ended.append(RunEnd(id=identity, run=found))
         return bool(found == "more")
@@ -7579,10 +7548,6 @@ def packed(part: bytes) -> str:
     return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
-REQUESTS["start_run"] = start_run
-REQUESTS["follow_runs"] = follow_runs
-
-
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
 #
 # A tar either way, made and read by the same functions on both sides. Nothing in it leads outside its directory, and
@@ -7616,10 +7581,10 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     """Send what a run wrote and the request's patterns match, as a tar."""
     import types
 
-    known = [record for record in KINDS["run"].records() if record.id == request.id]
-    if not known:
+    record = kept_record(KINDS["run"], request.id)
+    if not record:
         raise Failure("no run of yours has this id: " + request.id)
-    base = native(known[0].root_dir)
+    base = native(record.root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
     stream = types.SimpleNamespace(write=lambda data: channel.tell("part", file="files", data=packed(data)))
@@ -7627,6 +7592,8 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
 
+REQUESTS["start_run"] = start_run
+REQUESTS["follow_runs"] = follow_runs
 REQUESTS["put_files"] = put_files
 REQUESTS["bring_files"] = bring_files
 
@@ -7668,13 +7635,9 @@ def is_matched(name: str, patterns: "List[str]") -> bool:
         if pattern[0] == "**":
             dots = [at for at, part in enumerate(parts) if part.startswith(".")] + [len(parts)]
             return any(is_match(parts[at:], pattern[1:]) for at in range(dots[0] + 1))
-        is_dot = parts[:1] and parts[0].startswith(".") and not pattern[0].startswith(".")
-        return (
-            bool(parts)
-            and not is_dot
-            and fnmatch.fnmatchcase(parts[0], pattern[0])
-            and is_match(parts[1:], pattern[1:])
-        )
+        if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+            return False
+        return fnmatch.fnmatchcase(parts[0], pattern[0]) and is_match(parts[1:], pattern[1:])
 
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return any(is_match(parts, native(pattern).split("/")) for pattern in patterns)
@@ -7865,14 +7828,10 @@ class Run:
             app.load_config_file()
         self.specs = app.kernel_spec_manager_class(parent=app)
 
-        def said(part: str, name: str) -> str:
-            facts = self.notebook.metadata.get(part)
-            value = facts.get(name) if isinstance(facts, dict) else ""
-            return value if isinstance(value, str) else ""
-
         there = {name: entry["spec"].get("language") or "" for name, entry in self.specs.get_all_specs().items()}
-        language = said("kernelspec", "language") or said("language_info", "name")
-        wanted = self.request.kernel or said("kernelspec", "name") or "python3"
+        spec = fact(self.notebook.metadata, "kernelspec", {})  # type: Json
+        language = fact(spec, "language", "") or fact(fact(self.notebook.metadata, "language_info", {}), "name", "")
+        wanted = self.request.kernel or fact(spec, "name", "") or "python3"
         for name in there:
             if name.lower() == wanted.lower():  # as jupyter_client compares them
                 return name, there[name] or language or "python"
@@ -8110,7 +8069,6 @@ def literal(value: "Any", language: str) -> str:
 def unset_in(source: str, names: "List[str]") -> "List[str]":
     """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
     import ast
-    import re
 
     try:
         tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
@@ -8142,20 +8100,17 @@ def run_main(directory: str) -> None:
     run.begin()
     tell_kernel = guard_kernel(directory)
     outcome = outcome_of(run, nbclient, tell_kernel, is_private=True)
-    if outcome[0] == "unstarted" and KERNEL_DIED in outcome[1] and run.deadline > time.monotonic():
+    has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
+    if has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
     run.end(*outcome)
-
-
-KERNEL_DIED = "Kernel died"  # nbclient's and jupyter_client's words
 
 
 def guard_kernel(directory: str) -> "Callable[[int], None]":
     """Start a process that ends the kernel when we end, even by SIGKILL; return what tells it which one that is.
 
-    It removes the kernel's sockets, too.
-
-    ipykernel looks for its parent, R's and others do not; and what a cell started looks for nobody.
+    It removes the kernel's sockets, too. ipykernel looks for its parent, R's and others do not; and what a cell started
+    looks for nobody.
     """
     reading, writing = os.pipe()
     if os.fork():
@@ -8166,11 +8121,9 @@ def guard_kernel(directory: str) -> "Callable[[int], None]":
         signal.signal(signum, signal.SIG_IGN)
     os.close(writing)
     known = {}  # type: Dict[int, str]
-    data = os.read(reading, 4)
-    while data:
+    for data in iter(lambda: os.read(reading, 4), b""):
         pid = struct.unpack("=i", data)[0]
         known[pid] = process_identity(pid)
-        data = os.read(reading, 4)
     for pid, identity in known.items():
         if identity and identity == process_identity(pid):
             with contextlib.suppress(OSError):
@@ -8267,27 +8220,24 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
 
 
 def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Tuple[str, str]":
-    """Let nbclient execute a run's notebook; return how that ended, in a word, and why."""
-    import asyncio
-
-    try:
-        new_engine(run, nbclient, tell_kernel, is_private).execute()
-    except (Exception, asyncio.CancelledError) as error:
-        return outcome_after(run, error)
-    outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
-    errors = [output for output in outputs if output.output_type == "error"]
-    allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
-    return "done", allowed if errors and run.request.allows_errors else ""
-
-
-def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
-    """Return the outcome that an exception of nbclient's stands for, and why.
+    """Let nbclient execute a run's notebook; return how that ended, in a word, and why.
 
     nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
     by the file that asked for it, because an interrupted cell looks like one that failed.
     """
+    import asyncio
+
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+    try:
+        new_engine(run, nbclient, tell_kernel, is_private).execute()
+    except (Exception, asyncio.CancelledError) as raised:
+        error = raised
+    else:
+        outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
+        errors = [output for output in outputs if output.output_type == "error"]
+        allowed = "%d error%s allowed" % (len(errors), " was" if len(errors) == 1 else "s were")
+        return "done", allowed if errors and run.request.allows_errors else ""
     place = "in cell %d of %d" % (run.state.cell, run.state.count)
     if os.path.exists(os.path.join(run.directory, "stop")):
         return "stopped", place
@@ -8314,7 +8264,7 @@ def outcome_after(run: Run, error: BaseException) -> "Tuple[str, str]":
         return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
     import traceback
 
-    traceback.print_exc()  # the disk is full
+    traceback.print_exception(type(error), error, error.__traceback__)  # the disk is full
     return "failed", "%s: %s" % (type(error).__name__, last_line)
 
 
@@ -8364,30 +8314,17 @@ class Source(NamedTuple):
                 raise Failure("%s is not a notebook" % name, "it has no nbformat")
         if output and os.path.isdir(output):
             output = os.path.join(output, executed_name(os.path.basename(name.lstrip(":"))))
-        source = cls(name, text, output or result)
-        if source.output not in ("", "-"):
-            source._check_output()
-        return source
-
-    def _check_output(self) -> None:
+        output = output or result
+        if output in ("", "-"):
+            return cls(name, text, output)
         why = ""
-        directory = os.path.dirname(os.path.realpath(self.output)) or "."
-        if os.path.exists(self.output):
-            why = "" if os.access(self.output, os.W_OK) else "it cannot be written"
-        elif not os.access(directory, os.W_OK) or self.output.endswith(os.sep):
-            why = "there is no directory %s here, or it cannot be written" % (os.path.dirname(self.output) or ".")
+        if os.path.exists(output):
+            why = "" if os.access(output, os.W_OK) else "it cannot be written"
+        elif not os.access(os.path.dirname(os.path.realpath(output)), os.W_OK) or output.endswith(os.sep):
+            why = "there is no directory %s here, or it cannot be written" % (os.path.dirname(output) or ".")
         if why:
-            raise Failure("no place for the result " + self.output, why, "execute ... -o FILE")
-
-
-def check_results(sources: List[Source]) -> None:
-    """Raise Failure (2) when two notebooks would have one result."""
-    seen: Dict[str, str] = {}
-    for source in [source for source in sources if source.output]:
-        other = seen.setdefault(os.path.realpath(source.output), source.name)
-        if other != source.name:
-            why = "%s would be the result of %s and of %s" % (source.output, other, source.name)
-            raise Failure("wrong usage", why, "one after the other, each with -o FILE", EXIT_USAGE)
+            raise Failure("no place for the result " + output, why, "execute ... -o FILE")
+        return cls(name, text, output)
 
 
 def executed_name(name: str) -> str:
@@ -8463,25 +8400,24 @@ class Along(NamedTuple):
 SENT_BYTES = 12 << 20  # in one request
 
 
+class Task(NamedTuple):
+    """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
+
+    name: str
+    request: Request
+    output: Optional[str]  # None: beside us, under a name that follows from the notebook's
+    original: str = ""  # what stands here where the result goes, when it is to be replaced
+
+
 class Execution:
     """A run on the host, followed from here: what its journal tells is shown, and its result is taken."""
 
-    def __init__(
-        self,
-        identity: str,
-        name: str,
-        output: Optional[str],
-        agent: Agent,
-        messages: Messages,
-        handlers: Dict[str, Handler],
-        original: str = "",
-    ) -> None:
+    def __init__(self, task: Task, identity: str, agent: Agent) -> None:
         self.id = identity
-        self.name = name
-        self.output = output  # None: beside us, under a name that follows from the notebook's
-        self.original = original  # what stands here where the result goes, when it is to be replaced
+        self.name = task.name
+        self.output, self.original = task.output, task.original
         self.agent = agent
-        self.messages = messages
+        self.messages = agent.messages
         self.result: List[bytes] = []  # the parts of it that are here
         self.seconds = 0.0  # that its cells took
         self._began = time.monotonic()
@@ -8497,20 +8433,13 @@ class Execution:
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
         self._begun: Dict[str, BegunCell] = {}
-        self.handlers = handlers
 
-    @property
-    def host(self) -> str:
-        """The destination, as the user calls it."""
-        return self.agent.ssh.destination
-
-    def follow(self) -> None:
+    def follow(self, handlers: Dict[str, Handler]) -> None:
         """Follow the run to its end, and write its result.
 
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
-        doing = "Executing " + self.name if self.messages.has_spinner else ""
-        (end,) = hear_runs({self.id: self}, self.agent, doing, self.handlers)
+        (end,) = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
         view = end.view()
         self.id = view.id
         try:
@@ -8633,7 +8562,7 @@ class Execution:
             raise Failure(what, "\n".join(lacking), self.again + " --force   (replaces them)")
         if view.unwritten:
             why = "%s\nthe result is in %s" % (view.unwritten, path)
-            raise Failure("cannot write the result of %s on %s" % (self.name, self.host), why)
+            raise Failure("cannot write the result of %s on %s" % (self.name, self.agent.ssh.destination), why)
 
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
@@ -8663,11 +8592,10 @@ class Execution:
 
     def failure(self, view: RunView) -> Failure:
         """Return the failure that a run ended with before it was done."""
-        path = self.path
         cell = "cell %d of %d" % (view.cell, view.count)
         why = view.error + (self._failed_at if view.state == "failed" else "")
         if self.result:
-            why += "\nthe result so far is in %s" % (path or "the notebook there")
+            why += "\nthe result so far is in %s" % (self.path or "the notebook there")
             why += ", because of the notebook there: " + view.unwritten if view.unwritten else ""
         ends = {
             "failed": ("%s failed in %s" % (cell, self.name), EXIT_CELL_FAILED),
@@ -8676,7 +8604,7 @@ class Execution:
             "cut": ("the job of %s ended" % self.name, EXIT_SERVER_ENDED),
             "stopped": ("the execution of %s was stopped" % self.name, EXIT_FAILURE),
             "unstarted": ("the kernel of %s did not start" % self.name, EXIT_SERVER_ENDED),
-            "invalid": ("%s cannot be executed on %s" % (self.name, self.host), EXIT_FAILURE),
+            "invalid": ("%s cannot be executed on %s" % (self.name, self.agent.ssh.destination), EXIT_FAILURE),
         }
         what, status = ends.get(view.state, ("the execution of %s ended early" % self.name, EXIT_FAILURE))
         try_ = "--start-timeout, if it takes longer" if view.state == "unstarted" and "respond" in why else ""
@@ -8698,43 +8626,35 @@ def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Di
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
     reply = reply_of(ended="List[RunEnd]")
+    doing = doing if agent.messages.has_spinner else ""
     ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part)).ended
     if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
         raise Wrong("wrong in it: ended")
     return ended
 
 
-class Task(NamedTuple):
-    """What is executed for one combination of a grid's values: its name, what is asked, and where its result goes."""
-
-    name: str
-    request: Request
-    output: Optional[str]
-    original: str = ""
-
-
 class Batch:
     """Several executions, so many at once, followed in one conversation: each result is written when it is there."""
 
-    def __init__(self, tasks: List[Task], args: "Args", agent: Agent, patterns_of: Callable[[str], List[str]]) -> None:
+    def __init__(self, tasks: List[Task], width: int, agent: Agent, new: Callable[[Task, str], Execution]) -> None:
         self.running: Dict[int, Execution] = {}  # by the number of their task, as all is here
         self.agent = agent
         self.messages = agent.messages
         self._tasks = tasks
-        self._args = args
-        self._patterns_of = patterns_of
+        self._width = width
+        self._new = new  # makes what follows a task, by the id of its run
         self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
 
     def follow(self) -> None:
         """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
-        count, width = len(self._tasks), self._args.at_once or 1
+        count = len(self._tasks)
         waiting = list(range(count))
         while waiting or self.running:
-            if waiting and len(self.running) < width:
+            if waiting and len(self.running) < self._width:
                 self._begin(waiting[0])
                 if len(waiting) == count:  # the host has answered: what is said of it holds
-                    facts = (count_of(count, "notebook"), self.agent.ssh.destination, width)
+                    facts = (count_of(count, "notebook"), self.agent.ssh.destination, self._width)
                     self.messages.note("Executing %s on %s, %d at once." % facts)
                 del waiting[0]
             else:
@@ -8776,20 +8696,15 @@ class Batch:
             self.messages.event("overlap", id=reply.id)
             return
         self.messages.event("started", id=reply.id)
-        execution = Execution(reply.id, task.name, task.output, self.agent, self.messages, {}, task.original)
-        execution.is_one_of_many = True
-        execution.overwrites, execution.again = self._args.force, self._args.again("execute", "--attach", reply.id)
-        execution.brings = self._patterns_of(reply.id)
-        self.running[index] = execution
+        self.running[index] = self._new(task, reply.id)
+        self.running[index].is_one_of_many = True
 
     def _hear(self, begun: int) -> None:
         """Take what those that run have to tell, until some of them have ended."""
         by_id = {execution.id: index for index, execution in self.running.items()}
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
-        doing = doing if self.messages.has_spinner else ""
         runs = {execution.id: execution for execution in self.running.values()}
-        ended = hear_runs(runs, self.agent, doing, {})
-        for end in ended:
+        for end in hear_runs(runs, self.agent, doing, {}):
             index = by_id[end.id]
             execution = self.running.pop(index)
             if end.run:
@@ -8864,17 +8779,12 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
         kernels = ask_for_list(info, "api/kernels")
         notebooks = notebooks_of(info) if kernels else {}
         for kernel in kernels:
-            identity = fact(kernel, "id", "")
-            state = KernelState(
-                id=identity,
-                server=record.id,
-                notebook=notebooks.get(identity, ""),
-                name=fact(kernel, "name", ""),
-                state=fact(kernel, "execution_state", ""),
-                idle_s=seconds_since(kernel.get("last_activity")),
-                connections=max(0, fact(kernel, "connections", 0)),
-            )
-            found.append((record, state))
+            view = KernelState(id=fact(kernel, "id", ""), server=record.id, name=fact(kernel, "name", ""))
+            view.notebook = notebooks.get(view.id, "")
+            view.state = fact(kernel, "execution_state", "")
+            view.idle_s = seconds_since(kernel.get("last_activity"))
+            view.connections = max(0, fact(kernel, "connections", 0))
+            found.append((record, view))
         is_locked = is_locked or (info.has_password and not info.token)
     if is_locked and not found:
         why = "its configuration sets a password and takes away the token, so only a page can log in"
@@ -8905,15 +8815,14 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
     asking.start()
     kernels = live_kernels(request)
     processes = all_processes()
-    listening = {}  # the ports, by the sockets as /proc/PID/fd has them (proc(5))
+    listening = {}  # type: Dict[str, Any] # the ports and paths, by the sockets as /proc/PID/fd has them (proc(5))
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table) as stream:
             rows = [row.split() for row in stream]
             listening.update({"socket:[%s]" % row[9]: int(row[1][-4:], 16) for row in rows if row[3] == "0A"})
-    sockets = {}  # on which kernels listen in place of ports, by their paths
-    with contextlib.suppress(OSError), open("/proc/net/unix") as stream:
-        rows = [row.split() for row in stream]
-        sockets.update({row[7]: "socket:[%s]" % row[6] for row in rows if row[3] == "00010000" and len(row) == 8})
+    with contextlib.suppress(OSError), open("/proc/net/unix", errors="replace") as stream:
+        rows = [row.split(None, 7) for row in stream]
+        listening.update({"socket:[%s]" % row[6]: row[7].strip() for row in rows if len(row) == 8})
     asking.join(GPU_TIMEOUT_S + 1)  # longer only where a driver holds the command, and no signal ends it
     on_gpu = found[0] if found else None
     for record, kernel in kernels:
@@ -8922,8 +8831,7 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         kernel.gpu_memory = sum(on_gpu.get(pid, 0) for pid in pids) if on_gpu and pids else None
         connection = read_json(os.path.join(native(record.runtime_dir), "kernel-%s.json" % kernel.id))
         own = {port for name, port in connection.items() if name.endswith("_port")}
-        paths = {port: "%s-%s" % (connection.get("ip"), port) for port in own}
-        listening.update({sockets[path]: port for port, path in paths.items() if path in sockets})
+        own |= {"%s-%s" % (connection.get("ip"), port) for port in own}  # on sockets, it is a part of their names
         kernel.ports = ports_of(pids, own, listening)
     missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
     return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
@@ -8952,12 +8860,12 @@ def processes_of_kernel(identity: str, processes: "Dict[int, Tuple[int, int, str
     return found
 
 
-def ports_of(pids: "List[int]", own: "Set[int]", listening: "Dict[str, int]") -> "List[int]":
+def ports_of(pids: "List[int]", own: "Set[Any]", listening: "Dict[str, Any]") -> "List[int]":
     """Return the ports on which processes of a kernel listen, but for those through which Jupyter talks to it.
 
     ipykernel has one more than its connection file names: what ZeroMQ waits for together with them is no cell's.
     """
-    found = set()  # type: Set[int]
+    found = set()  # type: Set[Any]
     for pid in pids:
         names = {}
         with contextlib.suppress(OSError):
@@ -8969,7 +8877,7 @@ def ports_of(pids: "List[int]", own: "Set[int]", listening: "Dict[str, int]") ->
             together = {ports[each] for each in waiting if each in ports}
             own = own | together if own & together else own
         found.update(ports.values())
-    return sorted(found - own)
+    return sorted(port for port in found - own if isinstance(port, int))
 
 
 def gpu_memory() -> "Optional[Dict[int, int]]":
@@ -8997,9 +8905,6 @@ def end_kernel(request: Request, channel: Channel) -> None:
         raise Failure("the kernel was not ended", "HTTP status %d" % status, "rjupyter HOST stop " + record.id)
     facts = {"kernel": kernel.id, "notebook": kernel.notebook, "server": record.id}
     channel.tell("stopped", what="kernel", name=kernel.title, **facts)
-
-
-ENDING.append(end_kernel)
 
 
 def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
@@ -9153,6 +9058,7 @@ REQUESTS["eval_code"] = eval_code
 REQUESTS["interrupt_kernel"] = interrupt_kernel
 REQUESTS["list_kernels"] = list_kernels
 REQUESTS["wait_for_kernel"] = wait_for_kernel
+ENDING.append(end_kernel)
 
 
 # agent ends
@@ -9184,19 +9090,13 @@ class Scheduler(Record):
     refused: "Dict[str, str]" = {}  # options of a submission that a job of ours cannot have, each with the reason
 
 
+SQUEUE = ["squeue", "--clusters={cluster}", "--noheader", "--user={user}", "--states=all"]
 SEVERAL = "it starts several"
 RETURNS = "it does not return before the job has ended"
 SCHEDULERS = {
     "sbatch": Scheduler(
         id=r"(?m)^(?:Submitted batch job )?(?P<id>\d+)(?: on cluster |;)?(?P<cluster>(?<=[ ;])\S+)?\s*$",
-        query=[
-            "squeue",
-            "--clusters={cluster}",
-            "--noheader",
-            "--user={user}",
-            "--states=all",
-            "--format=%i|%T|%r|%S|%N|%L|%o",
-        ],
+        query=[*SQUEUE, "--format=%i|%T|%r|%S|%N|%L|%o"],
         cancel=["scancel", "--clusters={cluster}", "{id}"],
         variables=r"SQUEUE_|SCANCEL_|SACCT_|SLURM_(TIME_FORMAT|JOB|CPUS_|MEM_|NTASKS|TASKS_)"
         r"|SBATCH_(WAIT|ARRAY_INX|REQUEUE|NO_REQUEUE|TEST_ONLY|OUTPUT|ERROR|INPUT|EXPORT)$",
@@ -9301,17 +9201,10 @@ class JobKind(Starter):
         return self.running()
 
     def describe(self, record: JobRecord) -> JobView:
-        """Say how a job does."""
         state = job_state(record)  # which may find out the number
-        return JobView(
-            id=record.id,
-            job=record.number,
-            command=record.command,
-            action=record.request.action,
-            path=record.request.path,
-            age_s=record.age_s(),
-            **state.facts(),
-        )
+        asked = record.request
+        facts = {"job": record.number, "command": record.command, "action": asked.action, "path": asked.path}
+        return JobView(id=record.id, age_s=record.age_s(), **facts, **state.facts())
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
@@ -9357,14 +9250,8 @@ class JobKind(Starter):
 
     def waiting(self, request: Request) -> "List[Kept]":
         """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
-        return [
-            job
-            for job in self.running()
-            if request.is_done_by(job.request)
-            and job.request.via_node >= request.via_node
-            and not is_marked(job, "unwanted")
-            and not reply_in(job)
-        ]
+        same = [job for job in self.running() if request.is_done_by(job.request) and not is_marked(job, "unwanted")]
+        return [job for job in same if job.request.via_node >= request.via_node and not reply_in(job)]
 
     def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
@@ -9422,7 +9309,7 @@ class InJob(Elsewhere):
 
     def __init__(self, record: Kept) -> None:
         super().__init__(record)
-        self.job = kept_record(KINDS["job"], record.job)  # type: Optional[JobRecord]
+        self.job = kept_record(KINDS["job"], record.job)
         self.is_here = Here.holds(record)
         self.is_known = True
         self.settle_s = 0.0 if self.is_here else SETTLE_S
@@ -9436,33 +9323,28 @@ class InJob(Elsewhere):
         """True when its process runs on this node, or elsewhere its job does."""
         if self.is_here:
             return Here(self.record).is_running()
-        state = self._state()
+        state = job_state(self.job)
         return state.is_live and not state.is_waiting
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        state = self._state()
-        if state.word in JOB_ENDS or "received signal" in log:
+        if job_state(self.job).word in JOB_ENDS or "received signal" in log:
             return self.why_in_doubt()
         return Here(self.record).why_ended(log) if self.is_here else ""
 
     def why_in_doubt(self) -> str:
         """Return why the job ended, as far as the scheduler says."""
-        assert self.job is not None
         return why_job_ended(self.job)
 
     def why_cut(self) -> str:
         """Return why the job ended, where that was not by itself."""
-        assert self.job is not None
         is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
         return self.why_in_doubt() if is_cut else ""
 
     def left_s(self) -> float:
-        """Return how much time the job has left."""
-        return self._state().left_s or 0.0
+        return job_state(self.job).left_s or 0.0
 
     def children(self) -> "List[Tuple[int, str]]":
-        """Return those on this node."""
         return Here(self.record).children() if self.is_here else []
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -9471,10 +9353,6 @@ class InJob(Elsewhere):
             Here(self.record).end(children, polite_s)
         else:
             KINDS["job"].end(self.job)
-
-    def _state(self) -> JobState:
-        assert self.job is not None
-        return job_state(self.job)
 
 
 PLACES.insert(0, InJob)
@@ -9505,7 +9383,13 @@ def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
     record.environment = {n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)}
     channel.announce(directory, "is being submitted in a job")
     write_down(record, directory)
-    script = write_script(record, request)
+    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
+    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
+    program = leave_agent(directory, job_main, inner, is_elsewhere=True)
+    script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
+    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
+    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
     output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
     argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
     status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
@@ -9529,26 +9413,6 @@ def early_words(record: JobRecord) -> str:
     return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
 
 
-def refuse_options(command: str, words: "List[str]") -> None:
-    """Raise Failure (2) for an option of a submission that a job of ours cannot have."""
-    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
-        for word in words:
-            if re.match(pattern, word):
-                raise Failure("wrong usage", "%s: %s" % (word, why), "%s without it" % command, EXIT_USAGE)
-
-
-def write_script(record: JobRecord, request: Request) -> str:
-    """Write what a job runs, and return its path: its name is our id, by which a scheduler's answer tells it again."""
-    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(record.directory, job_main, inner, is_elsewhere=True)
-    script = os.path.join(record.directory, record.id + ".sh")
-    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
-    return script
-
-
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
@@ -9561,10 +9425,8 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     begun = begun_of(record)
     if record.command in SCHEDULERS and (record.command == "sbatch" or not begun):
         state = state_in(record, *query(record, max_age_s))
-    elif begun:
-        state = JobState() if gives_signs(record) else ENDED
     else:
-        state = JobState() if may_be_taken(record) and gives_signs(record) else ENDED
+        state = JobState() if (begun or may_be_taken(record)) and gives_signs(record) else ENDED
     if state.is_live and is_marked(record, "cancelled"):
         state = ENDED.but(word="CANCELLED")
     elif state.is_live and is_marked(record, "ended"):
@@ -9629,15 +9491,9 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     if record.command != "sbatch":
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
-    return JobState(
-        is_live=waits or runs,
-        is_waiting=waits,
-        word=row["state"],
-        reason=row["reason"],
-        start=row["start"],
-        node=row["node"],
-        left_s=seconds_of(row["left"]) if runs else None,
-    )
+    facts = {name: row[name] for name in ("reason", "start", "node")}
+    left_s = seconds_of(row["left"]) if runs else None
+    return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
@@ -9671,14 +9527,19 @@ def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
     return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
 
 
+def filled(word: str, facts: "Dict[str, str]") -> str:
+    """Return a word of a table with facts in it."""
+    for name, value in facts.items():
+        word = word.replace("{%s}" % name, value)
+    return word
+
+
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     """Run a command of the scheduler of a job, in the environment of its submission; return status, stdout, stderr."""
     import pwd
 
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
-    argv = [word for word in argv if record.cluster or "{cluster}" not in word]
-    for name, value in facts.items():
-        argv = [word.replace("{%s}" % name, value) for word in argv]
+    argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
     pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
     both = dict(os.environ, **{name: native(value) for name, value in record.environment.items()})
     return run_command(argv, timeout_s, {name: value for name, value in both.items() if not re.match(pattern, name)})
@@ -9843,15 +9704,6 @@ class Queue:
 def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
     ssh.close()
-    there = node_ssh(ssh, server.node)
-    there.connect()
-    text = "Connected to %s through %s." % (server.node, ssh.destination)
-    there.messages.step(text, "connected", node=server.node)
-    return there
-
-
-def node_ssh(ssh: Ssh, node: str) -> Ssh:
-    """Return what makes the connection to a compute node."""
     login = ssh.destination
     options: List[str] = []
     jump: Dict[str, str] = {}
@@ -9865,8 +9717,11 @@ def node_ssh(ssh: Ssh, node: str) -> Ssh:
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
     hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
-    there = Ssh(node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
+    there = Ssh(server.node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
+    there.connect()
+    text = "Connected to %s through %s." % (server.node, ssh.destination)
+    there.messages.step(text, "connected", node=server.node)
     return there
 
 
@@ -9955,7 +9810,6 @@ class WrapperKind(Starter):
         return self.listed()
 
     def describe(self, record: WrapperRecord) -> WrapperView:
-        """Say what it is for."""
         asked = record.request
         facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
         return WrapperView(id=record.id, age_s=record.age_s(), **facts)
@@ -10003,9 +9857,8 @@ class WrapperKind(Starter):
         )
         write_down(record, directory)
         within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
-        within = within.but(
-            path=portable(path) or None, state_dir=portable(os.path.dirname(os.path.dirname(directory)))
-        )
+        state_dir = portable(os.path.dirname(os.path.dirname(directory)))
+        within = within.but(path=portable(path) or None, state_dir=state_dir)
         program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
         within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
@@ -10017,7 +9870,6 @@ class WrapperKind(Starter):
             return write_down(record, directory)
 
     def waiting(self, request: Request) -> "List[Kept]":
-        """Return those in which what is asked for is about to run."""
         return [record for record in self.listed() if request.is_done_by(record.request)]
 
     def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
@@ -10062,13 +9914,12 @@ class WrapperKind(Starter):
         try_ = next((try_ for start, try_ in told.items() if start in words), "")
         if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
             words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
-        if not words and not record.request.container:
-            words = (
-                "it ended and said nothing; it must stay as long as what runs in it (systemd-run --scope, no docker -d)"
-            )
-        alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
-        alone = "" if record.request.container else alone
-        return Failure("nothing ran", words, try_ or alone, EXIT_NO_JUPYTER)
+        if not record.request.container:
+            silent = "it ended and said nothing; it must stay as long as what runs in it"
+            words = words or silent + " (systemd-run --scope, no docker -d)"
+            alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
+            try_ = try_ or alone
+        return Failure("nothing ran", words, try_, EXIT_NO_JUPYTER)
 
 
 KINDS["wrapper"] = WrapperKind()
@@ -10096,7 +9947,6 @@ class InWrapper(Elsewhere):
         return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
 
     def why_ended(self, log: str) -> str:
-        """Return what is known of the command's end."""
         return self.outer.why_ended(log)
 
     def why_in_doubt(self) -> str:
@@ -10105,11 +9955,9 @@ class InWrapper(Elsewhere):
         return self.outer.why_in_doubt() + (" (%s)" % words if words else "")
 
     def why_cut(self) -> str:
-        """Return by what the command's own place was ended."""
         return self.outer.why_cut()
 
     def left_s(self) -> float:
-        """Return how long the command may run on."""
         return self.outer.left_s()
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -10167,13 +10015,6 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     return [shlex.quote(filled(native(word), facts)) for word in words]
 
 
-def filled(word: str, facts: "Dict[str, str]") -> str:
-    """Return a word of a table with facts in it."""
-    for name, value in facts.items():
-        word = word.replace("{%s}" % name, value)
-    return word
-
-
 def network_identity() -> str:
     """Return what tells the network that we are in from others (network_namespaces(7)); empty where nothing does."""
     try:
@@ -10208,32 +10049,29 @@ def wrapper_main(directory: str) -> None:
     def is_unwanted(thing: Kept) -> bool:
         return is_marked(record, "unwanted") or is_marked(thing, "stop")
 
+    def as_inside(request: Request) -> Request:
+        """Return it as it is done in here; in a network of its own, on an address that is seen from outside."""
+        root_dir = native(record.root_dir)
+        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
+        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
+        if root_dir and (is_other or not os.path.isdir(root_dir)):
+            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
+            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
+        network = network_identity()
+        is_shared = record.network == network or not (record.network and network)
+        if is_shared or request.socket or request.action != "open":
+            return request
+        try:
+            return request.but(ip=node_address(request.node_address))
+        except Failure as failure:
+            try_ = "--socket; or the host's network (docker --network=host)"
+            raise Failure("no network leads to what runs", failure.why, try_)
+
     try:
-        work(directory, request, lambda asked: as_inside(asked, record), is_unwanted)
+        work(directory, request, as_inside, is_unwanted)
     finally:
         with contextlib.suppress(OSError):
             mark(record, "ended")
-
-
-def as_inside(request: Request, record: WrapperRecord) -> Request:
-    """Return a request as it is done in a wrapper. Raises Failure where that does not see what it should.
-
-    In a network of its own, Jupyter takes an address that is seen from outside.
-    """
-    root_dir = native(record.root_dir)
-    entries = [os.path.join(root_dir, native(name)) for name in record.entries]
-    is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
-    if root_dir and (is_other or not os.path.isdir(root_dir)):
-        why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
-        raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
-    network = network_identity()
-    if not record.network or not network or record.network == network or request.socket or request.action != "open":
-        return request
-    try:
-        return request.but(ip=node_address(request.node_address))
-    except Failure as failure:
-        try_ = "--socket; or the host's network (docker --network=host)"
-        raise Failure("no network leads to what runs", failure.why, try_)
 
 
 def examine_inside(request: Request, channel: Channel) -> ExamineReply:
@@ -10865,8 +10703,11 @@ def submit_words(args: Args) -> List[str]:
         words = words if args.slurm is None else [*SBATCH, *shlex.split(args.slurm)]
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
-    if words:
-        refuse_options(os.path.basename(words[0]), words)
+    command = os.path.basename(words[0]) if words else ""
+    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+        for word in words:
+            if re.match(pattern, word):
+                raise wrong_usage("%s: %s" % (word, why), "%s without it" % command)
     if words and args.socket and not args.via_node:
         raise wrong_usage("a socket can be reached only on its own node", "--via-node, or no --socket")
     return words + ([] if not words or any("{script}" in word for word in words) else ["{script}"])
@@ -10898,7 +10739,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         tunnel = open_tunnel(server, args, agent, messages)
         url = server.url(tunnel.port.number, has_token=not server.has_password)
         text = gateway_settings(url, server.base_url) if args.gateway else url
-        messages.result(text, "open", BOLD, pid=server.pid, url=url, local_port=tunnel.port.number, id=server.id)
+        facts = {"url": url, "local_port": tunnel.port.number, "id": server.id}
+        messages.result(text, "open", BOLD, pid=server.pid, **facts)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         record = TunnelRecord(
@@ -10911,12 +10753,10 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             further=args.further,
             request=request,
             is_background=args.background,
-            url=url,
             base_url=server.base_url,
-            local_port=tunnel.port.number,
-            id=server.id,
             control=agent.ssh.way.control_path if agent.ssh.process else "",
             config=agent.ssh.config_text,
+            **facts,
         )
         with written_down(record):
             if args.background:
@@ -11233,8 +11073,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         asking = within(args.timeout_s, lambda: request.but(line=lines))
         reply = agent.ask_on(asking, KernelReply, "", {"recorded": take})
     if reply.state in ("busy", "queued"):
-        why = re.sub(" +(?=To )", "\n", goes_on())
-        raise Failure("it is not done after " + duration(args.timeout_s), why, "", EXIT_TIMEOUT)
+        raise Failure("it is not done after " + duration(args.timeout_s), goes_on(), "", EXIT_TIMEOUT)
     if reply.state == "dead":
         kernels = args.again("list", "--kernels")
         raise Failure("the kernel died", "its memory is gone with it", kernels, EXIT_SERVER_ENDED)
@@ -11250,9 +11089,6 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
     identity, lines = args.id, 0
     held: List[str] = []  # "Forbidden": the next line tells whether it was said to us
 
-    def request() -> Request:
-        return request_of(args, "logs", id=identity, line=lines)
-
     def take(line: Told, show: Show) -> None:
         nonlocal identity, lines
         identity, lines = line.id or identity, lines + 1
@@ -11263,7 +11099,7 @@ def run_logs(args: Args, agent: Agent, messages: Messages) -> int:
 
     agent.ssh.connect()
     agent.redials = agent.redials and args.is_followed
-    agent.ask_on(request, Record, handlers={"line": take})
+    agent.ask_on(lambda: request_of(args, "logs", id=identity, line=lines), Record, handlers={"line": take})
     for text in held:
         messages.result(as_shown(text), "line", line=text)
     return EXIT_OK
@@ -11291,14 +11127,13 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
     Raises Failure where there is something to ask, and nobody who could answer.
     """
     # Through a tunnel to what is ended, which ends as well, we would cut ourselves off. These words are ids.
-    if not args.ids or any(re.fullmatch(r"[rjgw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
+    if not args.ids or any(re.fullmatch(r"[rjw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
     request = request_of(args, "stop", app=args.typed.get("app", ""))
     reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
     if reply.busy or reply.runs:
-        facts = [(server.busy, server.kernels, server.root_dir, server.id) for server in reply.busy]
-        words = [("%d of %d kernels are busy in %s (%s)." % row) for row in facts]
+        words = ["%d of %d kernels are busy in %s (%s)." % (s.busy, s.kernels, s.root_dir, s.id) for s in reply.busy]
         words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
         words += ["%s is being executed in %s (%s)." % (run.name, run.root_dir, run.id) for run in reply.runs]
         if not has_terminal():
@@ -11368,7 +11203,12 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
     is_many = bool(args.grid or args.at_once)
     request = request_of(args, "start_run", brings=args.bring, is_one_of_many=is_many)
     sources = [Source.from_argument(name, args.output, args.inplace) for name in args.notebooks]
-    check_results(sources)
+    seen: Dict[str, str] = {}
+    for source in [source for source in sources if source.output]:
+        other = seen.setdefault(os.path.realpath(source.output), source.name)
+        if other != source.name:
+            why = "%s would be the result of %s and of %s" % (source.output, other, source.name)
+            raise wrong_usage(why, "one after the other, each with -o FILE")
     request = request.but(parameter_files=[read_parameter_file(path) for path in args.parameters_file])
     alongs = [Along.of(source, args.along) for source in sources if args.along]
     digests = [along.digest for along in alongs] or [""] * len(sources)
@@ -11382,8 +11222,7 @@ def run_execute(args: Args, agent: Agent, messages: Messages) -> int:
         return EXIT_OK
     with waiting.asking():
         if args.run_id:
-            execution = Execution(args.run_id, args.run_id, args.output, agent, messages, waiting.handlers)
-            follow(execution, waiting, args)
+            follow(Task(args.run_id, request, args.output), args.run_id, args, agent, waiting)
         for number, task in enumerate(tasks, 1):
             try:
                 execute_one(task, args, agent, waiting)
@@ -11450,7 +11289,7 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
         keep_here("batches", key, seed)
     errands = [digest_of("%s %d" % (seed, number)) for number in range(len(tasks))]
     tasks = [task._replace(request=task.request.but(errand=errand)) for task, errand in zip(tasks, errands)]
-    batch = Batch(tasks, args, agent, lambda identity: brings_of(args, agent.ssh.destination, identity))
+    batch = Batch(tasks, args.at_once or 1, agent, lambda task, name: execution_of(task, name, args, agent))
 
     def goes_on() -> str:
         ids = [execution.id for execution in batch.running.values()]
@@ -11498,32 +11337,33 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
         messages.event("overlap", id=reply.id)
         return
     messages.step("Executing %s on %s (%s)." % (task.name, agent.ssh.destination, reply.id), "started", id=reply.id)
-    execution = Execution(reply.id, task.name, task.output, agent, messages, waiting.handlers, task.original)
-    follow(execution, waiting, args)
+    follow(task, reply.id, args, agent, waiting)
 
 
-def follow(execution: Execution, waiting: Queue, args: Args) -> None:
+def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
-    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", execution.id)
+    execution = execution_of(task, identity, args, agent)
     execution.shows_output = args.show_output
-    execution.brings = brings_of(args, execution.host, execution.id)
 
     def goes_on() -> str:
         facts = (execution.name, execution.again, args.again("stop", execution.id))
         text = "%s keeps running.\nTo follow it again: %s\nTo end it: %s" % facts
         return "" if waiting.state.is_waiting else text
 
-    with execution.agent.leaving(goes_on):
-        execution.follow()
+    with agent.leaving(goes_on):
+        execution.follow(waiting.handlers)
 
 
-def brings_of(args: Args, host: str, identity: str) -> List[str]:
-    """Return the patterns of what is brought of an execution: those of this command, else of the one that began it."""
-    key = "%s %s" % (host, identity)
+def execution_of(task: Task, identity: str, args: Args, agent: Agent) -> Execution:
+    """Return what follows a run. It brings what this command says, or else the one that began it."""
+    execution = Execution(task, identity, agent)
+    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", identity)
+    key = "%s %s" % (agent.ssh.destination, identity)
     kept = kept_here().brings.get(key, [])
     if args.bring and args.bring != kept:
         keep_here("brings", key, args.bring)
-    return list(args.bring or kept)
+    execution.brings = list(args.bring or kept)
+    return execution
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -11586,8 +11426,7 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    found = facts.jupyter
-    trouble = facts.jupyter_trouble
+    found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
             inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")

@@ -354,7 +354,7 @@ def test_cost_of_a_cell_grows_with_its_outputs() -> None:
     """20,000 outputs of one cell, such as an hour of a progress bar sends, are taken in seconds and not in minutes."""
     messages = rjupyter.Messages(quiet=True)
     agent = rjupyter.Agent(rjupyter.Ssh("host", [], False, messages, False), messages)
-    execution = rjupyter.Execution("r1234", "a.ipynb", "-", agent, messages, {})
+    execution = rjupyter.Execution(rjupyter.Task("a.ipynb", rjupyter.Request(), "-"), "r1234", agent)
     printed = {"kind": "printed", "id": "0", "type": "stream", "content": {"name": "stderr", "text": "\r 10% of it"}}
     ended = {"kind": "finished", "id": "0", "time": 2, "is_done": True}
     begun = {"kind": "begun", "id": "0", "time": 1, "index": 0, "cell": 1, "cells": 1}
