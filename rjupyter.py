@@ -7216,7 +7216,7 @@ class ShownCells:
             tell_entry(entry, cell, self.messages)
         elif isinstance(entry, BegunCell):
             self._screen.end_line()
-            self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time)))
+            self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time - self.agent.ahead_s)))
         elif isinstance(entry, PrintedOutput):
             self._screen.write(text_of(entry))
         elif isinstance(entry, FinishedCell) and cell.begun:
@@ -9503,7 +9503,7 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     """
     import zlib
 
-    which = zlib.crc32(repr((record.cluster, record.request.init)).encode("utf-8"))
+    which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
     path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
 
@@ -11343,7 +11343,6 @@ def execute_one(task: Task, args: Args, agent: Agent, waiting: Queue) -> None:
 def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) -> None:
     """Follow a run to its end; when we leave before, it goes on, and a line says how to come back to it."""
     execution = execution_of(task, identity, args, agent)
-    execution.shows_output = args.show_output
 
     def goes_on() -> str:
         facts = (execution.name, execution.again, args.again("stop", execution.id))
@@ -11357,7 +11356,8 @@ def follow(task: Task, identity: str, args: Args, agent: Agent, waiting: Queue) 
 def execution_of(task: Task, identity: str, args: Args, agent: Agent) -> Execution:
     """Return what follows a run. It brings what this command says, or else the one that began it."""
     execution = Execution(task, identity, agent)
-    execution.overwrites, execution.again = args.force, args.again("execute", "--attach", identity)
+    execution.overwrites, execution.shows_output = args.force, args.show_output
+    execution.again = args.again("execute", "--attach", identity)
     key = "%s %s" % (agent.ssh.destination, identity)
     kept = kept_here().brings.get(key, [])
     if args.bring and args.bring != kept:
