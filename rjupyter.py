@@ -10327,7 +10327,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--no-browser", "only print the address"),
         Option("--browser COMMAND", "browser to open (the system's)"),
         Option("-L SPEC", "another forward, as in ssh, or a port; repeatable", _forward, [], "server", "further"),
-        Option("--gateway", "print what sends a JupyterLab here there for its kernels (implies -f)"),
+        Option("--gateway", "print settings for a local JupyterLab (implies -f)"),
         Option("--no-reconnect", "end when the connection is lost"),
         Option("-f", "go to the background once the tunnel is up", key="background"),
     ],
@@ -11619,10 +11619,10 @@ class Action(NamedTuple):
 
 ACTIONS: Dict[Optional[str], Action] = {
     None: Action(run_open),
-    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there, and bring the results back"),
-    "list": Action(run_list, "list [--kernels] [--all]", "list your servers on the host, or their kernels"),
+    "execute": Action(run_execute, "execute NOTEBOOK ...", "run notebooks there and bring results back"),
+    "list": Action(run_list, "list [--kernels] [--all]", "list your servers there, or their kernels"),
     "wait": Action(run_wait, "wait [NOTEBOOK] [--timeout S]", "wait until a kernel is idle"),
-    "logs": Action(run_logs, "logs [ID] [-f]", "print the log of a server, a job or an execution"),
+    "logs": Action(run_logs, "logs [ID] [-f]", "print the log of a server, job or execution"),
     "output": Action(run_output, "output [NOTEBOOK] [-f] [--save]", "print what the cells of a notebook printed"),
     "eval": Action(run_eval, "eval [-k NOTEBOOK] CODE", "run code in a live kernel"),
     "stop": Action(run_stop, "stop [ID ...] [--all] [--yes]", "end servers on the host"),
