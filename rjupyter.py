@@ -6139,6 +6139,12 @@ def does_answer(record: TunnelRecord) -> bool:
         return False
 
 
+def is_leaving(record: TunnelRecord) -> bool:
+    """True when a tunnel ends within seconds, as one does whose server was stopped just now."""
+    until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)
+    return not is_same_process(record.pid, record.identity)
+
+
 class Background:
     """Going to the background like `ssh -f`: the child works on the terminal until the tunnel is up, then lets it go.
 
@@ -11101,7 +11107,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         further = [spec for spec in args.further if spec not in record.further]
         is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
         is_same = request.same_as(record.request) or record.id == server
-        if is_there and is_same and args.local_port in (None, record.local_port):
+        if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
                 add_forward(record, spec, agent.ssh)
