@@ -29,7 +29,7 @@ SSH = '#!/bin/sh\nexec %s -F %s "$@"\n'
 
 
 def main() -> int:
-    directory = Path(tempfile.mkdtemp(prefix="rjupyter-demo-"))
+    directory = Path(tempfile.mkdtemp(prefix="rj-demo-"))  # short: its home holds the sockets of kernels
     path = "%s:/usr/local/bin:/usr/bin:/bin" % (TOP / ".venv" / "bin")
     sshd = PrivateSshd(directory, path, host="demo")
     sshd.environment["RJUPYTER_TMP"] = str(directory)  # nothing is left in /tmp either
