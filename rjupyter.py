@@ -11257,8 +11257,8 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         if event in ("server", "kernel") and not found:
             messages.note("No %s of yours runs there." % event)
     if ended:
-        count = count_of(len(ended), "finished execution")
-        messages.note("%s not shown.\nTo list them: %s" % (count, args.again("list", "--all")))
+        words = count_of(len(ended), "finished execution"), "them" if ended[1:] else "it", args.again("list", "--all")
+        messages.note("%s not shown.\nTo list %s: %s" % words)
     return EXIT_OK
 
 
@@ -11295,6 +11295,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
                 messages.event(**facts)
+            rows = [row for row in rows if row["event"] != "run" or row["state"] in GOING_ON or args.all]
             status = EXIT_SSH if why else status
             home = next((str(facts["home"]) for facts in events if facts.get("event") == "connected"), "")
             if why or not rows:
