@@ -3964,7 +3964,7 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
 
     It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
     """
-    problem = problem_of(python)
+    problem, status = problem_of(python), 0
     for candidate in apps if not problem else []:
         status, _, said = run_command([python, "-c", HAS_MODULE, PROGRAMS[candidate].module], COMMAND_TIMEOUT_S)
         if status == 0:
@@ -3976,7 +3976,9 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
             break
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     try_ = how_to_add(python, project, bool(problem)) or "another --python, or --env"
-    what = "the Python of this environment is gone" if problem and try_ else "no Jupyter in this environment"
+    what = "the Python of this environment is gone" if problem else "no Jupyter in this environment"
+    if status == 124:  # on a file system that hangs, perhaps: nothing that is there is made anew
+        what, try_ = "the Python of this environment does not answer", shlex.quote(portable(python)) + " --version"
     raise Failure(what, why, try_, EXIT_NO_JUPYTER)
 
 
@@ -3995,7 +3997,8 @@ def launchers_of_project(
         except Failure as failure:
             tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
             if project != named:
-                channel.tell("lacking", path=portable(prefix), trouble=failure.what, add=failure.try_)
+                purpose = "see why" if failure.try_.endswith(" --version") else "change that"
+                channel.tell("lacking", path=portable(prefix), trouble=failure.what, add=failure.try_, purpose=purpose)
             named = project
 
 
@@ -5463,7 +5466,7 @@ SAYINGS = {
     "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
     "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
     "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
-    "lacking": ("{path}: {trouble}, so another one is used.\nTo change that, on the host: {add}", ""),
+    "lacking": ("{path}: {trouble}, so another one is used.\nTo {purpose}, on the host: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
