@@ -52,7 +52,8 @@ def main() -> int:
             command = ["bash", "--noprofile", "--norc", "-i"]
     signal.signal(signal.SIGINT, lambda signum, frame: None)  # Ctrl-C is for rjupyter, and its clean-up for us
     try:
-        return subprocess.Popen(command, env=environment, cwd=directory / "laptop").wait()
+        status = subprocess.Popen(command, env=environment, cwd=directory / "laptop").wait()
+        return 0 if command[-1] == "-i" else status  # a person's shell ends with the status of what was typed last
     finally:
         for words in (["close"], ["stop", "--all", "--yes"]):
             argv = ["rjupyter", "-q", "demo", *words]
