@@ -10933,7 +10933,7 @@ class Args(types.SimpleNamespace):
                 is_dropped = typed.flag == "--attach" and "--new" in action
                 if typed.option and typed.option.chooses == chooses and not is_dropped:
                     words += typed.words
-        is_near = opens or action[0] == "close"
+        is_near = opens or action[0] == "close" or action == ("list", "--all")
         words.append(self.line.destination if is_near else self.host)
         return command_line(*words, *(() if opens else action))
 

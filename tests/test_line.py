@@ -175,6 +175,13 @@ def test_probe_of_one_that_was_killed_is_removed(laptop: Laptop) -> None:
     assert laptop.run().status == 0 and not list(place.iterdir())
 
 
+@pytest.mark.unit
+def test_what_is_left_out_of_the_list_of_a_path_is_listed_by_that_path() -> None:
+    args = rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1:work", "list"]))
+    assert args.again("list", "--all").endswith(" gpu1:work list --all")
+    assert args.again("list").endswith(" gpu1 list")
+
+
 # -- several hosts ----------------------------------------------------------------------------------------------------
 
 
