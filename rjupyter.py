@@ -3866,7 +3866,7 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
 
     It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
     """
-    problem = problem_of(python)
+    problem, status = problem_of(python), 0
     for candidate in apps if not problem else []:
         status, _, said = run_command([python, "-c", HAS_MODULE, PROGRAMS[candidate].module], COMMAND_TIMEOUT_S)
         if status == 0:
@@ -3879,6 +3879,8 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     add = how_to_add(python, project, bool(problem))
     what = "the Python of this environment is gone" if problem and add else "no Jupyter in this environment"
+    if status == 124:  # on a file system that hangs, perhaps: nothing that is there is made anew
+        what, add = "the Python of this environment does not answer", shlex.quote(portable(python)) + " --version"
     raise Failure(what, why, add or "another --python, or --env", EXIT_NO_JUPYTER)
 
 
@@ -3897,7 +3899,8 @@ def launchers_of_project(
         except Failure as failure:
             tried.append("%s: %s; to add it: %s" % (portable(prefix), failure.why, failure.try_))
             if project != named:
-                channel.tell("lacking", path=portable(prefix), trouble=failure.what, add=failure.try_)
+                purpose = "see why" if failure.try_.endswith(" --version") else "change that"
+                channel.tell("lacking", path=portable(prefix), trouble=failure.what, add=failure.try_, purpose=purpose)
             named = project
 
 
@@ -5325,7 +5328,7 @@ SAYINGS = {
     "terminal": ("The environment is that of {shell} as {how} ({seconds:.1f} s).", ""),
     "unread": ("Jupyter could not read its configuration, and goes on without it: {place}: {why}", ""),
     "wide": ("Jupyter listens on all addresses of {node}, not by --ip: whoever reaches one can connect, past ssh.", ""),
-    "lacking": ("{path}: {trouble}, so another one is used.\nTo change that, on the host: {add}", ""),
+    "lacking": ("{path}: {trouble}, so another one is used.\nTo {purpose}, on the host: {add}", ""),
     "installing": ("No Jupyter on the host; installing it in {path} ({tool}).", "installing"),
     "installed": ("Installed Jupyter ({seconds:.0f} s).", "installed"),
     "stopped server": ("Stopped {title} in {root_dir} (pid {pid}).", "stopped"),
@@ -5985,6 +5988,12 @@ def does_answer(record: TunnelRecord) -> bool:
     with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
     return False
+
+
+def is_leaving(record: TunnelRecord) -> bool:
+    """True when a tunnel ends within seconds, as one does whose server was stopped just now."""
+    until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)
+    return not is_same_process(record.pid, record.identity)
 
 
 class Background:
@@ -10527,7 +10536,10 @@ class CommandLine:
             try:
                 option.put(text, values)
             except ValueError as error:
-                raise wrong_usage("argument %s: %s" % ("/".join(option.flags) or option.metavar, error)) from None
+                of_action = option in OPTIONS_OF.get(self.action, ())
+                help_ = command_line(self.destination or "HOST", self.action, "--help") if of_action else ""
+                name = "/".join(option.flags) or option.metavar
+                raise wrong_usage("argument %s: %s" % (name, error), help_) from None
         unknown += self.operands[len(taken) :]
         if unknown:
             near = nearest(unknown[0], list(self.known)) if unknown[0].startswith("-") else ""
@@ -10617,7 +10629,7 @@ class Args(types.SimpleNamespace):
                 is_dropped = typed.flag == "--attach" and "--new" in action
                 if typed.option and typed.option.chooses == chooses and not is_dropped:
                     words += typed.words
-        is_near = opens or action[0] == "close"
+        is_near = opens or action[0] == "close" or action == ("list", "--all")
         words.append(self.line.destination if is_near else self.host)
         return command_line(*words, *(() if opens else action))
 
@@ -10796,7 +10808,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         further = [spec for spec in args.further if spec not in record.further]
         is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
         is_same = request.same_as(record.request) or record.id == server
-        if is_there and is_same and args.local_port in (None, record.local_port):
+        if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
                 add_forward(record, spec, agent.ssh)
@@ -10806,7 +10818,11 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
             text = gateway_settings(record.url, record.base_url) if args.gateway else record.url
             messages.result(text, "open", BOLD, url=record.url, local_port=record.local_port, id=record.id)
             if wants_browser(args) and not further:
-                open_browser(record.url, args.browser, messages).join(BROWSER_TIMEOUT_S)
+                page = open_browser(record.url, args.browser, messages)
+                page.join(JOIN_TIMEOUT_S)
+                if page.is_alive():
+                    messages.note("Waiting for the browser to ask for the page; Ctrl-C ends the wait.")
+                page.join(BROWSER_TIMEOUT_S)
             return True
     return False
 
@@ -10946,8 +10962,8 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         if event in ("server", "kernel") and not found:
             messages.note("No %s of yours runs there." % event)
     if ended:
-        count = count_of(len(ended), "finished execution")
-        messages.note("%s not shown.\nTo list them: %s" % (count, args.again("list", "--all")))
+        words = count_of(len(ended), "finished execution"), "them" if ended[1:] else "it", args.again("list", "--all")
+        messages.note("%s not shown.\nTo list %s: %s" % words)
     return EXIT_OK
 
 
@@ -10984,6 +11000,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
             rows = [facts for facts in events if facts.get("event") in COLUMNS]
             for facts in rows:
                 messages.event(**facts)
+            rows = [row for row in rows if row["event"] != "run" or row["state"] in GOING_ON or args.all]
             status = EXIT_SSH if why else status
             home = next((str(facts["home"]) for facts in events if facts.get("event") == "connected"), "")
             if why or not rows:

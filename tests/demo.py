@@ -29,7 +29,7 @@ SSH = '#!/bin/sh\nexec %s -F %s "$@"\n'
 
 
 def main() -> int:
-    directory = Path(tempfile.mkdtemp(prefix="rjupyter-demo-"))
+    directory = Path(tempfile.mkdtemp(prefix="rj-demo-"))  # short: its home holds the sockets of kernels
     path = "%s:/usr/local/bin:/usr/bin:/bin" % (TOP / ".venv" / "bin")
     sshd = PrivateSshd(directory, path, host="demo")
     sshd.environment["RJUPYTER_TMP"] = str(directory)  # nothing is left in /tmp either
@@ -52,7 +52,8 @@ def main() -> int:
             command = ["bash", "--noprofile", "--norc", "-i"]
     signal.signal(signal.SIGINT, lambda signum, frame: None)  # Ctrl-C is for rjupyter, and its clean-up for us
     try:
-        return subprocess.Popen(command, env=environment, cwd=directory / "laptop").wait()
+        status = subprocess.Popen(command, env=environment, cwd=directory / "laptop").wait()
+        return 0 if command[-1] == "-i" else status  # a person's shell ends with the status of what was typed last
     finally:
         for words in (["close"], ["stop", "--all", "--yes"]):
             argv = ["rjupyter", "-q", "demo", *words]

@@ -40,6 +40,8 @@ from sides import (
     without_port,
 )
 
+import rjupyter
+
 
 @pytest.fixture
 def bare_host(make_host: Callable[..., Host], directory: Path) -> Host:
@@ -231,6 +233,19 @@ def test_env_without_jupyter(laptop: Laptop, bare_host: Host) -> None:
     python.symlink_to("/Users/ana/python")
     run = laptop.run("--env", "~/v", "host")
     check_failure(run, 3, "the Python of this environment is gone", "leads to /Users/ana/python", "-m venv --clear ")
+
+
+def test_environment_whose_python_hangs_is_not_called_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that is away for a while: what is said to help does not make the environment anew."""
+    monkeypatch.setattr(rjupyter, "COMMAND_TIMEOUT_S", 0.2)
+    python = tmp_path / "v/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    (tmp_path / "v/pyvenv.cfg").write_text("home = /usr/bin\n")
+    with pytest.raises(rjupyter.Failure, match="does not answer") as failed:
+        rjupyter.launcher_of_python(str(python), ["notebook"], "")
+    assert failed.value.try_ == "%s --version" % python
 
 
 def test_python_of_the_system_is_left_alone(laptop: Laptop, bare_host: Host) -> None:

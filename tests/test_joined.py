@@ -43,6 +43,15 @@ def test_stop_logs_in_for_it_ends_that_tunnel(laptop: Laptop, host: Host, tunnel
     assert tunnel.wait(20) == 4
 
 
+def test_an_open_right_after_a_stop_does_not_join_the_tunnel_that_ends(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    """Its address would lead nowhere; a tunnel needs a moment to see that its server is gone."""
+    assert laptop.run("host", "stop").status == 0
+    second = laptop.start("host", has_terminal=False)
+    second.expect("To end it")
+    assert "The tunnel is up already" not in second.text and second.url() != tunnel.url()
+    assert is_up(second.url()) and tunnel.wait(20) == 4
+
+
 def test_a_second_open_goes_through_the_first_and_outlives_it(laptop: Laptop, host: Host, tunnel: Run) -> None:
     (host.sshd.home / "other").mkdir()
     port = str(quiet_port())

@@ -175,6 +175,13 @@ def test_probe_of_one_that_was_killed_is_removed(laptop: Laptop) -> None:
     assert laptop.run().status == 0 and not list(place.iterdir())
 
 
+@pytest.mark.unit
+def test_what_is_left_out_of_the_list_of_a_path_is_listed_by_that_path() -> None:
+    args = rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1:work", "list"]))
+    assert args.again("list", "--all").endswith(" gpu1:work list --all")
+    assert args.again("list").endswith(" gpu1 list")
+
+
 # -- several hosts ----------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +198,11 @@ def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Hos
     assert list(rows) == ["HOST", "one", "two", "three.invalid"]
     assert " live " in rows["one"] and " none " in rows["two"] and " not reached " in rows["three.invalid"]
     assert "three.invalid" in rows["three.invalid"][20:]
+    write_notebook(laptop.home / "once.ipynb", "1")
+    assert laptop.run("two", "execute", "once.ipynb").status == 0
+    assert "once.ipynb" not in laptop.run("one,two", "list").text
+    assert "1 finished execution not shown.\nTo list it: " in laptop.run("two", "list").stderr
+    assert "once.ipynb" in laptop.run("one,two", "list", "--all").stdout
     events = events_of(laptop.run("one,three.invalid", "list", "--json"))
     assert [event["event"] for event in events] == ["host", "server", "host"]
     assert [event["is_reached"] for event in events if event["event"] == "host"] == [True, False]

@@ -618,7 +618,7 @@ def test_make_demo(laptop: Laptop, mark: str) -> None:
             run.expect("To come back: rjupyter demo:work", times=prompts)
         prompts += 1
     assert run.wait() == 0 and run.text.count("rjupyter: ") == 0, run.text
-    assert not list(laptop.directory.glob("rjupyter-demo-*"))
+    assert not list(laptop.directory.glob("rj-demo-*"))
 
 
 @pytest.mark.sshd
