@@ -2361,7 +2361,8 @@ class Ssh:
             return False
         if tries == 1:
             self.messages.note("%s turns logins away, perhaps for too many at once. Trying again." % self.destination)
-        time.sleep(2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256))  # not at the same moment as others
+        pause_s = 2 ** (tries - 1) * (1 + os.urandom(1)[0] / 256)  # not at the same moment as others
+        time.sleep(pause_s)
         return True
 
     def _dial(self, argv: List[str], doing: str, is_ready: Callable[[str], bool]) -> None:

@@ -37,17 +37,24 @@ def token_of(url: str) -> str:
     return parse_qs(urlsplit(url).query)["token"][0]
 
 
-def send(url: str, code: str, kernel: str) -> websocket.WebSocket:
-    """Let a kernel run `code`, as message "1", and return the connection to its channels."""
+def send(url: str, code: str, kernel: str, *more: str) -> websocket.WebSocket:
+    """Let a kernel run `code`, as message "1", and more of it, and return the connection to its channels."""
     parts = urlsplit(url)
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
     header = {"Authorization": "token " + token_of(url)}
     connection = websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
-    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-    head: Dict[str, str] = {"msg_id": "1", "msg_type": "execute_request", "username": "", "session": "s"}
-    message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-    connection.send(json.dumps(message))
+    for number, source in enumerate((code, *more), 1):
+        content = {
+            "code": source,
+            "silent": False,
+            "store_history": False,
+            "user_expressions": {},
+            "allow_stdin": False,
+        }
+        head = {"msg_id": str(number), "msg_type": "execute_request", "username": "", "session": "s"}
+        message = {"header": head, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+        connection.send(json.dumps(message))
     return connection
 
 

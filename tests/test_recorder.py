@@ -174,7 +174,10 @@ NOT = r"; not put into the notebook: "
 SEE = r"\.\nTo see it: (.*)\n"
 MISSED = {
     "one": (["print(1)\nprint(2)"], r"\[1\] done after \d+ s \(2 lines\); it is in the notebook\.\n"),
-    "three": ([HTML, "1", "print(3)"], r"\[1\] done .* \(1 line\), the last of 3 cells; they are in the notebook\.\n"),
+    "three": (
+        [HTML, "1", "print(3)"],
+        r"\[1\] done .* \(1 line\), the last of 3 cells; they are in the notebook\.\n",
+    ),
     "failed": (["%xmode Minimal\n1 / 0"], r"\[1\] failed after \d+ s \(\d lines\); it is in the notebook\.\n"),
     "died": ([DIES], r"\[1\] failed .*: its kernel died \(1 line\); it is in the notebook\.\n"),
     "edited": (["print(1)"], r".* \(1 line\)" + NOT + "the code was changed since" + SEE),
@@ -190,13 +193,15 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     run = held(laptop, "host", "--no-save")
     kernels = {name: new_session(run.url(), name + ".ipynb") for name in MISSED}
     for name, (sources, _) in MISSED.items():
-        for count, source in enumerate(sources, 1):
-            send(run.url(), source, kernels[name]).close()
-            wait_for_end(host, kernels[name], count)
+        send(run.url(), sources[0], kernels[name], *sources[1:]).close()
+        wait_for_end(host, kernels[name], len(sources))
     assert laptop.run("host", "eval", "-k", "one", "print('mine')").status == 0
     write_notebook(host.home / "edited.ipynb", "print(2)")
     (host.home / "removed.ipynb").unlink()
     wait_until(lambda: len(list(host.home.glob(NOTES))) == len(MISSED), "all pages are gone", 30)
+    last = [entry["id"] for entry in journal(host, kernels["three"]) if entry["kind"] == "begun"][-1]
+    notes = next(host.home.glob(NOTES.replace("*.away", kernels["three"] + ".away")))
+    wait_until(lambda: last in notes.read_text(), "its last cell is noted")
     page = send(run.url(), "import time; time.sleep(600)", kernels["open"])
     before = (host.home / "open.ipynb").read_text()
     again = held(laptop, "host", "--local-port", str(quiet_port()))
