@@ -1,6 +1,7 @@
 """Any login shell, and what start-up files do: real users with real shells, whose Jupyter only their terminal finds."""
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -68,7 +69,8 @@ def make_shell_host(
             os.symlink("/bin/busybox", program)
         user = make_user(program)
         for name, text in files.items():
-            user.write(name, text.replace("%s", str(jupyter_for_everyone() if is_real else standin())))
+            where = str(jupyter_for_everyone() if is_real else standin())
+            user.write(name.replace("%n", user.name), text.replace("%s", where))
         return make_host(user=user, **options)
 
     return make
@@ -316,6 +318,128 @@ def test_start_up_file_that_would_run_a_multiplexer_or_asks_sets_up_the_server(
     assert "%s/bin" % host.home in there["PATH"].split(":") and "~" not in there["PATH"]
     assert not (directory / "started").exists()
     wait_until(lambda: "sleep 1000" not in processes_with(mark).values(), "what a start-up file left is gone", 10)
+
+
+class Machine(NamedTuple):
+    """A kind of machine: the dotfiles of a new user there, and what they set in a terminal. A ~ there is home."""
+
+    shell: str
+    files: Dict[str, str]
+    there: Dict[str, str]
+
+
+OF_ROOT = "if [ -f ~/.bashrc ]; then . ~/.bashrc; fi\nmesg n 2>/dev/null || true\n"
+OF_RENTED = (
+    'export RUNPOD_POD_ID="p0d"\nexport PATH="$HOME/bin:/usr/bin:/bin"\nexport HF_HOME="/workspace/hf"\n'
+    'export CUDA_VISIBLE_DEVICES="0,1"\n'
+)
+RENTED = {"RUNPOD_POD_ID": "p0d", "HF_HOME": "/workspace/hf", "CUDA_VISIBLE_DEVICES": "0,1"}
+AUTO_TMUX = "tmux attach-session -t ssh_tmux || tmux new-session -s ssh_tmux; exit"
+MACHINES = {
+    "debian": Machine(
+        "/bin/bash",
+        {
+            ".profile": 'if [ -n "$BASH_VERSION" ]; then\n  if [ -f "$HOME/.bashrc" ]; then . "$HOME/.bashrc"; fi\nfi\n'
+            'if [ -d "$HOME/bin" ]; then PATH="$HOME/bin:$PATH"; fi\n',
+            ".bashrc": "case $- in\n  *i*) ;;\n  *) return ;;\nesac\nHISTCONTROL=ignoreboth\nshopt -s checkwinsize\n"
+            "alias ls='ls --color=auto'\nexport HF_HOME=~/hf\n",
+        },
+        {"HF_HOME": "~/hf"},
+    ),
+    "fedora": Machine(
+        "/bin/bash",
+        {
+            ".bash_profile": "if [ -f ~/.bashrc ]; then . ~/.bashrc; fi\n",
+            ".bashrc": "if [ -f /etc/bashrc ]; then . /etc/bashrc; fi\n"
+            'if ! [[ "$PATH" =~ "$HOME/.local/bin:$HOME/bin:" ]]; then PATH="$HOME/.local/bin:$HOME/bin:$PATH"; fi\n'
+            'export PATH\nfor rc in ~/.bashrc.d/*; do if [ -f "$rc" ]; then . "$rc"; fi; done\nunset rc\n',
+            ".bashrc.d/data": "export HF_HOME=~/hf\n",
+            ".bashrc.d/licence": "export LICENCE='27000@licences  of us'\n",
+        },
+        {"HF_HOME": "~/hf", "LICENCE": "27000@licences  of us"},
+    ),
+    "oh-my-zsh": Machine(
+        "/bin/zsh",
+        {
+            ".zshrc": "cache=${XDG_CACHE_HOME:-$HOME/.cache}/p10k-instant-prompt-${(%):-%n}.zsh\n"
+            "[[ -r $cache ]] && source $cache\nexport PATH=$HOME/bin:$PATH\nexport ZSH=$HOME/.oh-my-zsh\n"
+            "source $ZSH/oh-my-zsh.sh\nexport HF_HOME=~/hf\n",
+            ".cache/p10k-instant-prompt-%n.zsh": "touch ~/cached\n"
+            "[[ -t 0 && -t 1 && -t 2 && -o interactive && -o zle ]] && (( ! $+ZSH_EXECUTION_STRING )) || return 0\n"
+            "exec 3>&1 4>&2 </dev/null >/dev/null 2>&1\nprecmd() { exec >&3 2>&4 }\n",
+            ".oh-my-zsh/oh-my-zsh.sh": "while read -t -k 1 answer; do true; done\n"
+            "echo -n 'Update it now? [Y/n] '\nread -r -k 1 answer\n"
+            "case $answer in [yY$'\\n']) touch ~/updated ;; esac\nexport THEME=p10k\n"
+            "if [[ -t 0 && -t 1 ]]; then read -k 'answer?Does this look like a diamond? '; fi\n",
+        },
+        {"HF_HOME": "~/hf", "ZSH": "~/.oh-my-zsh", "THEME": "p10k"},
+    ),
+    "cluster": Machine(
+        "/bin/bash",
+        {
+            ".bash_profile": "cat ~/motd\n. ~/lmod/init\nmodule load cuda python/3.11\n",
+            "motd": DECOY_REPLY + '\nMaintenance on Monday: it\'s "all" of $HOME\n',
+            "lmod/init": 'export LMOD_CMD=~/lmod/lmod\nmodule() { eval "$(sh $LMOD_CMD "$@")"; }\nexport -f module\n',
+            "lmod/lmod": 'shift\nfor name; do\n  echo "Loading $name" >&2\n  case $name in\n'
+            "    cuda) echo 'export CUDA_HOME=~/cuda LD_LIBRARY_PATH=~/cuda/lib64:$LD_LIBRARY_PATH;' ;;\n"
+            "    python/*) echo 'export PATH=~/bin:$PATH;' ;;\n  esac\n"
+            "  echo 'export LOADEDMODULES=$LOADEDMODULES:'$name';'\ndone\n",
+        },
+        {
+            "CUDA_HOME": "~/cuda",
+            "LD_LIBRARY_PATH": "~/cuda/lib64:",
+            "LOADEDMODULES": ":cuda:python/3.11",
+            "BASH_FUNC_module%%": '() {  eval "$(sh $LMOD_CMD "$@")"\n}',
+        },
+    ),
+    "rental GPU": Machine(
+        "/bin/bash",
+        {
+            ".profile": OF_ROOT,
+            ".bashrc": '[ -z "$PS1" ] && return\nif [ -d ~/workspace ]; then cd ~/workspace; fi\n'
+            'if [[ -z "$TMUX" ]]; then %s; fi\nsource ~/etc/rp_environment\n' % AUTO_TMUX,
+            "etc/rp_environment": OF_RENTED,
+            "workspace/README": "",
+        },
+        RENTED,
+    ),
+    "rental GPU without its tmux": Machine(
+        "/bin/bash",
+        {
+            ".profile": OF_ROOT,
+            ".no_auto_tmux": "",
+            ".bashrc": 'if [ ! -f ~/.no_auto_tmux ] && [[ -z "$TMUX" ]]; then %s; fi\ncd ~/workspace\n'
+            "source ~/etc/rp_environment\n" % AUTO_TMUX,
+            "etc/rp_environment": OF_RENTED,
+            "workspace/README": "",
+        },
+        RENTED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_dotfiles_of_five_kinds_of_machines(
+    laptop: Laptop, make_shell_host: Callable[..., Host], mark: str, name: str
+) -> None:
+    """One go, and the server has what a terminal there has. Jupyter is in ~/bin, which only these files lead to.
+
+    What belongs to Oh My Zsh, Powerlevel10k, Lmod and the rented machines is not theirs: a few lines do the same here.
+    """
+    shell, files, there = MACHINES[name]
+    host = make_shell_host(shell, files)
+    put(host.home / "bin", standin_environment() / "bin")  # no command of sh, which may drop what it cannot name
+    said = check_open(laptop, host, "-v")
+    assert "as an interactive login shell (" in said
+    assert "Using %s/bin/jupyter-notebook (" % host.home in said
+    found = environment_there(host)
+    home = str(host.home)
+    assert {variable: found.get(variable) for variable in there} == {
+        variable: re.sub("~(?=/)", home, value) for variable, value in there.items()
+    }
+    assert not [variable for variable in MULTIPLEXERS if variable in found], found
+    assert (host.home / "cached").exists() == (name == "oh-my-zsh") and not (host.home / "updated").exists()
+    assert not [words for words in processes_with(mark).values() if "tmux" in words]
 
 
 class Index(BaseHTTPRequestHandler):
