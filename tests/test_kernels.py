@@ -76,7 +76,8 @@ class HearingProxy(Proxy):
     heard = 0
 
     def _take(self, source: socket.socket) -> None:
-        self.heard += source.getsockname()[1] != self.port
+        with contextlib.suppress(OSError):  # it was closed with its other half, a moment ago
+            self.heard += source.getsockname()[1] != self.port
         super()._take(source)
 
 
