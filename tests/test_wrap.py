@@ -446,7 +446,7 @@ def test_image_whose_entry_point_is_another(
     laptop: Laptop, boxed: Host, podman: PrivatePodman, directory: Path, entrypoint: List[str]
 ) -> None:
     """It is not used; the image's PATH is, on which its Jupyter lies; and /dev/shm is as large as the host's."""
-    image = "localhost/%s" % directory.name.lower()
+    image = "localhost/rj-%s" % directory.name.encode().hex()  # a name of tempfile's may be none of an image
     stand_in(boxed, "nvidia-smi", "exit 0\n")
     moved = "cp /usr/local/bin/jupyter-notebook /opt/jupyter-notebook && rm /usr/local/bin/jupyter-*"
     try:
