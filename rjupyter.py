@@ -481,6 +481,11 @@ class RuntimeInfo(Record):
     has_password: bool = False
 
     @property
+    def is_inner(self) -> bool:
+        """True for one that only its own node reaches."""
+        return bool(self.sock) or self.host.startswith("127.") or self.host == "::1"
+
+    @property
     def good_statuses(self) -> "Tuple[int, ...]":
         """What our own server answers: with a password and no token, it cannot take ours."""
         return (401, 403) if self.has_password and not self.token else (200,)
@@ -827,8 +832,7 @@ class Server(RuntimeInfo):
     @property
     def is_on_node(self) -> bool:
         """True for one at an address that others may reach: of a job's node, or of a network that it is wrapped in."""
-        is_near = self.host.startswith("127.") or self.host == "::1" or bool(self.sock)
-        return bool(self.job) or (bool(self.wrapper) and not is_near)
+        return bool(self.job) or (bool(self.wrapper) and not self.is_inner)
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
@@ -1225,6 +1229,18 @@ def http_request(
     return int(words[1][:3]), body
 
 
+def tcp_rows(words: str) -> "Iterator[List[str]]":
+    """Yield the rows of the system's tables of TCP sockets (proc(5)) that have these words in them, in lower case.
+
+    No further than they are taken: a busy host's tables are long, and slow to read.
+    """
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table) as stream:
+            for line in stream:
+                if words in line:
+                    yield line.lower().split()
+
+
 def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     """Return the uid whose socket is bound to `local`, or to any address with that port; None where nobody can tell.
 
@@ -1235,13 +1251,9 @@ def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     # Each group of four bytes is printed as one number in this machine's order.
     ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
     local_ends = ["%s:%04x" % (end, local[1]) for end in ends]
-    port_in_table = ":%04X " % local[1]
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table) as stream:
-            # No further than it must: a busy host's table is long, and slow to read.
-            for row in (line.lower().split() for line in stream if port_in_table in line):
-                if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
-                    return int(row[7])
+    for row in tcp_rows(":%04X " % local[1]):
+        if row[1] in local_ends and int(row[2].rpartition(":")[2], 16) == remote_port:
+            return int(row[7])
     return None
 
 
@@ -1404,8 +1416,10 @@ def environment_of(pid: int) -> "Dict[str, str]":
     """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
     path = "/proc/%d/environ" % pid
     entries = []  # type: List[str]
-    with contextlib.suppress(OSError), open(path if os.stat(path).st_uid == own_uid() else os.devnull, "rb") as stream:
-        entries = os.fsdecode(stream.read()).split("\0")
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_uid == own_uid():
+            with open(path, "rb") as stream:
+                entries = os.fsdecode(stream.read()).split("\0")
     return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
@@ -3321,9 +3335,10 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
         record = record_in(kind, path)
-        age_s = time.time() - time_of(path)
+        changed_at = time_of(path)
+        is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
         is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
-        if path not in stays and age_s > KEEP_ENDED_S and is_known:
+        if path not in stays and is_old and is_known:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -3356,10 +3371,11 @@ def start_detached(
     import warnings
 
     prctl = None  # type: Any
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
+    if is_held:
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes
 
-        prctl = ctypes.CDLL(None).prctl if is_held else None
+            prctl = ctypes.CDLL(None).prctl
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
         return subprocess.Popen(
@@ -4184,8 +4200,7 @@ def runtime_info(record: ServerRecord) -> "Optional[RuntimeInfo]":
 
 def can_ask_server(record: ServerRecord, info: RuntimeInfo) -> bool:
     """False for a server on another node that only its own node reaches."""
-    is_inner = info.sock or info.host.startswith("127.") or info.host == "::1"
-    return place_of(record).is_here or not is_inner
+    return place_of(record).is_here or not info.is_inner
 
 
 # How Jupyter's log has what `answers` asks with another token; a line before it ends in "Forbidden".
@@ -4317,10 +4332,6 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     channel.announce(directory)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
-    for name in ("server", "notebook"):  # the latter up to Notebook 6
-        write_whole(os.path.join(directory, "jupyter_%s_config.py" % name), ADDED)
-    places = [directory, environment.get("JUPYTER_CONFIG_PATH")]
-    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     deadline = time.monotonic() + request.start_timeout_s
     settings = transport_of_kernels(found, request, environment["JUPYTER_RUNTIME_DIR"], channel)
     settings += server_arguments(request, root_dir, directory)
@@ -4396,10 +4407,17 @@ def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Chann
 
 
 def environment_of_server(found: Launcher, request: Request, directory: str) -> "Dict[str, str]":
-    """Return the environment of a server, whose token is made in a file of its directory: an argv can be read."""
+    """Return the environment of a server. Files of its directory have what we add to its configuration, and its token.
+
+    The token is made there, and is in no argv: that can be read.
+    """
     token_file = os.path.join(directory, "token")
     write_whole(token_file, os.urandom(24).hex())
     environment = dict(lasting_environment(found.environment, request.socket), JUPYTER_TOKEN_FILE=token_file)
+    for name in ("server", "notebook"):  # the latter up to Notebook 6
+        write_whole(os.path.join(directory, "jupyter_%s_config.py" % name), ADDED)
+    places = [directory, environment.get("JUPYTER_CONFIG_PATH")]
+    environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, places))
     if request.is_held:
         own = private_dir(os.path.join(directory, "r"))  # two nodes may have one pid; short, for the kernels' sockets
         if not request.socket or can_hold_kernels(own):
@@ -5803,8 +5821,8 @@ class Tunnel:
 
     def has_page(self) -> bool:
         """True when somebody here is connected to the local port, as an open page is; where proc(5) tells."""
-        with contextlib.suppress(OSError), open("/proc/net/tcp") as stream:
-            inodes = [line.split()[9] for line in stream if ":%04X 01 " % self.port.number in line]
+        inodes = [row[9] for row in tcp_rows(":%04X 01 " % self.port.number)]
+        with contextlib.suppress(OSError):
             ours = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
             return not all(any("socket:[%s]" % inode in path for path in ours) for inode in inodes)
         return False
@@ -8826,10 +8844,8 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
     kernels = live_kernels(request)
     processes = all_processes()
     listening = {}  # type: Dict[str, Any] # the ports and paths, by the sockets as /proc/PID/fd has them (proc(5))
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table) as stream:
-            rows = [row.split() for row in stream]
-            listening.update({"socket:[%s]" % row[9]: int(row[1][-4:], 16) for row in rows if row[3] == "0A"})
+    for row in tcp_rows(" 0A "):  # those that listen
+        listening["socket:[%s]" % row[9]] = int(row[1][-4:], 16)
     with contextlib.suppress(OSError), open("/proc/net/unix", errors="replace") as stream:
         rows = [row.split(None, 7) for row in stream]
         listening.update({"socket:[%s]" % row[6]: row[7].strip() for row in rows if len(row) == 8})
@@ -11051,7 +11067,8 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     if args.code is None:
         raise wrong_usage("eval takes CODE, - for stdin, or --interrupt", args.again("eval", "--help"))
     try:
-        os.makedirs(args.save_images or ".", exist_ok=True)
+        if args.save_images:
+            os.makedirs(args.save_images, exist_ok=True)
     except OSError as error:
         raise Failure("cannot write into " + args.save_images, error.strerror or str(error)) from None
     code = sys.stdin.read() if args.code == "-" else args.code

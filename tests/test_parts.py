@@ -489,3 +489,17 @@ def test_a_display_that_is_updated_often_costs_what_one_does_that_is_not(tmp_pat
 
     for identity in ("one", "%d", ""):
         assert cost(200, identity) < 3 * cost(100, identity), identity
+
+
+def test_what_is_kept_stays_where_its_age_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that does not answer for a moment is no home of last year."""
+    kept = tmp_path / "runs/r1234"
+    kept.mkdir(parents=True)
+    monkeypatch.setattr(rjupyter, "own_state_dir", str(tmp_path))
+    os.utime(kept, (1, 1))
+    with monkeypatch.context() as away:
+        away.setattr(rjupyter, "time_of", lambda path: 0.0)
+        rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+    assert kept.is_dir()
+    rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+    assert not kept.exists()
