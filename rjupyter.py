@@ -7366,7 +7366,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         place = place_of_result(request)
         looks = is_new and place and not request.overlaps
         others = [record for kind in KINDS.values() if looks for record in kind.running()]  # type: List[Kept]
-        others = [record for record in others if place_of_result(record.request) == place]
+        others = [record for record in others if place_of_result(record.request) == place and not reply_in(record)]
         if others:
             why = "the execution %s, which goes on, is to write it" % others[0].id
             raise Failure("no place for the result " + place.partition(":")[2], why, "-o FILE; or --overlap")

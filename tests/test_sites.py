@@ -452,9 +452,10 @@ def test_home_that_lags_and_a_server(laptop: Laptop, slurm: PrivateSlurm, make_l
 
 
 @pytest.mark.jupyter
-def test_home_that_lags_and_a_notebook(laptop: Laptop, slurm: PrivateSlurm, make_lag: Any) -> None:
-    """The job has ended before its result is seen; of a cell that fails as well."""
+def test_home_that_lags_and_a_notebook(laptop: Laptop, slurm: PrivateSlurm, site: Site, make_lag: Any) -> None:
+    """The job has ended before its result is seen; of a cell that fails as well. It is still in squeue's old answer."""
     make_lag(4)
+    site.cache("squeue", 60)
     for source, status, words in (("print(6 * 7)", 0, "42"), ("1 / 0", 5, "ZeroDivisionError")):
         write_notebook(laptop.home / "a.ipynb", source)
         run = laptop.run("--slurm", "-t 1:00:00", "host", "execute", "a.ipynb")
