@@ -114,7 +114,7 @@ from typing import (
     Union,
 )
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 class Terminated(BaseException):
