@@ -12,8 +12,8 @@ from execution import code, printed, results, write_notebook
 from private_slurm import PrivateSlurm
 from sides import Host, Laptop, Run, wait_until
 
-GRID = ["--grid", "lr=[1,2]", "--grid", "model=[cnn, rnn]", "-j", "2"]
-BOTH = {"%d %s" % (lr, model) for lr in (1, 2) for model in ("cnn", "rnn")}
+GRID = ["--grid", "lr=[1,2,3]", "--grid", "model=[cnn]", "-j", "2"]
+ALL = {"%d cnn" % lr for lr in (1, 2, 3)}
 
 
 def begun(login: Host) -> List[str]:
@@ -23,7 +23,7 @@ def begun(login: Host) -> List[str]:
 
 
 def start_grid(laptop: Laptop, login: Host, seconds: float) -> Run:
-    """Start a grid of four, each of which writes down that it began, and takes its time."""
+    """Start a grid of three, each of which writes down that it began, and takes its time."""
     log = "with open(%r, 'a') as log: log.write('%%s %%s\\n' %% (lr, model))" % str(login.home / "log")
     sources = ["lr, model = 0, ''", log, "import time; time.sleep(%s)" % seconds, "print(lr, model)"]
     write_notebook(laptop.home / "a.ipynb", code(sources[0], "parameters"), *sources[1:])
@@ -40,15 +40,15 @@ def wait_for_begun(run: Run, login: Host, count: int) -> None:
 
 
 @pytest.mark.nbclient
-def test_grid_of_four_has_two_jobs_at_most_and_survives_a_cut_connection(
+def test_grid_of_three_has_two_jobs_at_most_and_survives_a_cut_connection(
     laptop: Laptop, slurm: PrivateSlurm, login: Host
 ) -> None:
-    """`-j 2`: never more than two of ours in the queue, waiting or running; each is run once; four results. (16)"""
+    """`-j 2`: never more than two of ours in the queue, waiting or running; each is run once; three results. (16)"""
     run = start_grid(laptop, login, 1)
     most, is_over = [0], threading.Event()
 
     def watch() -> None:
-        while not is_over.wait(0.5):
+        while not is_over.wait(1):
             live = [state for state in slurm.squeue().values() if state in ("PENDING", "RUNNING", "CONFIGURING")]
             most[0] = max(most[0], len(live))
 
@@ -62,22 +62,22 @@ def test_grid_of_four_has_two_jobs_at_most_and_survives_a_cut_connection(
     finally:
         is_over.set()
         watcher.join()
-    assert {printed(path)[-1].strip() for path in results(laptop, run)} == BOTH
-    assert sorted(begun(login)) == sorted(BOTH)
+    assert {printed(path)[-1].strip() for path in results(laptop, run)} == ALL
+    assert sorted(begun(login)) == sorted(ALL)
     assert most[0] == 2
 
 
 @pytest.mark.nbclient
-def test_grid_of_four_and_a_node_that_is_killed(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
-    """Four results, or a status that is not 0 and a summary that says which are missing; it ends by itself. (16)"""
+def test_grid_of_three_and_a_node_that_is_killed(laptop: Laptop, slurm: PrivateSlurm, login: Host) -> None:
+    """Three results, or a status that is not 0 and a summary that says which are missing; it ends by itself. (16)"""
     run = start_grid(laptop, login, 3)
     wait_for_begun(run, login, 2)
     slurm.fail("node1")
     status = run.wait(600)
-    whole: Set[str] = {printed(path)[-1].strip() for path in results(laptop, run)} & BOTH
-    missing = BOTH - whole
+    whole: Set[str] = {printed(path)[-1].strip() for path in results(laptop, run)} & ALL
+    missing = ALL - whole
     assert (status == 0) == (not missing), run.text
-    assert len(whole) >= 2, run.text
+    assert len(whole) >= 1, run.text
     end = "\n".join(run.stderr.splitlines()[-20:])
     for values in missing:
         lr, model = values.split()

@@ -188,6 +188,7 @@ def test_what_is_left_out_of_the_list_of_a_path_is_listed_by_that_path() -> None
 # -- several hosts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nbclient
 def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     first, second = make_host(name="one"), make_host(name="two")
     config = laptop.directory / "both"

@@ -666,7 +666,7 @@ def test_unknown_scheduler_ends_a_job(laptop: Laptop, shims: Shims) -> None:
     run.url()
     shim_scheduler.cancel(shims.directory, "42")
     assert run.wait(60) == 4
-    wait_until(lambda: numbers(laptop) == [], "no live job", 30, 1)
+    wait_until(lambda: numbers(laptop) == [], "no live job", 30, 4)
 
 
 # -- E10: sockets and nodes -------------------------------------------------------------------------------------------
