@@ -730,9 +730,7 @@ class JobBegun(Record):
     """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
 
     node: str
-    address: str = ""  # by which the login node reaches it
-    created: float = 0.0  # by the clock of that node
-    ends_at: float = 0.0
+    ends_at: float = 0.0  # by the clock of that node
 
 
 class RunState(Record):
@@ -2994,7 +2992,7 @@ class Channel:
             except OSError:
                 self._has_failed = True
 
-    def announce(self, directory: str, doing: str = "goes on starting") -> None:
+    def announce(self, directory: str, doing: str) -> None:
         """Say the id of what is about to be started; raises Failure when nobody is left to hear it.
 
         So nothing goes on that nobody knows of. What was announced once goes on, whoever leaves.
@@ -3078,21 +3076,13 @@ class Kind:
         """True while one has not ended."""
         return place_of(record).is_running()
 
-    def all_running(self) -> "List[Any]":
-        """Return what `stop ID` may name: ours, and the user's as far as there is more."""
-        return self.running()
-
-    def begun(self) -> "List[Any]":
-        """Return what a request that is sent again may have begun."""
-        return self.records()
+    def stands(self, record: "Any") -> bool:
+        """True for what a request that is sent again does not begin anew, though it may have ended."""
+        return True
 
     def listed(self) -> "List[Any]":
         """Return what `list` shows."""
         return self.records()
-
-    def stopped_with_all(self) -> "List[Any]":
-        """Return what `stop --all` ends."""
-        return self.running()
 
     def log_of(self, record: "Any") -> Growing:
         """Return what `logs` shows of one."""
@@ -3272,13 +3262,17 @@ def record_in(kind: Kind, directory: str) -> "Any":
     return record
 
 
-def new_dir(kind: Kind) -> str:
-    """Make and return a directory for a new thing; its name, a prefix and four hexadecimal digits, is the id."""
+def new_dir(kind: Kind, channel: Channel, doing: str = "goes on starting") -> str:
+    """Make and return a directory for a new thing; its name, a prefix and four hexadecimal digits, is the id.
+
+    What is `doing` is announced under that; raises Failure when nobody is left to hear it.
+    """
     top = first_private(state_dirs(kind.directory))
     while True:
         path = os.path.join(top, kind.prefix + os.urandom(2).hex())
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
+            channel.announce(path, doing)
             return path
 
 
@@ -4328,8 +4322,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     A way to listen may fail: then the next one is tried, as long as Jupyter says that this was the cause. Raises
     Failure: 4 when it ended for another reason, 6 when it did not listen in time.
     """
-    directory = new_dir(KINDS["server"])
-    channel.announce(directory)
+    directory = new_dir(KINDS["server"], channel)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
@@ -4551,17 +4544,14 @@ class ServerKind(Kind):
     name = "server"
     record = ServerRecord
 
-    def begun(self) -> "List[ServerRecord]":
-        """Return those that have not ended: in place of one that has, another is launched."""
-        return self.running()
+    def stands(self, record: ServerRecord) -> bool:
+        """True for one that has not ended: in place of one that has, another is launched."""
+        return self.goes_on(record)
 
     def listed(self) -> "List[ServerRecord]":
         """Return those that run, and those that ended without a stop: who stopped one knows why it is gone."""
         records = self.records()
         return [record for record in records if not is_marked(record, "stop") or place_of(record).is_running()]
-
-    def all_running(self) -> "List[ServerRecord]":
-        return self.running() + [record for record in other_servers() if place_of(record).is_running()]
 
     def describe(self, record: ServerRecord) -> ServerView:
         names = ("id", "node", "app", "root_dir", "is_ours", "manager", "job")
@@ -4639,8 +4629,9 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
                 created = os.stat(path).st_mtime
             except (OSError, OverflowError):
                 continue
-            info = read_record(RuntimeInfo, path)
-            if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
+            info, identity = read_record(RuntimeInfo, path), process_identity(pid)
+            has_ended = not identity and ended != "p%d" % pid  # and is a zombie
+            if pid < 2 or not info or has_ended or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             words = command_of_process(pid)
             of_app = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}  # the file does not tell
@@ -4648,7 +4639,7 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
                 created=created,
                 node=os.uname().nodename,
                 pid=pid,
-                identity=process_identity(pid),
+                identity=identity,
                 root_dir=info.root_dir,
                 app=first_named(of_app, words) or "notebook",
                 manager=first_named(MANAGERS, words),
@@ -4760,9 +4751,9 @@ def find_server(request: Request, root_dir: str) -> "Optional[Server]":
 
 def begun_by(request: Request) -> "Optional[Kept]":
     """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
-    kinds = list(KINDS.values()) if request.errand else []
-    kept = [record for kind in kinds for record in kind.begun()]  # type: List[Kept]
-    return next((record for record in kept if record.request.errand == request.errand), None)
+    kept = [record for kind in KINDS.values() for record in kind.records()] if request.errand else []
+    kept = [record for record in kept if record.request.errand == request.errand and not is_marked(record, "unwanted")]
+    return next((record for record in kept if KINDS[record.kind].stands(record)), None)
 
 
 def start_elsewhere(request: Request, channel: Channel) -> "Any":
@@ -4800,7 +4791,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     Raises Failure when the one that was named does not run.
     """
     if request.attach:
-        found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
+        found = [record for record in KINDS["server"].running() + other_servers() if record.id == request.attach]
         if not found:
             raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter HOST list")
         if found[0].manager:
@@ -4809,8 +4800,8 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     else:
         found = matching_servers(request, root_dir)
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
-            others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
-            for record in [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]:
+            others = [other for other in other_servers() if not other.manager and request.app in ("", other.app)]
+            for record in [other for other in others if is_same_dir(other.root_dir, root_dir)]:
                 info = server_info(record)
                 found += [record] if info and not info.unusable() and seems_well(record, info) else []
     for other in [record for record in found if not record.is_ours]:
@@ -4899,7 +4890,8 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     and the client comes again.
     """
     if request.ids:
-        found = [record for kind in KINDS.values() for record in kind.all_running() if record.id in request.ids]
+        running = [record for kind in KINDS.values() for record in kind.running()] + other_servers()
+        found = [record for record in running if record.id in request.ids]
     else:
         found = what_to_stop(request)
     names = [word for word in request.ids if word not in {record.id for record in found}]
@@ -4938,7 +4930,7 @@ def what_to_stop(request: Request) -> "List[Any]":
     found = matching_servers(request, root_dir)  # type: List[Any]
     others = [kind for kind in KINDS.values() if kind.name != "server"]
     if request.is_all:
-        return found + [record for kind in others for record in kind.stopped_with_all()]
+        return found + [record for kind in others for record in kind.listed() if kind.goes_on(record)]
     found = found or [record for kind in others for record in kind.waiting(request)]
     there = found or matching_servers(request.but(app=""), root_dir)
     if len(there) > 1 or len(there) > len(found):
@@ -5044,11 +5036,11 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
 
 
 def perform(
-    request: Request, channel: Channel, prepare: "Callable[[Request], Request]" = lambda request: request
+    request: Request, channel: Channel, enter: "Callable[[Request], Request]" = lambda request: request
 ) -> "Any":
     """Run the action of a request and send one reply; return it, or nothing for a failure.
 
-    `prepare` may change the request first; what it raises is told like the rest.
+    `enter` comes first, and may change the request; what it raises is told like the rest.
     """
     global own_state_dir
     user = str(os.getuid())
@@ -5060,11 +5052,11 @@ def perform(
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
     channel.tell("hello", home=portable(os.path.expanduser("~")), clock=time.time(), **facts)
     try:
-        request = with_variables(request, channel)
+        request = with_variables(enter(request), channel)
         if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
             home = os.path.expanduser("~")
             own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
-        reply = REQUESTS[request.action](prepare(request), channel)
+        reply = REQUESTS[request.action](request, channel)
         channel.tell("reply", reply=plain(reply))
         return reply
     except Failure as expected:
@@ -5137,6 +5129,19 @@ class Starter(Kind):
 
     watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
+    enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
+
+    def leave(self, record: "Any", request: Request, **changes: "Any") -> str:
+        """Leave our agent beside a record, with what it is to do in there, and return the path of its program."""
+        changes.update({self.name: record.id})
+        within = request.but(errand="", is_new=True, overlaps=True, may_install=False, **changes)
+        return leave_agent(record.directory, starter_main, within, is_elsewhere=True)
+
+    def waiting(self, request: Request) -> "List[Kept]":
+        """Return those that do what is asked for, as far as that is named, and have not replied yet."""
+        same = [record for record in self.running() if request.is_done_by(record.request)]
+        same = [record for record in same if record.request.via_node >= request.via_node]
+        return [record for record in same if not is_marked(record, "unwanted") and not reply_in(record)]
 
     def replied(self, record: "Any") -> "Optional[Json]":
         """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
@@ -5164,25 +5169,19 @@ class Starter(Kind):
         return reply.result()
 
 
-def work(
-    directory: str, request: Request, prepare: "Callable[[Request], Request]", is_unwanted: "Callable[[Kept], bool]"
-) -> None:
-    """Do what an agent was left for, and stay until what that started has ended; end it once, when it is unwanted.
+def starter_main(directory: str) -> None:
+    """In a job or a wrapper: do what was asked for, and stay until what that started has ended; end that when unwanted.
 
-    What there is to say goes into a file of the directory, and signs of life are given there.
+    What there is to say goes into a file beside the record, and signs of life are given there. That it ends is written
+    down as well, also when a signal ends it.
     """
-    try:
-        said = os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        sys.exit("rjupyter: cannot write: %s" % error)
-    reply = perform(request, Channel("", os.fdopen(said, "a")), prepare)
-    if not isinstance(reply, (Server, StartReply)):
-        sys.exit(reply is None)
-    kind = KINDS["server" if isinstance(reply, Server) else "run"]
-    record = kept_record(kind, reply.id)
-    if not record:
-        return  # it was ended already
-    pid = place_of(record).held.pid
+    request = left_request(directory)
+    kind = KINDS["wrapper" if request.wrapper else "job"]
+    starter = until(lambda: record_in(kind, directory), LATE_S)
+    assert starter  # it was written before we were started
+    if os.path.exists(said_in(starter)):
+        return  # a job that was queued again has nothing more to do
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     beat_at = 0.0
     is_asked = False
 
@@ -5190,14 +5189,30 @@ def work(
         nonlocal beat_at, is_asked
         if time.monotonic() - beat_at > HEARTBEAT_S:
             beat_at = time.monotonic()
-            write_whole(os.path.join(directory, "alive"), "")
+            mark(starter, "alive")
             look_anew(directory)
-        if not is_asked and is_unwanted(record):
+        if not is_asked and (is_marked(starter, "unwanted") or (begun.kind == "run" and is_marked(begun, "stop"))):
             is_asked = True
-            kind.end(record)
+            KINDS[begun.kind].end(begun)
         return has_exited(pid)
 
-    until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    try:
+        if is_marked(starter, "unwanted"):
+            return
+        try:
+            said = os.open(said_in(starter), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            sys.exit("rjupyter: cannot write: %s" % error)
+        reply = perform(request, Channel("", os.fdopen(said, "a")), lambda asked: kind.enter(starter, asked))
+        if not isinstance(reply, (Server, StartReply)):
+            sys.exit(reply is None)
+        begun = kept_record(KINDS["server" if isinstance(reply, Server) else "run"], reply.id)
+        if begun:  # it was not ended already
+            pid = place_of(begun).held.pid
+            until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    finally:
+        with contextlib.suppress(OSError):
+            mark(starter, "ended")
 
 
 # agent ends
@@ -7445,8 +7460,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     python = interpreter_of(found)
     if not python:
         return None
-    directory = new_dir(KINDS["run"])
-    channel.announce(directory)
+    directory = new_dir(KINDS["run"], channel)
     if request.files:  # a directory of its own, in which what goes along lies
         work = os.path.join(directory, "work")
         os.mkdir(work, 0o700)
@@ -8800,7 +8814,7 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
     """Return the kernels of the user's servers that answer, or of PATH's; raises Failure where only a page sees any."""
     found = []
     is_locked = False
-    for record in KINDS["server"].all_running():
+    for record in KINDS["server"].running() + other_servers():
         info = server_info(record)
         if not info or not is_in_path(record, request) or not can_ask_server(record, info):
             continue
@@ -9217,10 +9231,9 @@ class JobKind(Starter):
         """True for a job that waits or runs."""
         return job_state(record).is_live
 
-    def begun(self) -> "List[JobRecord]":
-        """Return the jobs that were submitted, and those of which that is not known yet."""
-        records = [record for record in self.records() if not is_marked(record, "unwanted")]
-        return [record for record in records if record.number or self.goes_on(record)]
+    def stands(self, record: JobRecord) -> bool:
+        """True for a job that was submitted, and for one of which that is not known yet."""
+        return bool(record.number) or self.goes_on(record)
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
@@ -9255,29 +9268,59 @@ class JobKind(Starter):
     def begin(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken.
 
-        Jupyter is installed before, where there is none: nodes often have no network.
+        Jupyter is installed before, where there is none: nodes often have no network. The record is there before the
+        job is. A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld
+        that goes on later): it is marked "unwanted", which ends such a job when it begins.
         """
         forget_ended(self, self.running())
         if request.may_install and not request.python and not request.env and not request.outside:
             root_dir = resolve_path(request.path)[0] if request.path is not None else ""
             next(launchers(request, root_dir, channel, []))
-        directory = new_dir(self)
+        enter_terminal(request, channel, [])
+        directory = new_dir(self, channel, "is being submitted in a job")
+        argv = [native(word) for word in request.submit]
+        command = os.path.basename(argv[0])
+        record = JobRecord(
+            request=request.to_keep(),
+            created=time.time(),
+            node=os.uname().nodename,
+            pid=os.getpid(),  # of who submits it, as long as that takes
+            identity=process_identity(os.getpid()),
+            number="",
+            command=command,
+            environment={n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)},
+        )
         try:
-            job = submit(request, directory, channel)
+            write_down(record, directory)
+            program = self.leave(record, request, shell=os.environ.get("SHELL", ""))
+            script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
+            words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+            # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default.
+            write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
+            output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
+            argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
+            status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
+            matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
+            if status or not matches:
+                why = why.strip() or said.strip() or "status %d" % status
+                raise Failure(
+                    "%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit"
+                )
+            number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
+            record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+            record.pid, record.identity = 0, ""
+            write_down(record, directory)
         except BaseException:
             with contextlib.suppress(OSError):
                 write_whole(os.path.join(directory, "unwanted"), "")
-            record = record_in(self, directory)
-            if not record or not self.goes_on(record):
+            kept = record_in(self, directory)
+            if not kept or not self.goes_on(kept):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
             raise
-        channel.tell("queue", id=job.id, job=job.number, is_waiting=True, word="submitted")
-        return job
-
-    def waiting(self, request: Request) -> "List[Kept]":
-        """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
-        same = [job for job in self.running() if request.is_done_by(job.request) and not is_marked(job, "unwanted")]
-        return [job for job in same if job.request.via_node >= request.via_node and not reply_in(job)]
+        for line in why.splitlines():
+            channel.tell("note", text=portable(line))
+        channel.tell("queue", id=record.id, job=record.number, is_waiting=True, word="submitted")
+        return record
 
     def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
@@ -9319,6 +9362,26 @@ class JobKind(Starter):
             try_ = "--state-dir PATH, where its node does not see or cannot write this directory"
         what = "job %s ended before it had started" % record.number
         return Failure(what, "%s\n%s" % (why_job_ended(record), words), try_, EXIT_SERVER_ENDED)
+
+    def enter(self, record: JobRecord, request: Request) -> Request:
+        """On its node, write down that a job has begun, and when its time is up.
+
+        A server there listens on an address that the login node reaches, also what listens on all.
+        """
+        if request.shell:  # a scheduler may name the shell of its queue instead, or none
+            os.environ["SHELL"] = request.shell
+        remove_files([early_words(record)])  # nothing more comes there
+        left_s = None
+        if record.command == "sbatch":
+            seen = record.but(environment={})  # without its directory, in which the login node alone writes what it saw
+            seen.id = record.id
+            left_s = state_in(seen, time.time(), ask_scheduler(seen)).left_s
+        begun = JobBegun(node=os.uname().nodename, ends_at=time.time() + left_s if left_s else 0.0)
+        write_whole(os.path.join(record.directory, "begun.json"), json.dumps(begun.facts()))
+        if request.action != "open" or request.via_node:
+            return request.but(node_address="")
+        address = node_address(request.node_address)
+        return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
 
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
@@ -9392,43 +9455,6 @@ JOB_SCRIPT = (
     'for n in 1 2 3 4 5 6 7 8 9 10; do test -s "$1" && break; ls "${1%/*}/" >/dev/null 2>&1; sleep 1; done; '
     'exec "$0" -IS "$1" >>"$2" 2>&1 </dev/null'
 )
-
-
-def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
-    """Submit a job in a directory of its own; return its record, which is there before the job is.
-
-    A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
-    later): who asked for it marks it "unwanted", which ends such a job when it begins.
-    """
-    argv = [native(word) for word in request.submit]
-    command = os.path.basename(argv[0])
-    asked = request.to_keep()
-    record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
-    record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
-    enter_terminal(request, channel, [])
-    record.environment = {n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)}
-    channel.announce(directory, "is being submitted in a job")
-    write_down(record, directory)
-    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(directory, job_main, inner, is_elsewhere=True)
-    script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
-    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
-    output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
-    argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
-    status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
-    matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
-    if status or not matches:
-        why = why.strip() or said.strip() or "status %d" % status
-        raise Failure("%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit")
-    number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
-    record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
-    record.pid, record.identity = 0, ""
-    for line in why.splitlines():
-        channel.tell("note", text=portable(line))
-    return write_down(record, directory)
 
 
 def early_words(record: JobRecord) -> str:
@@ -9627,53 +9653,6 @@ def forecast_job(request: Request, channel: Channel) -> "Json":
 
 REQUESTS["forecast_job"] = forecast_job
 
-
-# -- on the node ------------------------------------------------------------------------------------------------------
-
-
-def job_main(directory: str) -> None:
-    """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
-
-    That it ends is written down, also when its scheduler ends it. One that was queued again has nothing more to do.
-    """
-    request = left_request(directory)
-    if os.path.exists(os.path.join(directory, "begun.json")):
-        return
-    if request.shell:  # a scheduler may name the shell of its queue instead, or none
-        os.environ["SHELL"] = request.shell
-    with contextlib.suppress(OSError):  # nothing more comes there
-        os.unlink(os.path.join(directory, "../../%s.out" % os.path.basename(directory)))
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    unwanted = os.path.join(directory, "unwanted")
-
-    def is_unwanted(record: Kept) -> bool:
-        return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
-
-    def as_on_node(request: Request) -> Request:
-        """Return it as this node does it: on an address that the login node reaches, also what listens on all."""
-        if request.action != "open" or request.via_node:
-            return request.but(node_address="")
-        address = node_address(request.node_address)
-        return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
-
-    try:
-        if not os.path.exists(unwanted):
-            job = record_in(KINDS["job"], directory)
-            left_s = None
-            if job and job.command == "sbatch":
-                job.directory = ""  # what was seen is written down by the login node alone
-                job.environment = {}
-                left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
-            ends_at = time.time() + left_s if left_s else 0.0
-            begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=ends_at)
-            with contextlib.suppress(Failure):
-                begun.address = node_address(request.node_address)
-            write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
-            work(directory, request, as_on_node, is_unwanted)
-    finally:
-        write_whole(os.path.join(directory, "ended"), "")
-
-
 # agent ends
 
 # -- here -------------------------------------------------------------------------------------------------------------
@@ -9818,10 +9797,6 @@ class WrapperKind(Starter):
     prefix = "w"
     record = WrapperRecord
 
-    def begun(self) -> "List[WrapperRecord]":
-        """Return those in which something was begun, and nobody wanted it to end."""
-        return [record for record in self.records() if not is_marked(record, "unwanted")]
-
     def goes_on(self, record: WrapperRecord) -> bool:
         """True while the command runs, or the agent in it gives signs of life: a container may outlive its client."""
         has_begun = bool(time_of(os.path.join(record.directory, "alive")))
@@ -9830,10 +9805,6 @@ class WrapperKind(Starter):
     def listed(self) -> "List[WrapperRecord]":
         """Return those in which nothing runs yet: what does is listed itself."""
         return [record for record in self.running() if not reply_in(record)]
-
-    def stopped_with_all(self) -> "List[WrapperRecord]":
-        """Return the same: a wrapper ends with what runs in it."""
-        return self.listed()
 
     def describe(self, record: WrapperRecord) -> WrapperView:
         asked = record.request
@@ -9868,8 +9839,7 @@ class WrapperKind(Starter):
             why = "looked on PATH for " + ", ".join(CONTAINERS)
             try_ = "--init COMMAND, where `module load` or the like brings it"
             raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
-        directory = new_dir(self)
-        channel.announce(directory, "starts inside " + request.outside)
+        directory = new_dir(self, channel, "starts inside " + request.outside)
         root_dir = path if os.path.isdir(path) else os.path.dirname(path)
         record = WrapperRecord(
             request=request.to_keep(),
@@ -9882,10 +9852,8 @@ class WrapperKind(Starter):
             entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
         )
         write_down(record, directory)
-        within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
         state_dir = portable(os.path.dirname(os.path.dirname(directory)))
-        within = within.but(path=portable(path) or None, state_dir=state_dir)
-        program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
+        program = self.leave(record, request, path=portable(path) or None, state_dir=state_dir)
         within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
@@ -9894,9 +9862,6 @@ class WrapperKind(Starter):
         with ended_unless_kept(process):
             record.pid, record.identity = process.pid, process_identity(process.pid)
             return write_down(record, directory)
-
-    def waiting(self, request: Request) -> "List[Kept]":
-        return [record for record in self.listed() if request.is_done_by(record.request)]
 
     def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
         """Tell the last words of its command, as long as our agent has said nothing in there."""
@@ -9924,6 +9889,28 @@ class WrapperKind(Starter):
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
             raise told_of_wrapper(failure, record)
+
+    def enter(self, record: WrapperRecord, request: Request) -> Request:
+        """In there, look for the directory; in a network of its own, take an address that is seen from outside."""
+        InWrapper.within = record.id
+        mended(os.environ)
+        if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
+            os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
+        root_dir = native(record.root_dir)
+        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
+        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
+        if root_dir and (is_other or not os.path.isdir(root_dir)):
+            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
+            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
+        network = network_identity()
+        is_shared = record.network == network or not (record.network and network)
+        if is_shared or request.socket or request.action != "open":
+            return request
+        try:
+            return request.but(ip=node_address(request.node_address))
+        except Failure as failure:
+            try_ = "--socket; or the host's network (docker --network=host)"
+            raise Failure("no network leads to what runs", failure.why, try_)
 
     def no_begin(self, record: WrapperRecord) -> Failure:
         """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
@@ -10055,49 +10042,6 @@ def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
         failure.try_ = "one in which there is; nothing is installed into it"
     failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), record.request.outside)
     return failure
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
-
-
-def wrapper_main(directory: str) -> None:
-    """Inside a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
-    request = left_request(directory)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
-    assert record is not None  # it was written before we were started
-    record.directory = directory
-    InWrapper.within = request.wrapper
-    mended(os.environ)
-    if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
-        os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
-
-    def is_unwanted(thing: Kept) -> bool:
-        return is_marked(record, "unwanted") or is_marked(thing, "stop")
-
-    def as_inside(request: Request) -> Request:
-        """Return it as it is done in here; in a network of its own, on an address that is seen from outside."""
-        root_dir = native(record.root_dir)
-        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
-        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
-        if root_dir and (is_other or not os.path.isdir(root_dir)):
-            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
-            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
-        network = network_identity()
-        is_shared = record.network == network or not (record.network and network)
-        if is_shared or request.socket or request.action != "open":
-            return request
-        try:
-            return request.but(ip=node_address(request.node_address))
-        except Failure as failure:
-            try_ = "--socket; or the host's network (docker --network=host)"
-            raise Failure("no network leads to what runs", failure.why, try_)
-
-    try:
-        work(directory, request, as_inside, is_unwanted)
-    finally:
-        with contextlib.suppress(OSError):
-            mark(record, "ended")
 
 
 def examine_inside(request: Request, channel: Channel) -> ExamineReply:
