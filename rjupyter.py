@@ -715,7 +715,10 @@ class WrapperRecord(Kept):
 
 
 class JobState(Record):
-    """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all."""
+    """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all.
+
+    It is written down twice: begun.json by the job itself, end.json by who sees its end.
+    """
 
     is_live: bool = True
     is_waiting: bool = True
@@ -724,13 +727,6 @@ class JobState(Record):
     start: str = ""
     node: str = ""
     left_s: "Optional[float]" = None
-
-
-class JobBegun(Record):
-    """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
-
-    node: str
-    ends_at: float = 0.0  # by the clock of that node
 
 
 class RunState(Record):
@@ -910,22 +906,13 @@ class RunEnd(Record):
         return self.run
 
 
-class JobView(JobState):
-    """A job, as `list` shows it."""
+class StarterView(JobState):
+    """A job, as `list` shows it; or what starts in a wrapper, as long as nothing runs in there yet."""
 
     id: str
-    job: str
-    command: str
-    action: str
-    path: "Optional[str]" = None
-    age_s: float
-
-
-class WrapperView(Record):
-    """What starts in a wrapper, as `list` shows it as long as nothing runs in there yet."""
-
-    id: str
-    wrap: str
+    job: str = ""
+    command: str = ""
+    wrap: str = ""
     action: str
     path: "Optional[str]" = None
     age_s: float
@@ -934,10 +921,10 @@ class WrapperView(Record):
 class ListReply(Record):
     """What there is of the user's on the host."""
 
-    wrappers: "List[WrapperView]" = []
+    wrappers: "List[StarterView]" = []
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
-    jobs: "List[JobView]" = []
+    jobs: "List[StarterView]" = []
     kernels: "List[KernelState]" = []
     missing: str = ""  # what is not known of them
 
@@ -1016,24 +1003,21 @@ class Said(Record):
         return self.reply
 
 
-class Jupyter(Record):
-    """The Jupyter that an open would run."""
-
-    app: str
-    version: str
-    command: str
-    where: str
-
-
 class ExamineReply(Record):
-    """What `doctor` asks of the host; what cannot be told is left out."""
+    """What `doctor` asks of the host; what cannot be told is left out.
+
+    The command is that of the Jupyter which an open would run.
+    """
 
     shell: str
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
     state_trouble: "Optional[Failure]" = None
-    jupyter: "Optional[Jupyter]" = None
+    app: str = ""
+    version: str = ""
+    command: str = ""
+    where: str = ""
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
     sshd_port: int = 22
@@ -1093,8 +1077,8 @@ EVENTS = {
     "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
-    "job": Event("one job in `list`", tuple(JobView.fields)),
-    "wrapper": Event("what starts in a wrapper, in `list`", tuple(WrapperView.fields)),
+    "job": Event("one job in `list`", tuple(name for name in StarterView.fields if name != "wrap")),
+    "wrapper": Event("what starts in a wrapper, in `list`", ("id", "wrap", "action", "path", "age_s")),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
     "started": Event("an execution was started", ("id",)),
@@ -1943,7 +1927,8 @@ def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callabl
     """
     if messages.as_json:
         for row in rows:
-            messages.event(event, **(row.facts() if isinstance(row, Record) else row))
+            facts = {key: getattr(row, key) for key in EVENTS[event].keys} if isinstance(row, Record) else row
+            messages.event(event, **facts)
     if messages.as_json or not rows:
         return
     columns = {**more, **COLUMNS[event]}
@@ -3042,8 +3027,8 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 # kept
 #
 # What we started on the host is written down there, in a directory for each thing: servers/ID, runs/ID, jobs/ID. A
-# kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is one of three classes:
-# Here, Elsewhere (another node of a shared home), or InJob, which the annex of schedulers adds to PLACES.
+# kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is a class: Here,
+# Elsewhere (another node of a shared home), or that of the kind of thing which it is in, a job or a wrapper.
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
@@ -3124,14 +3109,10 @@ class Elsewhere:
     is_known = False  # true where is_running is an answer, and not a want of knowledge
     settle_s = 0.0  # how long it may take until is_running tells of an end
 
-    def __init__(self, record: Kept) -> None:
+    def __init__(self, record: Kept, outer: "Any" = None) -> None:
         self.record = record
+        self.outer = outer  # the record of what it is in
         self.held = record  # that of the process which we started for it
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True when this is the place of a record; this one is of what no other place holds."""
-        return True
 
     def is_running(self) -> bool:
         """True when it runs, as far as we can tell."""
@@ -3170,13 +3151,6 @@ class Here(Elsewhere):
     is_here = True
     is_known = True
 
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True on the machine that the record names, whatever it is called now: a home is shared by several."""
-        boot = record.identity.partition(":")[0]
-        is_same_boot = bool(boot) and boot == boot_identity()
-        return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
-
     def is_running(self) -> bool:
         return is_same_process(self.record.pid, self.record.identity)
 
@@ -3201,12 +3175,23 @@ class Here(Elsewhere):
                 os.kill(pid, signal.SIGKILL)
 
 
-PLACES = [Here, Elsewhere]  # type: List[Type[Elsewhere]]
+own_wrapper = ""  # the id of the one that we are in ourselves
+
+
+def is_here(record: Kept) -> bool:
+    """True on the machine that the record names, whatever it is called now: a home is shared by several."""
+    boot = record.identity.partition(":")[0]
+    is_same_boot = bool(boot) and boot == boot_identity()
+    return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
 
 
 def place_of(record: Kept) -> Elsewhere:
     """Return where the thing of a record runs."""
-    return next(place for place in PLACES if place.holds(record))(record)
+    for kind in (KINDS["wrapper"], KINDS["job"]):
+        outer = kept_record(kind, getattr(record, kind.name))
+        if outer and outer.id != own_wrapper:
+            return kind.place(record, outer)  # type: ignore[no-any-return]
+    return Here(record) if is_here(record) else Elsewhere(record)
 
 
 # -- its directories --------------------------------------------------------------------------------------------------
@@ -3331,7 +3316,7 @@ def forget_ended(kind: Kind, running: "List[Any]") -> None:
         record = record_in(kind, path)
         changed_at = time_of(path)
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
-        is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
+        is_known = record is None or is_here(record) or is_marked(record, "stop")
         if path not in stays and is_old and is_known:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -3354,10 +3339,13 @@ def without_tokens(text: str) -> str:
 # -- starting it ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def start_detached(
     argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
-) -> "Any":
+) -> "Iterator[Any]":
     """Start a process in a session of its own that has nothing of ours open.
+
+    Where it cannot be written down under this, it is ended: nobody would find it.
 
     With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
     no more of a job than its process group: what has a session of its own would outlive the job.
@@ -3372,7 +3360,7 @@ def start_detached(
             prctl = ctypes.CDLL(None).prctl
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -3383,40 +3371,33 @@ def start_detached(
             # PR_SET_PDEATHSIG. Who holds it has one thread.
             preexec_fn=prctl and (lambda: prctl(1, int(signal.SIGTERM))),  # noqa: PLW1509
         )
+    try:
+        yield process
+    except BaseException:
+        end_session(process)
+        raise
 
 
-def facts_of(process: "Any", root_dir: str, request: Request) -> "Json":
-    """Return what is kept of each process that we started."""
+def facts_of(pid: int, root_dir: str, request: Request) -> "Json":
+    """Return what is kept of each thing: its process is the one that we started, or us until that is."""
     return {
         "created": time.time(),
         "node": os.uname().nodename,
-        "pid": process.pid,
-        "identity": process_identity(process.pid),
+        "pid": pid,
+        "identity": process_identity(pid),
         "root_dir": portable(root_dir),
         "job": request.job,
         "wrapper": request.wrapper,
     }
 
 
-def end_session(pid: int) -> None:
-    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+def end_session(process: "Any") -> None:
+    """Kill the session that a process leads which we launched ourselves, and take its status."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, signum)
-        except OSError:
-            return
-        until(lambda: not process_identity(pid), 3)
-
-
-@contextlib.contextmanager
-def ended_unless_kept(process: "Any") -> "Iterator[None]":
-    """End what was just started, where it cannot be written down under this: nobody would find it."""
-    try:
-        yield
-    except BaseException:
-        end_session(process.pid)
-        process.wait()
-        raise
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signum)
+            until(lambda: not process_identity(process.pid), 3)
+    process.wait()
 
 
 def resolve_path(path: str) -> "Tuple[str, str]":
@@ -4047,7 +4028,7 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
 
         until(look, float("inf"), slowest_s=0.2)
         if process.poll() is None:
-            end_session(process.pid)
+            end_session(process)
         return process.wait(), "\n".join(lines[-LOG_LINES:])
 
 
@@ -4330,8 +4311,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     settings += server_arguments(request, root_dir, directory)
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *settings]
-        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
-        with ended_unless_kept(process):
+        with start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held) as process:
             record = ServerRecord(
                 request=request.but(nonce="", app=found.app),
                 app=found.app,
@@ -4339,7 +4319,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
                 runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
                 local_port=request.local_port,
                 has_answered=False,
-                **facts_of(process, root_dir, request),
+                **facts_of(process.pid, root_dir, request),
             )
             write_down(record, directory)
         try:
@@ -4354,8 +4334,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             if info:
                 tell_of_launch(request, info, log, channel)
         except Failure:
-            end_session(process.pid)
-            process.wait()
+            end_session(process)
             remove_files(left_by_jupyter(record))
             set_aside(directory)
             raise
@@ -4690,15 +4669,22 @@ def open_server(request: Request, channel: Channel) -> Server:
         if not request.is_new:  # two at the same moment would launch two
             waiting = "another run of rjupyter is opening a server; waiting"
             stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
+        found = None  # type: Optional[Server]
         begun = begun_by(request)
-        job = begun if begun and begun.kind != "server" else None
-        same = request.but(is_new=False, attach=begun.id) if begun else request
-        found = None if job else find_server(same, root_dir)
+        starter = begun if begun and begun.kind != "server" else None
+        servers = [begun] if begun else [] if request.is_new else servers_to_attach(request, root_dir)
+        for record in [] if starter else servers:
+            info = None if found else come_back(record, request.start_timeout_s)
+            if info:
+                found = open_reply(record, info, is_launched=bool(begun), seconds=record.age_s())
         if request.attach and not found:
             what = "the server %s is about to end" % request.attach
             raise Failure(what, "it takes no connections", "rjupyter HOST list")
-        job = job or (None if found else start_elsewhere(request, channel))
-        if not found and not job:
+        for kind in [] if found else KINDS.values():
+            waiting = [] if starter or request.is_new or request.attach else kind.waiting(request)
+            if not starter and (waiting or kind.takes(request)):
+                starter = waiting[0] if waiting else kind.begin(request, channel)
+        if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
                 forget_ended(KINDS["server"], KINDS["server"].running())
             launched, seconds = launch(request, root_dir, channel, launch_server)
@@ -4706,8 +4692,8 @@ def open_server(request: Request, channel: Channel) -> Server:
             assert info is not None  # it has answered, and that is written down
             hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
-    if job:  # outside of the lock, for a queue may be long
-        found = Server.read(KINDS[job.kind].await_reply(job, channel))
+    if starter:  # outside of the lock, for a queue may be long
+        found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
     assert found is not None
     check_reach(found, request)
     found.file = portable(file)
@@ -4739,32 +4725,11 @@ def check_reach(found: Server, request: Request) -> None:
         raise Failure(what, why, try_ if found.job else "--socket; or a wrapper that leaves the host's network")
 
 
-def find_server(request: Request, root_dir: str) -> "Optional[Server]":
-    """Return the server to come back to, if there is one."""
-    for record in [] if request.is_new else servers_to_attach(request, root_dir):
-        info = come_back(record, request.start_timeout_s)
-        if info:
-            is_launched = bool(request.errand) and record.request.errand == request.errand  # and the reply was lost
-            return open_reply(record, info, is_launched=is_launched, seconds=record.age_s())
-    return None
-
-
-def begun_by(request: Request) -> "Optional[Kept]":
+def begun_by(request: Request) -> "Any":
     """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
     kept = [record for kind in KINDS.values() for record in kind.records()] if request.errand else []
     kept = [record for record in kept if record.request.errand == request.errand and not is_marked(record, "unwanted")]
     return next((record for record in kept if KINDS[record.kind].stands(record)), None)
-
-
-def start_elsewhere(request: Request, channel: Channel) -> "Any":
-    """Return what is to start the server on another node: what waits there already, or was submitted now."""
-    for kind in KINDS.values():
-        waiting = [] if request.is_new or request.attach else kind.waiting(request)
-        if waiting:
-            return waiting[0]
-        if kind.takes(request):
-            return kind.begin(request, channel)
-    return None
 
 
 def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Server:
@@ -4816,22 +4781,12 @@ def list_all(request: Request, channel: Channel) -> ListReply:
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     within = resolve_path(request.path)[0] if request.path is not None else ""
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
-    views = [None for _ in records]  # type: List[Any]
+    views = []
+    if records:
+        from concurrent.futures import ThreadPoolExecutor
 
-    def describe(place: int) -> None:
-        try:
-            views[place] = KINDS["server"].describe(records[place])
-        except Exception as error:  # raised below: a thread would only print it
-            views[place] = error
-
-    threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for view in views:
-        if isinstance(view, Exception):
-            raise view
+        with ThreadPoolExecutor(len(records)) as pool:
+            views = list(pool.map(KINDS["server"].describe, records))
     others = {
         kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
         for kind in KINDS.values()
@@ -4941,7 +4896,10 @@ def what_to_stop(request: Request) -> "List[Any]":
 
 
 def describe_end(request: Request, channel: Channel) -> EndReply:
-    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
+    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log.
+
+    Why: first what we did, then what its place tells, then what its log does.
+    """
     known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
     if not known:
         return EndReply(is_running=False, reason="it was stopped")
@@ -4953,30 +4911,28 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
     if place.is_running():
         return EndReply(is_running=True, is_answering=info is not None)
     log = end_of_log(log_of(record)) if record.is_ours else ""
-    return EndReply(is_running=False, reason=why_it_ended(record, log), log=log)
-
-
-def why_it_ended(record: ServerRecord, log: str) -> str:
-    """Return why a server ended: what we did, then what its place tells, then what its log does."""
-    is_gone = record.is_ours and not os.path.exists(os.path.join(record.directory, record.kind + ".json"))
-    if is_marked(record, "stop") or is_gone:  # a stop removes its record at last
-        return "it was stopped"
-    reason = place_of(record).why_ended(log)
-    if reason:
-        return reason
-    for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
-        if words in log:
-            return reason
+    is_gone = record.is_ours and not is_marked(record, "server.json")  # a stop removes its record at last
+    reason = "it was stopped" if is_gone or is_marked(record, "stop") else place.why_ended(log)
+    for words, meaning in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
+        reason = reason or (meaning if words in log else "")
     # Jupyter removes this file when it ends by itself; what it logs, its configuration may hide.
     pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
     was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
-    return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
+    if not reason:
+        reason = "it was shut down" if place.is_here and not was_killed else place.why_in_doubt()
+    return EndReply(is_running=False, reason=reason, log=log)
 
 
 def examine_host(request: Request, channel: Channel) -> ExamineReply:
-    """Say what `doctor` asks of this host; what cannot be told is left out."""
+    """Say what `doctor` asks of this host, or inside a wrapper; what cannot be told is left out."""
     import shutil
 
+    for kind in KINDS.values():
+        if kind.takes(request):
+            record = kind.begin(request, channel)
+            reply = ExamineReply.read(kind.await_reply(record, channel))
+            kind.end(record)
+            return reply
     facts = ExamineReply(shell=os.environ.get("SHELL", ""))
     facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
@@ -4986,8 +4942,8 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         facts.state_trouble = failure
     try:
         found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
-        command = portable(found.argv[0])
-        facts.jupyter = Jupyter(app=found.app, version=version_of(found), command=command, where=found.where)
+        facts.app, facts.version, facts.where = found.app, version_of(found), found.where
+        facts.command = portable(found.argv[0])
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
             facts.jupyter_trouble = failure
@@ -5067,6 +5023,10 @@ def perform(
         import traceback
 
         failure = Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc())
+    if request.wrapper and failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
+        failure.try_ = "one in which there is; nothing is installed into it"
+    if request.wrapper:
+        failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), request.outside)
     channel.tell("reply", failure=failure.facts())
     return None
 
@@ -5127,9 +5087,15 @@ def reply_in(record: Kept) -> "Optional[Said]":
 class Starter(Kind):
     """A kind of thing in which our agent does what was asked for, and stays with what it began."""
 
+    place = Elsewhere  # type: Type[Elsewhere] # where is what is in one
     watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
     enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
+
+    def describe(self, record: "Any") -> StarterView:
+        asked = record.request
+        facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
+        return StarterView(id=record.id, age_s=record.age_s(), **facts)
 
     def leave(self, record: "Any", request: Request, **changes: "Any") -> str:
         """Leave our agent beside a record, with what it is to do in there, and return the path of its program."""
@@ -6314,8 +6280,7 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
     """Start the recorder's program, and write down which process it is."""
     log = os.path.join(record.directory, "recorder.log")
     argv = [python, os.path.join(record.directory, "agent.py")]
-    process = start_detached(argv, environment, "/", log, record.request.is_held)
-    with ended_unless_kept(process):
+    with start_detached(argv, environment, "/", log, record.request.is_held) as process:
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
         write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
 
@@ -7473,10 +7438,9 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
-    process = start_detached([python, program], environment, root_dir, log, request.is_held)
-    with ended_unless_kept(process):
+    with start_detached([python, program], environment, root_dir, log, request.is_held) as process:
         facts = {name: getattr(request, name) for name in ("name", "key", "variant")}
-        facts.update(facts_of(process, root_dir, request))
+        facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
@@ -9220,12 +9184,57 @@ UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers o
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
 
 
+class InJob(Here):
+    """In a job of ours, on this node or another, from where its scheduler tells of its end, and ends it."""
+
+    def __init__(self, record: Kept, outer: "Any") -> None:
+        super().__init__(record, outer)
+        self.is_here = is_here(record)
+        self.settle_s = 0.0 if self.is_here else SETTLE_S
+
+    def is_running(self) -> bool:
+        """True when its process runs on this node, or elsewhere its job does."""
+        if self.is_here:
+            return super().is_running()
+        state = job_state(self.outer)
+        return state.is_live and not state.is_waiting
+
+    def why_ended(self, log: str) -> str:
+        """Return why the job ended, when the scheduler says so, or a signal came from outside."""
+        if job_state(self.outer).word in JOB_ENDS or "received signal" in log:
+            return self.why_in_doubt()
+        return super().why_ended(log) if self.is_here else ""
+
+    def why_in_doubt(self) -> str:
+        """Return why the job ended, as far as the scheduler says."""
+        return why_job_ended(self.outer)
+
+    def why_cut(self) -> str:
+        """Return why the job ended, where that was not by itself."""
+        is_cut = not self.is_here and end_of_job(self.outer) not in ("COMPLETED", "FAILED")
+        return self.why_in_doubt() if is_cut else ""
+
+    def left_s(self) -> float:
+        return job_state(self.outer).left_s or 0.0
+
+    def children(self) -> "List[Tuple[int, str]]":
+        return super().children() if self.is_here else []
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """End the process on this node; the job elsewhere."""
+        if self.is_here:
+            super().end(children, polite_s)
+        else:
+            KINDS["job"].end(self.outer)
+
+
 class JobKind(Starter):
     """Jobs that we submitted, each of which is to start a server or a run."""
 
     name = "job"
     prefix = "j"
     record = JobRecord
+    place = InJob
 
     def goes_on(self, record: JobRecord) -> bool:
         """True for a job that waits or runs."""
@@ -9239,11 +9248,9 @@ class JobKind(Starter):
         """Return those that `list` shows: what an ended one started says itself how it ended."""
         return self.running()
 
-    def describe(self, record: JobRecord) -> JobView:
+    def describe(self, record: JobRecord) -> StarterView:
         state = job_state(record)  # which may find out the number
-        asked = record.request
-        facts = {"job": record.number, "command": record.command, "action": asked.action, "path": asked.path}
-        return JobView(id=record.id, age_s=record.age_s(), **facts, **state.facts())
+        return super().describe(record).but(job=record.number, command=record.command, **state.facts())
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
@@ -9282,13 +9289,10 @@ class JobKind(Starter):
         command = os.path.basename(argv[0])
         record = JobRecord(
             request=request.to_keep(),
-            created=time.time(),
-            node=os.uname().nodename,
-            pid=os.getpid(),  # of who submits it, as long as that takes
-            identity=process_identity(os.getpid()),
             number="",
             command=command,
             environment={n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)},
+            **facts_of(os.getpid(), "", request),
         )
         try:
             write_down(record, directory)
@@ -9376,7 +9380,7 @@ class JobKind(Starter):
             seen = record.but(environment={})  # without its directory, in which the login node alone writes what it saw
             seen.id = record.id
             left_s = state_in(seen, time.time(), ask_scheduler(seen)).left_s
-        begun = JobBegun(node=os.uname().nodename, ends_at=time.time() + left_s if left_s else 0.0)
+        begun = JobState(node=os.uname().nodename, left_s=left_s)
         write_whole(os.path.join(record.directory, "begun.json"), json.dumps(begun.facts()))
         if request.action != "open" or request.via_node:
             return request.but(node_address="")
@@ -9391,60 +9395,6 @@ class JobKind(Starter):
 
 
 KINDS["job"] = JobKind()
-
-
-class InJob(Elsewhere):
-    """In a job of ours, on this node or another: its scheduler tells of its end, and ends it."""
-
-    def __init__(self, record: Kept) -> None:
-        super().__init__(record)
-        self.job = kept_record(KINDS["job"], record.job)
-        self.is_here = Here.holds(record)
-        self.is_known = True
-        self.settle_s = 0.0 if self.is_here else SETTLE_S
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True when we know the job that the record names."""
-        return kept_record(KINDS["job"], record.job) is not None
-
-    def is_running(self) -> bool:
-        """True when its process runs on this node, or elsewhere its job does."""
-        if self.is_here:
-            return Here(self.record).is_running()
-        state = job_state(self.job)
-        return state.is_live and not state.is_waiting
-
-    def why_ended(self, log: str) -> str:
-        """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        if job_state(self.job).word in JOB_ENDS or "received signal" in log:
-            return self.why_in_doubt()
-        return Here(self.record).why_ended(log) if self.is_here else ""
-
-    def why_in_doubt(self) -> str:
-        """Return why the job ended, as far as the scheduler says."""
-        return why_job_ended(self.job)
-
-    def why_cut(self) -> str:
-        """Return why the job ended, where that was not by itself."""
-        is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
-        return self.why_in_doubt() if is_cut else ""
-
-    def left_s(self) -> float:
-        return job_state(self.job).left_s or 0.0
-
-    def children(self) -> "List[Tuple[int, str]]":
-        return Here(self.record).children() if self.is_here else []
-
-    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the process on this node; the job elsewhere."""
-        if self.is_here:
-            Here(self.record).end(children, polite_s)
-        else:
-            KINDS["job"].end(self.job)
-
-
-PLACES.insert(0, InJob)
 
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
@@ -9484,8 +9434,7 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     elif state.is_live and is_marked(record, "ended"):
         state = ENDED
     elif state.is_live and begun and not state.node and gives_signs(record):  # its row is older, or does not tell
-        left_s = begun.ends_at - time.time() if begun.ends_at else None
-        state = JobState(is_waiting=False, word="RUNNING", node=begun.node, left_s=left_s)
+        state = begun.but(is_waiting=False, word="RUNNING")
     if not state.is_live:
         note_end(record, state)
     return state
@@ -9496,9 +9445,13 @@ def may_be_taken(record: JobRecord) -> bool:
     return bool(record.number) or (not is_marked(record, "unwanted") and place_of(record).is_running())
 
 
-def begun_of(record: JobRecord) -> "Optional[JobBegun]":
-    """Return what a job wrote down when it began; None when it has not, as far as this machine sees."""
-    return read_record(JobBegun, os.path.join(record.directory, "begun.json")) if record.directory else None
+def begun_of(record: JobRecord) -> "Optional[JobState]":
+    """Return what a job wrote down when it began, as it is now; None when it has not, as far as this machine sees."""
+    path = os.path.join(record.directory, "begun.json")
+    state = read_record(JobState, path) if record.directory else None
+    if state and state.left_s:
+        state.left_s -= time.time() - time_of(path)
+    return state
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
@@ -9544,7 +9497,9 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
     facts = {name: row[name] for name in ("reason", "start", "node")}
-    left_s = seconds_of(row["left"]) if runs else None
+    left = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", row["left"] if runs else "")  # not where it is UNLIMITED
+    parts = [int(part or 0) for part in left.groups()] if left else []  # days, hours, minutes and seconds
+    left_s = sum(part * unit_s for part, unit_s in zip(parts, (86400.0, 3600, 60, 1))) if left else None
     return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
@@ -9560,23 +9515,18 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     with open(path + ".lock", "w") as lock:
 
         def look() -> "Any":  # another one of ours may be asking
-            return kept_answer(path, max(max_age_s, QUERY_MIN_S)) or has_lock(lock)
+            with contextlib.suppress(OSError), open(path, encoding="utf-8") as stream:
+                when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
+                if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
+                    return (when if text else 0.0), text
+            return has_lock(lock)
 
         found = until(look, float("inf"))
         if isinstance(found, tuple):
             return found
-        write_whole(path, ask_scheduler(record))
-    return kept_answer(path, QUERY_MAX_S) or (0.0, "")
-
-
-def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
-    """Return an answer that was kept, and when it was given, unless it is too old."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
-    except OSError:
-        return None
-    return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
+        text = ask_scheduler(record)
+        write_whole(path, text)
+        return (time.time() if text else 0.0), text
 
 
 def filled(word: str, facts: "Dict[str, str]") -> str:
@@ -9604,15 +9554,6 @@ def ask_scheduler(record: JobRecord) -> str:
     return "" if status and not (scheduler.none and re.search(scheduler.none, said)) else answer + "\n"
 
 
-def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it, [days-][hours:]minutes:seconds, in seconds; None for UNLIMITED and the like."""
-    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
-    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
-
-
 def end_of_job(job: JobRecord) -> str:
     """Return the word for how a job ended; one that Slurm lists no more is looked up in its history."""
 
@@ -9631,10 +9572,8 @@ def end_of_job(job: JobRecord) -> str:
 
 def why_job_ended(job: JobRecord) -> str:
     """Return why a job ended, in words."""
-    word = end_of_job(job)
-    if word == "ended":
-        return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(word, "it has ended")
+    untold = "it has ended: cancelled, failed or out of time, its scheduler does not say which"
+    return "job: " + dict(JOB_ENDS, ended=untold).get(end_of_job(job), "it has ended")
 
 
 def forecast_job(request: Request, channel: Channel) -> "Json":
@@ -9790,12 +9729,47 @@ CONTAINERS = {
 }  # type: Dict[str, Container]
 
 
+class InWrapper(Elsewhere):
+    """Inside a command that we started, perhaps among processes and under a name of its own: that command tells."""
+
+    settle_s = 1.0
+
+    def __init__(self, record: Kept, outer: "Any") -> None:
+        super().__init__(record, outer)
+        self.held = outer
+        self.place = place_of(outer)
+        self.is_here, self.is_known = self.place.is_here, self.place.is_known
+
+    def is_running(self) -> bool:
+        """True while the command runs: its agent stays as long as what it began. Elsewhere, nobody can tell."""
+        return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
+
+    def why_ended(self, log: str) -> str:
+        return self.place.why_ended(log)
+
+    def why_in_doubt(self) -> str:
+        """Return what is known of the command's end, and its last words."""
+        words = end_of_log(log_of(self.held), 1)
+        return self.place.why_in_doubt() + (" (%s)" % words if words else "")
+
+    def why_cut(self) -> str:
+        return self.place.why_cut()
+
+    def left_s(self) -> float:
+        return self.place.left_s()
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        """End the command, and with it all that is in there."""
+        KINDS["wrapper"].end(self.held)
+
+
 class WrapperKind(Starter):
     """Commands in which something of ours runs, or is about to."""
 
     name = "wrapper"
     prefix = "w"
     record = WrapperRecord
+    place = InWrapper
 
     def goes_on(self, record: WrapperRecord) -> bool:
         """True while the command runs, or the agent in it gives signs of life: a container may outlive its client."""
@@ -9805,11 +9779,6 @@ class WrapperKind(Starter):
     def listed(self) -> "List[WrapperRecord]":
         """Return those in which nothing runs yet: what does is listed itself."""
         return [record for record in self.running() if not reply_in(record)]
-
-    def describe(self, record: WrapperRecord) -> WrapperView:
-        asked = record.request
-        facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
-        return WrapperView(id=record.id, age_s=record.age_s(), **facts)
 
     def end(self, record: WrapperRecord) -> None:
         """End a wrapper: by its agent, which ends what it began; then by its place, and its container is removed."""
@@ -9843,13 +9812,10 @@ class WrapperKind(Starter):
         root_dir = path if os.path.isdir(path) else os.path.dirname(path)
         record = WrapperRecord(
             request=request.to_keep(),
-            created=time.time(),
-            node=os.uname().nodename,
-            job=request.job,
             home=portable(os.path.expanduser("~")),
             network=network_identity(),
-            root_dir=portable(root_dir),
             entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
+            **facts_of(os.getpid(), root_dir, request),
         )
         write_down(record, directory)
         state_dir = portable(os.path.dirname(os.path.dirname(directory)))
@@ -9858,8 +9824,7 @@ class WrapperKind(Starter):
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
-        process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
-        with ended_unless_kept(process):
+        with start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held) as process:
             record.pid, record.identity = process.pid, process_identity(process.pid)
             return write_down(record, directory)
 
@@ -9875,24 +9840,19 @@ class WrapperKind(Starter):
 
         return is_over
 
-    def replied(self, record: WrapperRecord) -> "Optional[Json]":
-        try:
-            return super().replied(record)
-        except Failure as failure:
-            raise told_of_wrapper(failure, record)
-
     def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in there, as long as its command takes; end it where that is a failure."""
         try:
             return super().await_reply(record, channel)
-        except Failure as failure:
+        except Failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
-            raise told_of_wrapper(failure, record)
+            raise
 
     def enter(self, record: WrapperRecord, request: Request) -> Request:
         """In there, look for the directory; in a network of its own, take an address that is seen from outside."""
-        InWrapper.within = record.id
+        global own_wrapper
+        own_wrapper = record.id
         mended(os.environ)
         if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
             os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
@@ -9914,8 +9874,9 @@ class WrapperKind(Starter):
 
     def no_begin(self, record: WrapperRecord) -> Failure:
         """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
+        inside = " inside " + record.request.outside
         if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
-            return Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
+            return Failure("it was stopped before it ran" + inside, "", "", EXIT_SERVER_ENDED)
         sees = "let it see and write that directory (docker -v, apptainer --bind)"
         words = end_of_log(log_of(record))
         place = portable(os.path.dirname(os.path.dirname(record.directory)))
@@ -9932,53 +9893,10 @@ class WrapperKind(Starter):
             words = words or silent + " (systemd-run --scope, no docker -d)"
             alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
             try_ = try_ or alone
-        return Failure("nothing ran", words, try_, EXIT_NO_JUPYTER)
+        return Failure("nothing ran" + inside, words, try_, EXIT_NO_JUPYTER)
 
 
 KINDS["wrapper"] = WrapperKind()
-
-
-class InWrapper(Elsewhere):
-    """Inside a command that we started, perhaps among processes and under a name of its own: that command tells."""
-
-    within = ""  # the id of the one that we are in ourselves
-    settle_s = 1.0
-
-    def __init__(self, record: Kept) -> None:
-        super().__init__(record)
-        self.held = kept_record(KINDS["wrapper"], record.wrapper)
-        self.outer = place_of(self.held)
-        self.is_here, self.is_known = self.outer.is_here, self.outer.is_known
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True for what is in a wrapper that we are not in."""
-        return record.wrapper not in ("", cls.within) and kept_record(KINDS["wrapper"], record.wrapper) is not None
-
-    def is_running(self) -> bool:
-        """True while the command runs: its agent stays as long as what it began. Elsewhere, nobody can tell."""
-        return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
-
-    def why_ended(self, log: str) -> str:
-        return self.outer.why_ended(log)
-
-    def why_in_doubt(self) -> str:
-        """Return what is known of the command's end, and its last words."""
-        words = end_of_log(log_of(self.held), 1)
-        return self.outer.why_in_doubt() + (" (%s)" % words if words else "")
-
-    def why_cut(self) -> str:
-        return self.outer.why_cut()
-
-    def left_s(self) -> float:
-        return self.outer.left_s()
-
-    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the command, and with it all that is in there."""
-        KINDS["wrapper"].end(self.held)
-
-
-PLACES.insert(0, InWrapper)
 
 
 def container_program(request: Request, environment: "Dict[str, str]") -> str:
@@ -10034,26 +9952,6 @@ def network_identity() -> str:
         return "%s %s" % (boot_identity().partition("/")[0], os.readlink("/proc/self/ns/net"))
     except OSError:
         return ""
-
-
-def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
-    """Return a failure that also says in which wrapper it happened."""
-    if failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
-        failure.try_ = "one in which there is; nothing is installed into it"
-    failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), record.request.outside)
-    return failure
-
-
-def examine_inside(request: Request, channel: Channel) -> ExamineReply:
-    """Answer what `doctor` asks, from inside a wrapper."""
-    kind = KINDS["wrapper"]
-    record = kind.begin(request.but(action="examine"), channel)
-    reply = ExamineReply.read(kind.await_reply(record, channel))
-    kind.end(record)
-    return reply
-
-
-REQUESTS["examine_inside"] = examine_inside
 
 
 # agent ends
@@ -11392,8 +11290,9 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
             how = "multiplexed" if ssh.process else "your own master"
             yield "connection", "logged in after %.1f s (%s)" % (time.monotonic() - began, how), ""
             step = "command"
-        request = request_of(args, "examine")
-        is_inside = bool(request.outside) and not request.submit
+        asked = request_of(args, "examine")
+        is_inside = bool(asked.outside) and not asked.submit
+        request = asked.but(submit=[], wrap=[], container="")
         request = request.but(python="", env="", init=[]) if is_inside else request  # they are for in there
         facts = agent.ask(request, ExamineReply, "Looking around on the host")
     except Failure as failure:
@@ -11405,14 +11304,14 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    found, trouble = facts.jupyter, facts.jupyter_trouble
+    found, trouble = facts, facts.jupyter_trouble
     if is_inside:
         try:
-            inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
-            found, trouble = inside.jupyter, inside.jupyter_trouble
+            found = agent.ask(asked, ExamineReply, "Looking around inside")
+            trouble = found.jupyter_trouble
         except Failure as failure:
-            found, trouble = None, failure
-    if found:
+            found, trouble = ExamineReply(shell=""), failure
+    if found.command:
         title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
         yield "jupyter", "%s: %s (%s)" % (title, found.command, found.where), ""
     elif trouble:
