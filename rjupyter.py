@@ -3036,21 +3036,18 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 class Kind:
     """A kind of thing that is kept on the host. An annex adds its own; the core asks all of them alike."""
 
-    name = ""
+    name = ""  # with an "s", that of its directory in our state
     prefix = ""  # of its ids
     record = Kept  # type: Type[Kept]
-
-    @property
-    def directory(self) -> str:
-        """The name of its directory in our state."""
-        return self.name + "s"
+    describe = None  # type: Any # (record): describes one for `list`
+    end = None  # type: Any # (record): ends one, and what belongs to it
 
     def records(self) -> "List[Any]":
         """Return what we wrote down of this kind, newest first, of what runs and of what has ended.
 
         A home is shared between nodes, and files can be damaged: one that makes no sense is skipped.
         """
-        found = filter(None, (record_in(self, directory) for directory in kept_dirs(self.directory)))
+        found = filter(None, (record_in(self, directory) for directory in kept_dirs(self)))
         return sorted(found, key=lambda record: float(record.created), reverse=True)
 
     def running(self) -> "List[Any]":
@@ -3073,30 +3070,9 @@ class Kind:
         """Return what `logs` shows of one."""
         return Growing(log_of(record), most=32 * PART_BYTES)
 
-    def describe(self, record: "Any") -> Record:
-        """Describe one for `list`."""
-        raise NotImplementedError
-
-    def end(self, record: "Any") -> None:
-        """End one, and what belongs to it."""
-        raise NotImplementedError
-
-    # What only a kind that starts other things knows (a job).
-
-    def takes(self, request: Request) -> bool:
-        """True when what is asked for is to be started by a thing of this kind."""
-        return False
-
-    def waiting(self, request: Request) -> "List[Kept]":
-        """Return the things of this kind that have not begun and do what is asked for."""
-        return []
-
-    def hint(self) -> str:
-        """Return the command of something of this kind that is there and could have been used; empty for none."""
-        return ""
-
 
 KINDS = {}  # type: Dict[str, Any] # each a Kind
+STARTERS = []  # type: List[Any] # of these, the kinds in which others are started, the outermost first: jobs, wrappers
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------
@@ -3187,7 +3163,7 @@ def is_here(record: Kept) -> bool:
 
 def place_of(record: Kept) -> Elsewhere:
     """Return where the thing of a record runs."""
-    for kind in (KINDS["wrapper"], KINDS["job"]):
+    for kind in reversed(STARTERS):
         outer = kept_record(kind, getattr(record, kind.name))
         if outer and outer.id != own_wrapper:
             return kind.place(record, outer)  # type: ignore[no-any-return]
@@ -3221,10 +3197,10 @@ def first_private(candidates: "List[str]") -> str:
     raise Failure("no place to keep our state on the host", "\n".join(reasons), "make room there, or a writable home")
 
 
-def kept_dirs(kind: str) -> "List[str]":
-    """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
+def kept_dirs(kind: Kind) -> "List[str]":
+    """Return the directories of one kind of thing, of what runs and of what has ended; their names are the ids."""
     found = []
-    for top in state_dirs(kind):
+    for top in state_dirs(kind.name + "s"):
         with contextlib.suppress(OSError):
             if os.stat(top).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
@@ -3233,7 +3209,7 @@ def kept_dirs(kind: str) -> "List[str]":
 
 def kept_record(kind: Kind, identity: str) -> "Any":
     """Return the record of one thing; None where there is none."""
-    for directory in kept_dirs(kind.directory) if identity else []:
+    for directory in kept_dirs(kind) if identity else []:
         if os.path.basename(directory) == identity:
             return record_in(kind, directory)
     return None
@@ -3252,7 +3228,7 @@ def new_dir(kind: Kind, channel: Channel, doing: str = "goes on starting") -> st
 
     What is `doing` is announced under that; raises Failure when nobody is left to hear it.
     """
-    top = first_private(state_dirs(kind.directory))
+    top = first_private(state_dirs(kind.name + "s"))
     while True:
         path = os.path.join(top, kind.prefix + os.urandom(2).hex())
         with contextlib.suppress(FileExistsError):
@@ -3309,16 +3285,14 @@ def remove_tree(directory: str) -> None:
 
 def forget_ended(kind: Kind, running: "List[Any]") -> None:
     """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; `running` stays."""
-    import shutil
-
     stays = [record.directory for record in running]
-    for path in kept_dirs(kind.directory):
+    for path in kept_dirs(kind):
         record = record_in(kind, path)
         changed_at = time_of(path)
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
         is_known = record is None or is_here(record) or is_marked(record, "stop")
         if path not in stays and is_old and is_known:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def end_of_log(path: str, lines: int = LOG_LINES) -> str:
@@ -4680,7 +4654,7 @@ def open_server(request: Request, channel: Channel) -> Server:
         if request.attach and not found:
             what = "the server %s is about to end" % request.attach
             raise Failure(what, "it takes no connections", "rjupyter HOST list")
-        for kind in [] if found else KINDS.values():
+        for kind in [] if found else STARTERS:
             waiting = [] if starter or request.is_new or request.attach else kind.waiting(request)
             if not starter and (waiting or kind.takes(request)):
                 starter = waiting[0] if waiting else kind.begin(request, channel)
@@ -4690,7 +4664,7 @@ def open_server(request: Request, channel: Channel) -> Server:
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+            hint = "" if request.is_held else KINDS["job"].hint()
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if starter:  # outside of the lock, for a queue may be long
         found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
@@ -4788,7 +4762,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
         with ThreadPoolExecutor(len(records)) as pool:
             views = list(pool.map(KINDS["server"].describe, records))
     others = {
-        kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
+        kind.name + "s": [kind.describe(r) for r in kind.listed() if is_below(r, within)]
         for kind in KINDS.values()
         if kind.name != "server"
     }
@@ -4883,10 +4857,10 @@ def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
     root_dir = resolve_path(request.path)[0] if request.path is not None else ""
     found = matching_servers(request, root_dir)  # type: List[Any]
-    others = [kind for kind in KINDS.values() if kind.name != "server"]
     if request.is_all:
+        others = [kind for kind in KINDS.values() if kind.name != "server"]
         return found + [record for kind in others for record in kind.listed() if kind.goes_on(record)]
-    found = found or [record for kind in others for record in kind.waiting(request)]
+    found = found or [record for kind in STARTERS for record in kind.waiting(request)]
     there = found or matching_servers(request.but(app=""), root_dir)
     if len(there) > 1 or len(there) > len(found):
         names = ["%s   %s in %s" % (r.id, r.request.app or r.kind, r.root_dir or r.request.path or "~") for r in there]
@@ -4927,7 +4901,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     """Say what `doctor` asks of this host, or inside a wrapper; what cannot be told is left out."""
     import shutil
 
-    for kind in KINDS.values():
+    for kind in STARTERS:
         if kind.takes(request):
             record = kind.begin(request, channel)
             reply = ExamineReply.read(kind.await_reply(record, channel))
@@ -4954,7 +4928,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
             uids.add(os.stat(process).st_uid)
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
     facts.foreign = foreign_files()
-    facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+    facts.scheduler = KINDS["job"].hint()
     return facts
 
 
@@ -5088,6 +5062,8 @@ class Starter(Kind):
     """A kind of thing in which our agent does what was asked for, and stays with what it began."""
 
     place = Elsewhere  # type: Type[Elsewhere] # where is what is in one
+    takes = None  # type: Any # (request): says whether what is asked for is to be started by a thing of this kind
+    begin = None  # type: Any # (request, channel): begins one, and returns its record
     watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
     enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
@@ -7335,13 +7311,13 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     request = request.but(is_one_of_many=False)
     root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
     request = with_notebook(request, root_dir)
-    jobs = [kind for kind in KINDS.values() if kind.takes(request)]
+    jobs = [kind for kind in STARTERS if kind.takes(request)]
     same = []  # type: List[Kept]
     with one_at_a_time(own_tmp_dir(), channel, "another run of rjupyter is starting; waiting"):
         begun = begun_by(request)
         if not begun and not request.overlaps:
             same += [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
-            same += [record for kind in KINDS.values() for record in kind.waiting(request)]
+            same += [record for kind in STARTERS for record in kind.waiting(request)]
         is_new = not begun and not same
         place = place_of_result(request)
         looks = is_new and place and not request.overlaps
@@ -7420,8 +7396,6 @@ def read_notebook(path: str) -> str:
 
 def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[RunRecord]":
     """Start a run in one environment and return its record; None where that has no nbclient."""
-    import shutil
-
     python = interpreter_of(found)
     if not python:
         return None
@@ -7445,7 +7419,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
         return None
     return record
 
@@ -9206,11 +9180,9 @@ class InJob(Here):
         return super().why_ended(log) if self.is_here else ""
 
     def why_in_doubt(self) -> str:
-        """Return why the job ended, as far as the scheduler says."""
         return why_job_ended(self.outer)
 
     def why_cut(self) -> str:
-        """Return why the job ended, where that was not by itself."""
         is_cut = not self.is_here and end_of_job(self.outer) not in ("COMPLETED", "FAILED")
         return self.why_in_doubt() if is_cut else ""
 
@@ -9221,7 +9193,6 @@ class InJob(Here):
         return super().children() if self.is_here else []
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the process on this node; the job elsewhere."""
         if self.is_here:
             super().end(children, polite_s)
         else:
@@ -9237,7 +9208,6 @@ class JobKind(Starter):
     place = InJob
 
     def goes_on(self, record: JobRecord) -> bool:
-        """True for a job that waits or runs."""
         return job_state(record).is_live
 
     def stands(self, record: JobRecord) -> bool:
@@ -9269,7 +9239,6 @@ class JobKind(Starter):
         mark(record, "cancelled")
 
     def takes(self, request: Request) -> bool:
-        """True when a job is asked for."""
         return bool(request.submit) and not request.job
 
     def begin(self, request: Request, channel: Channel) -> JobRecord:
@@ -9307,16 +9276,15 @@ class JobKind(Starter):
             matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
             if status or not matches:
                 why = why.strip() or said.strip() or "status %d" % status
-                raise Failure(
-                    "%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit"
-                )
+                what = "%s did not take the job" % portable(argv[0])
+                raise Failure(what, why, "other options in --slurm or --submit")
             number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
             record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
             record.pid, record.identity = 0, ""
             write_down(record, directory)
         except BaseException:
             with contextlib.suppress(OSError):
-                write_whole(os.path.join(directory, "unwanted"), "")
+                mark(record, "unwanted")
             kept = record_in(self, directory)
             if not kept or not self.goes_on(kept):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
@@ -9395,6 +9363,7 @@ class JobKind(Starter):
 
 
 KINDS["job"] = JobKind()
+STARTERS.append(KINDS["job"])
 
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
@@ -9531,9 +9500,7 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
 
 def filled(word: str, facts: "Dict[str, str]") -> str:
     """Return a word of a table with facts in it."""
-    for name, value in facts.items():
-        word = word.replace("{%s}" % name, value)
-    return word
+    return re.sub(r"\{(\w+)\}", lambda found: facts.get(found.group(1), found.group()), word)
 
 
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
@@ -9649,18 +9616,14 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
     ssh.close()
     login = ssh.destination
-    options: List[str] = []
-    jump: Dict[str, str] = {}
-    for option in pairs_of(ssh.options):
-        if option[0] in ("-l", "-p", "-J"):
-            jump[option[0]] = option[1]
-        else:
-            options += option
+    pairs = pairs_of(ssh.options)
+    jump = {pair[0]: pair[1] for pair in pairs if pair[0] in ("-l", "-p", "-J")}
+    options = [word for pair in pairs if pair[0] not in jump for word in pair]
     if "-l" in jump and "@" not in login:
         login = "%s@%s" % (jump["-l"], login)
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
-    hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
+    hops = ",".join(filter(None, [jump.get("-J"), login]))
     there = Ssh(server.node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
     there.connect()
@@ -9759,7 +9722,6 @@ class InWrapper(Elsewhere):
         return self.place.left_s()
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the command, and with it all that is in there."""
         KINDS["wrapper"].end(self.held)
 
 
@@ -9877,9 +9839,9 @@ class WrapperKind(Starter):
         inside = " inside " + record.request.outside
         if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
             return Failure("it was stopped before it ran" + inside, "", "", EXIT_SERVER_ENDED)
-        sees = "let it see and write that directory (docker -v, apptainer --bind)"
         words = end_of_log(log_of(record))
         place = portable(os.path.dirname(os.path.dirname(record.directory)))
+        sees = "let it see and write that directory (docker -v, apptainer --bind)"
         told = {
             "rjupyter: cannot": sees + "; or --state-dir PATH",
             "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
@@ -9897,6 +9859,7 @@ class WrapperKind(Starter):
 
 
 KINDS["wrapper"] = WrapperKind()
+STARTERS.append(KINDS["wrapper"])
 
 
 def container_program(request: Request, environment: "Dict[str, str]") -> str:
