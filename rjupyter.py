@@ -1004,20 +1004,14 @@ class Said(Record):
 
 
 class ExamineReply(Record):
-    """What `doctor` asks of the host; what cannot be told is left out.
-
-    The command is that of the Jupyter which an open would run.
-    """
+    """What `doctor` asks of the host; what cannot be told is left out."""
 
     shell: str
     no_install: str = ""
     state: str = ""
     free_bytes: int = 0
     state_trouble: "Optional[Failure]" = None
-    app: str = ""
-    version: str = ""
-    command: str = ""
-    where: str = ""
+    jupyter: str = ""  # the one that an open would run
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
     sshd_port: int = 22
@@ -4916,8 +4910,8 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         facts.state_trouble = failure
     try:
         found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
-        facts.app, facts.version, facts.where = found.app, version_of(found), found.where
-        facts.command = portable(found.argv[0])
+        told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
+        facts.jupyter = "%s %s: %s (%s)" % told
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
             facts.jupyter_trouble = failure
@@ -11267,16 +11261,15 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     noise = "prints %d lines to a command, the last: %s" % (len(agent.noise), (agent.noise or [""])[-1])
     yield "noise", noise + " (harmless here; scp may fail)" if agent.noise else "none from the start-up files", ""
     yield "python", agent.hello["python"], ""
-    found, trouble = facts, facts.jupyter_trouble
+    found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
-            found = agent.ask(asked, ExamineReply, "Looking around inside")
-            trouble = found.jupyter_trouble
+            inside = agent.ask(asked, ExamineReply, "Looking around inside")
+            found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
-            found, trouble = ExamineReply(shell=""), failure
-    if found.command:
-        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
-        yield "jupyter", "%s: %s (%s)" % (title, found.command, found.where), ""
+            found, trouble = "", failure
+    if found:
+        yield "jupyter", found, ""
     elif trouble:
         yield failed("jupyter", trouble, "another one")
     elif is_inside:
