@@ -114,7 +114,7 @@ from typing import (
     Union,
 )
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 class Terminated(BaseException):
@@ -2483,7 +2483,8 @@ class Ssh:
             self._read_config()
             return
         if status:
-            raise HostRefused("ssh does not take this", words.strip(), shlex.join(argv), EXIT_SSH)
+            plain = shlex.join(["ssh", "-G", *self.options, self.destination])
+            raise HostRefused("ssh does not take this", words.strip(), plain, EXIT_SSH)
         self.config_text = said
         self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
@@ -3473,7 +3474,7 @@ def problem_of(script: str) -> str:
     if os.path.islink(script) and not os.path.exists(script):
         return "leads to %s, which is gone" % portable(os.path.realpath(script))
     if not os.path.isfile(script):
-        return "not there"
+        return "a directory" if os.path.isdir(script) else "not there"
     if not os.access(script, os.X_OK | os.R_OK):
         return "not executable"
     interpreter = match_head(script, r"#![ \t]*(\S+)")
@@ -3839,6 +3840,12 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     add = how_to_add(python, project, bool(problem))
     what = "the Python of this environment is gone" if problem and add else "no Jupyter in this environment"
+    if os.path.isdir(python):
+        inner = os.path.join(python, "bin", "python")
+        what, add = (
+            "no Python to run Jupyter with",
+            "" if problem_of(inner) else "--python " + shlex.quote(portable(inner)),
+        )
     if status == 124:  # on a file system that hangs, perhaps: nothing that is there is made anew
         what, add = "the Python of this environment does not answer", shlex.quote(portable(python)) + " --version"
     raise Failure(what, why, add or "another --python, or --env", EXIT_NO_JUPYTER)
@@ -4780,7 +4787,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
     if request.id:
         records = [record for kind in KINDS.values() for record in kind.records() if record.id == request.id]
     if not records:
-        what = "no server of yours has this id: " + request.id if request.id else "no server of yours is known there"
+        what = "nothing of yours has this id: " + request.id if request.id else "no server of yours is known there"
         raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter HOST list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
@@ -4909,7 +4916,8 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     except Failure as failure:
         facts.state_trouble = failure
     try:
-        found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
+        root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+        found = next(launchers(request.but(may_install=False), root_dir, channel, facts.tried))
         told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
         facts.jupyter = "%s %s: %s (%s)" % told
     except Failure as failure:
@@ -6853,7 +6861,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
         why = "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
     for record in [] if found else KINDS["server"].running():
         why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
-    raise Failure(what, why, "one of these names" if there else "")
+    raise Failure(what, why, "name one of these" if there else "")
 
 
 def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]":
@@ -7557,7 +7565,7 @@ def bring_files(request: Request, channel: Channel) -> "Json":
 
     record = kept_record(KINDS["run"], request.id)
     if not record:
-        raise Failure("no run of yours has this id: " + request.id)
+        raise Failure("no run of yours has this id: " + request.id, "", "rjupyter HOST list")
     base = native(record.root_dir)
     found = {pattern: list(matching(base, native(pattern).split("/"))) for pattern in request.brings}
     paths = [path for found_paths in found.values() for path in found_paths]
@@ -8779,7 +8787,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     what = "there is no such %s: %s" % (thing, request.name) if request.name else "no kernel of yours runs"
     if named:
         what = "several kernels could be meant"
-    raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
+    raise Failure(what, "there is: " + there if there else "", "name one of these" if there else "")
 
 
 def list_kernels(request: Request, channel: Channel) -> ListReply:
@@ -10179,7 +10187,8 @@ OPTIONS: Dict[str, List[Option]] = {
 }
 EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
-SYNONYMS = {"ls": "list", "ps": "list", "run": "execute", "exec": "execute", "kill": "stop", "log": "logs"}
+SYNONYMS = {"ls": "list", "ps": "list", "status": "list", "run": "execute", "exec": "execute", "kill": "stop"}
+SYNONYMS.update(log="logs", open="", start="")  # an open takes no word
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
 
 
@@ -10399,11 +10408,11 @@ class CommandLine:
                     raise wrong_usage("%s is an option of %s, and goes after it" % (typed.flag, name), right)
         if self.action and self.action not in actions:
             destination, wrong = self.destination, self.action
-            near, swapped = SYNONYMS.get(wrong) or nearest(wrong, actions), nearest(destination, actions)
-            if swapped and not near:  # as in `lsit gpu1`
+            near, swapped = [SYNONYMS.get(word, nearest(word, actions) or None) for word in (wrong, destination)]
+            if near is None and swapped is not None:  # as in `lsit gpu1`
                 destination, wrong, near = wrong, destination, swapped
-            right = command_line(*self.words(destination, near)) if near else ""
-            if not near and ("/" in wrong or "." in wrong):
+            right = "" if near is None else command_line(*self.words(destination, near))
+            if near is None and ("/" in wrong or "." in wrong):
                 right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
             raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
 

@@ -263,6 +263,17 @@ def test_python_of_the_system_is_left_alone(laptop: Laptop, bare_host: Host) -> 
 
 def test_python_that_is_not_there(laptop: Laptop, bare_host: Host) -> None:
     check_failure(laptop.run("--python", "/no/python", "host"), 3, "no Jupyter in this environment", "/no/python")
+    home = str(bare_host.home)
+    check_failure(laptop.run("--python", "~", "host"), 3, "no Python to run Jupyter with", "%s: a directory" % home)
+
+
+def test_environment_in_place_of_its_python(laptop: Laptop, bare_host: Host) -> None:
+    """What is said to help opens it: of an environment with a blank in its name, too."""
+    environment_at(bare_host.home / "my env")
+    run = laptop.run("--python", "~/my env", "host")
+    check_failure(run, 3, "no Python to run Jupyter with", "my env: a directory", "--python '")
+    option, python = shlex.split(run.stderr.partition("try: ")[2])
+    assert launched(laptop, option, python, "host").status == 0
 
 
 def test_lab_where_only_lab_is(laptop: Laptop, bare_host: Host, directory: Path) -> None:

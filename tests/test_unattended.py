@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -476,6 +477,19 @@ def test_doctor_names_what_is_wrong(
     assert (found[name]["is_ok"], run.status) == (is_ok, 0 if is_ok else 1), run.text
     assert words in found[name]["says"], run.text
     assert [check["check"] for check in found.values() if not check["is_ok"]] == ([] if is_ok else [name])
+
+
+def test_doctor_of_a_path_looks_into_its_project(laptop: Laptop, host: Host) -> None:
+    """It says which Jupyter an open of that PATH would take, and which environment there has none."""
+    project = host.home / "work/inner"
+    project.mkdir(parents=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(host.home / "work/.venv")], check=True)
+    run = laptop.run("host:work/inner", "doctor")
+    assert run.status == 0, run.text
+    assert "%s/work/.venv: no Jupyter in this environment" % host.home in run.stderr, run.text
+    assert laptop.run("host", "doctor").stderr in ("", "Looking around on the host...\n")
+    run = laptop.run("host:gone", "doctor")
+    assert run.status == 1 and re.search("FAIL  jupyter .*no such directory", run.stdout), run.text
 
 
 def test_readme_shows_what_doctor_prints() -> None:
