@@ -4213,11 +4213,6 @@ def is_our_port(info: RuntimeInfo) -> bool:
     return True  # a host name in place of an address
 
 
-def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
-    """True when a server answers, or cannot be asked from here."""
-    return not can_ask_server(record, info) or answers(info)
-
-
 def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
     """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`.
 
@@ -4233,7 +4228,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[Runtime
             name = info.unusable()[0]
             why = "its configuration has a %s with a space, or a character that no address can hold" % name
             raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
-        return info if info and seems_well(record, info) else None
+        return None if info and can_ask_server(record, info) and not answers(info) else info
 
     found = until(look, timeout_s)
     return found if isinstance(found, RuntimeInfo) else None
@@ -4743,7 +4738,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
             others = [other for other in other_servers() if not other.manager and request.app in ("", other.app)]
             for record in [other for other in others if is_same_dir(other.root_dir, root_dir)]:
                 info = server_info(record)
-                found += [record] if info and not info.unusable() and seems_well(record, info) else []
+                found += [record] if info and not info.unusable() and answers(info) else []
     for other in [record for record in found if not record.is_ours]:
         other.local_port = request.local_port
     return found
@@ -9135,7 +9130,8 @@ SLURM_RUNS = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STOPPED")
 SACCT = ["sacct", "--clusters={cluster}", "--allocations", "--noheader", "--parsable2"]
 SACCT += ["--jobs={id}", "--format=JobIDRaw,State"]
 ENDED = JobState(is_live=False, is_waiting=False, word="ended")
-ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
+# One that we do not know: the first word that begins with a digit is the job.
+UNKNOWN = Scheduler(id=r"(?s)\A.*?(?P<id>\d\S*)", query=[], cancel=[])
 # What a terminal sets for their commands, but no secret: kept with a job, so that nobody waits for a terminal again.
 OF_SCHEDULERS = r"PATH$|LD_LIBRARY_PATH$|SLURM_(?!JWT)|SGE_|PBS_|LS[FB]_|EGO_|_?CONDOR_|FLUX_|OAR"
 JOB_ENDS = {
@@ -9230,8 +9226,9 @@ class JobKind(Starter):
         One that has begun looks for the word "unwanted", and ends itself where its scheduler does not do it.
         """
         mark(record, "unwanted")
-        if record.command in SCHEDULERS and record.number:
-            status, said, why = run_scheduler(record, SCHEDULERS[record.command].cancel, QUERY_TIMEOUT_S)
+        cancel = SCHEDULERS.get(record.command, UNKNOWN).cancel
+        if cancel and record.number:
+            status, said, why = run_scheduler(record, cancel, QUERY_TIMEOUT_S)
         else:
             status, said, why = int(bool(record.number)), "", "%s is not known here" % record.command
         patience_s = SETTLE_S if status and begun_of(record) else 0
@@ -9275,12 +9272,12 @@ class JobKind(Starter):
             output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
             argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
             status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
-            matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
+            matches = list(re.finditer(SCHEDULERS.get(command, UNKNOWN).id, said))
             if status or not matches:
                 why = why.strip() or said.strip() or "status %d" % status
                 what = "%s did not take the job" % portable(argv[0])
                 raise Failure(what, why, "other options in --slurm or --submit")
-            number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
+            number, *cluster = matches[-1].groups("")
             record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
             record.pid, record.identity = 0, ""
             write_down(record, directory)
@@ -9511,7 +9508,7 @@ def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tu
 
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
     argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
-    pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
+    pattern = SCHEDULERS.get(record.command, UNKNOWN).variables
     both = dict(os.environ, **{name: native(value) for name, value in record.environment.items()})
     return run_command(argv, timeout_s, {name: value for name, value in both.items() if not re.match(pattern, name)})
 
@@ -9548,8 +9545,8 @@ def why_job_ended(job: JobRecord) -> str:
 def forecast_job(request: Request, channel: Channel) -> "Json":
     """Ask the scheduler what it would do with a job, and what its site allows; nothing is submitted."""
     command = os.path.basename(request.submit[0])
-    scheduler = SCHEDULERS.get(command)
-    if not scheduler or not scheduler.forecast:
+    scheduler = SCHEDULERS.get(command, UNKNOWN)
+    if not scheduler.forecast:
         return {"said": "", "is_refused": False, "limits": ""}
     enter_terminal(request, channel, [])
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
@@ -9655,43 +9652,32 @@ IN_WRAPPER = (
 PYTHONS_IN_WRAPPER = ["python3", "python", "/usr/bin/python3", "/usr/local/bin/python3", "/opt/conda/bin/python3"]
 
 
-class Container(Record):
-    """A row of CONTAINERS: how a program runs a command in a container, and removes that.
-
-    Its words have `{name}`, `{image}`, `{home}`, `{shm}`, `{uid}`, `{gid}` and `{user}` in them. `mount` is for each
-    directory that is to be seen inside, `gpus` for where there are some and a file that `gpus_need` is there, `as_user`
-    for all but root.
-    """
-
-    run: "List[str]"
-    mount: "List[str]"
-    gpus: "List[str]"
-    gpus_need: "List[str]" = []
-    as_user: "List[str]" = []
-    remove: "List[str]" = []
-
-
 OF_DOCKER = ["run", "--rm", "--name={name}", "--network=host", "--shm-size={shm}", "--security-opt=label=disable"]
 OF_DOCKER += ["--workdir={home}", "--entrypoint="]  # an image's own may be Jupyter, or begin with a banner
 OF_DOCKER += ["--user={uid}:{gid}", "--env=HOME={home}", "--env=USER={user}"]
 MOUNT = ["--mount=type=bind,{field}source={path}{field},{field}target={path}{field}"]
-# podman-run(1), docs.docker.com ("docker container run"), apptainer.org/docs ("exec"). An image's USER may be another
-# one, and SELinux keeps a container from a home; whoever wants that writes --wrap.
+# How each program runs a command in a container, and removes that: podman-run(1), docs.docker.com ("docker container
+# run"), apptainer.org/docs ("exec"). `mount` is for each directory that is to be seen inside; `gpus` for where there
+# are some, and a file that `gpus_need` is there; `as_user` for all but root. An image's USER may be another one, and
+# SELinux keeps a container from a home; whoever wants that writes --wrap.
 CONTAINERS = {
-    "podman": Container(
-        run=["podman", *OF_DOCKER],
-        mount=MOUNT,
-        gpus=["--device=nvidia.com/gpu=all"],
-        gpus_need=["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
-        as_user=["--userns=keep-id"],
-        remove=["podman", "rm", "--force", "--ignore", "{name}"],
-    ),
-    "docker": Container(
-        run=["docker", *OF_DOCKER], mount=MOUNT, gpus=["--gpus=all"], remove=["docker", "rm", "--force", "{name}"]
-    ),
-    "apptainer": Container(run=["apptainer", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
-    "singularity": Container(run=["singularity", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
-}  # type: Dict[str, Container]
+    "podman": {
+        "run": ["podman", *OF_DOCKER],
+        "mount": MOUNT,
+        "gpus": ["--device=nvidia.com/gpu=all"],
+        "gpus_need": ["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
+        "as_user": ["--userns=keep-id"],
+        "remove": ["podman", "rm", "--force", "--ignore", "{name}"],
+    },
+    "docker": {
+        "run": ["docker", *OF_DOCKER],
+        "mount": MOUNT,
+        "gpus": ["--gpus=all"],
+        "remove": ["docker", "rm", "--force", "{name}"],
+    },
+    "apptainer": {"run": ["apptainer", "exec", "--pwd={home}"], "mount": ["--bind={path}"], "gpus": ["--nv"]},
+    "singularity": {"run": ["singularity", "exec", "--pwd={home}"], "mount": ["--bind={path}"], "gpus": ["--nv"]},
+}  # type: Dict[str, Dict[str, List[str]]]
 
 
 class InWrapper(Elsewhere):
@@ -9874,7 +9860,7 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
     named = request.container.partition("://")[0]
     names = list(CONTAINERS) if named not in CONTAINERS else [named]
     if request.container.endswith(".sif"):
-        names = [name for name in names if not CONTAINERS[name].remove]
+        names = [name for name in names if "remove" not in CONTAINERS[name]]
     return next((name for name in names if shutil.which(name, path=environment.get("PATH", os.defpath))), "")
 
 
@@ -9894,20 +9880,20 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     facts.update(uid=str(os.getuid()), gid=str(os.getgid()), user=environment.get("USER", "user"))
     shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None  # podman's and docker's own has 64 MB
     facts["shm"] = str(shared.f_frsize * shared.f_blocks) if shared else "64m"
-    words = row.run + (row.as_user if os.getuid() else [])
+    words = row["run"] + (row.get("as_user", []) if os.getuid() else [])
     seen_inside = [home, os.path.dirname(os.path.dirname(record.directory)), native(record.root_dir)]
     outer = [path for path in dict.fromkeys(seen_inside) if path not in ("", "/")]
     for path in [path for path in outer if not any(path.startswith(other + "/") for other in outer)]:
         field = '"' if set(path) & set(',"') else ""
         escaped = path.replace('"', '""') if field else path
-        words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row.mount]
+        words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row["mount"]]
     has_gpus = shutil.which("nvidia-smi", path=environment.get("PATH")) or glob.glob("/dev/nvidia[0-9]*")
-    is_cut_off = has_gpus and row.gpus_need and not any(map(glob.glob, row.gpus_need))
+    is_cut_off = has_gpus and "gpus_need" in row and not any(map(glob.glob, row["gpus_need"]))
     if is_cut_off:
         remedy = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         say("No GPU in the container: %s finds no CDI specification. To make one, on the host: %s" % (program, remedy))
-    words = words + (row.gpus if has_gpus and not is_cut_off else []) + ["{image}"]
-    record.remove = [portable(filled(word, facts)) for word in row.remove]
+    words = words + (row["gpus"] if has_gpus and not is_cut_off else []) + ["{image}"]
+    record.remove = [portable(filled(word, facts)) for word in row.get("remove", [])]
     return [shlex.quote(filled(native(word), facts)) for word in words]
 
 
@@ -10541,7 +10527,7 @@ def submit_words(args: Args) -> List[str]:
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
     command = os.path.basename(words[0]) if words else ""
-    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+    for pattern, why in SCHEDULERS.get(command, UNKNOWN).refused.items():
         for word in words:
             if re.match(pattern, word):
                 raise wrong_usage("%s: %s" % (word, why), "%s without it" % command)
