@@ -3267,26 +3267,33 @@ def gives_signs(record: Kept) -> bool:
     return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
 
 
-def remove_tree(directory: str) -> None:
-    """Remove a directory and all that is in it: again, where another agent of ours wrote into it meanwhile."""
+def remove_tree(path: str) -> None:
+    """Remove a file, or a directory and all that is in it: again, where another agent wrote into it meanwhile."""
     import shutil
 
     def is_gone() -> bool:
-        shutil.rmtree(directory, ignore_errors=True)
-        return not os.path.isdir(directory)
+        remove_files([path])
+        shutil.rmtree(path, ignore_errors=True)
+        return not os.path.lexists(path)
 
     until(is_gone, 0.5)
 
 
-def forget_ended(kind: Kind, running: "List[Any]") -> None:
-    """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; `running` stays."""
-    stays = [record.directory for record in running]
+def remove_files(paths: "List[str]") -> None:
+    """Remove files, as far as they are there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def forget_ended(kind: Kind) -> None:
+    """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; what runs stays."""
     for path in kept_dirs(kind):
         record = record_in(kind, path)
         changed_at = time_of(path)
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
         is_known = record is None or is_here(record) or is_marked(record, "stop")
-        if path not in stays and is_old and is_known:
+        if is_old and is_known and not (record and kind.goes_on(record)):
             remove_tree(path)
 
 
@@ -4100,13 +4107,6 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
             yield match.group(1), int(match.group(2)), path
 
 
-def remove_files(paths: "List[str]") -> None:
-    """Remove files, as far as they are there."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
 def left_by_jupyter(record: ServerRecord) -> "List[str]":
     """Return the files that Jupyter removes when it ends: not when it is killed, nor when it cannot bind."""
     files = [path for _, pid, path in runtime_files(native(record.runtime_dir)) if pid == record.pid]
@@ -4544,16 +4544,15 @@ class ServerKind(Kind):
         remove_files([] if place.is_here and place.is_running() else leftovers)
         if not record.is_ours:
             return
-        # What its cells printed is kept, with its record and its log; without cells, nothing.
-        has_run = bool(found_in([cells_dir(record.directory)], "*.journal"))
-        for name in os.listdir(record.directory) if has_run else []:
-            if name not in ("cells", "log", "server.json", "stop"):
-                path = os.path.join(record.directory, name)
-                remove_files([path])
-                remove_tree(path)
-        if not has_run:  # first the record: one without the word "stop" beside it would tell another end
-            remove_files([os.path.join(record.directory, "server.json")])
-            remove_tree(record.directory)
+        # What its cells printed is kept, with its record and its log; without cells, nothing: and first no record, for
+        # one without the word "stop" beside it would tell another end.
+        gone = ["server.json", ""]
+        if found_in([cells_dir(record.directory)], "*.journal"):
+            gone = [
+                name for name in os.listdir(record.directory) if name not in ("cells", "log", "server.json", "stop")
+            ]
+        for name in gone:
+            remove_tree(os.path.join(record.directory, name))
 
 
 KINDS["server"] = ServerKind()
@@ -4646,7 +4645,9 @@ def open_server(request: Request, channel: Channel) -> Server:
         for record in [] if starter else servers:
             info = None if found else come_back(record, request.start_timeout_s)
             if info:
-                found = open_reply(record, info, is_launched=bool(begun), seconds=record.age_s())
+                port = record.local_port if record.is_ours else request.local_port
+                facts = {"is_launched": bool(begun), "seconds": record.age_s(), "local_port": port}
+                found = open_reply(record, info, **facts)
         if request.attach and not found:
             what = "the server %s is about to end" % request.attach
             raise Failure(what, "it takes no connections", "rjupyter HOST list")
@@ -4656,7 +4657,7 @@ def open_server(request: Request, channel: Channel) -> Server:
                 starter = waiting[0] if waiting else kind.begin(request, channel)
         if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
-                forget_ended(KINDS["server"], KINDS["server"].running())
+                forget_ended(KINDS["server"])
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
@@ -4739,8 +4740,6 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
             for record in [other for other in others if is_same_dir(other.root_dir, root_dir)]:
                 info = server_info(record)
                 found += [record] if info and not info.unusable() and answers(info) else []
-    for other in [record for record in found if not record.is_ours]:
-        other.local_port = request.local_port
     return found
 
 
@@ -4786,15 +4785,13 @@ def follow_log(request: Request, channel: Channel) -> Record:
         raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter HOST list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
-    known = request.line
+    numbers = itertools.count()
 
     def send_lines() -> bool:
-        nonlocal known
         # Before the look: what it wrote last is seen.
         is_last = not request.is_followed or not KINDS[record.kind].goes_on(record)
         for line in log.lines(has_ended=is_last):
-            known -= 1
-            if known < 0:
+            if next(numbers) >= request.line:
                 channel.tell("line", text=without_tokens(line), id=record.id)
             if channel.is_closed:
                 break
@@ -5061,7 +5058,7 @@ class Starter(Kind):
     place = Elsewhere  # type: Type[Elsewhere] # where is what is in one
     takes = None  # type: Any # (request): says whether what is asked for is to be started by a thing of this kind
     begin = None  # type: Any # (request, channel): begins one, and returns its record
-    watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
+    watch = None  # type: Any # (record, channel): tells, again and again, how one stands, and yields whether it is over
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
     enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
 
@@ -5092,10 +5089,10 @@ class Starter(Kind):
 
     def await_reply(self, record: "Any", channel: Channel) -> "Json":
         """Wait for the reply of what one started, and return it; pass on what is said meanwhile."""
-        said, is_over = Growing(said_in(record)), self.watch(record, channel)
+        said, watched = Growing(said_in(record)), self.watch(record, channel)
 
         def look() -> "Optional[Said]":
-            has_ended = is_over()  # before the look: what it said last is heard
+            has_ended = next(watched)  # before the look: what it said last is heard
             look_anew(record.directory)
             reply = heard(said, channel)
             if has_ended and not reply:
@@ -7324,7 +7321,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
             why = "the execution %s, which goes on, is to write it" % others[0].id
             raise Failure("no place for the result " + place.partition(":")[2], why, "-o FILE; or --overlap")
         if is_new and not request.wrapper:
-            forget_ended(KINDS["run"], KINDS["run"].running())
+            forget_ended(KINDS["run"])
         if is_new and jobs:
             begun = jobs[0].begin(request, channel)
         elif is_new:
@@ -9144,6 +9141,7 @@ JOB_ENDS = {
     "OUT_OF_MEMORY": "it ran out of memory",
     "PREEMPTED": "another job took its place",
     "FAILED": "it failed",
+    "COMPLETED": "",  # by itself
 }
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
@@ -9173,7 +9171,7 @@ class InJob(Here):
 
     def why_ended(self, log: str) -> str:
         """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        if job_state(self.outer).word in JOB_ENDS or "received signal" in log:
+        if JOB_ENDS.get(job_state(self.outer).word) or "received signal" in log:
             return self.why_in_doubt()
         return super().why_ended(log) if self.is_here else ""
 
@@ -9247,7 +9245,7 @@ class JobKind(Starter):
         job is. A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld
         that goes on later): it is marked "unwanted", which ends such a job when it begins.
         """
-        forget_ended(self, self.running())
+        forget_ended(self)
         if request.may_install and not request.python and not request.env and not request.outside:
             root_dir = resolve_path(request.path)[0] if request.path is not None else ""
             next(launchers(request, root_dir, channel, []))
@@ -9293,14 +9291,12 @@ class JobKind(Starter):
         channel.tell("queue", id=record.id, job=record.number, is_waiting=True, word="submitted")
         return record
 
-    def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
+    def watch(self, record: JobRecord, channel: Channel) -> "Iterator[bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
         told = {}  # type: Json
         max_age_s = QUERY_MIN_S
         ended_at = 0.0  # by our monotonic clock
-
-        def is_over() -> bool:
-            nonlocal told, max_age_s, ended_at
+        while True:
             state = job_state(record, max_age_s)
             max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
             facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
@@ -9309,11 +9305,9 @@ class JobKind(Starter):
                 told = news
                 channel.tell("queue", **news)
             ended_at = 0.0 if state.is_live else ended_at or time.monotonic()
-            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
+            was_cut = JOB_ENDS.get(state.word) and state.word != "FAILED"
             is_late = time.monotonic() - ended_at > LATE_S
-            return not state.is_live and (was_cut or is_marked(record, "ended") or is_late)
-
-        return is_over
+            yield not state.is_live and bool(was_cut or is_marked(record, "ended") or is_late)
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in a job, as long as its queue takes; without a word it has begun."""
@@ -9424,8 +9418,8 @@ def begun_of(record: JobRecord) -> "Optional[JobState]":
 
 def note_end(record: JobRecord, state: JobState) -> None:
     """Write down how a job ended where that is final; not where it is only missed so far."""
-    is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-    if record.directory and (is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)):
+    is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S)
+    if record.directory and is_final:
         with contextlib.suppress(OSError):
             write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
 
@@ -9525,11 +9519,11 @@ def end_of_job(job: JobRecord) -> str:
 
     def look() -> str:
         word = job_state(job).word
-        if job.command == "sbatch" and word not in JOB_ENDS and word != "COMPLETED":
+        if job.command == "sbatch" and word not in JOB_ENDS:
             _, rows, _ = run_scheduler(job, SACCT, QUERY_TIMEOUT_S)
             words = [row.split("|")[1].split()[:1] for row in rows.splitlines() if row.startswith(job.number + "|")]
             word = "".join(words[-1]) if words else ""
-        return word if word in JOB_ENDS or word == "COMPLETED" else ""
+        return word if word in JOB_ENDS else ""
 
     word = until(look, SETTLE_S if job.command == "sbatch" else 0, slowest_s=1.0) or "ended"
     note_end(job, ENDED.but(word=word))
@@ -9539,7 +9533,7 @@ def end_of_job(job: JobRecord) -> str:
 def why_job_ended(job: JobRecord) -> str:
     """Return why a job ended, in words."""
     untold = "it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + dict(JOB_ENDS, ended=untold).get(end_of_job(job), "it has ended")
+    return "job: " + (dict(JOB_ENDS, ended=untold).get(end_of_job(job)) or "it has ended")
 
 
 def forecast_job(request: Request, channel: Channel) -> "Json":
@@ -9750,7 +9744,7 @@ class WrapperKind(Starter):
 
     def begin(self, request: Request, channel: Channel) -> WrapperRecord:
         """Start a wrapper in which our agent does what is asked for; raises Failure (3) where nothing can run it."""
-        forget_ended(self, self.running())
+        forget_ended(self)
         path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
         enter_terminal(request, channel, [])
         environment = dict(os.environ)
@@ -9778,17 +9772,14 @@ class WrapperKind(Starter):
             record.pid, record.identity = process.pid, process_identity(process.pid)
             return write_down(record, directory)
 
-    def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
+    def watch(self, record: WrapperRecord, channel: Channel) -> "Iterator[bool]":
         """Tell the last words of its command, as long as our agent has said nothing in there."""
-
-        def is_over() -> bool:
+        while True:
             if not os.path.exists(said_in(record)):
                 words = end_of_log(log_of(record), 1).strip()[:60]
                 channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), words))
             is_gone = not os.path.isdir(record.directory) or is_marked(record, "unwanted")
-            return is_gone or not place_of(record).is_running()
-
-        return is_over
+            yield is_gone or not place_of(record).is_running()
 
     def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in there, as long as its command takes; end it where that is a failure."""

@@ -499,7 +499,7 @@ def test_what_is_kept_stays_where_its_age_cannot_be_told(tmp_path: Path, monkeyp
     os.utime(kept, (1, 1))
     with monkeypatch.context() as away:
         away.setattr(rjupyter, "time_of", lambda path: 0.0)
-        rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+        rjupyter.forget_ended(rjupyter.KINDS["run"])
     assert kept.is_dir()
-    rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+    rjupyter.forget_ended(rjupyter.KINDS["run"])
     assert not kept.exists()
