@@ -3053,10 +3053,6 @@ class Kind:
         """True while one has not ended."""
         return place_of(record).is_running()
 
-    def stands(self, record: "Any") -> bool:
-        """True for what a request that is sent again does not begin anew, though it may have ended."""
-        return True
-
     def listed(self) -> "List[Any]":
         """Return what `list` shows."""
         return self.records()
@@ -4294,15 +4290,12 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             write_down(record, directory)
         try:
             info = wait_for_server(record, deadline - time.monotonic())
-            if not info and process.poll() is None:
+            if info:
+                tell_of_launch(request, info, log, channel)
+            elif process.poll() is None:
                 words = request.start_timeout_s, end_of_log(log)
                 why = "it was not listening after %d s; the end of its log:\n%s" % words
                 raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
-            if info and request.socket and not info.sock:
-                why = "this Jupyter knows none, or its configuration says where it listens"
-                raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
-            if info:
-                tell_of_launch(request, info, log, channel)
         except Failure:
             end_session(process)
             remove_files(left_by_jupyter(record))
@@ -4333,7 +4326,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
 
 
 def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Channel) -> None:
-    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone."""
+    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone.
+
+    Or where it is none by the socket that is asked for.
+    """
+    if request.socket and not info.sock:
+        why = "this Jupyter knows none, or its configuration says where it listens"
+        raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
     broken = re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log))
     for path, said in dict(broken).items():
         lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
@@ -4493,10 +4492,6 @@ class ServerKind(Kind):
     name = "server"
     record = ServerRecord
 
-    def stands(self, record: ServerRecord) -> bool:
-        """True for one that has not ended: in place of one that has, another is launched."""
-        return self.goes_on(record)
-
     def listed(self) -> "List[ServerRecord]":
         """Return those that run, and those that ended without a stop: who stopped one knows why it is gone."""
         records = self.records()
@@ -4577,25 +4572,21 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
                 created = os.stat(path).st_mtime
             except (OSError, OverflowError):
                 continue
-            info, identity = read_record(RuntimeInfo, path), process_identity(pid)
-            has_ended = not identity and ended != "p%d" % pid  # and is a zombie
-            if pid < 2 or not info or has_ended or [r for r in ours if r.pid in (pid, session_of(pid))]:
+            info = read_record(RuntimeInfo, path)
+            if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             words = command_of_process(pid)
             of_app = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}  # the file does not tell
             record = ServerRecord(
-                created=created,
-                node=os.uname().nodename,
-                pid=pid,
-                identity=identity,
-                root_dir=info.root_dir,
                 app=first_named(of_app, words) or "notebook",
                 manager=first_named(MANAGERS, words),
                 runtime_dir=portable(directory),
                 local_port=0,
+                **dict(facts_of(pid, native(info.root_dir), Request()), created=created),
             )
             record.id, record.is_ours = "p%d" % pid, False
-            found[record.id] = record
+            if record.identity or record.id == ended:  # without one, it is a zombie
+                found[record.id] = record
     return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
 
 
@@ -4697,10 +4688,16 @@ def check_reach(found: Server, request: Request) -> None:
 
 
 def begun_by(request: Request) -> "Any":
-    """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
+    """Return what this same request began when it was sent before, if it did; what is in a job has no errand.
+
+    Another is begun in place of a server that has ended, or of a job that was never taken.
+    """
     kept = [record for kind in KINDS.values() for record in kind.records()] if request.errand else []
-    kept = [record for record in kept if record.request.errand == request.errand and not is_marked(record, "unwanted")]
-    return next((record for record in kept if KINDS[record.kind].stands(record)), None)
+    for record in [record for record in kept if record.request.errand == request.errand]:
+        stays = record.number if isinstance(record, JobRecord) else record.kind != "server"
+        if not is_marked(record, "unwanted") and (stays or KINDS[record.kind].goes_on(record)):
+            return record
+    return None
 
 
 def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Server:
@@ -4834,8 +4831,8 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         except (Failure, OSError) as error:
             failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
             continue
-        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name", "job")}
-        facts["job"] = record.number if isinstance(record, JobRecord) else facts["job"]
+        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name")}
+        facts["job"] = getattr(record, "number", record.job) or None
         wrap, pid = record.request.outside or None, held.pid or None
         channel.tell("stopped", what=record.kind, id=record.id, pid=pid, wrap=wrap, **facts)
     if len(failures) > 1:
@@ -9205,10 +9202,6 @@ class JobKind(Starter):
 
     def goes_on(self, record: JobRecord) -> bool:
         return job_state(record).is_live
-
-    def stands(self, record: JobRecord) -> bool:
-        """True for a job that was submitted, and for one of which that is not known yet."""
-        return bool(record.number) or self.goes_on(record)
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
