@@ -3372,11 +3372,13 @@ def end_session(process: "Any") -> None:
     process.wait()
 
 
-def resolve_path(path: str) -> "Tuple[str, str]":
-    """Split the PATH of a destination into an existing directory and a file in it (empty for a directory).
+def resolve_path(path: "Optional[str]") -> "Tuple[str, str]":
+    """Split the PATH of a destination into an existing directory and a file in it: each is empty where there is none.
 
     Relative to the home directory, as scp has it. Raises Failure when there is no such thing.
     """
+    if path is None:
+        return "", ""
     full = os.path.normpath(os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path))))
     if os.path.isdir(full):
         return full, ""
@@ -4624,11 +4626,11 @@ def seconds_since(moment: "Any") -> "Optional[float]":
 
 def open_server(request: Request, channel: Channel) -> Server:
     """Come back to a server of the user's, or launch one; by a job, when one is asked for."""
-    root_dir, file = resolve_path(request.path) if request.path is not None else ("", "")
+    root_dir, file = resolve_path(request.path)
     with contextlib.ExitStack() as stack:
         if not request.is_new:  # two at the same moment would launch two
-            waiting = "another run of rjupyter is opening a server; waiting"
-            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
+            text = "another run of rjupyter is opening a server; waiting"
+            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, text))
         found = None  # type: Optional[Server]
         begun = begun_by(request)
         starter = begun if begun and begun.kind != "server" else None
@@ -4745,7 +4747,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
 
 def list_all(request: Request, channel: Channel) -> ListReply:
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
-    within = resolve_path(request.path)[0] if request.path is not None else ""
+    within = resolve_path(request.path)[0]
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
     views = []
     if records:
@@ -4845,7 +4847,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
 
 def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
-    root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+    root_dir = resolve_path(request.path)[0]
     found = matching_servers(request, root_dir)  # type: List[Any]
     if request.is_all:
         others = [kind for kind in KINDS.values() if kind.name != "server"]
@@ -4905,8 +4907,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     except Failure as failure:
         facts.state_trouble = failure
     try:
-        root_dir = resolve_path(request.path)[0] if request.path is not None else ""
-        found = next(launchers(request.but(may_install=False), root_dir, channel, facts.tried))
+        found = next(launchers(request.but(may_install=False), resolve_path(request.path)[0], channel, facts.tried))
         told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
         facts.jupyter = "%s %s: %s (%s)" % told
     except Failure as failure:
@@ -7300,7 +7301,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     """
     waits = not request.is_one_of_many
     request = request.but(is_one_of_many=False)
-    root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
+    root_dir = resolve_path(request.path)[0] or os.path.expanduser("~")
     request = with_notebook(request, root_dir)
     jobs = [kind for kind in STARTERS if kind.takes(request)]
     same = []  # type: List[Kept]
@@ -9240,8 +9241,7 @@ class JobKind(Starter):
         """
         forget_ended(self)
         if request.may_install and not request.python and not request.env and not request.outside:
-            root_dir = resolve_path(request.path)[0] if request.path is not None else ""
-            next(launchers(request, root_dir, channel, []))
+            next(launchers(request, resolve_path(request.path)[0], channel, []))
         enter_terminal(request, channel, [])
         directory = new_dir(self, channel, "is being submitted in a job")
         argv = [native(word) for word in request.submit]
@@ -9738,7 +9738,8 @@ class WrapperKind(Starter):
     def begin(self, request: Request, channel: Channel) -> WrapperRecord:
         """Start a wrapper in which our agent does what is asked for; raises Failure (3) where nothing can run it."""
         forget_ended(self)
-        path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
+        root_dir, file = resolve_path(request.path)
+        path = os.path.normpath(os.path.join(root_dir, file)) if root_dir else ""
         enter_terminal(request, channel, [])
         environment = dict(os.environ)
         if request.container and not container_program(request, environment):
@@ -9746,7 +9747,6 @@ class WrapperKind(Starter):
             try_ = "--init COMMAND, where `module load` or the like brings it"
             raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
         directory = new_dir(self, channel, "starts inside " + request.outside)
-        root_dir = path if os.path.isdir(path) else os.path.dirname(path)
         record = WrapperRecord(
             request=request.to_keep(),
             home=portable(os.path.expanduser("~")),
