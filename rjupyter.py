@@ -4496,8 +4496,7 @@ class ServerKind(Kind):
 
     def listed(self) -> "List[ServerRecord]":
         """Return those that run, and those that ended without a stop: who stopped one knows why it is gone."""
-        records = self.records()
-        return [record for record in records if not is_marked(record, "stop") or place_of(record).is_running()]
+        return [record for record in self.records() if not is_marked(record, "stop") or self.goes_on(record)]
 
     def describe(self, record: ServerRecord) -> ServerView:
         names = ("id", "node", "app", "root_dir", "is_ours", "manager", "job")
@@ -9710,8 +9709,7 @@ class WrapperKind(Starter):
 
     def goes_on(self, record: WrapperRecord) -> bool:
         """True while the command runs, or the agent in it gives signs of life: a container may outlive its client."""
-        has_begun = bool(time_of(os.path.join(record.directory, "alive")))
-        return place_of(record).is_running() or (has_begun and gives_signs(record))
+        return place_of(record).is_running() or (is_marked(record, "alive") and gives_signs(record))
 
     def listed(self) -> "List[WrapperRecord]":
         """Return those in which nothing runs yet: what does is listed itself."""
