@@ -715,7 +715,10 @@ class WrapperRecord(Kept):
 
 
 class JobState(Record):
-    """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all."""
+    """Where a job stands: its scheduler's word for it, and whether that means that it waits, or is live at all.
+
+    It is written down twice: begun.json by the job itself, end.json by who sees its end.
+    """
 
     is_live: bool = True
     is_waiting: bool = True
@@ -724,15 +727,6 @@ class JobState(Record):
     start: str = ""
     node: str = ""
     left_s: "Optional[float]" = None
-
-
-class JobBegun(Record):
-    """What a job writes down when it begins: begun.json; the time at which its limit ends it, 0 for none known."""
-
-    node: str
-    address: str = ""  # by which the login node reaches it
-    created: float = 0.0  # by the clock of that node
-    ends_at: float = 0.0
 
 
 class RunState(Record):
@@ -912,22 +906,13 @@ class RunEnd(Record):
         return self.run
 
 
-class JobView(JobState):
-    """A job, as `list` shows it."""
+class StarterView(JobState):
+    """A job, as `list` shows it; or what starts in a wrapper, as long as nothing runs in there yet."""
 
     id: str
-    job: str
-    command: str
-    action: str
-    path: "Optional[str]" = None
-    age_s: float
-
-
-class WrapperView(Record):
-    """What starts in a wrapper, as `list` shows it as long as nothing runs in there yet."""
-
-    id: str
-    wrap: str
+    job: str = ""
+    command: str = ""
+    wrap: str = ""
     action: str
     path: "Optional[str]" = None
     age_s: float
@@ -936,10 +921,10 @@ class WrapperView(Record):
 class ListReply(Record):
     """What there is of the user's on the host."""
 
-    wrappers: "List[WrapperView]" = []
+    wrappers: "List[StarterView]" = []
     servers: "List[ServerView]" = []
     runs: "List[RunView]" = []
-    jobs: "List[JobView]" = []
+    jobs: "List[StarterView]" = []
     kernels: "List[KernelState]" = []
     missing: str = ""  # what is not known of them
 
@@ -1018,15 +1003,6 @@ class Said(Record):
         return self.reply
 
 
-class Jupyter(Record):
-    """The Jupyter that an open would run."""
-
-    app: str
-    version: str
-    command: str
-    where: str
-
-
 class ExamineReply(Record):
     """What `doctor` asks of the host; what cannot be told is left out."""
 
@@ -1035,7 +1011,7 @@ class ExamineReply(Record):
     state: str = ""
     free_bytes: int = 0
     state_trouble: "Optional[Failure]" = None
-    jupyter: "Optional[Jupyter]" = None
+    jupyter: str = ""  # the one that an open would run
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
     sshd_port: int = 22
@@ -1095,8 +1071,8 @@ EVENTS = {
     "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
     "server": Event("one line of `list`", tuple(ServerView.fields)),
     "run": Event("one execution in `list`", tuple(RunView.fields)),
-    "job": Event("one job in `list`", tuple(JobView.fields)),
-    "wrapper": Event("what starts in a wrapper, in `list`", tuple(WrapperView.fields)),
+    "job": Event("one job in `list`", tuple(name for name in StarterView.fields if name != "wrap")),
+    "wrapper": Event("what starts in a wrapper, in `list`", ("id", "wrap", "action", "path", "age_s")),
     "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
     "ending": Event("the job's time is up soon", ("id", "left_s")),
     "started": Event("an execution was started", ("id",)),
@@ -1945,7 +1921,8 @@ def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callabl
     """
     if messages.as_json:
         for row in rows:
-            messages.event(event, **(row.facts() if isinstance(row, Record) else row))
+            facts = {key: getattr(row, key) for key in EVENTS[event].keys} if isinstance(row, Record) else row
+            messages.event(event, **facts)
     if messages.as_json or not rows:
         return
     columns = {**more, **COLUMNS[event]}
@@ -2995,7 +2972,7 @@ class Channel:
             except OSError:
                 self._has_failed = True
 
-    def announce(self, directory: str, doing: str = "goes on starting") -> None:
+    def announce(self, directory: str, doing: str) -> None:
         """Say the id of what is about to be started; raises Failure when nobody is left to hear it.
 
         So nothing goes on that nobody knows of. What was announced once goes on, whoever leaves.
@@ -3045,8 +3022,8 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 # kept
 #
 # What we started on the host is written down there, in a directory for each thing: servers/ID, runs/ID, jobs/ID. A
-# kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is one of three classes:
-# Here, Elsewhere (another node of a shared home), or InJob, which the annex of schedulers adds to PLACES.
+# kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is a class: Here,
+# Elsewhere (another node of a shared home), or that of the kind of thing which it is in, a job or a wrapper.
 # ---------------------------------------------------------------------------------------------------------------------
 # agent begins
 
@@ -3054,21 +3031,18 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 class Kind:
     """A kind of thing that is kept on the host. An annex adds its own; the core asks all of them alike."""
 
-    name = ""
+    name = ""  # with an "s", that of its directory in our state
     prefix = ""  # of its ids
     record = Kept  # type: Type[Kept]
-
-    @property
-    def directory(self) -> str:
-        """The name of its directory in our state."""
-        return self.name + "s"
+    describe = None  # type: Any # (record): describes one for `list`
+    end = None  # type: Any # (record): ends one, and what belongs to it
 
     def records(self) -> "List[Any]":
         """Return what we wrote down of this kind, newest first, of what runs and of what has ended.
 
         A home is shared between nodes, and files can be damaged: one that makes no sense is skipped.
         """
-        found = filter(None, (record_in(self, directory) for directory in kept_dirs(self.directory)))
+        found = filter(None, (record_in(self, directory) for directory in kept_dirs(self)))
         return sorted(found, key=lambda record: float(record.created), reverse=True)
 
     def running(self) -> "List[Any]":
@@ -3079,50 +3053,17 @@ class Kind:
         """True while one has not ended."""
         return place_of(record).is_running()
 
-    def all_running(self) -> "List[Any]":
-        """Return what `stop ID` may name: ours, and the user's as far as there is more."""
-        return self.running()
-
-    def begun(self) -> "List[Any]":
-        """Return what a request that is sent again may have begun."""
-        return self.records()
-
     def listed(self) -> "List[Any]":
         """Return what `list` shows."""
         return self.records()
-
-    def stopped_with_all(self) -> "List[Any]":
-        """Return what `stop --all` ends."""
-        return self.running()
 
     def log_of(self, record: "Any") -> Growing:
         """Return what `logs` shows of one."""
         return Growing(log_of(record), most=32 * PART_BYTES)
 
-    def describe(self, record: "Any") -> Record:
-        """Describe one for `list`."""
-        raise NotImplementedError
-
-    def end(self, record: "Any") -> None:
-        """End one, and what belongs to it."""
-        raise NotImplementedError
-
-    # What only a kind that starts other things knows (a job).
-
-    def takes(self, request: Request) -> bool:
-        """True when what is asked for is to be started by a thing of this kind."""
-        return False
-
-    def waiting(self, request: Request) -> "List[Kept]":
-        """Return the things of this kind that have not begun and do what is asked for."""
-        return []
-
-    def hint(self) -> str:
-        """Return the command of something of this kind that is there and could have been used; empty for none."""
-        return ""
-
 
 KINDS = {}  # type: Dict[str, Any] # each a Kind
+STARTERS = []  # type: List[Any] # of these, the kinds in which others are started, the outermost first: jobs, wrappers
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------
@@ -3135,14 +3076,10 @@ class Elsewhere:
     is_known = False  # true where is_running is an answer, and not a want of knowledge
     settle_s = 0.0  # how long it may take until is_running tells of an end
 
-    def __init__(self, record: Kept) -> None:
+    def __init__(self, record: Kept, outer: "Any" = None) -> None:
         self.record = record
+        self.outer = outer  # the record of what it is in
         self.held = record  # that of the process which we started for it
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True when this is the place of a record; this one is of what no other place holds."""
-        return True
 
     def is_running(self) -> bool:
         """True when it runs, as far as we can tell."""
@@ -3181,13 +3118,6 @@ class Here(Elsewhere):
     is_here = True
     is_known = True
 
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True on the machine that the record names, whatever it is called now: a home is shared by several."""
-        boot = record.identity.partition(":")[0]
-        is_same_boot = bool(boot) and boot == boot_identity()
-        return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
-
     def is_running(self) -> bool:
         return is_same_process(self.record.pid, self.record.identity)
 
@@ -3212,12 +3142,23 @@ class Here(Elsewhere):
                 os.kill(pid, signal.SIGKILL)
 
 
-PLACES = [Here, Elsewhere]  # type: List[Type[Elsewhere]]
+own_wrapper = ""  # the id of the one that we are in ourselves
+
+
+def is_here(record: Kept) -> bool:
+    """True on the machine that the record names, whatever it is called now: a home is shared by several."""
+    boot = record.identity.partition(":")[0]
+    is_same_boot = bool(boot) and boot == boot_identity()
+    return record.node == os.uname().nodename or is_same_boot or is_same_process(record.pid, record.identity)
 
 
 def place_of(record: Kept) -> Elsewhere:
     """Return where the thing of a record runs."""
-    return next(place for place in PLACES if place.holds(record))(record)
+    for kind in reversed(STARTERS):
+        outer = kept_record(kind, getattr(record, kind.name))
+        if outer and outer.id != own_wrapper:
+            return kind.place(record, outer)  # type: ignore[no-any-return]
+    return Here(record) if is_here(record) else Elsewhere(record)
 
 
 # -- its directories --------------------------------------------------------------------------------------------------
@@ -3247,10 +3188,10 @@ def first_private(candidates: "List[str]") -> str:
     raise Failure("no place to keep our state on the host", "\n".join(reasons), "make room there, or a writable home")
 
 
-def kept_dirs(kind: str) -> "List[str]":
-    """Return the directories of one kind of state, of what runs and of what has ended; their names are the ids."""
+def kept_dirs(kind: Kind) -> "List[str]":
+    """Return the directories of one kind of thing, of what runs and of what has ended; their names are the ids."""
     found = []
-    for top in state_dirs(kind):
+    for top in state_dirs(kind.name + "s"):
         with contextlib.suppress(OSError):
             if os.stat(top).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
@@ -3259,7 +3200,7 @@ def kept_dirs(kind: str) -> "List[str]":
 
 def kept_record(kind: Kind, identity: str) -> "Any":
     """Return the record of one thing; None where there is none."""
-    for directory in kept_dirs(kind.directory) if identity else []:
+    for directory in kept_dirs(kind) if identity else []:
         if os.path.basename(directory) == identity:
             return record_in(kind, directory)
     return None
@@ -3273,13 +3214,17 @@ def record_in(kind: Kind, directory: str) -> "Any":
     return record
 
 
-def new_dir(kind: Kind) -> str:
-    """Make and return a directory for a new thing; its name, a prefix and four hexadecimal digits, is the id."""
-    top = first_private(state_dirs(kind.directory))
+def new_dir(kind: Kind, channel: Channel, doing: str = "goes on starting") -> str:
+    """Make and return a directory for a new thing; its name, a prefix and four hexadecimal digits, is the id.
+
+    What is `doing` is announced under that; raises Failure when nobody is left to hear it.
+    """
+    top = first_private(state_dirs(kind.name + "s"))
     while True:
         path = os.path.join(top, kind.prefix + os.urandom(2).hex())
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
+            channel.announce(path, doing)
             return path
 
 
@@ -3318,29 +3263,34 @@ def gives_signs(record: Kept) -> bool:
     return not time_of(sign) or time_of(now) - time_of(sign) < LIFE_S
 
 
-def remove_tree(directory: str) -> None:
-    """Remove a directory and all that is in it: again, where another agent of ours wrote into it meanwhile."""
+def remove_tree(path: str) -> None:
+    """Remove a file, or a directory and all that is in it: again, where another agent wrote into it meanwhile."""
     import shutil
 
     def is_gone() -> bool:
-        shutil.rmtree(directory, ignore_errors=True)
-        return not os.path.isdir(directory)
+        remove_files([path])
+        shutil.rmtree(path, ignore_errors=True)
+        return not os.path.lexists(path)
 
     until(is_gone, 0.5)
 
 
-def forget_ended(kind: Kind, running: "List[Any]") -> None:
-    """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; `running` stays."""
-    import shutil
+def remove_files(paths: "List[str]") -> None:
+    """Remove files, as far as they are there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
-    stays = [record.directory for record in running]
-    for path in kept_dirs(kind.directory):
+
+def forget_ended(kind: Kind) -> None:
+    """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; what runs stays."""
+    for path in kept_dirs(kind):
         record = record_in(kind, path)
         changed_at = time_of(path)
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
-        is_known = record is None or Here.holds(record) or os.path.exists(os.path.join(path, "stop"))
-        if path not in stays and is_old and is_known:
-            shutil.rmtree(path, ignore_errors=True)
+        is_known = record is None or is_here(record) or is_marked(record, "stop")
+        if is_old and is_known and not (record and kind.goes_on(record)):
+            remove_tree(path)
 
 
 def end_of_log(path: str, lines: int = LOG_LINES) -> str:
@@ -3361,10 +3311,13 @@ def without_tokens(text: str) -> str:
 # -- starting it ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def start_detached(
     argv: "List[str]", environment: "Dict[str, str]", directory: str, log: str, is_held: bool = False
-) -> "Any":
+) -> "Iterator[Any]":
     """Start a process in a session of its own that has nothing of ours open.
+
+    Where it cannot be written down under this, it is ended: nobody would find it.
 
     With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
     no more of a job than its process group: what has a session of its own would outlive the job.
@@ -3379,7 +3332,7 @@ def start_detached(
             prctl = ctypes.CDLL(None).prctl
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600), "wb") as stream:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -3390,47 +3343,42 @@ def start_detached(
             # PR_SET_PDEATHSIG. Who holds it has one thread.
             preexec_fn=prctl and (lambda: prctl(1, int(signal.SIGTERM))),  # noqa: PLW1509
         )
+    try:
+        yield process
+    except BaseException:
+        end_session(process)
+        raise
 
 
-def facts_of(process: "Any", root_dir: str, request: Request) -> "Json":
-    """Return what is kept of each process that we started."""
+def facts_of(pid: int, root_dir: str, request: Request) -> "Json":
+    """Return what is kept of each thing: its process is the one that we started, or us until that is."""
     return {
         "created": time.time(),
         "node": os.uname().nodename,
-        "pid": process.pid,
-        "identity": process_identity(process.pid),
+        "pid": pid,
+        "identity": process_identity(pid),
         "root_dir": portable(root_dir),
         "job": request.job,
         "wrapper": request.wrapper,
     }
 
 
-def end_session(pid: int) -> None:
-    """Kill the session that process `pid` leads: it is one that we launched ourselves."""
+def end_session(process: "Any") -> None:
+    """Kill the session that a process leads which we launched ourselves, and take its status."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(pid, signum)
-        except OSError:
-            return
-        until(lambda: not process_identity(pid), 3)
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signum)
+            until(lambda: not process_identity(process.pid), 3)
+    process.wait()
 
 
-@contextlib.contextmanager
-def ended_unless_kept(process: "Any") -> "Iterator[None]":
-    """End what was just started, where it cannot be written down under this: nobody would find it."""
-    try:
-        yield
-    except BaseException:
-        end_session(process.pid)
-        process.wait()
-        raise
-
-
-def resolve_path(path: str) -> "Tuple[str, str]":
-    """Split the PATH of a destination into an existing directory and a file in it (empty for a directory).
+def resolve_path(path: "Optional[str]") -> "Tuple[str, str]":
+    """Split the PATH of a destination into an existing directory and a file in it: each is empty where there is none.
 
     Relative to the home directory, as scp has it. Raises Failure when there is no such thing.
     """
+    if path is None:
+        return "", ""
     full = os.path.normpath(os.path.join(os.path.expanduser("~"), os.path.expanduser(native(path))))
     if os.path.isdir(full):
         return full, ""
@@ -4060,7 +4008,7 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
 
         until(look, float("inf"), slowest_s=0.2)
         if process.poll() is None:
-            end_session(process.pid)
+            end_session(process)
         return process.wait(), "\n".join(lines[-LOG_LINES:])
 
 
@@ -4155,13 +4103,6 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
         match = re.fullmatch(r"(jpserver|nbserver)-([0-9]{1,9})\.json", os.path.basename(path))
         if match:
             yield match.group(1), int(match.group(2)), path
-
-
-def remove_files(paths: "List[str]") -> None:
-    """Remove files, as far as they are there."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 def left_by_jupyter(record: ServerRecord) -> "List[str]":
@@ -4270,11 +4211,6 @@ def is_our_port(info: RuntimeInfo) -> bool:
     return True  # a host name in place of an address
 
 
-def seems_well(record: ServerRecord, info: RuntimeInfo) -> bool:
-    """True when a server answers, or cannot be asked from here."""
-    return not can_ask_server(record, info) or answers(info)
-
-
 def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
     """Wait until a server answers, and return what leads to it; None when it ended, or not within `timeout_s`.
 
@@ -4290,7 +4226,7 @@ def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[Runtime
             name = info.unusable()[0]
             why = "its configuration has a %s with a space, or a character that no address can hold" % name
             raise Failure("Jupyter cannot be opened with this %s" % name, why, "another %s there" % name)
-        return info if info and seems_well(record, info) else None
+        return None if info and can_ask_server(record, info) and not answers(info) else info
 
     found = until(look, timeout_s)
     return found if isinstance(found, RuntimeInfo) else None
@@ -4335,8 +4271,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     A way to listen may fail: then the next one is tried, as long as Jupyter says that this was the cause. Raises
     Failure: 4 when it ended for another reason, 6 when it did not listen in time.
     """
-    directory = new_dir(KINDS["server"])
-    channel.announce(directory)
+    directory = new_dir(KINDS["server"], channel)
     log = os.path.join(directory, "log")
     environment = environment_of_server(found, request, directory)
     deadline = time.monotonic() + request.start_timeout_s
@@ -4344,8 +4279,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
     settings += server_arguments(request, root_dir, directory)
     for port, listen in ways_to_listen(request, directory):
         argv = [*found.argv, "--no-browser", *listen, *settings]
-        process = start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held)
-        with ended_unless_kept(process):
+        with start_detached(argv, environment, root_dir or os.path.expanduser("~"), log, request.is_held) as process:
             record = ServerRecord(
                 request=request.but(nonce="", app=found.app),
                 app=found.app,
@@ -4353,23 +4287,19 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
                 runtime_dir=portable(environment["JUPYTER_RUNTIME_DIR"]),
                 local_port=request.local_port,
                 has_answered=False,
-                **facts_of(process, root_dir, request),
+                **facts_of(process.pid, root_dir, request),
             )
             write_down(record, directory)
         try:
             info = wait_for_server(record, deadline - time.monotonic())
-            if not info and process.poll() is None:
+            if info:
+                tell_of_launch(request, info, log, channel)
+            elif process.poll() is None:
                 words = request.start_timeout_s, end_of_log(log)
                 why = "it was not listening after %d s; the end of its log:\n%s" % words
                 raise Failure("Jupyter did not start in time", why, "a longer --start-timeout", EXIT_TIMEOUT)
-            if info and request.socket and not info.sock:
-                why = "this Jupyter knows none, or its configuration says where it listens"
-                raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
-            if info:
-                tell_of_launch(request, info, log, channel)
         except Failure:
-            end_session(process.pid)
-            process.wait()
+            end_session(process)
             remove_files(left_by_jupyter(record))
             set_aside(directory)
             raise
@@ -4398,7 +4328,13 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
 
 
 def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Channel) -> None:
-    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone."""
+    """Say what a server leaves out of its configuration, and who reaches it; raises Failure where that is anyone.
+
+    Or where it is none by the socket that is asked for.
+    """
+    if request.socket and not info.sock:
+        why = "this Jupyter knows none, or its configuration says where it listens"
+        raise Failure("Jupyter listens on no socket", why, "open without --socket", EXIT_SERVER_ENDED)
     broken = re.findall(r"Exception while loading config file (.+)\n((?: .*\n)+)", read_text(log))
     for path, said in dict(broken).items():
         lines = re.findall(r'File "%s", line (\d+)' % re.escape(path), said)
@@ -4558,17 +4494,9 @@ class ServerKind(Kind):
     name = "server"
     record = ServerRecord
 
-    def begun(self) -> "List[ServerRecord]":
-        """Return those that have not ended: in place of one that has, another is launched."""
-        return self.running()
-
     def listed(self) -> "List[ServerRecord]":
         """Return those that run, and those that ended without a stop: who stopped one knows why it is gone."""
-        records = self.records()
-        return [record for record in records if not is_marked(record, "stop") or place_of(record).is_running()]
-
-    def all_running(self) -> "List[ServerRecord]":
-        return self.running() + [record for record in other_servers() if place_of(record).is_running()]
+        return [record for record in self.records() if not is_marked(record, "stop") or self.goes_on(record)]
 
     def describe(self, record: ServerRecord) -> ServerView:
         names = ("id", "node", "app", "root_dir", "is_ours", "manager", "job")
@@ -4612,16 +4540,15 @@ class ServerKind(Kind):
         remove_files([] if place.is_here and place.is_running() else leftovers)
         if not record.is_ours:
             return
-        # What its cells printed is kept, with its record and its log; without cells, nothing.
-        has_run = bool(found_in([cells_dir(record.directory)], "*.journal"))
-        for name in os.listdir(record.directory) if has_run else []:
-            if name not in ("cells", "log", "server.json", "stop"):
-                path = os.path.join(record.directory, name)
-                remove_files([path])
-                remove_tree(path)
-        if not has_run:  # first the record: one without the word "stop" beside it would tell another end
-            remove_files([os.path.join(record.directory, "server.json")])
-            remove_tree(record.directory)
+        # What its cells printed is kept, with its record and its log; without cells, nothing: and first no record, for
+        # one without the word "stop" beside it would tell another end.
+        gone = ["server.json", ""]
+        if found_in([cells_dir(record.directory)], "*.journal"):
+            gone = [
+                name for name in os.listdir(record.directory) if name not in ("cells", "log", "server.json", "stop")
+            ]
+        for name in gone:
+            remove_tree(os.path.join(record.directory, name))
 
 
 KINDS["server"] = ServerKind()
@@ -4652,18 +4579,15 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             words = command_of_process(pid)
             of_app = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}  # the file does not tell
             record = ServerRecord(
-                created=created,
-                node=os.uname().nodename,
-                pid=pid,
-                identity=process_identity(pid),
-                root_dir=info.root_dir,
                 app=first_named(of_app, words) or "notebook",
                 manager=first_named(MANAGERS, words),
                 runtime_dir=portable(directory),
                 local_port=0,
+                **dict(facts_of(pid, native(info.root_dir), Request()), created=created),
             )
             record.id, record.is_ours = "p%d" % pid, False
-            found[record.id] = record
+            if record.identity or record.id == ended:  # without one, it is a zombie
+                found[record.id] = record
     return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
 
 
@@ -4701,29 +4625,38 @@ def seconds_since(moment: "Any") -> "Optional[float]":
 
 def open_server(request: Request, channel: Channel) -> Server:
     """Come back to a server of the user's, or launch one; by a job, when one is asked for."""
-    root_dir, file = resolve_path(request.path) if request.path is not None else ("", "")
+    root_dir, file = resolve_path(request.path)
     with contextlib.ExitStack() as stack:
         if not request.is_new:  # two at the same moment would launch two
-            waiting = "another run of rjupyter is opening a server; waiting"
-            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, waiting))
+            text = "another run of rjupyter is opening a server; waiting"
+            stack.enter_context(one_at_a_time(own_tmp_dir(), channel, text))
+        found = None  # type: Optional[Server]
         begun = begun_by(request)
-        job = begun if begun and begun.kind != "server" else None
-        same = request.but(is_new=False, attach=begun.id) if begun else request
-        found = None if job else find_server(same, root_dir)
+        starter = begun if begun and begun.kind != "server" else None
+        servers = [begun] if begun else [] if request.is_new else servers_to_attach(request, root_dir)
+        for record in [] if starter else servers:
+            info = None if found else come_back(record, request.start_timeout_s)
+            if info:
+                port = record.local_port if record.is_ours else request.local_port
+                facts = {"is_launched": bool(begun), "seconds": record.age_s(), "local_port": port}
+                found = open_reply(record, info, **facts)
         if request.attach and not found:
             what = "the server %s is about to end" % request.attach
             raise Failure(what, "it takes no connections", "rjupyter HOST list")
-        job = job or (None if found else start_elsewhere(request, channel))
-        if not found and not job:
+        for kind in [] if found else STARTERS:
+            waiting = [] if starter or request.is_new or request.attach else kind.waiting(request)
+            if not starter and (waiting or kind.takes(request)):
+                starter = waiting[0] if waiting else kind.begin(request, channel)
+        if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
-                forget_ended(KINDS["server"], KINDS["server"].running())
+                forget_ended(KINDS["server"])
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+            hint = "" if request.is_held else KINDS["job"].hint()
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
-    if job:  # outside of the lock, for a queue may be long
-        found = Server.read(KINDS[job.kind].await_reply(job, channel))
+    if starter:  # outside of the lock, for a queue may be long
+        found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
     assert found is not None
     check_reach(found, request)
     found.file = portable(file)
@@ -4755,31 +4688,16 @@ def check_reach(found: Server, request: Request) -> None:
         raise Failure(what, why, try_ if found.job else "--socket; or a wrapper that leaves the host's network")
 
 
-def find_server(request: Request, root_dir: str) -> "Optional[Server]":
-    """Return the server to come back to, if there is one."""
-    for record in [] if request.is_new else servers_to_attach(request, root_dir):
-        info = come_back(record, request.start_timeout_s)
-        if info:
-            is_launched = bool(request.errand) and record.request.errand == request.errand  # and the reply was lost
-            return open_reply(record, info, is_launched=is_launched, seconds=record.age_s())
-    return None
+def begun_by(request: Request) -> "Any":
+    """Return what this same request began when it was sent before, if it did; what is in a job has no errand.
 
-
-def begun_by(request: Request) -> "Optional[Kept]":
-    """Return what this same request began when it was sent before, if it did; what is in a job has no errand."""
-    kinds = list(KINDS.values()) if request.errand else []
-    kept = [record for kind in kinds for record in kind.begun()]  # type: List[Kept]
-    return next((record for record in kept if record.request.errand == request.errand), None)
-
-
-def start_elsewhere(request: Request, channel: Channel) -> "Any":
-    """Return what is to start the server on another node: what waits there already, or was submitted now."""
-    for kind in KINDS.values():
-        waiting = [] if request.is_new or request.attach else kind.waiting(request)
-        if waiting:
-            return waiting[0]
-        if kind.takes(request):
-            return kind.begin(request, channel)
+    Another is begun in place of a server that has ended, or of a job that was never taken.
+    """
+    kept = [record for kind in KINDS.values() for record in kind.records()] if request.errand else []
+    for record in [record for record in kept if record.request.errand == request.errand]:
+        stays = record.number if isinstance(record, JobRecord) else record.kind != "server"
+        if not is_marked(record, "unwanted") and (stays or KINDS[record.kind].goes_on(record)):
+            return record
     return None
 
 
@@ -4807,7 +4725,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     Raises Failure when the one that was named does not run.
     """
     if request.attach:
-        found = [record for record in KINDS["server"].all_running() if record.id == request.attach]
+        found = [record for record in KINDS["server"].running() + other_servers() if record.id == request.attach]
         if not found:
             raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter HOST list")
         if found[0].manager:
@@ -4816,12 +4734,10 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     else:
         found = matching_servers(request, root_dir)
         if root_dir and request.allows(Request(app=request.app)):  # of others we know neither environment nor job
-            others = [record for record in KINDS["server"].all_running() if not record.is_ours and not record.manager]
-            for record in [r for r in others if is_same_dir(r.root_dir, root_dir) and request.app in ("", r.app)]:
+            others = [other for other in other_servers() if not other.manager and request.app in ("", other.app)]
+            for record in [other for other in others if is_same_dir(other.root_dir, root_dir)]:
                 info = server_info(record)
-                found += [record] if info and not info.unusable() and seems_well(record, info) else []
-    for other in [record for record in found if not record.is_ours]:
-        other.local_port = request.local_port
+                found += [record] if info and not info.unusable() and answers(info) else []
     return found
 
 
@@ -4830,26 +4746,16 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
 
 def list_all(request: Request, channel: Channel) -> ListReply:
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
-    within = resolve_path(request.path)[0] if request.path is not None else ""
+    within = resolve_path(request.path)[0]
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
-    views = [None for _ in records]  # type: List[Any]
+    views = []
+    if records:
+        from concurrent.futures import ThreadPoolExecutor
 
-    def describe(place: int) -> None:
-        try:
-            views[place] = KINDS["server"].describe(records[place])
-        except Exception as error:  # raised below: a thread would only print it
-            views[place] = error
-
-    threads = [threading.Thread(target=describe, args=(place,)) for place in range(len(records))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for view in views:
-        if isinstance(view, Exception):
-            raise view
+        with ThreadPoolExecutor(len(records)) as pool:
+            views = list(pool.map(KINDS["server"].describe, records))
     others = {
-        kind.directory: [kind.describe(r) for r in kind.listed() if is_below(r, within)]
+        kind.name + "s": [kind.describe(r) for r in kind.listed() if is_below(r, within)]
         for kind in KINDS.values()
         if kind.name != "server"
     }
@@ -4877,15 +4783,13 @@ def follow_log(request: Request, channel: Channel) -> Record:
         raise Failure(what, "logs are kept of the servers and runs that rjupyter launched", "rjupyter HOST list")
     record = records[0]
     log = KINDS[record.kind].log_of(record)
-    known = request.line
+    numbers = itertools.count()
 
     def send_lines() -> bool:
-        nonlocal known
         # Before the look: what it wrote last is seen.
         is_last = not request.is_followed or not KINDS[record.kind].goes_on(record)
         for line in log.lines(has_ended=is_last):
-            known -= 1
-            if known < 0:
+            if next(numbers) >= request.line:
                 channel.tell("line", text=without_tokens(line), id=record.id)
             if channel.is_closed:
                 break
@@ -4906,7 +4810,8 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     and the client comes again.
     """
     if request.ids:
-        found = [record for kind in KINDS.values() for record in kind.all_running() if record.id in request.ids]
+        running = [record for kind in KINDS.values() for record in kind.running()] + other_servers()
+        found = [record for record in running if record.id in request.ids]
     else:
         found = what_to_stop(request)
     names = [word for word in request.ids if word not in {record.id for record in found}]
@@ -4927,8 +4832,8 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         except (Failure, OSError) as error:
             failures.append(error if isinstance(error, Failure) else Failure("the host refused", str(error)))
             continue
-        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name", "job")}
-        facts["job"] = record.number if isinstance(record, JobRecord) else facts["job"]
+        facts = {name: getattr(record, name, None) or None for name in ("app", "root_dir", "name")}
+        facts["job"] = getattr(record, "number", record.job) or None
         wrap, pid = record.request.outside or None, held.pid or None
         channel.tell("stopped", what=record.kind, id=record.id, pid=pid, wrap=wrap, **facts)
     if len(failures) > 1:
@@ -4941,12 +4846,12 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
 
 def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
-    root_dir = resolve_path(request.path)[0] if request.path is not None else ""
+    root_dir = resolve_path(request.path)[0]
     found = matching_servers(request, root_dir)  # type: List[Any]
-    others = [kind for kind in KINDS.values() if kind.name != "server"]
     if request.is_all:
-        return found + [record for kind in others for record in kind.stopped_with_all()]
-    found = found or [record for kind in others for record in kind.waiting(request)]
+        others = [kind for kind in KINDS.values() if kind.name != "server"]
+        return found + [record for kind in others for record in kind.listed() if kind.goes_on(record)]
+    found = found or [record for kind in STARTERS for record in kind.waiting(request)]
     there = found or matching_servers(request.but(app=""), root_dir)
     if len(there) > 1 or len(there) > len(found):
         names = ["%s   %s in %s" % (r.id, r.request.app or r.kind, r.root_dir or r.request.path or "~") for r in there]
@@ -4956,7 +4861,10 @@ def what_to_stop(request: Request) -> "List[Any]":
 
 
 def describe_end(request: Request, channel: Channel) -> EndReply:
-    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log."""
+    """Say of a server whether it still runs and answers, on this node or elsewhere; or why it ended, and its log.
+
+    Why: first what we did, then what its place tells, then what its log does.
+    """
     known = [record for record in KINDS["server"].records() + other_servers(request.id) if record.id == request.id]
     if not known:
         return EndReply(is_running=False, reason="it was stopped")
@@ -4968,30 +4876,28 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
     if place.is_running():
         return EndReply(is_running=True, is_answering=info is not None)
     log = end_of_log(log_of(record)) if record.is_ours else ""
-    return EndReply(is_running=False, reason=why_it_ended(record, log), log=log)
-
-
-def why_it_ended(record: ServerRecord, log: str) -> str:
-    """Return why a server ended: what we did, then what its place tells, then what its log does."""
-    is_gone = record.is_ours and not os.path.exists(os.path.join(record.directory, record.kind + ".json"))
-    if is_marked(record, "stop") or is_gone:  # a stop removes its record at last
-        return "it was stopped"
-    reason = place_of(record).why_ended(log)
-    if reason:
-        return reason
-    for words, reason in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
-        if words in log:
-            return reason
+    is_gone = record.is_ours and not is_marked(record, "server.json")  # a stop removes its record at last
+    reason = "it was stopped" if is_gone or is_marked(record, "stop") else place.why_ended(log)
+    for words, meaning in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
+        reason = reason or (meaning if words in log else "")
     # Jupyter removes this file when it ends by itself; what it logs, its configuration may hide.
     pages = ["%s-%d-open.html" % (kind, record.pid) for kind in ("jpserver", "nbserver")]
     was_killed = any(os.path.exists(os.path.join(native(record.runtime_dir), page)) for page in pages)
-    return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
+    if not reason:
+        reason = "it was shut down" if place.is_here and not was_killed else place.why_in_doubt()
+    return EndReply(is_running=False, reason=reason, log=log)
 
 
 def examine_host(request: Request, channel: Channel) -> ExamineReply:
-    """Say what `doctor` asks of this host; what cannot be told is left out."""
+    """Say what `doctor` asks of this host, or inside a wrapper; what cannot be told is left out."""
     import shutil
 
+    for kind in STARTERS:
+        if kind.takes(request):
+            record = kind.begin(request, channel)
+            reply = ExamineReply.read(kind.await_reply(record, channel))
+            kind.end(record)
+            return reply
     facts = ExamineReply(shell=os.environ.get("SHELL", ""))
     facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
@@ -5000,10 +4906,9 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
     except Failure as failure:
         facts.state_trouble = failure
     try:
-        root_dir = resolve_path(request.path)[0] if request.path is not None else ""
-        found = next(launchers(request.but(may_install=False), root_dir, channel, facts.tried))
-        command = portable(found.argv[0])
-        facts.jupyter = Jupyter(app=found.app, version=version_of(found), command=command, where=found.where)
+        found = next(launchers(request.but(may_install=False), resolve_path(request.path)[0], channel, facts.tried))
+        told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
+        facts.jupyter = "%s %s: %s (%s)" % told
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
             facts.jupyter_trouble = failure
@@ -5014,7 +4919,7 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
             uids.add(os.stat(process).st_uid)
     facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
     facts.foreign = foreign_files()
-    facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+    facts.scheduler = KINDS["job"].hint()
     return facts
 
 
@@ -5052,11 +4957,11 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
 
 
 def perform(
-    request: Request, channel: Channel, prepare: "Callable[[Request], Request]" = lambda request: request
+    request: Request, channel: Channel, enter: "Callable[[Request], Request]" = lambda request: request
 ) -> "Any":
     """Run the action of a request and send one reply; return it, or nothing for a failure.
 
-    `prepare` may change the request first; what it raises is told like the rest.
+    `enter` comes first, and may change the request; what it raises is told like the rest.
     """
     global own_state_dir
     user = str(os.getuid())
@@ -5068,11 +4973,11 @@ def perform(
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
     channel.tell("hello", home=portable(os.path.expanduser("~")), clock=time.time(), **facts)
     try:
-        request = with_variables(request, channel)
+        request = with_variables(enter(request), channel)
         if request.state_dir:  # relative to home, as PATH is: what is launched starts in another directory
             home = os.path.expanduser("~")
             own_state_dir = os.path.normpath(os.path.join(home, os.path.expanduser(native(request.state_dir))))
-        reply = REQUESTS[request.action](prepare(request), channel)
+        reply = REQUESTS[request.action](request, channel)
         channel.tell("reply", reply=plain(reply))
         return reply
     except Failure as expected:
@@ -5083,6 +4988,10 @@ def perform(
         import traceback
 
         failure = Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc())
+    if request.wrapper and failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
+        failure.try_ = "one in which there is; nothing is installed into it"
+    if request.wrapper:
+        failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), request.outside)
     channel.tell("reply", failure=failure.facts())
     return None
 
@@ -5143,8 +5052,29 @@ def reply_in(record: Kept) -> "Optional[Said]":
 class Starter(Kind):
     """A kind of thing in which our agent does what was asked for, and stays with what it began."""
 
-    watch = None  # type: Any # (record, channel): returns what tells how one stands, and says whether it is over
+    place = Elsewhere  # type: Type[Elsewhere] # where is what is in one
+    takes = None  # type: Any # (request): says whether what is asked for is to be started by a thing of this kind
+    begin = None  # type: Any # (request, channel): begins one, and returns its record
+    watch = None  # type: Any # (record, channel): tells, again and again, how one stands, and yields whether it is over
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
+    enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
+
+    def describe(self, record: "Any") -> StarterView:
+        asked = record.request
+        facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
+        return StarterView(id=record.id, age_s=record.age_s(), **facts)
+
+    def leave(self, record: "Any", request: Request, **changes: "Any") -> str:
+        """Leave our agent beside a record, with what it is to do in there, and return the path of its program."""
+        changes.update({self.name: record.id})
+        within = request.but(errand="", is_new=True, overlaps=True, may_install=False, **changes)
+        return leave_agent(record.directory, starter_main, within, is_elsewhere=True)
+
+    def waiting(self, request: Request) -> "List[Kept]":
+        """Return those that do what is asked for, as far as that is named, and have not replied yet."""
+        same = [record for record in self.running() if request.is_done_by(record.request)]
+        same = [record for record in same if record.request.via_node >= request.via_node]
+        return [record for record in same if not is_marked(record, "unwanted") and not reply_in(record)]
 
     def replied(self, record: "Any") -> "Optional[Json]":
         """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
@@ -5156,10 +5086,10 @@ class Starter(Kind):
 
     def await_reply(self, record: "Any", channel: Channel) -> "Json":
         """Wait for the reply of what one started, and return it; pass on what is said meanwhile."""
-        said, is_over = Growing(said_in(record)), self.watch(record, channel)
+        said, watched = Growing(said_in(record)), self.watch(record, channel)
 
         def look() -> "Optional[Said]":
-            has_ended = is_over()  # before the look: what it said last is heard
+            has_ended = next(watched)  # before the look: what it said last is heard
             look_anew(record.directory)
             reply = heard(said, channel)
             if has_ended and not reply:
@@ -5172,25 +5102,19 @@ class Starter(Kind):
         return reply.result()
 
 
-def work(
-    directory: str, request: Request, prepare: "Callable[[Request], Request]", is_unwanted: "Callable[[Kept], bool]"
-) -> None:
-    """Do what an agent was left for, and stay until what that started has ended; end it once, when it is unwanted.
+def starter_main(directory: str) -> None:
+    """In a job or a wrapper: do what was asked for, and stay until what that started has ended; end that when unwanted.
 
-    What there is to say goes into a file of the directory, and signs of life are given there.
+    What there is to say goes into a file beside the record, and signs of life are given there. That it ends is written
+    down as well, also when a signal ends it.
     """
-    try:
-        said = os.open(os.path.join(directory, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        sys.exit("rjupyter: cannot write: %s" % error)
-    reply = perform(request, Channel("", os.fdopen(said, "a")), prepare)
-    if not isinstance(reply, (Server, StartReply)):
-        sys.exit(reply is None)
-    kind = KINDS["server" if isinstance(reply, Server) else "run"]
-    record = kept_record(kind, reply.id)
-    if not record:
-        return  # it was ended already
-    pid = place_of(record).held.pid
+    request = left_request(directory)
+    kind = KINDS["wrapper" if request.wrapper else "job"]
+    starter = until(lambda: record_in(kind, directory), LATE_S)
+    assert starter  # it was written before we were started
+    if os.path.exists(said_in(starter)):
+        return  # a job that was queued again has nothing more to do
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     beat_at = 0.0
     is_asked = False
 
@@ -5198,14 +5122,30 @@ def work(
         nonlocal beat_at, is_asked
         if time.monotonic() - beat_at > HEARTBEAT_S:
             beat_at = time.monotonic()
-            write_whole(os.path.join(directory, "alive"), "")
+            mark(starter, "alive")
             look_anew(directory)
-        if not is_asked and is_unwanted(record):
+        if not is_asked and (is_marked(starter, "unwanted") or (begun.kind == "run" and is_marked(begun, "stop"))):
             is_asked = True
-            kind.end(record)
+            KINDS[begun.kind].end(begun)
         return has_exited(pid)
 
-    until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    try:
+        if is_marked(starter, "unwanted"):
+            return
+        try:
+            said = os.open(said_in(starter), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            sys.exit("rjupyter: cannot write: %s" % error)
+        reply = perform(request, Channel("", os.fdopen(said, "a")), lambda asked: kind.enter(starter, asked))
+        if not isinstance(reply, (Server, StartReply)):
+            sys.exit(reply is None)
+        begun = kept_record(KINDS["server" if isinstance(reply, Server) else "run"], reply.id)
+        if begun:  # it was not ended already
+            pid = place_of(begun).held.pid
+            until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
+    finally:
+        with contextlib.suppress(OSError):
+            mark(starter, "ended")
 
 
 # agent ends
@@ -6307,8 +6247,7 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
     """Start the recorder's program, and write down which process it is."""
     log = os.path.join(record.directory, "recorder.log")
     argv = [python, os.path.join(record.directory, "agent.py")]
-    process = start_detached(argv, environment, "/", log, record.request.is_held)
-    with ended_unless_kept(process):
+    with start_detached(argv, environment, "/", log, record.request.is_held) as process:
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
         write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
 
@@ -7361,15 +7300,15 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     """
     waits = not request.is_one_of_many
     request = request.but(is_one_of_many=False)
-    root_dir = resolve_path(request.path)[0] if request.path is not None else os.path.expanduser("~")
+    root_dir = resolve_path(request.path)[0] or os.path.expanduser("~")
     request = with_notebook(request, root_dir)
-    jobs = [kind for kind in KINDS.values() if kind.takes(request)]
+    jobs = [kind for kind in STARTERS if kind.takes(request)]
     same = []  # type: List[Kept]
     with one_at_a_time(own_tmp_dir(), channel, "another run of rjupyter is starting; waiting"):
         begun = begun_by(request)
         if not begun and not request.overlaps:
             same += [r for r in KINDS["run"].running() if (r.key, r.variant) == (request.key, request.variant)]
-            same += [record for kind in KINDS.values() for record in kind.waiting(request)]
+            same += [record for kind in STARTERS for record in kind.waiting(request)]
         is_new = not begun and not same
         place = place_of_result(request)
         looks = is_new and place and not request.overlaps
@@ -7379,7 +7318,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
             why = "the execution %s, which goes on, is to write it" % others[0].id
             raise Failure("no place for the result " + place.partition(":")[2], why, "-o FILE; or --overlap")
         if is_new and not request.wrapper:
-            forget_ended(KINDS["run"], KINDS["run"].running())
+            forget_ended(KINDS["run"])
         if is_new and jobs:
             begun = jobs[0].begin(request, channel)
         elif is_new:
@@ -7448,13 +7387,10 @@ def read_notebook(path: str) -> str:
 
 def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[RunRecord]":
     """Start a run in one environment and return its record; None where that has no nbclient."""
-    import shutil
-
     python = interpreter_of(found)
     if not python:
         return None
-    directory = new_dir(KINDS["run"])
-    channel.announce(directory)
+    directory = new_dir(KINDS["run"], channel)
     if request.files:  # a directory of its own, in which what goes along lies
         work = os.path.join(directory, "work")
         os.mkdir(work, 0o700)
@@ -7467,15 +7403,14 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
     environment = lasting_environment(found.environment, False)
     log = os.path.join(directory, "log")
     root_dir = native(request.path or "")  # the notebook's own directory, where it is on the host, or the run's
-    process = start_detached([python, program], environment, root_dir, log, request.is_held)
-    with ended_unless_kept(process):
+    with start_detached([python, program], environment, root_dir, log, request.is_held) as process:
         facts = {name: getattr(request, name) for name in ("name", "key", "variant")}
-        facts.update(facts_of(process, root_dir, request))
+        facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
     until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
         return None
     return record
 
@@ -8808,7 +8743,7 @@ def live_kernels(request: Request) -> "List[Tuple[ServerRecord, KernelState]]":
     """Return the kernels of the user's servers that answer, or of PATH's; raises Failure where only a page sees any."""
     found = []
     is_locked = False
-    for record in KINDS["server"].all_running():
+    for record in KINDS["server"].running() + other_servers():
         info = server_info(record)
         if not info or not is_in_path(record, request) or not can_ask_server(record, info):
             continue
@@ -9189,7 +9124,8 @@ SLURM_RUNS = ("RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STOPPED")
 SACCT = ["sacct", "--clusters={cluster}", "--allocations", "--noheader", "--parsable2"]
 SACCT += ["--jobs={id}", "--format=JobIDRaw,State"]
 ENDED = JobState(is_live=False, is_waiting=False, word="ended")
-ANY_ID = r"(\d\S*)"  # of a scheduler that we do not know
+# One that we do not know: the first word that begins with a digit is the job.
+UNKNOWN = Scheduler(id=r"(?s)\A.*?(?P<id>\d\S*)", query=[], cancel=[])
 # What a terminal sets for their commands, but no secret: kept with a job, so that nobody waits for a terminal again.
 OF_SCHEDULERS = r"PATH$|LD_LIBRARY_PATH$|SLURM_(?!JWT)|SGE_|PBS_|LS[FB]_|EGO_|_?CONDOR_|FLUX_|OAR"
 JOB_ENDS = {
@@ -9202,6 +9138,7 @@ JOB_ENDS = {
     "OUT_OF_MEMORY": "it ran out of memory",
     "PREEMPTED": "another job took its place",
     "FAILED": "it failed",
+    "COMPLETED": "",  # by itself
 }
 QUERY_MIN_S = 5.0  # between two questions to a scheduler, from all of ours on this node
 QUERY_MAX_S = 30.0
@@ -9214,31 +9151,65 @@ UNSEEN_S = 120.0  # in which it may not know a job yet: sites keep the answers o
 # -- jobs as things that are kept -------------------------------------------------------------------------------------
 
 
+class InJob(Here):
+    """In a job of ours, on this node or another, from where its scheduler tells of its end, and ends it."""
+
+    def __init__(self, record: Kept, outer: "Any") -> None:
+        super().__init__(record, outer)
+        self.is_here = is_here(record)
+        self.settle_s = 0.0 if self.is_here else SETTLE_S
+
+    def is_running(self) -> bool:
+        """True when its process runs on this node, or elsewhere its job does."""
+        if self.is_here:
+            return super().is_running()
+        state = job_state(self.outer)
+        return state.is_live and not state.is_waiting
+
+    def why_ended(self, log: str) -> str:
+        """Return why the job ended, when the scheduler says so, or a signal came from outside."""
+        if JOB_ENDS.get(job_state(self.outer).word) or "received signal" in log:
+            return self.why_in_doubt()
+        return super().why_ended(log) if self.is_here else ""
+
+    def why_in_doubt(self) -> str:
+        return why_job_ended(self.outer)
+
+    def why_cut(self) -> str:
+        is_cut = not self.is_here and end_of_job(self.outer) not in ("COMPLETED", "FAILED")
+        return self.why_in_doubt() if is_cut else ""
+
+    def left_s(self) -> float:
+        return job_state(self.outer).left_s or 0.0
+
+    def children(self) -> "List[Tuple[int, str]]":
+        return super().children() if self.is_here else []
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        if self.is_here:
+            super().end(children, polite_s)
+        else:
+            KINDS["job"].end(self.outer)
+
+
 class JobKind(Starter):
     """Jobs that we submitted, each of which is to start a server or a run."""
 
     name = "job"
     prefix = "j"
     record = JobRecord
+    place = InJob
 
     def goes_on(self, record: JobRecord) -> bool:
-        """True for a job that waits or runs."""
         return job_state(record).is_live
-
-    def begun(self) -> "List[JobRecord]":
-        """Return the jobs that were submitted, and those of which that is not known yet."""
-        records = [record for record in self.records() if not is_marked(record, "unwanted")]
-        return [record for record in records if record.number or self.goes_on(record)]
 
     def listed(self) -> "List[JobRecord]":
         """Return those that `list` shows: what an ended one started says itself how it ended."""
         return self.running()
 
-    def describe(self, record: JobRecord) -> JobView:
+    def describe(self, record: JobRecord) -> StarterView:
         state = job_state(record)  # which may find out the number
-        asked = record.request
-        facts = {"job": record.number, "command": record.command, "action": asked.action, "path": asked.path}
-        return JobView(id=record.id, age_s=record.age_s(), **facts, **state.facts())
+        return super().describe(record).but(job=record.number, command=record.command, **state.facts())
 
     def end(self, record: JobRecord) -> None:
         """Cancel a job; what ran in it ends with it. Raises Failure where it cannot be done.
@@ -9246,8 +9217,9 @@ class JobKind(Starter):
         One that has begun looks for the word "unwanted", and ends itself where its scheduler does not do it.
         """
         mark(record, "unwanted")
-        if record.command in SCHEDULERS and record.number:
-            status, said, why = run_scheduler(record, SCHEDULERS[record.command].cancel, QUERY_TIMEOUT_S)
+        cancel = SCHEDULERS.get(record.command, UNKNOWN).cancel
+        if cancel and record.number:
+            status, said, why = run_scheduler(record, cancel, QUERY_TIMEOUT_S)
         else:
             status, said, why = int(bool(record.number)), "", "%s is not known here" % record.command
         patience_s = SETTLE_S if status and begun_of(record) else 0
@@ -9257,44 +9229,66 @@ class JobKind(Starter):
         mark(record, "cancelled")
 
     def takes(self, request: Request) -> bool:
-        """True when a job is asked for."""
         return bool(request.submit) and not request.job
 
     def begin(self, request: Request, channel: Channel) -> JobRecord:
         """Submit a job in which our agent does what `request` asks for. Raises Failure when it is not taken.
 
-        Jupyter is installed before, where there is none: nodes often have no network.
+        Jupyter is installed before, where there is none: nodes often have no network. The record is there before the
+        job is. A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld
+        that goes on later): it is marked "unwanted", which ends such a job when it begins.
         """
-        forget_ended(self, self.running())
+        forget_ended(self)
         if request.may_install and not request.python and not request.env and not request.outside:
-            root_dir = resolve_path(request.path)[0] if request.path is not None else ""
-            next(launchers(request, root_dir, channel, []))
-        directory = new_dir(self)
+            next(launchers(request, resolve_path(request.path)[0], channel, []))
+        enter_terminal(request, channel, [])
+        directory = new_dir(self, channel, "is being submitted in a job")
+        argv = [native(word) for word in request.submit]
+        command = os.path.basename(argv[0])
+        record = JobRecord(
+            request=request.to_keep(),
+            number="",
+            command=command,
+            environment={n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)},
+            **facts_of(os.getpid(), "", request),
+        )
         try:
-            job = submit(request, directory, channel)
+            write_down(record, directory)
+            program = self.leave(record, request, shell=os.environ.get("SHELL", ""))
+            script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
+            words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+            # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default.
+            write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
+            output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
+            argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
+            status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
+            matches = list(re.finditer(SCHEDULERS.get(command, UNKNOWN).id, said))
+            if status or not matches:
+                why = why.strip() or said.strip() or "status %d" % status
+                what = "%s did not take the job" % portable(argv[0])
+                raise Failure(what, why, "other options in --slurm or --submit")
+            number, *cluster = matches[-1].groups("")
+            record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+            record.pid, record.identity = 0, ""
+            write_down(record, directory)
         except BaseException:
             with contextlib.suppress(OSError):
-                write_whole(os.path.join(directory, "unwanted"), "")
-            record = record_in(self, directory)
-            if not record or not self.goes_on(record):
+                mark(record, "unwanted")
+            kept = record_in(self, directory)
+            if not kept or not self.goes_on(kept):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
             raise
-        channel.tell("queue", id=job.id, job=job.number, is_waiting=True, word="submitted")
-        return job
+        for line in why.splitlines():
+            channel.tell("note", text=portable(line))
+        channel.tell("queue", id=record.id, job=record.number, is_waiting=True, word="submitted")
+        return record
 
-    def waiting(self, request: Request) -> "List[Kept]":
-        """Return the jobs that have not begun and do what a request asks for, as far as it names that."""
-        same = [job for job in self.running() if request.is_done_by(job.request) and not is_marked(job, "unwanted")]
-        return [job for job in same if job.request.via_node >= request.via_node and not reply_in(job)]
-
-    def watch(self, record: JobRecord, channel: Channel) -> "Callable[[], bool]":
+    def watch(self, record: JobRecord, channel: Channel) -> "Iterator[bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
         told = {}  # type: Json
         max_age_s = QUERY_MIN_S
         ended_at = 0.0  # by our monotonic clock
-
-        def is_over() -> bool:
-            nonlocal told, max_age_s, ended_at
+        while True:
             state = job_state(record, max_age_s)
             max_age_s = min(QUERY_MAX_S, max_age_s * 1.01)
             facts = {name: getattr(state, name) for name in ("is_waiting", "word", "reason", "start")}
@@ -9303,11 +9297,9 @@ class JobKind(Starter):
                 told = news
                 channel.tell("queue", **news)
             ended_at = 0.0 if state.is_live else ended_at or time.monotonic()
-            was_cut = state.word in JOB_ENDS and state.word != "FAILED"
+            was_cut = JOB_ENDS.get(state.word) and state.word != "FAILED"
             is_late = time.monotonic() - ended_at > LATE_S
-            return not state.is_live and (was_cut or is_marked(record, "ended") or is_late)
-
-        return is_over
+            yield not state.is_live and bool(was_cut or is_marked(record, "ended") or is_late)
 
     def await_reply(self, record: JobRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in a job, as long as its queue takes; without a word it has begun."""
@@ -9328,6 +9320,26 @@ class JobKind(Starter):
         what = "job %s ended before it had started" % record.number
         return Failure(what, "%s\n%s" % (why_job_ended(record), words), try_, EXIT_SERVER_ENDED)
 
+    def enter(self, record: JobRecord, request: Request) -> Request:
+        """On its node, write down that a job has begun, and when its time is up.
+
+        A server there listens on an address that the login node reaches, also what listens on all.
+        """
+        if request.shell:  # a scheduler may name the shell of its queue instead, or none
+            os.environ["SHELL"] = request.shell
+        remove_files([early_words(record)])  # nothing more comes there
+        left_s = None
+        if record.command == "sbatch":
+            seen = record.but(environment={})  # without its directory, in which the login node alone writes what it saw
+            seen.id = record.id
+            left_s = state_in(seen, time.time(), ask_scheduler(seen)).left_s
+        begun = JobState(node=os.uname().nodename, left_s=left_s)
+        write_whole(os.path.join(record.directory, "begun.json"), json.dumps(begun.facts()))
+        if request.action != "open" or request.via_node:
+            return request.but(node_address="")
+        address = node_address(request.node_address)
+        return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
+
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
         import shutil
@@ -9336,60 +9348,7 @@ class JobKind(Starter):
 
 
 KINDS["job"] = JobKind()
-
-
-class InJob(Elsewhere):
-    """In a job of ours, on this node or another: its scheduler tells of its end, and ends it."""
-
-    def __init__(self, record: Kept) -> None:
-        super().__init__(record)
-        self.job = kept_record(KINDS["job"], record.job)
-        self.is_here = Here.holds(record)
-        self.is_known = True
-        self.settle_s = 0.0 if self.is_here else SETTLE_S
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True when we know the job that the record names."""
-        return kept_record(KINDS["job"], record.job) is not None
-
-    def is_running(self) -> bool:
-        """True when its process runs on this node, or elsewhere its job does."""
-        if self.is_here:
-            return Here(self.record).is_running()
-        state = job_state(self.job)
-        return state.is_live and not state.is_waiting
-
-    def why_ended(self, log: str) -> str:
-        """Return why the job ended, when the scheduler says so, or a signal came from outside."""
-        if job_state(self.job).word in JOB_ENDS or "received signal" in log:
-            return self.why_in_doubt()
-        return Here(self.record).why_ended(log) if self.is_here else ""
-
-    def why_in_doubt(self) -> str:
-        """Return why the job ended, as far as the scheduler says."""
-        return why_job_ended(self.job)
-
-    def why_cut(self) -> str:
-        """Return why the job ended, where that was not by itself."""
-        is_cut = not self.is_here and end_of_job(self.job) not in ("COMPLETED", "FAILED")
-        return self.why_in_doubt() if is_cut else ""
-
-    def left_s(self) -> float:
-        return job_state(self.job).left_s or 0.0
-
-    def children(self) -> "List[Tuple[int, str]]":
-        return Here(self.record).children() if self.is_here else []
-
-    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the process on this node; the job elsewhere."""
-        if self.is_here:
-            Here(self.record).end(children, polite_s)
-        else:
-            KINDS["job"].end(self.job)
-
-
-PLACES.insert(0, InJob)
+STARTERS.append(KINDS["job"])
 
 
 # -- a job's life -----------------------------------------------------------------------------------------------------
@@ -9400,43 +9359,6 @@ JOB_SCRIPT = (
     'for n in 1 2 3 4 5 6 7 8 9 10; do test -s "$1" && break; ls "${1%/*}/" >/dev/null 2>&1; sleep 1; done; '
     'exec "$0" -IS "$1" >>"$2" 2>&1 </dev/null'
 )
-
-
-def submit(request: Request, directory: str, channel: Channel) -> JobRecord:
-    """Submit a job in a directory of its own; return its record, which is there before the job is.
-
-    A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld that goes on
-    later): who asked for it marks it "unwanted", which ends such a job when it begins.
-    """
-    argv = [native(word) for word in request.submit]
-    command = os.path.basename(argv[0])
-    asked = request.to_keep()
-    record = JobRecord(created=time.time(), node=os.uname().nodename, number="", command=command, request=asked)
-    record.pid, record.identity = os.getpid(), process_identity(os.getpid())  # of who submits it, as long as that takes
-    enter_terminal(request, channel, [])
-    record.environment = {n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)}
-    channel.announce(directory, "is being submitted in a job")
-    write_down(record, directory)
-    facts = {"job": record.id, "shell": os.environ.get("SHELL", "")}
-    inner = request.but(errand="", is_new=True, overlaps=True, may_install=False, **facts)
-    program = leave_agent(directory, job_main, inner, is_elsewhere=True)
-    script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
-    words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
-    # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default, or to the login's.
-    write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
-    output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and the like
-    argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
-    status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
-    matches = list(re.finditer(SCHEDULERS[command].id if command in SCHEDULERS else ANY_ID, said))
-    if status or not matches:
-        why = why.strip() or said.strip() or "status %d" % status
-        raise Failure("%s did not take the job" % portable(argv[0]), why, "other options in --slurm or --submit")
-    number, *cluster = matches[-1 if command in SCHEDULERS else 0].groups("")
-    record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
-    record.pid, record.identity = 0, ""
-    for line in why.splitlines():
-        channel.tell("note", text=portable(line))
-    return write_down(record, directory)
 
 
 def early_words(record: JobRecord) -> str:
@@ -9466,8 +9388,7 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     elif state.is_live and is_marked(record, "ended"):
         state = ENDED
     elif state.is_live and begun and not state.node and gives_signs(record):  # its row is older, or does not tell
-        left_s = begun.ends_at - time.time() if begun.ends_at else None
-        state = JobState(is_waiting=False, word="RUNNING", node=begun.node, left_s=left_s)
+        state = begun.but(is_waiting=False, word="RUNNING")
     if not state.is_live:
         note_end(record, state)
     return state
@@ -9478,15 +9399,19 @@ def may_be_taken(record: JobRecord) -> bool:
     return bool(record.number) or (not is_marked(record, "unwanted") and place_of(record).is_running())
 
 
-def begun_of(record: JobRecord) -> "Optional[JobBegun]":
-    """Return what a job wrote down when it began; None when it has not, as far as this machine sees."""
-    return read_record(JobBegun, os.path.join(record.directory, "begun.json")) if record.directory else None
+def begun_of(record: JobRecord) -> "Optional[JobState]":
+    """Return what a job wrote down when it began, as it is now; None when it has not, as far as this machine sees."""
+    path = os.path.join(record.directory, "begun.json")
+    state = read_record(JobState, path) if record.directory else None
+    if state and state.left_s:
+        state.left_s -= time.time() - time_of(path)
+    return state
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
     """Write down how a job ended where that is final; not where it is only missed so far."""
-    is_told = state.word in JOB_ENDS or state.word == "COMPLETED"
-    if record.directory and (is_told or (state.word == "ended" and record.age_s() > UNSEEN_S)):
+    is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S)
+    if record.directory and is_final:
         with contextlib.suppress(OSError):
             write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
 
@@ -9526,7 +9451,9 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
     facts = {name: row[name] for name in ("reason", "start", "node")}
-    left_s = seconds_of(row["left"]) if runs else None
+    left = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", row["left"] if runs else "")  # not where it is UNLIMITED
+    parts = [int(part or 0) for part in left.groups()] if left else []  # days, hours, minutes and seconds
+    left_s = sum(part * unit_s for part, unit_s in zip(parts, (86400.0, 3600, 60, 1))) if left else None
     return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
@@ -9542,30 +9469,23 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     with open(path + ".lock", "w") as lock:
 
         def look() -> "Any":  # another one of ours may be asking
-            return kept_answer(path, max(max_age_s, QUERY_MIN_S)) or has_lock(lock)
+            with contextlib.suppress(OSError), open(path, encoding="utf-8") as stream:
+                when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
+                if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
+                    return (when if text else 0.0), text
+            return has_lock(lock)
 
         found = until(look, float("inf"))
         if isinstance(found, tuple):
             return found
-        write_whole(path, ask_scheduler(record))
-    return kept_answer(path, QUERY_MAX_S) or (0.0, "")
-
-
-def kept_answer(path: str, max_age_s: float) -> "Optional[Tuple[float, str]]":
-    """Return an answer that was kept, and when it was given, unless it is too old."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
-    except OSError:
-        return None
-    return ((when if text else 0.0), text) if 0 <= time.time() - when < max_age_s else None
+        text = ask_scheduler(record)
+        write_whole(path, text)
+        return (time.time() if text else 0.0), text
 
 
 def filled(word: str, facts: "Dict[str, str]") -> str:
     """Return a word of a table with facts in it."""
-    for name, value in facts.items():
-        word = word.replace("{%s}" % name, value)
-    return word
+    return re.sub(r"\{(\w+)\}", lambda found: facts.get(found.group(1), found.group()), word)
 
 
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
@@ -9574,7 +9494,7 @@ def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tu
 
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
     argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
-    pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
+    pattern = SCHEDULERS.get(record.command, UNKNOWN).variables
     both = dict(os.environ, **{name: native(value) for name, value in record.environment.items()})
     return run_command(argv, timeout_s, {name: value for name, value in both.items() if not re.match(pattern, name)})
 
@@ -9586,25 +9506,16 @@ def ask_scheduler(record: JobRecord) -> str:
     return "" if status and not (scheduler.none and re.search(scheduler.none, said)) else answer + "\n"
 
 
-def seconds_of(text: str) -> "Optional[float]":
-    """Return a time as Slurm writes it, [days-][hours:]minutes:seconds, in seconds; None for UNLIMITED and the like."""
-    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = [int(group or 0) for group in match.groups()]
-    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
-
-
 def end_of_job(job: JobRecord) -> str:
     """Return the word for how a job ended; one that Slurm lists no more is looked up in its history."""
 
     def look() -> str:
         word = job_state(job).word
-        if job.command == "sbatch" and word not in JOB_ENDS and word != "COMPLETED":
+        if job.command == "sbatch" and word not in JOB_ENDS:
             _, rows, _ = run_scheduler(job, SACCT, QUERY_TIMEOUT_S)
             words = [row.split("|")[1].split()[:1] for row in rows.splitlines() if row.startswith(job.number + "|")]
             word = "".join(words[-1]) if words else ""
-        return word if word in JOB_ENDS or word == "COMPLETED" else ""
+        return word if word in JOB_ENDS else ""
 
     word = until(look, SETTLE_S if job.command == "sbatch" else 0, slowest_s=1.0) or "ended"
     note_end(job, ENDED.but(word=word))
@@ -9613,17 +9524,15 @@ def end_of_job(job: JobRecord) -> str:
 
 def why_job_ended(job: JobRecord) -> str:
     """Return why a job ended, in words."""
-    word = end_of_job(job)
-    if word == "ended":
-        return "job: it has ended: cancelled, failed or out of time, its scheduler does not say which"
-    return "job: " + JOB_ENDS.get(word, "it has ended")
+    untold = "it has ended: cancelled, failed or out of time, its scheduler does not say which"
+    return "job: " + (dict(JOB_ENDS, ended=untold).get(end_of_job(job)) or "it has ended")
 
 
 def forecast_job(request: Request, channel: Channel) -> "Json":
     """Ask the scheduler what it would do with a job, and what its site allows; nothing is submitted."""
     command = os.path.basename(request.submit[0])
-    scheduler = SCHEDULERS.get(command)
-    if not scheduler or not scheduler.forecast:
+    scheduler = SCHEDULERS.get(command, UNKNOWN)
+    if not scheduler.forecast:
         return {"said": "", "is_refused": False, "limits": ""}
     enter_terminal(request, channel, [])
     asked = JobRecord(created=time.time(), node="", number="", command=command, request=request)
@@ -9634,53 +9543,6 @@ def forecast_job(request: Request, channel: Channel) -> "Json":
 
 
 REQUESTS["forecast_job"] = forecast_job
-
-
-# -- on the node ------------------------------------------------------------------------------------------------------
-
-
-def job_main(directory: str) -> None:
-    """In a job, on its node: do what the request asks for, and stay until what was launched has ended.
-
-    That it ends is written down, also when its scheduler ends it. One that was queued again has nothing more to do.
-    """
-    request = left_request(directory)
-    if os.path.exists(os.path.join(directory, "begun.json")):
-        return
-    if request.shell:  # a scheduler may name the shell of its queue instead, or none
-        os.environ["SHELL"] = request.shell
-    with contextlib.suppress(OSError):  # nothing more comes there
-        os.unlink(os.path.join(directory, "../../%s.out" % os.path.basename(directory)))
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    unwanted = os.path.join(directory, "unwanted")
-
-    def is_unwanted(record: Kept) -> bool:
-        return os.path.exists(unwanted) or (record.kind == "run" and is_marked(record, "stop"))
-
-    def as_on_node(request: Request) -> Request:
-        """Return it as this node does it: on an address that the login node reaches, also what listens on all."""
-        if request.action != "open" or request.via_node:
-            return request.but(node_address="")
-        address = node_address(request.node_address)
-        return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
-
-    try:
-        if not os.path.exists(unwanted):
-            job = record_in(KINDS["job"], directory)
-            left_s = None
-            if job and job.command == "sbatch":
-                job.directory = ""  # what was seen is written down by the login node alone
-                job.environment = {}
-                left_s = state_in(job, time.time(), ask_scheduler(job)).left_s
-            ends_at = time.time() + left_s if left_s else 0.0
-            begun = JobBegun(node=os.uname().nodename, created=time.time(), ends_at=ends_at)
-            with contextlib.suppress(Failure):
-                begun.address = node_address(request.node_address)
-            write_whole(os.path.join(directory, "begun.json"), json.dumps(begun.facts()))
-            work(directory, request, as_on_node, is_unwanted)
-    finally:
-        write_whole(os.path.join(directory, "ended"), "")
-
 
 # agent ends
 
@@ -9739,18 +9601,14 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
     ssh.close()
     login = ssh.destination
-    options: List[str] = []
-    jump: Dict[str, str] = {}
-    for option in pairs_of(ssh.options):
-        if option[0] in ("-l", "-p", "-J"):
-            jump[option[0]] = option[1]
-        else:
-            options += option
+    pairs = pairs_of(ssh.options)
+    jump = {pair[0]: pair[1] for pair in pairs if pair[0] in ("-l", "-p", "-J")}
+    options = [word for pair in pairs if pair[0] not in jump for word in pair]
     if "-l" in jump and "@" not in login:
         login = "%s@%s" % (jump["-l"], login)
     if "-p" in jump and not login.startswith("ssh://"):
         login = "%s:%s" % (login, jump["-p"])
-    hops = ",".join([jump[name] for name in ("-J",) if name in jump] + [login])
+    hops = ",".join(filter(None, [jump.get("-J"), login]))
     there = Ssh(server.node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
     there.connect()
@@ -9780,43 +9638,65 @@ IN_WRAPPER = (
 PYTHONS_IN_WRAPPER = ["python3", "python", "/usr/bin/python3", "/usr/local/bin/python3", "/opt/conda/bin/python3"]
 
 
-class Container(Record):
-    """A row of CONTAINERS: how a program runs a command in a container, and removes that.
-
-    Its words have `{name}`, `{image}`, `{home}`, `{shm}`, `{uid}`, `{gid}` and `{user}` in them. `mount` is for each
-    directory that is to be seen inside, `gpus` for where there are some and a file that `gpus_need` is there, `as_user`
-    for all but root.
-    """
-
-    run: "List[str]"
-    mount: "List[str]"
-    gpus: "List[str]"
-    gpus_need: "List[str]" = []
-    as_user: "List[str]" = []
-    remove: "List[str]" = []
-
-
 OF_DOCKER = ["run", "--rm", "--name={name}", "--network=host", "--shm-size={shm}", "--security-opt=label=disable"]
 OF_DOCKER += ["--workdir={home}", "--entrypoint="]  # an image's own may be Jupyter, or begin with a banner
 OF_DOCKER += ["--user={uid}:{gid}", "--env=HOME={home}", "--env=USER={user}"]
 MOUNT = ["--mount=type=bind,{field}source={path}{field},{field}target={path}{field}"]
-# podman-run(1), docs.docker.com ("docker container run"), apptainer.org/docs ("exec"). An image's USER may be another
-# one, and SELinux keeps a container from a home; whoever wants that writes --wrap.
+# How each program runs a command in a container, and removes that: podman-run(1), docs.docker.com ("docker container
+# run"), apptainer.org/docs ("exec"). `mount` is for each directory that is to be seen inside; `gpus` for where there
+# are some, and a file that `gpus_need` is there; `as_user` for all but root. An image's USER may be another one, and
+# SELinux keeps a container from a home; whoever wants that writes --wrap.
 CONTAINERS = {
-    "podman": Container(
-        run=["podman", *OF_DOCKER],
-        mount=MOUNT,
-        gpus=["--device=nvidia.com/gpu=all"],
-        gpus_need=["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
-        as_user=["--userns=keep-id"],
-        remove=["podman", "rm", "--force", "--ignore", "{name}"],
-    ),
-    "docker": Container(
-        run=["docker", *OF_DOCKER], mount=MOUNT, gpus=["--gpus=all"], remove=["docker", "rm", "--force", "{name}"]
-    ),
-    "apptainer": Container(run=["apptainer", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
-    "singularity": Container(run=["singularity", "exec", "--pwd={home}"], mount=["--bind={path}"], gpus=["--nv"]),
-}  # type: Dict[str, Container]
+    "podman": {
+        "run": ["podman", *OF_DOCKER],
+        "mount": MOUNT,
+        "gpus": ["--device=nvidia.com/gpu=all"],
+        "gpus_need": ["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
+        "as_user": ["--userns=keep-id"],
+        "remove": ["podman", "rm", "--force", "--ignore", "{name}"],
+    },
+    "docker": {
+        "run": ["docker", *OF_DOCKER],
+        "mount": MOUNT,
+        "gpus": ["--gpus=all"],
+        "remove": ["docker", "rm", "--force", "{name}"],
+    },
+    "apptainer": {"run": ["apptainer", "exec", "--pwd={home}"], "mount": ["--bind={path}"], "gpus": ["--nv"]},
+    "singularity": {"run": ["singularity", "exec", "--pwd={home}"], "mount": ["--bind={path}"], "gpus": ["--nv"]},
+}  # type: Dict[str, Dict[str, List[str]]]
+
+
+class InWrapper(Elsewhere):
+    """Inside a command that we started, perhaps among processes and under a name of its own: that command tells."""
+
+    settle_s = 1.0
+
+    def __init__(self, record: Kept, outer: "Any") -> None:
+        super().__init__(record, outer)
+        self.held = outer
+        self.place = place_of(outer)
+        self.is_here, self.is_known = self.place.is_here, self.place.is_known
+
+    def is_running(self) -> bool:
+        """True while the command runs: its agent stays as long as what it began. Elsewhere, nobody can tell."""
+        return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
+
+    def why_ended(self, log: str) -> str:
+        return self.place.why_ended(log)
+
+    def why_in_doubt(self) -> str:
+        """Return what is known of the command's end, and its last words."""
+        words = end_of_log(log_of(self.held), 1)
+        return self.place.why_in_doubt() + (" (%s)" % words if words else "")
+
+    def why_cut(self) -> str:
+        return self.place.why_cut()
+
+    def left_s(self) -> float:
+        return self.place.left_s()
+
+    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
+        KINDS["wrapper"].end(self.held)
 
 
 class WrapperKind(Starter):
@@ -9825,28 +9705,15 @@ class WrapperKind(Starter):
     name = "wrapper"
     prefix = "w"
     record = WrapperRecord
-
-    def begun(self) -> "List[WrapperRecord]":
-        """Return those in which something was begun, and nobody wanted it to end."""
-        return [record for record in self.records() if not is_marked(record, "unwanted")]
+    place = InWrapper
 
     def goes_on(self, record: WrapperRecord) -> bool:
         """True while the command runs, or the agent in it gives signs of life: a container may outlive its client."""
-        has_begun = bool(time_of(os.path.join(record.directory, "alive")))
-        return place_of(record).is_running() or (has_begun and gives_signs(record))
+        return place_of(record).is_running() or (is_marked(record, "alive") and gives_signs(record))
 
     def listed(self) -> "List[WrapperRecord]":
         """Return those in which nothing runs yet: what does is listed itself."""
         return [record for record in self.running() if not reply_in(record)]
-
-    def stopped_with_all(self) -> "List[WrapperRecord]":
-        """Return the same: a wrapper ends with what runs in it."""
-        return self.listed()
-
-    def describe(self, record: WrapperRecord) -> WrapperView:
-        asked = record.request
-        facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
-        return WrapperView(id=record.id, age_s=record.age_s(), **facts)
 
     def end(self, record: WrapperRecord) -> None:
         """End a wrapper: by its agent, which ends what it began; then by its place, and its container is removed."""
@@ -9868,78 +9735,83 @@ class WrapperKind(Starter):
 
     def begin(self, request: Request, channel: Channel) -> WrapperRecord:
         """Start a wrapper in which our agent does what is asked for; raises Failure (3) where nothing can run it."""
-        forget_ended(self, self.running())
-        path = os.path.normpath(os.path.join(*resolve_path(request.path))) if request.path is not None else ""
+        forget_ended(self)
+        root_dir, file = resolve_path(request.path)
+        path = os.path.normpath(os.path.join(root_dir, file)) if root_dir else ""
         enter_terminal(request, channel, [])
         environment = dict(os.environ)
         if request.container and not container_program(request, environment):
             why = "looked on PATH for " + ", ".join(CONTAINERS)
             try_ = "--init COMMAND, where `module load` or the like brings it"
             raise Failure("no program for containers on the host", why, try_, EXIT_NO_JUPYTER)
-        directory = new_dir(self)
-        channel.announce(directory, "starts inside " + request.outside)
-        root_dir = path if os.path.isdir(path) else os.path.dirname(path)
+        directory = new_dir(self, channel, "starts inside " + request.outside)
         record = WrapperRecord(
             request=request.to_keep(),
-            created=time.time(),
-            node=os.uname().nodename,
-            job=request.job,
             home=portable(os.path.expanduser("~")),
             network=network_identity(),
-            root_dir=portable(root_dir),
             entries=[portable(name) for name in os.listdir(root_dir)[:10]] if root_dir else [],
+            **facts_of(os.getpid(), root_dir, request),
         )
         write_down(record, directory)
-        within = request.but(errand="", is_new=True, overlaps=True, may_install=False, wrapper=record.id)
         state_dir = portable(os.path.dirname(os.path.dirname(directory)))
-        within = within.but(path=portable(path) or None, state_dir=state_dir)
-        program = leave_agent(directory, wrapper_main, within, is_elsewhere=True)
+        program = self.leave(record, request, path=portable(path) or None, state_dir=state_dir)
         within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
-        process = start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held)
-        with ended_unless_kept(process):
+        with start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held) as process:
             record.pid, record.identity = process.pid, process_identity(process.pid)
             return write_down(record, directory)
 
-    def waiting(self, request: Request) -> "List[Kept]":
-        return [record for record in self.listed() if request.is_done_by(record.request)]
-
-    def watch(self, record: WrapperRecord, channel: Channel) -> "Callable[[], bool]":
+    def watch(self, record: WrapperRecord, channel: Channel) -> "Iterator[bool]":
         """Tell the last words of its command, as long as our agent has said nothing in there."""
-
-        def is_over() -> bool:
+        while True:
             if not os.path.exists(said_in(record)):
                 words = end_of_log(log_of(record), 1).strip()[:60]
                 channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), words))
             is_gone = not os.path.isdir(record.directory) or is_marked(record, "unwanted")
-            return is_gone or not place_of(record).is_running()
-
-        return is_over
-
-    def replied(self, record: WrapperRecord) -> "Optional[Json]":
-        try:
-            return super().replied(record)
-        except Failure as failure:
-            raise told_of_wrapper(failure, record)
+            yield is_gone or not place_of(record).is_running()
 
     def await_reply(self, record: WrapperRecord, channel: Channel) -> "Json":
         """Wait for the reply of the agent in there, as long as its command takes; end it where that is a failure."""
         try:
             return super().await_reply(record, channel)
-        except Failure as failure:
+        except Failure:
             if not channel.is_closed and os.path.isdir(record.directory):
                 self.end(record)
-            raise told_of_wrapper(failure, record)
+            raise
+
+    def enter(self, record: WrapperRecord, request: Request) -> Request:
+        """In there, look for the directory; in a network of its own, take an address that is seen from outside."""
+        global own_wrapper
+        own_wrapper = record.id
+        mended(os.environ)
+        if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
+            os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
+        root_dir = native(record.root_dir)
+        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
+        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
+        if root_dir and (is_other or not os.path.isdir(root_dir)):
+            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
+            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
+        network = network_identity()
+        is_shared = record.network == network or not (record.network and network)
+        if is_shared or request.socket or request.action != "open":
+            return request
+        try:
+            return request.but(ip=node_address(request.node_address))
+        except Failure as failure:
+            try_ = "--socket; or the host's network (docker --network=host)"
+            raise Failure("no network leads to what runs", failure.why, try_)
 
     def no_begin(self, record: WrapperRecord) -> Failure:
         """Return the failure of a wrapper that ended before our agent had said all: with its own words."""
+        inside = " inside " + record.request.outside
         if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
-            return Failure("it was stopped before it ran", "", "", EXIT_SERVER_ENDED)
-        sees = "let it see and write that directory (docker -v, apptainer --bind)"
+            return Failure("it was stopped before it ran" + inside, "", "", EXIT_SERVER_ENDED)
         words = end_of_log(log_of(record))
         place = portable(os.path.dirname(os.path.dirname(record.directory)))
+        sees = "let it see and write that directory (docker -v, apptainer --bind)"
         told = {
             "rjupyter: cannot": sees + "; or --state-dir PATH",
             "rjupyter: no python3": "one that has Python 3.6 or newer, and Jupyter",
@@ -9953,53 +9825,11 @@ class WrapperKind(Starter):
             words = words or silent + " (systemd-run --scope, no docker -d)"
             alone = "on the host: %s true   (it must run that, and stay as long as it runs)" % record.request.outside
             try_ = try_ or alone
-        return Failure("nothing ran", words, try_, EXIT_NO_JUPYTER)
+        return Failure("nothing ran" + inside, words, try_, EXIT_NO_JUPYTER)
 
 
 KINDS["wrapper"] = WrapperKind()
-
-
-class InWrapper(Elsewhere):
-    """Inside a command that we started, perhaps among processes and under a name of its own: that command tells."""
-
-    within = ""  # the id of the one that we are in ourselves
-    settle_s = 1.0
-
-    def __init__(self, record: Kept) -> None:
-        super().__init__(record)
-        self.held = kept_record(KINDS["wrapper"], record.wrapper)
-        self.outer = place_of(self.held)
-        self.is_here, self.is_known = self.outer.is_here, self.outer.is_known
-
-    @classmethod
-    def holds(cls, record: Kept) -> bool:
-        """True for what is in a wrapper that we are not in."""
-        return record.wrapper not in ("", cls.within) and kept_record(KINDS["wrapper"], record.wrapper) is not None
-
-    def is_running(self) -> bool:
-        """True while the command runs: its agent stays as long as what it began. Elsewhere, nobody can tell."""
-        return self.is_known and bool(KINDS["wrapper"].goes_on(self.held))
-
-    def why_ended(self, log: str) -> str:
-        return self.outer.why_ended(log)
-
-    def why_in_doubt(self) -> str:
-        """Return what is known of the command's end, and its last words."""
-        words = end_of_log(log_of(self.held), 1)
-        return self.outer.why_in_doubt() + (" (%s)" % words if words else "")
-
-    def why_cut(self) -> str:
-        return self.outer.why_cut()
-
-    def left_s(self) -> float:
-        return self.outer.left_s()
-
-    def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
-        """End the command, and with it all that is in there."""
-        KINDS["wrapper"].end(self.held)
-
-
-PLACES.insert(0, InWrapper)
+STARTERS.append(KINDS["wrapper"])
 
 
 def container_program(request: Request, environment: "Dict[str, str]") -> str:
@@ -10012,7 +9842,7 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
     named = request.container.partition("://")[0]
     names = list(CONTAINERS) if named not in CONTAINERS else [named]
     if request.container.endswith(".sif"):
-        names = [name for name in names if not CONTAINERS[name].remove]
+        names = [name for name in names if "remove" not in CONTAINERS[name]]
     return next((name for name in names if shutil.which(name, path=environment.get("PATH", os.defpath))), "")
 
 
@@ -10032,20 +9862,20 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     facts.update(uid=str(os.getuid()), gid=str(os.getgid()), user=environment.get("USER", "user"))
     shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None  # podman's and docker's own has 64 MB
     facts["shm"] = str(shared.f_frsize * shared.f_blocks) if shared else "64m"
-    words = row.run + (row.as_user if os.getuid() else [])
+    words = row["run"] + (row.get("as_user", []) if os.getuid() else [])
     seen_inside = [home, os.path.dirname(os.path.dirname(record.directory)), native(record.root_dir)]
     outer = [path for path in dict.fromkeys(seen_inside) if path not in ("", "/")]
     for path in [path for path in outer if not any(path.startswith(other + "/") for other in outer)]:
         field = '"' if set(path) & set(',"') else ""
         escaped = path.replace('"', '""') if field else path
-        words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row.mount]
+        words = words + [word.replace("{field}", field).replace("{path}", escaped) for word in row["mount"]]
     has_gpus = shutil.which("nvidia-smi", path=environment.get("PATH")) or glob.glob("/dev/nvidia[0-9]*")
-    is_cut_off = has_gpus and row.gpus_need and not any(map(glob.glob, row.gpus_need))
+    is_cut_off = has_gpus and "gpus_need" in row and not any(map(glob.glob, row["gpus_need"]))
     if is_cut_off:
         remedy = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         say("No GPU in the container: %s finds no CDI specification. To make one, on the host: %s" % (program, remedy))
-    words = words + (row.gpus if has_gpus and not is_cut_off else []) + ["{image}"]
-    record.remove = [portable(filled(word, facts)) for word in row.remove]
+    words = words + (row["gpus"] if has_gpus and not is_cut_off else []) + ["{image}"]
+    record.remove = [portable(filled(word, facts)) for word in row.get("remove", [])]
     return [shlex.quote(filled(native(word), facts)) for word in words]
 
 
@@ -10055,69 +9885,6 @@ def network_identity() -> str:
         return "%s %s" % (boot_identity().partition("/")[0], os.readlink("/proc/self/ns/net"))
     except OSError:
         return ""
-
-
-def told_of_wrapper(failure: Failure, record: WrapperRecord) -> Failure:
-    """Return a failure that also says in which wrapper it happened."""
-    if failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
-        failure.try_ = "one in which there is; nothing is installed into it"
-    failure.what = "%s inside %s" % (failure.what.replace(" on the host", ""), record.request.outside)
-    return failure
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
-
-
-def wrapper_main(directory: str) -> None:
-    """Inside a wrapper: do what the request asks for, and stay until what was launched has ended, or is to end."""
-    request = left_request(directory)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    record = read_record(WrapperRecord, os.path.join(directory, "wrapper.json"))
-    assert record is not None  # it was written before we were started
-    record.directory = directory
-    InWrapper.within = request.wrapper
-    mended(os.environ)
-    if not os.access(os.path.expanduser("~"), os.W_OK) and os.access(native(record.home), os.W_OK):
-        os.environ["HOME"] = native(record.home)  # docker's own is / for an uid that its image does not know
-
-    def is_unwanted(thing: Kept) -> bool:
-        return is_marked(record, "unwanted") or is_marked(thing, "stop")
-
-    def as_inside(request: Request) -> Request:
-        """Return it as it is done in here; in a network of its own, on an address that is seen from outside."""
-        root_dir = native(record.root_dir)
-        entries = [os.path.join(root_dir, native(name)) for name in record.entries]
-        is_other = bool(entries) and not any(os.path.lexists(entry) for entry in entries)
-        if root_dir and (is_other or not os.path.isdir(root_dir)):
-            why = "%s is another directory in there" % record.root_dir if os.path.isdir(root_dir) else record.root_dir
-            raise Failure("PATH is not there", why, "let it see that directory (docker -v, apptainer --bind)")
-        network = network_identity()
-        is_shared = record.network == network or not (record.network and network)
-        if is_shared or request.socket or request.action != "open":
-            return request
-        try:
-            return request.but(ip=node_address(request.node_address))
-        except Failure as failure:
-            try_ = "--socket; or the host's network (docker --network=host)"
-            raise Failure("no network leads to what runs", failure.why, try_)
-
-    try:
-        work(directory, request, as_inside, is_unwanted)
-    finally:
-        with contextlib.suppress(OSError):
-            mark(record, "ended")
-
-
-def examine_inside(request: Request, channel: Channel) -> ExamineReply:
-    """Answer what `doctor` asks, from inside a wrapper."""
-    kind = KINDS["wrapper"]
-    record = kind.begin(request.but(action="examine"), channel)
-    reply = ExamineReply.read(kind.await_reply(record, channel))
-    kind.end(record)
-    return reply
-
-
-REQUESTS["examine_inside"] = examine_inside
 
 
 # agent ends
@@ -10742,7 +10509,7 @@ def submit_words(args: Args) -> List[str]:
     except ValueError as error:
         raise Failure("wrong usage", "%s: %s" % (error, args.slurm or args.submit), "", EXIT_USAGE) from None
     command = os.path.basename(words[0]) if words else ""
-    for pattern, why in (SCHEDULERS[command].refused if command in SCHEDULERS else {}).items():
+    for pattern, why in SCHEDULERS.get(command, UNKNOWN).refused.items():
         for word in words:
             if re.match(pattern, word):
                 raise wrong_usage("%s: %s" % (word, why), "%s without it" % command)
@@ -11457,8 +11224,9 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
             how = "multiplexed" if ssh.process else "your own master"
             yield "connection", "logged in after %.1f s (%s)" % (time.monotonic() - began, how), ""
             step = "command"
-        request = request_of(args, "examine")
-        is_inside = bool(request.outside) and not request.submit
+        asked = request_of(args, "examine")
+        is_inside = bool(asked.outside) and not asked.submit
+        request = asked.but(submit=[], wrap=[], container="")
         request = request.but(python="", env="", init=[]) if is_inside else request  # they are for in there
         facts = agent.ask(request, ExamineReply, "Looking around on the host")
     except Failure as failure:
@@ -11473,13 +11241,12 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
-            inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+            inside = agent.ask(asked, ExamineReply, "Looking around inside")
             found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
-            found, trouble = None, failure
+            found, trouble = "", failure
     if found:
-        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
-        yield "jupyter", "%s: %s (%s)" % (title, found.command, found.where), ""
+        yield "jupyter", found, ""
     elif trouble:
         yield failed("jupyter", trouble, "another one")
     elif is_inside:

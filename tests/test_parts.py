@@ -385,7 +385,7 @@ def test_nothing_is_begun_when_nobody_listens_any_more(tmp_path: Path) -> None:
     with os.fdopen(writing, "w") as stream:
         (tmp_path / "s1234").mkdir()
         with pytest.raises(rjupyter.Failure, match="nothing was started"):
-            rjupyter.Channel("", stream).announce(str(tmp_path / "s1234"))
+            rjupyter.Channel("", stream).announce(str(tmp_path / "s1234"), "goes on starting")
     assert not list(tmp_path.iterdir())
 
 
@@ -394,10 +394,10 @@ def test_what_was_announced_once_goes_on_whoever_leaves(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as stream:  # of its last flush
         channel = rjupyter.Channel("", stream)
-        channel.announce("s1111")
+        channel.announce("s1111", "goes on starting")
         assert b'"s1111"' in os.read(reading, 1000)
         os.close(reading)
-        channel.announce("s2222")
+        channel.announce("s2222", "goes on starting")
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def test_what_is_kept_stays_where_its_age_cannot_be_told(tmp_path: Path, monkeyp
     os.utime(kept, (1, 1))
     with monkeypatch.context() as away:
         away.setattr(rjupyter, "time_of", lambda path: 0.0)
-        rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+        rjupyter.forget_ended(rjupyter.KINDS["run"])
     assert kept.is_dir()
-    rjupyter.forget_ended(rjupyter.KINDS["run"], [])
+    rjupyter.forget_ended(rjupyter.KINDS["run"])
     assert not kept.exists()

@@ -308,7 +308,7 @@ def test_logs(laptop: Laptop, host: Host) -> None:
         assert "/tree?token=..." in run.stdout
         assert token not in run.text and "\033" not in run.stdout
         assert "Forbidden" not in run.stdout and "403 GET" not in run.stdout  # said to us, who try another token
-    check_failure(laptop.run("host", "logs", "zzzz"), 1, "no server of yours has this id: zzzz")
+    check_failure(laptop.run("host", "logs", "zzzz"), 1, "nothing of yours has this id: zzzz")
 
 
 def test_log_for_which_the_host_has_no_memory(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:

@@ -556,7 +556,7 @@ def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "--entrypoint=" in docker
     # podman has them by a specification that somebody has made, or the container has none, and a line says so.
     gpus, told = "--device=nvidia.com/gpu=all", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-    monkeypatch.setattr(rjupyter.CONTAINERS["podman"], "gpus_need", [str(tmp_path / "*nvidia*.yaml")])
+    monkeypatch.setitem(rjupyter.CONTAINERS["podman"], "gpus_need", [str(tmp_path / "*nvidia*.yaml")])
     podman = words_for("podman://img", 1000, monkeypatch, tmp_path)
     assert podman[0] == "podman" and "--userns=keep-id" in podman
     assert gpus not in podman and podman[-2] == "img" and podman[-1].endswith(told)
