@@ -333,7 +333,9 @@ class Record:
         wrong = []
         for name, kind in self.fields.items():
             try:
-                setattr(self, name, checked(kind, facts[name] if name in facts else getattr(type(self), name)))
+                value = facts[name] if name in facts else getattr(type(self), name)
+                if name in facts or isinstance(value, (list, dict)):  # else the class has it
+                    setattr(self, name, checked(kind, value))
             except (AttributeError, Wrong):
                 wrong.append(name)
         wrong = wrong or self.odd()
@@ -6132,27 +6134,15 @@ def notebook_text(notebook: "Json") -> str:
 
 
 class Entry(Record):
-    """A line of a journal."""
+    """A line of a journal: what a kind always has, ENTRIES says. The kind ends the line, which is told apart by that.
 
-    kind = ""
+    What was printed is as the kernel sent it (jupyter-client.readthedocs.io, "Messaging"). Code of `eval` that will
+    never begin has ended too: then the `id` is that of the message that asked for it.
+    """
 
-
-class TimedEntry(Entry):
-    """A line of a kernel's journal; its time in seconds since 1970."""
-
-    time: float
-
-    def odd(self) -> "List[str]":
-        """Name the time, if no calendar has it."""
-        return [] if 0 <= self.time < 2**33 else ["time"]
-
-
-class BegunCell(TimedEntry):
-    """A cell begins; the `id` tells this execution from others of its journal."""
-
-    kind = "begun"
-    id: str
-    count: "Optional[int]" = None
+    id: str = ""  # of the cell that runs: it tells this execution from others of its journal
+    time: float = 0.0  # in seconds since 1970
+    count: "Optional[int]" = None  # the cell's number, which it may have at its end alone
     code: str = ""
     notebook: str = ""
     asked_by: str = ""  # the id of the message that asked for it
@@ -6161,64 +6151,45 @@ class BegunCell(TimedEntry):
     index: int = -1
     cell: int = 0
     cells: int = 0
-
-
-class PrintedOutput(Entry):
-    """What came of a cell, as the kernel sent it (jupyter-client.readthedocs.io, "Messaging")."""
-
-    kind = "printed"
-    id: str
-    type: str
-    content: "Json"
-
-
-class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
-
-    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
-    """
-
-    kind = "finished"
-    id: str
-    is_done: bool
-    count: "Optional[int]" = None  # its number, where it had none as it began
-    connections: int = -1
+    type: str = ""
+    content: "Json" = {}
+    is_done: bool = False
+    connections: int = -1  # how many pages the kernel had at the end; negative where nobody could tell
     has_died: bool = False  # its kernel, before it ended by itself
+    why: str = ""
+    text: str = ""
+    kind: str = ""  # of one that makes no sense, none
+
+    def odd(self) -> "List[str]":
+        """Name the time, if no calendar has it."""
+        return [] if 0 <= self.time < 2**33 else ["time"]
+
+    def facts(self) -> "Json":
+        """Return what its kind has, and what else is not as usual."""
+        has, usual = ENTRIES.get(self.kind, set()), type(self)
+        return {n: value for n, value in super().facts().items() if n in has or value != getattr(usual, n)}
 
 
-class Gap(TimedEntry):
-    """Something is missing here."""
-
-    kind = "gap"
-    id: str = ""  # of the cell that ran
-    why: str
-
-
-class Half(Entry):
-    """The later half of a journal begins, after so many bytes; the cell that runs begins there once more."""
-
-    kind = "half"
-    at: int
-    cell: str = ""  # the id of that cell
-
-
-class Remark(Entry):
-    """A word on how a notebook is executed."""
-
-    kind = "remark"
-    text: str
-
-
-RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap, Remark, Half)}  # type: Dict[str, Type[Entry]]
+# Besides, "half": the later half of a journal begins, `at` so many bytes; the `cell` that runs begins there once more.
+ENTRIES = {
+    "begun": {"id", "time"},
+    "printed": {"id", "type", "content"},
+    "finished": {"id", "time", "is_done"},
+    "gap": {"time", "why"},  # something is missing here
+    "remark": {"text"},  # on how a notebook is executed
+}
 OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
 
 
-def entry_in(facts: "Json") -> "Optional[Entry]":
-    """Return what a line of a journal says; None where it makes no sense: a full disk, a crash of the machine."""
-    try:
-        return RECORDED[str(facts.get("kind"))].read(facts)
-    except (KeyError, Wrong):
-        return None
+def entry_in(facts: "Json") -> Entry:
+    """Return what a line of a journal says; an empty one where it makes no sense: a full disk, a crash of the machine.
+
+    What is no entry of ours, a later version's perhaps, is such a line as well.
+    """
+    has = ENTRIES.get(fact(facts, "kind", ""))
+    with contextlib.suppress(Wrong):
+        return Entry.read(facts) if has and has <= set(facts) else Entry()
+    return Entry()
 
 
 class RecorderMark(Record):
@@ -6460,7 +6431,7 @@ class RecordedKernel:
         self._connection = connection
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
-        self._running = {}  # type: Dict[str, BegunCell]
+        self._running = {}  # type: Dict[str, Entry]
         self._failed: "Set[str]" = set()
         self._unseen = {}  # type: Dict[str, float] # when cells ended with a page that may be gone, for its link died
         self._ended_at = 0.0
@@ -6470,7 +6441,7 @@ class RecordedKernel:
         self._payloads = {}  # type: Dict[str, Optional[List[Json]]]
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
         if os.path.exists(self._journal.path):
-            self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
+            self._journal.tell("gap", time=time.time(), why=WAS_KILLED)
         self._journal.mark(recorder.notebook_of(identity))
 
     def close(self) -> None:
@@ -6524,7 +6495,7 @@ class RecordedKernel:
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
-            self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
+            self._journal.tell("printed", id=identity, type=kind, content=content)
         elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
             while self._payloads.get(asked_by, ()) is None and self.shell.poll(REPLY_LATE_MS):
                 self.take(self.shell.recv_multipart())  # it comes on another socket
@@ -6544,13 +6515,11 @@ class RecordedKernel:
         self._end_all()  # of what runs no more, without a word: the kernel was started anew
         notebook = self.recorder.notebook_of(self.id)
         facts = {"count": fact(content, "execution_count", 0) or None, "code": fact(content, "code", "")}
-        facts["is_eval"] = asked_by in self._asked
+        facts.update(asked_by=asked_by, is_eval=asked_by in self._asked, notebook=notebook)
         self._asked.discard(asked_by)
-        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, notebook=notebook, **facts)
-        self._running[identity] = begun
         self._journal.mark(notebook)
-        self._journal.tell(begun)
-        self._journal.head = begun
+        begun = self._journal.tell("begun", id=identity, time=time.time(), **facts)
+        self._journal.head = self._running[identity] = begun
 
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
@@ -6583,7 +6552,7 @@ class RecordedKernel:
     def _give_up(self, asked: str, has_died: bool = False) -> None:
         self._asked.discard(asked)
         self._payloads.pop(asked, None)
-        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
+        self._journal.tell("finished", id=asked, time=time.time(), is_done=False, has_died=has_died)
 
     def _end_all(self) -> None:
         for identity in list(self._running):
@@ -6594,7 +6563,7 @@ class RecordedKernel:
         is_done = identity not in self._failed and not has_died
         connections = connections_of(server_info(self.recorder.record), self.id)
         facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
+        self._journal.tell("finished", id=identity, time=time.time(), **facts)
         self._journal.head = None
         self._failed.discard(identity)
         self._ended_at = time.monotonic()
@@ -6635,16 +6604,17 @@ class Journal:
     def __init__(self, path: str, most: float = JOURNAL_BYTES // 2) -> None:
         self.path = path
         self.most = most  # bytes of each
-        self.head = None  # type: Optional[BegunCell] # the cell that runs
+        self.head = None  # type: Optional[Entry] # the cell that runs
         self._file = -1
         self._size = 0
         self._lost = ""
         self._before = 0  # the bytes of what was written before this half
         self._mark = None  # type: Optional[KernelMark]
 
-    def tell(self, entry: Entry) -> None:
+    def tell(self, kind: str, **facts: "Any") -> Entry:
         """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
-        line = line_of(entry)
+        entry = Entry(kind=kind, **facts)
+        line = line_of(entry.facts())
         if len(line) > self.most:
             line = self._gap(TOO_LARGE % (len(line) >> 20))
         try:
@@ -6656,9 +6626,10 @@ class Journal:
             self._write(line)
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
+        return entry
 
     def _gap(self, why: str) -> bytes:
-        return line_of(Gap(id=self.head.id if self.head else "", time=time.time(), why=why))
+        return gap_line(self.head.id if self.head else "", why)
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
@@ -6679,9 +6650,9 @@ class Journal:
         os.close(self._file)
         self._before += self._size
         self._file, self._size = -1, 0
-        self._write(line_of(Half(at=self._before, cell=self.head.id if self.head else "")))
+        self._write(line_of({"at": self._before, "cell": self.head.id if self.head else "", "kind": "half"}))
         if self.head:
-            self._write(line_of(self.head))
+            self._write(line_of(self.head.facts()))
 
     def mark(self, notebook: str) -> None:
         """Write down what is to be found quickly."""
@@ -6697,18 +6668,23 @@ def beside(journal: str, suffix: str) -> str:
     return journal[: -len(".journal")] + suffix
 
 
-def line_of(entry: Entry) -> bytes:
+def line_of(facts: "Json") -> bytes:
     """Return a line of a journal."""
-    return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
+    return (json.dumps(facts) + "\n").encode("ascii")
+
+
+def gap_line(cell: str, why: str) -> bytes:
+    """Return a line that says what is missing, of a cell that runs."""
+    return line_of(Entry(kind="gap", id=cell, time=time.time(), why=why).facts())
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
 
 
-def text_of(output: PrintedOutput) -> str:
-    """Return the text of an output; of what is no text, what it is and how large."""
+def text_of(output: Entry) -> str:
+    """Return the text of an output; of what is no text, what it is and how large; of another line, none."""
     content = output.content
-    if output.type in ("clear_output", "update_display_data"):
+    if output.kind != "printed" or output.type in ("clear_output", "update_display_data"):
         return ""
     if output.type == "stream":
         return joined_text(content.get("text", ""))
@@ -6734,8 +6710,7 @@ class PrintedText(Growing):
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a journal that has ended, the last one as well."""
         for line in super().lines(has_ended):
-            entry = entry_in(facts_in(line))
-            *whole, self._rest = (self._rest + (text_of(entry) if isinstance(entry, PrintedOutput) else "")).split("\n")
+            *whole, self._rest = (self._rest + text_of(entry_in(facts_in(line)))).split("\n")
             yield from whole
         if has_ended and self._rest:
             yield self._rest
@@ -6744,14 +6719,14 @@ class PrintedText(Growing):
 class CellOutput:
     """One execution of a cell, and what came of it so far."""
 
-    def __init__(self, begun: "Optional[BegunCell]" = None, gap: "Optional[Gap]" = None) -> None:
-        self.begun = begun
+    def __init__(self, gap: "Optional[Entry]" = None) -> None:
+        self.begun = None  # type: Optional[Entry]
         self.gap = gap  # in place of a cell: nobody knows what was here
-        self.outputs = []  # type: List[PrintedOutput]
-        self.finished = None  # type: Optional[FinishedCell]
+        self.outputs = []  # type: List[Entry]
+        self.finished = None  # type: Optional[Entry]
         self._clears = False
 
-    def take(self, printed: PrintedOutput) -> None:
+    def take(self, printed: Entry) -> None:
         """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
         if printed.type == "clear_output":
             self._clears = fact(printed.content, "wait", False)
@@ -6768,31 +6743,30 @@ class Executions:
     def __init__(self, lines: "Iterable[str]" = ()) -> None:
         self.cells = {}  # type: Dict[str, CellOutput]
         # By the id of a display: what it shows since it was updated, and those that do not show that yet.
-        self._displays = {}  # type: Dict[str, Tuple[Json, List[PrintedOutput]]]
+        self._displays = {}  # type: Dict[str, Tuple[Json, List[Entry]]]
         for line in lines:
             self.take(facts_in(line))
 
-    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
-        """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
+    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Entry]":
+        """Take a line; return it, and what it belongs to: nothing for one that makes no sense, which is passed over."""
         entry = entry_in(facts)
-        if isinstance(entry, Gap):
+        if entry.kind == "gap":
             name = entry.id or "gap %d" % len(self.cells)
             cell = self.cells.setdefault(name, CellOutput(gap=None if entry.id else entry))
             if not cell.gap:
                 content = {"name": "stderr", "text": "[%s]\n" % entry.why, "is_gap": True}
-                cell.outputs.append(PrintedOutput(id=entry.id, type="stream", content=content))
+                cell.outputs.append(Entry(kind="printed", id=entry.id, type="stream", content=content))
             return cell, entry
-        identity = str(getattr(entry, "id", ""))
-        if not identity or (isinstance(entry, FinishedCell) and identity not in self.cells):
-            return None, None
-        cell = self.cells.setdefault(identity, CellOutput())
-        if isinstance(entry, BegunCell):
+        if not entry.id or (entry.kind == "finished" and entry.id not in self.cells):
+            return None, entry
+        cell = self.cells.setdefault(entry.id, CellOutput())
+        if entry.kind == "begun":
             cell.begun = entry
-        elif isinstance(entry, FinishedCell):
+        elif entry.kind == "finished":
             cell.finished = entry
             if cell.begun and entry.count is not None:
                 cell.begun.count = entry.count
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             cell.take(entry)
             display = fact(fact(entry.content, "transient", {}), "display_id", "")
             shown, older = self._displays.setdefault(display, ({}, [])) if display else ({}, [])
@@ -6870,12 +6844,12 @@ class JournalReader:
         is_again = False
         for line in [*old, *self._new.lines()]:  # at once: what is half read may become the older one
             if line.endswith('"kind": "half"}'):
-                half = Half.read(facts_in(line))
-                is_again = half.at <= self.at  # what begins there once more is for those who have missed it
+                half = facts_in(line)
+                at = fact(half, "at", 0)
+                is_again = at <= self.at  # what begins there once more is for those who have missed it
                 if not is_again:
-                    gap = Gap(id=half.cell, time=time.time(), why=IS_CUT)
-                    found.append((half.at, line_of(gap).decode()))
-                self.at = half.at
+                    found.append((at, gap_line(fact(half, "cell", ""), IS_CUT).decode()))
+                self.at = at
             elif not (is_again and line.endswith('"kind": "begun"}')):
                 found.append((self.at, line))
                 is_again = False
@@ -7159,22 +7133,22 @@ def moment(seconds: float) -> str:
     return time.strftime(form, then)
 
 
-def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
+def tell_entry(entry: Entry, cell: CellOutput, messages: Messages) -> None:
     """Print a line of the journal for the program that reads us (--json)."""
-    if isinstance(entry, BegunCell):
+    if entry.kind == "begun":
         facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
         messages.event("input", time=entry.time, **facts)
-    elif isinstance(entry, PrintedOutput):
+    elif entry.kind == "printed":
         messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
-    elif isinstance(entry, FinishedCell):
+    elif entry.kind == "finished":
         seconds = entry.time - cell.begun.time if cell.begun else None
         facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
         messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
-    elif isinstance(entry, Gap):
+    elif entry.kind == "gap":
         messages.event("gap", why=entry.why, time=entry.time)
 
 
-def write_display(output: PrintedOutput, name: str) -> Dict[str, str]:
+def write_display(output: Entry, name: str) -> Dict[str, str]:
     """Write what is no text of an output into new files, with what their kind is called behind; return them by that."""
     import base64
     import mimetypes
@@ -7212,7 +7186,7 @@ class ShownCells:
         if message.entry:
             self.lines = message.at + 1
             cell, entry = self._executions.take(message.entry)
-            if self._is_live and cell and entry:
+            if self._is_live and cell:
                 self._show_live(cell, entry)
         elif not self._is_live:
             cells = list(self._executions.cells.values())
@@ -7223,7 +7197,7 @@ class ShownCells:
 
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
-            for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
+            for entry in filter(None, (cell.begun, *cell.outputs, cell.finished, cell.gap)):
                 tell_entry(entry, cell, self.messages)
             return
         title = "[%s]" % cell.gap.why if cell.gap else head_of(cell.begun.count if cell.begun else None)
@@ -7242,15 +7216,15 @@ class ShownCells:
     def _show_live(self, cell: CellOutput, entry: Entry) -> None:
         if self.messages.as_json:
             tell_entry(entry, cell, self.messages)
-        elif isinstance(entry, BegunCell):
+        elif entry.kind == "begun":
             self._screen.end_line()
             self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time - self.agent.ahead_s)))
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             self._screen.write(text_of(entry))
-        elif isinstance(entry, FinishedCell) and cell.begun:
+        elif entry.kind == "finished" and cell.begun:
             self._screen.end_line()
             self.messages.note(ending_of(cell.begun.count, entry.is_done, entry.time - cell.begun.time) + ".")
-        elif isinstance(entry, Gap):
+        elif entry.kind == "gap":
             self.messages.line("[%s]" % entry.why)
 
 
@@ -7924,7 +7898,7 @@ class Run:
         """Write down what is going to be executed."""
         write_whole(result_of(self.directory), self.text())
         for remark in self.remarks:
-            self._journal.tell(Remark(text=remark))
+            self._journal.tell("remark", text=remark)
         self.keep_state()
 
     def before_cell(self, index: int, engine: "Any") -> None:
@@ -7936,7 +7910,7 @@ class Run:
             self.keep_state(cell=self.numbers[index])
             place = {"index": index, "cell": self.numbers[index], "cells": self.state.count}
             code = self.notebook.cells[index].source
-            self._journal.tell(BegunCell(id=str(index), time=time.time(), code=code, **place))
+            self._journal.tell("begun", id=str(index), time=time.time(), code=code, **place)
         if left_s <= 0:
             raise TimeIsUp()
         left_s = min(left_s, self.request.cell_timeout_s or left_s)
@@ -7945,13 +7919,13 @@ class Run:
     def take_output(self, index: int, message: "Json") -> None:
         """Called for each message: write down what a cell printed."""
         if message["msg_type"] in OUTPUT_TYPES:
-            self._journal.tell(PrintedOutput(id=str(index), type=message["msg_type"], content=message["content"]))
+            self._journal.tell("printed", id=str(index), type=message["msg_type"], content=message["content"])
 
     def after_cell(self, index: int, is_done: bool) -> None:
         """Called after each cell, however it ended."""
         if index in self.numbers:
             count = self.notebook.cells[index].execution_count
-            self._journal.tell(FinishedCell(id=str(index), time=time.time(), is_done=is_done, count=count))
+            self._journal.tell("finished", id=str(index), time=time.time(), is_done=is_done, count=count)
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
@@ -8460,7 +8434,7 @@ class Execution:
         self._rest = b""
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
-        self._begun: Dict[str, BegunCell] = {}
+        self._begun: Dict[str, Entry] = {}
 
     def follow(self, handlers: Dict[str, Handler]) -> None:
         """Follow the run to its end, and write its result.
@@ -8492,16 +8466,16 @@ class Execution:
             self._take(entry_in(facts_in(line.decode("utf-8", "replace"))), show)
         self._screen.show()
 
-    def _take(self, entry: Optional[Entry], show: Show) -> None:
-        if isinstance(entry, BegunCell):
+    def _take(self, entry: Entry, show: Show) -> None:
+        if entry.kind == "begun":
             self._begun[entry.id] = entry
             show("cell %d/%d" % (entry.cell, entry.cells))
-        elif isinstance(entry, PrintedOutput) and entry.type == "error":  # the rest of it is said at the end
+        elif entry.kind == "printed" and entry.type == "error":  # the rest of it is said at the end
             marked = re.findall(r"(?m)^-+> *(\d+) (.*)", re.sub(COLOURS, "", text_of(entry)))
             self._failed_at = "\nline %s: %s" % marked[0] if marked else ""
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             self._screen.write(text_of(entry) if entry.type == "stream" else "")
-        elif isinstance(entry, FinishedCell) and entry.id in self._begun:
+        elif entry.kind == "finished" and entry.id in self._begun:
             self._screen.end_line()
             begun = self._begun.pop(entry.id)
             seconds = max(0.0, entry.time - begun.time)
@@ -8511,9 +8485,9 @@ class Execution:
             is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
             if entry.is_done and not is_silent:
                 self.messages.note("Cell %d/%d done (%.1f s)." % (begun.cell, begun.cells, seconds))
-        elif isinstance(entry, Remark):
+        elif entry.kind == "remark":
             self.messages.note(entry.text)
-        elif isinstance(entry, Gap):
+        elif entry.kind == "gap":
             self.messages.warn("%s: %s" % (self.name, entry.why))
         else:
             self._bad_lines += 1
@@ -9011,9 +8985,9 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
         for at, line in journal.placed():
             facts = facts_in(line)
             found, entry = executions.take(facts)
-            if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+            if found and entry.kind == "begun" and entry.asked_by == request.errand:
                 cell = found
-            is_ours = (found is cell and cell.begun) or (isinstance(entry, Gap) and (cell.begun or request.line))
+            is_ours = (found is cell and cell.begun) or (entry.kind == "gap" and (cell.begun or request.line))
             if is_ours and at >= request.line:
                 channel.tell("recorded", entry=facts, at=at)
             if cell.finished:
@@ -11080,16 +11054,16 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         nonlocal lines
         lines = message.at + 1
         cell, entry = executions.take(message.entry)
-        if args.json and cell and entry:
+        if args.json and cell:
             tell_entry(entry, cell, messages)
         written = {}
-        if args.save_images and cell and cell.begun and isinstance(entry, PrintedOutput):
+        if args.save_images and cell and cell.begun and entry.kind == "printed":
             written = write_display(entry, os.path.join(args.save_images, "cell-%s" % cell.begun.count))
         for kind, path in written.items():
             messages.result("[%s: %s]" % (kind, path), "image", type=kind, path=path)
-        if isinstance(entry, Gap) and not args.json:
+        if entry.kind == "gap" and not args.json:
             messages.warn("[%s]" % entry.why)
-        elif isinstance(entry, PrintedOutput) and not written and not args.json:
+        elif entry.kind == "printed" and not written and not args.json:
             text = re.sub(COLOURS + "|.\b", "", text_of(entry).replace("\r", "\n"))
             if entry.type == "error" or entry.content.get("name") == "stderr":
                 messages.warn(text, end="")

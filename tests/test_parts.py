@@ -405,7 +405,7 @@ def test_what_was_announced_once_goes_on_whoever_leaves(tmp_path: Path) -> None:
 
 def told(journal: rjupyter.Journal, *numbers: int) -> None:
     for number in numbers:
-        journal.tell(rjupyter.Remark(text="%03d" % number))
+        journal.tell("remark", text="%03d" % number)
 
 
 def read(reader: rjupyter.JournalReader) -> List[str]:
@@ -419,7 +419,7 @@ def test_a_journal_tells_what_its_reader_has_missed(tmp_path: Path) -> None:
     path = str(tmp_path / "a.journal")
     journal = rjupyter.Journal(path, most=400)  # a few lines
     often, seldom = rjupyter.JournalReader(path), rjupyter.JournalReader(path)
-    journal.head = rjupyter.BegunCell(id="1", time=1.0)
+    journal.head = rjupyter.Entry(kind="begun", id="1", time=1.0)
     numbers = ["%03d" % number for number in range(40)]
     found: List[str] = []
     for number in range(40):
