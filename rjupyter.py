@@ -429,45 +429,30 @@ def plain(value: "Any") -> "Any":
 # -- names of Jupyter's -----------------------------------------------------------------------------------------------
 
 
-class App(Record):
-    """A front end of Jupyter, or what executes without one: what starts it, what tells it, and its pages.
+class App(NamedTuple):
+    """A front end of Jupyter, or what executes without one: what starts it, its pages, and what tells it.
 
-    In these, %s stands for a file's quoted name.
+    The pages are that of a directory, a notebook and another file, whose quoted name takes the place of %s.
     """
 
     title: str
     command: str
     module: str
-    page: str = ""
-    notebook_page: str = ""
-    file_page: str = ""
+    pages: "Tuple[str, ...]" = ()
     signs: "List[str]" = []  # words in the command line of a server that is not ours
 
 
 # Those that come first are looked for first where none is asked for.
 APPS = {
-    "notebook": App(
-        title="Jupyter Notebook",
-        command="jupyter-notebook",
-        module="notebook",
-        page="tree",
-        notebook_page="notebooks/%s",
-        file_page="edit/%s",
-    ),
+    "notebook": App("Jupyter Notebook", "jupyter-notebook", "notebook", ("tree", "notebooks/%s", "edit/%s")),
     "lab": App(
-        title="JupyterLab",
-        command="jupyter-lab",
-        module="jupyterlab",
-        page="lab",
-        notebook_page="lab/tree/%s",
-        file_page="lab/tree/%s",
-        signs=["jupyter-lab", "jupyterlab"],
+        "JupyterLab", "jupyter-lab", "jupyterlab", ("lab", "lab/tree/%s", "lab/tree/%s"), ["jupyter-lab", "jupyterlab"]
     ),
 }
 
 
 # What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
-PROGRAMS = dict(APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient"))
+PROGRAMS = dict(APPS, nbclient=App("nbclient", "jupyter-execute", "nbclient"))
 
 
 class RuntimeInfo(Record):
@@ -840,10 +825,9 @@ class Server(RuntimeInfo):
         """Return the address of its page in a browser here, made from checked parts."""
         from urllib.parse import quote
 
-        app = APPS[self.app]
-        page = app.page
+        page, notebook_page, file_page = APPS[self.app].pages
         if self.file:
-            page = app.notebook_page if self.file.endswith(".ipynb") else app.file_page
+            page = notebook_page if self.file.endswith(".ipynb") else file_page
             page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
         query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
         scheme = "https" if self.is_secure else "http"
@@ -935,17 +919,6 @@ class WrapperView(Record):
     age_s: float
 
 
-class ListReply(Record):
-    """What there is of the user's on the host."""
-
-    wrappers: "List[WrapperView]" = []
-    servers: "List[ServerView]" = []
-    runs: "List[RunView]" = []
-    jobs: "List[JobView]" = []
-    kernels: "List[KernelState]" = []
-    missing: str = ""  # what is not known of them
-
-
 class KernelState(Record):
     """A kernel that lives, as `list --kernels` shows it; memory in bytes, that of all its processes."""
 
@@ -966,16 +939,6 @@ class KernelState(Record):
         return "%s (%s)" % (self.notebook or "no notebook", self.id[:8])
 
 
-class KernelReply(Record):
-    """The kernel that was asked for something, and how it stands or what became of it; its last cell, where known."""
-
-    kernel: "KernelState"
-    state: str = ""
-    count: "Optional[int]" = None
-    seconds: "Optional[float]" = None
-    is_done: "Optional[bool]" = None
-
-
 class EndReply(Record):
     """Whether a thing still runs and answers, on this node or elsewhere; or why it ended, and the end of its log."""
 
@@ -985,14 +948,6 @@ class EndReply(Record):
     node: str = ""
     reason: str = ""
     log: str = ""
-
-
-class StopReply(Record):
-    """How many were ended; or, where the client is to ask first, what would be lost."""
-
-    count: int = 0
-    busy: "List[ServerView]" = []
-    runs: "List[RunView]" = []
 
 
 class StartReply(Record):
@@ -1020,15 +975,6 @@ class Said(Record):
         return self.reply
 
 
-class Jupyter(Record):
-    """The Jupyter that an open would run."""
-
-    app: str
-    version: str
-    command: str
-    where: str
-
-
 class ExamineReply(Record):
     """What `doctor` asks of the host; what cannot be told is left out."""
 
@@ -1037,7 +983,7 @@ class ExamineReply(Record):
     state: str = ""
     free_bytes: int = 0
     state_trouble: "Optional[Failure]" = None
-    jupyter: "Optional[Jupyter]" = None
+    jupyter: str = ""  # the one that an open would run
     jupyter_trouble: "Optional[Failure]" = None
     tried: "List[str]" = []
     sshd_port: int = 22
@@ -4823,7 +4769,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
 # -- list and logs ----------------------------------------------------------------------------------------------------
 
 
-def list_all(request: Request, channel: Channel) -> ListReply:
+def list_all(request: Request, channel: Channel) -> "Json":
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     within = resolve_path(request.path)[0] if request.path is not None else ""
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
@@ -4848,7 +4794,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
         for kind in KINDS.values()
         if kind.name != "server"
     }
-    return ListReply(servers=views, **others)
+    return dict(others, servers=views)
 
 
 def is_below(record: Kept, directory: str) -> bool:
@@ -4893,7 +4839,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
 # -- stop -------------------------------------------------------------------------------------------------------------
 
 
-def stop_all(request: Request, channel: Channel) -> StopReply:
+def stop_all(request: Request, channel: Channel) -> "Json":
     """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
     What is no id is the name of something else (ENDING).
@@ -4910,7 +4856,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
-        return StopReply(busy=busy, runs=runs)
+        return {"count": 0, "busy": busy, "runs": runs}
     for name in names:
         for end in ENDING:
             end(request.but(name=name), channel)
@@ -4931,7 +4877,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
     if failures:
         raise failures[0]
-    return StopReply(count=len(found) + len(names))
+    return {"count": len(found) + len(names), "busy": [], "runs": []}
 
 
 def what_to_stop(request: Request) -> "List[Any]":
@@ -4996,8 +4942,8 @@ def examine_host(request: Request, channel: Channel) -> ExamineReply:
         facts.state_trouble = failure
     try:
         found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
-        command = portable(found.argv[0])
-        facts.jupyter = Jupyter(app=found.app, version=version_of(found), command=command, where=found.where)
+        told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
+        facts.jupyter = "%s %s: %s (%s)" % told
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
             facts.jupyter_trouble = failure
@@ -8810,7 +8756,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     raise Failure(what, "there is: " + there if there else "", "one of these names" if there else "")
 
 
-def list_kernels(request: Request, channel: Channel) -> ListReply:
+def list_kernels(request: Request, channel: Channel) -> "Json":
     """Describe each kernel, with what it holds of the memory and where it listens."""
     found = []  # type: List[Optional[Dict[int, int]]]
     asking = threading.Thread(target=lambda: found.append(gpu_memory()), daemon=True)
@@ -8834,7 +8780,7 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         own |= {"%s-%s" % (connection.get("ip"), port) for port in own}  # on sockets, it is a part of their names
         kernel.ports = ports_of(pids, own, listening)
     missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
-    return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
+    return {"kernels": [kernel for _, kernel in kernels], "missing": missing}
 
 
 def all_processes() -> "Dict[int, Tuple[int, int, str]]":
@@ -8907,7 +8853,7 @@ def end_kernel(request: Request, channel: Channel) -> None:
     channel.tell("stopped", what="kernel", name=kernel.title, **facts)
 
 
-def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
+def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     """Wait until a kernel is idle, or has died, or the time is up; say how its last cell ended."""
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
@@ -8921,11 +8867,11 @@ def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
-    reply = KernelReply(kernel=kernel, state=state)
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
-    if last and last.begun and last.finished:
-        reply.count, reply.is_done = last.begun.count, last.finished.is_done
-        reply.seconds = last.finished.time - last.begun.time
+    reply = {"kernel": kernel, "state": state, "count": None, "seconds": None, "is_done": None}
+    if last:
+        seconds = last.finished.time - last.begun.time
+        reply.update(count=last.begun.count, seconds=seconds, is_done=last.finished.is_done)
     return reply
 
 
@@ -8958,7 +8904,7 @@ def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]
 # -- eval -------------------------------------------------------------------------------------------------------------
 
 
-def eval_code(request: Request, channel: Channel) -> KernelReply:
+def eval_code(request: Request, channel: Channel) -> "Json":
     """Let a kernel execute code, once, however often we are asked; send what it printed after a line, to its end.
 
     The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
@@ -8998,7 +8944,7 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
         return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
-    return KernelReply(kernel=kernel, state=state or ("busy" if cell.begun else "queued"))
+    return {"kernel": kernel, "state": state or ("busy" if cell.begun else "queued")}
 
 
 def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
@@ -9025,7 +8971,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     return record, kernel
 
 
-def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
+def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
@@ -9051,7 +8997,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
         try_ = "rjupyter HOST stop %s   (ends the kernel)" % kernel.id[:8]
         raise Failure("the kernel was not interrupted", why, try_)
-    return KernelReply(kernel=kernel, state=state)
+    return {"kernel": kernel, "state": state}
 
 
 REQUESTS["eval_code"] = eval_code
@@ -9697,7 +9643,7 @@ class Queue:
                 stop = self.hint("stop", self.state.id)
                 self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
-                self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
+                self.agent.ask(Request(action="stop", ids=[self.state.id]), Record, "Cancelling")
             raise
 
 
@@ -10779,7 +10725,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             messages.end_line()
         if is_ended:
             identity = tunnel.server.id if tunnel else agent.launching
-            agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
+            agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
@@ -10934,12 +10880,14 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     views: Dict[str, List[Any]]
     ended: List[RunView] = []
     if args.kernels:
-        reply = agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers")
+        kernels = reply_of(kernels="List[KernelState]", missing="str")
+        reply = agent.ask(request_of(args, "list_kernels"), kernels, "Asking the servers")
         views = {"kernel": reply.kernels}
         if reply.missing:
             messages.note(reply.missing)
     else:
-        reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
+        kinds = {"jobs": "List[JobView]", "servers": "List[ServerView]", "wrappers": "List[WrapperView]"}
+        reply = agent.ask(request_of(args, "list"), reply_of(runs="List[RunView]", **kinds), "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
         ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
         views["run"] = [run for run in reply.runs if run not in ended]
@@ -11016,7 +10964,9 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     request = request_of(args, "wait_for_kernel")
     agent.ssh.connect()
-    reply = agent.ask_on(within(args.timeout_s, lambda: request), KernelReply, "Waiting for the kernel")
+    last = {"count": "Optional[int]", "seconds": "Optional[float]", "is_done": "Optional[bool]"}  # its last cell
+    kind = reply_of(kernel="KernelState", state="str", **last)
+    reply = agent.ask_on(within(args.timeout_s, lambda: request), kind, "Waiting for the kernel")
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
@@ -11030,9 +10980,10 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
 
 def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
+    became = reply_of(kernel="KernelState", state="str")
     if args.interrupt:
         agent.ssh.connect()
-        reply = agent.ask(request_of(args, "interrupt_kernel"), KernelReply)
+        reply = agent.ask(request_of(args, "interrupt_kernel"), became)
         if reply.state == "dead":
             raise Failure("the kernel died", "of the interrupt", args.again("list", "--kernels"), EXIT_SERVER_ENDED)
         text = "Nothing to interrupt: %s is idle." if reply.state == "idle" else "Interrupted the kernel of %s."
@@ -11080,7 +11031,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     with agent.leaving(goes_on):
         agent.ssh.connect()
         asking = within(args.timeout_s, lambda: request.but(line=lines))
-        reply = agent.ask_on(asking, KernelReply, "", {"recorded": take})
+        reply = agent.ask_on(asking, became, "", {"recorded": take})
     if reply.state in ("busy", "queued"):
         raise Failure("it is not done after " + duration(args.timeout_s), goes_on(), "", EXIT_TIMEOUT)
     if reply.state == "dead":
@@ -11140,7 +11091,8 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
     request = request_of(args, "stop", app=args.typed.get("app", ""))
-    reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
+    kind = reply_of(count="int", busy="List[ServerView]", runs="List[RunView]")
+    reply = agent.ask(request.but(asks=not args.yes), kind, "Stopping")
     if reply.busy or reply.runs:
         words = ["%d of %d kernels are busy in %s (%s)." % (s.busy, s.kernels, s.root_dir, s.id) for s in reply.busy]
         words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
@@ -11153,7 +11105,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
         if not says_yes("Stop it anyway? [y/N] "):
             messages.note("Nothing was stopped.")
             return EXIT_FAILURE
-        reply = agent.ask(request, StopReply, "Stopping")
+        reply = agent.ask(request, kind, "Stopping")
     if not reply.count:
         messages.note("No server of yours runs there.")
     return EXIT_OK
@@ -11441,10 +11393,9 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
             inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
             found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
-            found, trouble = None, failure
+            found, trouble = "", failure
     if found:
-        title = "%s %s" % (APPS[found.app].title if found.app in APPS else "?", found.version)
-        yield "jupyter", "%s: %s (%s)" % (title, found.command, found.where), ""
+        yield "jupyter", found, ""
     elif trouble:
         yield failed("jupyter", trouble, "another one")
     elif is_inside:

@@ -58,7 +58,7 @@ EXAMINED: Dict[str, Any] = {
     "state": "/a",
     "free_bytes": 10**9,
     "other_users": 1,
-    "jupyter": {"app": "lab", "version": "4", "command": "/a/jupyter-lab", "where": "PATH"},
+    "jupyter": "JupyterLab 4: /a/jupyter-lab (PATH)",
     "tried": ["/a"],
     "state_trouble": TROUBLE,
 }
@@ -75,10 +75,10 @@ KERNEL: Dict[str, Any] = {
 }
 REPLIES: Dict[str, Dict[str, Any]] = {
     "open": OPEN,
-    "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB]},
+    "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB], "wrappers": []},
     "logs": {"id": "07af"},
     "save_output": {"notebook": "a.ipynb", "cells": 2},
-    "list_kernels": {"kernels": [KERNEL]},
+    "list_kernels": {"kernels": [KERNEL], "missing": ""},
     "wait_for_kernel": {"kernel": KERNEL, "state": "idle", "count": 3, "seconds": 2.5, "is_done": False},
     "eval_code": {"kernel": KERNEL, "state": "failed"},
     "interrupt_kernel": {"kernel": KERNEL, "state": "interrupted"},

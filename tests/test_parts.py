@@ -237,7 +237,7 @@ def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
     monkeypatch.setenv("HOME", str(tmp_path))
     messages = rjupyter.Messages(quiet=True)
     agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, False), messages)
-    assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).runs == []
+    assert agent.ask(rjupyter.Request(action="list"), rjupyter.reply_of(runs="List[RunView]")).runs == []
 
 
 class SlowSsh(StandInForSsh):
@@ -277,10 +277,10 @@ def test_any_byte_of_a_message_is_life_and_noise_is_none(name: str, monkeypatch:
     monkeypatch.setattr(rjupyter.AgentFile, "input_of", lambda *_: b"")
     request = rjupyter.Request(action="stop", nonce="nonce")
     if not why:
-        assert agent.ask(request, rjupyter.StopReply, silence_s=2).count == 3
+        assert agent.ask(request, rjupyter.reply_of(count="int"), silence_s=2).count == 3
         return
     with pytest.raises(rjupyter.NotConnected, match="no answer") as failed:
-        agent.ask(request, rjupyter.StopReply, silence_s=2)
+        agent.ask(request, rjupyter.Record, silence_s=2)
     assert why in failed.value.why
 
 
