@@ -181,14 +181,46 @@ class Later:
 
 
 if TYPE_CHECKING:
+    import ast
+    import asyncio
+    import base64
+    import binascii
+    import calendar
+    import configparser
+    import datetime
+    import difflib
+    import fcntl
+    import fnmatch
+    import glob
+    import hashlib
+    import hmac
+    import ipaddress
     import json
+    import keyword
+    import mimetypes
+    import pwd
     import queue
+    import select
     import shlex
+    import shutil
     import socket
+    import ssl
     import struct
     import subprocess
+    import tarfile
+    import tempfile
+    import textwrap
+    import traceback
+    import warnings
+    import webbrowser
+    import zlib
 else:
-    for later in ("json", "queue", "shlex", "socket", "struct", "subprocess"):
+    LATER = (
+        "ast asyncio base64 binascii calendar configparser datetime difflib fcntl fnmatch glob hashlib hmac ipaddress "
+        "json keyword mimetypes pwd queue select shlex shutil socket ssl struct subprocess tarfile tempfile textwrap "
+        "traceback warnings webbrowser zlib"
+    )
+    for later in LATER.split():
         globals()[later] = Later(later)
 
 Json = Dict[str, Any]
@@ -1150,8 +1182,6 @@ def http_request(
             connection.settimeout(timeout_s)
             connection.connect(address)
         if is_secure:
-            import ssl
-
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -1210,8 +1240,6 @@ def node_address(asked: str) -> str:
 
     The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
     """
-    import fcntl
-
     interfaces = {}  # the IPv4 address of each, by its name (Linux: netdevice(7))
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         for _, name in socket.if_nameindex():
@@ -1285,8 +1313,6 @@ def process_identity(pid: int) -> str:
         return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     if os.path.exists("/proc/self/stat"):
         return ""
-    import calendar
-
     # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
     argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
     state, _, start = run_command(argv, COMMAND_TIMEOUT_S)[1].strip().partition(" ")
@@ -1536,8 +1562,6 @@ class Growing:
 
 def has_lock(lock: "Any") -> bool:
     """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
-    import fcntl
-
     with contextlib.suppress(BlockingIOError, PermissionError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -2103,8 +2127,6 @@ class Child:
                 raise
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
-        import select
-
         begun = bytearray()  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
@@ -2830,8 +2852,6 @@ class LocalPort:
         uid = owner_of_tcp(("127.0.0.1", self.number), 0)
         if uid is None or uid == own_uid():
             return ""
-        import pwd
-
         with contextlib.suppress(KeyError):
             return " by " + pwd.getpwuid(uid).pw_name
         return " by the user %d" % uid
@@ -2956,8 +2976,6 @@ class Channel:
     @property
     def is_closed(self) -> bool:
         """True when nobody listens any more."""
-        import select
-
         poll = select.poll()
         poll.register(self._stream.fileno(), 0)  # for its errors, which are told in any case
         return self._has_failed or bool(poll.poll(0))
@@ -3517,8 +3535,6 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     Empty when the shell does not get that far in time: its files may wait for input, or leave. The dump is framed, for
     those files print as well. What they leave running is told that its terminal is gone.
     """
-    import tempfile
-
     nonce = os.urandom(8).hex()
     script = " && ".join(init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
@@ -3578,8 +3594,6 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
     Raises Failure when there was an --init, which must not be passed over in silence.
     """
     global of_terminal
-    import pwd
-
     if of_terminal is not None:
         return
     of_terminal = {}
@@ -3641,16 +3655,12 @@ def with_variables(request: Request, channel: Channel) -> Request:
 
 def found_in(places: "Iterable[str]", form: str) -> "List[str]":
     """Return what matches a pattern in each of these places, which may begin with ~ or have variables in them."""
-    import glob
-
     bases = [glob.escape(os.path.expanduser(os.path.expandvars(place))) for place in places]
     return [path for base in bases for path in sorted(glob.glob(os.path.join(base, form))) if os.path.isabs(path)]
 
 
 def found_program(name: str) -> str:
     """Return where a program is on this host, on PATH or in a usual place; empty where it is not."""
-    import shutil
-
     places = [os.environ.get("PATH", os.defpath)]
     places += map(os.path.expanduser, ("~/.local/bin", "~/.cargo/bin", "~/.pixi/bin"))
     places += [os.path.join(tree, place) for tree in conda_trees() for place in ("condabin", "bin")]
@@ -3664,8 +3674,6 @@ def known_to_conda() -> "List[str]":
 
 def conda_trees() -> "List[str]":
     """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
-    import shutil
-
     home = os.path.expanduser("~")
     programs = [os.environ.get("CONDA_EXE", ""), os.path.realpath(shutil.which("conda") or "/")]
     trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), *[os.path.dirname(os.path.dirname(path)) for path in programs]]
@@ -3720,9 +3728,6 @@ POETRY_SETTING = r"""(?m)^\s*(?:virtualenvs\.)?(cache-dir|path)\s*=\s*["'](.+?)[
 
 def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     """Yield the environments of the opened directory and of those above it, up to home: whose each is, and where."""
-    import base64
-    import hashlib
-
     home = os.path.realpath(os.path.expanduser("~"))
     above = [os.path.realpath(root_dir or home)]
     while above[-1].startswith(home + os.sep):
@@ -3752,8 +3757,6 @@ def activated(prefix: str) -> "Dict[str, str]":
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
     """
-    import shutil
-
     outer = os.environ.get("CONDA_PREFIX", "")
     if not os.path.isdir(os.path.join(prefix, "conda-meta")) or outer == prefix:
         is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
@@ -3911,8 +3914,6 @@ def interpreter_of(found: Launcher) -> str:
 
     Empty where there is none.
     """
-    import shutil
-
     command, *others = found.argv
     if others:
         return command  # PYTHON SCRIPT
@@ -3986,8 +3987,6 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
 
     It is ended when nobody waits for it any more: the next one who does begins it again.
     """
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         growing = Growing(output.name)
@@ -5805,8 +5804,6 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     secret = "/" + os.urandom(16).hex()
     redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
-    import warnings
-
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; browser = webbrowser.get(sys.argv[2] or None); "
     script += "sys.exit(getattr(browser, 'name', '') in sys.argv[3:] or not browser.open(sys.argv[1]))"
@@ -5833,8 +5830,6 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
 
 def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
     """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
-    import select
-
     came: "Dict[socket.socket, Any]" = {}  # and have said nothing: they keep nobody waiting
     with contextlib.suppress(OSError), listener:
         while True:
@@ -6174,9 +6169,6 @@ class Connection(Record):
 
     def signature(self, parts: "List[bytes]") -> bytes:
         """Return what signs these parts of a message (jupyter-client, "The wire protocol")."""
-        import hashlib
-        import hmac
-
         digest = getattr(hashlib, self.signature_scheme.rpartition("-")[2], hashlib.sha256)
         return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
 
@@ -6414,8 +6406,6 @@ class RecordedKernel:
 
     def take(self, frames: "List[bytes]") -> None:
         """Take one message; what is not signed by its key is not its own."""
-        import hmac
-
         at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
         parts = frames[at + 1 : at + 5]
         if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
@@ -7096,9 +7086,6 @@ def tell_entry(entry: Entry, cell: CellOutput, messages: Messages) -> None:
 
 def write_display(output: Entry, name: str) -> Dict[str, str]:
     """Write what is no text of an output into new files, with what their kind is called behind; return them by that."""
-    import base64
-    import mimetypes
-
     data: Json = fact(output.content, "data", {})
     media = "(image|audio|video)/|application/pdf$"
     written = {}
@@ -7224,8 +7211,6 @@ class RunKind(Kind):
         return place_of(record).is_running() and self.describe(record).state in GOING_ON
 
     def describe(self, record: RunRecord) -> RunView:
-        import shutil
-
         names = ("id", "pid", "node", "name", "root_dir", "job")
         facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
@@ -7344,8 +7329,6 @@ def without_old_outputs(text: str) -> str:
 
 def digest_of(text: str) -> str:
     """Return what tells a text from others."""
-    import hashlib
-
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -7360,8 +7343,6 @@ def read_notebook(path: str) -> str:
 
 def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[RunRecord]":
     """Start a run in one environment and return its record; None where that has no nbclient."""
-    import shutil
-
     python = interpreter_of(found)
     if not python:
         return None
@@ -7490,9 +7471,6 @@ class Followed:
 
 def packed(part: bytes) -> str:
     """Return bytes as they travel in a message."""
-    import binascii
-    import zlib
-
     return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
@@ -7514,8 +7492,6 @@ def files_dir() -> str:
 
 def put_files(request: Request, channel: Channel) -> Record:
     """Take a part of a tar. Whoever sends it writes the same bytes, for its name is their digest."""
-    import binascii
-
     descriptor = os.open(os.path.join(files_dir(), os.path.basename(request.files)), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.lseek(descriptor, request.offset, os.SEEK_SET)
@@ -7527,8 +7503,6 @@ def put_files(request: Request, channel: Channel) -> Record:
 
 def bring_files(request: Request, channel: Channel) -> "Json":
     """Send what a run wrote and the request's patterns match, as a tar."""
-    import types
-
     record = kept_record(KINDS["run"], request.id)
     if not record:
         raise Failure("no run of yours has this id: " + request.id)
@@ -7551,8 +7525,6 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
 
     A link is not followed, and so it is yielded where the pattern goes on behind it.
     """
-    import fnmatch
-
     if not pattern or pattern == ["**"]:
         yield base
     elif pattern[0] == "**":
@@ -7575,7 +7547,6 @@ def is_matched(name: str, patterns: "List[str]") -> bool:
 
     A name that begins with a dot is matched by one that does, and by nothing else.
     """
-    import fnmatch
 
     def is_match(parts: "List[str]", pattern: "List[str]") -> bool:
         if not pattern:
@@ -7597,8 +7568,6 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
     With `patterns`, only what they match, and no links: of one to a file, the file. Return what was not taken, each
     with the reason. Raises OSError for a file that becomes shorter meanwhile.
     """
-    import tarfile
-
     refused = []
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
         found = []
@@ -7645,8 +7614,6 @@ def unpack(
     With `patterns`, only files and directories that they match: whoever made the tar may have put anything into it.
     Raises Wrong where it is no tar.
     """
-    import tarfile
-
     written, refused = [], []
     left = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -7678,8 +7645,6 @@ def unpack(
 
 def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[str]":
     """Lay down one member of a tar below `base`; return its path where it is no directory. Raises OSError."""
-    import shutil
-
     path = os.path.join(base, member.name)
     directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
     names = member.name.replace(os.sep, "/").split("/")
@@ -7948,8 +7913,6 @@ def hidden_beside(path: str) -> str:
 
 def check_name(name: "Any") -> str:
     """Return the name of a parameter; raises ValueError where Python would not take it."""
-    import keyword
-
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError("a parameter has a name that Python takes, not %r" % name)
     return name
@@ -8016,8 +7979,6 @@ def literal(value: "Any", language: str) -> str:
 
 def unset_in(source: str, names: "List[str]") -> "List[str]":
     """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
-    import ast
-
     try:
         tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
     except (SyntaxError, ValueError, RecursionError):
@@ -8104,8 +8065,6 @@ def socket_prefix(directory: str) -> str:
 
 def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Any":
     """Return nbclient's engine for a run, with a word to the journal at each step; its kernel on sockets or ports."""
-    import asyncio
-
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
@@ -8173,8 +8132,6 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
     by the file that asked for it, because an interrupted cell looks like one that failed.
     """
-    import asyncio
-
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     try:
@@ -8210,8 +8167,6 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
             return "done", "it called sys.exit " + place
         return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
-    import traceback
-
     traceback.print_exception(type(error), error, error.__traceback__)  # the disk is full
     return "failed", "%s: %s" % (type(error).__name__, last_line)
 
@@ -8306,9 +8261,6 @@ class Along(NamedTuple):
     @classmethod
     def of(cls, source: Source, paths: List[str]) -> "Along":
         """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
-        import hashlib
-        import tempfile
-
         if source.is_on_host:
             why = "%s is on the host, where its own directory has what it needs" % source.name
             raise Failure("wrong usage", "--with goes with notebooks that are here: " + why, "", EXIT_USAGE)
@@ -8335,8 +8287,6 @@ class Along(NamedTuple):
 
     def send(self, agent: Agent) -> None:
         """Send it to the host, in parts, each of which may be sent again."""
-        import binascii
-
         for at in range(0, self.size, SENT_BYTES):
             self.stream.seek(at)
             data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
@@ -8514,8 +8464,6 @@ class Execution:
 
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
-        import tempfile
-
         base = os.path.dirname(path) or "."
         with tempfile.TemporaryFile() as stream:
 
@@ -8692,9 +8640,6 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
 
 def unpacked(message: Told) -> bytes:
     """Return the bytes of a message; raises Wrong."""
-    import binascii
-    import zlib
-
     try:
         return zlib.decompressobj().decompress(binascii.a2b_base64(message.data), PART_BYTES)
     except (zlib.error, ValueError) as error:
@@ -8828,8 +8773,6 @@ def ports_of(pids: "List[int]", own: "Set[Any]", listening: "Dict[str, Any]") ->
 
 def gpu_memory() -> "Optional[Dict[int, int]]":
     """Return how many bytes of a GPU each process holds, as nvidia-smi tells in MiB; None where it does not answer."""
-    import shutil
-
     if not shutil.which("nvidia-smi"):
         return {}
     argv = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -10109,8 +10052,6 @@ _port = _number("a port is a number", 65535)
 
 
 def _address(text: str) -> str:
-    import ipaddress
-
     return str(ipaddress.ip_address(text))
 
 
@@ -10147,8 +10088,6 @@ def _pattern(text: str) -> str:
 
 def _moment(text: str) -> float:
     """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
-    import datetime
-
     with contextlib.suppress(ValueError):
         return time.time() - _duration_s(text)
     for words in (text, "%s %s" % (datetime.date.today().isoformat(), text)):
@@ -10311,8 +10250,6 @@ def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
 
 def nearest(word: str, words: List[str]) -> str:
     """Return the word that another one resembles, or begins; empty if there is none."""
-    import difflib
-
     begun = [known for known in words if known.startswith(word) and len(word) > 3]
     return min(begun, key=len) if begun else (difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
 
@@ -10341,8 +10278,6 @@ def help_text(topic: str = "") -> str:
         return "".join("%3d  %s\n" % row for row in EXITS.items())
     if topic == "version":
         return "rjupyter %s\n" % __version__
-    import textwrap
-
     width = max(40, min(120, terminal_width()))
 
     def filled(text: str) -> str:
@@ -10582,8 +10517,6 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     """
     if not os.path.exists(path):
         return {}
-    import configparser
-
     config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
     config.optionxform = str  # type: ignore[assignment]
     try:
@@ -10616,8 +10549,6 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
 
 def matches_host(patterns: str, destination: str) -> bool:
     """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
-    import fnmatch
-
     host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
     host = host.rsplit("@", 1)[-1]
     found = [word[0] for word in patterns.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
@@ -10821,8 +10752,6 @@ def how_to_own(paths: List[str], user: str) -> str:
 
 def say_server(server: Server, request: Request, args: Args, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what the user should know about it."""
-    import ipaddress
-
     destination = agent.ssh.destination
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
@@ -10912,8 +10841,6 @@ LOGIN_EVERY_S = 0.1  # of many hosts, that few log in at once
 
 def list_hosts(args: Args, messages: Messages) -> int:
     """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
-    import subprocess
-
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked: "Dict[str, subprocess.Popen[bytes]]" = {}
@@ -11349,8 +11276,6 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
 
     Each comes as its name, what is to say, and for what failed, how to mend it.
     """
-    import webbrowser
-
     ssh = agent.ssh
 
     def failed(name: str, why: Failure, try_: str) -> Tuple[str, str, str]:
@@ -11486,8 +11411,6 @@ def candidates(words: List[str]) -> List[str]:
     if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
     elif takes and (takes.metavar in ("FILE", "KEY") or takes.key in ("along", "notebooks")):
-        import glob
-
         names = glob.glob(glob.escape(current) + "*.ipynb") if takes.key == "notebooks" else []
         return sorted(names) or ["/"]
     elif takes:
@@ -11502,8 +11425,6 @@ def candidates(words: List[str]) -> List[str]:
 
 def ssh_hosts(line: CommandLine) -> List[str]:
     """Return the names that ssh's configuration has, with those of the files that it includes (ssh_config(5))."""
-    import glob
-
     config = [typed.value for typed in line.before if typed.flag == "-F" and typed.value]
     paths = config[-1:] or [os.path.expanduser("~/.ssh/config")]
     found: List[str] = []
