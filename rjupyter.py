@@ -423,8 +423,14 @@ def checked(kind: "Any", value: "Any") -> "Any":
         return {checked("str", key): checked(inner.partition(", ")[2], item) for key, item in value.items()}
     if outer in Record.kinds:
         return value if type(value) is Record.kinds[outer] else Record.kinds[outer].read(value)
-    if outer == "Failure":
-        return value if isinstance(value, Failure) else failure_in(checked("Json", value))
+    if outer == "Failure" and isinstance(value, dict):
+        what, why, try_ = (checked("str", value.get(word)) for word in ("what", "why", "try"))
+        status = checked("int", value.get("status", EXIT_FAILURE))
+        if not 0 < status < 256:  # only a status of ours becomes one of ours
+            raise Wrong("wrong in it: status")
+        return Failure(what, why, try_, status)
+    if outer == "Failure" and isinstance(value, Failure):
+        return value
     if outer == "Json" and isinstance(value, dict):
         return dict(value)
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
@@ -433,15 +439,6 @@ def checked(kind: "Any", value: "Any") -> "Any":
     if type(value).__name__ != outer or (outer in ("int", "float") and not is_number):
         raise Wrong("no %s: %r" % (name, value))
     return value
-
-
-def failure_in(facts: "Json") -> Failure:
-    """Return a failure that has travelled; raises Wrong: only a status of ours becomes one of ours."""
-    status = checked("int", facts.get("status", EXIT_FAILURE))
-    if not 0 < status < 256:
-        raise Wrong("wrong in it: status")
-    what, why, try_ = (checked("str", facts.get(name)) for name in ("what", "why", "try"))
-    return Failure(what, why, try_, status)
 
 
 def reply_of(**fields: str) -> "Any":
@@ -910,24 +907,6 @@ class FollowReply(RunView):
     """How an execution ended, and the patterns of what is to come back of it."""
 
     brings: "List[str]" = []
-
-
-class RunEnd(Record):
-    """How one of several executions ended: as a run, or before there was one. The id is that of the run, or its job."""
-
-    id: str
-    run: "Optional[FollowReply]" = None
-    trouble: "Optional[Failure]" = None
-
-    def odd(self) -> "List[str]":
-        """Return what is missing: it ended in one way or the other."""
-        return [] if self.run or self.trouble else ["run"]
-
-    def view(self) -> FollowReply:
-        """Return how the run ended; raises the Failure that came instead."""
-        if not self.run:
-            raise self.trouble or Wrong("it has no run")
-        return self.run
 
 
 class JobView(JobState):
@@ -2306,7 +2285,13 @@ class Ssh:
     def _start_master(self) -> None:
         """Start a master in the foreground, the process that Ctrl-C ends, and wait until its control socket appears."""
         try:
-            self.way = way = Mux(self, new_control_path())
+            directory = private_runtime_dir()
+            for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
+                match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
+                if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(directory, name))
+            self.way = way = Mux(self, os.path.join(directory, "%x.ctl" % os.getpid()))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
             argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
@@ -2884,17 +2869,6 @@ def private_runtime_dir() -> str:
         except OSError as error:
             reasons.append(str(error))
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
-
-
-def new_control_path() -> str:
-    """Return the place of a control socket of ours; raises Failure where there is none."""
-    directory = private_runtime_dir()
-    for name in os.listdir(directory):  # also of runs that are gone: its name is the pid, which may be ours again
-        match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
-        if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(directory, name))
-    return os.path.join(directory, "%x.ctl" % os.getpid())
 
 
 def record_dirs() -> List[str]:
@@ -5918,15 +5892,6 @@ def tunnels() -> List[TunnelRecord]:
     return records
 
 
-def end_tunnel(record: TunnelRecord) -> None:
-    """End the process of a tunnel; raises Failure when it does not go."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(record.pid, signal.SIGTERM)
-    if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
-        why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
-        raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
-
-
 def master_of_a_tunnel(ssh: Ssh) -> str:
     """Return the control socket of a tunnel of ours that is up: no login either.
 
@@ -7178,19 +7143,9 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # -- runs on the host -------------------------------------------------------------------------------------------------
 
 
-def journal_of(directory: str) -> str:
-    """Return where a run writes down what its cells print."""
-    return os.path.join(directory, "journal")
-
-
-def result_of(directory: str) -> str:
-    """Return where a run's result is: from its begin on, and with outputs at its end."""
-    return os.path.join(directory, "result.ipynb")
-
-
-def state_file(directory: str) -> str:
-    """Return where a run writes down where it stands."""
-    return os.path.join(directory, "state.json")
+def state_of_run(directory: str) -> "Optional[RunState]":
+    """Return where a run stands, as it wrote it down."""
+    return read_record(RunState, os.path.join(directory, "state.json"))
 
 
 class RunKind(Kind):
@@ -7201,7 +7156,7 @@ class RunKind(Kind):
     record = RunRecord
 
     def log_of(self, record: RunRecord) -> Growing:
-        return PrintedText(journal_of(record.directory))
+        return PrintedText(os.path.join(record.directory, "journal"))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -7216,7 +7171,7 @@ class RunKind(Kind):
         place = place_of(record)
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
-        state = read_record(RunState, state_file(record.directory))
+        state = state_of_run(record.directory)
         view.state = (state.outcome or "running") if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
@@ -7230,7 +7185,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        view.size = size_of(journal_of(record.directory))
+        view.size = size_of(os.path.join(record.directory, "journal"))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -7366,7 +7321,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         facts.update(facts_of(process, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
     if process.poll() == CANNOT_RUN:
         shutil.rmtree(directory, ignore_errors=True)
         return None
@@ -7388,7 +7343,8 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     until(lambda: len(known()) == len(request.ids), late_s, FOLLOW_MAX_S)
     things = known()
     followed = {}  # type: Dict[str, Followed]
-    ended = []  # type: List[RunEnd]
+    ended = {}  # type: Dict[str, Record] # how each ended, by the id that was asked for
+    failed = {}  # type: Dict[str, Failure] # before there was a run
 
     def look_at(identity: str) -> bool:
         if identity not in things:
@@ -7407,7 +7363,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         found = followed[identity].look(identity, channel)
         if isinstance(found, FollowReply) and (kind.name == "run" or is_alone or not kind.goes_on(thing)):
             followed[identity].send_result(identity, channel)
-            ended.append(RunEnd(id=identity, run=found))
+            ended[identity] = found
         return bool(found == "more")
 
     def look() -> str:
@@ -7416,12 +7372,12 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
             try:
                 has_news = look_at(identity) or has_news
             except Failure as failure:
-                ended.append(RunEnd(id=identity, trouble=failure))
-        return "ended" if ended or channel.is_closed else "more" if has_news else ""
+                failed[identity] = failure
+        return "ended" if ended or failed or channel.is_closed else "more" if has_news else ""
 
     while until(look, float("inf"), FOLLOW_MAX_S) == "more":
         pass  # the pauses begin anew with each part
-    return {"ended": ended}
+    return {"ended": ended, "failed": failed}
 
 
 class Followed:
@@ -7429,7 +7385,7 @@ class Followed:
 
     def __init__(self, record: RunRecord, offset: int) -> None:
         self.record = record
-        self._journal = Growing(journal_of(record.directory), offset)
+        self._journal = Growing(os.path.join(record.directory, "journal"), offset)
         self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
     def look(self, identity: str, channel: Channel) -> "Any":
@@ -7444,8 +7400,10 @@ class Followed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         directory = self.record.directory
-        state = read_record(RunState, state_file(directory)) or RunState()
-        is_whole = state.written and state.written == size_of(journal_of(directory)) + size_of(result_of(directory))
+        state = state_of_run(directory) or RunState()
+        is_whole = state.written and state.written == size_of(os.path.join(directory, "journal")) + size_of(
+            os.path.join(directory, "result.ipynb")
+        )
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
         return FollowReply(brings=self.record.request.brings, **view.facts())
@@ -7453,13 +7411,13 @@ class Followed:
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
         directory = self.record.directory
-        result = Growing(result_of(directory))
+        result = Growing(os.path.join(directory, "result.ipynb"))
         parts = iter(result.part, b"")
-        state = read_record(RunState, state_file(directory)) or RunState()
+        state = state_of_run(directory) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            for execution in Executions(Growing(journal_of(directory)).lines()).cells.values():
+            for execution in Executions(Growing(os.path.join(directory, "journal")).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7709,7 +7667,7 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self.exit_status = None  # type: Optional[int] # of a kernel that died
-        self._journal = Journal(journal_of(directory), float("inf"))
+        self._journal = Journal(os.path.join(directory, "journal"), float("inf"))
 
     def _read_pair(self) -> "Any":
         """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
@@ -7803,11 +7761,11 @@ class Run:
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
-        write_whole(state_file(self.directory), json.dumps(self.state.facts()))
+        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
-        write_whole(result_of(self.directory), self.text())
+        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
         for remark in self.remarks:
             self._journal.tell("remark", text=remark)
         self.keep_state()
@@ -7840,7 +7798,7 @@ class Run:
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
-        path = result_of(self.directory)
+        path = os.path.join(self.directory, "result.ipynb")
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
         written = size_of(path) + size_of(self._journal.path)
@@ -8004,7 +7962,7 @@ def run_main(directory: str) -> None:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
-        write_whole(state_file(directory), json.dumps(state.facts()))
+        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -8337,8 +8295,10 @@ class Execution:
 
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
-        (end,) = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
-        view = end.view()
+        ended, failed = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
+        for failure in failed.values():
+            raise failure
+        view = ended[self.id]
         self.id = view.id
         try:
             self.write(view)
@@ -8508,8 +8468,13 @@ class Execution:
         return Failure(what, why, try_, status)
 
 
-def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler]) -> List[RunEnd]:
-    """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did."""
+def hear_runs(
+    runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler]
+) -> Tuple[Dict[str, FollowReply], Dict[str, Failure]]:
+    """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did.
+
+    What failed before there was a run has its failure instead.
+    """
 
     def request() -> Request:
         for run in runs.values():
@@ -8521,12 +8486,13 @@ def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Di
             raise Wrong("wrong in it: id")
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
-    reply = reply_of(ended="List[RunEnd]")
+    kind = reply_of(ended="Dict[str, FollowReply]", failed="Dict[str, Failure]")
     doing = doing if agent.messages.has_spinner else ""
-    ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part)).ended
-    if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
+    reply = agent.ask_on(request, kind, doing, dict(handlers, part=take_part))
+    ids = [*reply.ended, *reply.failed]
+    if not ids or not set(ids) <= set(runs) or len(set(ids)) < len(ids):
         raise Wrong("wrong in it: ended")
-    return ended
+    return reply.ended, reply.failed
 
 
 class Batch:
@@ -8600,17 +8566,18 @@ class Batch:
         by_id = {execution.id: index for index, execution in self.running.items()}
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
         runs = {execution.id: execution for execution in self.running.values()}
-        for end in hear_runs(runs, self.agent, doing, {}):
-            index = by_id[end.id]
+        ended, failed = hear_runs(runs, self.agent, doing, {})
+        for identity, view in ended.items():
+            index = by_id[identity]
             execution = self.running.pop(index)
-            if end.run:
-                execution.id = end.run.id
-                self._ended[index] = execution, end.run
-                self._try(index, execution.write, end.run)
-                if end.run.state != "done" and index not in self._failures:
-                    self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(end.run))))
-            elif end.trouble:
-                self._fail(index, end.trouble)
+            execution.id = view.id
+            self._ended[index] = execution, view
+            self._try(index, execution.write, view)
+            if view.state != "done" and index not in self._failures:
+                self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(view))))
+        for identity, failure in failed.items():
+            del self.running[by_id[identity]]
+            self._fail(by_id[identity], failure)
 
 
 def what_and_why(failure: Failure) -> str:
@@ -10512,8 +10479,9 @@ class Args(types.SimpleNamespace):
 def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
 
-    Sections are patterns as in ssh_config's Host; of several values, the first one holds. A line is read as the option
-    of its name would be, and one that is repeatable has a value a line. Raises Failure (2).
+    Sections are patterns as in ssh_config's Host: `*`, `?`, and `!` for an exception; of several values, the first one
+    holds. A line is read as the option of its name would be, and one that is repeatable has a value a line. Raises
+    Failure (2).
     """
     if not os.path.exists(path):
         return {}
@@ -10526,8 +10494,11 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
     rows = {option.name: option for option in EVERY_OPTION if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
+    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
+    host = host.rsplit("@", 1)[-1]
     for section in config.sections():
-        for name, text in config.items(section) if matches_host(section, destination) else ():
+        signs = [word[0] for word in section.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
+        for name, text in config.items(section) if signs and "!" not in signs else ():
             values: Dict[str, Any] = {}
             try:
                 if not name or name not in rows:
@@ -10545,14 +10516,6 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             value = values.get(rows[name].key, rows[name].default)
             found.setdefault(rows[name].key, (value, "[%s] %s" % (section, path)))
     return found
-
-
-def matches_host(patterns: str, destination: str) -> bool:
-    """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
-    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
-    host = host.rsplit("@", 1)[-1]
-    found = [word[0] for word in patterns.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
-    return bool(found) and "!" not in found
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -10623,21 +10586,11 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         messages.result(text, "open", BOLD, pid=server.pid, **facts)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        record = TunnelRecord(
-            created=time.time(),
-            pid=os.getpid(),
-            identity=process_identity(os.getpid()),
-            destination=args.host,
-            typed=args.line.destination,
-            ssh=args.ssh,
-            further=args.further,
-            request=request,
-            is_background=args.background,
-            base_url=server.base_url,
-            control=agent.ssh.way.control_path if agent.ssh.process else "",
-            config=agent.ssh.config_text,
-            **facts,
-        )
+        facts.update(destination=args.host, typed=args.line.destination, ssh=args.ssh, further=args.further)
+        facts.update(request=request, is_background=args.background, base_url=server.base_url)
+        facts.update(config=agent.ssh.config_text, control=agent.ssh.way.control_path if agent.ssh.process else "")
+        identity = process_identity(os.getpid())
+        record = TunnelRecord(created=time.time(), pid=os.getpid(), identity=identity, **facts)
         with written_down(record):
             if args.background:
                 messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
@@ -11051,7 +11004,11 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
             text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
             messages.note(text % (record.local_port, record.pid))
         else:
-            end_tunnel(record)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGTERM)
+            if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):  # noqa: B023
+                why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
+                raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1

@@ -90,7 +90,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
-    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": ["*.pt"]}}]},
+    "follow_runs": {"ended": {"r07af": {**RUN, "brings": ["*.pt"]}}, "failed": {}},
     "forecast_job": {"said": "soon", "is_refused": True, "limits": "main"},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
@@ -724,7 +724,7 @@ def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, 
     asks_for_all = {**RUN, "brings": ["**", ".*", ".*/**"]}
     told = {
         "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
-        "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": [{"id": "r07af", "run": asks_for_all}]}}],
+        "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": {"r07af": asks_for_all}, "failed": {}}}],
         "bring_files": [
             {"kind": "part", "file": "files", "data": data},
             {"kind": "reply", "reply": {"refused": [], "unmatched": []}},
