@@ -2871,18 +2871,6 @@ def private_runtime_dir() -> str:
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
 
 
-def record_dirs() -> List[str]:
-    """Return the directories where a tunnel of ours may be written down: cron has no XDG_RUNTIME_DIR, a login has."""
-    usual = os.environ.get("XDG_RUNTIME_DIR") or "/run/user/%d" % own_uid()
-    found = []
-    for path in (os.path.join(usual, "rjupyter"), own_tmp_dir()):
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
-                found.append(path)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # channel
 #
@@ -2978,8 +2966,6 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
         yield
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # kept
 #
@@ -2987,7 +2973,6 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 # kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is one of three classes:
 # Here, Elsewhere (another node of a shared home), or InJob, which the annex of schedulers adds to PLACES.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 class Kind:
@@ -3383,15 +3368,12 @@ def resolve_path(path: str) -> "Tuple[str, str]":
     raise Failure("no such %s on the host" % kind, why, "another PATH, or create it there first")
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # environments
 #
 # The ways to run Jupyter on the host, best first, as launchers; the last one of them is an installation of our own.
 # What was looked at goes to `tried`, in words, for the error that there is none.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 def launchers(
@@ -3987,15 +3969,12 @@ def how_to_install() -> str:
     return "on the host:\n" + "\n".join(portable(line) for line in lines)
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # servers
 #
 # A Jupyter server on the host: launched, found again, asked, shut down. What it binds and its token, Jupyter's own
 # runtime file says; that it answers, and with our token alone, is seen by asking it.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 # -- Jupyter's own files ----------------------------------------------------------------------------------------------
@@ -4599,15 +4578,12 @@ def seconds_since(moment: "Any") -> "Optional[float]":
     return None
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # host actions
 #
 # What the host can be asked: each is a function of a request and the channel, which returns the record of its reply,
 # and a row of REQUESTS.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 # -- open -------------------------------------------------------------------------------------------------------------
@@ -4940,8 +4916,6 @@ REQUESTS["describe_end"] = describe_end
 REQUESTS["examine"] = examine_host
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # agent
 #
@@ -4949,7 +4923,6 @@ REQUESTS["examine"] = examine_host
 # works, one reply. The second half is the laptop's: it sends, and each kind of message has a handler. All that the host
 # says is data from another machine; what is not a record of its kind ends the conversation with one error.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 agent_source = b""  # of this file, where it is not kept: for what is to run on the host after this agent
@@ -5876,8 +5849,15 @@ def gateway_settings(url: str, base_url: str) -> str:
 
 def tunnels() -> List[TunnelRecord]:
     """Return the records of our tunnels that are up; those of processes that are gone are removed."""
+    usual = os.environ.get("XDG_RUNTIME_DIR") or "/run/user/%d" % own_uid()  # cron has none, a login has
+    paths: List[str] = []
+    for directory in (os.path.join(usual, "rjupyter"), own_tmp_dir()):
+        with contextlib.suppress(OSError):
+            status = os.lstat(directory)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
+                paths += [os.path.join(directory, name) for name in os.listdir(directory)]
     records = []
-    for path in [os.path.join(directory, name) for directory in record_dirs() for name in os.listdir(directory)]:
+    for path in paths:
         # The latter two are being written, or a look whether one can write: kill -9 may leave them.
         match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?|\.([1-9]\d*)", os.path.basename(path))
         if not match:
@@ -5915,12 +5895,6 @@ def does_answer(record: TunnelRecord) -> bool:
     with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
     return False
-
-
-def is_leaving(record: TunnelRecord) -> bool:
-    """True when a tunnel ends within seconds, as one does whose server was stopped just now."""
-    until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)
-    return not is_same_process(record.pid, record.identity)
 
 
 class Background:
@@ -8917,8 +8891,6 @@ REQUESTS["wait_for_kernel"] = wait_for_kernel
 ENDING.append(end_kernel)
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # schedulers (an annex: the core is whole without it)
 #
@@ -8926,7 +8898,6 @@ ENDING.append(end_kernel)
 # node. The job runs the agent there, as ssh would, with the same request; it answers into a file of the shared home,
 # and stays until what it launched has ended. This room alone knows Slurm and the others.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 class Scheduler(Record):
@@ -10629,7 +10600,11 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         further = [spec for spec in args.further if spec not in record.further]
         is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
         is_same = request.same_as(record.request) or record.id == server
-        if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
+        if is_there and is_same and args.local_port in (None, record.local_port):
+            # One whose server was stopped just now ends within seconds.
+            until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)  # noqa: B023
+            if not is_same_process(record.pid, record.identity):
+                continue
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
                 add_forward(record, spec, agent.ssh)
