@@ -176,7 +176,7 @@ class Later:
 
     def __getattr__(self, name: str) -> Any:
         with signals_held():
-            module = globals()[self._name] = __import__(self._name)
+            module = globals()[self._name.partition(".")[0]] = __import__(self._name)
         return getattr(module, name)
 
 
@@ -211,6 +211,7 @@ if TYPE_CHECKING:
     import tempfile
     import textwrap
     import traceback
+    import urllib.parse
     import warnings
     import webbrowser
     import zlib
@@ -218,10 +219,10 @@ else:
     LATER = (
         "ast asyncio base64 binascii calendar configparser datetime difflib fcntl fnmatch glob hashlib hmac ipaddress "
         "json keyword mimetypes pwd queue select shlex shutil socket ssl struct subprocess tarfile tempfile textwrap "
-        "traceback warnings webbrowser zlib"
+        "traceback urllib.parse warnings webbrowser zlib"
     )
     for later in LATER.split():
-        globals()[later] = Later(later)
+        globals()[later.partition(".")[0]] = Later(later)
 
 Json = Dict[str, Any]
 R = TypeVar("R", bound="Record")
@@ -379,13 +380,7 @@ class Record:
         """Return the record that a JSON object from outside holds; raises Wrong."""
         if not isinstance(facts, dict):
             raise Wrong("it is no object")
-        facts = cls.modern(facts)
         return cls(**{name: facts[name] for name in cls.fields if name in facts})
-
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Return the facts of a foreign form under the names of this one."""
-        return facts
 
     def odd(self) -> "List[str]":
         """Return the names of the fields whose values are of the right type and still make no sense."""
@@ -512,21 +507,15 @@ class RuntimeInfo(Record):
         return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
 
     @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
-        if "is_secure" in facts:  # as we keep it
-            return facts
-        host = facts.get("hostname")
-        return {
-            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host,
-            "port": facts.get("port"),
-            "sock": facts.get("sock") or "",
-            "token": facts.get("token"),
-            "base_url": facts.get("base_url"),
-            "root_dir": facts.get("root_dir", facts.get("notebook_dir")),
-            "is_secure": facts.get("secure", False),
-            "has_password": facts.get("password", False),
-        }
+    def read(cls: "Type[R]", facts: "Any") -> "R":
+        """Take Jupyter's form, too: jpserver-PID.json, nbserver-PID.json of Notebook 6 (serverapp.py, server_info)."""
+        if isinstance(facts, dict) and "is_secure" not in facts:  # which we keep
+            host, sock = facts.get("hostname"), facts.get("sock") or ""
+            host = "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host
+            root_dir = facts.get("root_dir", facts.get("notebook_dir"))
+            is_secure, has_password = facts.get("secure", False), facts.get("password", False)
+            facts = dict(facts, host=host, sock=sock, root_dir=root_dir, is_secure=is_secure, has_password=has_password)
+        return super().read(facts)
 
 
 class Launcher(Record):
@@ -852,8 +841,7 @@ class Server(RuntimeInfo):
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
-        from urllib.parse import quote
-
+        quote = urllib.parse.quote
         page, notebook_page, file_page = APPS[self.app].pages
         if self.file:
             page = notebook_page if self.file.endswith(".ipynb") else file_page
@@ -984,23 +972,6 @@ class Said(Record):
         if self.reply is None:
             raise Wrong("there is none")
         return self.reply
-
-
-class ExamineReply(Record):
-    """What `doctor` asks of the host; what cannot be told is left out."""
-
-    shell: str
-    no_install: str = ""
-    state: str = ""
-    free_bytes: int = 0
-    state_trouble: "Optional[Failure]" = None
-    jupyter: str = ""  # the one that an open would run
-    jupyter_trouble: "Optional[Failure]" = None
-    tried: "List[str]" = []
-    sshd_port: int = 22
-    other_users: int = 0
-    foreign: "List[str]" = []
-    scheduler: str = ""
 
 
 # agent ends
@@ -4878,32 +4849,32 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
     return "it was shut down" if place_of(record).is_here and not was_killed else place_of(record).why_in_doubt()
 
 
-def examine_host(request: Request, channel: Channel) -> ExamineReply:
+def examine_host(request: Request, channel: Channel) -> "Json":
     """Say what `doctor` asks of this host; what cannot be told is left out."""
     import shutil
 
-    facts = ExamineReply(shell=os.environ.get("SHELL", ""))
-    facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
+    facts = {"shell": os.environ.get("SHELL", ""), "foreign": foreign_files()}  # type: Json
+    facts.update(state="", free_bytes=0, state_trouble=None, jupyter="", jupyter_trouble=None)
+    facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
         place = first_private(state_dirs("servers"))
-        facts.state, facts.free_bytes = portable(place), shutil.disk_usage(place).free
+        facts.update(state=portable(place), free_bytes=shutil.disk_usage(place).free)
     except Failure as failure:
-        facts.state_trouble = failure
+        facts["state_trouble"] = failure
     try:
-        found = next(launchers(request.but(may_install=False), "", channel, facts.tried))
+        found = next(launchers(request.but(may_install=False), "", channel, []))
         told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
-        facts.jupyter = "%s %s: %s (%s)" % told
+        facts["jupyter"] = "%s %s: %s (%s)" % told
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
-            facts.jupyter_trouble = failure
-    facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
+            facts["jupyter_trouble"] = failure
+    facts["sshd_port"] = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
     for process in found_in(["/proc"], "[0-9]*"):
         with contextlib.suppress(OSError):
             uids.add(os.stat(process).st_uid)
-    facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts.foreign = foreign_files()
-    facts.scheduler = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
+    facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts["scheduler"] = next(filter(None, (kind.hint() for kind in KINDS.values())), "")
     return facts
 
 
@@ -5837,12 +5808,10 @@ def gateway_settings(url: str, base_url: str) -> str:
 
     It tries again as long as we do; five times, as is usual, are half a minute. Raises Failure without a token.
     """
-    from urllib.parse import unquote
-
     address, _, token = url.partition("?token=")
     if not token:
         raise Failure("no JupyterLab here can use the server", "it takes a password, and has no token")
-    settings = {"URL": "/".join(address.split("/")[:3]) + base_url, "AUTH_TOKEN": unquote(token)}
+    settings = {"URL": "/".join(address.split("/")[:3]) + base_url, "AUTH_TOKEN": urllib.parse.unquote(token)}
     settings.update(RETRY_MAX="1000", RETRY_INTERVAL_MAX="10", VALIDATE_CERT="no")  # it is on the loopback
     return "export" + "".join(" JUPYTER_GATEWAY_%s=%s" % (name, shlex.quote(settings[name])) for name in settings)
 
@@ -6491,20 +6460,17 @@ class Journal:
         entry = Entry(kind=kind, **facts)
         line = line_of(entry.facts())
         if len(line) > self.most:
-            line = self._gap(TOO_LARGE % (len(line) >> 20))
+            line = gap_line(self.head, TOO_LARGE % (len(line) >> 20))
         try:
             if self._size + len(line) > self.most and self._size:
                 self._turn()
             if self._lost:
-                self._write(self._gap(self._lost))
+                self._write(gap_line(self.head, self._lost))
                 self._lost = ""
             self._write(line)
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
         return entry
-
-    def _gap(self, why: str) -> bytes:
-        return gap_line(self.head.id if self.head else "", why)
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
@@ -6548,9 +6514,9 @@ def line_of(facts: "Json") -> bytes:
     return (json.dumps(facts) + "\n").encode("ascii")
 
 
-def gap_line(cell: str, why: str) -> bytes:
-    """Return a line that says what is missing, of a cell that runs."""
-    return line_of(Entry(kind="gap", id=cell, time=time.time(), why=why).facts())
+def gap_line(running: "Optional[Entry]", why: str) -> bytes:
+    """Return a line that says what is missing, of the cell that runs."""
+    return line_of(Entry(kind="gap", id=running.id if running else "", time=time.time(), why=why).facts())
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
@@ -6723,7 +6689,7 @@ class JournalReader:
                 at = fact(half, "at", 0)
                 is_again = at <= self.at  # what begins there once more is for those who have missed it
                 if not is_again:
-                    found.append((at, gap_line(fact(half, "cell", ""), IS_CUT).decode()))
+                    found.append((at, gap_line(Entry(id=fact(half, "cell", "")), IS_CUT).decode()))
                 self.at = at
             elif not (is_again and line.endswith('"kind": "begun"}')):
                 found.append((self.at, line))
@@ -6824,13 +6790,11 @@ def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "T
     Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
     changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
-    from urllib.parse import quote
-
     info = server_info(record) if place_of(record).is_running() else None
     if not info or not notebook or not can_ask_server(record, info):
         why = "its server has ended, or only its own node reaches it" if notebook else "its kernel has no notebook"
         raise Failure("cannot save into a notebook", why, "output, without --save")
-    api = "api/contents/" + quote(notebook)
+    api = "api/contents/" + urllib.parse.quote(notebook)
     check_alone(info, notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
     cells = objects(before.get("content"), "cells")
@@ -6933,8 +6897,7 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
     return found
 
 
-REQUESTS["send_output"] = send_output
-REQUESTS["save_output"] = save_output
+REQUESTS.update(send_output=send_output, save_output=save_output)
 BESIDE.append(start_recorder)
 TELLING.append(away_from)
 
@@ -7446,10 +7409,7 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
 
-REQUESTS["start_run"] = start_run
-REQUESTS["follow_runs"] = follow_runs
-REQUESTS["put_files"] = put_files
-REQUESTS["bring_files"] = bring_files
+REQUESTS.update(start_run=start_run, follow_runs=follow_runs, put_files=put_files, bring_files=bring_files)
 
 
 def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
@@ -7641,7 +7601,7 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self.exit_status = None  # type: Optional[int] # of a kernel that died
-        self._journal = Journal(os.path.join(directory, "journal"), float("inf"))
+        self.journal = Journal(os.path.join(directory, "journal"), float("inf"))
 
     def _read_pair(self) -> "Any":
         """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
@@ -7741,7 +7701,7 @@ class Run:
         """Write down what is going to be executed."""
         write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
         for remark in self.remarks:
-            self._journal.tell("remark", text=remark)
+            self.journal.tell("remark", text=remark)
         self.keep_state()
 
     def before_cell(self, index: int, engine: "Any") -> None:
@@ -7753,29 +7713,18 @@ class Run:
             self.keep_state(cell=self.numbers[index])
             place = {"index": index, "cell": self.numbers[index], "cells": self.state.count}
             code = self.notebook.cells[index].source
-            self._journal.tell("begun", id=str(index), time=time.time(), code=code, **place)
+            self.journal.tell("begun", id=str(index), time=time.time(), code=code, **place)
         if left_s <= 0:
             raise TimeIsUp()
         left_s = min(left_s, self.request.cell_timeout_s or left_s)
         engine.timeout = None if left_s == float("inf") else int(left_s + 0.999)
-
-    def take_output(self, index: int, message: "Json") -> None:
-        """Called for each message: write down what a cell printed."""
-        if message["msg_type"] in OUTPUT_TYPES:
-            self._journal.tell("printed", id=str(index), type=message["msg_type"], content=message["content"])
-
-    def after_cell(self, index: int, is_done: bool) -> None:
-        """Called after each cell, however it ended."""
-        if index in self.numbers:
-            count = self.notebook.cells[index].execution_count
-            self._journal.tell("finished", id=str(index), time=time.time(), is_done=is_done, count=count)
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
         path = os.path.join(self.directory, "result.ipynb")
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
-        written = size_of(path) + size_of(self._journal.path)
+        written = size_of(path) + size_of(self.journal.path)
         self.keep_state(outcome=outcome, error=error[:1000], unwritten=unwritten, written=written)
 
     def _write_in_place(self) -> str:
@@ -8033,13 +7982,16 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
                 self.shutdown_kernel = "immediate"  # it would not hear a polite word
                 raise
             finally:
-                run.after_cell(cell_index, is_done)
+                if cell_index in run.numbers:
+                    count = run.notebook.cells[cell_index].execution_count
+                    run.journal.tell("finished", id=str(cell_index), time=time.time(), is_done=is_done, count=count)
 
         def process_message(self, msg: "Any", cell: "Any", cell_index: int) -> "Any":
             try:
                 return super().process_message(msg, cell, cell_index)
             finally:
-                run.take_output(cell_index, msg)
+                if msg["msg_type"] in OUTPUT_TYPES:
+                    run.journal.tell("printed", id=str(cell_index), type=msg["msg_type"], content=msg["content"])
 
     prefix = socket_prefix(run.directory) if is_private else ""
     config = Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if prefix else {})
@@ -8884,10 +8836,8 @@ def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     return {"kernel": kernel, "state": state}
 
 
-REQUESTS["eval_code"] = eval_code
-REQUESTS["interrupt_kernel"] = interrupt_kernel
-REQUESTS["list_kernels"] = list_kernels
-REQUESTS["wait_for_kernel"] = wait_for_kernel
+REQUESTS.update(eval_code=eval_code, interrupt_kernel=interrupt_kernel)
+REQUESTS.update(list_kernels=list_kernels, wait_for_kernel=wait_for_kernel)
 ENDING.append(end_kernel)
 
 
@@ -9901,11 +9851,11 @@ def wrapper_main(directory: str) -> None:
             mark(record, "ended")
 
 
-def examine_inside(request: Request, channel: Channel) -> ExamineReply:
+def examine_inside(request: Request, channel: Channel) -> "Json":
     """Answer what `doctor` asks, from inside a wrapper."""
     kind = KINDS["wrapper"]
     record = kind.begin(request.but(action="examine"), channel)
-    reply = ExamineReply.read(kind.await_reply(record, channel))
+    reply = kind.await_reply(record, channel)  # type: Json
     kind.end(record)
     return reply
 
@@ -9939,9 +9889,7 @@ def parse_destination(text: str) -> Tuple[str, Optional[str]]:
         name, mark, rest = text[len(scheme) :].partition("/" if scheme else ":")
         path = rest if mark and (rest or not scheme) else None
     if scheme and path:
-        from urllib.parse import unquote
-
-        path = unquote(path)
+        path = urllib.parse.unquote(path)
     user, _, address = name.rpartition("@")
     if not name or name.startswith("-") or address.startswith("-"):
         raise ValueError("no host in %r" % text)
@@ -11234,7 +11182,10 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         request = request_of(args, "examine")
         is_inside = bool(request.outside) and not request.submit
         request = request.but(python="", env="", init=[]) if is_inside else request  # they are for in there
-        facts = agent.ask(request, ExamineReply, "Looking around on the host")
+        told = dict.fromkeys(("shell", "state", "no_install", "jupyter", "scheduler"), "str")
+        told.update(dict.fromkeys(("free_bytes", "sshd_port", "other_users"), "int"), foreign="List[str]")
+        kind = reply_of(state_trouble="Optional[Failure]", jupyter_trouble="Optional[Failure]", **told)
+        facts = agent.ask(request, kind, "Looking around on the host")
     except Failure as failure:
         yield failed(step, failure, "-v, which shows more")
         return
@@ -11247,7 +11198,7 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
-            inside = agent.ask(request_of(args, "examine_inside"), ExamineReply, "Looking around inside")
+            inside = agent.ask(request_of(args, "examine_inside"), kind, "Looking around inside")
             found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
             found, trouble = "", failure

@@ -59,8 +59,12 @@ EXAMINED: Dict[str, Any] = {
     "free_bytes": 10**9,
     "other_users": 1,
     "jupyter": "JupyterLab 4: /a/jupyter-lab (PATH)",
-    "tried": ["/a"],
     "state_trouble": TROUBLE,
+    "jupyter_trouble": None,
+    "no_install": "",
+    "sshd_port": 22,
+    "foreign": ["/a"],
+    "scheduler": "",
 }
 KERNEL: Dict[str, Any] = {
     "id": "9f7bdd7c",
