@@ -10817,7 +10817,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
             messages.result("[%s: %s]" % (kind, path), "image", type=kind, path=path)
         if entry.kind == "gap" and not args.json:
             messages.warn("[%s]" % entry.why)
-        elif entry.kind == "printed" and not written and not args.json:
+        elif cell and entry.kind == "printed" and not written and not args.json:
             text = re.sub(COLOURS + "|.\b", "", text_of(entry).replace("\r", "\n"))
             if entry.type == "error" or entry.content.get("name") == "stderr":
                 messages.warn(text, end="")
