@@ -3215,7 +3215,6 @@ def gives_signs(record: Kept) -> bool:
 
 def remove_tree(directory: str) -> None:
     """Remove a directory and all that is in it: again, where another agent of ours wrote into it meanwhile."""
-    import shutil
 
     def is_gone() -> bool:
         shutil.rmtree(directory, ignore_errors=True)
@@ -3226,8 +3225,6 @@ def remove_tree(directory: str) -> None:
 
 def forget_ended(kind: Kind, running: "List[Any]") -> None:
     """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; `running` stays."""
-    import shutil
-
     stays = [record.directory for record in running]
     for path in kept_dirs(kind.directory):
         record = record_in(kind, path)
@@ -3264,8 +3261,6 @@ def start_detached(
     With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
     no more of a job than its process group: what has a session of its own would outlive the job.
     """
-    import warnings
-
     prctl = None  # type: Any
     if is_held:
         with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -4013,8 +4008,6 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
     One that is not ours is never removed: it may be another node's, on a shared home.
     """
-    import glob
-
     for path in glob.glob(os.path.join(glob.escape(directory), "*.json")):
         match = re.fullmatch(r"(jpserver|nbserver)-([0-9]{1,9})\.json", os.path.basename(path))
         if match:
@@ -4542,8 +4535,6 @@ def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
 
 def seconds_since(moment: "Any") -> "Optional[float]":
     """Return how long ago a moment was, in seconds, from the form that Jupyter's API has (ISO 8601, UTC)."""
-    import calendar
-
     with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, time.time() - calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S")))
     return None
@@ -4851,8 +4842,6 @@ def why_it_ended(record: ServerRecord, log: str) -> str:
 
 def examine_host(request: Request, channel: Channel) -> "Json":
     """Say what `doctor` asks of this host; what cannot be told is left out."""
-    import shutil
-
     facts = {"shell": os.environ.get("SHELL", ""), "foreign": foreign_files()}  # type: Json
     facts.update(state="", free_bytes=0, state_trouble=None, jupyter="", jupyter_trouble=None)
     facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
@@ -4918,8 +4907,6 @@ def perform(
     global own_state_dir
     user = str(os.getuid())
     with contextlib.suppress(ImportError, KeyError):
-        import pwd
-
         user = pwd.getpwuid(os.getuid()).pw_name
     version = "%d.%d.%d" % sys.version_info[:3]
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
@@ -4937,8 +4924,6 @@ def perform(
     except OSError as error:
         failure = Failure("the host refused", str(error))
     except Exception:
-        import traceback
-
         failure = Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc())
     channel.tell("reply", failure=failure.facts())
     return None
@@ -5165,9 +5150,6 @@ def agent_command(python: str = "") -> str:
 
 def word_of(data: bytes) -> bytes:
     """Return data as one word, compressed."""
-    import binascii
-    import zlib
-
     return binascii.b2a_base64(zlib.compress(data, 9), newline=False)
 
 
@@ -5175,8 +5157,6 @@ class AgentFile:
     """What goes to the host: this file, which is read once, for it may be replaced while we run."""
 
     def __init__(self) -> None:
-        import hashlib
-
         with open(os.path.abspath(__file__), "rb") as stream:
             self._source = stream.read()
         self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
@@ -9073,8 +9053,6 @@ class JobKind(Starter):
 
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
-        import shutil
-
         return next((command for command in SCHEDULERS if shutil.which(command)), "")
 
 
@@ -9278,8 +9256,6 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
 
     (0, "") when it does not answer.
     """
-    import zlib
-
     which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
     path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
@@ -9313,8 +9289,6 @@ def filled(word: str, facts: "Dict[str, str]") -> str:
 
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     """Run a command of the scheduler of a job, in the environment of its submission; return status, stdout, stderr."""
-    import pwd
-
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
     argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
     pattern = SCHEDULERS[record.command].variables if record.command in SCHEDULERS else "$"
@@ -9750,8 +9724,6 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
 
     Of an image in a file, apptainer.
     """
-    import shutil
-
     named = request.container.partition("://")[0]
     names = list(CONTAINERS) if named not in CONTAINERS else [named]
     if request.container.endswith(".sif"):
@@ -9761,9 +9733,6 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
 
 def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "Callable[[str], Any]") -> "List[str]":
     """Return the words of a shell that run the container, if one is asked for; note its removal, say what it lacks."""
-    import glob
-    import shutil
-
     request = record.request
     if not request.container:
         return []
