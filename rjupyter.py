@@ -348,6 +348,7 @@ class Record:
 
     kinds = {}  # type: Dict[str, Any] # every record by its name, for fields that hold others
     fields = {}  # type: Dict[str, Any]
+    usual = set()  # type: Set[str] # those whose default the class has for all of its records
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -356,6 +357,7 @@ class Record:
             # An attribute, not the class's namespace: Python 3.14 and newer make it when it is asked for (PEP 649).
             declared = getattr(base, "__annotations__", {})
             cls.fields.update({name: kind for name, kind in declared.items() if name not in cls.fields})
+        cls.usual = {name for name in cls.fields if not isinstance(getattr(cls, name, []), (list, dict))}
         Record.kinds[cls.__name__] = cls
 
     def __init__(self, **facts: "Any") -> None:
@@ -366,9 +368,8 @@ class Record:
         wrong = []
         for name, kind in self.fields.items():
             try:
-                value = facts[name] if name in facts else getattr(type(self), name)
-                if name in facts or isinstance(value, (list, dict)):  # else the class has it
-                    setattr(self, name, checked(kind, value))
+                if name in facts or name not in self.usual:
+                    setattr(self, name, checked(kind, facts[name] if name in facts else getattr(type(self), name)))
             except (AttributeError, Wrong):
                 wrong.append(name)
         wrong = wrong or self.odd()
@@ -5772,17 +5773,6 @@ def written_down(record: TunnelRecord) -> Iterator[None]:
             os.unlink(path)
 
 
-def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
-    """Add a forward to a tunnel that is up, at once; its process takes it along when it connects again."""
-    is_open, words = ssh.call(Mux(ssh, record.control).control_argv("forward", *each("-L", [spec])))
-    if not is_open:
-        is_up = os.path.exists(record.control)
-        raise Failure("cannot forward " + spec, words, "another port in -L" if is_up else "the same command again")
-    record.further = [*record.further, spec]
-    path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
-    write_whole(path, json.dumps(record.facts()))
-
-
 def gateway_settings(url: str, base_url: str) -> str:
     """Return the line of a shell that sends a JupyterLab here to a server for its kernels (Jupyter Server, "Gateway").
 
@@ -5995,8 +5985,9 @@ class Entry(Record):
 
     def facts(self) -> "Json":
         """Return what its kind has, and what else is not as usual."""
-        has, usual = ENTRIES.get(self.kind, set()), type(self)
-        return {n: value for n, value in super().facts().items() if n in has or value != getattr(usual, n)}
+        has = ENTRIES.get(self.kind, set())
+        rows = [(name, getattr(self, name), getattr(type(self), name)) for name in self.fields]
+        return {name: value for name, value, usual in rows if name in has or value != usual}
 
 
 # Besides, "half": the later half of a journal begins, `at` so many bytes; the `cell` that runs begins there once more.
@@ -10524,7 +10515,14 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
                 continue
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
-                add_forward(record, spec, agent.ssh)
+                control = Mux(agent.ssh, record.control).control_argv("forward", *each("-L", [spec]))
+                is_open, words = agent.ssh.call(control)
+                if not is_open:
+                    try_ = "another port in -L" if os.path.exists(record.control) else "the same command again"
+                    raise Failure("cannot forward " + spec, words, try_)
+                record.further = [*record.further, spec]  # its process takes it along when it connects again
+                path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
+                write_whole(path, json.dumps(record.facts()))
                 address, port, target = spec.split(":", 2)
                 text = "Forwarding %s:%s to %s on %s." % (address, port, target, args.host)
                 messages.step(text, "forwarding", local_port=int(port))
