@@ -4544,8 +4544,8 @@ def seconds_since(moment: "Any") -> "Optional[float]":
 # ---------------------------------------------------------------------------------------------------------------------
 # host actions
 #
-# What the host can be asked: each is a function of a request and the channel, which returns the record of its reply,
-# and a row of REQUESTS.
+# What the host can be asked: each is a function of a request and the channel, which returns its reply, and a row of
+# REQUESTS.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -7309,9 +7309,8 @@ class Followed:
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         directory = self.record.directory
         state = state_of_run(directory) or RunState()
-        is_whole = state.written and state.written == size_of(os.path.join(directory, "journal")) + size_of(
-            os.path.join(directory, "result.ipynb")
-        )
+        size = size_of(os.path.join(directory, "journal")) + size_of(os.path.join(directory, "result.ipynb"))
+        is_whole = state.written and state.written == size
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
         return FollowReply(brings=self.record.request.brings, **view.facts())
