@@ -5970,13 +5970,13 @@ class Entry(Record):
     index: int = -1
     cell: int = 0
     cells: int = 0
-    type: str = ""
+    type: str = ""  # of what was printed
     content: "Json" = {}
     is_done: bool = False
     connections: int = -1  # how many pages the kernel had at the end; negative where nobody could tell
     has_died: bool = False  # its kernel, before it ended by itself
-    why: str = ""
-    text: str = ""
+    why: str = ""  # something is missing
+    text: str = ""  # a remark
     kind: str = ""  # of one that makes no sense, none
 
     def odd(self) -> "List[str]":
