@@ -176,20 +176,53 @@ class Later:
 
     def __getattr__(self, name: str) -> Any:
         with signals_held():
-            module = globals()[self._name] = __import__(self._name)
+            module = globals()[self._name.partition(".")[0]] = __import__(self._name)
         return getattr(module, name)
 
 
 if TYPE_CHECKING:
+    import ast
+    import asyncio
+    import base64
+    import binascii
+    import calendar
+    import configparser
+    import datetime
+    import difflib
+    import fcntl
+    import fnmatch
+    import glob
+    import hashlib
+    import hmac
+    import ipaddress
     import json
+    import keyword
+    import mimetypes
+    import pwd
     import queue
+    import select
     import shlex
+    import shutil
     import socket
+    import ssl
     import struct
     import subprocess
+    import tarfile
+    import tempfile
+    import textwrap
+    import traceback
+    import urllib.parse
+    import warnings
+    import webbrowser
+    import zlib
 else:
-    for later in ("json", "queue", "shlex", "socket", "struct", "subprocess"):
-        globals()[later] = Later(later)
+    LATER = (
+        "ast asyncio base64 binascii calendar configparser datetime difflib fcntl fnmatch glob hashlib hmac ipaddress "
+        "json keyword mimetypes pwd queue select shlex shutil socket ssl struct subprocess tarfile tempfile textwrap "
+        "traceback urllib.parse warnings webbrowser zlib"
+    )
+    for later in LATER.split():
+        globals()[later.partition(".")[0]] = Later(later)
 
 Json = Dict[str, Any]
 R = TypeVar("R", bound="Record")
@@ -315,6 +348,7 @@ class Record:
 
     kinds = {}  # type: Dict[str, Any] # every record by its name, for fields that hold others
     fields = {}  # type: Dict[str, Any]
+    usual = set()  # type: Set[str] # those whose default the class has for all of its records
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -323,6 +357,7 @@ class Record:
             # An attribute, not the class's namespace: Python 3.14 and newer make it when it is asked for (PEP 649).
             declared = getattr(base, "__annotations__", {})
             cls.fields.update({name: kind for name, kind in declared.items() if name not in cls.fields})
+        cls.usual = {name for name in cls.fields if not isinstance(getattr(cls, name, []), (list, dict))}
         Record.kinds[cls.__name__] = cls
 
     def __init__(self, **facts: "Any") -> None:
@@ -333,7 +368,8 @@ class Record:
         wrong = []
         for name, kind in self.fields.items():
             try:
-                setattr(self, name, checked(kind, facts[name] if name in facts else getattr(type(self), name)))
+                if name in facts or name not in self.usual:
+                    setattr(self, name, checked(kind, facts[name] if name in facts else getattr(type(self), name)))
             except (AttributeError, Wrong):
                 wrong.append(name)
         wrong = wrong or self.odd()
@@ -345,13 +381,7 @@ class Record:
         """Return the record that a JSON object from outside holds; raises Wrong."""
         if not isinstance(facts, dict):
             raise Wrong("it is no object")
-        facts = cls.modern(facts)
         return cls(**{name: facts[name] for name in cls.fields if name in facts})
-
-    @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Return the facts of a foreign form under the names of this one."""
-        return facts
 
     def odd(self) -> "List[str]":
         """Return the names of the fields whose values are of the right type and still make no sense."""
@@ -389,8 +419,14 @@ def checked(kind: "Any", value: "Any") -> "Any":
         return {checked("str", key): checked(inner.partition(", ")[2], item) for key, item in value.items()}
     if outer in Record.kinds:
         return value if type(value) is Record.kinds[outer] else Record.kinds[outer].read(value)
-    if outer == "Failure":
-        return value if isinstance(value, Failure) else failure_in(checked("Json", value))
+    if outer == "Failure" and isinstance(value, dict):
+        what, why, try_ = (checked("str", value.get(word)) for word in ("what", "why", "try"))
+        status = checked("int", value.get("status", EXIT_FAILURE))
+        if not 0 < status < 256:  # only a status of ours becomes one of ours
+            raise Wrong("wrong in it: status")
+        return Failure(what, why, try_, status)
+    if outer == "Failure" and isinstance(value, Failure):
+        return value
     if outer == "Json" and isinstance(value, dict):
         return dict(value)
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
@@ -399,15 +435,6 @@ def checked(kind: "Any", value: "Any") -> "Any":
     if type(value).__name__ != outer or (outer in ("int", "float") and not is_number):
         raise Wrong("no %s: %r" % (name, value))
     return value
-
-
-def failure_in(facts: "Json") -> Failure:
-    """Return a failure that has travelled; raises Wrong: only a status of ours becomes one of ours."""
-    status = checked("int", facts.get("status", EXIT_FAILURE))
-    if not 0 < status < 256:
-        raise Wrong("wrong in it: status")
-    what, why, try_ = (checked("str", facts.get(name)) for name in ("what", "why", "try"))
-    return Failure(what, why, try_, status)
 
 
 def reply_of(**fields: str) -> "Any":
@@ -427,45 +454,30 @@ def plain(value: "Any") -> "Any":
 # -- names of Jupyter's -----------------------------------------------------------------------------------------------
 
 
-class App(Record):
-    """A front end of Jupyter, or what executes without one: what starts it, what tells it, and its pages.
+class App(NamedTuple):
+    """A front end of Jupyter, or what executes without one: what starts it, its pages, and what tells it.
 
-    In these, %s stands for a file's quoted name.
+    The pages are that of a directory, a notebook and another file, whose quoted name takes the place of %s.
     """
 
     title: str
     command: str
     module: str
-    page: str = ""
-    notebook_page: str = ""
-    file_page: str = ""
+    pages: "Tuple[str, ...]" = ()
     signs: "List[str]" = []  # words in the command line of a server that is not ours
 
 
 # Those that come first are looked for first where none is asked for.
 APPS = {
-    "notebook": App(
-        title="Jupyter Notebook",
-        command="jupyter-notebook",
-        module="notebook",
-        page="tree",
-        notebook_page="notebooks/%s",
-        file_page="edit/%s",
-    ),
+    "notebook": App("Jupyter Notebook", "jupyter-notebook", "notebook", ("tree", "notebooks/%s", "edit/%s")),
     "lab": App(
-        title="JupyterLab",
-        command="jupyter-lab",
-        module="jupyterlab",
-        page="lab",
-        notebook_page="lab/tree/%s",
-        file_page="lab/tree/%s",
-        signs=["jupyter-lab", "jupyterlab"],
+        "JupyterLab", "jupyter-lab", "jupyterlab", ("lab", "lab/tree/%s", "lab/tree/%s"), ["jupyter-lab", "jupyterlab"]
     ),
 }
 
 
 # What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
-PROGRAMS = dict(APPS, nbclient=App(title="nbclient", command="jupyter-execute", module="nbclient"))
+PROGRAMS = dict(APPS, nbclient=App("nbclient", "jupyter-execute", "nbclient"))
 
 
 class RuntimeInfo(Record):
@@ -496,21 +508,15 @@ class RuntimeInfo(Record):
         return [name for name, form in forms.items() if not re.match(form, getattr(self, name))]
 
     @classmethod
-    def modern(cls, facts: "Json") -> "Json":
-        """Take jpserver-PID.json, and nbserver-PID.json of Notebook 6 (jupyter_server serverapp.py, server_info)."""
-        if "is_secure" in facts:  # as we keep it
-            return facts
-        host = facts.get("hostname")
-        return {
-            "host": "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host,
-            "port": facts.get("port"),
-            "sock": facts.get("sock") or "",
-            "token": facts.get("token"),
-            "base_url": facts.get("base_url"),
-            "root_dir": facts.get("root_dir", facts.get("notebook_dir")),
-            "is_secure": facts.get("secure", False),
-            "has_password": facts.get("password", False),
-        }
+    def read(cls: "Type[R]", facts: "Any") -> "R":
+        """Take Jupyter's form, too: jpserver-PID.json, nbserver-PID.json of Notebook 6 (serverapp.py, server_info)."""
+        if isinstance(facts, dict) and "is_secure" not in facts:  # which we keep
+            host, sock = facts.get("hostname"), facts.get("sock") or ""
+            host = "127.0.0.1" if host in ("", "*", "0.0.0.0", "localhost") else "::1" if host == "::" else host
+            root_dir = facts.get("root_dir", facts.get("notebook_dir"))
+            is_secure, has_password = facts.get("secure", False), facts.get("password", False)
+            facts = dict(facts, host=host, sock=sock, root_dir=root_dir, is_secure=is_secure, has_password=has_password)
+        return super().read(facts)
 
 
 class Launcher(Record):
@@ -830,12 +836,10 @@ class Server(RuntimeInfo):
 
     def url(self, local_port: int, has_token: bool = True) -> str:
         """Return the address of its page in a browser here, made from checked parts."""
-        from urllib.parse import quote
-
-        app = APPS[self.app]
-        page = app.page
+        quote = urllib.parse.quote
+        page, notebook_page, file_page = APPS[self.app].pages
         if self.file:
-            page = app.notebook_page if self.file.endswith(".ipynb") else app.file_page
+            page = notebook_page if self.file.endswith(".ipynb") else file_page
             page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
         query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
         scheme = "https" if self.is_secure else "http"
@@ -888,24 +892,6 @@ class FollowReply(RunView):
     brings: "List[str]" = []
 
 
-class RunEnd(Record):
-    """How one of several executions ended: as a run, or before there was one. The id is that of the run, or its job."""
-
-    id: str
-    run: "Optional[FollowReply]" = None
-    trouble: "Optional[Failure]" = None
-
-    def odd(self) -> "List[str]":
-        """Return what is missing: it ended in one way or the other."""
-        return [] if self.run or self.trouble else ["run"]
-
-    def view(self) -> FollowReply:
-        """Return how the run ended; raises the Failure that came instead."""
-        if not self.run:
-            raise self.trouble or Wrong("it has no run")
-        return self.run
-
-
 class StarterView(JobState):
     """A job, as `list` shows it; or what starts in a wrapper, as long as nothing runs in there yet."""
 
@@ -916,17 +902,6 @@ class StarterView(JobState):
     action: str
     path: "Optional[str]" = None
     age_s: float
-
-
-class ListReply(Record):
-    """What there is of the user's on the host."""
-
-    wrappers: "List[StarterView]" = []
-    servers: "List[ServerView]" = []
-    runs: "List[RunView]" = []
-    jobs: "List[StarterView]" = []
-    kernels: "List[KernelState]" = []
-    missing: str = ""  # what is not known of them
 
 
 class KernelState(Record):
@@ -949,16 +924,6 @@ class KernelState(Record):
         return "%s (%s)" % (self.notebook or "no notebook", self.id[:8])
 
 
-class KernelReply(Record):
-    """The kernel that was asked for something, and how it stands or what became of it; its last cell, where known."""
-
-    kernel: "KernelState"
-    state: str = ""
-    count: "Optional[int]" = None
-    seconds: "Optional[float]" = None
-    is_done: "Optional[bool]" = None
-
-
 class EndReply(Record):
     """Whether a thing still runs and answers, on this node or elsewhere; or why it ended, and the end of its log."""
 
@@ -968,14 +933,6 @@ class EndReply(Record):
     node: str = ""
     reason: str = ""
     log: str = ""
-
-
-class StopReply(Record):
-    """How many were ended; or, where the client is to ask first, what would be lost."""
-
-    count: int = 0
-    busy: "List[ServerView]" = []
-    runs: "List[RunView]" = []
 
 
 class StartReply(Record):
@@ -1001,23 +958,6 @@ class Said(Record):
         if self.reply is None:
             raise Wrong("there is none")
         return self.reply
-
-
-class ExamineReply(Record):
-    """What `doctor` asks of the host; what cannot be told is left out."""
-
-    shell: str
-    no_install: str = ""
-    state: str = ""
-    free_bytes: int = 0
-    state_trouble: "Optional[Failure]" = None
-    jupyter: str = ""  # the one that an open would run
-    jupyter_trouble: "Optional[Failure]" = None
-    tried: "List[str]" = []
-    sshd_port: int = 22
-    other_users: int = 0
-    foreign: "List[str]" = []
-    scheduler: str = ""
 
 
 # agent ends
@@ -1178,8 +1118,6 @@ def http_request(
             connection.settimeout(timeout_s)
             connection.connect(address)
         if is_secure:
-            import ssl
-
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -1238,8 +1176,6 @@ def node_address(asked: str) -> str:
 
     The one that was asked for, by its interface or name; that which Slurm has; that of its name; that of an interface.
     """
-    import fcntl
-
     interfaces = {}  # the IPv4 address of each, by its name (Linux: netdevice(7))
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         for _, name in socket.if_nameindex():
@@ -1313,8 +1249,6 @@ def process_identity(pid: int) -> str:
         return "" if fields[0] == b"Z" else "%s:%s" % (boot_identity(), fields[19].decode())
     if os.path.exists("/proc/self/stat"):
         return ""
-    import calendar
-
     # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
     argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
     state, _, start = run_command(argv, COMMAND_TIMEOUT_S)[1].strip().partition(" ")
@@ -1564,8 +1498,6 @@ class Growing:
 
 def has_lock(lock: "Any") -> bool:
     """Take the lock on an open file, if nobody has it; OSError where files cannot be locked."""
-    import fcntl
-
     with contextlib.suppress(BlockingIOError, PermissionError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -2132,8 +2064,6 @@ class Child:
                 raise
 
     def _read(self, name: str, stream: Any, is_merged: bool) -> None:
-        import select
-
         begun = bytearray()  # of a line, which may be longer than many parts
         with stream, contextlib.suppress(OSError):  # a terminal whose other end is closed
             while True:
@@ -2313,7 +2243,13 @@ class Ssh:
     def _start_master(self) -> None:
         """Start a master in the foreground, the process that Ctrl-C ends, and wait until its control socket appears."""
         try:
-            self.way = way = Mux(self, new_control_path())
+            directory = private_runtime_dir()
+            for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
+                match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
+                if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(directory, name))
+            self.way = way = Mux(self, os.path.join(directory, "%x.ctl" % os.getpid()))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
             argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
@@ -2860,8 +2796,6 @@ class LocalPort:
         uid = owner_of_tcp(("127.0.0.1", self.number), 0)
         if uid is None or uid == own_uid():
             return ""
-        import pwd
-
         with contextlib.suppress(KeyError):
             return " by " + pwd.getpwuid(uid).pw_name
         return " by the user %d" % uid
@@ -2894,29 +2828,6 @@ def private_runtime_dir() -> str:
         except OSError as error:
             reasons.append(str(error))
     raise Failure("no place for the control socket", "\n".join(reasons), "export XDG_RUNTIME_DIR=/a/short/directory")
-
-
-def new_control_path() -> str:
-    """Return the place of a control socket of ours; raises Failure where there is none."""
-    directory = private_runtime_dir()
-    for name in os.listdir(directory):  # also of runs that are gone: its name is the pid, which may be ours again
-        match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
-        if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(directory, name))
-    return os.path.join(directory, "%x.ctl" % os.getpid())
-
-
-def record_dirs() -> List[str]:
-    """Return the directories where a tunnel of ours may be written down: cron has no XDG_RUNTIME_DIR, a login has."""
-    usual = os.environ.get("XDG_RUNTIME_DIR") or "/run/user/%d" % own_uid()
-    found = []
-    for path in (os.path.join(usual, "rjupyter"), own_tmp_dir()):
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
-                found.append(path)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2986,8 +2897,6 @@ class Channel:
     @property
     def is_closed(self) -> bool:
         """True when nobody listens any more."""
-        import select
-
         poll = select.poll()
         poll.register(self._stream.fileno(), 0)  # for its errors, which are told in any case
         return self._has_failed or bool(poll.poll(0))
@@ -3016,8 +2925,6 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
         yield
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # kept
 #
@@ -3025,7 +2932,6 @@ def one_at_a_time(directory: str, channel: Channel, waiting: str) -> "Iterator[N
 # kind of thing is a row of KINDS: how it is described, and how it is ended. Where a thing runs is a class: Here,
 # Elsewhere (another node of a shared home), or that of the kind of thing which it is in, a job or a wrapper.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 class Kind:
@@ -3265,7 +3171,6 @@ def gives_signs(record: Kept) -> bool:
 
 def remove_tree(path: str) -> None:
     """Remove a file, or a directory and all that is in it: again, where another agent wrote into it meanwhile."""
-    import shutil
 
     def is_gone() -> bool:
         remove_files([path])
@@ -3322,8 +3227,6 @@ def start_detached(
     With `is_held` it gets SIGTERM when we end, even by SIGKILL, where that can be had: on Linux. A scheduler may know
     no more of a job than its process group: what has a session of its own would outlive the job.
     """
-    import warnings
-
     prctl = None  # type: Any
     if is_held:
         with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -3392,15 +3295,12 @@ def resolve_path(path: "Optional[str]") -> "Tuple[str, str]":
     raise Failure("no such %s on the host" % kind, why, "another PATH, or create it there first")
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # environments
 #
 # The ways to run Jupyter on the host, best first, as launchers; the last one of them is an installation of our own.
 # What was looked at goes to `tried`, in words, for the error that there is none.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 def launchers(
@@ -3518,8 +3418,6 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     Empty when the shell does not get that far in time: its files may wait for input, or leave. The dump is framed, for
     those files print as well. What they leave running is told that its terminal is gone.
     """
-    import tempfile
-
     nonce = os.urandom(8).hex()
     script = " && ".join(init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
@@ -3579,8 +3477,6 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
     Raises Failure when there was an --init, which must not be passed over in silence.
     """
     global of_terminal
-    import pwd
-
     if of_terminal is not None:
         return
     of_terminal = {}
@@ -3642,16 +3538,12 @@ def with_variables(request: Request, channel: Channel) -> Request:
 
 def found_in(places: "Iterable[str]", form: str) -> "List[str]":
     """Return what matches a pattern in each of these places, which may begin with ~ or have variables in them."""
-    import glob
-
     bases = [glob.escape(os.path.expanduser(os.path.expandvars(place))) for place in places]
     return [path for base in bases for path in sorted(glob.glob(os.path.join(base, form))) if os.path.isabs(path)]
 
 
 def found_program(name: str) -> str:
     """Return where a program is on this host, on PATH or in a usual place; empty where it is not."""
-    import shutil
-
     places = [os.environ.get("PATH", os.defpath)]
     places += map(os.path.expanduser, ("~/.local/bin", "~/.cargo/bin", "~/.pixi/bin"))
     places += [os.path.join(tree, place) for tree in conda_trees() for place in ("condabin", "bin")]
@@ -3665,8 +3557,6 @@ def known_to_conda() -> "List[str]":
 
 def conda_trees() -> "List[str]":
     """Return the directories where conda, mamba and micromamba keep their environments, as far as they exist."""
-    import shutil
-
     home = os.path.expanduser("~")
     programs = [os.environ.get("CONDA_EXE", ""), os.path.realpath(shutil.which("conda") or "/")]
     trees = [os.environ.get("MAMBA_ROOT_PREFIX", ""), *[os.path.dirname(os.path.dirname(path)) for path in programs]]
@@ -3721,9 +3611,6 @@ POETRY_SETTING = r"""(?m)^\s*(?:virtualenvs\.)?(cache-dir|path)\s*=\s*["'](.+?)[
 
 def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     """Yield the environments of the opened directory and of those above it, up to home: whose each is, and where."""
-    import base64
-    import hashlib
-
     home = os.path.realpath(os.path.expanduser("~"))
     above = [os.path.realpath(root_dir or home)]
     while above[-1].startswith(home + os.sep):
@@ -3753,8 +3640,6 @@ def activated(prefix: str) -> "Dict[str, str]":
 
     As `conda activate` does (docs.conda.io, "Managing environments"): its variables, then the scripts in activate.d.
     """
-    import shutil
-
     outer = os.environ.get("CONDA_PREFIX", "")
     if not os.path.isdir(os.path.join(prefix, "conda-meta")) or outer == prefix:
         is_venv = os.path.exists(os.path.join(prefix, "pyvenv.cfg"))
@@ -3918,8 +3803,6 @@ def interpreter_of(found: Launcher) -> str:
 
     Empty where there is none.
     """
-    import shutil
-
     command, *others = found.argv
     if others:
         return command  # PYTHON SCRIPT
@@ -3993,8 +3876,6 @@ def run_with_progress(argv: "List[str]", channel: Channel) -> "Tuple[int, str]":
 
     It is ended when nobody waits for it any more: the next one who does begins it again.
     """
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         growing = Growing(output.name)
@@ -4021,15 +3902,12 @@ def how_to_install() -> str:
     return "on the host:\n" + "\n".join(portable(line) for line in lines)
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # servers
 #
 # A Jupyter server on the host: launched, found again, asked, shut down. What it binds and its token, Jupyter's own
 # runtime file says; that it answers, and with our token alone, is seen by asking it.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 # -- Jupyter's own files ----------------------------------------------------------------------------------------------
@@ -4097,8 +3975,6 @@ def runtime_files(directory: str) -> "Iterator[Tuple[str, int, str]]":
 
     One that is not ours is never removed: it may be another node's, on a shared home.
     """
-    import glob
-
     for path in glob.glob(os.path.join(glob.escape(directory), "*.json")):
         match = re.fullmatch(r"(jpserver|nbserver)-([0-9]{1,9})\.json", os.path.basename(path))
         if match:
@@ -4602,22 +4478,17 @@ def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
 
 def seconds_since(moment: "Any") -> "Optional[float]":
     """Return how long ago a moment was, in seconds, from the form that Jupyter's API has (ISO 8601, UTC)."""
-    import calendar
-
     with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, time.time() - calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S")))
     return None
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # host actions
 #
-# What the host can be asked: each is a function of a request and the channel, which returns the record of its reply,
-# and a row of REQUESTS.
+# What the host can be asked: each is a function of a request and the channel, which returns its reply, and a row of
+# REQUESTS.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 # -- open -------------------------------------------------------------------------------------------------------------
@@ -4744,7 +4615,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
 # -- list and logs ----------------------------------------------------------------------------------------------------
 
 
-def list_all(request: Request, channel: Channel) -> ListReply:
+def list_all(request: Request, channel: Channel) -> "Json":
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     within = resolve_path(request.path)[0]
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
@@ -4759,7 +4630,7 @@ def list_all(request: Request, channel: Channel) -> ListReply:
         for kind in KINDS.values()
         if kind.name != "server"
     }
-    return ListReply(servers=views, **others)
+    return dict(others, servers=views)
 
 
 def is_below(record: Kept, directory: str) -> bool:
@@ -4802,7 +4673,7 @@ def follow_log(request: Request, channel: Channel) -> Record:
 # -- stop -------------------------------------------------------------------------------------------------------------
 
 
-def stop_all(request: Request, channel: Channel) -> StopReply:
+def stop_all(request: Request, channel: Channel) -> "Json":
     """End servers, runs and jobs: those named by id, the server of the PATH, or the only one; all with `is_all`.
 
     What is no id is the name of something else (ENDING).
@@ -4820,7 +4691,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
-        return StopReply(busy=busy, runs=runs)
+        return {"count": 0, "busy": busy, "runs": runs}
     for name in names:
         for end in ENDING:
             end(request.but(name=name), channel)
@@ -4841,7 +4712,7 @@ def stop_all(request: Request, channel: Channel) -> StopReply:
         raise Failure("%d of %d were not stopped" % (len(failures), len(found)), why, failures[0].try_)
     if failures:
         raise failures[0]
-    return StopReply(count=len(found) + len(names))
+    return {"count": len(found) + len(names), "busy": [], "runs": []}
 
 
 def what_to_stop(request: Request) -> "List[Any]":
@@ -4888,38 +4759,36 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
     return EndReply(is_running=False, reason=reason, log=log)
 
 
-def examine_host(request: Request, channel: Channel) -> ExamineReply:
+def examine_host(request: Request, channel: Channel) -> "Json":
     """Say what `doctor` asks of this host, or inside a wrapper; what cannot be told is left out."""
-    import shutil
-
     for kind in STARTERS:
         if kind.takes(request):
             record = kind.begin(request, channel)
-            reply = ExamineReply.read(kind.await_reply(record, channel))
+            reply = kind.await_reply(record, channel)  # type: Json
             kind.end(record)
             return reply
-    facts = ExamineReply(shell=os.environ.get("SHELL", ""))
-    facts.no_install = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
+    facts = {"shell": os.environ.get("SHELL", ""), "foreign": foreign_files()}  # type: Json
+    facts.update(state="", free_bytes=0, state_trouble=None, jupyter="", jupyter_trouble=None)
+    facts["no_install"] = "" if os.path.isdir(os.path.join(os.path.dirname(os.__file__), "ensurepip")) else "ensurepip"
     try:
         place = first_private(state_dirs("servers"))
-        facts.state, facts.free_bytes = portable(place), shutil.disk_usage(place).free
+        facts.update(state=portable(place), free_bytes=shutil.disk_usage(place).free)
     except Failure as failure:
-        facts.state_trouble = failure
+        facts["state_trouble"] = failure
     try:
-        found = next(launchers(request.but(may_install=False), resolve_path(request.path)[0], channel, facts.tried))
+        found = next(launchers(request.but(may_install=False), resolve_path(request.path)[0], channel, []))
         told = (APPS[found.app].title, version_of(found), portable(found.argv[0]), found.where)
-        facts.jupyter = "%s %s: %s (%s)" % told
+        facts["jupyter"] = "%s %s: %s (%s)" % told
     except Failure as failure:
         if request.python or request.env or failure.status != EXIT_NO_JUPYTER:
-            facts.jupyter_trouble = failure
-    facts.sshd_port = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
+            facts["jupyter_trouble"] = failure
+    facts["sshd_port"] = int((os.environ.get("SSH_CONNECTION", "").split() or ["22"])[-1])
     uids = set()
     for process in found_in(["/proc"], "[0-9]*"):
         with contextlib.suppress(OSError):
             uids.add(os.stat(process).st_uid)
-    facts.other_users = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts.foreign = foreign_files()
-    facts.scheduler = KINDS["job"].hint()
+    facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
+    facts["scheduler"] = KINDS["job"].hint()
     return facts
 
 
@@ -4932,8 +4801,6 @@ REQUESTS["describe_end"] = describe_end
 REQUESTS["examine"] = examine_host
 
 
-# agent ends
-
 # ---------------------------------------------------------------------------------------------------------------------
 # agent
 #
@@ -4941,7 +4808,6 @@ REQUESTS["examine"] = examine_host
 # works, one reply. The second half is the laptop's: it sends, and each kind of message has a handler. All that the host
 # says is data from another machine; what is not a record of its kind ends the conversation with one error.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 agent_source = b""  # of this file, where it is not kept: for what is to run on the host after this agent
@@ -4966,8 +4832,6 @@ def perform(
     global own_state_dir
     user = str(os.getuid())
     with contextlib.suppress(ImportError, KeyError):
-        import pwd
-
         user = pwd.getpwuid(os.getuid()).pw_name
     version = "%d.%d.%d" % sys.version_info[:3]
     facts = {"user": user, "node": os.uname().nodename, "python": version, "is_root": os.getuid() == 0}
@@ -4985,8 +4849,6 @@ def perform(
     except OSError as error:
         failure = Failure("the host refused", str(error))
     except Exception:
-        import traceback
-
         failure = Failure("the agent failed; this is a bug of rjupyter", traceback.format_exc())
     if request.wrapper and failure.what.startswith("no ") and failure.status == EXIT_NO_JUPYTER:
         failure.try_ = "one in which there is; nothing is installed into it"
@@ -5248,9 +5110,6 @@ def agent_command(python: str = "") -> str:
 
 def word_of(data: bytes) -> bytes:
     """Return data as one word, compressed."""
-    import binascii
-    import zlib
-
     return binascii.b2a_base64(zlib.compress(data, 9), newline=False)
 
 
@@ -5258,8 +5117,6 @@ class AgentFile:
     """What goes to the host: this file, which is read once, for it may be replaced while we run."""
 
     def __init__(self) -> None:
-        import hashlib
-
         with open(os.path.abspath(__file__), "rb") as stream:
             self._source = stream.read()
         self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
@@ -5805,8 +5662,6 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     secret = "/" + os.urandom(16).hex()
     redirect = start_thread(_redirect_once, listener, secret, url)
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
-    import warnings
-
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; browser = webbrowser.get(sys.argv[2] or None); "
     script += "sys.exit(getattr(browser, 'name', '') in sys.argv[3:] or not browser.open(sys.argv[1]))"
@@ -5833,8 +5688,6 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
 
 def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
     """Answer the one request for `secret` with a redirect to `url`; browsers also come for nothing, or an icon."""
-    import select
-
     came: "Dict[socket.socket, Any]" = {}  # and have said nothing: they keep nobody waiting
     with contextlib.suppress(OSError), listener:
         while True:
@@ -5879,36 +5732,30 @@ def written_down(record: TunnelRecord) -> Iterator[None]:
             os.unlink(path)
 
 
-def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
-    """Add a forward to a tunnel that is up, at once; its process takes it along when it connects again."""
-    is_open, words = ssh.call(Mux(ssh, record.control).control_argv("forward", *each("-L", [spec])))
-    if not is_open:
-        is_up = os.path.exists(record.control)
-        raise Failure("cannot forward " + spec, words, "another port in -L" if is_up else "the same command again")
-    record.further = [*record.further, spec]
-    path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
-    write_whole(path, json.dumps(record.facts()))
-
-
 def gateway_settings(url: str, base_url: str) -> str:
     """Return the line of a shell that sends a JupyterLab here to a server for its kernels (Jupyter Server, "Gateway").
 
     It tries again as long as we do; five times, as is usual, are half a minute. Raises Failure without a token.
     """
-    from urllib.parse import unquote
-
     address, _, token = url.partition("?token=")
     if not token:
         raise Failure("no JupyterLab here can use the server", "it takes a password, and has no token")
-    settings = {"URL": "/".join(address.split("/")[:3]) + base_url, "AUTH_TOKEN": unquote(token)}
+    settings = {"URL": "/".join(address.split("/")[:3]) + base_url, "AUTH_TOKEN": urllib.parse.unquote(token)}
     settings.update(RETRY_MAX="1000", RETRY_INTERVAL_MAX="10", VALIDATE_CERT="no")  # it is on the loopback
     return "export" + "".join(" JUPYTER_GATEWAY_%s=%s" % (name, shlex.quote(settings[name])) for name in settings)
 
 
 def tunnels() -> List[TunnelRecord]:
     """Return the records of our tunnels that are up; those of processes that are gone are removed."""
+    usual = os.environ.get("XDG_RUNTIME_DIR") or "/run/user/%d" % own_uid()  # cron has none, a login has
+    paths: List[str] = []
+    for directory in (os.path.join(usual, "rjupyter"), own_tmp_dir()):
+        with contextlib.suppress(OSError):
+            status = os.lstat(directory)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == own_uid():
+                paths += [os.path.join(directory, name) for name in os.listdir(directory)]
     records = []
-    for path in [os.path.join(directory, name) for directory in record_dirs() for name in os.listdir(directory)]:
+    for path in paths:
         # The latter two are being written, or a look whether one can write: kill -9 may leave them.
         match = re.fullmatch(r"([1-9]\d*)\.json(\.\d+)?|\.([1-9]\d*)", os.path.basename(path))
         if not match:
@@ -5921,15 +5768,6 @@ def tunnels() -> List[TunnelRecord]:
         elif record and not match.group(2):
             records.append(record)
     return records
-
-
-def end_tunnel(record: TunnelRecord) -> None:
-    """End the process of a tunnel; raises Failure when it does not go."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(record.pid, signal.SIGTERM)
-    if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
-        why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
-        raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
 
 
 def master_of_a_tunnel(ssh: Ssh) -> str:
@@ -5955,12 +5793,6 @@ def does_answer(record: TunnelRecord) -> bool:
     with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
     return False
-
-
-def is_leaving(record: TunnelRecord) -> bool:
-    """True when a tunnel ends within seconds, as one does whose server was stopped just now."""
-    until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)
-    return not is_same_process(record.pid, record.identity)
 
 
 class Background:
@@ -6080,27 +5912,15 @@ def notebook_text(notebook: "Json") -> str:
 
 
 class Entry(Record):
-    """A line of a journal."""
+    """A line of a journal: what a kind always has, ENTRIES says. The kind ends the line, which is told apart by that.
 
-    kind = ""
+    What was printed is as the kernel sent it (jupyter-client.readthedocs.io, "Messaging"). Code of `eval` that will
+    never begin has ended too: then the `id` is that of the message that asked for it.
+    """
 
-
-class TimedEntry(Entry):
-    """A line of a kernel's journal; its time in seconds since 1970."""
-
-    time: float
-
-    def odd(self) -> "List[str]":
-        """Name the time, if no calendar has it."""
-        return [] if 0 <= self.time < 2**33 else ["time"]
-
-
-class BegunCell(TimedEntry):
-    """A cell begins; the `id` tells this execution from others of its journal."""
-
-    kind = "begun"
-    id: str
-    count: "Optional[int]" = None
+    id: str = ""  # of the cell that runs: it tells this execution from others of its journal
+    time: float = 0.0  # in seconds since 1970
+    count: "Optional[int]" = None  # the cell's number, which it may have at its end alone
     code: str = ""
     notebook: str = ""
     asked_by: str = ""  # the id of the message that asked for it
@@ -6109,64 +5929,46 @@ class BegunCell(TimedEntry):
     index: int = -1
     cell: int = 0
     cells: int = 0
-
-
-class PrintedOutput(Entry):
-    """What came of a cell, as the kernel sent it (jupyter-client.readthedocs.io, "Messaging")."""
-
-    kind = "printed"
-    id: str
-    type: str
-    content: "Json"
-
-
-class FinishedCell(TimedEntry):
-    """A cell has ended. `connections` is how many pages the kernel had then, and negative where nobody could tell.
-
-    Code of `eval` that will never begin has ended too: then `id` is that of the message that asked for it.
-    """
-
-    kind = "finished"
-    id: str
-    is_done: bool
-    count: "Optional[int]" = None  # its number, where it had none as it began
-    connections: int = -1
+    type: str = ""  # of what was printed
+    content: "Json" = {}
+    is_done: bool = False
+    connections: int = -1  # how many pages the kernel had at the end; negative where nobody could tell
     has_died: bool = False  # its kernel, before it ended by itself
+    why: str = ""  # something is missing
+    text: str = ""  # a remark
+    kind: str = ""  # of one that makes no sense, none
+
+    def odd(self) -> "List[str]":
+        """Name the time, if no calendar has it."""
+        return [] if 0 <= self.time < 2**33 else ["time"]
+
+    def facts(self) -> "Json":
+        """Return what its kind has, and what else is not as usual."""
+        has = ENTRIES.get(self.kind, set())
+        rows = [(name, getattr(self, name), getattr(type(self), name)) for name in self.fields]
+        return {name: value for name, value, usual in rows if name in has or value != usual}
 
 
-class Gap(TimedEntry):
-    """Something is missing here."""
-
-    kind = "gap"
-    id: str = ""  # of the cell that ran
-    why: str
-
-
-class Half(Entry):
-    """The later half of a journal begins, after so many bytes; the cell that runs begins there once more."""
-
-    kind = "half"
-    at: int
-    cell: str = ""  # the id of that cell
-
-
-class Remark(Entry):
-    """A word on how a notebook is executed."""
-
-    kind = "remark"
-    text: str
-
-
-RECORDED = {kind.kind: kind for kind in (BegunCell, PrintedOutput, FinishedCell, Gap, Remark, Half)}  # type: Dict[str, Type[Entry]]
+# Besides, "half": the later half of a journal begins, `at` so many bytes; the `cell` that runs begins there once more.
+ENTRIES = {
+    "begun": {"id", "time"},
+    "printed": {"id", "type", "content"},
+    "finished": {"id", "time", "is_done"},
+    "gap": {"time", "why"},  # something is missing here
+    "remark": {"text"},  # on how a notebook is executed
+}
 OUTPUT_TYPES = ("stream", "display_data", "execute_result", "error", "update_display_data", "clear_output")
 
 
-def entry_in(facts: "Json") -> "Optional[Entry]":
-    """Return what a line of a journal says; None where it makes no sense: a full disk, a crash of the machine."""
-    try:
-        return RECORDED[str(facts.get("kind"))].read(facts)
-    except (KeyError, Wrong):
-        return None
+def entry_in(facts: "Json") -> Entry:
+    """Return what a line of a journal says; an empty one where it makes no sense: a full disk, a crash of the machine.
+
+    What is no entry of ours, a later version's perhaps, is such a line as well.
+    """
+    has = ENTRIES.get(fact(facts, "kind", ""))
+    with contextlib.suppress(Wrong):
+        return Entry.read(facts) if has and has <= set(facts) else Entry()
+    return Entry()
 
 
 class RecorderMark(Record):
@@ -6205,9 +6007,6 @@ class Connection(Record):
 
     def signature(self, parts: "List[bytes]") -> bytes:
         """Return what signs these parts of a message (jupyter-client, "The wire protocol")."""
-        import hashlib
-        import hmac
-
         digest = getattr(hashlib, self.signature_scheme.rpartition("-")[2], hashlib.sha256)
         return hmac.new(self.key.encode(), b"".join(parts), digest).hexdigest().encode() if self.key else b""
 
@@ -6407,7 +6206,7 @@ class RecordedKernel:
         self._connection = connection
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
-        self._running = {}  # type: Dict[str, BegunCell]
+        self._running = {}  # type: Dict[str, Entry]
         self._failed: "Set[str]" = set()
         self._unseen = {}  # type: Dict[str, float] # when cells ended with a page that may be gone, for its link died
         self._ended_at = 0.0
@@ -6417,7 +6216,7 @@ class RecordedKernel:
         self._payloads = {}  # type: Dict[str, Optional[List[Json]]]
         self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
         if os.path.exists(self._journal.path):
-            self._journal.tell(Gap(time=time.time(), why=WAS_KILLED))
+            self._journal.tell("gap", time=time.time(), why=WAS_KILLED)
         self._journal.mark(recorder.notebook_of(identity))
 
     def close(self) -> None:
@@ -6444,8 +6243,6 @@ class RecordedKernel:
 
     def take(self, frames: "List[bytes]") -> None:
         """Take one message; what is not signed by its key is not its own."""
-        import hmac
-
         at = frames.index(SIGNED) + 1 if SIGNED in frames else len(frames)
         parts = frames[at + 1 : at + 5]
         if len(parts) < 4 or not hmac.compare_digest(self._connection.signature(parts), frames[at]):
@@ -6471,7 +6268,7 @@ class RecordedKernel:
         elif kind in OUTPUT_TYPES:
             if kind == "error":
                 self._failed.add(identity)
-            self._journal.tell(PrintedOutput(id=identity, type=kind, content=content))
+            self._journal.tell("printed", id=identity, type=kind, content=content)
         elif kind == "status" and content.get("execution_state") == "idle" and identity in self._running:
             while self._payloads.get(asked_by, ()) is None and self.shell.poll(REPLY_LATE_MS):
                 self.take(self.shell.recv_multipart())  # it comes on another socket
@@ -6491,13 +6288,11 @@ class RecordedKernel:
         self._end_all()  # of what runs no more, without a word: the kernel was started anew
         notebook = self.recorder.notebook_of(self.id)
         facts = {"count": fact(content, "execution_count", 0) or None, "code": fact(content, "code", "")}
-        facts["is_eval"] = asked_by in self._asked
+        facts.update(asked_by=asked_by, is_eval=asked_by in self._asked, notebook=notebook)
         self._asked.discard(asked_by)
-        begun = BegunCell(id=identity, time=time.time(), asked_by=asked_by, notebook=notebook, **facts)
-        self._running[identity] = begun
         self._journal.mark(notebook)
-        self._journal.tell(begun)
-        self._journal.head = begun
+        begun = self._journal.tell("begun", id=identity, time=time.time(), **facts)
+        self._journal.head = self._running[identity] = begun
 
     def ask(self, identity: str, code: str) -> None:
         """Ask it to execute code, by a message of this id (jupyter-client, "execute_request")."""
@@ -6530,7 +6325,7 @@ class RecordedKernel:
     def _give_up(self, asked: str, has_died: bool = False) -> None:
         self._asked.discard(asked)
         self._payloads.pop(asked, None)
-        self._journal.tell(FinishedCell(id=asked, time=time.time(), is_done=False, has_died=has_died))
+        self._journal.tell("finished", id=asked, time=time.time(), is_done=False, has_died=has_died)
 
     def _end_all(self) -> None:
         for identity in list(self._running):
@@ -6541,7 +6336,7 @@ class RecordedKernel:
         is_done = identity not in self._failed and not has_died
         connections = connections_of(server_info(self.recorder.record), self.id)
         facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
-        self._journal.tell(FinishedCell(id=identity, time=time.time(), **facts))
+        self._journal.tell("finished", id=identity, time=time.time(), **facts)
         self._journal.head = None
         self._failed.discard(identity)
         self._ended_at = time.monotonic()
@@ -6582,30 +6377,29 @@ class Journal:
     def __init__(self, path: str, most: float = JOURNAL_BYTES // 2) -> None:
         self.path = path
         self.most = most  # bytes of each
-        self.head = None  # type: Optional[BegunCell] # the cell that runs
+        self.head = None  # type: Optional[Entry] # the cell that runs
         self._file = -1
         self._size = 0
         self._lost = ""
         self._before = 0  # the bytes of what was written before this half
         self._mark = None  # type: Optional[KernelMark]
 
-    def tell(self, entry: Entry) -> None:
+    def tell(self, kind: str, **facts: "Any") -> Entry:
         """Write a line, whole or not at all; where the disk is full, the next line that has room says so before."""
-        line = line_of(entry)
+        entry = Entry(kind=kind, **facts)
+        line = line_of(entry.facts())
         if len(line) > self.most:
-            line = self._gap(TOO_LARGE % (len(line) >> 20))
+            line = gap_line(self.head, TOO_LARGE % (len(line) >> 20))
         try:
             if self._size + len(line) > self.most and self._size:
                 self._turn()
             if self._lost:
-                self._write(self._gap(self._lost))
+                self._write(gap_line(self.head, self._lost))
                 self._lost = ""
             self._write(line)
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
-
-    def _gap(self, why: str) -> bytes:
-        return line_of(Gap(id=self.head.id if self.head else "", time=time.time(), why=why))
+        return entry
 
     def _write(self, line: bytes) -> None:
         if self._file < 0:
@@ -6626,9 +6420,9 @@ class Journal:
         os.close(self._file)
         self._before += self._size
         self._file, self._size = -1, 0
-        self._write(line_of(Half(at=self._before, cell=self.head.id if self.head else "")))
+        self._write(line_of({"at": self._before, "cell": self.head.id if self.head else "", "kind": "half"}))
         if self.head:
-            self._write(line_of(self.head))
+            self._write(line_of(self.head.facts()))
 
     def mark(self, notebook: str) -> None:
         """Write down what is to be found quickly."""
@@ -6644,18 +6438,23 @@ def beside(journal: str, suffix: str) -> str:
     return journal[: -len(".journal")] + suffix
 
 
-def line_of(entry: Entry) -> bytes:
+def line_of(facts: "Json") -> bytes:
     """Return a line of a journal."""
-    return (json.dumps(dict(entry.facts(), kind=entry.kind)) + "\n").encode("ascii")
+    return (json.dumps(facts) + "\n").encode("ascii")
+
+
+def gap_line(running: "Optional[Entry]", why: str) -> bytes:
+    """Return a line that says what is missing, of the cell that runs."""
+    return line_of(Entry(kind="gap", id=running.id if running else "", time=time.time(), why=why).facts())
 
 
 # -- what it was ----------------------------------------------------------------------------------------------------
 
 
-def text_of(output: PrintedOutput) -> str:
-    """Return the text of an output; of what is no text, what it is and how large."""
+def text_of(output: Entry) -> str:
+    """Return the text of an output; of what is no text, what it is and how large; of another line, none."""
     content = output.content
-    if output.type in ("clear_output", "update_display_data"):
+    if output.kind != "printed" or output.type in ("clear_output", "update_display_data"):
         return ""
     if output.type == "stream":
         return joined_text(content.get("text", ""))
@@ -6681,8 +6480,7 @@ class PrintedText(Growing):
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a journal that has ended, the last one as well."""
         for line in super().lines(has_ended):
-            entry = entry_in(facts_in(line))
-            *whole, self._rest = (self._rest + (text_of(entry) if isinstance(entry, PrintedOutput) else "")).split("\n")
+            *whole, self._rest = (self._rest + text_of(entry_in(facts_in(line)))).split("\n")
             yield from whole
         if has_ended and self._rest:
             yield self._rest
@@ -6691,14 +6489,14 @@ class PrintedText(Growing):
 class CellOutput:
     """One execution of a cell, and what came of it so far."""
 
-    def __init__(self, begun: "Optional[BegunCell]" = None, gap: "Optional[Gap]" = None) -> None:
-        self.begun = begun
+    def __init__(self, gap: "Optional[Entry]" = None) -> None:
+        self.begun = None  # type: Optional[Entry]
         self.gap = gap  # in place of a cell: nobody knows what was here
-        self.outputs = []  # type: List[PrintedOutput]
-        self.finished = None  # type: Optional[FinishedCell]
+        self.outputs = []  # type: List[Entry]
+        self.finished = None  # type: Optional[Entry]
         self._clears = False
 
-    def take(self, printed: PrintedOutput) -> None:
+    def take(self, printed: Entry) -> None:
         """Take an output; those before it go when that was asked for (jupyter-client, clear_output)."""
         if printed.type == "clear_output":
             self._clears = fact(printed.content, "wait", False)
@@ -6715,31 +6513,30 @@ class Executions:
     def __init__(self, lines: "Iterable[str]" = ()) -> None:
         self.cells = {}  # type: Dict[str, CellOutput]
         # By the id of a display: what it shows since it was updated, and those that do not show that yet.
-        self._displays = {}  # type: Dict[str, Tuple[Json, List[PrintedOutput]]]
+        self._displays = {}  # type: Dict[str, Tuple[Json, List[Entry]]]
         for line in lines:
             self.take(facts_in(line))
 
-    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Optional[Entry]]":
-        """Take a line; return it, and what it belongs to. One that makes no sense is passed over."""
+    def take(self, facts: "Json") -> "Tuple[Optional[CellOutput], Entry]":
+        """Take a line; return it, and what it belongs to: nothing for one that makes no sense, which is passed over."""
         entry = entry_in(facts)
-        if isinstance(entry, Gap):
+        if entry.kind == "gap":
             name = entry.id or "gap %d" % len(self.cells)
             cell = self.cells.setdefault(name, CellOutput(gap=None if entry.id else entry))
             if not cell.gap:
                 content = {"name": "stderr", "text": "[%s]\n" % entry.why, "is_gap": True}
-                cell.outputs.append(PrintedOutput(id=entry.id, type="stream", content=content))
+                cell.outputs.append(Entry(kind="printed", id=entry.id, type="stream", content=content))
             return cell, entry
-        identity = str(getattr(entry, "id", ""))
-        if not identity or (isinstance(entry, FinishedCell) and identity not in self.cells):
-            return None, None
-        cell = self.cells.setdefault(identity, CellOutput())
-        if isinstance(entry, BegunCell):
+        if not entry.id or (entry.kind == "finished" and entry.id not in self.cells):
+            return None, entry
+        cell = self.cells.setdefault(entry.id, CellOutput())
+        if entry.kind == "begun":
             cell.begun = entry
-        elif isinstance(entry, FinishedCell):
+        elif entry.kind == "finished":
             cell.finished = entry
             if cell.begun and entry.count is not None:
                 cell.begun.count = entry.count
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             cell.take(entry)
             display = fact(fact(entry.content, "transient", {}), "display_id", "")
             shown, older = self._displays.setdefault(display, ({}, [])) if display else ({}, [])
@@ -6817,12 +6614,12 @@ class JournalReader:
         is_again = False
         for line in [*old, *self._new.lines()]:  # at once: what is half read may become the older one
             if line.endswith('"kind": "half"}'):
-                half = Half.read(facts_in(line))
-                is_again = half.at <= self.at  # what begins there once more is for those who have missed it
+                half = facts_in(line)
+                at = fact(half, "at", 0)
+                is_again = at <= self.at  # what begins there once more is for those who have missed it
                 if not is_again:
-                    gap = Gap(id=half.cell, time=time.time(), why=IS_CUT)
-                    found.append((half.at, line_of(gap).decode()))
-                self.at = half.at
+                    found.append((at, gap_line(Entry(id=fact(half, "cell", "")), IS_CUT).decode()))
+                self.at = at
             elif not (is_again and line.endswith('"kind": "begun"}')):
                 found.append((self.at, line))
                 is_again = False
@@ -6922,13 +6719,11 @@ def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "T
     Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
     changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
-    from urllib.parse import quote
-
     info = server_info(record) if place_of(record).is_running() else None
     if not info or not notebook or not can_ask_server(record, info):
         why = "its server has ended, or only its own node reaches it" if notebook else "its kernel has no notebook"
         raise Failure("cannot save into a notebook", why, "output, without --save")
-    api = "api/contents/" + quote(notebook)
+    api = "api/contents/" + urllib.parse.quote(notebook)
     check_alone(info, notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
     cells = objects(before.get("content"), "cells")
@@ -7031,8 +6826,7 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
     return found
 
 
-REQUESTS["send_output"] = send_output
-REQUESTS["save_output"] = save_output
+REQUESTS.update(send_output=send_output, save_output=save_output)
 BESIDE.append(start_recorder)
 TELLING.append(away_from)
 
@@ -7106,26 +6900,23 @@ def moment(seconds: float) -> str:
     return time.strftime(form, then)
 
 
-def tell_entry(entry: Optional[Entry], cell: CellOutput, messages: Messages) -> None:
+def tell_entry(entry: Entry, cell: CellOutput, messages: Messages) -> None:
     """Print a line of the journal for the program that reads us (--json)."""
-    if isinstance(entry, BegunCell):
+    if entry.kind == "begun":
         facts = {"notebook": entry.notebook, "cell": entry.id, "count": entry.count, "code": entry.code}
         messages.event("input", time=entry.time, **facts)
-    elif isinstance(entry, PrintedOutput):
+    elif entry.kind == "printed":
         messages.event("output", cell=entry.id, type=entry.type, content=entry.content)
-    elif isinstance(entry, FinishedCell):
+    elif entry.kind == "finished":
         seconds = entry.time - cell.begun.time if cell.begun else None
         facts = {"is_done": entry.is_done, "connections": entry.connections if entry.connections >= 0 else None}
         messages.event("finished", cell=entry.id, time=entry.time, seconds=seconds, **facts)
-    elif isinstance(entry, Gap):
+    elif entry.kind == "gap":
         messages.event("gap", why=entry.why, time=entry.time)
 
 
-def write_display(output: PrintedOutput, name: str) -> Dict[str, str]:
+def write_display(output: Entry, name: str) -> Dict[str, str]:
     """Write what is no text of an output into new files, with what their kind is called behind; return them by that."""
-    import base64
-    import mimetypes
-
     data: Json = fact(output.content, "data", {})
     media = "(image|audio|video)/|application/pdf$"
     written = {}
@@ -7159,7 +6950,7 @@ class ShownCells:
         if message.entry:
             self.lines = message.at + 1
             cell, entry = self._executions.take(message.entry)
-            if self._is_live and cell and entry:
+            if self._is_live and cell:
                 self._show_live(cell, entry)
         elif not self._is_live:
             cells = list(self._executions.cells.values())
@@ -7170,7 +6961,7 @@ class ShownCells:
 
     def _show(self, cell: CellOutput, is_last: bool) -> None:
         if self.messages.as_json:
-            for entry in (cell.begun, *cell.outputs, cell.finished, cell.gap):
+            for entry in filter(None, (cell.begun, *cell.outputs, cell.finished, cell.gap)):
                 tell_entry(entry, cell, self.messages)
             return
         title = "[%s]" % cell.gap.why if cell.gap else head_of(cell.begun.count if cell.begun else None)
@@ -7189,15 +6980,15 @@ class ShownCells:
     def _show_live(self, cell: CellOutput, entry: Entry) -> None:
         if self.messages.as_json:
             tell_entry(entry, cell, self.messages)
-        elif isinstance(entry, BegunCell):
+        elif entry.kind == "begun":
             self._screen.end_line()
             self.messages.line("%s  %s" % (head_of(entry.count), moment(entry.time - self.agent.ahead_s)))
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             self._screen.write(text_of(entry))
-        elif isinstance(entry, FinishedCell) and cell.begun:
+        elif entry.kind == "finished" and cell.begun:
             self._screen.end_line()
             self.messages.note(ending_of(cell.begun.count, entry.is_done, entry.time - cell.begun.time) + ".")
-        elif isinstance(entry, Gap):
+        elif entry.kind == "gap":
             self.messages.line("[%s]" % entry.why)
 
 
@@ -7218,19 +7009,9 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # -- runs on the host -------------------------------------------------------------------------------------------------
 
 
-def journal_of(directory: str) -> str:
-    """Return where a run writes down what its cells print."""
-    return os.path.join(directory, "journal")
-
-
-def result_of(directory: str) -> str:
-    """Return where a run's result is: from its begin on, and with outputs at its end."""
-    return os.path.join(directory, "result.ipynb")
-
-
-def state_file(directory: str) -> str:
-    """Return where a run writes down where it stands."""
-    return os.path.join(directory, "state.json")
+def state_of_run(directory: str) -> "Optional[RunState]":
+    """Return where a run stands, as it wrote it down."""
+    return read_record(RunState, os.path.join(directory, "state.json"))
 
 
 class RunKind(Kind):
@@ -7241,7 +7022,7 @@ class RunKind(Kind):
     record = RunRecord
 
     def log_of(self, record: RunRecord) -> Growing:
-        return PrintedText(journal_of(record.directory))
+        return PrintedText(os.path.join(record.directory, "journal"))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -7251,14 +7032,12 @@ class RunKind(Kind):
         return place_of(record).is_running() and self.describe(record).state in GOING_ON
 
     def describe(self, record: RunRecord) -> RunView:
-        import shutil
-
         names = ("id", "pid", "node", "name", "root_dir", "job")
         facts = {name: getattr(record, name) for name in names}
         place = place_of(record)
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
-        state = read_record(RunState, state_file(record.directory))
+        state = state_of_run(record.directory)
         view.state = (state.outcome or "running") if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
@@ -7272,7 +7051,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        view.size = size_of(journal_of(record.directory))
+        view.size = size_of(os.path.join(record.directory, "journal"))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -7371,8 +7150,6 @@ def without_old_outputs(text: str) -> str:
 
 def digest_of(text: str) -> str:
     """Return what tells a text from others."""
-    import hashlib
-
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -7408,7 +7185,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
     if process.poll() == CANNOT_RUN:
         remove_tree(directory)
         return None
@@ -7430,7 +7207,8 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     until(lambda: len(known()) == len(request.ids), late_s, FOLLOW_MAX_S)
     things = known()
     followed = {}  # type: Dict[str, Followed]
-    ended = []  # type: List[RunEnd]
+    ended = {}  # type: Dict[str, Record] # how each ended, by the id that was asked for
+    failed = {}  # type: Dict[str, Failure] # before there was a run
 
     def look_at(identity: str) -> bool:
         if identity not in things:
@@ -7449,7 +7227,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         found = followed[identity].look(identity, channel)
         if isinstance(found, FollowReply) and (kind.name == "run" or is_alone or not kind.goes_on(thing)):
             followed[identity].send_result(identity, channel)
-            ended.append(RunEnd(id=identity, run=found))
+            ended[identity] = found
         return bool(found == "more")
 
     def look() -> str:
@@ -7458,12 +7236,12 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
             try:
                 has_news = look_at(identity) or has_news
             except Failure as failure:
-                ended.append(RunEnd(id=identity, trouble=failure))
-        return "ended" if ended or channel.is_closed else "more" if has_news else ""
+                failed[identity] = failure
+        return "ended" if ended or failed or channel.is_closed else "more" if has_news else ""
 
     while until(look, float("inf"), FOLLOW_MAX_S) == "more":
         pass  # the pauses begin anew with each part
-    return {"ended": ended}
+    return {"ended": ended, "failed": failed}
 
 
 class Followed:
@@ -7471,7 +7249,7 @@ class Followed:
 
     def __init__(self, record: RunRecord, offset: int) -> None:
         self.record = record
-        self._journal = Growing(journal_of(record.directory), offset)
+        self._journal = Growing(os.path.join(record.directory, "journal"), offset)
         self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
     def look(self, identity: str, channel: Channel) -> "Any":
@@ -7486,8 +7264,9 @@ class Followed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         directory = self.record.directory
-        state = read_record(RunState, state_file(directory)) or RunState()
-        is_whole = state.written and state.written == size_of(journal_of(directory)) + size_of(result_of(directory))
+        state = state_of_run(directory) or RunState()
+        size = size_of(os.path.join(directory, "journal")) + size_of(os.path.join(directory, "result.ipynb"))
+        is_whole = state.written and state.written == size
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
         return FollowReply(brings=self.record.request.brings, **view.facts())
@@ -7495,13 +7274,13 @@ class Followed:
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
         directory = self.record.directory
-        result = Growing(result_of(directory))
+        result = Growing(os.path.join(directory, "result.ipynb"))
         parts = iter(result.part, b"")
-        state = read_record(RunState, state_file(directory)) or RunState()
+        state = state_of_run(directory) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            for execution in Executions(Growing(journal_of(directory)).lines()).cells.values():
+            for execution in Executions(Growing(os.path.join(directory, "journal")).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7513,9 +7292,6 @@ class Followed:
 
 def packed(part: bytes) -> str:
     """Return bytes as they travel in a message."""
-    import binascii
-    import zlib
-
     return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
@@ -7537,8 +7313,6 @@ def files_dir() -> str:
 
 def put_files(request: Request, channel: Channel) -> Record:
     """Take a part of a tar. Whoever sends it writes the same bytes, for its name is their digest."""
-    import binascii
-
     descriptor = os.open(os.path.join(files_dir(), os.path.basename(request.files)), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.lseek(descriptor, request.offset, os.SEEK_SET)
@@ -7550,8 +7324,6 @@ def put_files(request: Request, channel: Channel) -> Record:
 
 def bring_files(request: Request, channel: Channel) -> "Json":
     """Send what a run wrote and the request's patterns match, as a tar."""
-    import types
-
     record = kept_record(KINDS["run"], request.id)
     if not record:
         raise Failure("no run of yours has this id: " + request.id, "", "rjupyter HOST list")
@@ -7563,10 +7335,7 @@ def bring_files(request: Request, channel: Channel) -> "Json":
     return {"refused": refused, "unmatched": [pattern for pattern, paths in found.items() if not paths]}
 
 
-REQUESTS["start_run"] = start_run
-REQUESTS["follow_runs"] = follow_runs
-REQUESTS["put_files"] = put_files
-REQUESTS["bring_files"] = bring_files
+REQUESTS.update(start_run=start_run, follow_runs=follow_runs, put_files=put_files, bring_files=bring_files)
 
 
 def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
@@ -7574,8 +7343,6 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
 
     A link is not followed, and so it is yielded where the pattern goes on behind it.
     """
-    import fnmatch
-
     if not pattern or pattern == ["**"]:
         yield base
     elif pattern[0] == "**":
@@ -7598,7 +7365,6 @@ def is_matched(name: str, patterns: "List[str]") -> bool:
 
     A name that begins with a dot is matched by one that does, and by nothing else.
     """
-    import fnmatch
 
     def is_match(parts: "List[str]", pattern: "List[str]") -> bool:
         if not pattern:
@@ -7620,8 +7386,6 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
     With `patterns`, only what they match, and no links: of one to a file, the file. Return what was not taken, each
     with the reason. Raises OSError for a file that becomes shorter meanwhile.
     """
-    import tarfile
-
     refused = []
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, bufsize=PART_BYTES) as tar:
         found = []
@@ -7668,8 +7432,6 @@ def unpack(
     With `patterns`, only files and directories that they match: whoever made the tar may have put anything into it.
     Raises Wrong where it is no tar.
     """
-    import tarfile
-
     written, refused = [], []
     left = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -7701,8 +7463,6 @@ def unpack(
 
 def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[str]":
     """Lay down one member of a tar below `base`; return its path where it is no directory. Raises OSError."""
-    import shutil
-
     path = os.path.join(base, member.name)
     directory = os.path.normpath(os.path.join(os.path.realpath(base), os.path.dirname(member.name)))
     names = member.name.replace(os.sep, "/").split("/")
@@ -7767,7 +7527,7 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self.exit_status = None  # type: Optional[int] # of a kernel that died
-        self._journal = Journal(journal_of(directory), float("inf"))
+        self.journal = Journal(os.path.join(directory, "journal"), float("inf"))
 
     def _read_pair(self) -> "Any":
         """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
@@ -7861,13 +7621,13 @@ class Run:
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
-        write_whole(state_file(self.directory), json.dumps(self.state.facts()))
+        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
-        write_whole(result_of(self.directory), self.text())
+        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
         for remark in self.remarks:
-            self._journal.tell(Remark(text=remark))
+            self.journal.tell("remark", text=remark)
         self.keep_state()
 
     def before_cell(self, index: int, engine: "Any") -> None:
@@ -7879,29 +7639,18 @@ class Run:
             self.keep_state(cell=self.numbers[index])
             place = {"index": index, "cell": self.numbers[index], "cells": self.state.count}
             code = self.notebook.cells[index].source
-            self._journal.tell(BegunCell(id=str(index), time=time.time(), code=code, **place))
+            self.journal.tell("begun", id=str(index), time=time.time(), code=code, **place)
         if left_s <= 0:
             raise TimeIsUp()
         left_s = min(left_s, self.request.cell_timeout_s or left_s)
         engine.timeout = None if left_s == float("inf") else int(left_s + 0.999)
 
-    def take_output(self, index: int, message: "Json") -> None:
-        """Called for each message: write down what a cell printed."""
-        if message["msg_type"] in OUTPUT_TYPES:
-            self._journal.tell(PrintedOutput(id=str(index), type=message["msg_type"], content=message["content"]))
-
-    def after_cell(self, index: int, is_done: bool) -> None:
-        """Called after each cell, however it ended."""
-        if index in self.numbers:
-            count = self.notebook.cells[index].execution_count
-            self._journal.tell(FinishedCell(id=str(index), time=time.time(), is_done=is_done, count=count))
-
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
-        path = result_of(self.directory)
+        path = os.path.join(self.directory, "result.ipynb")
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
-        written = size_of(path) + size_of(self._journal.path)
+        written = size_of(path) + size_of(self.journal.path)
         self.keep_state(outcome=outcome, error=error[:1000], unwritten=unwritten, written=written)
 
     def _write_in_place(self) -> str:
@@ -7971,8 +7720,6 @@ def hidden_beside(path: str) -> str:
 
 def check_name(name: "Any") -> str:
     """Return the name of a parameter; raises ValueError where Python would not take it."""
-    import keyword
-
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError("a parameter has a name that Python takes, not %r" % name)
     return name
@@ -8039,8 +7786,6 @@ def literal(value: "Any", language: str) -> str:
 
 def unset_in(source: str, names: "List[str]") -> "List[str]":
     """Return those of the names that no statement of Python's sets; none where it is no Python, but for its magics."""
-    import ast
-
     try:
         tree = ast.parse(re.sub(r"(?m)^(\s*)[%!?].*", r"\1pass", source))
     except (SyntaxError, ValueError, RecursionError):
@@ -8066,7 +7811,7 @@ def run_main(directory: str) -> None:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
-        write_whole(state_file(directory), json.dumps(state.facts()))
+        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -8127,8 +7872,6 @@ def socket_prefix(directory: str) -> str:
 
 def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", is_private: bool) -> "Any":
     """Return nbclient's engine for a run, with a word to the journal at each step; its kernel on sockets or ports."""
-    import asyncio
-
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
@@ -8165,13 +7908,16 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
                 self.shutdown_kernel = "immediate"  # it would not hear a polite word
                 raise
             finally:
-                run.after_cell(cell_index, is_done)
+                if cell_index in run.numbers:
+                    count = run.notebook.cells[cell_index].execution_count
+                    run.journal.tell("finished", id=str(cell_index), time=time.time(), is_done=is_done, count=count)
 
         def process_message(self, msg: "Any", cell: "Any", cell_index: int) -> "Any":
             try:
                 return super().process_message(msg, cell, cell_index)
             finally:
-                run.take_output(cell_index, msg)
+                if msg["msg_type"] in OUTPUT_TYPES:
+                    run.journal.tell("printed", id=str(cell_index), type=msg["msg_type"], content=msg["content"])
 
     prefix = socket_prefix(run.directory) if is_private else ""
     config = Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if prefix else {})
@@ -8196,8 +7942,6 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     nbclient raises for each end but the good one, and for all that is wrong in between; a stop raises too, and is told
     by the file that asked for it, because an interrupted cell looks like one that failed.
     """
-    import asyncio
-
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     try:
@@ -8233,8 +7977,6 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
             return "done", "it called sys.exit " + place
         return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
-    import traceback
-
     traceback.print_exception(type(error), error, error.__traceback__)  # the disk is full
     return "failed", "%s: %s" % (type(error).__name__, last_line)
 
@@ -8329,9 +8071,6 @@ class Along(NamedTuple):
     @classmethod
     def of(cls, source: Source, paths: List[str]) -> "Along":
         """Pack what lies at these paths, which are below the notebook's directory; raises Failure."""
-        import hashlib
-        import tempfile
-
         if source.is_on_host:
             why = "%s is on the host, where its own directory has what it needs" % source.name
             raise Failure("wrong usage", "--with goes with notebooks that are here: " + why, "", EXIT_USAGE)
@@ -8358,8 +8097,6 @@ class Along(NamedTuple):
 
     def send(self, agent: Agent) -> None:
         """Send it to the host, in parts, each of which may be sent again."""
-        import binascii
-
         for at in range(0, self.size, SENT_BYTES):
             self.stream.seek(at)
             data = binascii.b2a_base64(self.stream.read(SENT_BYTES)).decode("ascii")
@@ -8403,15 +8140,17 @@ class Execution:
         self._rest = b""
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
-        self._begun: Dict[str, BegunCell] = {}
+        self._begun: Dict[str, Entry] = {}
 
     def follow(self, handlers: Dict[str, Handler]) -> None:
         """Follow the run to its end, and write its result.
 
         Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
         """
-        (end,) = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
-        view = end.view()
+        ended, failed = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
+        for failure in failed.values():
+            raise failure
+        view = ended[self.id]
         self.id = view.id
         try:
             self.write(view)
@@ -8435,16 +8174,16 @@ class Execution:
             self._take(entry_in(facts_in(line.decode("utf-8", "replace"))), show)
         self._screen.show()
 
-    def _take(self, entry: Optional[Entry], show: Show) -> None:
-        if isinstance(entry, BegunCell):
+    def _take(self, entry: Entry, show: Show) -> None:
+        if entry.kind == "begun":
             self._begun[entry.id] = entry
             show("cell %d/%d" % (entry.cell, entry.cells))
-        elif isinstance(entry, PrintedOutput) and entry.type == "error":  # the rest of it is said at the end
+        elif entry.kind == "printed" and entry.type == "error":  # the rest of it is said at the end
             marked = re.findall(r"(?m)^-+> *(\d+) (.*)", re.sub(COLOURS, "", text_of(entry)))
             self._failed_at = "\nline %s: %s" % marked[0] if marked else ""
-        elif isinstance(entry, PrintedOutput):
+        elif entry.kind == "printed":
             self._screen.write(text_of(entry) if entry.type == "stream" else "")
-        elif isinstance(entry, FinishedCell) and entry.id in self._begun:
+        elif entry.kind == "finished" and entry.id in self._begun:
             self._screen.end_line()
             begun = self._begun.pop(entry.id)
             seconds = max(0.0, entry.time - begun.time)
@@ -8454,9 +8193,9 @@ class Execution:
             is_silent = self.messages.has_spinner or self.messages.as_json or self.is_one_of_many
             if entry.is_done and not is_silent:
                 self.messages.note("Cell %d/%d done (%.1f s)." % (begun.cell, begun.cells, seconds))
-        elif isinstance(entry, Remark):
+        elif entry.kind == "remark":
             self.messages.note(entry.text)
-        elif isinstance(entry, Gap):
+        elif entry.kind == "gap":
             self.messages.warn("%s: %s" % (self.name, entry.why))
         else:
             self._bad_lines += 1
@@ -8537,8 +8276,6 @@ class Execution:
 
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
-        import tempfile
-
         base = os.path.dirname(path) or "."
         with tempfile.TemporaryFile() as stream:
 
@@ -8583,8 +8320,13 @@ class Execution:
         return Failure(what, why, try_, status)
 
 
-def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler]) -> List[RunEnd]:
-    """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did."""
+def hear_runs(
+    runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Dict[str, Handler]
+) -> Tuple[Dict[str, FollowReply], Dict[str, Failure]]:
+    """Take what runs, by the ids that they were asked for, have to tell until some have ended; return how those did.
+
+    What failed before there was a run has its failure instead.
+    """
 
     def request() -> Request:
         for run in runs.values():
@@ -8596,12 +8338,13 @@ def hear_runs(runs: Dict[str, Execution], agent: Agent, doing: str, handlers: Di
             raise Wrong("wrong in it: id")
         runs[message.id].take_part(message, show if len(runs) == 1 else lambda words: None)
 
-    reply = reply_of(ended="List[RunEnd]")
+    kind = reply_of(ended="Dict[str, FollowReply]", failed="Dict[str, Failure]")
     doing = doing if agent.messages.has_spinner else ""
-    ended: List[RunEnd] = agent.ask_on(request, reply, doing, dict(handlers, part=take_part)).ended
-    if not ended or len({end.id for end in ended} & set(runs)) < len(ended):
+    reply = agent.ask_on(request, kind, doing, dict(handlers, part=take_part))
+    ids = [*reply.ended, *reply.failed]
+    if not ids or not set(ids) <= set(runs) or len(set(ids)) < len(ids):
         raise Wrong("wrong in it: ended")
-    return ended
+    return reply.ended, reply.failed
 
 
 class Batch:
@@ -8675,17 +8418,18 @@ class Batch:
         by_id = {execution.id: index for index, execution in self.running.items()}
         doing = "Executing (%d done, %d running)" % (begun - len(self.running), len(self.running))
         runs = {execution.id: execution for execution in self.running.values()}
-        for end in hear_runs(runs, self.agent, doing, {}):
-            index = by_id[end.id]
+        ended, failed = hear_runs(runs, self.agent, doing, {})
+        for identity, view in ended.items():
+            index = by_id[identity]
             execution = self.running.pop(index)
-            if end.run:
-                execution.id = end.run.id
-                self._ended[index] = execution, end.run
-                self._try(index, execution.write, end.run)
-                if end.run.state != "done" and index not in self._failures:
-                    self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(end.run))))
-            elif end.trouble:
-                self._fail(index, end.trouble)
+            execution.id = view.id
+            self._ended[index] = execution, view
+            self._try(index, execution.write, view)
+            if view.state != "done" and index not in self._failures:
+                self.messages.note("%s: %s" % (execution.name, what_and_why(execution.failure(view))))
+        for identity, failure in failed.items():
+            del self.running[by_id[identity]]
+            self._fail(by_id[identity], failure)
 
 
 def what_and_why(failure: Failure) -> str:
@@ -8715,9 +8459,6 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
 
 def unpacked(message: Told) -> bytes:
     """Return the bytes of a message; raises Wrong."""
-    import binascii
-    import zlib
-
     try:
         return zlib.decompressobj().decompress(binascii.a2b_base64(message.data), PART_BYTES)
     except (zlib.error, ValueError) as error:
@@ -8779,7 +8520,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     raise Failure(what, "there is: " + there if there else "", "name one of these" if there else "")
 
 
-def list_kernels(request: Request, channel: Channel) -> ListReply:
+def list_kernels(request: Request, channel: Channel) -> "Json":
     """Describe each kernel, with what it holds of the memory and where it listens."""
     found = []  # type: List[Optional[Dict[int, int]]]
     asking = threading.Thread(target=lambda: found.append(gpu_memory()), daemon=True)
@@ -8803,7 +8544,7 @@ def list_kernels(request: Request, channel: Channel) -> ListReply:
         own |= {"%s-%s" % (connection.get("ip"), port) for port in own}  # on sockets, it is a part of their names
         kernel.ports = ports_of(pids, own, listening)
     missing = "GPU memory is not shown: nvidia-smi does not answer." if on_gpu is None else ""
-    return ListReply(kernels=[kernel for _, kernel in kernels], missing=missing)
+    return {"kernels": [kernel for _, kernel in kernels], "missing": missing}
 
 
 def all_processes() -> "Dict[int, Tuple[int, int, str]]":
@@ -8851,8 +8592,6 @@ def ports_of(pids: "List[int]", own: "Set[Any]", listening: "Dict[str, Any]") ->
 
 def gpu_memory() -> "Optional[Dict[int, int]]":
     """Return how many bytes of a GPU each process holds, as nvidia-smi tells in MiB; None where it does not answer."""
-    import shutil
-
     if not shutil.which("nvidia-smi"):
         return {}
     argv = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -8876,7 +8615,7 @@ def end_kernel(request: Request, channel: Channel) -> None:
     channel.tell("stopped", what="kernel", name=kernel.title, **facts)
 
 
-def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
+def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     """Wait until a kernel is idle, or has died, or the time is up; say how its last cell ended."""
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
@@ -8890,11 +8629,11 @@ def wait_for_kernel(request: Request, channel: Channel) -> KernelReply:
         return kernel.state if kernel.state in ("idle", "dead") else ""
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
-    reply = KernelReply(kernel=kernel, state=state)
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
-    if last and last.begun and last.finished:
-        reply.count, reply.is_done = last.begun.count, last.finished.is_done
-        reply.seconds = last.finished.time - last.begun.time
+    reply = {"kernel": kernel, "state": state, "count": None, "seconds": None, "is_done": None}
+    if last:
+        seconds = last.finished.time - last.begun.time
+        reply.update(count=last.begun.count, seconds=seconds, is_done=last.finished.is_done)
     return reply
 
 
@@ -8927,7 +8666,7 @@ def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]
 # -- eval -------------------------------------------------------------------------------------------------------------
 
 
-def eval_code(request: Request, channel: Channel) -> KernelReply:
+def eval_code(request: Request, channel: Channel) -> "Json":
     """Let a kernel execute code, once, however often we are asked; send what it printed after a line, to its end.
 
     The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
@@ -8954,9 +8693,9 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
         for at, line in journal.placed():
             facts = facts_in(line)
             found, entry = executions.take(facts)
-            if found and isinstance(entry, BegunCell) and entry.asked_by == request.errand:
+            if found and entry.kind == "begun" and entry.asked_by == request.errand:
                 cell = found
-            is_ours = (found is cell and cell.begun) or (isinstance(entry, Gap) and (cell.begun or request.line))
+            is_ours = (found is cell and cell.begun) or (entry.kind == "gap" and (cell.begun or request.line))
             if is_ours and at >= request.line:
                 channel.tell("recorded", entry=facts, at=at)
             if cell.finished:
@@ -8967,7 +8706,7 @@ def eval_code(request: Request, channel: Channel) -> KernelReply:
         return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
-    return KernelReply(kernel=kernel, state=state or ("busy" if cell.begun else "queued"))
+    return {"kernel": kernel, "state": state or ("busy" if cell.begun else "queued")}
 
 
 def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, KernelState]":
@@ -8994,7 +8733,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     return record, kernel
 
 
-def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
+def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
@@ -9020,17 +8759,13 @@ def interrupt_kernel(request: Request, channel: Channel) -> KernelReply:
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
         try_ = "rjupyter HOST stop %s   (ends the kernel)" % kernel.id[:8]
         raise Failure("the kernel was not interrupted", why, try_)
-    return KernelReply(kernel=kernel, state=state)
+    return {"kernel": kernel, "state": state}
 
 
-REQUESTS["eval_code"] = eval_code
-REQUESTS["interrupt_kernel"] = interrupt_kernel
-REQUESTS["list_kernels"] = list_kernels
-REQUESTS["wait_for_kernel"] = wait_for_kernel
+REQUESTS.update(eval_code=eval_code, interrupt_kernel=interrupt_kernel)
+REQUESTS.update(list_kernels=list_kernels, wait_for_kernel=wait_for_kernel)
 ENDING.append(end_kernel)
 
-
-# agent ends
 
 # ---------------------------------------------------------------------------------------------------------------------
 # schedulers (an annex: the core is whole without it)
@@ -9039,7 +8774,6 @@ ENDING.append(end_kernel)
 # node. The job runs the agent there, as ssh would, with the same request; it answers into a file of the shared home,
 # and stays until what it launched has ended. This room alone knows Slurm and the others.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 class Scheduler(Record):
@@ -9342,8 +9076,6 @@ class JobKind(Starter):
 
     def hint(self) -> str:
         """Return the command of a scheduler that is on PATH here; empty for none."""
-        import shutil
-
         return next((command for command in SCHEDULERS if shutil.which(command)), "")
 
 
@@ -9462,8 +9194,6 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
 
     (0, "") when it does not answer.
     """
-    import zlib
-
     which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
     path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
@@ -9490,8 +9220,6 @@ def filled(word: str, facts: "Dict[str, str]") -> str:
 
 def run_scheduler(record: JobRecord, argv: "List[str]", timeout_s: float) -> "Tuple[int, str, str]":
     """Run a command of the scheduler of a job, in the environment of its submission; return status, stdout, stderr."""
-    import pwd
-
     facts = {"id": record.number, "cluster": record.cluster, "user": pwd.getpwuid(os.getuid()).pw_name}
     argv = [filled(word, facts) for word in argv if record.cluster or "{cluster}" not in word]
     pattern = SCHEDULERS.get(record.command, UNKNOWN).variables
@@ -9593,7 +9321,7 @@ class Queue:
                 stop = self.hint("stop", self.state.id)
                 self.messages.note(text % (self.state.job or self.state.id, self.again(self.state.id), stop))
             else:
-                self.agent.ask(Request(action="stop", ids=[self.state.id]), StopReply, "Cancelling")
+                self.agent.ask(Request(action="stop", ids=[self.state.id]), Record, "Cancelling")
             raise
 
 
@@ -9837,8 +9565,6 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
 
     Of an image in a file, apptainer.
     """
-    import shutil
-
     named = request.container.partition("://")[0]
     names = list(CONTAINERS) if named not in CONTAINERS else [named]
     if request.container.endswith(".sif"):
@@ -9848,9 +9574,6 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
 
 def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "Callable[[str], Any]") -> "List[str]":
     """Return the words of a shell that run the container, if one is asked for; note its removal, say what it lacks."""
-    import glob
-    import shutil
-
     request = record.request
     if not request.container:
         return []
@@ -9913,9 +9636,7 @@ def parse_destination(text: str) -> Tuple[str, Optional[str]]:
         name, mark, rest = text[len(scheme) :].partition("/" if scheme else ":")
         path = rest if mark and (rest or not scheme) else None
     if scheme and path:
-        from urllib.parse import unquote
-
-        path = unquote(path)
+        path = urllib.parse.unquote(path)
     user, _, address = name.rpartition("@")
     if not name or name.startswith("-") or address.startswith("-"):
         raise ValueError("no host in %r" % text)
@@ -9964,8 +9685,6 @@ _port = _number("a port is a number", 65535)
 
 
 def _address(text: str) -> str:
-    import ipaddress
-
     return str(ipaddress.ip_address(text))
 
 
@@ -10002,8 +9721,6 @@ def _pattern(text: str) -> str:
 
 def _moment(text: str) -> float:
     """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
-    import datetime
-
     with contextlib.suppress(ValueError):
         return time.time() - _duration_s(text)
     for words in (text, "%s %s" % (datetime.date.today().isoformat(), text)):
@@ -10167,8 +9884,6 @@ def by_flag(rows: Iterable[Option]) -> Dict[str, Option]:
 
 def nearest(word: str, words: List[str]) -> str:
     """Return the word that another one resembles, or begins; empty if there is none."""
-    import difflib
-
     begun = [known for known in words if known.startswith(word) and len(word) > 3]
     return min(begun, key=len) if begun else (difflib.get_close_matches(word, words, 1, 0.7) or [""])[0]
 
@@ -10197,8 +9912,6 @@ def help_text(topic: str = "") -> str:
         return "".join("%3d  %s\n" % row for row in EXITS.items())
     if topic == "version":
         return "rjupyter %s\n" % __version__
-    import textwrap
-
     width = max(40, min(120, terminal_width()))
 
     def filled(text: str) -> str:
@@ -10433,13 +10146,12 @@ class Args(types.SimpleNamespace):
 def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     """Return the options that the file at `path` sets for a destination: each with its value and where it is from.
 
-    Sections are patterns as in ssh_config's Host; of several values, the first one holds. A line is read as the option
-    of its name would be, and one that is repeatable has a value a line. Raises Failure (2).
+    Sections are patterns as in ssh_config's Host: `*`, `?`, and `!` for an exception; of several values, the first one
+    holds. A line is read as the option of its name would be, and one that is repeatable has a value a line. Raises
+    Failure (2).
     """
     if not os.path.exists(path):
         return {}
-    import configparser
-
     config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
     config.optionxform = str  # type: ignore[assignment]
     try:
@@ -10449,8 +10161,11 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
     rows = {option.name: option for option in EVERY_OPTION if option.name not in ("help", "version", "no-config")}
     found: Dict[str, Tuple[Any, str]] = {}
+    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
+    host = host.rsplit("@", 1)[-1]
     for section in config.sections():
-        for name, text in config.items(section) if matches_host(section, destination) else ():
+        signs = [word[0] for word in section.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
+        for name, text in config.items(section) if signs and "!" not in signs else ():
             values: Dict[str, Any] = {}
             try:
                 if not name or name not in rows:
@@ -10468,16 +10183,6 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
             value = values.get(rows[name].key, rows[name].default)
             found.setdefault(rows[name].key, (value, "[%s] %s" % (section, path)))
     return found
-
-
-def matches_host(patterns: str, destination: str) -> bool:
-    """True when a Host line of ssh_config with these patterns would hold: `*`, `?`, and `!` for an exception."""
-    import fnmatch
-
-    host = destination[len("ssh://") :].partition(":")[0] if destination.startswith("ssh://") else destination
-    host = host.rsplit("@", 1)[-1]
-    found = [word[0] for word in patterns.split() if fnmatch.fnmatchcase(host, word.lstrip("!"))]
-    return bool(found) and "!" not in found
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -10548,21 +10253,11 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         messages.result(text, "open", BOLD, pid=server.pid, **facts)
         if wants_browser(args):
             open_browser(url, args.browser, messages)
-        record = TunnelRecord(
-            created=time.time(),
-            pid=os.getpid(),
-            identity=process_identity(os.getpid()),
-            destination=args.host,
-            typed=args.line.destination,
-            ssh=args.ssh,
-            further=args.further,
-            request=request,
-            is_background=args.background,
-            base_url=server.base_url,
-            control=agent.ssh.way.control_path if agent.ssh.process else "",
-            config=agent.ssh.config_text,
-            **facts,
-        )
+        facts.update(destination=args.host, typed=args.line.destination, ssh=args.ssh, further=args.further)
+        facts.update(request=request, is_background=args.background, base_url=server.base_url)
+        facts.update(config=agent.ssh.config_text, control=agent.ssh.way.control_path if agent.ssh.process else "")
+        identity = process_identity(os.getpid())
+        record = TunnelRecord(created=time.time(), pid=os.getpid(), identity=identity, **facts)
         with written_down(record):
             if args.background:
                 messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
@@ -10581,7 +10276,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             messages.end_line()
         if is_ended:
             identity = tunnel.server.id if tunnel else agent.launching
-            agent.ask(Request(action="stop", ids=[identity]), StopReply, "Stopping")
+            agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
@@ -10601,10 +10296,21 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         further = [spec for spec in args.further if spec not in record.further]
         is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
         is_same = request.same_as(record.request) or record.id == server
-        if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
+        if is_there and is_same and args.local_port in (None, record.local_port):
+            # One whose server was stopped just now ends within seconds.
+            until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)  # noqa: B023
+            if not is_same_process(record.pid, record.identity):
+                continue
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
-                add_forward(record, spec, agent.ssh)
+                control = Mux(agent.ssh, record.control).control_argv("forward", *each("-L", [spec]))
+                is_open, words = agent.ssh.call(control)
+                if not is_open:
+                    try_ = "another port in -L" if os.path.exists(record.control) else "the same command again"
+                    raise Failure("cannot forward " + spec, words, try_)
+                record.further = [*record.further, spec]  # its process takes it along when it connects again
+                path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
+                write_whole(path, json.dumps(record.facts()))
                 address, port, target = spec.split(":", 2)
                 text = "Forwarding %s:%s to %s on %s." % (address, port, target, args.host)
                 messages.step(text, "forwarding", local_port=int(port))
@@ -10677,8 +10383,6 @@ def how_to_own(paths: List[str], user: str) -> str:
 
 def say_server(server: Server, request: Request, args: Args, agent: Agent, messages: Messages) -> None:
     """Say which server it is, and what the user should know about it."""
-    import ipaddress
-
     destination = agent.ssh.destination
     where = "socket" if server.sock else "port %d" % server.port
     title = "%s on %s" % (server.title, server.node) if server.job else server.title
@@ -10736,12 +10440,14 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
     views: Dict[str, List[Any]]
     ended: List[RunView] = []
     if args.kernels:
-        reply = agent.ask(request_of(args, "list_kernels"), ListReply, "Asking the servers")
+        kernels = reply_of(kernels="List[KernelState]", missing="str")
+        reply = agent.ask(request_of(args, "list_kernels"), kernels, "Asking the servers")
         views = {"kernel": reply.kernels}
         if reply.missing:
             messages.note(reply.missing)
     else:
-        reply = agent.ask(request_of(args, "list"), ListReply, "Asking the servers")
+        kinds = {"jobs": "List[StarterView]", "servers": "List[ServerView]", "wrappers": "List[StarterView]"}
+        reply = agent.ask(request_of(args, "list"), reply_of(runs="List[RunView]", **kinds), "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
         ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
         views["run"] = [run for run in reply.runs if run not in ended]
@@ -10766,8 +10472,6 @@ LOGIN_EVERY_S = 0.1  # of many hosts, that few log in at once
 
 def list_hosts(args: Args, messages: Messages) -> int:
     """Ask several hosts at the same time, each by a process of ours with a deadline; an unreachable host is a row."""
-    import subprocess
-
     program = [sys.executable, os.path.abspath(__file__), "--json"]
     pipes: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     asked: "Dict[str, subprocess.Popen[bytes]]" = {}
@@ -10818,7 +10522,9 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     """Wait until a kernel is idle; say in one line, and by the exit status, how its last cell ended."""
     request = request_of(args, "wait_for_kernel")
     agent.ssh.connect()
-    reply = agent.ask_on(within(args.timeout_s, lambda: request), KernelReply, "Waiting for the kernel")
+    last = {"count": "Optional[int]", "seconds": "Optional[float]", "is_done": "Optional[bool]"}  # its last cell
+    kind = reply_of(kernel="KernelState", state="str", **last)
+    reply = agent.ask_on(within(args.timeout_s, lambda: request), kind, "Waiting for the kernel")
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
@@ -10832,9 +10538,10 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
 
 def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     """Run code in a live kernel: its output comes as it is printed, errors go to stderr (status 5)."""
+    became = reply_of(kernel="KernelState", state="str")
     if args.interrupt:
         agent.ssh.connect()
-        reply = agent.ask(request_of(args, "interrupt_kernel"), KernelReply)
+        reply = agent.ask(request_of(args, "interrupt_kernel"), became)
         if reply.state == "dead":
             raise Failure("the kernel died", "of the interrupt", args.again("list", "--kernels"), EXIT_SERVER_ENDED)
         text = "Nothing to interrupt: %s is idle." if reply.state == "idle" else "Interrupted the kernel of %s."
@@ -10856,16 +10563,16 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         nonlocal lines
         lines = message.at + 1
         cell, entry = executions.take(message.entry)
-        if args.json and cell and entry:
+        if args.json and cell:
             tell_entry(entry, cell, messages)
         written = {}
-        if args.save_images and cell and cell.begun and isinstance(entry, PrintedOutput):
+        if args.save_images and cell and cell.begun and entry.kind == "printed":
             written = write_display(entry, os.path.join(args.save_images, "cell-%s" % cell.begun.count))
         for kind, path in written.items():
             messages.result("[%s: %s]" % (kind, path), "image", type=kind, path=path)
-        if isinstance(entry, Gap) and not args.json:
+        if entry.kind == "gap" and not args.json:
             messages.warn("[%s]" % entry.why)
-        elif isinstance(entry, PrintedOutput) and not written and not args.json:
+        elif cell and entry.kind == "printed" and not written and not args.json:
             text = re.sub(COLOURS + "|.\b", "", text_of(entry).replace("\r", "\n"))
             if entry.type == "error" or entry.content.get("name") == "stderr":
                 messages.warn(text, end="")
@@ -10882,7 +10589,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     with agent.leaving(goes_on):
         agent.ssh.connect()
         asking = within(args.timeout_s, lambda: request.but(line=lines))
-        reply = agent.ask_on(asking, KernelReply, "", {"recorded": take})
+        reply = agent.ask_on(asking, became, "", {"recorded": take})
     if reply.state in ("busy", "queued"):
         raise Failure("it is not done after " + duration(args.timeout_s), goes_on(), "", EXIT_TIMEOUT)
     if reply.state == "dead":
@@ -10942,7 +10649,8 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
     request = request_of(args, "stop", app=args.typed.get("app", ""))
-    reply = agent.ask(request.but(asks=not args.yes), StopReply, "Stopping")
+    kind = reply_of(count="int", busy="List[ServerView]", runs="List[RunView]")
+    reply = agent.ask(request.but(asks=not args.yes), kind, "Stopping")
     if reply.busy or reply.runs:
         words = ["%d of %d kernels are busy in %s (%s)." % (s.busy, s.kernels, s.root_dir, s.id) for s in reply.busy]
         words = [line.replace("1 of 1 kernels are busy", "Its kernel is busy") for line in words]
@@ -10955,7 +10663,7 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
         if not says_yes("Stop it anyway? [y/N] "):
             messages.note("Nothing was stopped.")
             return EXIT_FAILURE
-        reply = agent.ask(request, StopReply, "Stopping")
+        reply = agent.ask(request, kind, "Stopping")
     if not reply.count:
         messages.note("No server of yours runs there.")
     return EXIT_OK
@@ -10974,7 +10682,11 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
             text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
             messages.note(text % (record.local_port, record.pid))
         else:
-            end_tunnel(record)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGTERM)
+            if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):  # noqa: B023
+                why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
+                raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
@@ -11199,8 +10911,6 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
 
     Each comes as its name, what is to say, and for what failed, how to mend it.
     """
-    import webbrowser
-
     ssh = agent.ssh
 
     def failed(name: str, why: Failure, try_: str) -> Tuple[str, str, str]:
@@ -11228,7 +10938,10 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
         is_inside = bool(asked.outside) and not asked.submit
         request = asked.but(submit=[], wrap=[], container="")
         request = request.but(python="", env="", init=[]) if is_inside else request  # they are for in there
-        facts = agent.ask(request, ExamineReply, "Looking around on the host")
+        told = dict.fromkeys(("shell", "state", "no_install", "jupyter", "scheduler"), "str")
+        told.update(dict.fromkeys(("free_bytes", "sshd_port", "other_users"), "int"), foreign="List[str]")
+        kind = reply_of(state_trouble="Optional[Failure]", jupyter_trouble="Optional[Failure]", **told)
+        facts = agent.ask(request, kind, "Looking around on the host")
     except Failure as failure:
         yield failed(step, failure, "-v, which shows more")
         return
@@ -11241,7 +10954,7 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     found, trouble = facts.jupyter, facts.jupyter_trouble
     if is_inside:
         try:
-            inside = agent.ask(asked, ExamineReply, "Looking around inside")
+            inside = agent.ask(asked, kind, "Looking around inside")
             found, trouble = inside.jupyter, inside.jupyter_trouble
         except Failure as failure:
             found, trouble = "", failure
@@ -11337,8 +11050,6 @@ def candidates(words: List[str]) -> List[str]:
     if current.startswith("-") and not is_value:
         found = [flag for flag in known if flag.startswith("--")]
     elif takes and (takes.metavar in ("FILE", "KEY") or takes.key in ("along", "notebooks")):
-        import glob
-
         names = glob.glob(glob.escape(current) + "*.ipynb") if takes.key == "notebooks" else []
         return sorted(names) or ["/"]
     elif takes:
@@ -11353,8 +11064,6 @@ def candidates(words: List[str]) -> List[str]:
 
 def ssh_hosts(line: CommandLine) -> List[str]:
     """Return the names that ssh's configuration has, with those of the files that it includes (ssh_config(5))."""
-    import glob
-
     config = [typed.value for typed in line.before if typed.flag == "-F" and typed.value]
     paths = config[-1:] or [os.path.expanduser("~/.ssh/config")]
     found: List[str] = []

@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import types
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import pytest
@@ -18,7 +19,6 @@ import pytest
 import rjupyter
 
 PORT = 8889
-CONTROL = "/nowhere/control"
 TARGET = "127.0.0.1:8888"
 CALM_S = 400.0  # at the end of each history: everything works, and so must we, again
 
@@ -326,17 +326,18 @@ class Connection(rjupyter.Ssh):
 
 
 @pytest.fixture
-def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Tuple[World, str, object]]:
+def live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], Tuple[World, str, object]]:
     """Lives one history: returns the world, what was said, and what ended it."""
     silent = types.SimpleNamespace(is_alive=lambda: True)
     monkeypatch.setattr(rjupyter, "start_thread", lambda do, *arguments: silent)
-    monkeypatch.setattr(rjupyter, "new_control_path", lambda: CONTROL)
+    monkeypatch.setattr(rjupyter, "private_runtime_dir", lambda: str(tmp_path))
+    control = str(tmp_path / ("%x.ctl" % os.getpid()))
 
     exists = os.path.exists
 
     def one(seed: int) -> Tuple[World, str, object]:
         world = World(seed)
-        monkeypatch.setattr(os.path, "exists", lambda path: world.is_in_there() if path == CONTROL else exists(path))
+        monkeypatch.setattr(os.path, "exists", lambda path: world.is_in_there() if path == control else exists(path))
         monkeypatch.setattr(rjupyter, "time", world)
         monkeypatch.setattr(rjupyter, "Child", lambda argv, *_, **__: StandInForSsh(world, argv))
         monkeypatch.setattr(rjupyter, "http_request", world.probe)

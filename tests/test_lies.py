@@ -59,8 +59,12 @@ EXAMINED: Dict[str, Any] = {
     "free_bytes": 10**9,
     "other_users": 1,
     "jupyter": "JupyterLab 4: /a/jupyter-lab (PATH)",
-    "tried": ["/a"],
     "state_trouble": TROUBLE,
+    "jupyter_trouble": None,
+    "no_install": "",
+    "sshd_port": 22,
+    "foreign": ["/a"],
+    "scheduler": "",
 }
 KERNEL: Dict[str, Any] = {
     "id": "9f7bdd7c",
@@ -75,10 +79,10 @@ KERNEL: Dict[str, Any] = {
 }
 REPLIES: Dict[str, Dict[str, Any]] = {
     "open": OPEN,
-    "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB]},
+    "list": {"servers": [SERVER], "runs": [RUN], "jobs": [JOB], "wrappers": []},
     "logs": {"id": "07af"},
     "save_output": {"notebook": "a.ipynb", "cells": 2},
-    "list_kernels": {"kernels": [KERNEL]},
+    "list_kernels": {"kernels": [KERNEL], "missing": ""},
     "wait_for_kernel": {"kernel": KERNEL, "state": "idle", "count": 3, "seconds": 2.5, "is_done": False},
     "eval_code": {"kernel": KERNEL, "state": "failed"},
     "interrupt_kernel": {"kernel": KERNEL, "state": "interrupted"},
@@ -89,7 +93,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
     "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
-    "follow_runs": {"ended": [{"id": "r07af", "run": {**RUN, "brings": ["*.pt"]}}]},
+    "follow_runs": {"ended": {"r07af": {**RUN, "brings": ["*.pt"]}}, "failed": {}},
     "forecast_job": {"said": "soon", "is_refused": True, "limits": "main"},
 }
 CELL = {"cell_type": "code", "source": ["1\n"], "outputs": [], "metadata": {}, "execution_count": 1}
@@ -722,7 +726,7 @@ def harmed(laptop: Laptop, members: List[bytes], *arguments: str) -> Tuple[Any, 
     asks_for_all = {**RUN, "brings": ["**", ".*", ".*/**"]}
     told = {
         "start_run": [{"kind": "reply", "reply": REPLIES["start_run"]}],
-        "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": [{"id": "r07af", "run": asks_for_all}]}}],
+        "follow_runs": [*parts(JOURNAL), {"kind": "reply", "reply": {"ended": {"r07af": asks_for_all}, "failed": {}}}],
         "bring_files": [
             {"kind": "part", "file": "files", "data": data},
             {"kind": "reply", "reply": {"refused": [], "unmatched": []}},

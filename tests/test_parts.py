@@ -237,7 +237,7 @@ def test_stub_of_ssh_whose_reply_comes_as_a_wait_for_it_runs_out(
     monkeypatch.setenv("HOME", str(tmp_path))
     messages = rjupyter.Messages(quiet=True)
     agent = rjupyter.Agent(StandInForSsh("host", [], False, messages, False), messages)
-    assert agent.ask(rjupyter.Request(action="list"), rjupyter.ListReply).runs == []
+    assert agent.ask(rjupyter.Request(action="list"), rjupyter.reply_of(runs="List[RunView]")).runs == []
 
 
 class SlowSsh(StandInForSsh):
@@ -277,10 +277,10 @@ def test_any_byte_of_a_message_is_life_and_noise_is_none(name: str, monkeypatch:
     monkeypatch.setattr(rjupyter.AgentFile, "input_of", lambda *_: b"")
     request = rjupyter.Request(action="stop", nonce="nonce")
     if not why:
-        assert agent.ask(request, rjupyter.StopReply, silence_s=2).count == 3
+        assert agent.ask(request, rjupyter.reply_of(count="int"), silence_s=2).count == 3
         return
     with pytest.raises(rjupyter.NotConnected, match="no answer") as failed:
-        agent.ask(request, rjupyter.StopReply, silence_s=2)
+        agent.ask(request, rjupyter.Record, silence_s=2)
     assert why in failed.value.why
 
 
@@ -405,7 +405,7 @@ def test_what_was_announced_once_goes_on_whoever_leaves(tmp_path: Path) -> None:
 
 def told(journal: rjupyter.Journal, *numbers: int) -> None:
     for number in numbers:
-        journal.tell(rjupyter.Remark(text="%03d" % number))
+        journal.tell("remark", text="%03d" % number)
 
 
 def read(reader: rjupyter.JournalReader) -> List[str]:
@@ -419,7 +419,7 @@ def test_a_journal_tells_what_its_reader_has_missed(tmp_path: Path) -> None:
     path = str(tmp_path / "a.journal")
     journal = rjupyter.Journal(path, most=400)  # a few lines
     often, seldom = rjupyter.JournalReader(path), rjupyter.JournalReader(path)
-    journal.head = rjupyter.BegunCell(id="1", time=1.0)
+    journal.head = rjupyter.Entry(kind="begun", id="1", time=1.0)
     numbers = ["%03d" % number for number in range(40)]
     found: List[str] = []
     for number in range(40):

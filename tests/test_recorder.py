@@ -411,11 +411,11 @@ def test_since_is_by_the_clock_here(
     (kept / "cells").mkdir(parents=True)
     facts = {"node": "node", "pid": 2**22 + 1, "app": "notebook", "runtime_dir": "", "local_port": 8889}
     rjupyter.write_down(rjupyter.ServerRecord(created=there - 9000, **facts), str(kept))
-    lines: List[rjupyter.Entry] = []
+    lines: List[Dict[str, Any]] = []
     for count, age_s in ((1, 2400), (2, 60)):
         code = "%d" % count
-        lines.append(rjupyter.BegunCell(id=code, time=there - age_s - 1, code=code, count=count))
-        lines.append(rjupyter.FinishedCell(id=code, time=there - age_s, is_done=True))
+        lines.append({"kind": "begun", "id": code, "time": there - age_s - 1, "code": code, "count": count})
+        lines.append({"kind": "finished", "id": code, "time": there - age_s, "is_done": True})
     (kept / "cells/0123abcd.journal").write_bytes(b"".join(map(rjupyter.line_of, lines)))
     shown = laptop.run("host", "output", "--since", "30m").stdout
     began = time.strftime("%H:%M", time.localtime(time.time() - 61))

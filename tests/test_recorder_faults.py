@@ -265,14 +265,11 @@ def test_nothing_that_a_notebook_has_is_lost_for_what_was_not_kept(tmp_path: Pat
     """With a journal of 20 kB in place of 64 MB: what is missing is marked, where it is missing."""
     there, number, wanted = HAD[had]
     journal = rjupyter.Journal(str(tmp_path / "k.journal"), most=10000)
-    begun = rjupyter.BegunCell(id="1.1", time=1.0, count=COUNT, code="x")
-    for entry in [
-        begun,
-        *(rjupyter.PrintedOutput(id="1.1", type=each["output_type"], content=each) for each in outputs(*PRINTED)),
-        *([rjupyter.FinishedCell(id="1.1", time=2.0, is_done=True)] if is_ended else []),
-    ]:
-        journal.tell(entry)
-        journal.head = begun
+    journal.head = journal.tell("begun", id="1.1", time=1.0, count=COUNT, code="x")
+    for each in outputs(*PRINTED):
+        journal.tell("printed", id="1.1", type=each["output_type"], content=each)
+    if is_ended:
+        journal.tell("finished", id="1.1", time=2.0, is_done=True)
     executions = rjupyter.Executions(rjupyter.JournalReader(journal.path).lines())
     tail = "".join(output.content["text"] for output in executions.cells["1.1"].outputs[1:])
     assert "".join(PRINTED).endswith(tail) and 1000 < len(tail) < len("".join(PRINTED)) - 500

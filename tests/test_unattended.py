@@ -126,7 +126,7 @@ def test_cron_finds_the_records_of_a_login(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(os, "lstat", lstat)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    assert rjupyter.record_dirs() == []
+    assert rjupyter.tunnels() == []
     own = str(tmp_path / ("rjupyter-%d" % os.getuid()))
     assert looked == ["/run/user/%d/rjupyter" % os.getuid(), own]
 
