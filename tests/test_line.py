@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from client import check_failure, events_of, held, listed
+from jupyters import standin
 from notebooks import write_notebook
 from sides import MODULE, SCRIPT, Host, Laptop, quiet_port, wait_until, words_of
 
@@ -190,7 +191,7 @@ def test_what_is_left_out_of_the_list_of_a_path_is_listed_by_that_path() -> None
 
 @pytest.mark.nbclient
 def test_several_hosts_side_by_side(laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    first, second = make_host(name="one"), make_host(name="two")
+    first, second = make_host(name="one", path=str(standin())), make_host(name="two")
     config = laptop.directory / "both"
     config.write_text(Path(first.sshd.config).read_text() + "\n" + Path(second.sshd.config).read_text())
     laptop.config = str(config)
