@@ -334,8 +334,8 @@ def test_no_socket_with_a_jupyter_that_knows_none_shown_by_a_wrapper_that_drops_
     (directory / "bin").mkdir()
     wrapper = directory / "bin/jupyter-notebook"
     wrapper.write_text(
-        '#!/bin/sh\nfor a; do shift; case $a in --sock=*) ;; *) set -- "$@" "$a";; esac; done\n'
-        'exec %s "$@"\n' % (VENV_BIN / "jupyter-notebook")
+        '#!/bin/sh\nfor a; do shift; case $a in --sock=*|--*.port=*) ;; *) set -- "$@" "$a";; esac; done\n'
+        'exec %s --port=%d "$@"\n' % (VENV_BIN / "jupyter-notebook", quiet_port())
     )
     wrapper.chmod(0o755)
     host = make_host(path=str(directory / "bin"))
@@ -520,21 +520,21 @@ sys.stdin.read()
 
 
 @contextlib.contextmanager
-def grabbing(user: User, port: int) -> Iterator["subprocess.Popen[str]"]:
-    """Let another user be after a local port meanwhile."""
+def grabbing(user: User, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """Let another user be after a local port meanwhile. What she says is not read ahead of: got_it looks for more."""
     argv = ["/usr/bin/python3", "-IS", "-c", GRABBER, str(port)]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        argv, stdin=pipe, stdout=pipe, text=True, user=user.uid, group=65534, extra_groups=[], cwd="/"
+        argv, bufsize=0, stdin=pipe, stdout=pipe, user=user.uid, group=65534, extra_groups=[], cwd="/"
     ) as grabber:
         try:
-            assert grabber.stdout is not None and grabber.stdout.readline() == "up\n"
+            assert grabber.stdout is not None and grabber.stdout.readline() == b"up\n"
             yield grabber
         finally:
             grabber.kill()
 
 
-def got_it(grabber: "subprocess.Popen[str]") -> bool:
+def got_it(grabber: "subprocess.Popen[bytes]") -> bool:
     assert grabber.stdout is not None
     return bool(select.select([grabber.stdout], [], [], 0)[0])
 
