@@ -105,7 +105,7 @@ class Machine:
 
     def enter(self, *options: str) -> List[str]:
         """Return the start of a command that is to run there."""
-        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", *options]
+        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--root", "--pid", *options]
 
     def run(self, *argv: str, given: str = "") -> "subprocess.CompletedProcess[str]":
         """Run a command there, with `given` as its input."""

@@ -56,7 +56,9 @@ PartitionName=main Nodes=ALL Default=YES DefaultTime=1:00:00 MaxTime=1-0
 
 def find_slurm_obstacle() -> str:
     """Return why there can be no private Slurm here, or ""."""
-    return find_obstacle(PROGRAMS)
+    groups = Path("/sys/fs/cgroup")  # slurmd does not start without, whatever slurm.conf says; a chroot has none
+    has_groups = groups.is_dir() and any(groups.iterdir())
+    return find_obstacle(PROGRAMS) or ("" if has_groups else "slurmd needs the control groups in %s" % groups)
 
 
 class PrivateSlurm(Cluster):
