@@ -3718,6 +3718,11 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
     It need not be beside it, as with `pip install --user`. Raises Failure (3) when there is no Jupyter.
     """
     problem, status = problem_of(python), 0
+    if os.path.isdir(python):
+        inner = os.path.join(python, "bin", "python")
+        try_ = "another --python, or --env" if problem_of(inner) else "--python " + shlex.quote(portable(inner))
+        why = "%s: %s" % (portable(python), problem)
+        raise Failure("no Python to run Jupyter with", why, try_, EXIT_NO_JUPYTER)
     for candidate in apps if not problem else []:
         status, _, said = run_command([python, "-c", HAS_MODULE, PROGRAMS[candidate].module], COMMAND_TIMEOUT_S)
         if status == 0:
@@ -3730,12 +3735,6 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     add = how_to_add(python, project, bool(problem))
     what = "the Python of this environment is gone" if problem and add else "no Jupyter in this environment"
-    if os.path.isdir(python):
-        inner = os.path.join(python, "bin", "python")
-        what, add = (
-            "no Python to run Jupyter with",
-            "" if problem_of(inner) else "--python " + shlex.quote(portable(inner)),
-        )
     if status == 124:  # on a file system that hangs, perhaps: nothing that is there is made anew
         what, add = "the Python of this environment does not answer", shlex.quote(portable(python)) + " --version"
     raise Failure(what, why, add or "another --python, or --env", EXIT_NO_JUPYTER)
@@ -4524,7 +4523,7 @@ def open_server(request: Request, channel: Channel) -> Server:
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.is_held else KINDS["job"].hint()
+            hint = "" if request.is_held else scheduler_here()
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if starter:  # outside of the lock, for a queue may be long
         found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
@@ -4543,6 +4542,11 @@ def open_server(request: Request, channel: Channel) -> Server:
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(request, found.id))]
     found.foreign = foreign_files()
     return found
+
+
+def scheduler_here() -> str:
+    """Return the command of a scheduler that is on PATH here; empty for none."""
+    return next(filter(None, (kind.hint() for kind in STARTERS)), "")
 
 
 def check_reach(found: Server, request: Request) -> None:
@@ -4790,7 +4794,7 @@ def examine_host(request: Request, channel: Channel) -> "Json":
         with contextlib.suppress(OSError):
             uids.add(os.stat(process).st_uid)
     facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts["scheduler"] = KINDS["job"].hint()
+    facts["scheduler"] = scheduler_here()
     return facts
 
 
@@ -4923,6 +4927,10 @@ class Starter(Kind):
     no_begin = None  # type: Any # (record): returns the Failure of one that ended before its agent had said all
     enter = None  # type: Any # (record, request), in there: makes it ready, and returns the request as it is done there
 
+    def hint(self) -> str:
+        """Return the command of a scheduler that is there and could have been used; empty for none."""
+        return ""
+
     def describe(self, record: "Any") -> StarterView:
         asked = record.request
         facts = {"wrap": asked.outside, "action": asked.action, "path": asked.path}
@@ -4973,7 +4981,7 @@ def starter_main(directory: str) -> None:
     down as well, also when a signal ends it.
     """
     request = left_request(directory)
-    kind = KINDS["wrapper" if request.wrapper else "job"]
+    kind = next(kind for kind in reversed(STARTERS) if getattr(request, kind.name))
     starter = until(lambda: record_in(kind, directory), LATE_S)
     assert starter  # it was written before we were started
     if os.path.exists(said_in(starter)):
@@ -5734,6 +5742,17 @@ def written_down(record: TunnelRecord) -> Iterator[None]:
             os.unlink(path)
 
 
+def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
+    """Add a forward to a tunnel that is up, at once; its process takes it along when it connects again."""
+    is_open, words = ssh.call(Mux(ssh, record.control).control_argv("forward", *each("-L", [spec])))
+    if not is_open:
+        is_up = os.path.exists(record.control)
+        raise Failure("cannot forward " + spec, words, "another port in -L" if is_up else "the same command again")
+    record.further = [*record.further, spec]
+    path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
+    write_whole(path, json.dumps(record.facts()))
+
+
 def gateway_settings(url: str, base_url: str) -> str:
     """Return the line of a shell that sends a JupyterLab here to a server for its kernels (Jupyter Server, "Gateway").
 
@@ -5772,6 +5791,15 @@ def tunnels() -> List[TunnelRecord]:
     return records
 
 
+def end_tunnel(record: TunnelRecord) -> None:
+    """End the process of a tunnel; raises Failure when it does not go."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGTERM)
+    if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):
+        why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
+        raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
+
+
 def master_of_a_tunnel(ssh: Ssh) -> str:
     """Return the control socket of a tunnel of ours that is up: no login either.
 
@@ -5795,6 +5823,12 @@ def does_answer(record: TunnelRecord) -> bool:
     with contextlib.suppress(OSError):
         return bool(http_request(("127.0.0.1", record.local_port), "/api", "", JOIN_TIMEOUT_S, is_secure=is_secure)[0])
     return False
+
+
+def is_leaving(record: TunnelRecord) -> bool:
+    """True when a tunnel ends within seconds, as one does whose server was stopped just now."""
+    until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)
+    return not is_same_process(record.pid, record.identity)
 
 
 class Background:
@@ -7011,9 +7045,24 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # -- runs on the host -------------------------------------------------------------------------------------------------
 
 
+def journal_of(directory: str) -> str:
+    """Return where a run writes down what its cells print."""
+    return os.path.join(directory, "journal")
+
+
+def result_of(directory: str) -> str:
+    """Return where a run's result is: from its begin on, and with outputs at its end."""
+    return os.path.join(directory, "result.ipynb")
+
+
+def state_file(directory: str) -> str:
+    """Return where a run writes down where it stands."""
+    return os.path.join(directory, "state.json")
+
+
 def state_of_run(directory: str) -> "Optional[RunState]":
     """Return where a run stands, as it wrote it down."""
-    return read_record(RunState, os.path.join(directory, "state.json"))
+    return read_record(RunState, state_file(directory))
 
 
 class RunKind(Kind):
@@ -7024,7 +7073,7 @@ class RunKind(Kind):
     record = RunRecord
 
     def log_of(self, record: RunRecord) -> Growing:
-        return PrintedText(os.path.join(record.directory, "journal"))
+        return PrintedText(journal_of(record.directory))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -7053,7 +7102,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        view.size = size_of(os.path.join(record.directory, "journal"))
+        view.size = size_of(journal_of(record.directory))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -7187,7 +7236,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
     if process.poll() == CANNOT_RUN:
         remove_tree(directory)
         return None
@@ -7251,7 +7300,7 @@ class Followed:
 
     def __init__(self, record: RunRecord, offset: int) -> None:
         self.record = record
-        self._journal = Growing(os.path.join(record.directory, "journal"), offset)
+        self._journal = Growing(journal_of(record.directory), offset)
         self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
     def look(self, identity: str, channel: Channel) -> "Any":
@@ -7267,7 +7316,7 @@ class Followed:
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         directory = self.record.directory
         state = state_of_run(directory) or RunState()
-        size = size_of(os.path.join(directory, "journal")) + size_of(os.path.join(directory, "result.ipynb"))
+        size = size_of(journal_of(directory)) + size_of(result_of(directory))
         is_whole = state.written and state.written == size
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
@@ -7276,13 +7325,13 @@ class Followed:
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
         directory = self.record.directory
-        result = Growing(os.path.join(directory, "result.ipynb"))
+        result = Growing(result_of(directory))
         parts = iter(result.part, b"")
         state = state_of_run(directory) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            for execution in Executions(Growing(os.path.join(directory, "journal")).lines()).cells.values():
+            for execution in Executions(Growing(journal_of(directory)).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7529,7 +7578,7 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self.exit_status = None  # type: Optional[int] # of a kernel that died
-        self.journal = Journal(os.path.join(directory, "journal"), float("inf"))
+        self.journal = Journal(journal_of(directory), float("inf"))
 
     def _read_pair(self) -> "Any":
         """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
@@ -7623,11 +7672,11 @@ class Run:
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
-        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
+        write_whole(state_file(self.directory), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
-        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
+        write_whole(result_of(self.directory), self.text())
         for remark in self.remarks:
             self.journal.tell("remark", text=remark)
         self.keep_state()
@@ -7649,7 +7698,7 @@ class Run:
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
-        path = os.path.join(self.directory, "result.ipynb")
+        path = result_of(self.directory)
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
         written = size_of(path) + size_of(self.journal.path)
@@ -7813,7 +7862,7 @@ def run_main(directory: str) -> None:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
-        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
+        write_whole(state_file(directory), json.dumps(state.facts()))
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -8979,34 +9028,16 @@ class JobKind(Starter):
             next(launchers(request, resolve_path(request.path)[0], channel, []))
         enter_terminal(request, channel, [])
         directory = new_dir(self, channel, "is being submitted in a job")
-        argv = [native(word) for word in request.submit]
-        command = os.path.basename(argv[0])
         record = JobRecord(
             request=request.to_keep(),
             number="",
-            command=command,
+            command=os.path.basename(native(request.submit[0])),
             environment={n: portable(os.environ[n]) for n in of_terminal or {} if re.match(OF_SCHEDULERS, n)},
             **facts_of(os.getpid(), "", request),
         )
         try:
             write_down(record, directory)
-            program = self.leave(record, request, shell=os.environ.get("SHELL", ""))
-            script = os.path.join(directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
-            words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
-            # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default.
-            write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
-            output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
-            argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
-            status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
-            matches = list(re.finditer(SCHEDULERS.get(command, UNKNOWN).id, said))
-            if status or not matches:
-                why = why.strip() or said.strip() or "status %d" % status
-                what = "%s did not take the job" % portable(argv[0])
-                raise Failure(what, why, "other options in --slurm or --submit")
-            number, *cluster = matches[-1].groups("")
-            record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
-            record.pid, record.identity = 0, ""
-            write_down(record, directory)
+            words = self._submit(record, request)
         except BaseException:
             with contextlib.suppress(OSError):
                 mark(record, "unwanted")
@@ -9014,10 +9045,32 @@ class JobKind(Starter):
             if not kept or not self.goes_on(kept):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
             raise
-        for line in why.splitlines():
+        for line in words.splitlines():
             channel.tell("note", text=portable(line))
         channel.tell("queue", id=record.id, job=record.number, is_waiting=True, word="submitted")
         return record
+
+    def _submit(self, record: JobRecord, request: Request) -> str:
+        """Write a job's script, submit it, and write down its number; return what the command said beside that."""
+        program = self.leave(record, request, shell=os.environ.get("SHELL", ""))
+        script = os.path.join(record.directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
+        words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+        # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default.
+        write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
+        output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
+        argv = [native(word) for word in request.submit]
+        argv = [word.replace("{script}", script).replace("{output}", output) for word in argv]
+        status, said, why = run_scheduler(record, argv, SUBMIT_TIMEOUT_S)
+        matches = list(re.finditer(SCHEDULERS.get(record.command, UNKNOWN).id, said))
+        if status or not matches:
+            why = why.strip() or said.strip() or "status %d" % status
+            what = "%s did not take the job" % portable(argv[0])
+            raise Failure(what, why, "other options in --slurm or --submit")
+        number, *cluster = matches[-1].groups("")
+        record.number, record.cluster = number.replace("\u0192", "f"), "".join(cluster)
+        record.pid, record.identity = 0, ""
+        write_down(record, record.directory)
+        return why
 
     def watch(self, record: JobRecord, channel: Channel) -> "Iterator[bool]":
         """Tell how a job stands. Of one that has ended, a shared home may show late what was said in it."""
@@ -9077,7 +9130,6 @@ class JobKind(Starter):
         return request.but(node_address=address, ip=address if request.ip == "127.0.0.1" else request.ip)
 
     def hint(self) -> str:
-        """Return the command of a scheduler that is on PATH here; empty for none."""
         return next((command for command in SCHEDULERS if shutil.which(command)), "")
 
 
@@ -10298,21 +10350,10 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         further = [spec for spec in args.further if spec not in record.further]
         is_there = (record.destination, record.ssh) == (args.host, args.ssh) and (record.control or not further)
         is_same = request.same_as(record.request) or record.id == server
-        if is_there and is_same and args.local_port in (None, record.local_port):
-            # One whose server was stopped just now ends within seconds.
-            until(lambda: does_answer(record) or not is_same_process(record.pid, record.identity), JOIN_TIMEOUT_S)  # noqa: B023
-            if not is_same_process(record.pid, record.identity):
-                continue
+        if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             for spec in further:
-                control = Mux(agent.ssh, record.control).control_argv("forward", *each("-L", [spec]))
-                is_open, words = agent.ssh.call(control)
-                if not is_open:
-                    try_ = "another port in -L" if os.path.exists(record.control) else "the same command again"
-                    raise Failure("cannot forward " + spec, words, try_)
-                record.further = [*record.further, spec]  # its process takes it along when it connects again
-                path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
-                write_whole(path, json.dumps(record.facts()))
+                add_forward(record, spec, agent.ssh)
                 address, port, target = spec.split(":", 2)
                 text = "Forwarding %s:%s to %s on %s." % (address, port, target, args.host)
                 messages.step(text, "forwarding", local_port=int(port))
@@ -10684,11 +10725,7 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
             text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
             messages.note(text % (record.local_port, record.pid))
         else:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGTERM)
-            if not until(lambda: not is_same_process(record.pid, record.identity), CONTROL_TIMEOUT_S):  # noqa: B023
-                why = "process %d did not end within %d s" % (record.pid, CONTROL_TIMEOUT_S)
-                raise Failure("cannot close the tunnel", why, "kill -9 %d" % record.pid)
+            end_tunnel(record)
             text = "Closed the tunnel on 127.0.0.1:%d." % record.local_port
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
