@@ -5195,7 +5195,7 @@ class Agent:
         self._found: List[str] = []  # the commands that were said to be used
         self._file: Optional[AgentFile] = None
         self._absences = 0  # how often the host has said that it does not have it
-        self.port = LocalPort(0)  # that is kept for the tunnel while there is none
+        self.port = LocalPort(0)  # the tunnel's, which is kept for it while there is none
         ssh.meanwhile = self.get_ready
 
     def get_ready(self) -> AgentFile:
@@ -5476,7 +5476,7 @@ class Tunnel:
         for number in [fixed_port] if fixed_port else itertools.chain([usual], range(LOCAL_PORT, 65536)):
             if number != self.port.number:
                 self.port.close()
-                self.port = LocalPort(number)
+                self.port.number = number
             if self.port.hold():
                 is_open, words = self._forward()
                 if is_open:
@@ -10394,7 +10394,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
-    agent.port = LocalPort(local_port)
+    agent.port.number = local_port
     agent.port.hold()
     with asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
@@ -11301,6 +11301,7 @@ def carry_out(words: List[str]) -> int:
             return ACTIONS[args.action].run(args, agent, messages)
         finally:
             agent.ssh.close()  # it may be another one
+            agent.port.close()
     except KeyboardInterrupt:
         if not getattr(args, "is_followed", False):
             raise
