@@ -247,6 +247,7 @@ CLOSING_TIMEOUT_S = 2  # for sshd to notice that a session of ours has ended, wh
 ANSWER_TIMEOUT_S = 30  # for Jupyter's answer through the tunnel
 PROBE_EVERY_S = 10
 PROBE_TIMEOUT_S = 10
+MUTE_S = 1800  # that a connection says nothing to Jupyter, which closes such a one after an hour (tornado's httpserver)
 CHECK_TIMEOUT_S = 15  # for the host's word on whether the server runs
 REDIAL_MAX_S = 30.0  # the longest pause between two attempts to connect again
 DENIALS_MAX = 3  # unattended logins that may be refused before we give up
@@ -2264,6 +2265,8 @@ class Ssh:
             why = words[-1]
             self.close()
         except Failure as failure:
+            if self._is_again:
+                raise
             why = "%s: %s" % (failure.what, failure.why)
         self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
         self.is_mux = False
@@ -2420,7 +2423,10 @@ class Ssh:
             return
         if status:
             plain = shlex.join(["ssh", "-G", *self.options, self.destination])
-            raise HostRefused("ssh does not take this", words.strip(), plain, EXIT_SSH)
+            kind = (
+                Failure if self.config else HostRefused
+            )  # what it took before, it may take again: names resolve later
+            raise kind("ssh does not take this", words.strip(), plain, EXIT_SSH)
         self.config_text = said
         self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
@@ -3044,8 +3050,9 @@ class Here(Elsewhere):
                 (os.killpg if record.is_ours else os.kill)(record.pid, signum)
                 until(lambda: not self.is_running(), 3)
         for pid, identity in children:
-            if is_same_process(pid, identity):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's, by sudo
+                if is_same_process(pid, identity):
+                    os.kill(pid, signal.SIGKILL)
 
 
 own_wrapper = ""  # the id of the one that we are in ourselves
@@ -3367,7 +3374,12 @@ def launch(
             continue
         began = began if found.where != INSTALLED else time.monotonic()
         channel.tell("found", where=found.where, command=portable(found.argv[0]), tried=tried)
-        record = launch_by(found, request, root_dir, channel)
+        record = None
+        try:
+            record = launch_by(found, request, root_dir, channel)
+        except OSError as error:  # it is for other machines, or its #! line leads nowhere
+            if error.filename not in (found.argv[0], interpreter_of(found)):
+                raise
         if record:
             return record, time.monotonic() - began
         tried.append("%s: it cannot be run" % portable(found.argv[0]))
@@ -3428,10 +3440,10 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     temporary = tempfile.TemporaryFile
     # Files and no pipes: a start-up file may leave a process behind that holds a pipe open for ever.
     with temporary() as stdin, temporary() as out, temporary() as err:
-        # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
-        stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
-        stdin.seek(0)
         try:
+            # On stdin as well: a start-up file may replace the shell (`exec fish`). One that reads a line gets a blank.
+            stdin.write(("\n\n%s\n" % script).encode("utf-8", "surrogateescape"))
+            stdin.seek(0)
             process = subprocess.Popen(
                 argv, executable=shell, env=environment, stdin=stdin, stdout=out, stderr=err, start_new_session=True
             )
@@ -3464,7 +3476,7 @@ def dump_command(nonce: str) -> str:
 def environment_in(text: str, nonce: str) -> "Dict[str, str]":
     """Return the environment that dump_command printed among other things; empty when it did not come to that."""
     for line in text.splitlines():
-        if line.startswith(nonce):
+        if line.startswith(nonce) and line.endswith("}"):  # all of it: there may have been no more room
             return dict(mended({native(k): native(v) for k, v in json.loads(line[len(nonce) :]).items()}))
     return {}
 
@@ -4629,7 +4641,7 @@ def list_all(request: Request, channel: Channel) -> "Json":
     else:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(len(records)) as pool:
+        with ThreadPoolExecutor(min(len(records), 16)) as pool:
             views = list(pool.map(KINDS["server"].describe, records))
     others = {
         kind.name + "s": [kind.describe(r) for r in kind.listed() if is_below(r, within)]
@@ -4994,7 +5006,8 @@ def starter_main(directory: str) -> None:
         nonlocal beat_at, is_asked
         if time.monotonic() - beat_at > HEARTBEAT_S:
             beat_at = time.monotonic()
-            mark(starter, "alive")
+            with contextlib.suppress(OSError):  # a full home: who looks takes the last sign, and asks again
+                mark(starter, "alive")
             look_anew(directory)
         if not is_asked and (is_marked(starter, "unwanted") or (begun.kind == "run" and is_marked(begun, "stop"))):
             is_asked = True
@@ -5468,7 +5481,7 @@ class Tunnel:
         self.port = agent.port
         self._hearing: Optional[threading.Thread] = None
         self._has_left = False  # the server has closed a connection that is there to tell its end
-        self._ends_at = time.monotonic() + server.left_s if server.left_s else float("inf")
+        self._ends_at = time.time() + server.left_s if server.left_s else float("inf")
 
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
@@ -5570,7 +5583,7 @@ class Tunnel:
         is_silent, pause_s, is_open = False, float(PROBE_EVERY_S), True
         self._wake_at_end()
         while self.ssh.wait(pause_s):
-            left_s = self._ends_at - time.monotonic()
+            left_s = self._ends_at - time.time()
             if left_s < WARN_BEFORE_END_S:
                 self._ends_at = float("inf")
                 place = "%s on %s" % (self.server.title, self.server.node)
@@ -5624,7 +5637,7 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 address = ("127.0.0.1", self.port.number)
                 with socket.create_connection(address, timeout=PROBE_TIMEOUT_S) as connection:
-                    connection.settimeout(None)
+                    connection.settimeout(MUTE_S)
                     with contextlib.suppress(ConnectionError):
                         connection.recv(1)
                     self._has_left = True
@@ -6204,7 +6217,8 @@ class Recorder:
                 path = os.path.join(directory, name)
                 if kernel in kernels:
                     os.rename(path, path + "ed")  # before it is sent: not twice, whatever happens
-                    kernels[kernel].ask(identity, read_text(path + "ed"))
+                    with open(path + "ed", encoding="utf-8", newline="") as stream:
+                        kernels[kernel].ask(identity, stream.read())
 
     def notebook_of(self, kernel: str) -> str:
         """Return the path of the notebook that a kernel belongs to; empty for none. An answer holds for a moment."""
@@ -6263,6 +6277,8 @@ class RecordedKernel:
             self.recorder.poller.unregister(socket)
         self.socket.disable_monitor()
         self.socket.close()
+        with contextlib.suppress(OSError):
+            self._journal.close()
 
     def notice_end(self) -> None:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
@@ -6437,6 +6453,12 @@ class Journal:
             self._lost = self._lost or error.strerror or str(error)
         return entry
 
+    def close(self) -> None:
+        """Close the file, which the next line opens again. Raises OSError, where NFS tells of a full disk only now."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
     def _write(self, line: bytes) -> None:
         if self._file < 0:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -6453,9 +6475,9 @@ class Journal:
     def _turn(self) -> None:
         """Begin a newer half, which says what is missing when it is the older one."""
         os.replace(self.path, self.path + ".old")
-        os.close(self._file)
         self._before += self._size
-        self._file, self._size = -1, 0
+        self._size = 0
+        self.close()
         self._write(line_of({"at": self._before, "cell": self.head.id if self.head else "", "kind": "half"}))
         if self.head:
             self._write(line_of(self.head.facts()))
@@ -7401,7 +7423,7 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
             places[:] = sorted(name for name in places if not name.startswith("."))
             yield from matching(place, pattern[1:])
     else:
-        for name in sorted(os.listdir(base)):
+        for name in sorted(os.listdir(base)) if os.access(base, os.R_OK) else ():
             path = os.path.join(base, name)
             if not fnmatch.fnmatchcase(name, pattern[0]) or (name.startswith(".") and not pattern[0].startswith(".")):
                 continue
@@ -7449,18 +7471,23 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
             if patterns is not None and path not in paths and not is_matched(name, patterns):
                 continue
             tar.inodes = {}  # type: ignore[attr-defined] # a file of two names is two files
-            try:
-                check_within(base, path)
-                source = os.path.realpath(path) if patterns is not None else path
-                if os.path.islink(path) and source != path and not os.path.isfile(source):
-                    raise OSError("it is a link, and not to a file")
-                member = tar.gettarinfo(source, name)
-                member.uid = member.gid = 0
-                member.uname = member.gname = ""
-                with contextlib.ExitStack() as stack:
-                    tar.addfile(member, stack.enter_context(open(source, "rb")) if member.isreg() else None)
-            except OSError as error:
-                refused.append("%s: %s" % (portable(name), error.strerror or error))
+            with contextlib.ExitStack() as stack:
+                try:
+                    check_within(base, path)
+                    source = os.path.realpath(path) if patterns is not None else path
+                    if os.path.islink(path) and source != path and not os.path.isfile(source):
+                        raise OSError("it is a link, and not to a file")
+                    member = tar.gettarinfo(source, name)
+                    member.uid = member.gid = 0
+                    member.uname = member.gname = ""
+                    content = stack.enter_context(open(source, "rb")) if member.isreg() else None
+                except OSError as error:
+                    refused.append("%s: %s" % (portable(name), error.strerror or error))
+                    continue
+                try:
+                    tar.addfile(member, content)
+                except OSError as error:
+                    raise OSError("%s changed while it was read: %s" % (portable(name), error)) from None
     return refused
 
 
@@ -7931,7 +7958,8 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
             process = getattr(self.km, "provisioner", None) or self.km.kernel
             if getattr(process, "pid", None):
                 tell_kernel(process.pid)
-            loop, task = asyncio.get_event_loop(), asyncio.current_task()
+            loop = asyncio.get_event_loop()
+            task = (getattr(asyncio, "current_task", None) or asyncio.Task.current_task)()  # type: ignore[attr-defined] # 3.6
 
             def end(name: str) -> None:
                 run.signal = name
@@ -9196,7 +9224,8 @@ def begun_of(record: JobRecord) -> "Optional[JobState]":
 
 def note_end(record: JobRecord, state: JobState) -> None:
     """Write down how a job ended where that is final; not where it is only missed so far."""
-    is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S)
+    is_silent = not is_marked(record, "ended") and begun_of(record)  # it may be suspended, or its home be away
+    is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S and not is_silent)
     if record.directory and is_final:
         with contextlib.suppress(OSError):
             write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
@@ -9380,18 +9409,16 @@ class Queue:
 
 
 def move_to_node(ssh: Ssh, server: Server) -> Ssh:
-    """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node."""
+    """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node.
+
+    `ssh -J` would give the jump none of our options (ssh(1)): a key of -i, say.
+    """
     ssh.close()
-    login = ssh.destination
-    pairs = pairs_of(ssh.options)
-    jump = {pair[0]: pair[1] for pair in pairs if pair[0] in ("-l", "-p", "-J")}
-    options = [word for pair in pairs if pair[0] not in jump for word in pair]
-    if "-l" in jump and "@" not in login:
-        login = "%s@%s" % (jump["-l"], login)
-    if "-p" in jump and not login.startswith("ssh://"):
-        login = "%s:%s" % (login, jump["-p"])
-    hops = ",".join(filter(None, [jump.get("-J"), login]))
-    there = Ssh(server.node, [*options, "-J", hops], ssh.can_ask, ssh.messages, ssh.is_mux)
+    of_login = r"(?i)-[pJ]|-o(host|port\b|proxy)"
+    options = [word for pair in pairs_of(ssh.options) if not re.match(of_login, "".join(pair)) for word in pair]
+    words = [word.replace("%", "%%") for word in (*ssh.options, ssh.destination)]
+    jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
+    there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
@@ -10531,7 +10558,7 @@ def list_hosts(args: Args, messages: Messages) -> int:
         for host, child in asked.items():
             why, said = "no answer within %d s" % HOSTS_TIMEOUT_S, b""
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said, _ = child.communicate(timeout=max(0.1, until_s - time.monotonic()))
+                said, _ = child.communicate(timeout=max(1, until_s - time.monotonic()))
                 why = "it ended with status %d" % child.returncode if child.returncode else ""
             events = [facts_in(line) for line in said.decode("utf-8", "replace").splitlines()]
             failed = [str(facts["why"] or facts["what"]) for facts in events if facts.get("event") == "failure"]
@@ -10595,9 +10622,12 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
     try:
         if args.save_images:
             os.makedirs(args.save_images, exist_ok=True)
+        code = sys.stdin.read() if args.code == "-" else args.code
+        code.encode()
+    except UnicodeError as error:
+        raise Failure("the code is not UTF-8", str(error)) from None
     except OSError as error:
         raise Failure("cannot write into " + args.save_images, error.strerror or str(error)) from None
-    code = sys.stdin.read() if args.code == "-" else args.code
     request = request_of(args, "eval_code", errand=os.urandom(16).hex(), data=code)
     executions, lines = Executions(), 0
 
@@ -10746,7 +10776,9 @@ def run_tunnels(args: Args, agent: Agent, messages: Messages) -> int:
     if not rows:
         messages.note("No tunnel of yours is up here.\nTo open one: %s" % command_line("HOST"))
     elif not args.json:
-        back = command_line(*records[-1].ssh, records[-1].typed)
+        state_dir = records[-1].request.state_dir
+        place = ["--state-dir", state_dir] if state_dir else []
+        back = command_line(*records[-1].ssh, *place, records[-1].typed)
         messages.note("To come back: %s" % back)
         if any(record.is_background for record in records):
             messages.note("To close those in the background: %s" % command_line("close", "--all"))
@@ -11197,7 +11229,7 @@ OPTIONS_OF["execute"] = [
     Option("NOTEBOOK", "one on this machine, or :NAME on the host", key="notebooks", many="*"),
     Option("-o --output FILE", "where the result goes (NOTEBOOK.executed.ipynb)", _text),
     Option("--inplace", "replace the notebook by the result"),
-    Option("-p NAME=VALUE", "set a variable, whose value is YAML; repeatable", _pair, [], key="parameters"),
+    Option("-p NAME=VALUE", "set a variable; the value is JSON, or text; repeatable", _pair, [], key="parameters"),
     Option("--parameters-file FILE", "set those in a JSON or YAML file; repeatable", _text, []),
     Option("--with PATH", "send this file or directory along; repeatable", _text, [], key="along"),
     Option("--bring GLOB", "bring back what it writes: `out/*.png`; repeatable", _pattern, []),

@@ -15,6 +15,7 @@ cluster leaks, even one that is killed with the test that it was for (of that on
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -108,11 +109,20 @@ class Machine:
         return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--root", "--pid", *options]
 
     def run(self, *argv: str, given: str = "") -> "subprocess.CompletedProcess[str]":
-        """Run a command there, with `given` as its input."""
-        argv = (*self.enter(), *argv)
-        return subprocess.run(
-            argv, env={"PATH": PATH}, input=given, capture_output=True, text=True, check=True, timeout=DEADLINE_S
+        """Run a command there, with `given` as its input; raises RuntimeError, with its words, where it fails."""
+        run = subprocess.run(
+            [*self.enter(), *argv],
+            env={"PATH": PATH},
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE_S,
         )
+        if run.returncode:
+            text = "%s ended with %d: %s%s" % (shlex.join(argv), run.returncode, run.stdout, run.stderr)
+            raise RuntimeError(text)
+        return run
 
     def kill(self) -> None:
         """End it with every process on it, at once: the kernel waits for all before it lets go of the first."""

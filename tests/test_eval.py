@@ -87,9 +87,13 @@ def test_an_error_is_on_stderr_and_in_the_status(laptop: Laptop, run: Run, kerne
 
 def test_code_from_stdin(laptop: Laptop, run: Run, kernel: str) -> None:
     argv = [laptop.python, str(SCRIPT), "-F", laptop.config, "host", "eval", "-"]
-    code = "text = 'gr\u00fc\u00df, \u4e16\u754c'\nprint(text)\n"
+    code = "text = 'gr\u00fc\u00df, \u4e16\u754c'\n%s\nprint(text)\n" % ("#" * 100_000)
     said = subprocess.run(argv, input=code, env=laptop.environment, capture_output=True, text=True, timeout=60)
     assert said.stdout == "gr\u00fc\u00df, \u4e16\u754c\n", said.stderr
+    raw = [os.fsencode(word) for word in argv]
+    for words, given in ((raw, b"'gr\xfc\xdf'"), ([*raw[:-1], b"'gr\xfc\xdf'"], b"")):
+        wrong = subprocess.run(words, input=given, env=laptop.environment, capture_output=True, timeout=60)
+        assert (wrong.returncode, wrong.stderr.splitlines()[0]) == (1, b"rjupyter: the code is not UTF-8"), wrong.stderr
 
 
 def test_as_json(laptop: Laptop, run: Run, kernel: str) -> None:

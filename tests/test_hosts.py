@@ -286,14 +286,15 @@ def test_lab_where_only_lab_is(laptop: Laptop, bare_host: Host, directory: Path)
 def test_broken_command_leads_to_the_next(laptop: Laptop, bare_host: Host, directory: Path) -> None:
     command = directory / "bin/jupyter-notebook"
     environment_at(bare_host.home / "miniconda3")
-    for broken in ("#!/no/longer/there/python", "#!/bin/sh\necho 'pyenv: jupyter-notebook: not found'\nexit 127"):
+    shim = "#!/bin/sh\necho 'pyenv: jupyter-notebook: not found'\nexit 127"
+    for broken in ("#!/no/longer/there/python", shim, "no line that says what runs it"):
         command.write_text(broken + "\n")
         command.chmod(0o755)
         run = laptop.start("--no-install", "-v", "--new", "host", has_terminal=False)
         run.url()
         assert "Using %s/miniconda3" % bare_host.home in run.stderr, run.text
         assert "looked at %s: " % command in run.stderr, run.text
-    assert len(bare_host.servers()) == 2
+    assert len(bare_host.servers()) == 3
 
 
 def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directory: Path) -> None:

@@ -157,8 +157,9 @@ def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
     laptop.config = config
     first = laptop.run("--no-browser", "-f", "host:work")
     assert first.status == 0, first.text
-    with laptop.opened("host", "--local-port", str(quiet_port())):
+    with laptop.opened("host", "--state-dir", "~/kept", "--local-port", str(quiet_port())):
         shown = laptop.run()
+        assert re.search("(?m)^To come back: .* --state-dir '?~/kept'? host$", shown.text), shown.text
         rows = [line.split() for line in shown.stdout.splitlines()]
         assert [row[:3] for row in rows] == [["HOST", "PATH", "STATE"], ["host", "work", "up"], ["host", "~", "up"]]
         assert "close --all" in shown.text
@@ -167,6 +168,7 @@ def test_no_words_show_the_tunnels(laptop: Laptop, host: Host) -> None:
         closed = laptop.run("close", "--all")
         assert closed.text.count("Closed the tunnel") == closed.text.count("is open in another terminal (pid ") == 1
         assert [event["path"] for event in events_of(laptop.run("--json"))] == [None]
+    assert laptop.run("host", "--state-dir", "~/kept", "stop", "--all", "--yes").status == 0
 
 
 def test_probe_of_one_that_was_killed_is_removed(laptop: Laptop) -> None:

@@ -1,6 +1,7 @@
 """The parts that need no host: parsing, checking, quoting, ports."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -9,11 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 from jupyters import interpreters
@@ -454,6 +456,39 @@ def test_a_journal_that_another_recorder_began(tmp_path: Path) -> None:
         told(journal, number)
         found += read(reader)
     assert found == ["%03d" % number for number in range(12, 24)]
+
+
+def test_a_journal_whose_disk_is_full_when_a_half_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS tells of a quota as late as that."""
+    path = str(tmp_path / "a.journal")
+    journal = rjupyter.Journal(path, most=220)
+
+    def close_and_fail(file: int, close: Callable[[int], None] = os.close) -> None:
+        close(file)
+        monkeypatch.undo()
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "close", close_and_fail)
+    told(journal, *range(12))
+    assert os.close is not close_and_fail
+    found = read(rjupyter.JournalReader(path))
+    assert found[-1] == "011" and "Disk " in found, found
+
+
+def test_a_file_that_becomes_shorter_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows it in the tar would be misread."""
+    for name in "abc":
+        (tmp_path / name).write_text("x" * 100)
+
+    def shorter(tar: Any, path: str, name: str, look: Any = tarfile.TarFile.gettarinfo) -> Any:
+        member = look(tar, path, name)
+        if name == "b":
+            (tmp_path / "b").write_text("x")
+        return member
+
+    monkeypatch.setattr(tarfile.TarFile, "gettarinfo", shorter)
+    with pytest.raises(OSError, match="b changed while it was read"):
+        rjupyter.pack(str(tmp_path), [str(tmp_path / name) for name in "abc"], io.BytesIO())
 
 
 def test_a_display_that_is_updated_often_costs_what_one_does_that_is_not(tmp_path: Path) -> None:

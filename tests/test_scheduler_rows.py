@@ -1,6 +1,9 @@
 """What schedulers print, and what we make of it: ids, states of Slurm, and lines, from samples of real forms."""
 
+import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +79,18 @@ def test_line_of_another_scheduler(line: str) -> None:
     state = rjupyter.state_in(record, 2000.0, answer)
     assert (state.word, state.reason, state.is_waiting) == ("PENDING", " ".join(line.split()), True)
     assert not rjupyter.state_in(record, 2000.0, answer.replace(line, "")).is_live
+
+
+def test_job_that_gives_no_signs_for_a_while_has_not_ended_for_good(tmp_path: Path) -> None:
+    """It was suspended, or its home was away; a job that says so itself has ended."""
+    record = rjupyter.JobRecord(number="123", command="qsub", created=0.0, node="login")
+    record.directory = str(tmp_path)
+    (tmp_path / "begun.json").write_text(json.dumps(rjupyter.JobState(node="node1").facts()))
+    seen = []
+    for step in ("alive", "", "alive", "ended"):
+        (tmp_path / (step or "looked")).write_text("")
+        if not step:
+            os.utime(str(tmp_path / "alive"), (1, 1))
+        seen.append(rjupyter.job_state(record).is_live)
+    assert seen == [True, False, True, False]
+    assert rjupyter.read_record(rjupyter.JobState, str(tmp_path / "end.json"))

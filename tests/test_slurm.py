@@ -269,9 +269,15 @@ def test_tunnel_that_ends_on_the_node(
 ) -> None:
     nodes = [slurm.start_sshd(node, login.sshd) for node in slurm.nodes]
     config = directory / "both"
-    config.write_text("".join(sshd.config.read_text() for sshd in [login.sshd, *nodes]))
-    laptop.config = str(config)
+    texts = [sshd.config.read_text() for sshd in [login.sshd, *nodes]]
     where = whereabouts if options else lambda url: compute(url, WHERE)
+    if options:
+        key = re.search(r"(?m)^ *IdentityFile (.*)\n", texts[0])
+        assert key
+        texts[0] = texts[0].replace(key.group(), "")
+        options = [*options, "-i", key.group(1).strip('"')]
+    config.write_text("".join(texts))
+    laptop.config = str(config)
     options = [*options, "--local-port", str(quiet_port())]
     with laptop.opened("--slurm", "-t 1:00:00", "--via-node", *options, "host") as run:
         assert where(run.url()).startswith("node1 ")

@@ -142,6 +142,11 @@ def test_host_away_for_a_while_and_sshd_started_anew(laptop: Laptop, host: Host)
     run.expect("is lost")
     port = int(re.search(r":(\d+)/", url).group(1))  # type: ignore[union-attr]
     wait_until(lambda: not can_listen(port), "nobody else can take the port meanwhile", 20)
+    config = Path(laptop.config)
+    text = config.read_text()
+    config.write_text("Nonsense yes\n")  # as where `ssh -G` resolves names, and there is no network yet
+    run.expect("^Not yet: ssh does not take this: ")
+    config.write_text(text)
     host.sshd.start()
     run.expect("Connected to host again")
     check_same(run, url, kernel)

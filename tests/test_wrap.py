@@ -207,6 +207,19 @@ def test_wrapper_that_is_killed_leaves_its_inside_to_stop(laptop: Laptop, bwrap:
 # -- what is not there ------------------------------------------------------------------------------------------------
 
 
+def test_state_that_cannot_be_written_for_a_while_ends_nothing(laptop: Laptop, host: Host, mark: str) -> None:
+    url = held(laptop, "--wrap", "nice", "host").url()
+    (wrapper,) = wrappers(host)
+    (wrapper / "alive").unlink()
+    (wrapper / "alive/full").mkdir(parents=True)
+    since = wrapper.stat().st_mtime_ns
+    wait_until(lambda: wrapper.stat().st_mtime_ns != since, "a sign of life was tried", 20)
+    (wrapper / "alive/full").rmdir()
+    (wrapper / "alive").rmdir()
+    wait_until((wrapper / "alive").is_file, "there is one again", 20)
+    assert api(url, "status")
+
+
 @pytest.mark.parametrize("action", [[], ["execute", "a.ipynb"]], ids=["open", "execute"])
 def test_wrapper_that_cannot_be_run(laptop: Laptop, host: Host, mark: str, action: List[str]) -> None:
     write_notebook(laptop.home / "a.ipynb", "print(1)")
