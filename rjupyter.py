@@ -465,15 +465,12 @@ class App(NamedTuple):
     command: str
     module: str
     pages: "Tuple[str, ...]" = ()
-    signs: "List[str]" = []  # words in the command line of a server that is not ours
 
 
 # Those that come first are looked for first where none is asked for.
 APPS = {
     "notebook": App("Jupyter Notebook", "jupyter-notebook", "notebook", ("tree", "notebooks/%s", "edit/%s")),
-    "lab": App(
-        "JupyterLab", "jupyter-lab", "jupyterlab", ("lab", "lab/tree/%s", "lab/tree/%s"), ["jupyter-lab", "jupyterlab"]
-    ),
+    "lab": App("JupyterLab", "jupyter-lab", "jupyterlab", ("lab", "lab/tree/%s", "lab/tree/%s")),
 }
 
 
@@ -668,6 +665,10 @@ class Kept(Record):
     def age_s(self) -> float:
         """Return how long ago it was started, in seconds."""
         return max(0.0, time.time() - self.created)
+
+    def file(self, *names: str) -> str:
+        """Return the path of one of its files: its log, its journal."""
+        return os.path.join(self.directory, *names)
 
 
 class ServerRecord(Kept):
@@ -1384,6 +1385,13 @@ def private_dir(path: str) -> str:
     return path
 
 
+def remove_files(paths: "List[str]") -> None:
+    """Remove files, as far as they are there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> None:
     """Write a file in one piece: a reader sees the old one or the new one. By default its owner alone can read it.
 
@@ -1398,9 +1406,13 @@ def write_whole(path: str, text: str, mode: int = 0o600, beside: str = "") -> No
             os.chmod(beside, mode)
         os.replace(beside, path)
     except BaseException:  # a signal, a full disk
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
+        remove_files([beside])
         raise
+
+
+def packed(data: bytes) -> str:
+    """Return data as one word, compressed, as it travels."""
+    return binascii.b2a_base64(zlib.compress(data), newline=False).decode("ascii")
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -2248,8 +2260,7 @@ class Ssh:
             for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
                 match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
                 if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(directory, name))
+                    remove_files([os.path.join(directory, name)])
             self.way = way = Mux(self, os.path.join(directory, "%x.ctl" % os.getpid()))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
@@ -2441,8 +2452,7 @@ class Ssh:
         """End the process that is the connection."""
         if self.process is not None:
             self.process.end()
-            with contextlib.suppress(OSError):
-                os.unlink(self.way.control_path)  # if it was killed
+            remove_files([self.way.control_path])  # if it was killed
             self.process = None
         self._end_guard()  # to the last: a second Ctrl-C may come while ours is ended
 
@@ -2971,7 +2981,7 @@ class Kind:
 
     def log_of(self, record: "Any") -> Growing:
         """Return what `logs` shows of one."""
-        return Growing(log_of(record), most=32 * PART_BYTES)
+        return Growing(record.file("log"), most=32 * PART_BYTES)
 
 
 KINDS = {}  # type: Dict[str, Any] # each a Kind
@@ -3148,19 +3158,14 @@ def write_down(record: "K", directory: str) -> "K":
     return record
 
 
-def log_of(record: Kept) -> str:
-    """Return where the log of a server, a run or a job is."""
-    return os.path.join(record.directory, "log")
-
-
 def mark(record: Kept, name: str) -> None:
     """Leave a word beside a record, which others look for: "stop", "ended", "cancelled"."""
-    write_whole(os.path.join(record.directory, name), "")
+    write_whole(record.file(name), "")
 
 
 def is_marked(record: Kept, name: str) -> bool:
     """True when that word is there."""
-    return bool(record.directory) and os.path.exists(os.path.join(record.directory, name))
+    return bool(record.directory) and os.path.exists(record.file(name))
 
 
 def gives_signs(record: Kept) -> bool:
@@ -3168,7 +3173,7 @@ def gives_signs(record: Kept) -> bool:
 
     Their age is that of a file beside them: the clock of a shared home may not be ours.
     """
-    sign, now = (os.path.join(record.directory, name) for name in ("alive", "looked"))
+    sign, now = (record.file(name) for name in ("alive", "looked"))
     if is_marked(record, "ended") or not record.directory:
         return not record.directory
     with contextlib.suppress(OSError):
@@ -3185,13 +3190,6 @@ def remove_tree(path: str) -> None:
         return not os.path.lexists(path)
 
     until(is_gone, 0.5)
-
-
-def remove_files(paths: "List[str]") -> None:
-    """Remove files, as far as they are there."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 def forget_ended(kind: Kind) -> None:
@@ -4367,11 +4365,6 @@ def set_aside(directory: str) -> str:
     return kept
 
 
-def cells_dir(directory: str) -> str:
-    """Return where the journals of a server lie."""
-    return os.path.join(directory, "cells")
-
-
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -4430,15 +4423,18 @@ class ServerKind(Kind):
         # What its cells printed is kept, with its record and its log; without cells, nothing: and first no record, for
         # one without the word "stop" beside it would tell another end.
         gone = ["server.json", ""]
-        if found_in([cells_dir(record.directory)], "*.journal"):
-            gone = [
-                name for name in os.listdir(record.directory) if name not in ("cells", "log", "server.json", "stop")
-            ]
+        if found_in([record.file("cells")], "*.journal"):
+            kept = ("cells", "log", "server.json", "stop")
+            gone = [name for name in os.listdir(record.directory) if name not in kept]
         for name in gone:
-            remove_tree(os.path.join(record.directory, name))
+            remove_tree(record.file(name))
 
 
 KINDS["server"] = ServerKind()
+
+
+# Words in the command line of a server that it may end, and whose page leads elsewhere.
+JUPYTERHUB = ("jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub")
 
 
 def other_servers(ended: str = "") -> "List[ServerRecord]":
@@ -4464,10 +4460,11 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             words = command_of_process(pid)
-            of_app = {name: app.signs for name, app in APPS.items() if kind == "jpserver"}  # the file does not tell
+            # Of a jpserver the file does not tell: its command line names Lab's command, or its module.
+            is_lab = kind == "jpserver" and any(sign in words for sign in APPS["lab"][1:3])
             record = ServerRecord(
-                app=first_named(of_app, words) or "notebook",
-                manager=first_named(MANAGERS, words),
+                app="lab" if is_lab else "notebook",
+                manager="JupyterHub" if any(sign in words for sign in JUPYTERHUB) else "",
                 runtime_dir=portable(directory),
                 local_port=0,
                 **dict(facts_of(pid, native(info.root_dir), Request()), created=created),
@@ -4476,15 +4473,6 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             if record.identity or record.id == ended:  # without one, it is a zombie
                 found[record.id] = record
     return sorted(found.values(), key=lambda record: float(record.created), reverse=True)
-
-
-# Words in the command line of a server that belongs to something else: it may end it, and its page leads elsewhere.
-MANAGERS = {"JupyterHub": ["jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub"]}
-
-
-def first_named(signs: "Dict[str, List[str]]", words: str) -> str:
-    """Return the first of these names of which a sign is in a command line; empty for none."""
-    return next((name for name in signs if any(sign in words for sign in signs[name])), "")
 
 
 def seconds_since(moment: "Any") -> "Optional[float]":
@@ -4764,7 +4752,7 @@ def describe_end(request: Request, channel: Channel) -> EndReply:
     info = wait_for_server(record, place.settle_s)
     if place.is_running():
         return EndReply(is_running=True, is_answering=info is not None)
-    log = end_of_log(log_of(record)) if record.is_ours else ""
+    log = end_of_log(record.file("log")) if record.is_ours else ""
     is_gone = record.is_ours and not is_marked(record, "server.json")  # a stop removes its record at last
     reason = "it was stopped" if is_gone or is_marked(record, "stop") else place.why_ended(log)
     for words, meaning in (("; shutting down", "nobody used it"), ("hutting down", "it was shut down")):
@@ -4919,14 +4907,9 @@ def heard(said: Growing, channel: "Optional[Channel]" = None) -> "Optional[Said]
     return reply
 
 
-def said_in(record: Kept) -> str:
-    """Return where an agent that was left beside a record writes what it has to say."""
-    return os.path.join(record.directory, "said")
-
-
 def reply_in(record: Kept) -> "Optional[Said]":
     """Return what an agent that was left beside a record replied; None when it has not yet."""
-    return heard(Growing(said_in(record)))
+    return heard(Growing(record.file("said")))
 
 
 class Starter(Kind):
@@ -4970,7 +4953,7 @@ class Starter(Kind):
 
     def await_reply(self, record: "Any", channel: Channel) -> "Json":
         """Wait for the reply of what one started, and return it; pass on what is said meanwhile."""
-        said, watched = Growing(said_in(record)), self.watch(record, channel)
+        said, watched = Growing(record.file("said")), self.watch(record, channel)
 
         def look() -> "Optional[Said]":
             has_ended = next(watched)  # before the look: what it said last is heard
@@ -4996,7 +4979,7 @@ def starter_main(directory: str) -> None:
     kind = next(kind for kind in reversed(STARTERS) if getattr(request, kind.name))
     starter = until(lambda: record_in(kind, directory), LATE_S)
     assert starter  # it was written before we were started
-    if os.path.exists(said_in(starter)):
+    if os.path.exists(starter.file("said")):
         return  # a job that was queued again has nothing more to do
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     beat_at = 0.0
@@ -5018,7 +5001,7 @@ def starter_main(directory: str) -> None:
         if is_marked(starter, "unwanted"):
             return
         try:
-            said = os.open(said_in(starter), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            said = os.open(starter.file("said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             sys.exit("rjupyter: cannot write: %s" % error)
         reply = perform(request, Channel("", os.fdopen(said, "a")), lambda asked: kind.enter(starter, asked))
@@ -5131,19 +5114,14 @@ def agent_command(python: str = "") -> str:
     return "exec /bin/sh -c '%s' sh" % (loop % (" ".join(pythons), BOOTSTRAP, NO_PYTHON))
 
 
-def word_of(data: bytes) -> bytes:
-    """Return data as one word, compressed."""
-    return binascii.b2a_base64(zlib.compress(data, 9), newline=False)
-
-
 class AgentFile:
     """What goes to the host: this file, which is read once, for it may be replaced while we run."""
 
     def __init__(self) -> None:
         with open(os.path.abspath(__file__), "rb") as stream:
             self._source = stream.read()
-        self._digest = hashlib.sha256(self._source).hexdigest()[:16].encode()
-        self._word = b""  # the whole of it, once it was asked for
+        self._digest = hashlib.sha256(self._source).hexdigest()[:16]
+        self._word = ""  # the whole of it, once it was asked for
 
     def input_of(self, command: str, request: Request, is_whole: bool) -> bytes:
         """Return what `command` reads: one line, whose last words are the file, if it `is_whole`, and the request.
@@ -5153,11 +5131,11 @@ class AgentFile:
         """
         words = []
         if is_whole:
-            self._word = self._word or word_of(self._source)
+            self._word = self._word or packed(self._source)
             words = [self._word[at : at + WORD_MAX] for at in range(0, len(self._word), WORD_MAX)]
-            words.append(word_of(KEEP.encode()))
-        words += [self._digest, word_of(RUN.encode()), word_of(json.dumps(request.facts()).encode())]
-        return b"\n\n%s %s\n" % (command.encode(), b" ".join(words))
+            words.append(packed(KEEP.encode()))
+        words += [self._digest, packed(RUN.encode()), packed(json.dumps(request.facts()).encode())]
+        return ("\n\n%s %s\n" % (command, " ".join(words))).encode()
 
 
 # -- the conversation -------------------------------------------------------------------------------------------------
@@ -5751,8 +5729,7 @@ def written_down(record: TunnelRecord) -> Iterator[None]:
             write_whole(path, json.dumps(record.facts()))
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        remove_files([path])
 
 
 def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
@@ -5797,8 +5774,7 @@ def tunnels() -> List[TunnelRecord]:
         record = read_record(TunnelRecord, path)
         pid = int(match.group(1) or match.group(3))
         if not process_identity(pid) or (record and not is_same_process(pid, record.identity)):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            remove_files([path])
         elif record and not match.group(2):
             records.append(record)
     return records
@@ -6086,23 +6062,23 @@ def start_recorder(record: ServerRecord, found: Launcher) -> None:
     python = interpreter_of(found)
     if record.request.no_record or not python:
         return
-    private_dir(cells_dir(record.directory))
+    private_dir(record.file("cells"))
     leave_agent(record.directory, recorder_main, record.request)
     run_recorder(record, python, found.environment)
 
 
 def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
     """Start the recorder's program, and write down which process it is."""
-    log = os.path.join(record.directory, "recorder.log")
-    argv = [python, os.path.join(record.directory, "agent.py")]
+    log = record.file("recorder.log")
+    argv = [python, record.file("agent.py")]
     with start_detached(argv, environment, "/", log, record.request.is_held) as process:
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
-        write_whole(os.path.join(record.directory, "recorder.json"), json.dumps(mark.facts()))
+        write_whole(record.file("recorder.json"), json.dumps(mark.facts()))
 
 
 def revive_recorder(record: ServerRecord) -> None:
     """Start a recorder again that was killed; what was printed meanwhile is a gap."""
-    mark = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
+    mark = read_record(RecorderMark, record.file("recorder.json"))
     if mark and not is_same_process(mark.pid, mark.identity) and not record.request.is_held:
         if place_of(record).is_here:
             run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
@@ -6205,7 +6181,7 @@ class Recorder:
 
     def pass_on(self) -> None:
         """Send kernels the code that `eval` left for them, each piece once: KERNEL.ID.ask holds it."""
-        directory = cells_dir(self.directory)
+        directory = os.path.join(self.directory, "cells")
         with contextlib.suppress(OSError):
             changed_at = os.stat(directory).st_mtime
             if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
@@ -6264,7 +6240,7 @@ class RecordedKernel:
         self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
         # What it replied to each of them beside its outputs; None where it has not replied yet.
         self._payloads = {}  # type: Dict[str, Optional[List[Json]]]
-        self._journal = Journal(os.path.join(cells_dir(recorder.directory), identity + ".journal"))
+        self._journal = Journal(os.path.join(recorder.directory, "cells", identity + ".journal"))
         if os.path.exists(self._journal.path):
             self._journal.tell("gap", time=time.time(), why=WAS_KILLED)
         self._journal.mark(recorder.notebook_of(identity))
@@ -6704,13 +6680,13 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     if not there:
         why = "no cell was executed yet in a server that rjupyter launched, or --no-record was given"
     for record in [] if found else KINDS["server"].running():
-        why = end_of_log(os.path.join(record.directory, "recorder.log")) or why
+        why = end_of_log(record.file("recorder.log")) or why
     raise Failure(what, why, "name one of these" if there else "")
 
 
 def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]":
     """Return the journals of a server that have such a file beside them, and what their notebooks are called now."""
-    directory = cells_dir(record.directory)
+    directory = record.file("cells")
     names = os.listdir(directory) if os.path.isdir(directory) else []
     kernels = sorted(name[: -len(suffix)] for name in names if name.endswith(suffix))
     info = server_info(record) if kernels and place_of(record).is_running() else None
@@ -6721,7 +6697,7 @@ def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]
 
 def mark_of(record: ServerRecord, kernel: str) -> KernelMark:
     """Return what the recorder wrote down of a kernel."""
-    return read_record(KernelMark, os.path.join(cells_dir(record.directory), kernel + ".json")) or KernelMark()
+    return read_record(KernelMark, record.file("cells", kernel + ".json")) or KernelMark()
 
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
@@ -7067,26 +7043,6 @@ TAG = "parameters"  # of the cell that sets them; papermill's, as is the other o
 # -- runs on the host -------------------------------------------------------------------------------------------------
 
 
-def journal_of(directory: str) -> str:
-    """Return where a run writes down what its cells print."""
-    return os.path.join(directory, "journal")
-
-
-def result_of(directory: str) -> str:
-    """Return where a run's result is: from its begin on, and with outputs at its end."""
-    return os.path.join(directory, "result.ipynb")
-
-
-def state_file(directory: str) -> str:
-    """Return where a run writes down where it stands."""
-    return os.path.join(directory, "state.json")
-
-
-def state_of_run(directory: str) -> "Optional[RunState]":
-    """Return where a run stands, as it wrote it down."""
-    return read_record(RunState, state_file(directory))
-
-
 class RunKind(Kind):
     """Executions of notebooks."""
 
@@ -7095,7 +7051,7 @@ class RunKind(Kind):
     record = RunRecord
 
     def log_of(self, record: RunRecord) -> Growing:
-        return PrintedText(journal_of(record.directory))
+        return PrintedText(record.file("journal"))
 
     def goes_on(self, record: RunRecord) -> bool:
         """True while a run has not ended, here or in a job of ours.
@@ -7110,13 +7066,13 @@ class RunKind(Kind):
         place = place_of(record)
         view = RunView(age_s=record.age_s(), wrap=record.request.outside, **dict(facts, pid=place.held.pid))
         has_ended = place.is_known and not place.is_running()  # before the look: what it wrote last is seen
-        state = state_of_run(record.directory)
+        state = read_record(RunState, record.file("state.json"))
         view.state = (state.outcome or "running") if state else "starting"
         if state:
             view.cell, view.count, view.error, view.unwritten = state.cell, state.count, state.error, state.unwritten
         if has_ended and view.state in GOING_ON:
             view.state = "killed"
-            last_line = end_of_log(log_of(record), 1)
+            last_line = end_of_log(record.file("log"), 1)
             own = re.match(r"\w+(Error|Exception)\b", last_line)
             is_full = shutil.disk_usage(record.directory).free < PART_BYTES
             why = last_line if own else "the disk is full" if is_full else place.why_in_doubt()
@@ -7124,7 +7080,7 @@ class RunKind(Kind):
         why = place.why_cut() if view.state in ("killed", "died", "ended") else ""
         if why:
             view.state, view.error = "cut", why
-        view.size = size_of(journal_of(record.directory))
+        view.size = size_of(record.file("journal"))
         return view
 
     def end(self, record: RunRecord) -> None:
@@ -7258,7 +7214,7 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(state_file(directory)), float("inf"))
+    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
     if process.poll() == CANNOT_RUN:
         remove_tree(directory)
         return None
@@ -7322,7 +7278,7 @@ class Followed:
 
     def __init__(self, record: RunRecord, offset: int) -> None:
         self.record = record
-        self._journal = Growing(journal_of(record.directory), offset)
+        self._journal = Growing(record.file("journal"), offset)
         self._late_until = 0.0  # where another machine wrote it, what it wrote last may be seen late
 
     def look(self, identity: str, channel: Channel) -> "Any":
@@ -7337,8 +7293,8 @@ class Followed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
         directory = self.record.directory
-        state = state_of_run(directory) or RunState()
-        size = size_of(journal_of(directory)) + size_of(result_of(directory))
+        state = read_record(RunState, os.path.join(directory, "state.json")) or RunState()
+        size = size_of(os.path.join(directory, "journal")) + size_of(os.path.join(directory, "result.ipynb"))
         is_whole = state.written and state.written == size
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
@@ -7347,13 +7303,13 @@ class Followed:
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
         directory = self.record.directory
-        result = Growing(result_of(directory))
+        result = Growing(os.path.join(directory, "result.ipynb"))
         parts = iter(result.part, b"")
-        state = state_of_run(directory) or RunState()
+        state = read_record(RunState, os.path.join(directory, "state.json")) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            for execution in Executions(Growing(journal_of(directory)).lines()).cells.values():
+            for execution in Executions(Growing(os.path.join(directory, "journal")).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7361,11 +7317,6 @@ class Followed:
             parts = iter([text[at : at + PART_BYTES] for at in range(0, len(text), PART_BYTES)])
         for part in parts:
             channel.tell("part", file="result", id=identity, data=packed(part))
-
-
-def packed(part: bytes) -> str:
-    """Return bytes as they travel in a message."""
-    return binascii.b2a_base64(zlib.compress(part)).decode("ascii")
 
 
 # -- what goes along, and what comes back -----------------------------------------------------------------------------
@@ -7377,10 +7328,8 @@ def packed(part: bytes) -> str:
 def files_dir() -> str:
     """Return where the host keeps what goes along, each tar under its digest; those not used for a week are removed."""
     directory = first_private(state_dirs("files"))
-    for name in os.listdir(directory):
-        with contextlib.suppress(OSError):
-            if time.time() - os.stat(os.path.join(directory, name)).st_mtime > KEEP_ENDED_S:
-                os.unlink(os.path.join(directory, name))
+    paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+    remove_files([path for path in paths if time.time() - time_of(path) > KEEP_ENDED_S])
     return directory
 
 
@@ -7566,8 +7515,7 @@ def lay_down(tar: "Any", member: "Any", base: str, overwrites: bool) -> "List[st
             raise OSError("it is not a file")
         os.replace(beside, path)
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
+        remove_files([beside])
     return [path]
 
 
@@ -7605,7 +7553,7 @@ class Run:
         self.signal = ""  # by which we were told to end
         self.has_kernel = False
         self.exit_status = None  # type: Optional[int] # of a kernel that died
-        self.journal = Journal(journal_of(directory), float("inf"))
+        self.journal = Journal(os.path.join(directory, "journal"), float("inf"))
 
     def _read_pair(self) -> "Any":
         """Read a notebook that jupytext keeps in another file, too, as its page does; return what writes both."""
@@ -7699,11 +7647,11 @@ class Run:
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
         self.state = self.state.but(**facts)
-        write_whole(state_file(self.directory), json.dumps(self.state.facts()))
+        write_whole(os.path.join(self.directory, "state.json"), json.dumps(self.state.facts()))
 
     def begin(self) -> None:
         """Write down what is going to be executed."""
-        write_whole(result_of(self.directory), self.text())
+        write_whole(os.path.join(self.directory, "result.ipynb"), self.text())
         for remark in self.remarks:
             self.journal.tell("remark", text=remark)
         self.keep_state()
@@ -7725,7 +7673,7 @@ class Run:
 
     def end(self, outcome: str, error: str) -> None:
         """Write the result, and how it ended."""
-        path = result_of(self.directory)
+        path = os.path.join(self.directory, "result.ipynb")
         write_whole(path, self.text())
         unwritten = self._write_in_place() if self.request.is_in_place else ""
         written = size_of(path) + size_of(self.journal.path)
@@ -7889,7 +7837,7 @@ def run_main(directory: str) -> None:
         run = Run(directory, nbformat)
     except Exception as error:  # not a notebook, or not one for here
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
-        write_whole(state_file(directory), json.dumps(state.facts()))
+        write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
     run.begin()
     tell_kernel = guard_kernel(directory)
@@ -7922,29 +7870,17 @@ def guard_kernel(directory: str) -> "Callable[[int], None]":
         if identity and identity == process_identity(pid):
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
-    for place in (directory, own_tmp_dir()):
-        with contextlib.suppress(OSError):
-            for name in os.listdir(place):
-                if name.startswith(os.path.basename(directory) + "-k-"):
-                    os.unlink(os.path.join(place, name))
+    remove_files(found_in([directory, own_tmp_dir()], os.path.basename(directory) + "-k-*"))
     os._exit(0)
 
 
 def socket_prefix(directory: str) -> str:
-    """Return the beginning of the names of a kernel's sockets, in a directory that is ours alone; empty for none.
-
-    A path of a socket has 103 bytes at most (sun_path, 104 on macOS), and not every file system has sockets.
-    """
+    """Return the beginning of the names of a kernel's sockets, in a directory that is ours alone; empty for none."""
     for place in (directory, own_tmp_dir()):
         prefix = os.path.join(place, os.path.basename(directory) + "-k")
-        try:
-            private_dir(place)
-            with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
-                probe.bind(prefix + "-0")
-            os.unlink(prefix + "-0")
-        except OSError:
-            continue
-        return prefix
+        with contextlib.suppress(OSError):
+            if can_hold_socket(os.path.join(private_dir(place), os.path.basename(prefix) + "-0")):
+                return prefix
     return ""
 
 
@@ -8735,7 +8671,7 @@ def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[
 
 def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
     """Return the last execution of a kernel, if it was recorded and has ended."""
-    path = os.path.join(cells_dir(record.directory), identity + ".journal")
+    path = record.file("cells", identity + ".journal")
     lines = Growing(path).lines() if record.directory else ()
     executions = Executions(line for line in lines if not line.endswith('"kind": "printed"}'))
     cells = [cell for cell in executions.cells.values() if cell.begun]
@@ -8751,10 +8687,10 @@ def eval_code(request: Request, channel: Channel) -> "Json":
     The recorder of its server asks for it: what it prints is in the journal whatever becomes of us.
     """
     record, kernel = kernel_for_eval(request, channel)
-    path = os.path.join(cells_dir(record.directory), kernel.id)
+    path = record.file("cells", kernel.id)
     channel.tell("launching", id=kernel.id[:8], doing="goes on there")
     processes = identities_of(kernel.id)  # before it is asked: it may die of that
-    recorder = read_record(RecorderMark, os.path.join(record.directory, "recorder.json"))
+    recorder = read_record(RecorderMark, record.file("recorder.json"))
     is_visible = place_of(record).is_here and not record.request.is_held  # in a wrapper, its pid is another one here
     offset = 0
     asked = "%s.%s.ask" % (path, request.errand)
@@ -8805,7 +8741,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
     record, kernel = kernel_named(request)
     with contextlib.suppress(OSError):
         revive_recorder(record)
-    path = os.path.join(cells_dir(record.directory), kernel.id + ".json")
+    path = record.file("cells", kernel.id + ".json")
     if not record.directory or not until(lambda: os.path.exists(path), UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
         raise Failure("cannot use the server %s" % record.id, why, "rjupyter HOST --new   (starts another)")
@@ -8816,7 +8752,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     """Interrupt what a kernel computes; raises Failure when it goes on with that."""
     record, kernel = kernel_named(request)
     info = server_info(record)
-    journal = JournalReader(os.path.join(cells_dir(record.directory), kernel.id + ".journal"))
+    journal = JournalReader(record.file("cells", kernel.id + ".journal"))
     processes = identities_of(kernel.id)
     recorded = Executions(line for line in journal.lines() if not line.endswith('"kind": "printed"}'))
     last = next(reversed(list(recorded.cells.values())), CellOutput())
@@ -9081,8 +9017,8 @@ class JobKind(Starter):
     def _submit(self, record: JobRecord, request: Request) -> str:
         """Write a job's script, submit it, and write down its number; return what the command said beside that."""
         program = self.leave(record, request, shell=os.environ.get("SHELL", ""))
-        script = os.path.join(record.directory, record.id + ".sh")  # by its name a scheduler's answer tells it again
-        words = [shlex.quote(word) for word in (sys.executable, program, log_of(record))]
+        script = record.file(record.id + ".sh")  # by its name a scheduler's answer tells it again
+        words = [shlex.quote(word) for word in (sys.executable, program, record.file("log"))]
         # Valid in any shell: a scheduler may give it to the queue's own, csh by Grid Engine's default.
         write_whole(script, "#!/bin/sh\nexec /bin/sh -c '%s' %s %s %s\n" % (JOB_SCRIPT, *words), 0o700)
         output = early_words(record).replace("%", "%%")  # sbatch puts the job's facts in the place of %j and so on
@@ -9127,9 +9063,9 @@ class JobKind(Starter):
     def no_begin(self, record: JobRecord) -> Failure:
         """Return the failure of a job that ended before it said all, with its own words, where it left any."""
         with contextlib.suppress(OSError):
-            if not time_of(log_of(record)):
-                os.replace(early_words(record), log_of(record))
-        words = end_of_log(log_of(record))
+            if not time_of(record.file("log")):
+                os.replace(early_words(record), record.file("log"))
+        words = end_of_log(record.file("log"))
         try_ = ""
         if not words and not begun_of(record):
             words = "nothing of it is in %s" % portable(record.directory)
@@ -9151,7 +9087,7 @@ class JobKind(Starter):
             seen.id = record.id
             left_s = state_in(seen, time.time(), ask_scheduler(seen)).left_s
         begun = JobState(node=os.uname().nodename, left_s=left_s)
-        write_whole(os.path.join(record.directory, "begun.json"), json.dumps(begun.facts()))
+        write_whole(record.file("begun.json"), json.dumps(begun.facts()))
         if request.action != "open" or request.via_node:
             return request.but(node_address="")
         address = node_address(request.node_address)
@@ -9189,7 +9125,7 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     What was written down of its end is final. Slurm knows of a job whether it is live; of others only a job that waits
     is looked for in the queue, and one that has begun says itself that it lives. An answer may be a minute old.
     """
-    end = read_record(JobState, os.path.join(record.directory, "end.json"))
+    end = read_record(JobState, record.file("end.json"))
     if end:
         return end
     begun = begun_of(record)
@@ -9215,7 +9151,7 @@ def may_be_taken(record: JobRecord) -> bool:
 
 def begun_of(record: JobRecord) -> "Optional[JobState]":
     """Return what a job wrote down when it began, as it is now; None when it has not, as far as this machine sees."""
-    path = os.path.join(record.directory, "begun.json")
+    path = record.file("begun.json")
     state = read_record(JobState, path) if record.directory else None
     if state and state.left_s:
         state.left_s -= time.time() - time_of(path)
@@ -9228,7 +9164,7 @@ def note_end(record: JobRecord, state: JobState) -> None:
     is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S and not is_silent)
     if record.directory and is_final:
         with contextlib.suppress(OSError):
-            write_whole(os.path.join(record.directory, "end.json"), json.dumps(state.facts()))
+            write_whole(record.file("end.json"), json.dumps(state.facts()))
 
 
 def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
@@ -9239,7 +9175,7 @@ def row_of(record: JobRecord, output: str) -> "Optional[Dict[str, str]]":
     if record.command != "sbatch":
         line = re.search(r"(?m)^[ \t]*%s\b.*$" % re.escape(record.number), output) if record.number else None
         return {"script": "a line", "reason": " ".join(line.group().split())} if line else None
-    seen = read_text(os.path.join(record.directory, "seen")) if record.directory else ""
+    seen = read_text(record.file("seen")) if record.directory else ""
     for match in reversed(list(re.finditer(SLURM_ROW, output))):
         row = match.groupdict("")
         is_named = bool(record.id) and bool(re.search(r"\b%s(/job)?\.sh$" % record.id, row["script"]))
@@ -9261,7 +9197,7 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         return JobState() if is_unseen and not has_gone and may_be_taken(record) else ENDED
     if record.directory and not is_marked(record, "seen"):
         with contextlib.suppress(OSError):
-            write_whole(os.path.join(record.directory, "seen"), row["script"])
+            write_whole(record.file("seen"), row["script"])
     if record.command != "sbatch":
         return JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
@@ -9495,7 +9431,7 @@ class InWrapper(Elsewhere):
 
     def why_in_doubt(self) -> str:
         """Return what is known of the command's end, and its last words."""
-        words = end_of_log(log_of(self.held), 1)
+        words = end_of_log(self.held.file("log"), 1)
         return self.place.why_in_doubt() + (" (%s)" % words if words else "")
 
     def why_cut(self) -> str:
@@ -9529,7 +9465,7 @@ class WrapperKind(Starter):
         mark(record, "unwanted")
         place = place_of(record)
         is_alone = not place.is_running()  # its client was killed, perhaps, which would have removed it
-        until(lambda: not self.goes_on(record), WRAPPER_ENDS_S if os.path.exists(said_in(record)) else 0)
+        until(lambda: not self.goes_on(record), WRAPPER_ENDS_S if os.path.exists(record.file("said")) else 0)
         if record.remove and (is_alone or self.goes_on(record)):
             with open(os.devnull, "w") as nobody:
                 enter_terminal(record.request, Channel("", nobody), [])
@@ -9568,15 +9504,15 @@ class WrapperKind(Starter):
         command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
-        with start_detached(argv, environment, os.path.expanduser("~"), log_of(record), request.is_held) as process:
+        with start_detached(argv, environment, os.path.expanduser("~"), record.file("log"), request.is_held) as process:
             record.pid, record.identity = process.pid, process_identity(process.pid)
             return write_down(record, directory)
 
     def watch(self, record: WrapperRecord, channel: Channel) -> "Iterator[bool]":
         """Tell the last words of its command, as long as our agent has said nothing in there."""
         while True:
-            if not os.path.exists(said_in(record)):
-                words = end_of_log(log_of(record), 1).strip()[:60]
+            if not os.path.exists(record.file("said")):
+                words = end_of_log(record.file("log"), 1).strip()[:60]
                 channel.progress("%s %s" % (os.path.basename(record.request.outside.split()[0]), words))
             is_gone = not os.path.isdir(record.directory) or is_marked(record, "unwanted")
             yield is_gone or not place_of(record).is_running()
@@ -9618,7 +9554,7 @@ class WrapperKind(Starter):
         inside = " inside " + record.request.outside
         if not os.path.isdir(record.directory) or is_marked(record, "unwanted"):
             return Failure("it was stopped before it ran" + inside, "", "", EXIT_SERVER_ENDED)
-        words = end_of_log(log_of(record))
+        words = end_of_log(record.file("log"))
         place = portable(os.path.dirname(os.path.dirname(record.directory)))
         sees = "let it see and write that directory (docker -v, apptainer --bind)"
         told = {
@@ -9627,7 +9563,7 @@ class WrapperKind(Starter):
             "could not select device driver": "nvidia-container-toolkit there, for GPUs in docker",
         }
         try_ = next((try_ for start, try_ in told.items() if start in words), "")
-        if os.path.exists(said_in(record)) and not os.access(said_in(record), os.R_OK):
+        if os.path.exists(record.file("said")) and not os.access(record.file("said"), os.R_OK):
             words, try_ = "what it writes to %s is not yours" % place, "an option that runs it as yourself"
         if not record.request.container:
             silent = "it ended and said nothing; it must stay as long as what runs in it"
