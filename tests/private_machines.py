@@ -105,8 +105,9 @@ class Machine:
         self.pid = children(self.process.pid)[0]
 
     def enter(self, *options: str) -> List[str]:
-        """Return the start of a command that is to run there."""
-        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--root", "--pid", *options]
+        """Return the start of a command that is to run there, with its root: in a chroot, ours leads out of it."""
+        namespaces = ["--net", "--uts", "--mount", "--pid"]
+        return ["nsenter", "--target", str(self.pid), "--root", "--wd", *namespaces, *options]
 
     def run(self, *argv: str, given: str = "") -> "subprocess.CompletedProcess[str]":
         """Run a command there, with `given` as its input; raises RuntimeError, with its words, where it fails."""
