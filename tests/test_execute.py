@@ -13,6 +13,7 @@ from typing import Callable, List, Tuple
 
 import pytest
 from client import check_failure, events_of, listed
+from execution import mounted
 from jupyters import AGES, jupyter_for_everyone, jupyter_of, nbclient_alone
 from notebooks import PYTHON_SPEC, cells_of, code, printed, write_notebook
 from readme import README
@@ -290,9 +291,7 @@ def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: s
 
 def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
     user = make_user("/bin/bash")
-    options = "size=8m,mode=755,uid=%d" % user.uid
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(user.home)], check=True)
-    try:
+    with mounted(user.home, "-t", "tmpfs", "-o", "size=8m,mode=755,uid=%d" % user.uid, "tmpfs"):
         user.write(".profile", "PATH=%s:$PATH\n" % nbclient_alone())
         make_host(user=user)
         write_notebook(laptop.home / "a.ipynb", "print('before')", "print('x' * 30000000)", "print('after')")
@@ -300,8 +299,6 @@ def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], mak
         assert run.status in (1, 5)
         assert "No space left" in run.stderr or "the disk is full" in run.stderr
         assert printed(laptop.home / "a.executed.ipynb")[0] == "before\n"
-    finally:
-        subprocess.run(["umount", "--lazy", str(user.home)], check=True)
 
 
 # -- what runs on the host outlives us --------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Any login shell, and what start-up files do: real users with real shells, whose Jupyter only their terminal finds."""
 
 import os
+import pwd
 import re
 import shutil
 import signal
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,7 +86,10 @@ def check_open(laptop: Laptop, host: Host, *arguments: str, is_real: bool = Fals
     assert host.sshd.logins() == 1
     (record,) = host.servers()
     process = Path("/proc/%d" % record["pid"])
-    assert (process.owner(), os.readlink(process / "cwd")) == (host.sshd.user, str(host.home))
+    owner = pwd.getpwnam(process.owner())
+    as_owner: Dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid}  # in a container, root may not look
+    place = subprocess.run(["readlink", str(process / "cwd")], capture_output=True, text=True, check=True, **as_owner)
+    assert (owner.pw_name, place.stdout) == (host.sshd.user, "%s\n" % host.home)
     if not is_real:
         assert api(url, "status")
         return run.stderr
