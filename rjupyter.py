@@ -130,6 +130,7 @@ class Signals:
 
     depth = 0
     caught: "List[int]" = []
+    first = 0  # that ended us: the end of a session sends SIGTERM and SIGHUP at once
 
     @classmethod
     def take(cls, signum: int, frame: "Any") -> None:
@@ -138,7 +139,8 @@ class Signals:
             cls.caught.append(signum)
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
+        elif cls.first in (0, signum):
+            cls.first = signum
             raise Terminated(signum)
 
     @classmethod
@@ -815,6 +817,7 @@ class Server(RuntimeInfo):
             "id": re.fullmatch(r"[0-9a-f]{4}|p[0-9]{1,9}", self.id),
             "app": self.app in APPS,
             "host": re.fullmatch(r"[\w.:%-]+", self.host) and not self.host.startswith("-"),
+            "node": not self.job or re.fullmatch(r"\w[\w.-]*", self.node),  # --via-node goes there
             "port": 0 < self.port < 65536 or self.sock,
             "sock": re.fullmatch(r"(/[^\x00-\x1f\x7f:\\%$]+)?", self.sock),  # the rest means more to ssh's -L
             "local_port": 0 < self.local_port < 65536,
@@ -842,7 +845,7 @@ class Server(RuntimeInfo):
         page, notebook_page, file_page = APPS[self.app].pages
         if self.file:
             page = notebook_page if self.file.endswith(".ipynb") else file_page
-            page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="")  # byte by byte where it is not UTF-8
+            page %= quote(self.file.encode("utf-8", "surrogateescape"), safe="/")  # byte by byte where it is not UTF-8
         query = "?token=" + quote(self.token, safe="") if has_token and self.token else ""
         scheme = "https" if self.is_secure else "http"
         return "%s://127.0.0.1:%d%s%s%s" % (scheme, local_port, quote(self.base_url, safe="/%"), page, query)
@@ -1252,7 +1255,7 @@ def process_identity(pid: int) -> str:
     if os.path.exists("/proc/self/stat"):
         return ""
     # macOS and the BSDs have no such /proc. Their times follow the locale and the time zone.
-    argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    argv = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)]
     state, _, start = run_command(argv, COMMAND_TIMEOUT_S)[1].strip().partition(" ")
     if not start or state.startswith("Z"):
         return ""
@@ -1267,7 +1270,7 @@ def parents() -> "Dict[int, int]":
             with contextlib.suppress(OSError), open("/proc/%s/stat" % pid, "rb") as process:
                 found[int(pid)] = int(process.read().rpartition(b")")[2].split()[1])
         return found
-    argv = ["ps", "-A", "-o", "pid=,ppid="]  # POSIX; busybox's has no -A, and needs none
+    argv = ["ps", "-A", "-o", "pid=", "-o", "ppid="]  # POSIX: = ends its -o; busybox's has no -A, and needs none
     for line in run_command(argv, COMMAND_TIMEOUT_S)[1].splitlines():
         pair = line.split()
         if len(pair) == 2 and all(word.isdigit() for word in pair):
@@ -2150,7 +2153,7 @@ class Child:
         """
 
         def write(stdin: Any) -> None:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError), stdin:
+            with contextlib.suppress(OSError), stdin:
                 stdin.write(data)
 
         start_thread(write, self.process.stdin)
@@ -2230,7 +2233,9 @@ class Ssh:
         if self.config.get("serveraliveinterval", "0") == "0":
             argv += each("-o", ["ServerAliveInterval=15", "ServerAliveCountMax=3"])
         if self.config.get("connecttimeout", "0") in ("none", "0"):
-            argv += each("-o", ["ConnectTimeout=%d" % CONNECT_TIMEOUT_S])
+            is_behind = {"proxyjump", "proxycommand"} & set(self.config)  # where a person may have to log in before
+            limit_s = BATCH_LOGIN_TIMEOUT_S if is_behind and self.can_ask else CONNECT_TIMEOUT_S
+            argv += each("-o", ["ConnectTimeout=%d" % limit_s])
         if self.can_ask:
             return argv
         return argv + each("-o", ["NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"])
@@ -2274,11 +2279,11 @@ class Ssh:
             if not words:
                 raise
             why = words[-1]
-            self.close()
         except Failure as failure:
             if self._is_again:
                 raise
             why = "%s: %s" % (failure.what, failure.why)
+        self.close()
         self.messages.note("No multiplexing (%s): each step logs in by itself." % why)
         self.is_mux = False
 
@@ -2398,12 +2403,15 @@ class Ssh:
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
+                is_guest = isinstance(self.way, Mux) and not self.process
+                self.masters = [] if is_guest else list(MASTERS)  # by turns, for another's master may be stuck
                 text = "%s: %s" % (failure.what, failure.why.replace("\n", "; "))
                 is_news = not isinstance(failure, NotConnected) and text not in told
                 told += [text] if is_news else []
                 (self.messages.note if is_news else self.messages.detail)("Not yet: " + text)
                 is_denied = isinstance(failure, LoginRefused)
                 denials += is_denied
+                self._delay_s = max(self._delay_s, PROBE_EVERY_S * is_denied)  # what refuses may pass: a locked keyring
                 if is_denied and (denials >= DENIALS_MAX or self.can_ask):
                     raise
                 self.can_ask = is_denied and has_terminal()  # the next attempt may ask, once
@@ -2700,10 +2708,7 @@ class Mux:
         return argv + list(specific) + ["--", self.ssh.destination]
 
     def forward(self, specs: List[str]) -> Tuple[str, str]:
-        """Add the forwards to the master; one that is not ours loses them when we are gone, however we went.
-
-        Return which one cannot be had, and why.
-        """
+        """Add forwards to the master, which loses them when we are gone, however; return which one failed, and why."""
         for spec in specs:
             self.forwards.add(spec)
             is_open, words = self.ssh.call(self.control_argv("forward", *each("-L", [spec])))
@@ -2826,10 +2831,7 @@ class LocalPort:
 
 
 def private_runtime_dir() -> str:
-    """Return our directory for sockets and tunnel records: ours alone (0700), its path short enough for a socket.
-
-    Raises Failure when there is no such place.
-    """
+    """Return our directory for sockets and tunnel records: ours alone, its path short enough. Raises Failure."""
     candidates = [own_tmp_dir()]
     if os.environ.get("XDG_RUNTIME_DIR"):
         candidates.insert(0, os.path.join(os.environ["XDG_RUNTIME_DIR"], "rjupyter"))
@@ -3024,10 +3026,7 @@ class Elsewhere:
         return 0.0
 
     def children(self) -> "List[Tuple[int, str]]":
-        """Return what its process started and that runs, each with its identity, as far as that can be told.
-
-        For Jupyter these are its kernels and terminals.
-        """
+        """Return what its process started, with identities, as far as seen: of Jupyter, kernels and terminals."""
         return []
 
     def end(self, children: "List[Tuple[int, str]]", polite_s: float) -> None:
@@ -3620,11 +3619,18 @@ POETRY_SETTING = r"""(?m)^\s*(?:virtualenvs\.)?(cache-dir|path)\s*=\s*["'](.+?)[
 
 
 def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
-    """Yield the environments of the opened directory and of those above it, up to home: whose each is, and where."""
+    """Yield the environments of the opened directory and of those above it: whose each is, and where.
+
+    It goes up to home; elsewhere, to the last directory that is the user's own.
+    """
     home = os.path.realpath(os.path.expanduser("~"))
     above = [os.path.realpath(root_dir or home)]
-    while above[-1].startswith(home + os.sep):
-        above.append(os.path.dirname(above[-1]))
+    with contextlib.suppress(OSError):
+        while above[-1] != home:
+            parent = os.path.dirname(above[-1])
+            if not (parent + os.sep).startswith(home + os.sep) and not os.stat(parent).st_uid == os.getuid() != 0:
+                break
+            above.append(parent)
     configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
     configs += found_in(["$XDG_CONFIG_HOME", "~/.config", "~/Library/Application Support"], "pypoetry/config.toml")
     for directory in above:
@@ -3808,10 +3814,7 @@ def python_named_by(script: str) -> str:
 
 
 def interpreter_of(found: Launcher) -> str:
-    """Return the Python behind a way to run Jupyter: the one that its script names, else the one beside it.
-
-    Empty where there is none.
-    """
+    """Return the Python behind a way to run Jupyter: the one its script names, else one beside it; empty for none."""
     command, *others = found.argv
     if others:
         return command  # PYTHON SCRIPT
@@ -4200,7 +4203,9 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             return record
         remove_files(left_by_jupyter(record))
         tail = end_of_log(log)
-        if process.returncode in (126, 127):  # a shell's own status for what it cannot run
+        # A shell's own status for what it cannot run; or what a Python of before has left, whose packages are not seen.
+        lacks = r"(No module named|metadata was found for|PackageNotFoundError:|NotFound: The) '?%s\b"
+        if process.returncode in (126, 127) or re.search(lacks % PROGRAMS[found.app].module, tail):
             set_aside(directory)
             return None
         lost = r"Address already in use|no available port|port %d is (already in use\.|not available)" % port
@@ -4299,12 +4304,15 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     sockets = "--KernelManager.transport=ipc"
     if request.socket:
         return [sockets]
-    home = os.environ.get("JUPYTER_CONFIG_DIR") or "~/.jupyter"
-    theirs = "".join(map(read_text, found_in([home], "jupyter_*config*")))
+    prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
+    own = os.environ.get("JUPYTER_CONFIG_DIR") or "~/.jupyter"
+    homes = [own, "/etc/jupyter", *[prefix + "/etc/jupyter" for prefix in prefixes]]
+    homes += filter(None, found.environment.get("JUPYTER_CONFIG_PATH", "").split(":"))
+    files = [path for form in ("jupyter_*config*", "jupyter_*config.d/*.json") for path in found_in(homes, form)]
+    theirs = "".join(map(read_text, files))
     if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
         return []
     why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
-    prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
     tops = [data_dir(), *[prefix + "/share/jupyter" for prefix in prefixes]]
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
     for path in found_in(tops, "kernels/*/kernel.json"):
@@ -4407,8 +4415,9 @@ class ServerKind(Kind):
 
         No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
         """
-        if record.is_ours:
-            mark(record, "stop")  # for a tunnel that notices before we are done
+        with contextlib.suppress(OSError):  # a full home
+            if record.is_ours:
+                mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
         leftovers = left_by_jupyter(record)
         place = place_of(record)
@@ -4457,9 +4466,10 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             except (OSError, OverflowError):
                 continue
             info = read_record(RuntimeInfo, path)
-            if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
-                continue
             words = command_of_process(pid)
+            is_anothers = bool(words) and not re.search("jupyter|notebook|nbclassic", words, re.IGNORECASE)  # pid again
+            if pid < 2 or not info or is_anothers or [r for r in ours if r.pid in (pid, session_of(pid))]:
+                continue
             # Of a jpserver the file does not tell: its command line names Lab's command, or its module.
             is_lab = kind == "jpserver" and any(sign in words for sign in APPS["lab"][1:3])
             record = ServerRecord(
@@ -4529,6 +4539,9 @@ def open_server(request: Request, channel: Channel) -> Server:
         found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
     assert found is not None
     check_reach(found, request)
+    if file and request.attach:  # its pages are below its own directory
+        root_dir, top = (os.path.realpath(place) for place in (root_dir, native(found.root_dir)))
+        file = os.path.relpath(os.path.join(root_dir, file), top)
     found.file = portable(file)
     found.is_only = len(KINDS["server"].running()) == 1
     record = kept_record(KINDS["server"], found.id)
@@ -5296,8 +5309,8 @@ class Agent:
             elif self.ssh.asked:
                 patience_s = BATCH_LOGIN_TIMEOUT_S  # one who may see what it shows
             line = child.next_line(min(ASKING_S, patience_s - (time.monotonic() - heard_at)))
-            if line is None and child.has_ended:
-                line = child.next_line(LAST_WORDS_S)  # it may have replied, and ended, since we looked
+            if line is None and (child.has_ended or time.monotonic() - heard_at >= patience_s):
+                line = child.next_line(LAST_WORDS_S)  # it may have replied since we looked: we may have been stopped
             if line is None and child.has_ended:
                 raise self._no_reply(noise, complaints, child.process.wait(), has_begun)
             is_message = line is not None and line[0] == "stdout" and line[1].startswith(nonce + " ")
@@ -5489,10 +5502,7 @@ class Tunnel:
     # -- the proof ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Ask the server for its status through the tunnel; only one that takes our token is ours.
-
-        Raises Failure with the cause when it does not.
-        """
+        """Ask the server for its status through the tunnel: ours takes our token. Raises Failure, with the cause."""
         destination = self.ssh.destination
         another = self.hint("--new") + "   (starts another)"
         try:
@@ -6233,6 +6243,7 @@ class RecordedKernel:
         self._ids = {}  # type: Dict[str, str] # of the cells, by the message that asked for each
         self._begun = 0  # how many
         self._running = {}  # type: Dict[str, Entry]
+        self._session = None  # type: Any
         self._failed: "Set[str]" = set()
         self._unseen = {}  # type: Dict[str, float] # when cells ended with a page that may be gone, for its link died
         self._ended_at = 0.0
@@ -6279,6 +6290,9 @@ class RecordedKernel:
             header, parent, _, content = [json.loads(part.decode("utf-8", "replace")) for part in parts]
             # What no cell asked for is an extension's, or of the kernel's start: no cell shows it.
             if parent.get("msg_type") == "execute_request":
+                if header["msg_type"] == "execute_input" and header.get("session") != self._session:
+                    self._session = header.get("session")  # of another process, or of one that takes the asker's
+                    self._end_all()  # without a word: the kernel was started anew. Subshells run at the same time
                 self.understand(str(header["msg_type"]), str(parent.get("msg_id")), content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Wrong):
             return  # no message of the protocol's
@@ -6313,7 +6327,6 @@ class RecordedKernel:
         identity = self._ids[asked_by] = "%d.%d" % (os.getpid(), self._begun)  # another recorder may go on after us
         for old in list(self._ids)[:-IDS_MAX]:
             del self._ids[old]
-        self._end_all()  # of what runs no more, without a word: the kernel was started anew
         notebook = self.recorder.notebook_of(self.id)
         facts = {"count": fact(content, "execution_count", 0) or None, "code": fact(content, "code", "")}
         facts.update(asked_by=asked_by, is_eval=asked_by in self._asked, notebook=notebook)
@@ -6365,7 +6378,7 @@ class RecordedKernel:
         connections = connections_of(server_info(self.recorder.record), self.id)
         facts = {"is_done": is_done, "connections": connections, "has_died": has_died}
         self._journal.tell("finished", id=identity, time=time.time(), **facts)
-        self._journal.head = None
+        self._journal.head = next(iter(self._running.values()), None)
         self._failed.discard(identity)
         self._ended_at = time.monotonic()
         if begun.notebook and not begun.is_eval:
@@ -6649,10 +6662,10 @@ class JournalReader:
         for line in [*old, *self._new.lines()]:  # at once: what is half read may become the older one
             if line.endswith('"kind": "half"}'):
                 half = facts_in(line)
-                at = fact(half, "at", 0)
-                is_again = at <= self.at  # what begins there once more is for those who have missed it
-                if not is_again:
-                    found.append((at, gap_line(Entry(id=fact(half, "cell", "")), IS_CUT).decode()))
+                at, running = fact(half, "at", 0), fact(half, "cell", "")
+                is_again = at <= self.at and bool(running)  # what begins there once more is for those who missed it
+                if at > self.at:
+                    found.append((at, gap_line(Entry(id=running), IS_CUT).decode()))
                 self.at = at
             elif not (is_again and line.endswith('"kind": "begun"}')):
                 found.append((self.at, line))
@@ -6662,10 +6675,7 @@ class JournalReader:
 
 
 def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]":
-    """Return the newest journal of the notebook or the kernel that is named, in a server of PATH where that is given.
-
-    Raises Failure, with those that there are.
-    """
+    """Return the newest journal of the notebook or kernel that is named, in PATH's servers. The Failure names all."""
     wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
     records = [record for record in KINDS["server"].records() if is_in_path(record, request)]
     found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
@@ -6810,6 +6820,9 @@ def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> "Tuple[int, 
     for code, same in by_code.items():
         ran = [row for row in begun if row[0].code == code]
         placed += [its.id for its, _ in ran]
+        if len(ran) < len(same):  # a cell that ran has the number of its execution, or none yet
+            counts = [None, *(its.count for its, _ in ran)]
+            same.sort(key=lambda cell, counts=counts: cell.get("execution_count") not in counts)  # type: ignore[misc]
         for cell, (its, execution) in zip(same, ran[-len(same) :]):
             has_ended = execution.finished or cell.get("execution_count") == its.count
             count = its.count if has_ended else None  # as a page has it
@@ -6955,7 +6968,8 @@ def write_display(output: Entry, name: str) -> Dict[str, str]:
     media = "(image|audio|video)/|application/pdf$"
     written = {}
     for kind in [kind for kind in data if re.match(media, kind)] or [kind for kind in data if "text/plain" not in data]:
-        content = (joined_text(data[kind]) or json.dumps(data[kind])).encode()
+        text = data[kind] if isinstance(data[kind], str) else json.dumps(data[kind])
+        content = text.encode("utf-8", "replace")
         ending = mimetypes.guess_extension(kind) or ".bin"
         names = (name + ("-%d" % number if number > 1 else "") + ending for number in itertools.count(1))
         path = written[kind] = next(path for path in names if not os.path.lexists(path))
@@ -7085,7 +7099,8 @@ class RunKind(Kind):
 
     def end(self, record: RunRecord) -> None:
         """End a run: interrupt its cell, so that what it has is kept; then its place ends it. No kernel outlives it."""
-        mark(record, "stop")  # on another node, the agent in its job sees that
+        with contextlib.suppress(OSError):  # a full home
+            mark(record, "stop")  # on another node, the agent in its job sees that
         place = place_of(record)
         children = place.children()
         for pid, _ in children:
@@ -7329,6 +7344,8 @@ def files_dir() -> str:
     """Return where the host keeps what goes along, each tar under its digest; those not used for a week are removed."""
     directory = first_private(state_dirs("files"))
     paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+    used = {os.path.basename(record.request.files) for kind in KINDS.values() for record in kind.records()}
+    paths = [path for path in paths if os.path.basename(path) not in used]  # a queue may be long
     remove_files([path for path in paths if time.time() - time_of(path) > KEEP_ENDED_S])
     return directory
 
@@ -7376,9 +7393,9 @@ def matching(base: str, pattern: "List[str]") -> "Iterator[str]":
             path = os.path.join(base, name)
             if not fnmatch.fnmatchcase(name, pattern[0]) or (name.startswith(".") and not pattern[0].startswith(".")):
                 continue
-            if os.path.islink(path) or len(pattern) == 1:
+            if len(pattern) == 1 or (os.path.islink(path) and os.path.isdir(path) and any(matching(path, pattern[1:]))):
                 yield path
-            elif os.path.isdir(path):
+            elif os.path.isdir(path) and not os.path.islink(path):
                 yield from matching(path, pattern[1:])
 
 
@@ -7423,7 +7440,7 @@ def pack(base: str, paths: "List[str]", stream: "Any", patterns: "Optional[List[
             with contextlib.ExitStack() as stack:
                 try:
                     check_within(base, path)
-                    source = os.path.realpath(path) if patterns is not None else path
+                    source = os.path.realpath(path) if patterns is not None or path in paths else path
                     if os.path.islink(path) and source != path and not os.path.isfile(source):
                         raise OSError("it is a link, and not to a file")
                     member = tar.gettarinfo(source, name)
@@ -7717,10 +7734,7 @@ class Run:
 
 
 def write_through(path: str, text: str) -> None:
-    """Write a file in one piece where it can be replaced; links and what is no plain file are written to.
-
-    Raises OSError.
-    """
+    """Write a file in one piece where it can be replaced; links and special files are written to. Raises OSError."""
     status = os.stat(path) if os.path.exists(path) else None
     real = os.path.realpath(path)
     is_plain = status is None or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
@@ -8158,10 +8172,7 @@ class Execution:
         self._begun: Dict[str, Entry] = {}
 
     def follow(self, handlers: Dict[str, Handler]) -> None:
-        """Follow the run to its end, and write its result.
-
-        Raises Failure: 5 when a cell failed, 6 when its time ran out, 255 when the connection is lost.
-        """
+        """Follow the run to its end, and write its result. Raises Failure: 5 a cell, 6 its time, 255 the connection."""
         ended, failed = hear_runs({self.id: self}, self.agent, "Executing " + self.name, handlers)
         for failure in failed.values():
             raise failure
@@ -8571,7 +8582,8 @@ def all_processes() -> "Dict[int, Tuple[int, int, str]]":
                 pages = int(process.read().split()[1])
                 found[pid] = (parent, pages * os.sysconf("SC_PAGE_SIZE"), command_of_process(pid))
         return found
-    _, said, _ = run_command(["ps", "-axww", "-o", "pid=,ppid=,rss=,args="], COMMAND_TIMEOUT_S)
+    columns = ["-o", "pid=", "-o", "ppid=", "-o", "rss=", "-o", "args="]
+    _, said, _ = run_command(["ps", "-axww", *columns], COMMAND_TIMEOUT_S)
     rows = [line.split(None, 3) for line in said.splitlines()]
     rows = [row for row in rows if len(row) == 4 and all(word.isdigit() for word in row[:3])]
     return {int(pid): (int(parent), int(rss) * 1024, words) for pid, parent, rss, words in rows}
@@ -8635,13 +8647,16 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
     began = time.monotonic()
+    states = []  # type: List[str]
 
     def look() -> str:
         kernel.state = state_of_kernel(record, kernel.id, processes)
         is_late = time.monotonic() - began > STARTING_S
         if kernel.state == "starting" and (is_late or last_execution(record, kernel.id)):
             return "idle"
-        return kernel.state if kernel.state in ("idle", "dead") else ""
+        states.append(kernel.state)
+        is_between = states[-2:] != ["idle", "idle"]  # two cells, perhaps
+        return "" if kernel.state not in ("idle", "dead") or (kernel.state == "idle" and is_between) else kernel.state
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
@@ -9209,10 +9224,7 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
 
 
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
-    """Return when the scheduler of a job was asked of the user's, and what it said; one answer serves all meanwhile.
-
-    (0, "") when it does not answer.
-    """
+    """Return when a job's scheduler was asked, and its answer, which serves all of ours; (0, "") for none."""
     which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
     path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
     with open(path + ".lock", "w") as lock:
@@ -9228,7 +9240,8 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
         if isinstance(found, tuple):
             return found
         text = ask_scheduler(record)
-        write_whole(path, text)
+        with contextlib.suppress(OSError):  # a full /tmp: the next one asks again
+            write_whole(path, text)
         return (time.time() if text else 0.0), text
 
 
@@ -9311,10 +9324,10 @@ class Queue:
     def _take(self, state: Told, show: Show) -> None:
         """Show how the job stands."""
         self.state = state
-        match = re.match(r"\d+-\d+-\d+T(\d+:\d+)", state.start)
+        match = re.match(r"(?:%s|(\d+-\d+-\d+))T(\d+:\d+)" % datetime.date.today().isoformat(), state.start)
         text = "Job %s %s" % (state.job or state.id, state.word.lower())
         text += " (%s)" % state.reason if state.reason not in ("", "None") else ""
-        text += ", expected %s" % match.group(1) if match else ""
+        text += ", expected %s" % " ".join(filter(None, match.groups())) if match else ""
         show(text if state.is_waiting else "")
         if state.is_waiting and text != self._said:
             self._said = text
@@ -9352,6 +9365,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     ssh.close()
     of_login = r"(?i)-[pJ]|-o(host|port\b|proxy)"
     options = [word for pair in pairs_of(ssh.options) if not re.match(of_login, "".join(pair)) for word in pair]
+    options += ["-o", "User=" + ssh.config["user"]] if "user" in ssh.config else []  # which -l may have set before
     words = [word.replace("%", "%%") for word in (*ssh.options, ssh.destination)]
     jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
     there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
@@ -9501,7 +9515,9 @@ class WrapperKind(Starter):
         state_dir = portable(os.path.dirname(os.path.dirname(directory)))
         program = self.leave(record, request, path=portable(path) or None, state_dir=state_dir)
         within_words = container_words(record, environment, lambda text: channel.tell("note", text=text))
-        command = " ".join(["exec", *[native(words) for words in request.wrap], *within_words])
+        # An assignment before a command is none behind `exec`, or behind another wrapper.
+        outer = [re.sub(r"\A(?=\w+=)", "env ", native(words)) for words in request.wrap]
+        command = " ".join(["exec", *outer, *within_words])
         argv = ["/bin/sh", "-c", command + ' "$@"', "sh", "/bin/sh", "-c", IN_WRAPPER, "sh", program]
         argv += [sys.executable, *PYTHONS_IN_WRAPPER]
         with start_detached(argv, environment, os.path.expanduser("~"), record.file("log"), request.is_held) as process:
@@ -9583,7 +9599,7 @@ def container_program(request: Request, environment: "Dict[str, str]") -> str:
     Of an image in a file, apptainer.
     """
     named = request.container.partition("://")[0]
-    names = list(CONTAINERS) if named not in CONTAINERS else [named]
+    names = [named] * (named in CONTAINERS) + [*CONTAINERS] * (named == "docker" or named not in CONTAINERS)
     if request.container.endswith(".sif"):
         names = [name for name in names if "remove" not in CONTAINERS[name]]
     return next((name for name in names if shutil.which(name, path=environment.get("PATH", os.defpath))), "")
@@ -9599,6 +9615,8 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     home = native(record.home)
     image = request.container[len(program + "://") :] if request.container.startswith(program + "://") else ""
     facts = {"name": "rjupyter-%d-%s" % (os.getuid(), record.id), "image": image or request.container, "home": home}
+    if "remove" not in row and not re.search(r"://|\.sif$", facts["image"]) and not os.path.exists(facts["image"]):
+        facts["image"] = "docker://" + facts["image"]  # apptainer takes a name for that of a file
     facts.update(uid=str(os.getuid()), gid=str(os.getgid()), user=environment.get("USER", "user"))
     shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None  # podman's and docker's own has 64 MB
     facts["shm"] = str(shared.f_frsize * shared.f_blocks) if shared else "64m"
@@ -9733,7 +9751,7 @@ def _seconds(text: str) -> float:
 def _pattern(text: str) -> str:
     if not text or text.startswith(("/", "~")) or ".." in text.split("/") or "\0" in text:
         raise ValueError("a pattern is of names below the run's directory, not %r" % text)
-    return text
+    return "/".join(part for part in text.split("/") if part not in ("", ".")) or "**"
 
 
 def _moment(text: str) -> float:
@@ -9888,7 +9906,8 @@ OPTIONS: Dict[str, List[Option]] = {
     ],
 }
 EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
-APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"))  # of these, one can be given
+# Of these, one can be given.
+APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"), ("--python", "--env"))
 SYNONYMS = {"ls": "list", "ps": "list", "status": "list", "run": "execute", "exec": "execute", "kill": "stop"}
 SYNONYMS.update(log="logs", open="", start="")  # an open takes no word
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
@@ -9964,7 +9983,7 @@ def help_text(topic: str = "") -> str:
 
 
 class Typed(NamedTuple):
-    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words."""
+    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words; or an operand."""
 
     option: Optional[Option]
     flag: str
@@ -9992,6 +10011,7 @@ class CommandLine:
             is_alone = word in ACTIONS and ACTIONS[word].alone and not set(self.rest) & set(ACTIONS)
             if word == "--" and not is_over:
                 is_over = True
+                self.behind.append(Typed(None, "", None, [word]))
             elif self._is_option(word) and not is_over:
                 (self.behind if self.action else self.before).append(self._option(word))
             elif not self.destination and not is_alone:
@@ -10001,6 +10021,7 @@ class CommandLine:
                 self.known.update(by_flag(OPTIONS_OF.get(word, ())))
             else:
                 self.operands.append(word)
+                self.behind.append(Typed(None, "", None, [word]))
 
     def _is_option(self, word: str) -> bool:
         """True for what begins with a dash; with a space in it, only if it begins with one of ours."""
@@ -10025,9 +10046,7 @@ class CommandLine:
         """Return the words of another line, with the same options and operands; some are moved behind the action."""
         words = [word for typed in self.before if typed not in moved for word in typed.words]
         words += [word for word in (destination, action) if word not in ("", NO_HOST)]
-        words += [word for typed in [*moved, *self.behind] for word in typed.words]
-        end = ["--"] if any(word[:1] == "-" for word in self.operands) else []
-        return [*words, *end, *self.operands]
+        return words + [word for typed in [*moved, *self.behind] for word in typed.words]
 
     def topic(self) -> Optional[str]:
         """Return what help_text is asked for, which is empty for the whole; None where it is not."""
@@ -10051,7 +10070,7 @@ class CommandLine:
             if len(set(both)) > 1:
                 raise wrong_usage("argument %s: not allowed with argument %s" % (both[-1], both[0]))
         values: Dict[str, Any] = {}
-        unknown = [one.flag for one in typed if not one.option]
+        unknown = [one.flag for one in typed if one.flag and not one.option]
         row = next((row for row in OPTIONS_OF.get(self.action, ()) if not row.flags), None)
         taken = self.operands[: None if row and row.many == "*" else 1 if row else 0]
         given = [(one.option, one.value) for one in typed if one.option] + [(row, word) for word in taken if row]
@@ -10089,8 +10108,9 @@ class CommandLine:
         name = SYNONYMS.get(self.destination, self.destination)
         if name in actions and self.action not in actions:
             plain = [word for word in [self.action, *self.operands] if word]
-            host = next((word for word in reversed(plain) if not word.endswith(".ipynb")), "HOST")
-            self.operands = [word for word in plain if word != host]
+            host = next((word for word in plain if not word.endswith(".ipynb")), "HOST")
+            words = [Typed(None, "", None, [self.action]), *self.behind]
+            self.behind = [typed for typed in words if typed.words not in ([host], [""])]
             unknown = [typed for typed in self.before if not typed.option]
             right = command_line(*self.words(host, name, unknown))
             raise wrong_usage("%s is an action: the host comes before it" % name, right)
@@ -10111,7 +10131,7 @@ class CommandLine:
                 destination, wrong, near = wrong, destination, swapped
             right = "" if near is None else command_line(*self.words(destination, near))
             if near is None and ("/" in wrong or "." in wrong):
-                right = command_line(*self.words("%s:%s" % (destination, wrong), ""))
+                right = command_line(*self.words(destination + "/:"[":" not in destination] + wrong, ""))
             raise wrong_usage("there is no action %s; there are %s" % (wrong, ", ".join(actions)), right)
 
 
@@ -10137,6 +10157,8 @@ class Args(types.SimpleNamespace):
         if "," in self.host and self.action != "list":
             raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
         found = {} if "no_config" in self.typed else config_defaults(config_path(), self.host)
+        for one, other in (("python", "env"), ("env", "python"), ("slurm", "submit"), ("submit", "slurm")):
+            found = {key: value for key, value in found.items() if key != other or one not in self.typed}
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
         rows = [*EVERY_OPTION, *OPTIONS_OF.get(line.action, ())]
@@ -10206,10 +10228,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
 
 
 def request_of(args: Args, action: str, **facts: Any) -> Request:
-    """Return the request that the options make: the action's own, and all where something is to start, or could.
-
-    Raises Failure (2) where they do not go together.
-    """
+    """Return the request that the options make: the action's own; all, where something starts. Raises Failure (2)."""
     rows = list(OPTIONS_OF.get(args.action or "", ()))
     if args.action in (None, "execute", "doctor"):
         rows += EVERY_OPTION
@@ -10582,7 +10601,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         if entry.kind == "gap" and not args.json:
             messages.warn("[%s]" % entry.why)
         elif cell and entry.kind == "printed" and not written and not args.json:
-            text = re.sub(COLOURS + "|.\b", "", text_of(entry).replace("\r", "\n"))
+            text = re.sub(COLOURS + "|.\b", "", re.sub("\r\n?", "\n", text_of(entry)))
             if entry.type == "error" or entry.content.get("name") == "stderr":
                 messages.warn(text, end="")
             else:
@@ -11013,6 +11032,7 @@ COMPLETIONS = {
     IFS=' ' read -ra words <<<"$line"
     [[ $line != *' ' ]] || words+=('')
     COMPREPLY=($("$1" completion words "${words[@]:1}" 2>/dev/null))
+    [[ ${COMPREPLY-} != *.ipynb ]] || compopt -o filenames
     [[ ${COMPREPLY-} != / ]] || { COMPREPLY=(); compopt -o default; }
 }
 complete -F _rjupyter rjupyter rjupyter.py
@@ -11283,7 +11303,7 @@ def carry_out(words: List[str]) -> int:
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
             right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
-            failure.try_ = command_line(*right) if near else failure.try_
+            failure.try_ = command_line(*right) if near not in ("", args.host) else failure.try_
         messages.failure(failure)
         if args and args.gateway and not args.json:
             messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there

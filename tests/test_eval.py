@@ -82,6 +82,7 @@ def test_an_error_is_on_stderr_and_in_the_status(laptop: Laptop, run: Run, kerne
     assert said.status == 5
     assert said.stdout.endswith("before\n")
     assert "ZeroDivisionError: division by zero" in said.stderr
+    assert laptop.run("host", "eval", "!echo one; echo two").stdout == "one\ntwo\n"  # of a terminal, with \r\n
     assert "StdinNotImplementedError" in laptop.run("host", "eval", "input()").stderr
 
 

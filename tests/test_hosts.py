@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from client import api, check_failure, compute
+from execution import mounted
 from jupyters import (
     AGES,
     interpreters,
@@ -287,14 +288,31 @@ def test_broken_command_leads_to_the_next(laptop: Laptop, bare_host: Host, direc
     command = directory / "bin/jupyter-notebook"
     environment_at(bare_host.home / "miniconda3")
     shim = "#!/bin/sh\necho 'pyenv: jupyter-notebook: not found'\nexit 127"
-    for broken in ("#!/no/longer/there/python", shim, "no line that says what runs it"):
+    gone = "#!/bin/sh\necho \"ModuleNotFoundError: No module named 'notebook'\" >&2\nexit 1"  # with the Python before
+    for broken in ("#!/no/longer/there/python", shim, "no line that says what runs it", gone):
         command.write_text(broken + "\n")
         command.chmod(0o755)
         run = laptop.start("--no-install", "-v", "--new", "host", has_terminal=False)
         run.url()
         assert "Using %s/miniconda3" % bare_host.home in run.stderr, run.text
         assert "looked at %s: " % command in run.stderr, run.text
-    assert len(bare_host.servers()) == 3
+    assert len(bare_host.servers()) == 4
+
+
+def test_environment_above_a_directory_that_is_not_in_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster's scratch: up to where the user's own directories end."""
+    for place in ("home", "scratch/.venv/bin", "scratch/ana/proj/.venv/bin", "scratch/ana/proj/nb"):
+        (tmp_path / place).mkdir(parents=True)
+    for python in tmp_path.glob("scratch/**/bin"):
+        (python / "python").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    own = os.getuid() or 1000  # root's would be all there is
+    for path in [tmp_path / "scratch/ana", *tmp_path.glob("scratch/ana/**/*")]:
+        os.chown(str(path), own, -1)
+    monkeypatch.setattr(os, "getuid", lambda: own)
+    prefixes = [prefix for _, prefix in rjupyter.environments_of_project(str(tmp_path / "scratch/ana/proj/nb"))]
+    assert prefixes[0] == str(tmp_path / "scratch/ana/proj/.venv")
+    assert (len(prefixes) == 1) == (os.stat(str(tmp_path)).st_uid != own)
 
 
 def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directory: Path) -> None:
@@ -443,10 +461,7 @@ def test_home_that_cannot_be_written(
 @pytest.mark.jupyter
 def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
     user = make_user("/bin/bash")
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=755,uid=%d" % user.uid, "tmpfs", str(user.home)], check=True
-    )
-    try:
+    with mounted(user.home, "-t", "tmpfs", "-o", "size=64k,mode=755,uid=%d" % user.uid, "tmpfs"):
         user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
         filler = os.open(str(user.home / "filler"), os.O_WRONLY | os.O_CREAT)
         with pytest.raises(OSError, match="No space"):
@@ -455,8 +470,6 @@ def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_ho
         os.close(filler)
         make_host(user=user)
         check_two_runs_and_stop(laptop, "/tmp/rjupyter-%d" % user.uid)
-    finally:
-        subprocess.run(["umount", "--lazy", str(user.home)], check=True)
 
 
 @pytest.mark.jupyter
@@ -480,9 +493,9 @@ def test_home_that_cannot_be_closed_to_others(
     below = directory / "below"
     user.home.rename(below)
     user.home.mkdir()
-    mounted = subprocess.run(["bindfs", "--perms=a=rwx", *options, str(below), str(user.home)], stderr=subprocess.PIPE)
-    if mounted.returncode:
-        pytest.skip("bindfs mounts nothing here: %r" % mounted.stderr)
+    bound = subprocess.run(["bindfs", "--perms=a=rwx", *options, str(below), str(user.home)], stderr=subprocess.PIPE)
+    if bound.returncode:
+        pytest.skip("bindfs mounts nothing here: %r" % bound.stderr)
     try:
         make_host(user=user)
         with laptop.opened("host") as run:

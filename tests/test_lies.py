@@ -674,6 +674,7 @@ def put_stub(laptop: Laptop) -> None:
 LIES = [
     {"kind": "reply", "reply": {"id": "07af"}},
     {"kind": "reply", "reply": {**OPEN, "token": "a b"}},
+    {"kind": "reply", "reply": {**OPEN, "job": "j07af", "node": "x;reboot"}},
     {"kind": "reply", "failure": {"what": "\x1b[2J", "status": "0"}},
     {"kind": "hello", "user": ["ana"]},
     {"kind": "reply", "reply": {**OPEN, "seconds": float("nan"), "servers": [{**SERVER, "age_s": float("inf")}]}},

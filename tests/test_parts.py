@@ -445,6 +445,18 @@ def test_a_journal_tells_what_its_reader_has_missed(tmp_path: Path) -> None:
     assert places == sorted(places) and len(set(places)) == len(places)
 
 
+def test_a_cell_whose_begin_fills_a_half_is_not_taken_for_one_that_is_told_again(tmp_path: Path) -> None:
+    journal = rjupyter.Journal(str(tmp_path / "a.journal"), most=400)
+    reader = rjupyter.JournalReader(journal.path)
+    found: List[str] = []
+    for number in range(12):
+        journal.head = journal.tell("begun", id=str(number), time=1.0, code="x" * 100)
+        journal.tell("finished", id=str(number), time=1.0)
+        journal.head = None
+        found += [json.loads(line)["id"] for line in reader.lines() if '"kind": "begun"' in line]
+    assert found == [str(number) for number in range(12)]
+
+
 def test_a_journal_that_another_recorder_began(tmp_path: Path) -> None:
     path = str(tmp_path / "a.journal")
     told(rjupyter.Journal(path, most=220), *range(12))
@@ -473,6 +485,57 @@ def test_a_journal_whose_disk_is_full_when_a_half_is_closed(tmp_path: Path, monk
     assert os.close is not close_and_fail
     found = read(rjupyter.JournalReader(path))
     assert found[-1] == "011" and "Disk " in found, found
+
+
+def test_what_a_pattern_brings_and_what_goes_along(tmp_path: Path) -> None:
+    """A link to what is no match is none; one that goes along by its name is its file."""
+    for name in ("one", "two", "raw"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.json").write_text(name)
+    (tmp_path / "raw/r.json").rename(tmp_path / "raw/data.csv")
+    (tmp_path / "data.csv").symlink_to("raw/data.csv")
+    (tmp_path / "raw/link").symlink_to(tmp_path / "raw")
+    for typed in ("*/r.json", "./*/r.json"):
+        pattern = rjupyter._pattern(typed)
+        found = list(rjupyter.matching(str(tmp_path), pattern.split("/")))
+        assert found == [str(tmp_path / "one/r.json"), str(tmp_path / "two/r.json")]
+        assert rjupyter.is_matched("one/r.json", [pattern])
+    assert (rjupyter._pattern("one/"), rjupyter._pattern("./")) == ("one", "**")
+    stream = io.BytesIO()
+    assert rjupyter.pack(str(tmp_path), [str(tmp_path / "data.csv")], stream) == []
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as tar:
+        assert [(member.name, member.isreg()) for member in tar] == [("data.csv", True)]
+
+
+def test_equal_cells_of_which_one_was_executed() -> None:
+    """It is the one that has the number of the execution, or none yet; not the first."""
+    cells: List[Dict[str, Any]] = [
+        {"cell_type": "code", "source": "f()", "execution_count": count, "outputs": [], "metadata": {}}
+        for count in (1, None)
+    ]
+    begun = rjupyter.Entry(kind="begun", id="1", time=1.0, count=7, code="f()")
+    ended = rjupyter.Entry(kind="finished", id="1", time=2.0, is_done=True)
+    executions = rjupyter.Executions(json.dumps(entry.facts()) for entry in (begun, ended))
+    assert rjupyter.fill_in(cells, list(executions.cells.values())) == (1, ["1"])
+    assert [cell["execution_count"] for cell in cells] == [1, 7]
+
+
+def test_displays_that_are_no_text(tmp_path: Path) -> None:
+    data = {"application/vnd.plotly.v1+json": {"a": None, "b": [True]}, "text/html": "\ud800"}
+    written = rjupyter.write_display(rjupyter.Entry(kind="printed", content={"data": data}), str(tmp_path / "x"))
+    texts = {kind: Path(path).read_text() for kind, path in written.items()}
+    assert texts == {"application/vnd.plotly.v1+json": '{"a": null, "b": [true]}', "text/html": "?"}
+
+
+def test_the_signals_of_a_session_that_ends_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """logind sends SIGTERM and SIGHUP at once: the second leaves the first its work. Twice the same leaves at once."""
+    monkeypatch.setattr(rjupyter.Signals, "first", 0)
+    take = rjupyter.Signals.take
+    for signum, is_heard in ((signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGTERM, True)):
+        with pytest.raises(rjupyter.Terminated) if is_heard else contextlib.ExitStack():
+            take(signum, None)
+    with pytest.raises(KeyboardInterrupt):
+        take(signal.SIGINT, None)
 
 
 def test_a_file_that_becomes_shorter_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

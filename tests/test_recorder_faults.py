@@ -183,10 +183,11 @@ def test_a_kernel_in_another_language(laptop: Laptop, host: Host, add: Callable[
     compute(run.url(), AFAR[name], kernel)
     wait_until_ended(host, kernel)
     assert "from afar\n" in laptop.run("host", "output").stdout
+    assert laptop.run("host", "eval", "# first").status == 0  # what is sent next needs no connection to be made before
     gate = host.home / "gate"
     page = send(run.url(), FAILS[name] % gate, kernel)
     asked = laptop.start("host", "eval", "1", has_terminal=False)
-    wait_until_sent(host)
+    wait_until_sent(host, 2)
     gate.write_text("")
     asked.wait()
     check_failure(asked, 1, "it was not run: a cell before it failed")
@@ -195,10 +196,10 @@ def test_a_kernel_in_another_language(laptop: Laptop, host: Host, add: Callable[
     run.wait(20)
 
 
-def wait_until_sent(host: Host) -> None:
-    """Wait until code of ours is in a kernel's queue."""
+def wait_until_sent(host: Host, count: int = 1) -> None:
+    """Wait until code of ours has come into a kernel's queue, so many times."""
     asked = ".local/state/rjupyter/servers/*/cells/*.asked"
-    wait_until(lambda: list(host.home.glob(asked)), "the kernel was asked")
+    wait_until(lambda: len(list(host.home.glob(asked))) >= count, "the kernel was asked")
 
 
 def leave_connection_files(host: Host, count: int) -> None:

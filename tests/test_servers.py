@@ -108,6 +108,9 @@ def test_list(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") ->
     with laptop.opened("--attach", other["id"], "host") as run:
         assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
         assert "Found JupyterLab" in run.stderr
+    write_notebook(host.home / "hand/sub/a.ipynb")
+    with laptop.opened("--attach", other["id"], "host:hand/sub/a.ipynb") as run:
+        assert urlsplit(run.url()).path == "/lab/tree/sub/a.ipynb"
     with laptop.opened("host:hand") as run:
         assert "Found JupyterLab" in run.stderr and "(pid %d," % by_hand.pid in run.stderr
     with laptop.opened("host") as run:  # without a PATH: the newest of ours
@@ -182,6 +185,8 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
     (odd / "jpserver-x.json").write_text(json.dumps(good))
     (odd / ("jpserver-%s.json" % ("9" * 40))).write_text(json.dumps(good))
     (odd / "jpserver-16.json").write_text("[" * 30000)
+    stranger = subprocess.Popen(["sleep", "60"])  # left by a server whose pid this is now: to stop it would end this
+    (odd / ("jpserver-%d.json" % stranger.pid)).write_text(json.dumps(dict(good, pid=stranger.pid)))
     for name, text in (
         ("aaaa", "[]"),
         ("bbbb", json.dumps(dict(record, identity=1))),
@@ -191,6 +196,8 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
         directory.mkdir()
         (directory / "server.json").write_text(text)
     servers = listed(laptop)
+    stranger.kill()
+    stranger.wait()
     assert [server["id"] for server in servers] == [record["id"]], servers
     again = laptop.start("host", has_terminal=False)
     again.expect("Found Jupyter")

@@ -255,6 +255,12 @@ def test_which_kernels_are_known_to_take_sockets(directory: Path, monkeypatch: p
         channel: Any = SimpleNamespace(tell=lambda kind, text, told=told: told.append(text))
         arguments = rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel)
         assert (bool(arguments), bool(told)) == ((True, False) if kind == "sockets" else (False, True)), argv
+    config = directory / "site/jupyter_server_config.d/ip.json"
+    config.parent.mkdir(parents=True)
+    config.write_text('{"KernelManager": {"ip": "10.0.0.5"}}')
+    found.environment["JUPYTER_CONFIG_PATH"] = str(directory / "site")
+    told.clear()
+    assert rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel) == told == []
 
 
 def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., Host], laptop: Laptop) -> None:

@@ -582,6 +582,8 @@ def test_config_sections_are_host_patterns_and_the_first_value_holds(
     typed = options_of(laptop, "--port", "9000", "--app", "notebook", "--init", "true", "gpu1")
     assert (typed["port"], typed["app"]) == ((9000, "command line"), ("notebook", "command line"))
     assert typed["init"] == (["true"], "command line")
+    python = options_of(laptop, "--python", "/opt/py/bin/python", "gpu9")
+    assert (python["env"], python["python"][1]) == ((None, "default"), "command line")
     assert options_of(laptop, "--no-config", "gpu1")["port"] == (0, "default")
 
 

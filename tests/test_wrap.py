@@ -96,7 +96,7 @@ def is_clean(host: Host, mark: str) -> None:
 @pytest.mark.jupyter
 def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: Host, mark: str) -> None:
     (host.home / "it's here").mkdir()
-    wraps = ["--wrap", """env 'A=it'"'"'s $HOME' B=$HOME""", "--wrap", "env B=inner nice -n 7"]
+    wraps = ["--wrap", """env 'A=it'"'"'s $HOME' B=$HOME""", "--wrap", "B=inner nice -n 7"]
     destination = "host:it's here"
     url = held(laptop, *wraps, destination).url()
     code = "import os; print(os.environ['A'], os.environ['B'], os.nice(0), os.getcwd())"
@@ -583,6 +583,11 @@ def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "--userns=keep-id" not in words_for("img", 0, monkeypatch, tmp_path)
     assert words_for("/data/my.sif", 1000, monkeypatch, tmp_path)[:2] == ["apptainer", "exec"]
     assert words_for("apptainer://docker://img", 1000, monkeypatch, tmp_path)[-1] == "docker://img"
+    for name in ("docker", "podman"):  # as on most clusters
+        (tmp_path / name).unlink()
+    for image in ("reg/img:1", "docker://reg/img:1"):
+        apptainer = words_for(image, 1000, monkeypatch, tmp_path)
+        assert (apptainer[:2], apptainer[-1]) == (["apptainer", "exec"], "docker://reg/img:1")
     assert words_for("", 1000, monkeypatch, tmp_path) == []
 
 
