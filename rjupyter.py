@@ -251,6 +251,7 @@ PROBE_EVERY_S = 10
 PROBE_TIMEOUT_S = 10
 MUTE_S = 1800  # that a connection says nothing to Jupyter, which closes such a one after an hour (tornado's httpserver)
 CHECK_TIMEOUT_S = 15  # for the host's word on whether the server runs
+DENIED_PAUSE_S = 3.0  # before the redial after a refusal, at least
 REDIAL_MAX_S = 30.0  # the longest pause between two attempts to connect again
 DENIALS_MAX = 3  # unattended logins that may be refused before we give up
 WARN_BEFORE_END_S = 600  # of the time limit of a server's job
@@ -2233,7 +2234,7 @@ class Ssh:
         if self.config.get("serveraliveinterval", "0") == "0":
             argv += each("-o", ["ServerAliveInterval=15", "ServerAliveCountMax=3"])
         if self.config.get("connecttimeout", "0") in ("none", "0"):
-            is_behind = {"proxyjump", "proxycommand"} & set(self.config)  # where a person may have to log in before
+            is_behind = {"proxyjump", "proxycommand"} & set(self.config)  # a person may have to log in there first
             limit_s = BATCH_LOGIN_TIMEOUT_S if is_behind and self.can_ask else CONNECT_TIMEOUT_S
             argv += each("-o", ["ConnectTimeout=%d" % limit_s])
         if self.can_ask:
@@ -2411,7 +2412,7 @@ class Ssh:
                 (self.messages.note if is_news else self.messages.detail)("Not yet: " + text)
                 is_denied = isinstance(failure, LoginRefused)
                 denials += is_denied
-                self._delay_s = max(self._delay_s, PROBE_EVERY_S * is_denied)  # what refuses may pass: a locked keyring
+                self._delay_s = max(self._delay_s, DENIED_PAUSE_S * is_denied)  # it may pass: a keyring that is locked
                 if is_denied and (denials >= DENIALS_MAX or self.can_ask):
                     raise
                 self.can_ask = is_denied and has_terminal()  # the next attempt may ask, once
@@ -4203,7 +4204,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
             return record
         remove_files(left_by_jupyter(record))
         tail = end_of_log(log)
-        # A shell's own status for what it cannot run; or what a Python of before has left, whose packages are not seen.
+        # A shell's own status for what it cannot run; or the script of an earlier Python, whose packages are gone.
         lacks = r"(No module named|metadata was found for|PackageNotFoundError:|NotFound: The) '?%s\b"
         if process.returncode in (126, 127) or re.search(lacks % PROGRAMS[found.app].module, tail):
             set_aside(directory)
