@@ -154,7 +154,8 @@ def add_r(home: Path) -> Dict[str, str]:
     test = [program or "R", "--slave", "-e", "library(IRkernel)"]
     if not program or subprocess.run(test, capture_output=True).returncode:
         pytest.skip("there is no R with IRkernel on this machine; tests/setup.sh installs it where Debian has it")
-    add_kernel(home, "ir", [program, "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"], "R")
+    argv = [program, "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"]
+    add_kernel(home, "ir", argv, "R", TMPDIR=str(home))  # what is killed leaves its directory there
     return {"name": "ir", "display_name": "R", "language": "R"}
 
 
