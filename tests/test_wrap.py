@@ -96,7 +96,7 @@ def is_clean(host: Host, mark: str) -> None:
 @pytest.mark.jupyter
 def test_words_as_a_shell_quotes_them_the_first_outermost(laptop: Laptop, host: Host, mark: str) -> None:
     (host.home / "it's here").mkdir()
-    wraps = ["--wrap", """env 'A=it'"'"'s $HOME' B=$HOME""", "--wrap", "B=inner nice -n 7"]
+    wraps = ["--wrap", """A='it'"'"'s $HOME' B=$HOME env""", "--wrap", "B=inner nice -n 7"]
     destination = "host:it's here"
     url = held(laptop, *wraps, destination).url()
     code = "import os; print(os.environ['A'], os.environ['B'], os.nice(0), os.getcwd())"
