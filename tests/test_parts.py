@@ -347,7 +347,7 @@ def test_version_and_help_name_the_program() -> None:
 def test_signal_while_a_child_starts_is_not_lost_and_does_not_reach_the_child() -> None:
     with pytest.raises(KeyboardInterrupt), rjupyter.signals_left_to_us():
         status = subprocess.check_output(["cat", "/proc/self/status"], text=True)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread: another one would take its time
     blocked = int(re.findall(r"SigBlk:\s+(\w+)", status)[0], 16)
     assert [bool(blocked & 1 << signum - 1) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)] == [1, 1, 0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -359,7 +359,7 @@ def test_signal_as_a_child_is_made_leaves_none_behind(monkeypatch: pytest.Monkey
 
     def start_interrupted(do: Any, *arguments: Any) -> threading.Thread:
         made.append(do.__self__)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return start(do, *arguments)
 
     monkeypatch.setattr(rjupyter, "start_thread", start_interrupted)

@@ -78,6 +78,13 @@ def make_shell_host(
     return make
 
 
+def asked_as_owner(process: Path, command: str, name: str) -> str:
+    """Return what a command says of a file of /proc/PID, as the process's owner: in a container, root may not look."""
+    owner = pwd.getpwnam(process.owner())
+    who: Dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid}
+    return str(subprocess.run([command, str(process / name)], capture_output=True, text=True, check=True, **who).stdout)
+
+
 def check_open(laptop: Laptop, host: Host, *arguments: str, is_real: bool = False) -> str:
     """Open, look at what runs as that user, or compute in its kernel, and return what was said on the way."""
     run = laptop.start(*arguments, "host", has_terminal=False)
@@ -86,10 +93,8 @@ def check_open(laptop: Laptop, host: Host, *arguments: str, is_real: bool = Fals
     assert host.sshd.logins() == 1
     (record,) = host.servers()
     process = Path("/proc/%d" % record["pid"])
-    owner = pwd.getpwnam(process.owner())
-    as_owner: Dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid}  # in a container, root may not look
-    place = subprocess.run(["readlink", str(process / "cwd")], capture_output=True, text=True, check=True, **as_owner)
-    assert (owner.pw_name, place.stdout) == (host.sshd.user, "%s\n" % host.home)
+    said = asked_as_owner(process, "readlink", "cwd")
+    assert (process.owner(), said) == (host.sshd.user, "%s\n" % host.home)
     if not is_real:
         assert api(url, "status")
         return run.stderr
@@ -195,7 +200,7 @@ MULTIPLEXERS = ("TMUX", "STY", "ZELLIJ", "ABDUCO_SESSION", "TERM_PROGRAM")
 def environment_there(host: Host) -> Dict[str, str]:
     """Return the environment of the only server there."""
     (record,) = host.servers()
-    entries = Path("/proc/%d/environ" % record["pid"]).read_bytes().decode().split("\0")
+    entries = asked_as_owner(Path("/proc/%d" % record["pid"]), "cat", "environ").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
