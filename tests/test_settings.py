@@ -489,7 +489,7 @@ QUIET = {
 @pytest.mark.parametrize("how", sorted(QUIET))
 def test_end_is_told_although_the_log_says_nothing(laptop: Laptop, host: Host, how: str) -> None:
     of_jupyter(host, QUIET[how])
-    run = laptop.start("host", has_terminal=False)
+    run = laptop.start("--port", str(quiet_port()), "host", has_terminal=False)  # the log tells of no race for one
     url = run.url()
     run.expect("To end it")
     api(url, "shutdown", "POST")
