@@ -2443,9 +2443,7 @@ class Ssh:
             return
         if status:
             plain = shlex.join(["ssh", "-G", *self.options, self.destination])
-            kind = (
-                Failure if self.config else HostRefused
-            )  # what it took before, it may take again: names resolve later
+            kind = Failure if self.config else HostRefused  # what it took before, it takes when names resolve again
             raise kind("ssh does not take this", words.strip(), plain, EXIT_SSH)
         self.config_text = said
         self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
@@ -4467,10 +4465,11 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             except (OSError, OverflowError):
                 continue
             info = read_record(RuntimeInfo, path)
-            words = command_of_process(pid)
-            is_anothers = bool(words) and not re.search("jupyter|notebook|nbclassic", words, re.IGNORECASE)  # pid again
-            if pid < 2 or not info or is_anothers or [r for r in ours if r.pid in (pid, session_of(pid))]:
+            if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
+            words = command_of_process(pid)
+            if words and not re.search("jupyter|notebook|nbclassic", words, re.IGNORECASE):
+                continue  # its pid is another process's now
             # Of a jpserver the file does not tell: its command line names Lab's command, or its module.
             is_lab = kind == "jpserver" and any(sign in words for sign in APPS["lab"][1:3])
             record = ServerRecord(
@@ -7308,9 +7307,8 @@ class Followed:
         if view.state in GOING_ON and not channel.is_closed:
             return None
         self._late_until = self._late_until or time.monotonic() + (LATE_S if self.record.job else 0)
-        directory = self.record.directory
-        state = read_record(RunState, os.path.join(directory, "state.json")) or RunState()
-        size = size_of(os.path.join(directory, "journal")) + size_of(os.path.join(directory, "result.ipynb"))
+        state = read_record(RunState, self.record.file("state.json")) or RunState()
+        size = size_of(self.record.file("journal")) + size_of(self.record.file("result.ipynb"))
         is_whole = state.written and state.written == size
         if not is_whole and time.monotonic() < self._late_until and not channel.is_closed:
             return None
@@ -7318,14 +7316,13 @@ class Followed:
 
     def send_result(self, identity: str, channel: Channel) -> None:
         """Send the result as the run wrote it at its end; of one that was killed, with what its journal has."""
-        directory = self.record.directory
-        result = Growing(os.path.join(directory, "result.ipynb"))
+        result = Growing(self.record.file("result.ipynb"))
         parts = iter(result.part, b"")
-        state = read_record(RunState, os.path.join(directory, "state.json")) or RunState()
+        state = read_record(RunState, self.record.file("state.json")) or RunState()
         if not state.outcome and size_of(result.path):
             notebook = facts_in(b"".join(parts).decode("utf-8", "replace"))
             cells = objects(notebook, "cells")
-            for execution in Executions(Growing(os.path.join(directory, "journal")).lines()).cells.values():
+            for execution in Executions(Growing(self.record.file("journal")).lines()).cells.values():
                 if execution.begun and 0 <= execution.begun.index < len(cells):
                     outputs = outputs_in_file(execution)
                     cells[execution.begun.index].update(outputs=outputs, execution_count=execution.begun.count)
@@ -7345,9 +7342,10 @@ def files_dir() -> str:
     """Return where the host keeps what goes along, each tar under its digest; those not used for a week are removed."""
     directory = first_private(state_dirs("files"))
     paths = [os.path.join(directory, name) for name in os.listdir(directory)]
-    used = {os.path.basename(record.request.files) for kind in KINDS.values() for record in kind.records()}
-    paths = [path for path in paths if os.path.basename(path) not in used]  # a queue may be long
-    remove_files([path for path in paths if time.time() - time_of(path) > KEEP_ENDED_S])
+    old = [path for path in paths if time.time() - time_of(path) > KEEP_ENDED_S]
+    records = [record for kind in KINDS.values() for record in kind.records()] if old else []
+    used = {os.path.basename(record.request.files) for record in records}  # a queue may be long
+    remove_files([path for path in old if os.path.basename(path) not in used])
     return directory
 
 
@@ -7892,9 +7890,9 @@ def guard_kernel(directory: str) -> "Callable[[int], None]":
 def socket_prefix(directory: str) -> str:
     """Return the beginning of the names of a kernel's sockets, in a directory that is ours alone; empty for none."""
     for place in (directory, own_tmp_dir()):
-        prefix = os.path.join(place, os.path.basename(directory) + "-k")
         with contextlib.suppress(OSError):
-            if can_hold_socket(os.path.join(private_dir(place), os.path.basename(prefix) + "-0")):
+            prefix = os.path.join(private_dir(place), os.path.basename(directory) + "-k")
+            if can_hold_socket(prefix + "-0"):
                 return prefix
     return ""
 
@@ -8648,16 +8646,17 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     record, kernel = kernel_named(request)
     processes = identities_of(kernel.id)
     began = time.monotonic()
-    states = []  # type: List[str]
+    was_idle = False
 
     def look() -> str:
+        nonlocal was_idle
         kernel.state = state_of_kernel(record, kernel.id, processes)
         is_late = time.monotonic() - began > STARTING_S
         if kernel.state == "starting" and (is_late or last_execution(record, kernel.id)):
             return "idle"
-        states.append(kernel.state)
-        is_between = states[-2:] != ["idle", "idle"]  # two cells, perhaps
-        return "" if kernel.state not in ("idle", "dead") or (kernel.state == "idle" and is_between) else kernel.state
+        has_ended = kernel.state == "dead" or (kernel.state == "idle" and was_idle)  # once may be between two cells
+        was_idle = kernel.state == "idle"
+        return kernel.state if has_ended else ""
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
     last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
@@ -9176,8 +9175,9 @@ def begun_of(record: JobRecord) -> "Optional[JobState]":
 
 def note_end(record: JobRecord, state: JobState) -> None:
     """Write down how a job ended where that is final; not where it is only missed so far."""
-    is_silent = not is_marked(record, "ended") and begun_of(record)  # it may be suspended, or its home be away
-    is_final = state.word in JOB_ENDS or (state.word == "ended" and record.age_s() > UNSEEN_S and not is_silent)
+    is_final = state.word in JOB_ENDS
+    if state.word == "ended" and record.age_s() > UNSEEN_S:  # one that gives no signs may be suspended
+        is_final = is_marked(record, "ended") or not begun_of(record)
     if record.directory and is_final:
         with contextlib.suppress(OSError):
             write_whole(record.file("end.json"), json.dumps(state.facts()))
@@ -9364,7 +9364,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     `ssh -J` would give the jump none of our options (ssh(1)): a key of -i, say.
     """
     ssh.close()
-    of_login = r"(?i)-[pJ]|-o(host|port\b|proxy)"
+    of_login = r"(?i)-[pJ]|-o(host(name|keyalias)|port|proxy(jump|command))\b"
     options = [word for pair in pairs_of(ssh.options) if not re.match(of_login, "".join(pair)) for word in pair]
     options += ["-o", "User=" + ssh.config["user"]] if "user" in ssh.config else []  # which -l may have set before
     words = [word.replace("%", "%%") for word in (*ssh.options, ssh.destination)]
@@ -9984,7 +9984,10 @@ def help_text(topic: str = "") -> str:
 
 
 class Typed(NamedTuple):
-    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words; or an operand."""
+    """An option as it was typed: its row, if it is one of ours, its flag, its value, and the words.
+
+    Or an operand, which is a value without a flag; "--" has neither.
+    """
 
     option: Optional[Option]
     flag: str
@@ -10003,7 +10006,6 @@ class CommandLine:
         self.destination = ""
         self.action = ""
         self.behind: List[Typed] = []
-        self.operands: List[str] = []
         self.known = by_flag(EVERY_OPTION)
         self.rest = list(argv)
         is_over = False
@@ -10021,8 +10023,12 @@ class CommandLine:
                 self.destination, self.action = self.destination or NO_HOST, word
                 self.known.update(by_flag(OPTIONS_OF.get(word, ())))
             else:
-                self.operands.append(word)
-                self.behind.append(Typed(None, "", None, [word]))
+                self.behind.append(Typed(None, "", word, [word]))
+
+    @property
+    def operands(self) -> List[str]:
+        """What stands behind the action and is no option."""
+        return [typed.value for typed in self.behind if not typed.flag and typed.value is not None]
 
     def _is_option(self, word: str) -> bool:
         """True for what begins with a dash; with a space in it, only if it begins with one of ours."""
@@ -10110,7 +10116,7 @@ class CommandLine:
         if name in actions and self.action not in actions:
             plain = [word for word in [self.action, *self.operands] if word]
             host = next((word for word in plain if not word.endswith(".ipynb")), "HOST")
-            words = [Typed(None, "", None, [self.action]), *self.behind]
+            words = [Typed(None, "", self.action, [self.action]), *self.behind]
             self.behind = [typed for typed in words if typed.words not in ([host], [""])]
             unknown = [typed for typed in self.before if not typed.option]
             right = command_line(*self.words(host, name, unknown))
@@ -10158,8 +10164,10 @@ class Args(types.SimpleNamespace):
         if "," in self.host and self.action != "list":
             raise wrong_usage("only list takes several hosts", command_line(line.destination, "list"))
         found = {} if "no_config" in self.typed else config_defaults(config_path(), self.host)
-        for one, other in (("python", "env"), ("env", "python"), ("slurm", "submit"), ("submit", "slurm")):
-            found = {key: value for key, value in found.items() if key != other or one not in self.typed}
+        for pair in APART:  # what is typed takes the place of both
+            keys = {line.known[flag].key for flag in pair}
+            if keys & set(self.typed):
+                found = {key: value for key, value in found.items() if key not in keys}
         self.sources = {key: source for key, (_, source) in found.items()}
         self.sources.update(dict.fromkeys(self.typed, "command line"))
         rows = [*EVERY_OPTION, *OPTIONS_OF.get(line.action, ())]
