@@ -500,8 +500,8 @@ class RuntimeInfo(Record):
 
     @property
     def good_statuses(self) -> "Tuple[int, ...]":
-        """What our own server answers: with a password and no token, it cannot take ours."""
-        return (401, 403) if self.has_password and not self.token else (200,)
+        """What our own server answers: without a token, it may want a password, which its file does not always say."""
+        return (200,) if self.token else (200, 401, 403)
 
     def unusable(self) -> "List[str]":
         """Return the settings of Jupyter's that cannot be put into a header or an address."""
@@ -1164,9 +1164,13 @@ def tcp_rows(words: str) -> "Iterator[List[str]]":
 def owner_of_tcp(local: "Tuple[str, int]", remote_port: int) -> "Optional[int]":
     """Return the uid whose socket is bound to `local`, or to any address with that port; None where nobody can tell.
 
-    `remote_port` is 0 for one that listens. From the tables of proc(5), which Linux alone has.
+    `remote_port` is 0 for one that listens. From the tables of proc(5), which Linux alone has. Raises OSError for
+    what is no address, or another machine's.
     """
-    host = socket.inet_pton(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, local[0])
+    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+    host = socket.inet_pton(family, local[0])
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((local[0], 0))
     addresses = [host, bytes(len(host)), bytes(16), bytes(10) + b"\xff\xff" + host]
     # Each group of four bytes is printed as one number in this machine's order.
     ends = [b"".join(struct.pack("=I", n) for n in struct.unpack("!%dI" % (len(a) // 4), a)).hex() for a in addresses]
@@ -1375,6 +1379,8 @@ def private_dir(path: str) -> str:
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         raise PermissionError("%s is not a directory of ours" % path)
+    if status.st_mode & 0o1000 or status.st_mode & 0o2020 == 0o2020:  # as /tmp is, or a group's
+        raise PermissionError("%s is shared with others" % path)
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
         if hasattr(os, "getuid") and os.lstat(path).st_mode & 0o077:  # CIFS, WSL's drives: chmod(2) did nothing
@@ -1445,10 +1451,10 @@ def time_of(path: str) -> float:
     return 0.0
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, most: int = RUNTIME_FILE_MAX) -> str:
     """Return what is in a small file; empty when there is none."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
-        return stream.read(RUNTIME_FILE_MAX)
+        return stream.read(most)
     return ""
 
 
@@ -1536,7 +1542,8 @@ def printable(text: str) -> str:
     """Return `text` without control characters, so that it cannot drive the terminal; lines and tabs stay."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r\n", "\n"))
+    driving = "\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # or turns lines
+    return re.sub("[%s]" % driving, "?", text.replace("\r\n", "\n"))
 
 
 def command_line(*arguments: str) -> str:
@@ -1544,10 +1551,12 @@ def command_line(*arguments: str) -> str:
 
     A file that is not on PATH needs its python in front of it, unless it is one that `python3` alone runs.
     """
-    called = sys.argv[0] if os.path.isfile(sys.argv[0]) else os.path.abspath(__file__)
+    names = (sys.argv[0], sys.argv[0] + ".exe")  # whose name pip's launchers take away
+    called = next(filter(os.path.isfile, names), os.path.abspath(__file__))
     program, python = as_typed(called), as_typed(sys.executable)
     runs_itself = os.path.dirname(called) and os.access(called, os.X_OK) and as_typed(sys.executable, "python3")
-    return shlex.join([*([] if program != called or runs_itself == "python3" else [python]), program, *arguments])
+    words = [*([] if program != called or runs_itself == "python3" else [python]), program, *arguments]
+    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
 
 
 def as_typed(path: str, name: str = "") -> str:
@@ -1596,6 +1605,7 @@ class Messages:
         self.has_spinner = self.is_terminal and os.environ.get("TERM") != "dumb" and not quiet
         self.has_looks = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         self.home = ""  # on the host: what is in it is shown with a ~
+        self.ends_with_reader = False
         self._lock = threading.RLock()
         self._transient = ""
 
@@ -1612,17 +1622,21 @@ class Messages:
         else:
             self.line(text, look=look)
 
-    def line(self, text: str, end: str = "\n", look: str = "") -> None:
-        """Print a line of a result that programs read in another form, or not at all.
+    def line(self, text: str, end: str = "\n", look: str = "", is_file: bool = False) -> None:
+        """Print a line of a result that programs read in another form, or not at all; a file as it is, in a file.
 
-        Raises Failure where it is lost; a reader that has left wants no more of it.
+        Raises Failure where it is lost. A reader that has left wants no more of it; what only reads ends then.
         """
         try:
-            self._write(sys.stdout, text, end, look)
+            if is_file and not sys.stdout.isatty():
+                write_all(sys.stdout.fileno(), (text + end).encode())
+            else:
+                self._write(sys.stdout, text, end, look)
         except BrokenPipeError:
-            pass
-        except (OSError, UnicodeError) as error:
-            raise Failure("cannot write to stdout: %s" % (getattr(error, "strerror", "") or error)) from None
+            if self.ends_with_reader:
+                raise Terminated(13) from None  # SIGPIPE
+        except OSError as error:
+            raise Failure("cannot write to stdout: %s" % error.strerror) from None
 
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
@@ -1906,6 +1920,7 @@ KEYWORDS = [
     ("SessionType", "default", (SESSION,)),
     ("ControlMaster", "no", (SESSION, TUNNEL)),
     ("ClearAllForwardings", "yes", (MASTER, SESSION)),  # beside -L, it drops that -L in silence
+    ("ClearAllForwardings", "no", (TUNNEL,)),
     ("PermitLocalCommand", "no", (SESSION,)),  # its output would stand in ours
     ("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
     ("Tunnel", "no", (TUNNEL,)),
@@ -1963,6 +1978,7 @@ ENDINGS: List[Tuple[str, Type[NotConnected], str, str]] = [
     ("Connection timed out during banner", NotConnected, SILENT, ""),
     ("Too many logins", NotConnected, "end other sessions of yours there, or wait", ""),
     (r"channel \d+: open failed: ", NotConnected, "{ssh}   (a jump host did not get there)", ""),
+    ("ssh: ", NotConnected, "{ssh}", ""),  # a jump host's own, before what follows from it
     ("kex_exchange_identification: (Connection closed|read: )", Crowded, CROWDED, ""),
 ]
 # What only repeats that the connection has ended: the cause is the line before.
@@ -1971,7 +1987,7 @@ ECHOES += "Connection (closed|reset|timed out|to .* (closed|timed out))"
 # All that ssh says of its end: it is kept for our own error, which says it once. Everything else passes as it comes: a
 # banner or the text of a second factor must be read before the prompt that follows.
 FATAL_WORDS = "|".join(pattern for pattern, _, _, why in ENDINGS if not why)
-FATAL_WORDS += "|ssh: |ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad "
+FATAL_WORDS += "|ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad "
 FATAL_WORDS += "|client_loop|Timeout,|Received disconnect|" + ECHOES
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
 WARNINGS = (
@@ -2206,16 +2222,17 @@ class Ssh:
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
-    def argv(self, call: str, *specific: str, options: Optional[List[str]] = None, command: str = "") -> List[str]:
+    def argv(self, call: str, *specific: str, command: str = "") -> List[str]:
         """Return an argv of ssh to this destination: what is specific to the call first, because the first value holds.
 
-        `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then.
-        `options` takes the place of the user's own.
+        `call` is its kind in KEYWORDS; to ask, all of them are given, for an ssh that refuses one says so then. A -J of
+        the user's would go against a ProxyCommand of ours.
         """
+        has_way = any(word.startswith("ProxyCommand=") for word in specific)
         rows = [row for row in KEYWORDS if call in (*row[2], ASKING) and row[0].lower() not in self.unknown]
         # No agent and no X11 on the way to a shared host, and no terminal there.
         argv = ["ssh", *specific, "-a", "-x", "-T", *each("-o", ("%s=%s" % row[:2] for row in rows))]
-        argv += self.options if options is None else options
+        argv += [word for pair in pairs_of(self.options) if not (has_way and pair[0] == "-J") for word in pair]
         return argv + ["--", self.destination] + ([command] if command else [])
 
     def lasting(self) -> List[str]:
@@ -2236,10 +2253,19 @@ class Ssh:
         if self.config.get("connecttimeout", "0") in ("none", "0"):
             is_behind = {"proxyjump", "proxycommand"} & set(self.config)  # a person may have to log in there first
             limit_s = BATCH_LOGIN_TIMEOUT_S if is_behind and self.can_ask else CONNECT_TIMEOUT_S
+            limit_s *= 1 if self.can_ask or "proxycommand" not in self.config else 4  # which may start the host
             argv += each("-o", ["ConnectTimeout=%d" % limit_s])
         if self.can_ask:
             return argv
-        return argv + each("-o", ["NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"])
+        silent = each("-o", ["NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"])
+        files = [word for pair in pairs_of(self.options) if pair[0] == "-F" for word in pair]
+        hops = self.config.get("proxyjump", "none") if os.name == "posix" else "none"
+        jump: List[str] = []  # ssh's own would offer each hop an empty password, three times, where nobody can answer
+        for hop in [] if hops == "none" else hops.split(","):
+            before = [word.replace("%", "%%") for word in jump]
+            host = hop if "://" in hop else "ssh://" + hop
+            jump = ["-o", "ProxyCommand=" + shlex.join(["ssh", *files, *silent, *before, "-W", "[%h]:%p", "--", host])]
+        return argv + silent + jump
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -2572,9 +2598,13 @@ class Ssh:
         that all is well. Raises Failure when a further forward cannot be had, or (255) without a login.
         """
         failed, words = self.way.forward(["127.0.0.1:%d:%s" % (local_port, target), *self.further])
-        if failed in self.further:
+        if failed not in self.further:
+            return not failed, words
+        if not self._is_again:
             raise Failure("cannot forward " + failed, words, "another port in -L")
-        return not failed, words
+        self.further = [spec for spec in self.further if spec != failed]
+        self.messages.note("Not forwarded any more: %s (%s)" % (failed, words))
+        return self.forward(local_port, target)
 
     def can_reach(self, target: str) -> Tuple[bool, str]:
         """Ask sshd for one connection to `target` (host:port) there; return whether it came, and ssh's words.
@@ -2587,6 +2617,11 @@ class Ssh:
             self.wait(0.2)  # the reason is told to the master, not to the session
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
         return can_reach, words
+
+    def is_alive(self, target: str) -> bool:
+        """True where sshd answers through the connection, whatever: it does so without the host's home."""
+        came, words = self.can_reach(target) if self.way.has_login else (False, "")
+        return came or "open failed" in words
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
@@ -2694,12 +2729,10 @@ class Mux:
     def session_argv(self, *specific: str, command: str = "") -> List[str]:
         """Return the argv of a session through the master.
 
-        When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way, and a
-        -J of the user's would be the other one.
+        When the master refuses the session, ssh would quietly log in again: ProxyCommand=false leaves it no way.
         """
         through = ["-S", self.control_path, *specific, *each("-o", ["ProxyCommand=false", "BatchMode=yes"])]
-        options = [word for option in pairs_of(self.ssh.options) if option[0] != "-J" for word in option]
-        return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), options=options, command=command)
+        return self.ssh.argv(SESSION, *through, *self.ssh.lasting(), command=command)
 
     def control_argv(self, action: str, *specific: str) -> List[str]:
         """Return the argv of an `ssh -O`; without the user's config, whose forwards -O would send or cancel as well."""
@@ -3157,8 +3190,9 @@ def write_down(record: "K", directory: str) -> "K":
 
 
 def mark(record: Kept, name: str) -> None:
-    """Leave a word beside a record, which others look for: "stop", "ended", "cancelled"."""
-    write_whole(record.file(name), "")
+    """Leave a word beside a record, which others look for: "stop", "ended", "cancelled". A full home takes none."""
+    with contextlib.suppress(OSError):
+        write_whole(record.file(name), "")
 
 
 def is_marked(record: Kept, name: str) -> bool:
@@ -3306,18 +3340,16 @@ def resolve_path(path: "Optional[str]") -> "Tuple[str, str]":
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def launchers(
-    request: Request, root_dir: str, channel: Channel, tried: "List[str]", programs: "Iterable[str]" = APPS
-) -> "Iterator[Launcher]":
+def launchers(request: Request, root_dir: str, channel: Channel, tried: "List[str]") -> "Iterator[Launcher]":
     """Yield the ways to run Jupyter on this host, best first; raises Failure (3) when there is none left.
 
-    The app that is asked for; where none is, one of the `programs` will do, the first of them in each place.
+    The app that is asked for; where none is, the first in each place. For an execution, nbclient will do.
 
     --python and --env name one and no other. Else: the project's own, of the opened directory or one above; PATH as a
     command of ssh has it; the PATH of the login shell, where conda and the like are set up; the places where
     environments usually are; at last our own, which is installed then.
     """
-    apps = [request.app] if request.app else list(programs)
+    apps = [request.app] if request.app else list(PROGRAMS if request.action == "start_run" else APPS)
     places = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not request.wrapper:  # which has what was set outside
         enter_terminal(request, channel, tried)
@@ -3352,7 +3384,6 @@ def launch(
     root_dir: str,
     channel: Channel,
     launch_by: "Callable[[Launcher, Request, str, Channel], Optional[K]]",
-    programs: "Iterable[str]" = APPS,
 ) -> "Tuple[K, float]":
     """Launch a server or a run in the first environment that can; return its record, and how long that took.
 
@@ -3361,7 +3392,7 @@ def launch(
     """
     tried = []  # type: List[str]
     began = time.monotonic()
-    for found in launchers(request, root_dir, channel, tried, programs):
+    for found in launchers(request, root_dir, channel, tried):
         python = interpreter_of(found) if request.wrapper else ""
         argv = [python, "-c", HAS_MODULE, PROGRAMS[found.app].module]
         if request.wrapper and not (python and run_command(argv, COMMAND_TIMEOUT_S, found.environment)[0] == 0):
@@ -3390,6 +3421,9 @@ def problem_of(script: str) -> str:
         return "a directory" if os.path.isdir(script) else "not there"
     if not os.access(script, os.X_OK | os.R_OK):
         return "not executable"
+    mach_o = "(\udccf\udcfa\udced\udcfe|\xcf\xfa\xed\xfe)"  # its first bytes, in UTF-8 and in Latin-1
+    if sys.platform != "darwin" and match_head(script, mach_o):
+        return "a program of macOS"
     interpreter = match_head(script, r"#![ \t]*(\S+)")
     return "needs %s, which is gone" % portable(interpreter) if interpreter and not os.path.exists(interpreter) else ""
 
@@ -3459,7 +3493,8 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
         out.seek(0)
         err.seek(0)
         said = err.read().decode("utf-8", "replace").strip()
-        found = environment_in(out.read().decode("utf-8", "replace"), nonce)
+        found = environment_in(out.read().decode("utf-8", "replace") + "\n" + said, nonce)  # as after `exec 1>&2`
+        said = "\n".join(line for line in said.splitlines() if nonce not in line)
         return {n: found[n] for n in found if n in os.environ or MULTIPLEXED.get(n) != found[n]}, said
 
 
@@ -3510,6 +3545,8 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
         if said.startswith(NO_ANSWER) and "interactive" in how:  # once
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
+        elif "interactive" not in how and not said.startswith(NO_ANSWER):
+            channel.tell("note", text="The start-up files of %s leave before a command; going on without them." % shell)
     channel.progress("")
     if init and not found:
         raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
@@ -3560,7 +3597,7 @@ def found_program(name: str) -> str:
 
 def known_to_conda() -> "List[str]":
     """Return the environments in conda's own list of all of them."""
-    return [line.strip() for line in read_text(os.path.expanduser("~/.conda/environments.txt")).splitlines()]
+    return [native(line.strip()) for line in read_text(os.path.expanduser("~/.conda/environments.txt")).splitlines()]
 
 
 def conda_trees() -> "List[str]":
@@ -3582,7 +3619,7 @@ def conda_envs_dirs() -> "List[str]":
     files = [os.environ.get("CONDARC", "")]
     for name in (".condarc", "condarc", ".mambarc", "condarc.d/*.y*ml"):
         files += found_in(places, name)
-    text = re.sub(r"(?m)(^|\s)#.*", "", "\n".join(map(read_text, files)))
+    text = native(re.sub(r"(?m)(^|\s)#.*", "", "\n".join(map(read_text, files))))
     told = [os.environ.get(name, "").split(os.pathsep) for name in ("CONDA_ENVS_DIRS", "CONDA_ENVS_PATH")]
     for block in re.findall(r"(?ms)^envs_(?:dirs|path) *:(.*?)(?=^\w|\Z)", text):  # YAML: [a, b], or a line for each
         told.append(re.findall(r"""[^\s\[\],'"-](?:[^\n\],'"]*[^\s\],'"])?""", block))
@@ -3633,14 +3670,14 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
     configs += found_in(["$XDG_CONFIG_HOME", "~/.config", "~/Library/Application Support"], "pypoetry/config.toml")
     for directory in above:
-        forms = [".venv", "venv", "env", ".conda"]
+        forms = [".venv", "venv", "env", ".conda", ".direnv/python-*", ".devenv/state/venv"]
         forms += [".pixi/envs/default", ".pixi/envs/*"] if directory != home else []  # in ~/.pixi pixi has tools
         prefixes = [prefix for form in forms for prefix in found_in([directory], form)]
-        named = read_text(os.path.join(directory, ".venv")).strip()  # pipenv's file
+        named = native(read_text(os.path.join(directory, ".venv")).strip())  # pipenv's file
         prefixes += found_in([directory, *OUT_OF_TREE], named) if named else []
         places = list(OUT_OF_TREE)
         for config in [*configs, os.path.join(directory, "poetry.toml")]:
-            told = re.findall(POETRY_SETTING, read_text(config))
+            told = re.findall(POETRY_SETTING, native(read_text(config)))
             places += [path if name == "path" else path + "/virtualenvs" for name, path in told]
         for path in (directory, os.path.join(directory, "Pipfile")):
             hashed = base64.urlsafe_b64encode(hashlib.sha256(os.fsencode(path)).digest())[:8].decode()
@@ -3750,8 +3787,8 @@ def launcher_of_python(python: str, apps: "List[str]", where: str, project: str 
     why = "%s: %s" % (portable(python), problem or "it has no module %s" % PROGRAMS[apps[0]].module)
     add = how_to_add(python, project, bool(problem))
     what = "the Python of this environment is gone" if problem and add else "no Jupyter in this environment"
-    if status == 124:  # on a file system that hangs, perhaps: nothing that is there is made anew
-        what, add = "the Python of this environment does not answer", shlex.quote(portable(python)) + " --version"
+    if status not in (0, EXIT_NO_JUPYTER):  # it wants its module, another machine: nothing that is there is made anew
+        what, add = "the Python of this environment does not run", shlex.quote(portable(python)) + " --version"
     raise Failure(what, why, add or "another --python, or --env", EXIT_NO_JUPYTER)
 
 
@@ -3855,8 +3892,9 @@ def install_commands() -> "List[List[str]]":
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
     make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "notebook", "jupyterlab"]
-    return [make, install]
+    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-user"]  # as its settings say
+    upgrade = [[*install, "--upgrade", "pip"]] if sys.version_info < (3, 7) else []  # its own takes no wheels of today
+    return [make, *upgrade, [*install, "notebook", "jupyterlab"]]
 
 
 def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
@@ -4095,7 +4133,7 @@ def is_our_port(info: RuntimeInfo) -> bool:
     """False when another user listens where this server should."""
     with contextlib.suppress(OSError):
         return bool(info.sock) or owner_of_tcp((info.host, info.port), 0) in (None, own_uid())
-    return True  # a host name in place of an address
+    return True  # a host name in place of an address, or a node that a job runs on
 
 
 def wait_for_server(record: ServerRecord, timeout_s: float) -> "Optional[RuntimeInfo]":
@@ -4211,7 +4249,7 @@ def launch_server(found: Launcher, request: Request, root_dir: str, channel: Cha
         if not re.search(lost, tail) or "The socket" in tail:  # not lost between the look and its bind
             break
     why = "it exited with status %s; the end of its log:\n%s" % (process.returncode, tail or "(empty)")
-    try_ = "another preferred_dir in its configuration\n" if "referred dir" in tail else ""
+    try_ = "another preferred_dir in its configuration\n" if re.search("referred.dir", tail) else ""
     try_ += "the whole log is on the host in " + portable(set_aside(directory))
     raise Failure("Jupyter did not start", why, try_, EXIT_SERVER_ENDED)
 
@@ -4231,7 +4269,7 @@ def tell_of_launch(request: Request, info: RuntimeInfo, log: str, channel: Chann
         channel.tell("unread", place=place, why=said.strip().split("\n")[-1].strip())
     if info.sock or owner_of_tcp(("0.0.0.0", info.port), 0) != own_uid():
         return
-    if not info.token and not info.has_password:
+    if not info.token and ask_server(info, STATUS_PATH)[0] == 200:
         why = "it listens on all addresses, and its configuration takes away its token"
         raise Failure("Jupyter would let anyone in", why, "a token there, or no other ip", EXIT_SERVER_ENDED)
     if request.ip.startswith("127."):
@@ -4308,7 +4346,7 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     homes = [own, "/etc/jupyter", *[prefix + "/etc/jupyter" for prefix in prefixes]]
     homes += filter(None, found.environment.get("JUPYTER_CONFIG_PATH", "").split(":"))
     files = [path for form in ("jupyter_*config*", "jupyter_*config.d/*.json") for path in found_in(homes, form)]
-    theirs = "".join(map(read_text, files))
+    theirs = re.sub(r"(?m)^\s*#.*", "", "\n".join(read_text(path, 1 << 20) for path in files))
     if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
         return []
     why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
@@ -4414,9 +4452,8 @@ class ServerKind(Kind):
 
         No kernel outlives it; and what Jupyter removes when it ends by itself is removed when it was killed, too.
         """
-        with contextlib.suppress(OSError):  # a full home
-            if record.is_ours:
-                mark(record, "stop")  # for a tunnel that notices before we are done
+        if record.is_ours:
+            mark(record, "stop")  # for a tunnel that notices before we are done
         info = server_info(record)
         leftovers = left_by_jupyter(record)
         place = place_of(record)
@@ -4530,6 +4567,10 @@ def open_server(request: Request, channel: Channel) -> Server:
         if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
                 forget_ended(KINDS["server"])
+                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, root_dir)]
+                for record in [r for r in same if request.allows(r.request) and not place_of(r).is_known][:1]:
+                    text = "Your server %s runs on another node, %s, if it has not ended. To open it, log in there."
+                    channel.tell("note", text=text % (record.id, record.node))
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
@@ -4548,6 +4589,10 @@ def open_server(request: Request, channel: Channel) -> Server:
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
+        if place.is_here and "/user@" in read_text("/proc/%d/cgroup" % found.pid):  # logind(8), user@.service(5)
+            if not os.path.exists("/var/lib/systemd/linger/" + pwd.getpwuid(os.getuid()).pw_name):
+                text = "It ends when you log out of the host. To keep it, type there: loginctl enable-linger"
+                channel.tell("note", text=text)
     if file and record and can_ask_server(record, found):
         name = "".join("%%%02x" % byte for byte in os.fsencode(file))
         if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
@@ -4591,6 +4636,8 @@ def begun_by(request: Request) -> "Any":
 
 def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Server:
     """Return what our record and Jupyter's runtime file say together."""
+    if not info.token and not info.has_password:  # as `jupyter server password` has it
+        info.has_password = ask_server(info, STATUS_PATH)[0] in (401, 403)
     info = from_elsewhere(record, info)
     of_record = {name: value for name, value in record.facts().items() if name in Server.fields}
     return Server(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
@@ -4737,10 +4784,9 @@ def stop_all(request: Request, channel: Channel) -> "Json":
 def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
     root_dir = resolve_path(request.path)[0]
+    if request.is_all:  # as `list` shows them
+        return [record for kind in KINDS.values() for record in kind.running() if is_below(record, root_dir)]
     found = matching_servers(request, root_dir)  # type: List[Any]
-    if request.is_all:
-        others = [kind for kind in KINDS.values() if kind.name != "server"]
-        return found + [record for kind in others for record in kind.listed() if kind.goes_on(record)]
     found = found or [record for kind in STARTERS for record in kind.waiting(request)]
     there = found or matching_servers(request.but(app=""), root_dir)
     if len(there) > 1 or len(there) > len(found):
@@ -4956,11 +5002,16 @@ class Starter(Kind):
         same = [record for record in same if record.request.via_node >= request.via_node]
         return [record for record in same if not is_marked(record, "unwanted") and not reply_in(record)]
 
-    def replied(self, record: "Any") -> "Optional[Json]":
-        """Return the reply of what one started, when it is there; raises the Failure that is there instead."""
+    def replied(self, record: "Any", gone_at: "Dict[str, float]") -> "Optional[Json]":
+        """Return the reply of what one started, when it is there; raises the Failure that is there instead.
+
+        What is over was so at `gone_at` first: a shared home may show late what was said in a job.
+        """
         is_over = not self.goes_on(record)  # before the look: what it said last is heard
+        look_anew(record.directory)
         reply = reply_in(record)
-        if is_over and not reply:
+        gone_s = time.monotonic() - gone_at.setdefault(record.id, time.monotonic()) if is_over else 0.0
+        if is_over and not reply and gone_s >= (LATE_S if record.kind == "job" else 0):
             raise self.no_begin(record)
         return reply.result() if reply else None
 
@@ -5002,8 +5053,7 @@ def starter_main(directory: str) -> None:
         nonlocal beat_at, is_asked
         if time.monotonic() - beat_at > HEARTBEAT_S:
             beat_at = time.monotonic()
-            with contextlib.suppress(OSError):  # a full home: who looks takes the last sign, and asks again
-                mark(starter, "alive")
+            mark(starter, "alive")  # in a full home who looks takes the last sign, and asks again
             look_anew(directory)
         if not is_asked and (is_marked(starter, "unwanted") or (begun.kind == "run" and is_marked(begun, "stop"))):
             is_asked = True
@@ -5025,8 +5075,7 @@ def starter_main(directory: str) -> None:
             pid = place_of(begun).held.pid
             until(has_ended, float("inf"), slowest_s=FOLLOW_MAX_S)
     finally:
-        with contextlib.suppress(OSError):
-            mark(starter, "ended")
+        mark(starter, "ended")
 
 
 # agent ends
@@ -5590,10 +5639,8 @@ class Tunnel:
             if not self.ssh.wait(0.2):
                 break
             try:
-                end = self._ask_end()
-            except Failure as failure:
-                if failure.status == EXIT_SERVER_ENDED:
-                    raise
+                end = self._ask_end(SILENCE_TIMEOUT_S if is_silent else CHECK_TIMEOUT_S)
+            except NotConnected as failure:
                 return failure.last_line()
             if not end.is_answering:
                 if not is_silent:
@@ -5608,10 +5655,18 @@ class Tunnel:
                 return "nothing comes through the tunnel" if self.ssh.wait(0) else cause_of(self.ssh.words)
         return cause_of(self.ssh.words)
 
-    def _ask_end(self) -> EndReply:
-        """Ask the host how the server does; raises Failure: 4 when it has ended, another when there is no answer."""
+    def _ask_end(self, silence_s: float = CHECK_TIMEOUT_S) -> EndReply:
+        """Ask the host how the server does; raises Failure: 4 when it has ended, NotConnected when the link is dead.
+
+        A host that is slow or full may not come to say so: where its sshd answers, the server runs on, for all we know.
+        """
         request = Request(action="describe_end", id=self.server.id)
-        end = self.agent.ask(request, EndReply, silence_s=CHECK_TIMEOUT_S)
+        try:
+            end = self.agent.ask(request, EndReply, silence_s=silence_s)
+        except Failure as failure:
+            if type(failure) is NotConnected and not self.ssh.is_alive(self.server.target):
+                raise
+            return EndReply(is_running=True)
         if not end.is_running:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
@@ -6507,6 +6562,7 @@ def text_of(output: Entry) -> str:
         return joined_text(content.get("text", ""))
     if output.type == "error":
         lines = fact(content, "traceback", [])  # type: List[Any]
+        lines = lines or ["%s: %s" % (content.get("ename"), content.get("evalue"))]  # bash_kernel tells no more
         return "".join("%s\n" % line for line in lines)
     data = fact(content, "data", {})  # type: Json
     images = [name for name in data if name.startswith("image/")]
@@ -6522,15 +6578,18 @@ class PrintedText(Growing):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._rest = ""
+        self._rest = []  # type: List[str]
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
         """Yield the lines that are complete; of a journal that has ended, the last one as well."""
         for line in super().lines(has_ended):
-            *whole, self._rest = (self._rest + text_of(entry_in(facts_in(line)))).split("\n")
-            yield from whole
-        if has_ended and self._rest:
-            yield self._rest
+            *whole, rest = text_of(entry_in(facts_in(line))).split("\n")
+            if whole:
+                yield from ["".join(self._rest) + whole[0], *whole[1:]]
+                self._rest.clear()
+            self._rest.append(rest)
+        if has_ended and any(self._rest):
+            yield "".join(self._rest)
 
 
 class CellOutput:
@@ -6865,11 +6924,19 @@ def outputs_in_file(execution: CellOutput, first: int = 0) -> "List[Json]":
             facts = {name: content.get(name) or {} for name in ("data", "metadata")}
         if output.type == "execute_result":
             facts["execution_count"] = execution.begun.count if execution.begun else None
-        last = found[-1] if found else {}
-        if output.type == "stream" and (last.get("output_type"), last.get("name")) == ("stream", facts["name"]):
-            last["text"] += str(facts["text"])
-        else:
-            found.append(dict(facts, output_type=output.type))
+        found.append(dict(facts, output_type=output.type))
+    return merged(found)
+
+
+def merged(outputs: "List[Json]") -> "List[Json]":
+    """Return outputs with what follows each other in one stream made one, as a page has it."""
+    found = []
+    for _, group in itertools.groupby(outputs, lambda output: output.get("name") or id(output)):
+        first, *others = group
+        if others:
+            text = "".join(joined_text(output.get("text", "")) for output in [first, *others])
+            first = dict(first, text=text.splitlines(True) if isinstance(first.get("text"), list) else text)
+        found.append(first)
     return found
 
 
@@ -7099,8 +7166,7 @@ class RunKind(Kind):
 
     def end(self, record: RunRecord) -> None:
         """End a run: interrupt its cell, so that what it has is kept; then its place ends it. No kernel outlives it."""
-        with contextlib.suppress(OSError):  # a full home
-            mark(record, "stop")  # on another node, the agent in its job sees that
+        mark(record, "stop")  # on another node, the agent in its job sees that
         place = place_of(record)
         children = place.children()
         for pid, _ in children:
@@ -7145,7 +7211,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         if is_new and jobs:
             begun = jobs[0].begin(request, channel)
         elif is_new:
-            begun = launch(request, root_dir, channel, launch_run, PROGRAMS)[0]
+            begun = launch(request, root_dir, channel, launch_run)[0]
     if begun and begun.kind != "run" and waits:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     found = begun or same[0]
@@ -7253,6 +7319,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
     followed = {}  # type: Dict[str, Followed]
     ended = {}  # type: Dict[str, Record] # how each ended, by the id that was asked for
     failed = {}  # type: Dict[str, Failure] # before there was a run
+    gone_at = {}  # type: Dict[str, float] # when each had ended, as we saw it, by our monotonic clock
 
     def look_at(identity: str) -> bool:
         if identity not in things:
@@ -7263,7 +7330,7 @@ def follow_runs(request: Request, channel: Channel) -> "Json":
         if identity not in followed:
             run = thing
             if kind.name != "run":
-                reply = kind.await_reply(thing, channel) if is_alone else kind.replied(thing)
+                reply = kind.await_reply(thing, channel) if is_alone else kind.replied(thing, gone_at)
                 run = kept_record(KINDS["run"], StartReply.read(reply).id) if reply else None
             if not run:
                 return False
@@ -7658,7 +7725,11 @@ class Run:
 
     def text(self) -> str:
         """Return the notebook as it is now, in the form that a file has."""
-        return notebook_text(json.loads(self.nbformat.v4.writes(self.notebook)))
+        notebook = json.loads(self.nbformat.v4.writes(self.notebook))
+        for cell in notebook["cells"]:
+            if cell.get("outputs"):
+                cell["outputs"] = merged(cell["outputs"])
+        return notebook_text(notebook)
 
     def keep_state(self, **facts: "Any") -> None:
         """Write down where the run stands, for `list`."""
@@ -7852,9 +7923,13 @@ def run_main(directory: str) -> None:
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
         write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
+    takes_sockets = bool(re.match(TAKES_SOCKETS, " ".join(run.specs.get_kernel_spec(run.kernel).argv)))
+    if not takes_sockets:
+        text = "The kernel %s listens on ports, where other users of the host can read what it prints."
+        run.remarks.append(text % run.kernel)
     run.begin()
     tell_kernel = guard_kernel(directory)
-    outcome = outcome_of(run, nbclient, tell_kernel, is_private=True)
+    outcome = outcome_of(run, nbclient, tell_kernel, takes_sockets)
     has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
     if has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
@@ -8235,7 +8310,7 @@ class Execution:
         """Write the result, and say how the run ended; raises Failure where it cannot be written."""
         path = self.output
         if path is None or (view.unwritten and not path):
-            if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", view.name):
+            if not re.fullmatch(r"[^-./\\\x00-\x1f][^/\\\x00-\x1f]*", view.name):
                 raise Wrong("a notebook cannot be called %r" % view.name, "-o FILE")
             self.name, path = view.name, executed_name(view.name)
         here = ""
@@ -8254,7 +8329,7 @@ class Execution:
             raise Wrong("the result is no notebook")
         if text and path == "-":
             try:
-                self.messages.line(text.rstrip("\n"))
+                self.messages.line(text.rstrip("\n"), is_file=True)
             except Failure as lost:
                 lost.try_ = self.again
                 raise
@@ -8384,6 +8459,7 @@ class Batch:
         self._new = new  # makes what follows a task, by the id of its run
         self._ended: Dict[int, Tuple[Execution, FollowReply]] = {}
         self._failures: Dict[int, Failure] = {}
+        self.has_ended = False
 
     def follow(self) -> None:
         """Begin and follow all, to their ends; raises Failure with the worst status, which says what failed."""
@@ -8401,13 +8477,14 @@ class Batch:
         for index, (execution, view) in sorted(self._ended.items()):
             if index not in self._failures:
                 self._try(index, execution.settle, view)
+        self.has_ended = True
         if self._failures:
             failures = sorted(self._failures.items())
             why = ["%s: %s" % (self._tasks[index].name, what_and_why(failure)) for index, failure in failures]
             status = max(failure.status for _, failure in failures)
             what = "%d of %d executions failed" % (len(failures), count)
             raise Failure(what, "\n".join(why), status=status)
-        self.messages.note("All %d are done." % count)
+        self.messages.note("All %d are done." % len(self._ended))
 
     def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:
@@ -8536,6 +8613,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     for record, kernel in [] if named else kernels:
         former = mark_of(record, kernel.id).former
         named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
+    named = [row for row in named if row[1].notebook in (request.name, request.name + ".ipynb")] or named
     if len(named) == 1:
         return named[0]
     there = ", ".join(kernel.title for _, kernel in kernels)
@@ -8736,6 +8814,8 @@ def eval_code(request: Request, channel: Channel) -> "Json":
         return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
+    if state == "lost":  # the next recorder is not to send it when nobody waits any more
+        remove_files([asked])
     return {"kernel": kernel, "state": state or ("busy" if cell.begun else "queued")}
 
 
@@ -9018,8 +9098,7 @@ class JobKind(Starter):
             write_down(record, directory)
             words = self._submit(record, request)
         except BaseException:
-            with contextlib.suppress(OSError):
-                mark(record, "unwanted")
+            mark(record, "unwanted")
             kept = record_in(self, directory)
             if not kept or not self.goes_on(kept):
                 remove_tree(directory)  # one that is taken later does not find its program, and ends
@@ -9095,7 +9174,7 @@ class JobKind(Starter):
         """
         if request.shell:  # a scheduler may name the shell of its queue instead, or none
             os.environ["SHELL"] = request.shell
-        remove_files([early_words(record)])  # nothing more comes there
+        remove_files([early_words(record), record.file("end.json")])  # nothing more comes there; it was queued again
         left_s = None
         if record.command == "sbatch":
             seen = record.but(environment={})  # without its directory, in which the login node alone writes what it saw
@@ -9174,11 +9253,8 @@ def begun_of(record: JobRecord) -> "Optional[JobState]":
 
 
 def note_end(record: JobRecord, state: JobState) -> None:
-    """Write down how a job ended where that is final; not where it is only missed so far."""
-    is_final = state.word in JOB_ENDS
-    if state.word == "ended" and record.age_s() > UNSEEN_S:  # one that gives no signs may be suspended
-        is_final = is_marked(record, "ended") or not begun_of(record)
-    if record.directory and is_final:
+    """Write down how a job ended where its scheduler or itself says so: who misses it may be another cluster."""
+    if record.directory and (state.word in JOB_ENDS or is_marked(record, "ended")):
         with contextlib.suppress(OSError):
             write_whole(record.file("end.json"), json.dumps(state.facts()))
 
@@ -9227,23 +9303,25 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     """Return when a job's scheduler was asked, and its answer, which serves all of ours; (0, "") for none."""
     which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
-    path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
-    with open(path + ".lock", "w") as lock:
+    text = None
+    with contextlib.suppress(OSError):  # a full /tmp: each asks for itself
+        path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
+        with open(path + ".lock", "w") as lock:
 
-        def look() -> "Any":  # another one of ours may be asking
-            with contextlib.suppress(OSError), open(path, encoding="utf-8") as stream:
-                when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
-                if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
-                    return (when if text else 0.0), text
-            return has_lock(lock)
+            def look() -> "Any":  # another one of ours may be asking
+                with contextlib.suppress(OSError), open(path, encoding="utf-8") as stream:
+                    when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
+                    if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
+                        return (when if text else 0.0), text
+                return has_lock(lock)
 
-        found = until(look, float("inf"))
-        if isinstance(found, tuple):
-            return found
-        text = ask_scheduler(record)
-        with contextlib.suppress(OSError):  # a full /tmp: the next one asks again
+            found = until(look, float("inf"))
+            if isinstance(found, tuple):
+                return found
+            text = ask_scheduler(record)
             write_whole(path, text)
-        return (time.time() if text else 0.0), text
+    text = ask_scheduler(record) if text is None else text
+    return (time.time() if text else 0.0), text
 
 
 def filled(word: str, facts: "Dict[str, str]") -> str:
@@ -9361,13 +9439,14 @@ class Queue:
 def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     """Leave the login node, and return a connection to the node of a server's job, by a jump over the login node.
 
-    `ssh -J` would give the jump none of our options (ssh(1)): a key of -i, say.
+    `ssh -J` would give the jump none of our options (ssh(1)): a key of -i, say. A master that is there is used once
+    more, and ends with us.
     """
-    ssh.close()
     of_login = r"(?i)-[pJ]|-o(host(name|keyalias)|port|proxy(jump|command))\b"
     options = [word for pair in pairs_of(ssh.options) if not re.match(of_login, "".join(pair)) for word in pair]
     options += ["-o", "User=" + ssh.config["user"]] if "user" in ssh.config else []  # which -l may have set before
-    words = [word.replace("%", "%%") for word in (*ssh.options, ssh.destination)]
+    master = ["-S", ssh.way.control_path, "-o", "ControlMaster=no"] if ssh.way.control_path else []
+    words = [word.replace("%", "%%") for word in (*master, *ssh.options, ssh.destination)]
     jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
     there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
@@ -9404,21 +9483,22 @@ OF_DOCKER += ["--user={uid}:{gid}", "--env=HOME={home}", "--env=USER={user}"]
 MOUNT = ["--mount=type=bind,{field}source={path}{field},{field}target={path}{field}"]
 # How each program runs a command in a container, and removes that: podman-run(1), docs.docker.com ("docker container
 # run"), apptainer.org/docs ("exec"). `mount` is for each directory that is to be seen inside; `gpus` for where there
-# are some, and a file that `gpus_need` is there; `as_user` for all but root. An image's USER may be another one, and
-# SELinux keeps a container from a home; whoever wants that writes --wrap.
+# are some, and a file that `gpus_need` is there; `as_user` for all but root; `group` for each group. An image's USER
+# may be another one, and SELinux keeps a container from a home; whoever wants that writes --wrap.
 CONTAINERS = {
     "podman": {
         "run": ["podman", *OF_DOCKER],
         "mount": MOUNT,
         "gpus": ["--device=nvidia.com/gpu=all"],
         "gpus_need": ["/etc/cdi/*nvidia*", "/var/run/cdi/*nvidia*"],  # podman-run(1), "CDI"
-        "as_user": ["--userns=keep-id"],
+        "as_user": ["--userns=keep-id", "--annotation=run.oci.keep_original_groups=1"],  # crun(1); runc passes it over
         "remove": ["podman", "rm", "--force", "--ignore", "{name}"],
     },
     "docker": {
         "run": ["docker", *OF_DOCKER],
         "mount": MOUNT,
         "gpus": ["--gpus=all"],
+        "group": ["--group-add={group}"],
         "remove": ["docker", "rm", "--force", "{name}"],
     },
     "apptainer": {"run": ["apptainer", "exec", "--pwd={home}"], "mount": ["--bind={path}"], "gpus": ["--nv"]},
@@ -9622,6 +9702,7 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
     shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None  # podman's and docker's own has 64 MB
     facts["shm"] = str(shared.f_frsize * shared.f_blocks) if shared else "64m"
     words = row["run"] + (row.get("as_user", []) if os.getuid() else [])
+    words = words + [filled(word, {"group": str(gid)}) for gid in os.getgroups() for word in row.get("group", [])]
     seen_inside = [home, os.path.dirname(os.path.dirname(record.directory)), native(record.root_dir)]
     outer = [path for path in dict.fromkeys(seen_inside) if path not in ("", "/")]
     for path in [path for path in outer if not any(path.startswith(other + "/") for other in outer)]:
@@ -9756,12 +9837,15 @@ def _pattern(text: str) -> str:
 
 
 def _moment(text: str) -> float:
-    """Return a time as seconds since 1970: 14:02 is today's, 2h is so long ago, and a date may stand before a time."""
+    """Return a time as seconds since 1970: 14:02 is the last one, 2h is so long ago, a date may stand before a time."""
     with contextlib.suppress(ValueError):
         return time.time() - _duration_s(text)
-    for words in (text, "%s %s" % (datetime.date.today().isoformat(), text)):
-        with contextlib.suppress(ValueError):
-            return datetime.datetime.fromisoformat(words).timestamp()
+    for days_ago in (0, 1):
+        for words in (text, "%s %s" % (datetime.date.today() - datetime.timedelta(days_ago), text)):
+            with contextlib.suppress(ValueError):
+                when = datetime.datetime.fromisoformat(words).timestamp()
+                if words == text or when <= time.time():
+                    return when
     raise ValueError("a time is 14:02, 2026-11-26, 2026-11-26 14:02 or, so long ago, 2h; not %r" % text)
 
 
@@ -10131,7 +10215,7 @@ class CommandLine:
                     if name == self.action and (typed.option or not row.metavar):
                         right = command_line(*self.words(self.destination, name, [typed]))
                     raise wrong_usage("%s is an option of %s, and goes after it" % (typed.flag, name), right)
-        if self.action and self.action not in actions:
+        if self.action and self.action not in actions and all(typed.option for typed in self.before):
             destination, wrong = self.destination, self.action
             near, swapped = [SYNONYMS.get(word, nearest(word, actions) or None) for word in (wrong, destination)]
             if near is None and swapped is not None:  # as in `lsit gpu1`
@@ -10203,7 +10287,7 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
     config = configparser.RawConfigParser(delimiters="=", default_section="\0", allow_no_value=True)
     config.optionxform = str  # type: ignore[assignment]
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:  # as Windows' editors begin it
             config.read_file(stream)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Failure("cannot read the configuration", str(error), "fix it, or --no-config", EXIT_USAGE) from None
@@ -10225,6 +10309,8 @@ def config_defaults(path: str, destination: str) -> Dict[str, Tuple[Any, str]]:
                     rows[name].put(None, values)
                 elif text not in ("no", "false", "off"):
                     raise ValueError("yes or no, not %r" % text)
+                elif isinstance(rows[name].const, bool):
+                    values[rows[name].key] = not rows[name].const
             except ValueError as error:
                 why = "%s, [%s], %s: %s" % (path, section, name, error)
                 raise Failure("wrong configuration", why, "fix it, or --no-config", EXIT_USAGE) from None
@@ -10343,6 +10429,8 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         is_same = request.same_as(record.request) or record.id == server
         if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
+            if not does_answer(record):
+                messages.note("It does not answer: it is connecting again, or waits in its terminal for a login.")
             for spec in further:
                 add_forward(record, spec, agent.ssh)
                 address, port, target = spec.split(":", 2)
@@ -10708,12 +10796,12 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
 
 def run_close(args: Args, agent: Agent, messages: Messages) -> int:
     """Close the tunnels in the background: those to a host, or all that are up here."""
-    is_alone = args.line.destination == NO_HOST
-    if is_alone and not args.all:
+    if args.line.destination == NO_HOST and not args.all:
         raise wrong_usage("close whose tunnels?", command_line("close", "--all"))
     closed = 0
     for record in tunnels():
-        if not (is_alone or record.destination == args.host) or args.path not in (None, record.request.path):
+        is_meant = record.destination == args.host and args.path in (None, record.request.path)
+        if not args.all and not (is_meant and ("ssh" not in args.typed or args.ssh == record.ssh)):
             continue
         if not record.is_background:
             text = "The tunnel on 127.0.0.1:%d is open in another terminal (pid %d): Ctrl-C there closes it."
@@ -10724,7 +10812,7 @@ def run_close(args: Args, agent: Agent, messages: Messages) -> int:
             messages.step(text, "closed", local_port=record.local_port, tunnel_pid=record.pid)
             closed += 1
     if not closed:
-        messages.note("No tunnel to %s in the background." % ("any host" if is_alone else args.host))
+        messages.note("No tunnel to %s in the background." % ("any host" if args.all else args.host))
     return EXIT_OK
 
 
@@ -10798,6 +10886,7 @@ def check_execute(args: Args) -> None:
     given = names + [name for name, _ in args.parameters]
     wrong = {
         "execute takes notebooks, or --attach ID": bool(args.notebooks) == bool(args.run_id),
+        "-o - prints the notebook and no events; --json goes with a file": args.json and args.output == "-",
         "-o goes with one notebook, and not with --inplace": args.output and (args.inplace or len(args.notebooks) > 1),
         "--attach brings the result of one run; -o says where it goes": args.inplace and args.run_id,
         "--grid has many results, each named by its values; neither -o nor --inplace goes with it": names
@@ -10857,11 +10946,8 @@ def execute_many(tasks: List[Task], args: Args, agent: Agent) -> None:
     try:
         with agent.leaving(goes_on):
             batch.follow()
-    except (KeyboardInterrupt, Terminated, NotConnected):
-        key = ""
-        raise
-    finally:  # all have ended: the same command begins anew
-        if key:
+    finally:
+        if batch.has_ended:  # the same command begins anew
             keep_here("batches", key, None)
 
 
@@ -10959,8 +11045,11 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
     name = "none found"
     with contextlib.suppress(webbrowser.Error):
         name = str(getattr(webbrowser.get(args.browser), "name", "the system's"))
-    is_one = args.browser or name not in ("none found", *TEXT_BROWSERS)
-    yield "browser", name if is_one else name + "; the address is printed", ""
+    if name == "none found" and os.path.isfile(args.browser or ""):
+        name = args.browser
+    is_one = name not in ("none found", *([] if args.browser else TEXT_BROWSERS))
+    remedy = "--browser with a command that is there" if args.browser and not is_one else ""
+    yield "browser", name if is_one else name + "; the address is printed", remedy
     began = time.monotonic()
     step = "connection"
     try:
@@ -11037,10 +11126,8 @@ def checks(args: Args, agent: Agent) -> Iterator[Tuple[str, str, str]]:
 # What a shell runs: it asks us for what may come next, behind the words that are typed so far.
 COMPLETIONS = {
     "bash": """_rjupyter() {
-    local IFS=$'\\n' words line=${COMP_LINE:0:COMP_POINT}
-    IFS=' ' read -ra words <<<"$line"
-    [[ $line != *' ' ]] || words+=('')
-    COMPREPLY=($("$1" completion words "${words[@]:1}" 2>/dev/null))
+    local IFS=$'\\n'
+    COMPREPLY=($("$1" completion line "${COMP_LINE:0:COMP_POINT}" 2>/dev/null))
     [[ ${COMPREPLY-} != *.ipynb ]] || compopt -o filenames
     [[ ${COMPREPLY-} != / ]] || { COMPREPLY=(); compopt -o default; }
 }
@@ -11068,6 +11155,14 @@ def run_completion(args: Args, agent: Agent, messages: Messages) -> int:
     """Print what makes a shell complete our command lines."""
     messages.line(COMPLETIONS[args.shell].rstrip())
     return EXIT_OK
+
+
+def words_of_line(line: str) -> List[str]:
+    """Return the words of a line that is being typed, for a shell: a quote may still be open; the last may be empty."""
+    for end in ("", "'", '"'):
+        with contextlib.suppress(ValueError):
+            return shlex.split(line + end) + [""] * (not end and line[-1:].isspace())
+    return []
 
 
 def candidates(words: List[str]) -> List[str]:
@@ -11278,8 +11373,9 @@ def carry_out(words: List[str]) -> int:
     messages = Messages(as_json="--json" in words)  # until they are read
     args: Optional[Args] = None
     try:
-        if words[:2] == ["completion", "words"]:  # of a line that is no line yet: not for the parser
-            messages.line("".join(word + "\n" for word in candidates(words[2:])), end="")
+        if words[:2] in (["completion", "words"], ["completion", "line"]):  # that is none yet: not for the parser
+            words = words[2:] if words[1] == "words" else words_of_line(words[2])[1:]
+            messages.line("".join(word + "\n" for word in candidates(words)), end="")
             return EXIT_OK
         line = CommandLine(words)
         topic = line.topic()
@@ -11288,6 +11384,7 @@ def carry_out(words: List[str]) -> int:
             return EXIT_OK
         args = Args(line)
         messages = Messages(args.quiet, args.verbose, args.json)
+        messages.ends_with_reader = args.action in ("logs", "output")
         is_mux = os.name == "posix" and not args.no_mux
         ssh = Ssh(args.host, args.ssh, can_ask(), messages, is_mux)
         ssh.further = args.further
@@ -11308,13 +11405,13 @@ def carry_out(words: List[str]) -> int:
         failure = error if isinstance(error, Failure) else Failure("this machine refused", str(error) or "no memory")
         if args and failure.try_.startswith("rjupyter HOST "):  # the host's advice, as it is typed here
             advice, gap, remark = failure.try_.partition("   ")
-            failure.try_ = args.again(*shlex.split(advice)[2:]) + gap + remark
+            failure.try_ = args.again(*advice.split()[2:]) + gap + remark
         if args and "resolve hostname" in failure.why:
             near = nearest(args.host, ssh_hosts(args.line))
             right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
             failure.try_ = command_line(*right) if near not in ("", args.host) else failure.try_
         messages.failure(failure)
-        if args and args.gateway and not args.json:
+        if (args.gateway if args else "--gateway" in words) and "--json" not in words:
             messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there
         return failure.status
 
@@ -11328,6 +11425,7 @@ def command() -> NoReturn:
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # Windows' has no UTF-8 in a file
     try:
         status = main()
         Signals.depth += 1  # to the end: nobody is left to take one

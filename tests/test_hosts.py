@@ -229,7 +229,12 @@ def test_env_without_jupyter(laptop: Laptop, bare_host: Host) -> None:
     python.write_bytes(b"\xcf\xfa\xed\xfe\x07\x00\x00\x01")  # a Mac's
     python.chmod(0o755)
     run = laptop.run("--env", "~/v", "host")
-    check_failure(run, 3, "the Python of this environment is gone", "Exec format error", "python3 -m venv --clear ")
+    check_failure(run, 3, "the Python of this environment is gone", "a program of macOS", "python3 -m venv --clear ")
+    for words in ("GLIBC_2.28 not found", "libpython3.11.so.1.0: cannot open shared object"):  # it works elsewhere
+        python.write_text("#!/bin/sh\necho 'python: %s' >&2\nexit 127\n" % words)
+        run = laptop.run("--env", "~/v", "host")
+        check_failure(run, 3, "the Python of this environment does not run", words, "v/bin/python --version")
+        assert "venv" not in run.stderr.partition("try:")[2].replace("~/v", ""), run.text
     python.unlink()
     python.symlink_to("/Users/ana/python")
     run = laptop.run("--env", "~/v", "host")
@@ -244,7 +249,7 @@ def test_environment_whose_python_hangs_is_not_called_gone(tmp_path: Path, monke
     python.write_text("#!/bin/sh\nexec sleep 60\n")
     python.chmod(0o755)
     (tmp_path / "v/pyvenv.cfg").write_text("home = /usr/bin\n")
-    with pytest.raises(rjupyter.Failure, match="does not answer") as failed:
+    with pytest.raises(rjupyter.Failure, match="does not run") as failed:
         rjupyter.launcher_of_python(str(python), ["notebook"], "")
     assert failed.value.try_ == "%s --version" % python
 
