@@ -105,6 +105,15 @@ def test_a_jupyterlab_here_has_its_kernels_there(laptop: Laptop, host: Host, mar
     assert laptop.run("host:work", "close").status == 0
 
 
+def test_no_jupyterlab_starts_where_the_line_or_the_configuration_is_wrong(laptop: Laptop) -> None:
+    file = laptop.home / ".config/rjupyter/config"
+    file.parent.mkdir(parents=True)
+    for words, text in ((["gpu1"], "[*]\nlabb = yes\n"), (["gpu1", "--nwe"], "")):
+        file.write_text(text)
+        run = laptop.run("--gateway", *words)
+        assert run.status == 2 and run.stdout == "false\n", run.text
+
+
 # What VS Code and others do, and a page: they speak to a server through this library.
 CLIENT = """
 console.debug = console.log = console.warn = () => {};  // its own words

@@ -83,6 +83,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["--lab", "gpu1:work", "open"], ["no action open", "rjupyter.py --lab gpu1:work\n"]),
         (["start", "gpu1"], ["no action start", "rjupyter.py gpu1\n"]),
         (["--nwe", "gpu1"], ["unknown option: --nwe", "rjupyter.py --new gpu1\n"]),
+        (["--local-prot", "9000", "gpu1"], ["unknown option: --local-prot", "rjupyter.py --local-port 9000 gpu1\n"]),
         (["gpu1", "execute", "a.ipynb", "--inplce"], ["rjupyter.py gpu1 execute a.ipynb --inplace\n"]),
         (["gpu1", "execute", "a.ipynb", "--ouput", "r.ipynb"], ["gpu1 execute a.ipynb --output r.ipynb\n"]),
         (["gpu1", "run", "a.ipynb", "-o", "r.ipynb", "--", "-b"], ["gpu1 execute a.ipynb -o r.ipynb -- -b\n"]),
@@ -123,7 +124,8 @@ def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: Lis
 
 
 def test_line_that_is_none_is_told_as_an_event(laptop: Laptop) -> None:
-    for typed in (["list"], ["gpu1", "lst"], ["gpu1,gpu2"], ["--nwe", "gpu1"]):
+    to_stdout = ["gpu1", "execute", "a.ipynb", "-o", "-"]  # a notebook is no event
+    for typed in (["list"], ["gpu1", "lst"], ["gpu1,gpu2"], ["--nwe", "gpu1"], to_stdout):
         (failure,) = events_of(laptop.run("--json", *typed))
         assert failure["event"] == "failure" and failure["status"] == rjupyter.EXIT_USAGE
 
@@ -315,6 +317,22 @@ def test_completion_knows_hosts_actions_options_and_ids(names: Laptop) -> None:
         assert completed(names, *words) == [], words
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rj gpu1 sto", ["rj", "gpu1", "sto"]),
+        ("rj gpu1 ", ["rj", "gpu1", ""]),
+        ('rj --slurm "-t 5" gpu1 ', ["rj", "--slurm", "-t 5", "gpu1", ""]),
+        ("rj --init 'module load x' gpu1 st", ["rj", "--init", "module load x", "gpu1", "st"]),
+        ("rj gpu1 execute my\\ no", ["rj", "gpu1", "execute", "my no"]),
+        ("rj gpu1 execute 'my no", ["rj", "gpu1", "execute", "my no"]),
+        ('rj gpu1 execute "my no', ["rj", "gpu1", "execute", "my no"]),
+    ],
+)
+def test_line_that_is_being_typed_is_split_as_a_shell_does(line: str, words: List[str]) -> None:
+    assert rjupyter.words_of_line(line) == words
+
+
 def test_small_command_answers_without_a_preface(laptop: Laptop, host: Host) -> None:
     for words in (["list"], ["output"], ["stop"]):
         began = time.monotonic()
@@ -331,7 +349,8 @@ def test_list_keeps_its_ids_for_the_completion(laptop: Laptop, host: Host) -> No
 
 
 SHELLS = {
-    "bash": 'eval "$(rjupyter.py completion bash)"; COMP_LINE="rjupyter.py gpu1:work st"; COMP_POINT=24; '
+    "bash": 'eval "$(rjupyter.py completion bash)"; COMP_LINE="rjupyter.py --slurm \\"-t 5\\" gpu1:work st"; '
+    "COMP_POINT=${#COMP_LINE}; "
     '_rjupyter rjupyter.py; printf "%s\\n" "${COMPREPLY[@]}"; complete -p rjupyter.py >/dev/null && echo registered',
     "fish": "rjupyter.py completion fish | source; complete -C 'rjupyter.py gpu1 st'",
 }

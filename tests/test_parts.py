@@ -1,6 +1,7 @@
 """The parts that need no host: parsing, checking, quoting, ports."""
 
 import contextlib
+import datetime
 import errno
 import io
 import json
@@ -21,6 +22,43 @@ import pytest
 from jupyters import interpreters
 
 import rjupyter
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("12\xa0% \u3000\u6771 \U0001f468\u200d\U0001f4bb \ue0b0 a\xadb\t\n", None),
+        ("a\x1b[2Jb\x9b\x07\r\n", "a?[2Jb??\n"),
+        ("a\u202eb\u2066\u2028\u200f\ud800", "a?b????"),
+    ],
+)
+def test_what_drives_a_terminal_is_taken_out_and_nothing_else(text: str, shown: Optional[str]) -> None:
+    assert rjupyter.printable(text) == (text if shown is None else shown)
+
+
+def test_configuration_of_windows_and_a_switch_that_is_off(tmp_path: Path) -> None:
+    file = tmp_path / "config"
+    file.write_text("\ufeff[*]\r\ninstall = no\r\nno-browser = no\r\nlab = no\r\n", encoding="utf-8", newline="")
+    found = {name: value for name, (value, _) in rjupyter.config_defaults(str(file), "gpu1").items()}
+    assert found == {"may_install": False, "no_browser": False, "app": ""}, found
+
+
+def test_line_to_type_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher of pip is called without its .exe, and no shell there knows a single quote."""
+    (tmp_path / "rjupyter.exe").touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "rjupyter")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        line = rjupyter.command_line("gpu1:my work", "stop")
+    assert line == 'rjupyter.exe "gpu1:my work" stop'
+
+
+def test_time_of_day_that_has_not_come_is_yesterdays(monkeypatch: pytest.MonkeyPatch) -> None:
+    midnight = datetime.datetime.combine(datetime.date.today(), datetime.time(0, 30)).timestamp()
+    monkeypatch.setattr("time.time", lambda: midnight)
+    assert rjupyter._moment("00:10") == midnight - 20 * 60
+    assert rjupyter._moment("23:00") == midnight - 90 * 60
 
 
 @pytest.mark.parametrize(

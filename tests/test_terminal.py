@@ -1,5 +1,6 @@
 """How it is printed: terminals that are narrow and wide, without colour, pipes, a reader that leaves."""
 
+import json
 import os
 import re
 import subprocess
@@ -154,7 +155,7 @@ def test_result_that_cannot_be_written(words: str, tmp_path: Path) -> None:
 
 @pytest.mark.jupyter
 def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) -> None:
-    write_notebook(laptop.home / "good.ipynb", code("print(6 * 7)"))
+    write_notebook(laptop.home / "good.ipynb", code("print(6 * 7, '\u6771\u4eac\u3000 12\xa0% \u2588')"))
     write_notebook(laptop.home / "bad.ipynb", code("1 / 0"))
     with laptop.opened("host"):
         argv = [*PROGRAM, "-F", str(laptop.config)]
@@ -166,6 +167,15 @@ def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) ->
         check_lost(">&-", [*argv, "host", "list"], laptop.environment)
         silent = redirected("2>&-", [*argv, "host", "execute", good, "-o", "-"], laptop.environment)
         assert silent.returncode == 0 and "42" in silent.stdout
+        windows = dict(laptop.environment, PYTHONIOENCODING="cp1252")  # whose files are not in UTF-8 before 3.15
+        told = subprocess.run([*argv, "host", "execute", good, "-o", "-"], env=windows, capture_output=True, check=True)
+        output = json.loads(told.stdout.decode("utf-8"))["cells"][0]["outputs"][0]
+        assert "".join(output["text"]) == "42 \u6771\u4eac\u3000 12\xa0% \u2588\n"
+        (identity,) = set(re.findall(r"\((r\w+)\)", told.stderr.decode()))
+        shown = subprocess.run([*argv, "host", "logs", identity], env=windows, capture_output=True, check=True)
+        assert b"42 \\u6771\\u4eac\\u3000 12\xa0% \\u2588" in shown.stdout
+        follower = 'exec "$@" host logs -f | head -n 1'
+        subprocess.run(["sh", "-c", follower, "sh", *argv], env=laptop.environment, timeout=60, check=True)
         bad = [*argv, "host", "execute", str(laptop.home / "bad.ipynb")]
         failed = redirected(">/dev/full", bad, laptop.environment)
         assert "cannot write to stdout" in failed.stderr and "ZeroDivisionError" in failed.stderr, failed
