@@ -8613,7 +8613,8 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     for record, kernel in [] if named else kernels:
         former = mark_of(record, kernel.id).former
         named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
-    named = [row for row in named if row[1].notebook in (request.name, request.name + ".ipynb")] or named
+    exact = [row for row in named if request.name and row[1].notebook in (request.name, request.name + ".ipynb")]
+    named = exact or named
     if len(named) == 1:
         return named[0]
     there = ", ".join(kernel.title for _, kernel in kernels)
