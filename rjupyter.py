@@ -6740,6 +6740,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
     found.sort(key=lambda row: os.stat(row[1]).st_mtime, reverse=True)
     named = [row for row in found if is_named(wanted, row[2].notebook, os.path.basename(row[1]))]
+    named.sort(key=lambda row: bool(wanted) and row[2].notebook not in (wanted, wanted + ".ipynb"))
     named = named or [row for row in found if any(is_named(wanted, former, "") for former in row[2].former)]
     if named:
         return named[0]
