@@ -6562,7 +6562,9 @@ def text_of(output: Entry) -> str:
         return joined_text(content.get("text", ""))
     if output.type == "error":
         lines = fact(content, "traceback", [])  # type: List[Any]
-        lines = lines or ["%s: %s" % (content.get("ename"), content.get("evalue"))]  # bash_kernel tells no more
+        if not lines:  # as bash_kernel has it, which tells a status and no name
+            words = ": ".join(filter(None, (fact(content, name, "") for name in ("ename", "evalue"))))
+            lines = [words] if words else []
         return "".join("%s\n" % line for line in lines)
     data = fact(content, "data", {})  # type: Json
     images = [name for name in data if name.startswith("image/")]
