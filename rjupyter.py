@@ -8487,7 +8487,8 @@ class Batch:
             status = max(failure.status for _, failure in failures)
             what = "%d of %d executions failed" % (len(failures), count)
             raise Failure(what, "\n".join(why), status=status)
-        self.messages.note("All %d are done." % len(self._ended))
+        done = len(self._ended)
+        self.messages.note("All %d are done." % done if done == count else "Done: %d of %d." % (done, count))
 
     def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:

@@ -418,6 +418,18 @@ def test_failure_among_several_at_once(laptop: Laptop, host: Host) -> None:
     assert "ZeroDivisionError" in run.stderr
 
 
+def test_done_among_several_is_what_was_executed(laptop: Laptop, host: Host) -> None:
+    """One that another command executes already is left to it, and is not counted."""
+    run, identity = start_waiting(laptop)
+    write_notebook(laptop.home / "a.ipynb", "1")
+    other = laptop.run("host", "execute", "-j", "2", "w.ipynb", "a.ipynb")
+    assert (other.status, other.stdout) == (0, RESULT + "\n"), other.text
+    assert "w.ipynb is already running (%s)" % identity in other.stderr
+    assert "\nDone: 1 of 2.\n" in other.stderr, other.stderr
+    (host.home / "go").touch()
+    assert run.wait() == 0, run.text
+
+
 def test_wrong_use_of_j(laptop: Laptop, host: Host) -> None:
     for name in ("a.ipynb", "b.ipynb"):
         write_notebook(laptop.home / name, "1")
