@@ -7934,7 +7934,7 @@ def run_main(directory: str) -> None:
     tell_kernel = guard_kernel(directory)
     outcome = outcome_of(run, nbclient, tell_kernel, takes_sockets)
     has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
-    if has_died and run.deadline > time.monotonic():
+    if takes_sockets and has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
     run.end(*outcome)
 
