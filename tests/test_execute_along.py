@@ -27,7 +27,7 @@ from execution import (
     write_notebook,
 )
 from jupyters import environment, interpreters
-from sides import Host, Laptop, Run, wait_until
+from sides import Host, Laptop, Run, processes_with, wait_until
 
 pytestmark = pytest.mark.nbclient
 
@@ -549,16 +549,18 @@ def test_stop_of_what_a_grid_runs(laptop: Laptop, host: Host) -> None:
     assert sorted(begun(host)) == list("1234")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str, signum: int) -> None:
+@pytest.mark.parametrize("end", ["Ctrl-C", "we are killed", "the agent is killed"])
+def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str, end: str) -> None:
     """We are gone; what runs goes on, and the same command brings all, also what had not begun, and once. (16)
 
     Then it is over: the command executes all of them anew.
     """
     run = start_grid(laptop, host)
-    os.kill(run.pid, signum)
+    agents = [pid for pid, words in processes_with(mark).items() if re.match(r"\S*python3 -IS -c import sys", words)]
+    for pid in agents if end == "the agent is killed" else [run.pid]:
+        os.kill(pid, signal.SIGINT if end == "Ctrl-C" else signal.SIGKILL)
     run.wait()
-    assert "same command" in run.stderr or signum == signal.SIGKILL
+    assert "same command" in run.stderr or end == "we are killed"
     (host.home / "go").touch()
     for times in (1, 2):
         again = laptop.start("host", "execute", "a.ipynb", *GRID, has_terminal=False)
