@@ -4332,6 +4332,11 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
 TAKES_SOCKETS = r"\S*(python[\d.]* (-\S+ )*-m (ipy|bash_|octave_)kernel|R .*IRkernel::|julia\S* .*IJulia|xpython )"
 
 
+def takes_sockets(argv: "List[str]") -> bool:
+    """True for the command of a kernel that is known to take sockets; there may be spaces in a path."""
+    return bool(re.match(TAKES_SOCKETS, " ".join(word.replace(" ", "_") for word in argv)))
+
+
 def transport_of_kernels(found: Launcher, request: Request, runtime: str, channel: Channel) -> "List[str]":
     """Return what Jupyter's command line says of where kernels listen: on sockets in a directory that is ours alone.
 
@@ -4354,8 +4359,8 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
     for path in found_in(tops, "kernels/*/kernel.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
-            words = " ".join(json.loads(read_text(path))["argv"])
-            if not why and not re.match(TAKES_SOCKETS, words):
+            argv = json.loads(read_text(path))["argv"]
+            if not why and not takes_sockets(argv):
                 name = os.path.basename(os.path.dirname(path))
                 why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
     if why:
@@ -7926,15 +7931,15 @@ def run_main(directory: str) -> None:
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
         write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
-    takes_sockets = bool(re.match(TAKES_SOCKETS, " ".join(run.specs.get_kernel_spec(run.kernel).argv)))
-    if not takes_sockets:
+    is_private = takes_sockets(run.specs.get_kernel_spec(run.kernel).argv)
+    if not is_private:
         text = "The kernel %s listens on ports, where other users of the host can read what it prints."
         run.remarks.append(text % run.kernel)
     run.begin()
     tell_kernel = guard_kernel(directory)
-    outcome = outcome_of(run, nbclient, tell_kernel, takes_sockets)
+    outcome = outcome_of(run, nbclient, tell_kernel, is_private)
     has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
-    if takes_sockets and has_died and run.deadline > time.monotonic():
+    if is_private and has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
     run.end(*outcome)
 
