@@ -4332,6 +4332,11 @@ def ways_to_listen(request: Request, directory: str) -> "Iterator[Tuple[int, Lis
 TAKES_SOCKETS = r"\S*(python[\d.]* (-\S+ )*-m (ipy|bash_|octave_)kernel|R .*IRkernel::|julia\S* .*IJulia|xpython )"
 
 
+def takes_sockets(argv: "List[str]") -> bool:
+    """True for the command of a kernel that is known to take sockets; there may be spaces in a path."""
+    return bool(re.match(TAKES_SOCKETS, " ".join(word.replace(" ", "_") for word in argv)))
+
+
 def transport_of_kernels(found: Launcher, request: Request, runtime: str, channel: Channel) -> "List[str]":
     """Return what Jupyter's command line says of where kernels listen: on sockets in a directory that is ours alone.
 
@@ -4354,8 +4359,8 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
     for path in found_in(tops, "kernels/*/kernel.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
-            words = " ".join(json.loads(read_text(path))["argv"])
-            if not why and not re.match(TAKES_SOCKETS, words):
+            argv = json.loads(read_text(path))["argv"]
+            if not why and not takes_sockets(argv):
                 name = os.path.basename(os.path.dirname(path))
                 why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
     if why:
@@ -6562,7 +6567,9 @@ def text_of(output: Entry) -> str:
         return joined_text(content.get("text", ""))
     if output.type == "error":
         lines = fact(content, "traceback", [])  # type: List[Any]
-        lines = lines or ["%s: %s" % (content.get("ename"), content.get("evalue"))]  # bash_kernel tells no more
+        if not lines:  # as bash_kernel has it, which tells a status and no name
+            words = ": ".join(filter(None, (fact(content, name, "") for name in ("ename", "evalue"))))
+            lines = [words] if words else []
         return "".join("%s\n" % line for line in lines)
     data = fact(content, "data", {})  # type: Json
     images = [name for name in data if name.startswith("image/")]
@@ -6740,6 +6747,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
     found.sort(key=lambda row: os.stat(row[1]).st_mtime, reverse=True)
     named = [row for row in found if is_named(wanted, row[2].notebook, os.path.basename(row[1]))]
+    named.sort(key=lambda row: bool(wanted) and row[2].notebook not in (wanted, wanted + ".ipynb"))
     named = named or [row for row in found if any(is_named(wanted, former, "") for former in row[2].former)]
     if named:
         return named[0]
@@ -7923,15 +7931,15 @@ def run_main(directory: str) -> None:
         state = RunState(outcome="invalid", error=str(error).strip().split("\n")[0])
         write_whole(os.path.join(directory, "state.json"), json.dumps(state.facts()))
         return
-    takes_sockets = bool(re.match(TAKES_SOCKETS, " ".join(run.specs.get_kernel_spec(run.kernel).argv)))
-    if not takes_sockets:
+    is_private = takes_sockets(run.specs.get_kernel_spec(run.kernel).argv)
+    if not is_private:
         text = "The kernel %s listens on ports, where other users of the host can read what it prints."
         run.remarks.append(text % run.kernel)
     run.begin()
     tell_kernel = guard_kernel(directory)
-    outcome = outcome_of(run, nbclient, tell_kernel, takes_sockets)
+    outcome = outcome_of(run, nbclient, tell_kernel, is_private)
     has_died = outcome[0] == "unstarted" and "Kernel died" in outcome[1]  # nbclient's and jupyter_client's words
-    if has_died and run.deadline > time.monotonic():
+    if is_private and has_died and run.deadline > time.monotonic():
         outcome = outcome_of(run, nbclient, tell_kernel, is_private=False)  # not every kernel knows sockets
     run.end(*outcome)
 
@@ -8484,7 +8492,8 @@ class Batch:
             status = max(failure.status for _, failure in failures)
             what = "%d of %d executions failed" % (len(failures), count)
             raise Failure(what, "\n".join(why), status=status)
-        self.messages.note("All %d are done." % len(self._ended))
+        done = len(self._ended)
+        self.messages.note("All %d are done." % done if done == count else "Done: %d of %d." % (done, count))
 
     def _try(self, index: int, do: Callable[[FollowReply], None], view: FollowReply) -> None:
         try:
@@ -8613,7 +8622,8 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     for record, kernel in [] if named else kernels:
         former = mark_of(record, kernel.id).former
         named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
-    named = [row for row in named if row[1].notebook in (request.name, request.name + ".ipynb")] or named
+    exact = [row for row in named if request.name and row[1].notebook in (request.name, request.name + ".ipynb")]
+    named = exact or named
     if len(named) == 1:
         return named[0]
     there = ", ".join(kernel.title for _, kernel in kernels)

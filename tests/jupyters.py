@@ -22,8 +22,9 @@ CACHE = Path("/var/tmp/rjupyter-tests-%d" % os.getuid())
 TODAY = ["notebook>=7.2", "jupyterlab>=4.2"]
 # From 4.25 on, Jupyter imports a parser with it: a second of a core, and the tests start Jupyter a thousand times.
 LIGHT = "jsonschema<4.25"
-# The stand-in for a kernel, as a kernel.json says it; jupyter_client puts the Python of its own environment there.
-STANDIN_KERNEL = ["python3", "-I", "-c", "import standin_kernel; standin_kernel.main()", "{connection_file}"]
+# The stand-in for a kernel, as a kernel.json says it; jupyter_client puts the Python of its own environment there. By
+# this name it is taken for one that knows sockets, as it does.
+STANDIN_KERNEL = ["python3", "-I", "-m", "ipykernel_standin", "{connection_file}"]
 
 
 class Age(NamedTuple):
@@ -199,7 +200,7 @@ def nbclient_alone() -> Path:
     def make(venv: Path) -> None:
         install(venv, "/usr/bin/python3", packages)
         (place,) = venv.glob("lib/python3*/site-packages")
-        shutil.copy(source, place)
+        shutil.copy(source, place / (STANDIN_KERNEL[3] + ".py"))
         for needless in place.glob("_virtualenv.*"):  # imported with each start, for distutils' sake
             needless.unlink()
         subprocess.run([venv / "bin/python", "-m", "compileall", "-q", str(place)], check=True)

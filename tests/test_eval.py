@@ -70,6 +70,21 @@ def test_the_kernel_is_named_where_there_are_several(laptop: Laptop, run: Run, k
         assert laptop.run("host", "eval", "-k", name, "x").stdout == "42\n", name
 
 
+def test_a_name_that_is_whole_comes_first(laptop: Laptop, run: Run) -> None:
+    """Each directory may have an Untitled.ipynb: the path of one means it, and no other."""
+    end_kernels(run.url())
+    for name in ("Untitled.ipynb", "sub/Untitled.ipynb"):
+        compute(run.url(), "name = %r\nprint(name)" % name, new_session(run.url(), name))
+    for asked in ("Untitled.ipynb", "Untitled", "sub/Untitled"):
+        name = asked.replace(".ipynb", "") + ".ipynb"
+        assert laptop.run("host", "eval", "-k", asked, "print(name)").stdout == name + "\n", asked
+    laptop.run("host", "eval", "-k", "sub/Untitled", "print(name)")  # it is the newest
+    for asked in ("Untitled.ipynb", "Untitled"):
+        assert "\nUntitled.ipynb\n" in laptop.run("host", "output", asked).stdout, asked
+    assert "\nsub/Untitled.ipynb\n" in laptop.run("host", "output").stdout
+    end_kernels(run.url())
+
+
 def test_a_kernel_is_started_where_there_is_none_and_stays(laptop: Laptop, run: Run) -> None:
     end_kernels(run.url())
     assert laptop.run("host", "eval", "y = 7").status == 0

@@ -27,7 +27,7 @@ from execution import (
     write_notebook,
 )
 from jupyters import environment, interpreters
-from sides import Host, Laptop, Run, wait_until
+from sides import Host, Laptop, Run, processes_with, wait_until
 
 pytestmark = pytest.mark.nbclient
 
@@ -418,6 +418,18 @@ def test_failure_among_several_at_once(laptop: Laptop, host: Host) -> None:
     assert "ZeroDivisionError" in run.stderr
 
 
+def test_done_among_several_is_what_was_executed(laptop: Laptop, host: Host) -> None:
+    """One that another command executes already is left to it, and is not counted."""
+    run, identity = start_waiting(laptop)
+    write_notebook(laptop.home / "a.ipynb", "1")
+    other = laptop.run("host", "execute", "-j", "2", "w.ipynb", "a.ipynb")
+    assert (other.status, other.stdout) == (0, RESULT + "\n"), other.text
+    assert "w.ipynb is already running (%s)" % identity in other.stderr
+    assert "\nDone: 1 of 2.\n" in other.stderr, other.stderr
+    (host.home / "go").touch()
+    assert run.wait() == 0, run.text
+
+
 def test_wrong_use_of_j(laptop: Laptop, host: Host) -> None:
     for name in ("a.ipynb", "b.ipynb"):
         write_notebook(laptop.home / name, "1")
@@ -537,16 +549,18 @@ def test_stop_of_what_a_grid_runs(laptop: Laptop, host: Host) -> None:
     assert sorted(begun(host)) == list("1234")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str, signum: int) -> None:
+@pytest.mark.parametrize("end", ["Ctrl-C", "we are killed", "the agent is killed"])
+def test_same_command_goes_on_with_a_grid(laptop: Laptop, host: Host, mark: str, end: str) -> None:
     """We are gone; what runs goes on, and the same command brings all, also what had not begun, and once. (16)
 
     Then it is over: the command executes all of them anew.
     """
     run = start_grid(laptop, host)
-    os.kill(run.pid, signum)
+    agents = [pid for pid, words in processes_with(mark).items() if re.match(r"\S*python3 -IS -c import sys", words)]
+    for pid in agents if end == "the agent is killed" else [run.pid]:
+        os.kill(pid, signal.SIGINT if end == "Ctrl-C" else signal.SIGKILL)
     run.wait()
-    assert "same command" in run.stderr or signum == signal.SIGKILL
+    assert "same command" in run.stderr or end == "we are killed"
     (host.home / "go").touch()
     for times in (1, 2):
         again = laptop.start("host", "execute", "a.ipynb", *GRID, has_terminal=False)

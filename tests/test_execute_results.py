@@ -267,6 +267,34 @@ SKIPPED = dict(
 )
 
 
+STREAMS: Dict[str, Any] = {  # what came, of which stream and with which text; and what of it is one output
+    "of one": ([("stdout", "a"), ("stdout", "b\n"), ("stdout", "c")], [("stdout", "ab\nc")]),
+    "in lists": ([("stdout", ["a"]), ("stdout", ["b\n", "c"])], [("stdout", ["ab\n", "c"])]),
+    "by turns": ([("stdout", "a"), ("stderr", "b"), ("stdout", "c")],) * 2,
+    "around a display": ([("stdout", "a"), (None, "b"), (None, "b"), ("stdout", "c")],) * 2,
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_what_follows_in_one_stream_is_one_output(kind: str) -> None:
+    came, wanted = [
+        [{"name": name, "text": text} if name else {"data": {"text/plain": text}} for name, text in outputs]
+        for outputs in STREAMS[kind]
+    ]
+    assert rjupyter.merged(came) == wanted
+
+
+def test_what_is_flushed_bit_by_bit_is_one_output_as_in_a_page(laptop: Laptop, host: Host) -> None:
+    """What goes to stderr in between stays in its place."""
+    source = "import sys\nfor end in ('', '\\n', '\\n'): print('out', end=end, flush=True)\n"
+    write_notebook(laptop.home / "a.ipynb", source + "print('aside', file=sys.stderr, flush=True)\nprint('last')")
+    run = laptop.run("host", "execute", "a.ipynb")
+    assert run.status == 0, run.text
+    (cell,) = cells_of(laptop.home / "a.executed.ipynb")
+    wanted = [("stdout", ["outout\n", "out\n"]), ("stderr", ["aside\n"]), ("stdout", ["last\n"])]
+    assert [(output["name"], output["text"]) for output in cell["outputs"]] == wanted
+
+
 @pytest.mark.jupyter
 def test_a_notebook_that_was_executed_there_opens_trusted(laptop: Laptop, host: Host) -> None:
     """As one that ran in the page; what did not run is trusted as far as it was before."""
@@ -507,6 +535,15 @@ def test_output_that_is_a_directory(laptop: Laptop, host: Host) -> None:
             assert run.status in (1, 2), run.text
             check_failure(run, run.status, name.rstrip("/"))
             assert host.sshd.logins() == logins, name
+
+
+def test_name_that_begins_with_no_letter(laptop: Laptop, host: Host) -> None:
+    """Where it was made a copy of, say: --attach writes its result under its name, without -o."""
+    write_notebook(laptop.home / "(copy) a.ipynb", "print(1)")
+    assert laptop.run("host", "execute", "(copy) a.ipynb", "-o", "x.ipynb").status == 0
+    run = laptop.run("host", "execute", "--attach", the_run(host).name)
+    assert (run.status, run.stdout) == (0, "(copy) a.executed.ipynb\n"), run.text
+    assert printed(laptop.home / "(copy) a.executed.ipynb") == ["1\n"]
 
 
 def test_notebook_without_its_suffix(laptop: Laptop, host: Host) -> None:

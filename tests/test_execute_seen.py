@@ -178,13 +178,21 @@ def test_kernel_of_a_run_listens_on_no_port(
     assert not left, "sockets are left behind"
 
 
-def test_kernel_that_knows_ports_alone(laptop: Laptop, host: Host, mark: str) -> None:
-    """A kernel that ends, or is deaf, when it is given a socket runs on ports, as before. (G5)"""
-    check = 'grep -q \'"transport": *"ipc"\' "$5" && { echo I know ports alone >&2; exit 1; }; exec "$@"'
-    add_kernel(host.home, "ports", ["/bin/sh", "-c", check, "sh", *IPYKERNEL])
+@pytest.mark.parametrize("kind", ["ends", "is deaf"])
+def test_kernel_that_knows_ports_alone(laptop: Laptop, host: Host, mark: str, kind: str) -> None:
+    """One that ends when it is given a socket runs on ports, as before; one that may be deaf does so at once. (G5)
+
+    The first has a command that looks like ipykernel's; of the other one it is said.
+    """
+    then = "{ echo I know ports alone >&2; exit 1; }" if kind == "ends" else "exec sleep 600"
+    program = host.home / ("python3" if kind == "ends" else "runner")
+    program.write_text('#!/bin/sh\ngrep -q \'"transport": *"ipc"\' "$4" && %s\nexec %s "$@"\n' % (then, IPYKERNEL[0]))
+    program.chmod(0o755)
+    add_kernel(host.home, "ports", [str(program), *IPYKERNEL[1:]])
     write_notebook(laptop.home / "w.ipynb", "x = 1", waiting_for(), "print(x)")
     run, _ = start_waiting(laptop, "--kernel", "ports", is_written=False)
     assert kinds_on_ports(mark) & {"PUB", "XPUB"}
     (host.home / "go").touch()
     assert run.wait() == 0, run.text
+    assert ("The kernel ports listens on ports" in run.stderr) == (kind == "is deaf"), run.stderr
     assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"

@@ -545,6 +545,36 @@ def test_what_a_pattern_brings_and_what_goes_along(tmp_path: Path) -> None:
         assert [(member.name, member.isreg()) for member in tar] == [("data.csv", True)]
 
 
+def test_printed_text_that_comes_in_pieces(tmp_path: Path) -> None:
+    """A line is one when its end is there, and the last one when nothing more comes, however it was printed."""
+    pieces = ["a", "", "b\nc", "\n", "\n", "d\n", "e\nf\ng", "h"]
+    path = tmp_path / "journal"
+    reader = rjupyter.PrintedText(str(path))
+    found: List[List[str]] = []
+    with open(path, "ab", buffering=0) as stream:
+        for piece in pieces:
+            content = {"name": "stdout", "text": piece}
+            stream.write(rjupyter.line_of({"kind": "printed", "id": "0", "type": "stream", "content": content}))
+            found.append(list(reader.lines()))
+    assert found == [[], [], ["ab"], ["c"], [""], ["d"], ["e", "f"], []]
+    assert list(reader.lines(has_ended=True)) == ["gh"]
+    assert list(rjupyter.PrintedText(str(path)).lines(has_ended=True)) == "".join(pieces).split("\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ({"ename": "E", "evalue": "v", "traceback": ["one", "two"]}, "one\ntwo\n"),
+        ({"ename": "E", "evalue": "v", "traceback": []}, "E: v\n"),
+        ({"ename": "", "evalue": "1", "traceback": []}, "1\n"),  # bash_kernel's, of a command that failed
+        ({"ename": "E"}, "E\n"),
+        ({"ename": None, "evalue": 1}, ""),
+    ],
+)
+def test_text_of_an_error(error: Dict[str, Any], text: str) -> None:
+    assert rjupyter.text_of(rjupyter.Entry(kind="printed", type="error", content=error)) == text
+
+
 def test_equal_cells_of_which_one_was_executed() -> None:
     """It is the one that has the number of the execution, or none yet; not the first."""
     cells: List[Dict[str, Any]] = [

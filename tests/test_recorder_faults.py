@@ -359,3 +359,10 @@ def test_code_in_the_queue_when_the_recorder_is_killed_and_code_that_comes_later
     assert "42\n" in laptop.run("host", "eval", "print(x)").stdout
     kill_recorder(host)
     assert laptop.run("host", "eval", "x").stdout == "42\n"
+    os.kill(recorder_pid(host), signal.SIGSTOP)
+    asked = laptop.start("host", "eval", "x = 7", has_terminal=False)
+    wait_until(lambda: list(host.home.rglob("*.ask")), "it waits for the recorder")
+    kill_recorder(host)
+    asked.wait()
+    check_failure(asked, 1, "it is not known what becomes of it")
+    assert laptop.run("host", "eval", "x").stdout == "42\n"  # by the next one, which does not run what was lost

@@ -232,10 +232,12 @@ SPECS = {
         ["/opt/python/bin/python3", "-m", "remote_ikernel", "--kernel_cmd", "python -m ipykernel_launcher"],
         ["docker", "run", "-v", "{connection_file}:/c", "img", "python", "-m", "ipykernel_launcher", "-f", "/c"],
         ["python3", "-m", "run_kotlin_kernel"],
+        ["/bin/sh", "-c", "exec python3 -m ipykernel_launcher -f {connection_file}"],
     ],
     "sockets": [
         ["/opt/env/bin/python3.11", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         ["python", "-m", "ipykernel", "-f", "{connection_file}"],
+        ["/home/ana maria/env/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         ["/usr/lib/R/bin/R", "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"],
         ["julia", "-i", "--color=yes", "--project=@.", "/home/a/.julia/packages/IJulia/AQu2H/src/kernel.jl"],
         ["/usr/bin/python3", "-m", "bash_kernel", "-f", "{connection_file}"],
