@@ -8087,7 +8087,7 @@ def outcome_of(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
     if isinstance(error, CellExecutionError):
         if error.ename == "SystemExit" and error.evalue in ("", "0", "None"):
             return "done", "it called sys.exit " + place
-        return "failed", ("%s: %s" % (error.ename, error.evalue)).strip().split("\n")[-1]
+        return "failed", ": ".join(filter(None, (error.ename, error.evalue))).strip().split("\n")[-1]
     traceback.print_exception(type(error), error, error.__traceback__)  # the disk is full
     return "failed", "%s: %s" % (type(error).__name__, last_line)
 

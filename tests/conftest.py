@@ -189,8 +189,11 @@ def fresh_hosts(
         sshd = PrivateSshd(base, "%s:%s" % (path, SYSTEM_PATH), host=name, settings=settings, prefix=prefix)
         if user:
             sshd.serve(user.name, user.home)
-        else:
-            shutil.copytree(kept_agent(), sshd.home / ".cache/rjupyter", ignore=shutil.ignore_patterns("complete"))
+        cache = sshd.home / ".cache/rjupyter"
+        shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
+        if user:
+            for path in [cache.parent, cache, *cache.rglob("*")]:
+                os.chown(path, user.uid, -1)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
