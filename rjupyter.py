@@ -3892,7 +3892,8 @@ def install_commands() -> "List[List[str]]":
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
     make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-user"]  # as its settings say
+    # Whatever the user's settings say of --user; pip 9, which RHEL 8 has for Python 3.6, knows no --no-user.
+    install = ["env", "PIP_USER=no", python, "-I", "-m", "pip", "install", "--disable-pip-version-check"]
     upgrade = [[*install, "--upgrade", "pip"]] if sys.version_info < (3, 7) else []  # its own takes no wheels of today
     return [make, *upgrade, [*install, "notebook", "jupyterlab"]]
 
