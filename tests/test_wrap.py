@@ -562,16 +562,18 @@ def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for name in ("docker", "podman", "apptainer", "nvidia-smi"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(os, "getgroups", lambda: [1000, 27])
     docker = words_for("docker://reg/img:1", 1000, monkeypatch, tmp_path)
     assert docker[:4] == ["docker", "run", "--rm", "--name=rjupyter-1000-w12ab"] and docker[-1] == "reg/img:1"
     assert '--mount=type=bind,"source=/data/a,""b","target=/data/a,""b"' in docker and "--gpus=all" in docker
     assert "--mount=type=bind,source=/home/ann,target=/home/ann" in docker and "--user=1000:1000" in docker
-    assert "--entrypoint=" in docker
+    assert "--entrypoint=" in docker and {"--group-add=1000", "--group-add=27"} < set(docker)
     # podman has them by a specification that somebody has made, or the container has none, and a line says so.
     gpus, told = "--device=nvidia.com/gpu=all", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
     monkeypatch.setitem(rjupyter.CONTAINERS["podman"], "gpus_need", [str(tmp_path / "*nvidia*.yaml")])
     podman = words_for("podman://img", 1000, monkeypatch, tmp_path)
     assert podman[0] == "podman" and "--userns=keep-id" in podman
+    assert "--annotation=run.oci.keep_original_groups=1" in podman and not re.search("--group-add", " ".join(podman))
     assert gpus not in podman and podman[-2] == "img" and podman[-1].endswith(told)
     (tmp_path / "nvidia.com-gpu.yaml").touch()
     podman = words_for("img", 1000, monkeypatch, tmp_path)
