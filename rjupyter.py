@@ -4568,7 +4568,8 @@ def open_server(request: Request, channel: Channel) -> Server:
         if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
                 forget_ended(KINDS["server"])
-                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, root_dir)]
+                top = root_dir or os.path.expanduser("~")
+                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, top)]
                 for record in [r for r in same if request.allows(r.request) and not place_of(r).is_known][:1]:
                     text = "Your server %s runs on another node, %s, if it has not ended. To open it, log in there."
                     channel.tell("note", text=text % (record.id, record.node))
