@@ -547,6 +547,34 @@ def test_stand_in_of_systemd_run(laptop: Laptop, host: Host, mark: str) -> None:
     is_clean(host, mark)
 
 
+@pytest.fixture
+def group(mark: str) -> Iterator[Path]:
+    """A control group that is called as those of a user's own manager of systemd."""
+    tops = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
+    top = next((top for top in tops if os.access(top, os.W_OK) and os.path.exists(top + "/cgroup.procs")), "")
+    if not top:
+        pytest.skip("no control group can be made here")
+    group = Path(top, mark, "user@0.service")
+    group.mkdir(parents=True)
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "nothing runs in it", 30)
+    group.rmdir()
+    group.parent.rmdir()
+
+
+def test_what_ends_when_one_logs_out_is_said(laptop: Laptop, group: Path, host: Host, mark: str) -> None:
+    """Below a user's own manager, it does so where they do not linger."""
+    lingers = Path("/var/lib/systemd/linger", host.sshd.user).exists()
+    move = "sh -c 'echo $$ >%s/cgroup.procs; exec \"$@\"' sh" % group
+    with laptop.opened("--wrap", move, "host") as run:
+        assert ("type there: loginctl enable-linger" in run.stderr) != lingers, run.text
+    assert laptop.run("host", "stop").status == 0
+    with laptop.opened("host") as run:
+        assert "enable-linger" not in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    is_clean(host, mark)
+
+
 def words_for(image: str, uid: int, monkeypatch: pytest.MonkeyPatch, programs: Path, **request: Any) -> List[str]:
     monkeypatch.setattr(os, "getuid", lambda: uid)
     monkeypatch.setattr(os, "getgid", lambda: uid)
