@@ -3892,7 +3892,8 @@ def install_commands() -> "List[List[str]]":
         make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
         return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
     make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
-    install = [python, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-user"]  # as its settings say
+    # Whatever the user's settings say of --user; pip 9, which RHEL 8 has for Python 3.6, knows no --no-user.
+    install = ["env", "PIP_USER=no", python, "-I", "-m", "pip", "install", "--disable-pip-version-check"]
     upgrade = [[*install, "--upgrade", "pip"]] if sys.version_info < (3, 7) else []  # its own takes no wheels of today
     return [make, *upgrade, [*install, "notebook", "jupyterlab"]]
 
@@ -4572,7 +4573,8 @@ def open_server(request: Request, channel: Channel) -> Server:
         if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
                 forget_ended(KINDS["server"])
-                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, root_dir)]
+                top = root_dir or os.path.expanduser("~")
+                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, top)]
                 for record in [r for r in same if request.allows(r.request) and not place_of(r).is_known][:1]:
                     text = "Your server %s runs on another node, %s, if it has not ended. To open it, log in there."
                     channel.tell("note", text=text % (record.id, record.node))

@@ -59,6 +59,7 @@ def test_grid_of_three_has_two_jobs_at_most_and_survives_a_cut_connection(
             wait_for_begun(run, login, count)
             login.sshd.end_connections()
         assert run.wait(600) == 0, run.text
+        assert "nstall" not in run.stderr  # nbclient is there, and that is all that it takes
     finally:
         is_over.set()
         watcher.join()

@@ -320,6 +320,27 @@ def test_environment_above_a_directory_that_is_not_in_home(tmp_path: Path, monke
     assert (len(prefixes) == 1) == (os.stat(str(tmp_path)).st_uid != own)
 
 
+@pytest.mark.parametrize("place", [".direnv/python-3.11", ".devenv/state/venv"])
+def test_environment_that_direnv_or_devenv_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python = tmp_path / "proj" / place / "bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    (tmp_path / "proj/nb").mkdir()
+    found = list(rjupyter.environments_of_project(str(tmp_path / "proj/nb")))
+    assert found == [(str(tmp_path / "proj"), str(python.parent.parent))]
+
+
+def test_pip_of_python_3_6_is_made_newer_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own takes no wheels of today; and that of RHEL 8, pip 9, knows no --no-user."""
+    monkeypatch.setattr(rjupyter, "found_program", lambda name: "")
+    for version, ends in (((3, 6, 8), ["--upgrade pip", "notebook jupyterlab"]), ((3, 8, 0), ["notebook jupyterlab"])):
+        monkeypatch.setattr(sys, "version_info", version)
+        _, *commands = [" ".join(words) for words in rjupyter.install_commands()]
+        assert [words.partition("-version-check ")[2] for words in commands] == ends
+        assert all("-m pip install " in words and "--no-user" not in words for words in commands)
+
+
 def test_list_of_what_was_tried_is_true(laptop: Laptop, bare_host: Host, directory: Path) -> None:
     (bare_host.home / ".profile").write_text("PATH=$PATH:%s/extra\n" % bare_host.home)
     for name in ("extra", "miniconda3/bin", ".local/bin"):

@@ -342,6 +342,27 @@ def test_directory_into_which_something_is_written_as_it_is_removed(
     assert os.rmdir is rmdir and not directory.exists()
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o2770])
+def test_directory_that_is_shared_with_others_is_not_taken_for_ours(tmp_path: Path, mode: int) -> None:
+    """As /tmp is, or a group's: nor is it closed to them."""
+    tmp_path.chmod(mode)
+    with pytest.raises(PermissionError, match="is shared with others"):
+        rjupyter.private_dir(str(tmp_path))
+    assert tmp_path.stat().st_mode & 0o7777 == mode and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(6 not in interpreters(), reason="needs Python 3.6")
+def test_environment_beyond_ascii_of_condas_list_is_found_by_python_3_6(tmp_path: Path) -> None:
+    (tmp_path / "\u00dcmwelt").mkdir()
+    (tmp_path / ".conda").mkdir()
+    (tmp_path / ".conda/environments.txt").write_text("%s/\u00dcmwelt\n" % tmp_path, encoding="utf-8")
+    show = "import os; load(sys.argv[1]); print(*map(os.path.isdir, sys.modules['rjupyter'].known_to_conda()))"
+    argv = [interpreters()[6], "-BIS", "-c", rjupyter.LOAD + show, rjupyter.__file__]
+    environment = {"HOME": str(tmp_path), "LC_ALL": "C"}
+    answer = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert answer.stdout == "True\n"
+
+
 def test_stub_of_an_old_python_is_passed_over(tmp_path: Path) -> None:
     stub = tmp_path / "python3"
     stub.write_text("#!/bin/sh\nexit 99\n")

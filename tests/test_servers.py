@@ -168,6 +168,9 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
     os.killpg(ended["pid"], signal.SIGKILL)
     states = {server["id"]: server["state"] for server in listed(laptop) if server["is_ours"]}
     assert states == {elsewhere["id"]: "on node7", ended["id"]: "ended"}
+    laptop.end_runs()
+    with laptop.opened("host") as run:
+        assert "Your server %s runs on another node, node7, if" % elsewhere["id"] in run.stderr, run.text
     os.killpg(elsewhere["pid"], signal.SIGKILL)
 
 
@@ -247,7 +250,7 @@ def test_stop_asks_when_a_kernel_computes(laptop: Laptop, host: Host) -> None:
     (server,) = listed(laptop)
     assert (server["kernels"], server["busy"]) == (1, 1)
     why = "Its kernel is busy in %s (%s)." % (host.home, server["id"])
-    for words in (["host", "stop"], ["host:", "stop", "--all"]):
+    for words in (["host", "stop"], ["host:", "stop", "--all"], ["host", "stop", "--all"]):
         stop = laptop.run(*words)
         check_failure(stop, 1, "nothing was stopped", why, "no terminal", " %s --yes" % " ".join(words))
     no = laptop.start("host", "stop")

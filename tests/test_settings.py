@@ -696,6 +696,18 @@ def test_server_without_a_token_does_all(
 
 
 @pytest.mark.jupyter
+def test_password_that_jupyters_own_command_wrote_is_said(laptop: Laptop, host: Host) -> None:
+    """Beside a token that is taken away, and that it is there no runtime file tells: also of a server that is found."""
+    of_jupyter(host, "c.ServerApp.token = ''\n")
+    salted = "sha1:0123456789ab:" + hashlib.sha1(b"opensesame" + b"0123456789ab").hexdigest()
+    settings = {"IdentityProvider": {"hashed_password": salted}}
+    (host.home / ".jupyter/jupyter_server_config.json").write_text(json.dumps(settings))
+    for how in ("Launched", "Found"):
+        with laptop.opened("host") as run:
+            assert how in run.stderr and "The server has a password; the page asks for it." in run.stderr, run.text
+
+
+@pytest.mark.jupyter
 def test_eval_starts_a_kernel_that_the_server_has(laptop: Laptop, host: Host) -> None:
     """The only one, whatever its name; of several without the usual one, none is taken."""
     for name in ("one", "two"):

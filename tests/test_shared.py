@@ -250,7 +250,11 @@ def test_which_kernels_are_known_to_take_sockets(directory: Path, monkeypatch: p
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(directory))
     file = directory / "kernels/one/kernel.json"
     file.parent.mkdir(parents=True)
+    settings = directory / "site/jupyter_server_config.py"  # as Jupyter generates it
+    settings.parent.mkdir()
+    settings.write_text("# c.KernelManager.transport = 'tcp'\n" * 3000)
     found = rjupyter.Launcher(app="notebook", argv=["/nowhere/bin/python3", "x"], where="", environment={})
+    found.environment["JUPYTER_CONFIG_PATH"] = str(settings.parent)
     for argv in SPECS[kind]:
         file.write_text(json.dumps({"argv": argv}))
         told: List[str] = []
@@ -258,11 +262,13 @@ def test_which_kernels_are_known_to_take_sockets(directory: Path, monkeypatch: p
         arguments = rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel)
         assert (bool(arguments), bool(told)) == ((True, False) if kind == "sockets" else (False, True)), argv
     config = directory / "site/jupyter_server_config.d/ip.json"
-    config.parent.mkdir(parents=True)
-    config.write_text('{"KernelManager": {"ip": "10.0.0.5"}}')
-    found.environment["JUPYTER_CONFIG_PATH"] = str(directory / "site")
-    told.clear()
-    assert rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel) == told == []
+    config.parent.mkdir()
+    for file, text in ((config, '{"KernelManager": {"ip": "10.0.0.5"}}'), (settings, "c.KernelManager.ip = 'node1'\n")):
+        before = file.read_text() if file.exists() else ""
+        file.write_text(before + text)
+        told.clear()
+        assert rjupyter.transport_of_kernels(found, rjupyter.Request(), str(directory), channel) == told == []
+        file.write_text(before or "{}")
 
 
 def test_a_socket_below_tmp_where_home_has_a_long_path(make_host: Callable[..., Host], laptop: Laptop) -> None:
@@ -401,6 +407,19 @@ def test_a_stranger_on_the_port_is_never_opened(
             stranger.kill()
     assert states == ["no answer"]
     check_failure(run, 1, "something else answers on port", "is not the server")
+
+
+def test_port_of_another_machine_is_not_the_one_that_a_stranger_has_here(eve: User) -> None:
+    listen = "import socket, sys; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); input()"
+    argv, pipe = ["/usr/bin/python3", "-c", listen], subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, user=eve.uid, group=65534, extra_groups=[], cwd="/") as hers:
+        assert hers.stdout is not None
+        port = int(hers.stdout.readline())
+        facts: Dict[str, Any] = {"port": port, "token": "", "base_url": "/", "root_dir": "/"}
+        infos = [rjupyter.RuntimeInfo(host=host, **facts) for host in ("127.0.0.1", "192.0.2.1")]
+        ours = [rjupyter.is_our_port(info) for info in infos]
+        hers.communicate(b"\n")
+    assert ours == [False, True]
 
 
 # Listens as soon as the port is free, takes every token, and prints what it is sent.

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import pytest
@@ -16,6 +17,8 @@ from client import api, check_failure, compute, listed
 from execution import code, printed, write_notebook
 from jupyters import jupyter_for_everyone, standin, standin_environment, standin_wheels
 from sides import Host, Laptop, User, bare_python, processes_with, wait_until
+
+import rjupyter
 
 DECOY_REPLY = 'rjupyter-0011223344556677 {"kind": "reply", "reply": {"id": "dead", "port": 1, "token": "decoy"}}'
 DECOY_TOKEN = "    http://127.0.0.1:1/tree?token=decoy"
@@ -330,6 +333,22 @@ def test_start_up_file_that_would_run_a_multiplexer_or_asks_sets_up_the_server(
     wait_until(lambda: "sleep 1000" not in processes_with(mark).values(), "what a start-up file left is gone", 10)
 
 
+def test_start_up_files_that_leave_or_print_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that leave are told of, once; an environment that comes on stderr is taken, and no value of it is said."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.setattr(rjupyter, "of_terminal", None)
+    told: List[str] = []
+    channel: Any = SimpleNamespace(tell=lambda kind, text: told.append(text), progress=lambda text: None)
+    for name in (".bash_profile", ".bashrc"):
+        (tmp_path / name).write_text("exit\n")
+    rjupyter.enter_terminal(rjupyter.Request(), channel, [])
+    assert told == ["The start-up files of /bin/bash leave before a command; going on without them."]
+    (tmp_path / ".bash_profile").write_text("exec 1>&2\necho hello\nexport LICENCE=s3cret\n")
+    found, said = rjupyter.shell_environment("/bin/bash", [], is_interactive=True)
+    assert found["LICENCE"] == "s3cret" and "hello" in said and "s3cret" not in said
+
+
 class Machine(NamedTuple):
     """A kind of machine: the dotfiles of a new user there, and what they set in a terminal. A ~ there is home."""
 
@@ -480,7 +499,7 @@ def test_jupyter_is_installed_through_the_proxy_of_the_terminal(
     with ThreadingHTTPServer(("127.0.0.1", 0), Index) as proxy:
         threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
         address = "http://127.0.0.1:%d" % proxy.server_address[1]
-        index = "PIP_INDEX_URL=http://index.invalid/simple PIP_TRUSTED_HOST=index.invalid PIP_NO_CACHE_DIR=1"
+        index = "PIP_INDEX_URL=http://index.invalid/simple PIP_TRUSTED_HOST=index.invalid PIP_NO_CACHE_DIR=1 PIP_USER=1"
         (host.home / ".profile").write_text("export http_proxy=%s LICENCE=7 %s\n" % (address, index))
         with laptop.opened("host") as run:
             assert "Installed Jupyter" in run.stderr, run.text

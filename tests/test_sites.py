@@ -426,6 +426,22 @@ def test_squeue_that_lags(laptop: Laptop, slurm: PrivateSlurm, site: Site, login
     assert is_on_a_node(run)
 
 
+def test_job_that_is_missed_once_is_not_written_off(
+    laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host
+) -> None:
+    """It waits for long, and the squeue that was asked may have been another cluster's."""
+    job_that_waits(laptop, slurm)
+    (file,) = login.home.glob(".local/state/rjupyter/jobs/*/job.json")
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(record, created=record["created"] - 1000)))
+    site.wrap("squeue", "")
+    wait_until(lambda: numbers(laptop) == [], "it is missed", 30, 1)
+    assert not (file.parent / "end.json").exists()
+    site.unwrap("squeue")
+    wait_until(lambda: numbers(laptop) == ["1"], "it is seen again", 30, 1)
+    stop_ends_it(laptop, slurm)
+
+
 # -- E5: a home that lags ---------------------------------------------------------------------------------------------
 
 

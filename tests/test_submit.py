@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, Dict, Iterator, List
 
 import pytest
 import shim_scheduler
@@ -189,6 +189,66 @@ def test_a_submission_that_was_killed_is_not_waited_for(
     assert run.wait(60)
     assert not listed(laptop, "job")
     assert "Job" not in held(laptop, "host").stderr
+
+
+# -- a job on disks that are full or late -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rjupyter.JobRecord:
+    """A job that waits, by qstat's word, and is gone when qdel has been called."""
+    queue = "test -e %s || echo '7.pbs job.sh ana 0 Q workq'" % (tmp_path / "cancelled")
+    for command, script in (("qstat", queue), ("qdel", "touch %s" % (tmp_path / "cancelled"))):
+        (tmp_path / command).write_text("#!/bin/sh\n%s\n" % script)
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (tmp_path, os.environ["PATH"]))
+    monkeypatch.setenv("RJUPYTER_TMP", str(tmp_path))
+    job = rjupyter.JobRecord(created=0.0, node="", number="7", command="qsub", request=rjupyter.Request())
+    job.id, job.directory = "j12ab", str(tmp_path / "j12ab")
+    (tmp_path / "j12ab").mkdir()
+    return job
+
+
+def test_job_is_looked_for_where_nothing_can_be_kept_of_the_answer(
+    job: rjupyter.JobRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RJUPYTER_TMP", "/dev/full")
+    assert rjupyter.KINDS["job"].describe(job).word == "PENDING"
+
+
+def test_job_is_cancelled_where_nothing_can_be_written_beside_it(job: rjupyter.JobRecord, tmp_path: Path) -> None:
+    """As where a quota of files is used up."""
+    (tmp_path / "j12ab").rmdir()
+    rjupyter.KINDS["job"].end(job)
+    assert (tmp_path / "cancelled").exists()
+
+
+def test_reply_of_a_job_that_is_over_may_be_late(job: rjupyter.JobRecord, tmp_path: Path) -> None:
+    """On a home that shows files late; what never came was not said."""
+    (tmp_path / "j12ab/ended").touch()
+    gone_at: Dict[str, float] = {}
+    assert rjupyter.KINDS["job"].replied(job, gone_at) is None
+    gone_at = {name: moment - rjupyter.LATE_S for name, moment in gone_at.items()}
+    with pytest.raises(rjupyter.Failure, match="job 7 ended before it had started"):
+        rjupyter.KINDS["job"].replied(job, gone_at)
+    (tmp_path / "j12ab/said").write_text('{"kind": "reply", "reply": {"id": "r1"}}\n')
+    assert rjupyter.KINDS["job"].replied(job, gone_at) == {"id": "r1"}
+
+
+def test_stop_of_all_in_a_directory_leaves_the_jobs_of_others(
+    laptop: Laptop, directory: Path, make_host: Callable[..., Host]
+) -> None:
+    host = make_host(front=str(directory / "bin"))
+    (host.home / "work/deep").mkdir(parents=True)
+    (host.home / "other").mkdir()
+    *submit, _ = submits(directory, "spool", "echo request 7")
+    laptop.start(*submit, "host:other", has_terminal=False).expect(r"^Job 7 submitted\.$")
+    laptop.end_runs()
+    for place in ("host:work", "host:work/deep", "host:other"):
+        held(laptop, "--new", place)
+    assert laptop.run("host:work", "stop", "--all").status == 0
+    assert [server["root_dir"] for server in listed(laptop)] == [str(host.home / "other")]
+    assert [job["job"] for job in listed(laptop, "job")] == ["7"]
 
 
 # -- shims ------------------------------------------------------------------------------------------------------------

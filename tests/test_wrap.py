@@ -547,6 +547,34 @@ def test_stand_in_of_systemd_run(laptop: Laptop, host: Host, mark: str) -> None:
     is_clean(host, mark)
 
 
+@pytest.fixture
+def group(mark: str) -> Iterator[Path]:
+    """A control group that is called as those of a user's own manager of systemd."""
+    tops = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
+    top = next((top for top in tops if os.access(top, os.W_OK) and os.path.exists(top + "/cgroup.procs")), "")
+    if not top:
+        pytest.skip("no control group can be made here")
+    group = Path(top, mark, "user@0.service")
+    group.mkdir(parents=True)
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "nothing runs in it", 30)
+    group.rmdir()
+    group.parent.rmdir()
+
+
+def test_what_ends_when_one_logs_out_is_said(laptop: Laptop, group: Path, host: Host, mark: str) -> None:
+    """Below a user's own manager, it does so where they do not linger."""
+    lingers = Path("/var/lib/systemd/linger", host.sshd.user).exists()
+    move = "sh -c 'echo $$ >%s/cgroup.procs; exec \"$@\"' sh" % group
+    with laptop.opened("--wrap", move, "host") as run:
+        assert ("type there: loginctl enable-linger" in run.stderr) != lingers, run.text
+    assert laptop.run("host", "stop").status == 0
+    with laptop.opened("host") as run:
+        assert "enable-linger" not in run.stderr
+    assert laptop.run("host", "stop").status == 0
+    is_clean(host, mark)
+
+
 def words_for(image: str, uid: int, monkeypatch: pytest.MonkeyPatch, programs: Path, **request: Any) -> List[str]:
     monkeypatch.setattr(os, "getuid", lambda: uid)
     monkeypatch.setattr(os, "getgid", lambda: uid)
@@ -562,16 +590,18 @@ def test_words_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for name in ("docker", "podman", "apptainer", "nvidia-smi"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(os, "getgroups", lambda: [1000, 27])
     docker = words_for("docker://reg/img:1", 1000, monkeypatch, tmp_path)
     assert docker[:4] == ["docker", "run", "--rm", "--name=rjupyter-1000-w12ab"] and docker[-1] == "reg/img:1"
     assert '--mount=type=bind,"source=/data/a,""b","target=/data/a,""b"' in docker and "--gpus=all" in docker
     assert "--mount=type=bind,source=/home/ann,target=/home/ann" in docker and "--user=1000:1000" in docker
-    assert "--entrypoint=" in docker
+    assert "--entrypoint=" in docker and {"--group-add=1000", "--group-add=27"} < set(docker)
     # podman has them by a specification that somebody has made, or the container has none, and a line says so.
     gpus, told = "--device=nvidia.com/gpu=all", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
     monkeypatch.setitem(rjupyter.CONTAINERS["podman"], "gpus_need", [str(tmp_path / "*nvidia*.yaml")])
     podman = words_for("podman://img", 1000, monkeypatch, tmp_path)
     assert podman[0] == "podman" and "--userns=keep-id" in podman
+    assert "--annotation=run.oci.keep_original_groups=1" in podman and not re.search("--group-add", " ".join(podman))
     assert gpus not in podman and podman[-2] == "img" and podman[-1].endswith(told)
     (tmp_path / "nvidia.com-gpu.yaml").touch()
     podman = words_for("img", 1000, monkeypatch, tmp_path)
