@@ -1379,7 +1379,7 @@ def private_dir(path: str) -> str:
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         raise PermissionError("%s is not a directory of ours" % path)
-    if status.st_mode & 0o1000 or status.st_mode & 0o2020 == 0o2020:  # as /tmp is, or a group's
+    if 0o1002 & ~status.st_mode == 0 or 0o2020 & ~status.st_mode == 0:  # as /tmp is, or a group's
         raise PermissionError("%s is shared with others" % path)
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
@@ -5671,7 +5671,7 @@ class Tunnel:
         try:
             end = self.agent.ask(request, EndReply, silence_s=silence_s)
         except Failure as failure:
-            if type(failure) is NotConnected and not self.ssh.is_alive(self.server.target):
+            if isinstance(failure, NotConnected) and not self.ssh.is_alive(self.server.target):
                 raise
             return EndReply(is_running=True)
         if not end.is_running:
@@ -9266,7 +9266,8 @@ def begun_of(record: JobRecord) -> "Optional[JobState]":
 
 def note_end(record: JobRecord, state: JobState) -> None:
     """Write down how a job ended where its scheduler or itself says so: who misses it may be another cluster."""
-    if record.directory and (state.word in JOB_ENDS or is_marked(record, "ended")):
+    is_told = is_marked(record, "ended") and record.age_s() > UNSEEN_S  # in which a scheduler may tell more
+    if record.directory and (state.word in JOB_ENDS or is_told):
         with contextlib.suppress(OSError):
             write_whole(record.file("end.json"), json.dumps(state.facts()))
 

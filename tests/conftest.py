@@ -192,8 +192,8 @@ def fresh_hosts(
         cache = sshd.home / ".cache/rjupyter"
         shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
         if user:
-            for path in [cache.parent, cache, *cache.rglob("*")]:
-                os.chown(path, user.uid, -1)
+            for place in [cache.parent, cache, *cache.rglob("*")]:
+                os.chown(place, user.uid, -1)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
