@@ -2618,10 +2618,13 @@ class Ssh:
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
         return can_reach, words
 
-    def is_alive(self, target: str) -> bool:
-        """True where sshd answers through the connection, whatever: it does so without the host's home."""
-        came, words = self.can_reach(target) if self.way.has_login else (False, "")
-        return came or "open failed" in words
+    def is_alive(self) -> bool:
+        """True where sshd answers through the connection, whatever: it does so without the host's home.
+
+        It is asked for a port that nobody has: a Jupyter that hangs takes a connection, and does not end it.
+        """
+        came, words = self.can_reach("127.0.0.1:1") if self.way.has_login else (False, "")
+        return came or "open failed" in words or "open refused" in words  # the latter by a master that is not ours
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
@@ -5664,7 +5667,7 @@ class Tunnel:
         try:
             end = self.agent.ask(request, EndReply, silence_s=silence_s)
         except Failure as failure:
-            if type(failure) is NotConnected and not self.ssh.is_alive(self.server.target):
+            if type(failure) is NotConnected and not self.ssh.is_alive():
                 raise
             return EndReply(is_running=True)
         if not end.is_running:
