@@ -1927,6 +1927,10 @@ KEYWORDS = [
 ]
 
 
+# One of several in a ProxyJump, as `ssh -G` says it: its user, its name and its port.
+HOP = r"(?:ssh://)?(?:([^,]*)@)?\[?([^,]+?)\]?(?::(\d+))?/?(?:,|$)"
+
+
 class NotConnected(Failure):
     """There is no connection, or it is lost: another attempt may have it."""
 
@@ -2261,10 +2265,11 @@ class Ssh:
         files = [word for pair in pairs_of(self.options) if pair[0] == "-F" for word in pair]
         hops = self.config.get("proxyjump", "none") if os.name == "posix" else "none"
         jump: List[str] = []  # ssh's own would offer each hop an empty password, three times, where nobody can answer
-        for hop in [] if hops == "none" else hops.split(","):
+        for user, host, port in [] if hops == "none" else re.findall(HOP, hops):  # ssh:// takes no brackets, and one @
             before = [word.replace("%", "%%") for word in jump]
-            host = hop if "://" in hop else "ssh://" + hop
-            jump = ["-o", "ProxyCommand=" + shlex.join(["ssh", *files, *silent, *before, "-W", "[%h]:%p", "--", host])]
+            login = [*(["-l", user] if user else []), *(["-p", port] if port else [])]
+            words = ["ssh", *files, *silent, *before, *login, "-W", "[%h]:%p", "--", host]
+            jump = ["-o", "ProxyCommand=" + shlex.join(words)]
         return argv + silent + jump
 
     # -- the connection -----------------------------------------------------------------------------------------------
