@@ -2205,6 +2205,7 @@ class Ssh:
         self.messages = messages
         self.is_mux = is_mux
         self.masters = list(MASTERS)  # where there may be one to go through
+        self.control_name = "%x.ctl" % os.getpid()
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2295,10 +2296,10 @@ class Ssh:
         try:
             directory = private_runtime_dir()
             for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
-                match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
-                if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
+                match = re.fullmatch(r"([0-9a-f]{1,8})n?\.ctl", name)
+                if match and (name == self.control_name or not process_identity(int(match.group(1), 16))):
                     remove_files([os.path.join(directory, name)])
-            self.way = way = Mux(self, os.path.join(directory, "%x.ctl" % os.getpid()))
+            self.way = way = Mux(self, os.path.join(directory, self.control_name))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
             argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
@@ -9458,6 +9459,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
     there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
+    there.control_name = "%xn.ctl" % os.getpid()  # beside the login node's, which the jump goes through
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
     there.messages.step(text, "connected", node=server.node)
