@@ -5709,9 +5709,15 @@ class Tunnel:
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
-        for record in [record for record in tunnels() if record.pid == os.getpid()]:
+        ours = [record for record in tunnels() if record.pid == os.getpid()]
+        for record in ours:
             self.ssh.further = record.further  # a second open may have added some
-        if not self._forward()[0]:
+        is_open = self._forward()[0]
+        for record in [record for record in ours if record.further != self.ssh.further]:
+            record.further = self.ssh.further  # what is lost may be added again
+            with contextlib.suppress(OSError, Failure):
+                write_whole(os.path.join(private_runtime_dir(), "%d.json" % record.pid), json.dumps(record.facts()))
+        if not is_open:
             raise self.port.taken()
         if self._is_answering():
             return True
