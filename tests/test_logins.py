@@ -506,9 +506,7 @@ JUMPS = {
 
 @BOTH_MODES
 @pytest.mark.parametrize("jump", sorted(JUMPS))
-def test_jump_host_that_does_not_get_there_is_no_crowd(
-    laptop: Laptop, host: Host, jump: str, mode: List[str]
-) -> None:
+def test_jump_host_that_does_not_get_there_is_no_crowd(laptop: Laptop, host: Host, jump: str, mode: List[str]) -> None:
     text = host.sshd.config.read_text()
     text += text.replace("Host host\n", "Host behind\n  ProxyJump %s\n" % jump).replace(str(host.sshd.port), "1")
     Path(laptop.config).write_text(text)

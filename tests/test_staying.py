@@ -339,9 +339,7 @@ def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> No
 
 @BOTH_MODES
 @pytest.mark.parametrize("setting", ["ExitOnForwardFailure", "ClearAllForwardings"])
-def test_forward_and_command_of_the_users_own_config(
-    laptop: Laptop, host: Host, setting: str, mode: List[str]
-) -> None:
+def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, setting: str, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = Path(laptop.config).read_text()
@@ -514,6 +512,9 @@ def test_further_forward_whose_port_another_took_meanwhile_is_no_longer_there(
             run.expect("Connected to host again")
         check_same(run, url, kernel)
         check_forwards(dashboard, ports[1:])
+        if not mode:  # to what is multiplexed, it can be added again
+            assert laptop.run("-L", forwards[0], "host").stdout == url + "\n"
+            check_forwards(dashboard, ports)
     assert re.findall("^Not forwarded any more: (.*?) ", run.text, re.MULTILINE) == ["127.0.0.1:" + forwards[0]]
 
 
