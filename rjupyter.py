@@ -5649,7 +5649,9 @@ class Tunnel:
                 break
             try:
                 end = self._ask_end(SILENCE_TIMEOUT_S if is_silent else CHECK_TIMEOUT_S)
-            except NotConnected as failure:
+            except Failure as failure:
+                if failure.status == EXIT_SERVER_ENDED:
+                    raise
                 return failure.last_line()
             if not end.is_answering:
                 if not is_silent:
@@ -5665,7 +5667,7 @@ class Tunnel:
         return cause_of(self.ssh.words)
 
     def _ask_end(self, silence_s: float = CHECK_TIMEOUT_S) -> EndReply:
-        """Ask the host how the server does; raises Failure: 4 when it has ended, NotConnected when the link is dead.
+        """Ask the host how the server does; raises Failure: 4 when it has ended, another when the link is dead.
 
         A host that is slow or full may not come to say so: where its sshd answers, the server runs on, for all we know.
         """
@@ -5673,7 +5675,8 @@ class Tunnel:
         try:
             end = self.agent.ask(request, EndReply, silence_s=silence_s)
         except Failure as failure:
-            if type(failure) is NotConnected and not self.ssh.is_alive():
+            may_be_dead = type(failure) is NotConnected or self.ssh.way.has_login  # a master killed says little
+            if may_be_dead and not self.ssh.is_alive():
                 raise
             return EndReply(is_running=True)
         if not end.is_running:
