@@ -1927,6 +1927,10 @@ KEYWORDS = [
 ]
 
 
+# One of several in a ProxyJump, as `ssh -G` says it: its user, its name and its port.
+HOP = r"(?:ssh://)?(?:([^,]*)@)?\[?([^,]+?)\]?(?::(\d+))?/?(?:,|$)"
+
+
 class NotConnected(Failure):
     """There is no connection, or it is lost: another attempt may have it."""
 
@@ -2201,6 +2205,7 @@ class Ssh:
         self.messages = messages
         self.is_mux = is_mux
         self.masters = list(MASTERS)  # where there may be one to go through
+        self.control_name = "%x.ctl" % os.getpid()
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2261,10 +2266,11 @@ class Ssh:
         files = [word for pair in pairs_of(self.options) if pair[0] == "-F" for word in pair]
         hops = self.config.get("proxyjump", "none") if os.name == "posix" else "none"
         jump: List[str] = []  # ssh's own would offer each hop an empty password, three times, where nobody can answer
-        for hop in [] if hops == "none" else hops.split(","):
+        for user, host, port in [] if hops == "none" else re.findall(HOP, hops):  # ssh:// takes no brackets, and one @
             before = [word.replace("%", "%%") for word in jump]
-            host = hop if "://" in hop else "ssh://" + hop
-            jump = ["-o", "ProxyCommand=" + shlex.join(["ssh", *files, *silent, *before, "-W", "[%h]:%p", "--", host])]
+            login = [*(["-l", user] if user else []), *(["-p", port] if port else [])]
+            words = ["ssh", *files, *silent, *before, *login, "-W", "[%h]:%p", "--", host]
+            jump = ["-o", "ProxyCommand=" + shlex.join(words)]
         return argv + silent + jump
 
     # -- the connection -----------------------------------------------------------------------------------------------
@@ -2290,10 +2296,10 @@ class Ssh:
         try:
             directory = private_runtime_dir()
             for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
-                match = re.fullmatch(r"([0-9a-f]{1,8})\.ctl", name)
-                if match and (int(match.group(1), 16) == os.getpid() or not process_identity(int(match.group(1), 16))):
+                match = re.fullmatch(r"([0-9a-f]{1,8})n?\.ctl", name)
+                if match and (name == self.control_name or not process_identity(int(match.group(1), 16))):
                     remove_files([os.path.join(directory, name)])
-            self.way = way = Mux(self, os.path.join(directory, "%x.ctl" % os.getpid()))
+            self.way = way = Mux(self, os.path.join(directory, self.control_name))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
             argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
@@ -2618,10 +2624,13 @@ class Ssh:
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
         return can_reach, words
 
-    def is_alive(self, target: str) -> bool:
-        """True where sshd answers through the connection, whatever: it does so without the host's home."""
-        came, words = self.can_reach(target) if self.way.has_login else (False, "")
-        return came or "open failed" in words
+    def is_alive(self) -> bool:
+        """True where sshd answers through the connection, whatever: it does so without the host's home.
+
+        It is asked for a port that nobody has: a Jupyter that hangs takes a connection, and does not end it.
+        """
+        came, words = self.can_reach("127.0.0.1:1") if self.way.has_login else (False, "")
+        return came or "open failed" in words or "open refused" in words  # the latter by a master that is not ours
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for `timeout_s`, less when the connection ends or `wake` is called; return whether it still stands."""
@@ -5647,7 +5656,9 @@ class Tunnel:
                 break
             try:
                 end = self._ask_end(SILENCE_TIMEOUT_S if is_silent else CHECK_TIMEOUT_S)
-            except NotConnected as failure:
+            except Failure as failure:
+                if failure.status == EXIT_SERVER_ENDED:
+                    raise
                 return failure.last_line()
             if not end.is_answering:
                 if not is_silent:
@@ -5663,7 +5674,7 @@ class Tunnel:
         return cause_of(self.ssh.words)
 
     def _ask_end(self, silence_s: float = CHECK_TIMEOUT_S) -> EndReply:
-        """Ask the host how the server does; raises Failure: 4 when it has ended, NotConnected when the link is dead.
+        """Ask the host how the server does; raises Failure: 4 when it has ended, another when the link is dead.
 
         A host that is slow or full may not come to say so: where its sshd answers, the server runs on, for all we know.
         """
@@ -5671,7 +5682,8 @@ class Tunnel:
         try:
             end = self.agent.ask(request, EndReply, silence_s=silence_s)
         except Failure as failure:
-            if isinstance(failure, NotConnected) and not self.ssh.is_alive(self.server.target):
+            may_be_dead = isinstance(failure, NotConnected) or self.ssh.way.has_login  # a master killed says little
+            if may_be_dead and not self.ssh.is_alive():
                 raise
             return EndReply(is_running=True)
         if not end.is_running:
@@ -5707,9 +5719,15 @@ class Tunnel:
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
-        for record in [record for record in tunnels() if record.pid == os.getpid()]:
+        ours = [record for record in tunnels() if record.pid == os.getpid()]
+        for record in ours:
             self.ssh.further = record.further  # a second open may have added some
-        if not self._forward()[0]:
+        is_open = self._forward()[0]
+        for record in [record for record in ours if record.further != self.ssh.further]:
+            record.further = self.ssh.further  # what is lost may be added again
+            with contextlib.suppress(OSError, Failure):
+                write_whole(os.path.join(private_runtime_dir(), "%d.json" % record.pid), json.dumps(record.facts()))
+        if not is_open:
             raise self.port.taken()
         if self._is_answering():
             return True
@@ -9463,6 +9481,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
     there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further = ssh.further
+    there.control_name = "%xn.ctl" % os.getpid()  # beside the login node's, which the jump goes through
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
     there.messages.step(text, "connected", node=server.node)

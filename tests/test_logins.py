@@ -498,14 +498,40 @@ def test_proxy_command_that_is_dead_is_told_in_its_own_words(
         assert "turns logins away" not in run.stderr  # which nobody is told to wait for
 
 
+JUMPS = {
+    "host": "open failed: connect failed: Connection refused",
+    "nohost.invalid": "Could not resolve hostname nohost.invalid",
+}
+
+
 @BOTH_MODES
-def test_jump_host_that_does_not_get_there_is_no_crowd(laptop: Laptop, host: Host, mode: List[str]) -> None:
+@pytest.mark.parametrize("jump", sorted(JUMPS))
+def test_jump_host_that_does_not_get_there_is_no_crowd(laptop: Laptop, host: Host, jump: str, mode: List[str]) -> None:
     text = host.sshd.config.read_text()
-    text += text.replace("Host host\n", "Host behind\n  ProxyJump host\n").replace(str(host.sshd.port), "1")
+    text += text.replace("Host host\n", "Host behind\n  ProxyJump %s\n" % jump).replace(str(host.sshd.port), "1")
     Path(laptop.config).write_text(text)
     run = laptop.run(*mode, "behind", "list")
-    check_failure(run, 255, "open failed: connect failed: Connection refused", "behind true")
+    check_failure(run, 255, JUMPS[jump], "behind true")
     assert "turns logins away" not in run.stderr
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("hops", [["one"], ["one", "two"]], ids=len)
+def test_jump_host_is_sent_no_empty_password_where_nobody_can_answer(
+    laptop: Laptop, make_host: Callable[..., Host], hops: List[str], mode: List[str]
+) -> None:
+    """The last of the jump hosts has no key of ours first, and takes passwords; then it lets us through."""
+    *_, last, host = [make_host(name=name, settings="PasswordAuthentication yes") for name in (*hops, "host")]
+    texts = [(host.sshd.directory.parent / name / "ssh_config").read_text() for name in (*hops, "host")]
+    Path(laptop.config).write_text("".join(texts))
+    keys = last.sshd.directory / "user_key.pub"
+    key = keys.read_text()
+    keys.write_text("")
+    check_failure(laptop.run(*mode, "-J", ",".join(hops), "host", "list"), 255, "Permission denied (")
+    assert "password" not in last.sshd.log_text()
+    keys.write_text(key)
+    run = laptop.run(*mode, "-J", ",".join(hops), "host", "list")
+    assert (run.status, last.sshd.logins(), host.sshd.logins()) == (0, 1, 1), run.text
 
 
 # -- a connection that is lost before there is a result ---------------------------------------------------------------

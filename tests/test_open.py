@@ -9,12 +9,12 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from browser import run_cell
-from client import api, check_failure, compute, listed
+from client import api, check_failure, compute, is_up, listed
 from jupyters import CACHE, standin, standin_wheels
 from notebooks import write_notebook
 from sides import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, bare_python, processes_with, quiet_port, wait_until
@@ -151,6 +151,15 @@ def test_background_and_close(laptop: Laptop, host: Host, mark: str) -> None:
     with pytest.raises(OSError):
         api(url, "status")
     assert is_running(host.servers()[0]["pid"])
+
+
+def test_close_with_options_of_ssh_closes_the_tunnels_that_have_them(laptop: Laptop, host: Host) -> None:
+    ways: List[List[str]] = [[], ["-o", "Compression=yes"]]
+    one, two = [laptop.run(*way, "-f", "--local-port", str(quiet_port()), "host").url() for way in ways]
+    assert laptop.run(*ways[1], "host", "close").text.count("Closed the tunnel") == 1
+    assert is_up(one) and not is_up(two)
+    assert laptop.run("other", "close", "--all").text.count("Closed the tunnel") == 1
+    assert not is_up(one)
 
 
 def test_background_tells_its_failure_by_its_status(laptop: Laptop, host: Host) -> None:

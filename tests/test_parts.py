@@ -3,10 +3,12 @@
 import contextlib
 import datetime
 import errno
+import getpass
 import io
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -246,6 +248,44 @@ def test_what_ssh_says_as_it_ends_is_explained_whatever_a_host_says_before(line:
     failure = ssh.connect_failure(["Welcome to gpu1", line, "Connection closed by 192.0.2.1 port 22"])
     assert advice in failure.why + failure.try_, failure
     assert advice != "true" or line in failure.why, failure
+
+
+@pytest.mark.parametrize(
+    ("behind", "can_ask", "seconds"),
+    [
+        ("", False, 15),
+        ("", True, 15),
+        ("proxyjump", False, 15),
+        ("proxyjump", True, 120),
+        ("proxycommand", False, 60),  # it may start the host
+        ("proxycommand", True, 120),
+    ],
+)
+def test_patience_with_a_login(behind: str, can_ask: bool, seconds: int) -> None:
+    ssh = rjupyter.Ssh("gpu1", [], can_ask, rjupyter.Messages(quiet=True), False)
+    ssh.config = {behind: "bastion"}
+    assert "ConnectTimeout=%d" % seconds in ssh.patience()
+
+
+JUMPS = {
+    "bastion": (getpass.getuser(), "bastion", "22"),
+    "bob@bastion:2222": ("bob", "bastion", "2222"),
+    "bob@example.org@bastion": ("bob@example.org", "bastion", "22"),
+    "bob+gpu1@[2001:db8::1]:2222": ("bob+gpu1", "2001:db8::1", "2222"),
+}
+
+
+@pytest.mark.parametrize("jump", sorted(JUMPS))
+def test_jump_host_is_the_one_that_ssh_would_take(jump: str) -> None:
+    def config(*words: str) -> Dict[str, str]:
+        text = subprocess.run(["ssh", "-F", "none", "-G", *words], capture_output=True, text=True).stdout
+        return dict(line.split(" ", 1) for line in text.splitlines())
+
+    ssh = rjupyter.Ssh("gpu1", ["-F", "none"], False, rjupyter.Messages(quiet=True), False)
+    ssh.config = config("-J", jump, "gpu1")
+    command = ssh.patience()[-1].replace("%h", "gpu1").replace("%p", "22")
+    found = config(*shlex.split(command)[1:])
+    assert (found["user"], found["hostname"], found["port"]) == JUMPS[jump]
 
 
 class EndsBehindOurBack(rjupyter.Child):

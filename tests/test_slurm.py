@@ -284,6 +284,7 @@ def test_tunnel_that_ends_on_the_node(
         run.expect("^Connected to node1 through host.")
         run.expect(r"^Forwarding 127\.0\.0\.1:\d+ to node1:%s\.$" % ("/.*" if "--socket" in options else r"\d+"))
         assert "whoever reaches" not in run.stderr
+        assert login.sshd.logins() == 1
     again = laptop.start("--via-node", *options, "host", has_terminal=False)
     assert without_port(again.url()) == without_port(run.url())
     nodes[0].end_connections()

@@ -181,6 +181,29 @@ def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -
     assert "is lost" not in run.text
 
 
+START_UP_FILES = {
+    "full": "echo 'No space left on device' >&2; exit 1\n",
+    "slow": "while [ -e ~/.bashrc ]; do sleep 0.05; done\n",
+}
+
+
+@pytest.mark.parametrize("trouble", sorted(START_UP_FILES))
+def test_connection_that_stands_is_kept_where_the_host_can_not_say_how_jupyter_does(
+    laptop: Laptop, host: Host, trouble: str
+) -> None:
+    run, url, kernel = start_and_remember(laptop)
+    (record,) = host.servers()
+    logins = host.sshd.logins()
+    (host.home / ".bashrc").write_text(START_UP_FILES[trouble])
+    os.kill(record["pid"], signal.SIGSTOP)
+    run.expect("does not answer, although the connection works. Waiting.|is lost")
+    (host.home / ".bashrc").unlink()
+    os.kill(record["pid"], signal.SIGCONT)
+    run.expect("answers again")
+    check_same(run, url, kernel)
+    assert "is lost" not in run.text and host.sshd.logins() == logins
+
+
 @pytest.mark.parametrize(
     ("end", "words"),
     [
@@ -315,12 +338,13 @@ def test_no_session_at_all(laptop: Laptop, make_host: Callable[..., Host]) -> No
 
 
 @BOTH_MODES
-def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, mode: List[str]) -> None:
+@pytest.mark.parametrize("setting", ["ExitOnForwardFailure", "ClearAllForwardings"])
+def test_forward_and_command_of_the_users_own_config(laptop: Laptop, host: Host, setting: str, mode: List[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = Path(laptop.config).read_text()
         text += "  RemoteCommand echo no\n  RequestTTY force\n  LocalForward 127.0.0.1:%d 127.0.0.1:1\n" % port
-        Path(laptop.config).write_text(text + "  ExitOnForwardFailure yes\n")
+        Path(laptop.config).write_text(text + "  %s yes\n" % setting)
         run = laptop.start(*mode, "host", has_terminal=False)
         assert is_up(run.url())
 
@@ -469,6 +493,29 @@ def test_further_forwards(laptop: Laptop, host: Host, mode: List[str]) -> None:
             failed = laptop.run(*mode, *forwards, "host")
         assert failed.status == 1
         assert "rjupyter: cannot forward 127.0.0.1:%d:localhost:%d" % (ports[0], to) in failed.stderr
+
+
+@BOTH_MODES
+def test_further_forward_whose_port_another_took_meanwhile_is_no_longer_there(
+    laptop: Laptop, host: Host, mode: List[str]
+) -> None:
+    ports = [quiet_port(), quiet_port()]
+    with socket.create_server(("127.0.0.1", 0)) as dashboard:
+        forwards = ["%d:localhost:%d" % (port, dashboard.getsockname()[1]) for port in ports]
+        run, url, kernel = start_and_remember(laptop, *mode, "-L", forwards[0], "-L", forwards[1])
+        host.sshd.stop()
+        host.sshd.end_connections()
+        run.expect("is lost")
+        wait_until(lambda: can_listen(ports[0]), "ssh has left the port", 20)
+        with socket.create_server(("127.0.0.1", ports[0])):
+            host.sshd.start()
+            run.expect("Connected to host again")
+        check_same(run, url, kernel)
+        check_forwards(dashboard, ports[1:])
+        if not mode:  # to what is multiplexed, it can be added again
+            assert laptop.run("-L", forwards[0], "host").stdout == url + "\n"
+            check_forwards(dashboard, ports)
+    assert re.findall("^Not forwarded any more: (.*?) ", run.text, re.MULTILINE) == ["127.0.0.1:" + forwards[0]]
 
 
 def check_forwards(dashboard: socket.socket, ports: List[int]) -> None:

@@ -111,9 +111,21 @@ def test_second_copy_says_that_it_is_up_whatever_started_the_first(laptop: Lapto
         assert second.status == 0
         assert second.stdout == url + "\n"
         assert ("The tunnel is up already (pid %d)." % first.pid in second.stderr) == ("-q" not in arguments)
+        assert "It does not answer" not in second.stderr
     assert host.sshd.logins() == logins
     other = laptop.run("--no-config", "--local-port", str(quiet_port()), "host", "list")
     assert other.status == 0
+
+
+def test_second_copy_says_that_the_tunnel_does_not_answer(laptop: Laptop, host: Host) -> None:
+    first = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
+    first.expect("To end it")
+    host.sshd.stop()
+    host.sshd.end_connections()
+    first.expect("is lost")
+    second = laptop.run("host")
+    assert (second.status, second.stdout) == (0, first.url() + "\n")
+    assert re.search(r"up already \(pid %d\)\.\nIt does not answer: it is connecting again" % first.pid, second.stderr)
 
 
 def test_cron_finds_the_records_of_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
