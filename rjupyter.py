@@ -1539,10 +1539,10 @@ def has_lock(lock: "Any") -> bool:
 
 
 def printable(text: str) -> str:
-    """Return `text` without control characters, so that it cannot drive the terminal; lines and tabs stay."""
+    """Return `text` without what drives a terminal: control characters, but lines and tabs, and turns of direction."""
     if text.isprintable():
         return text
-    driving = "\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # or turns lines
+    driving = "\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
     return re.sub("[%s]" % driving, "?", text.replace("\r\n", "\n"))
 
 
@@ -4801,7 +4801,8 @@ def what_to_stop(request: Request) -> "List[Any]":
     """Return what a stop without an id means: the server of the PATH, the only one, a job that waits; or all."""
     root_dir = resolve_path(request.path)[0]
     if request.is_all:  # as `list` shows them
-        return [record for kind in KINDS.values() for record in kind.running() if is_below(record, root_dir)]
+        goes_on = [record for kind in KINDS.values() for record in kind.listed() if kind.goes_on(record)]
+        return [r for r in goes_on if is_below(r, root_dir) and request.app in ("", r.request.app)]
     found = matching_servers(request, root_dir)  # type: List[Any]
     found = found or [record for kind in STARTERS for record in kind.waiting(request)]
     there = found or matching_servers(request.but(app=""), root_dir)
@@ -5725,8 +5726,7 @@ class Tunnel:
         is_open = self._forward()[0]
         for record in [record for record in ours if record.further != self.ssh.further]:
             record.further = self.ssh.further  # what is lost may be added again
-            with contextlib.suppress(OSError, Failure):
-                write_whole(os.path.join(private_runtime_dir(), "%d.json" % record.pid), json.dumps(record.facts()))
+            write_tunnel(record)
         if not is_open:
             raise self.port.taken()
         if self._is_answering():
@@ -5811,15 +5811,20 @@ def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
 @contextlib.contextmanager
 def written_down(record: TunnelRecord) -> Iterator[None]:
     """Keep a record of our tunnel while it is up, for a second copy of us and for `close`; where there is a place."""
-    path = ""
-    with contextlib.suppress(Failure):
-        path = os.path.join(private_runtime_dir(), "%d.json" % os.getpid())
+    path = write_tunnel(record)
     try:
-        if path:
-            write_whole(path, json.dumps(record.facts()))
         yield
     finally:
         remove_files([path])
+
+
+def write_tunnel(record: TunnelRecord) -> str:
+    """Write down what a tunnel is; return the file, or nothing where there is no place."""
+    with contextlib.suppress(OSError, Failure):
+        path = os.path.join(private_runtime_dir(), "%d.json" % record.pid)
+        write_whole(path, json.dumps(record.facts()))
+        return path
+    return ""
 
 
 def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
@@ -5829,8 +5834,7 @@ def add_forward(record: TunnelRecord, spec: str, ssh: Ssh) -> None:
         is_up = os.path.exists(record.control)
         raise Failure("cannot forward " + spec, words, "another port in -L" if is_up else "the same command again")
     record.further = [*record.further, spec]
-    path = os.path.join(os.path.dirname(record.control), "%d.json" % record.pid)
-    write_whole(path, json.dumps(record.facts()))
+    write_tunnel(record)
 
 
 def gateway_settings(url: str, base_url: str) -> str:
