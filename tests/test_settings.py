@@ -546,7 +546,8 @@ def test_settings_of_tornado_are_theirs_and_ours(
         shutil.copytree(programs.parent / "etc", host.home / "v/etc")
         options[:0] = ["--env", "~/v"]
     (host.home / path).parent.mkdir(exist_ok=True)
-    for settings, pings in ((THEIRS, [3000, 9000]), (dict(THEIRS, ws_ping_interval=7000), [7000, 9000])):
+    cases = [(dict(THEIRS, ws_ping_interval=7000), [7000, 9000]), (THEIRS, [3000, 9000])]
+    for settings, pings in cases if age else cases[:1]:
         with open(host.home / path, "w") as stream:
             stream.write(
                 text.format(json.dumps(settings)) + "\n" + (tells if path.endswith(own + "_config.py") else "")
