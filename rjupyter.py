@@ -4605,10 +4605,9 @@ def open_server(request: Request, channel: Channel) -> Server:
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
-        if place.is_here and "/user@" in read_text("/proc/%d/cgroup" % found.pid):  # logind(8), user@.service(5)
-            if not os.path.exists("/var/lib/systemd/linger/" + pwd.getpwuid(os.getuid()).pw_name):
-                text = "It ends when you log out of the host. To keep it, type there: loginctl enable-linger"
-                channel.tell("note", text=text)
+        remedy = what_keeps(found.pid) if place.is_here and found.is_launched else ""
+        if remedy:
+            channel.tell("note", text="It ends when you log out of the host. To keep it: " + remedy)
     if file and record and can_ask_server(record, found):
         name = "".join("%%%02x" % byte for byte in os.fsencode(file))
         if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
@@ -4616,6 +4615,21 @@ def open_server(request: Request, channel: Channel) -> Server:
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(request, found.id))]
     found.foreign = foreign_files()
     return found
+
+
+def what_keeps(pid: int) -> str:
+    """Return what keeps a process that would end when its user logs out; empty where nothing ends it.
+
+    logind ends a user's own manager then, unless it lingers; and what is left of a session where it was told so
+    (logind.conf(5), "KillUserProcesses"; root's it spares).
+    """
+    group, name = read_text("/proc/%d/cgroup" % pid), "org.freedesktop.login1"
+    lingers = "loginctl enable-linger   (once, there)"
+    if "/user@" in group:
+        return "" if os.path.exists("/var/lib/systemd/linger/" + pwd.getpwuid(os.getuid()).pw_name) else lingers
+    ask = ["busctl", "get-property", name, "/" + name.replace(".", "/"), name + ".Manager", "KillUserProcesses"]
+    ends = "/session-" in group and own_uid() and run_command(ask, COMMAND_TIMEOUT_S)[1].strip() == "b true"
+    return lingers + '; and --wrap "systemd-run --user --scope" --new' if ends else ""
 
 
 def scheduler_here() -> str:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from client import api, busy_kernel, check_failure, compute, events_of, held, listed, new_session, whereabouts
@@ -567,12 +567,34 @@ def test_what_ends_when_one_logs_out_is_said(laptop: Laptop, group: Path, host: 
     lingers = Path("/var/lib/systemd/linger", host.sshd.user).exists()
     move = "sh -c 'echo $$ >%s/cgroup.procs; exec \"$@\"' sh" % group
     with laptop.opened("--wrap", move, "host") as run:
-        assert ("type there: loginctl enable-linger" in run.stderr) != lingers, run.text
+        assert ("To keep it: loginctl enable-linger" in run.stderr) != lingers, run.text
     assert laptop.run("host", "stop").status == 0
     with laptop.opened("host") as run:
         assert "enable-linger" not in run.stderr
     assert laptop.run("host", "stop").status == 0
     is_clean(host, mark)
+
+
+@pytest.mark.parametrize(
+    ("group", "told", "words"),
+    [
+        ("0::/user.slice/user-7.slice/session-3.scope\n", "b true\n", "systemd-run --user --scope"),
+        ("0::/user.slice/user-7.slice/session-3.scope\n", "b false\n", ""),
+        ("0::/system.slice/slurmstepd.scope/job_7\n", "b true\n", ""),
+        ("0::/user.slice/user-7.slice/user@7.service/app.slice/run-1.scope\n", "", "loginctl enable-linger"),
+    ],
+)
+def test_what_a_site_ends_at_logout(monkeypatch: pytest.MonkeyPatch, group: str, told: str, words: str) -> None:
+    """No logind runs here: what is asked of it, and the group of a process, are its words as the manuals have them."""
+
+    def answer(argv: List[str], limit_s: float) -> Tuple[int, str, str]:
+        assert argv[:2] == ["busctl", "get-property"] and argv[-1] == "KillUserProcesses"
+        return 0, told, ""
+
+    monkeypatch.setattr(rjupyter, "read_text", lambda path: group)
+    monkeypatch.setattr(rjupyter, "own_uid", lambda: 7)
+    monkeypatch.setattr(rjupyter, "run_command", answer)
+    assert (words in rjupyter.what_keeps(12)) if words else rjupyter.what_keeps(12) == ""
 
 
 def words_for(image: str, uid: int, monkeypatch: pytest.MonkeyPatch, programs: Path, **request: Any) -> List[str]:
