@@ -316,13 +316,6 @@ class Failure(Exception):
         return self.why.splitlines()[-1] if self.why else self.what
 
 
-# agent ends
-
-
-class SessionRefused(Failure):
-    """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # records
 #
@@ -330,7 +323,6 @@ class SessionRefused(Failure):
 # checked once, where the record comes in. What a record does not know is dropped; what an older one lacks has a
 # default. So a file of any version can be read, and nothing past the border looks into a dict from outside.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 class Wrong(Failure):
@@ -429,8 +421,6 @@ def checked(kind: "Any", value: "Any") -> "Any":
         if not 0 < status < 256:  # only a status of ours becomes one of ours
             raise Wrong("wrong in it: status")
         return Failure(what, why, try_, status)
-    if outer == "Failure" and isinstance(value, Failure):
-        return value
     if outer == "Json" and isinstance(value, dict):
         return dict(value)
     is_number = type(value) in (int, float) and -(2**53) < value < 2**53
@@ -475,7 +465,6 @@ APPS = {
     "notebook": App("Jupyter Notebook", "jupyter-notebook", "notebook", ("tree", "notebooks/%s", "edit/%s")),
     "lab": App("JupyterLab", "jupyter-lab", "jupyterlab", ("lab", "lab/tree/%s", "lab/tree/%s")),
 }
-
 
 # What an execution can do with: an app's environment has nbclient, and nbclient has a command of its own.
 PROGRAMS = dict(APPS, nbclient=App("nbclient", "jupyter-execute", "nbclient"))
@@ -946,7 +935,6 @@ class StartReply(Record):
 
     id: str
     is_started: bool = False
-    pid: int = 0
     age_s: float = 0.0
 
 
@@ -966,89 +954,11 @@ class Said(Record):
         return self.reply
 
 
-# agent ends
-
-
-class TunnelRecord(Record):
-    """A tunnel of ours that is up here, for a second copy of us and for `close`: PID.json."""
-
-    pid: int
-    identity: str
-    destination: str
-    typed: str = ""  # with its path
-    ssh: "List[str]" = []
-    further: "List[str]" = []
-    request: "Request" = Request()
-    is_background: bool = False
-    url: str
-    base_url: str = "/"
-    local_port: int
-    id: str
-    created: float = 0.0
-    control: str = ""  # the control socket of its ssh, where that is a master of ours
-    config: str = ""  # what `ssh -G` said when it connected
-
-
-class Event(NamedTuple):
-    """A kind of object that --json prints: when it comes, and its keys. A value is null where there is no such fact."""
-
-    when: str
-    keys: Tuple[str, ...]
-
-
-EVENTS = {
-    "connected": Event("logged in", ("user", "node", "python", "home")),
-    "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
-    "installed": Event("it is there now", ("path", "seconds")),
-    "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
-    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir", "ignored")),
-    "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
-    "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
-    "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
-    "lost": Event("the connection is lost", ("why", "local_port")),
-    "reconnected": Event("it is back", ("seconds", "local_port")),
-    "silent": Event("Jupyter does not answer, although the connection works", ("id",)),
-    "answering": Event("it answers again", ("id",)),
-    "tunnel": Event(
-        "a tunnel that is up here, without a host",
-        ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
-    ),
-    "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
-    "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
-    "server": Event("one line of `list`", tuple(ServerView.fields)),
-    "run": Event("one execution in `list`", tuple(RunView.fields)),
-    "job": Event("one job in `list`", tuple(name for name in StarterView.fields if name != "wrap")),
-    "wrapper": Event("what starts in a wrapper, in `list`", ("id", "wrap", "action", "path", "age_s")),
-    "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
-    "ending": Event("the job's time is up soon", ("id", "left_s")),
-    "started": Event("an execution was started", ("id",)),
-    "overlap": Event("it runs already; this one was not started", ("id",)),
-    "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
-    "brought": Event("a file that a run wrote is here", ("path", "id")),
-    "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
-    "host": Event("one of several hosts in `list`; what it has follows", ("host", "is_reached", "why")),
-    "kernel": Event("one line of `list --kernels`", tuple(KernelState.fields)),
-    "ended": Event("`stop` ended a kernel", ("kernel", "notebook", "server")),
-    "waited": Event("a kernel is idle, or dead", ("kernel", "notebook", "state", "count", "seconds", "is_done")),
-    "line": Event("one line of `logs`", ("line",)),
-    "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
-    "output": Event("what a cell printed", ("cell", "type", "content")),
-    "finished": Event("a cell that ended", ("cell", "is_done", "time", "seconds", "connections")),
-    "image": Event("`eval --save-images` wrote what is no text", ("type", "path")),
-    "saved": Event("`output --save` has put outputs into a notebook", ("notebook", "cells")),
-    "gap": Event("something is missing in `output`", ("why", "time")),
-    "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
-    "option": Event("one line of `config`", ("option", "value", "source")),
-    "failure": Event("what the exit status means", ("what", "why", "try", "status")),
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # both sides
 #
 # What the laptop and the host do alike: ports, HTTP, commands, processes, files, waiting. Nothing here knows Jupyter.
 # ---------------------------------------------------------------------------------------------------------------------
-# agent begins
 
 
 def until(condition: "Callable[[], Any]", timeout_s: float, slowest_s: float = POLL_S) -> "Any":
@@ -1098,6 +1008,18 @@ def find_free_port(start_port: int, host: str = "127.0.0.1") -> int:
     raise OSError(errno.EADDRINUSE, "no free port from %d up" % start_port)
 
 
+def connected_to(address: "Any", timeout_s: float) -> "socket.socket":
+    """Return a connection to (host, port) or to a Unix socket; raise OSError when there is none within `timeout_s`."""
+    if not isinstance(address, str):  # as bytes: for a text, Python imports its codec for international names first
+        return socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
+    with contextlib.ExitStack() as failed:
+        connection = failed.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+        connection.settimeout(timeout_s)
+        connection.connect(address)
+        failed.pop_all()
+        return connection
+
+
 def http_request(
     address: "Any",
     path: str,
@@ -1114,21 +1036,14 @@ def http_request(
     Raises OSError when there is no answer within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    is_unix = isinstance(address, str)
-    if is_unix:
-        connection = socket.socket(socket.AF_UNIX)
-    else:  # as bytes: for a text, Python imports its codec for international names first
-        connection = socket.create_connection((address[0].encode(), address[1]), timeout=timeout_s)
+    connection = connected_to(address, timeout_s)
     with contextlib.closing(connection):
-        if is_unix:
-            connection.settimeout(timeout_s)
-            connection.connect(address)
         if is_secure:
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = context.wrap_socket(connection)
-        host = "127.0.0.1" if is_unix else "127.0.0.1:%d" % address[1]
+        host = "127.0.0.1" if isinstance(address, str) else "127.0.0.1:%d" % address[1]
         head = "%s %s HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n" % (method, path, host, len(sent))
         if token:
             head += "Authorization: token %s\r\n" % token
@@ -1209,16 +1124,14 @@ def node_address(asked: str) -> str:
 # -- commands and processes -------------------------------------------------------------------------------------------
 
 
-def run_command(
-    argv: "List[str]", timeout_s: float, environment: "Optional[Dict[str, str]]" = None
-) -> "Tuple[int, str, str]":
+def run_command(argv: "List[str]", timeout_s: float, env: "Optional[Dict[str, str]]" = None) -> "Tuple[int, str, str]":
     """Run a command to its end, in our environment or another; return its status, its stdout and its stderr.
 
     The status is 127 when it cannot be run, and 124 when it did not end in time, as timeout(1) has it.
     """
     pipe = subprocess.PIPE
     try:
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env) as process:
             try:
                 said = process.communicate(timeout=timeout_s)
             except BaseException:  # subprocess.run of Python 3.6 waits for what a child of it may hold open
@@ -1334,12 +1247,10 @@ def command_of_process(pid: int) -> str:
 
 def environment_of(pid: int) -> "Dict[str, str]":
     """Return the environment that a process of ours was started with (proc(5)); empty where that cannot be had."""
-    path = "/proc/%d/environ" % pid
     entries = []  # type: List[str]
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_uid == own_uid():
-            with open(path, "rb") as stream:
-                entries = os.fsdecode(stream.read()).split("\0")
+    with contextlib.suppress(OSError), open("/proc/%d/environ" % pid, "rb") as stream:
+        if os.fstat(stream.fileno()).st_uid == own_uid():
+            entries = os.fsdecode(stream.read()).split("\0")
     return {name: value for name, _, value in [entry.partition("=") for entry in entries] if name}
 
 
@@ -1461,8 +1372,7 @@ def read_text(path: str, most: int = RUNTIME_FILE_MAX) -> str:
 def read_json(path: str) -> "Json":
     """Read a small JSON object; empty when there is none, or when it is not an ordinary file of ours."""
     try:
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if status.st_uid != own_uid() or status.st_size > RUNTIME_FILE_MAX or not stat.S_ISREG(status.st_mode):
@@ -1536,6 +1446,60 @@ def has_lock(lock: "Any") -> bool:
 # and the errors go to stderr. Text from the host is data: control characters are taken out before it reaches a
 # terminal. What --json prints is one of EVENTS, with the keys that stand there.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """A kind of object that --json prints: when it comes, and its keys. A value is null where there is no such fact."""
+
+    when: str
+    keys: Tuple[str, ...]
+
+
+EVENTS = {
+    "connected": Event("logged in", ("user", "node", "python", "home")),
+    "installing": Event("no Jupyter there; it is being installed", ("path", "tool")),
+    "installed": Event("it is there now", ("path", "seconds")),
+    "launched": Event("a server was started", ("id", "pid", "port", "sock", "app", "root_dir")),
+    "found": Event("a server ran already", ("id", "pid", "port", "sock", "app", "root_dir", "ignored")),
+    "forwarding": Event("its port, or its socket, can be reached here", ("local_port", "port", "sock")),
+    "open": Event("it answered through the tunnel", ("pid", "url", "local_port", "id")),
+    "joined": Event("a tunnel of another copy is up; its `open` follows", ("tunnel_pid",)),
+    "lost": Event("the connection is lost", ("why", "local_port")),
+    "reconnected": Event("it is back", ("seconds", "local_port")),
+    "silent": Event("Jupyter does not answer, although the connection works", ("id",)),
+    "answering": Event("it answers again", ("id",)),
+    "tunnel": Event(
+        "a tunnel that is up here, without a host",
+        ("destination", "path", "local_port", "id", "state", "is_background", "tunnel_pid", "age_s"),
+    ),
+    "closed": Event("a tunnel was closed", ("local_port", "tunnel_pid")),
+    "stopped": Event("`stop` ended one of these", ("what", "id", "pid", "app", "root_dir", "name", "job", "wrap")),
+    "server": Event("one line of `list`", tuple(ServerView.fields)),
+    "run": Event("one execution in `list`", tuple(RunView.fields)),
+    "job": Event("one job in `list`", tuple(name for name in StarterView.fields if name != "wrap")),
+    "wrapper": Event("what starts in a wrapper, in `list`", ("id", "wrap", "action", "path", "age_s")),
+    "queue": Event("how the job stands that we wait for", ("id", "job", "state", "reason", "start")),
+    "ending": Event("the job's time is up soon", ("id", "left_s")),
+    "started": Event("an execution was started", ("id",)),
+    "overlap": Event("it runs already; this one was not started", ("id",)),
+    "cell": Event("a cell has ended", ("id", "cell", "count", "seconds", "is_done")),
+    "brought": Event("a file that a run wrote is here", ("path", "id")),
+    "executed": Event("an execution has ended", ("path", "id", "outcome", "cells", "seconds")),
+    "host": Event("one of several hosts in `list`; what it has follows", ("host", "is_reached", "why")),
+    "kernel": Event("one line of `list --kernels`", tuple(KernelState.fields)),
+    "ended": Event("`stop` ended a kernel", ("kernel", "notebook", "server")),
+    "waited": Event("a kernel is idle, or dead", ("kernel", "notebook", "state", "count", "seconds", "is_done")),
+    "line": Event("one line of `logs`", ("line",)),
+    "input": Event("a cell that began, in `output`", ("notebook", "cell", "count", "code", "time")),
+    "output": Event("what a cell printed", ("cell", "type", "content")),
+    "finished": Event("a cell that ended", ("cell", "is_done", "time", "seconds", "connections")),
+    "image": Event("`eval --save-images` wrote what is no text", ("type", "path")),
+    "saved": Event("`output --save` has put outputs into a notebook", ("notebook", "cells")),
+    "gap": Event("something is missing in `output`", ("why", "time")),
+    "check": Event("one line of `doctor`", ("check", "is_ok", "says", "remedy")),
+    "option": Event("one line of `config`", ("option", "value", "source")),
+    "failure": Event("what the exit status means", ("what", "why", "try", "status")),
+}
 
 
 def printable(text: str) -> str:
@@ -1907,7 +1871,6 @@ def print_rows(event: str, rows: List[Any], messages: Messages, **more: "Callabl
 
 ASKING, MASTER, SESSION, TUNNEL = "ssh -G", "ssh -M -N", "ssh HOST COMMAND, and ssh -W", "ssh -N -L"
 
-
 # All keywords of ssh_config(5) whose value in the user's config would change what a call *is*, with ours and the calls,
 # apart from those that a flag says (-a, -x, -T, -N, -M, -S). The rest is the user's. An ssh that does not know one is
 # given none of it.
@@ -1925,7 +1888,6 @@ KEYWORDS = [
     ("ExitOnForwardFailure", "no", (TUNNEL,)),  # with yes, a forward of the user's own that fails ends ours
     ("Tunnel", "no", (TUNNEL,)),
 ]
-
 
 # One of several in a ProxyJump, as `ssh -G` says it: its user, its name and its port.
 HOP = r"(?:ssh://)?(?:([^,]*)@)?\[?([^,]+?)\]?(?::(\d+))?/?(?:,|$)"
@@ -1945,6 +1907,10 @@ class HostRefused(NotConnected):
 
 class Crowded(NotConnected):
     """The host turned a login away, as sshd does while too many are under way (MaxStartups)."""
+
+
+class SessionRefused(Failure):
+    """sshd opens no session: it allows none (MaxSessions), or not yet another one."""
 
 
 class AgentEnded(Failure):
@@ -1994,9 +1960,7 @@ FATAL_WORDS = "|".join(pattern for pattern, _, _, why in ENDINGS if not why)
 FATAL_WORDS += "|ssh_|kex_|banner exchange|mux|unix_listener|bind |channel|Could not request|Host key|Bad "
 FATAL_WORDS += "|client_loop|Timeout,|Received disconnect|" + ECHOES
 # What ssh warns of in a login that goes on: never why one ended, and said once (OpenSSH 10.1 sshconnect.c).
-WARNINGS = (
-    r"(\*\* )?WARNING: .*post-quantum|\*\* This session may be|\*\* The server may need|Warning: Permanently added "
-)
+WARNINGS = r"(\*\* )?WARNING: .*post-quantum|\*\* (This session may be|The server may need)|Warning: Permanently added"
 # What a login says that waits for a person: an address to visit, a key to touch (OpenSSH sshconnect2.c).
 WANTS_PERSON = "https?://|Confirm user presence"
 LAST_WORDS_S = 0.5  # for what ssh has in hand for us when it ends, or is interrupted as we are
@@ -2461,8 +2425,7 @@ class Ssh:
         return words.strip()
 
     def _read_config(self) -> None:
-        argv = self.argv(ASKING, "-G")
-        status, said, words = run_command(argv, CONTROL_TIMEOUT_S)
+        status, said, words = run_command(self.argv(ASKING, "-G"), CONTROL_TIMEOUT_S)
         if status == 127 and "No such file" not in words and os.name == "posix":
             raise Failure("cannot start ssh", words)  # there is no room for it
         if status == 127:
@@ -2555,9 +2518,7 @@ class Ssh:
         if self.asked:
             try_ = self.typed() + "   (in a terminal, where someone can do that)"
             return LoginRefused(what, "\n".join([*self.asked, cause]), try_, EXIT_SSH)
-        told = (
-            (kind, try_, why, line) for start, kind, try_, why in ENDINGS for line in words if re.match(start, line)
-        )
+        told = ((*row[1:], line) for row in ENDINGS for line in words if re.match(row[0], line))
         kind, try_, why, line = next(told, (NotConnected, "{ssh}", "", cause))
         is_at_start = any(re.match("kex_exchange_id|banner exchange", said) for said in words)
         if is_at_start and self.config.get("proxycommand", "none") != "none":
@@ -2791,11 +2752,8 @@ def each(option: str, values: Iterable[str]) -> List[str]:
 
 def pairs_of(options: List[str]) -> List[List[str]]:
     """Split ssh options into one list each; only -4, -6 and -C stand alone."""
-    pairs: List[List[str]] = []
     words = iter(options)
-    for word in words:
-        pairs.append([word] if word in ("-4", "-6", "-C") else [word, next(words)])
-    return pairs
+    return [[word] if word in ("-4", "-6", "-C") else [word, next(words)] for word in words]
 
 
 # -- the port here that it listens on ---------------------------------------------------------------------------------
@@ -3723,8 +3681,7 @@ def activated(prefix: str) -> "Dict[str, str]":
         script += 'hook=$(cd "$CONDA_PREFIX" && %s %s) && eval "$hook"; ' % (shlex.quote(pixi), words)
     nonce = os.urandom(8).hex()
     argv = [shutil.which("bash") or "/bin/sh", "-c", script + dump_command(nonce)]
-    said = run_command(argv, SHELL_TIMEOUT_S, own_environ)[1]
-    return environment_in(said, nonce) or own_environ
+    return environment_in(run_command(argv, SHELL_TIMEOUT_S, own_environ)[1], nonce) or own_environ
 
 
 # -c and -m put the current directory first among what is imported, as an empty entry. A plain directory of a module's
@@ -3737,7 +3694,6 @@ RUN_MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
     "runpy.run_module('%s', run_name='__main__', alter_sys=True)"
 )
-
 
 # What makes environments: a file of it, in the environment or in its project's directory; the program; what makes one
 # anew; what adds Jupyter to one. The first row holds whose file and program are there, and that has what is wanted.
@@ -4106,10 +4062,9 @@ def ask_server(
         )
     except OSError:
         return 0, None
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return status, json.loads(body.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return status, None
+    return status, None
 
 
 def answers(info: RuntimeInfo) -> bool:
@@ -4126,12 +4081,7 @@ def answers(info: RuntimeInfo) -> bool:
 def listens(info: RuntimeInfo) -> bool:
     """True when something takes connections where a server should; it need not answer."""
     try:
-        if info.sock:
-            with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-                connection.settimeout(ASK_TIMEOUT_S)
-                connection.connect(native(info.sock))
-        else:
-            socket.create_connection((info.host, info.port), timeout=ASK_TIMEOUT_S).close()
+        connected_to(native(info.sock) or (info.host, info.port), ASK_TIMEOUT_S).close()
     except socket.timeout:
         return True  # it is so busy that even its queue is full
     except OSError:
@@ -4369,8 +4319,7 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
     for path in found_in(tops, "kernels/*/kernel.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what Jupyter cannot start either
-            argv = json.loads(read_text(path))["argv"]
-            if not why and not takes_sockets(argv):
+            if not why and not takes_sockets(json.loads(read_text(path))["argv"]):
                 name = os.path.basename(os.path.dirname(path))
                 why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
     if why:
@@ -4492,7 +4441,6 @@ class ServerKind(Kind):
 
 KINDS["server"] = ServerKind()
 
-
 # Words in the command line of a server that it may end, and whose page leads elsewhere.
 JUPYTERHUB = ("jupyterhub-singleuser", "jupyterhub.singleuser", "jupyter-labhub")
 
@@ -4590,7 +4538,7 @@ def open_server(request: Request, channel: Channel) -> Server:
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.is_held else scheduler_here()
+            hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in STARTERS)), "")
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if starter:  # outside of the lock, for a queue may be long
         found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
@@ -4630,11 +4578,6 @@ def what_keeps(pid: int) -> str:
     ask = ["busctl", "get-property", name, "/" + name.replace(".", "/"), name + ".Manager", "KillUserProcesses"]
     ends = "/session-" in group and own_uid() and run_command(ask, COMMAND_TIMEOUT_S)[1].strip() == "b true"
     return lingers + '; and --wrap "systemd-run --user --scope" --new' if ends else ""
-
-
-def scheduler_here() -> str:
-    """Return the command of a scheduler that is on PATH here; empty for none."""
-    return next(filter(None, (kind.hint() for kind in STARTERS)), "")
 
 
 def check_reach(found: Server, request: Request) -> None:
@@ -4713,7 +4656,6 @@ def list_all(request: Request, channel: Channel) -> "Json":
     """Describe everything of the user's on this host; servers, which are asked, all at the same time."""
     within = resolve_path(request.path)[0]
     records = [record for record in KINDS["server"].listed() + other_servers() if is_below(record, within)]
-    views = []
     if len(records) < 2:  # nearly always: what follows takes longer to import than all else takes here
         views = list(map(KINDS["server"].describe, records))
     else:
@@ -4884,7 +4826,7 @@ def examine_host(request: Request, channel: Channel) -> "Json":
         with contextlib.suppress(OSError):
             uids.add(os.stat(process).st_uid)
     facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts["scheduler"] = scheduler_here()
+    facts["scheduler"] = next(filter(None, (kind.hint() for kind in STARTERS)), "")
     return facts
 
 
@@ -4918,9 +4860,7 @@ def agent_main(source: bytes, packed_request: bytes) -> None:
     perform(request, Channel(request.nonce))
 
 
-def perform(
-    request: Request, channel: Channel, enter: "Callable[[Request], Request]" = lambda request: request
-) -> "Any":
+def perform(request: Request, channel: Channel, enter: "Callable[[Request], Request]" = lambda same: same) -> "Any":
     """Run the action of a request and send one reply; return it, or nothing for a failure.
 
     `enter` comes first, and may change the request; what it raises is told like the rest.
@@ -5236,7 +5176,6 @@ class AgentFile:
 
 Show = Callable[..., None]  # shows a word on where a step stands (Messages.working)
 Handler = Callable[[Any, Show], None]
-
 
 # What the host tells while it works, by its kind: the text, and its event for a program; without, it is a note.
 SAYINGS = {
@@ -5693,9 +5632,8 @@ class Tunnel:
 
         A host that is slow or full may not come to say so: where its sshd answers, the server runs on, for all we know.
         """
-        request = Request(action="describe_end", id=self.server.id)
         try:
-            end = self.agent.ask(request, EndReply, silence_s=silence_s)
+            end = self.agent.ask(Request(action="describe_end", id=self.server.id), EndReply, silence_s=silence_s)
         except Failure as failure:
             may_be_dead = isinstance(failure, NotConnected) or self.ssh.way.has_login  # a master killed says little
             if may_be_dead and not self.ssh.is_alive():
@@ -5705,6 +5643,8 @@ class Tunnel:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
             raise Failure(what, why, self.hint("--new") + "   (starts another)", EXIT_SERVER_ENDED)
+        if end.is_elsewhere:  # one name for several login nodes
+            raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
         return end
 
     def _wake_at_end(self) -> None:
@@ -5734,6 +5674,8 @@ class Tunnel:
 
     def _comes_through(self) -> bool:
         """Forward again, and say whether the server answers there; raises Failure (4) when it has ended."""
+        if self.ssh.way.has_login:  # before a page gets to another's port on another node
+            self._ask_end()
         ours = [record for record in tunnels() if record.pid == os.getpid()]
         for record in ours:
             self.ssh.further = record.further  # a second open may have added some
@@ -5745,10 +5687,7 @@ class Tunnel:
             raise self.port.taken()
         if self._is_answering():
             return True
-        end = self._ask_end()
-        if end.is_elsewhere:  # one name for several login nodes
-            raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
-        return not end.is_answering  # it hangs by itself; the connection is well
+        return not self._ask_end().is_answering  # it hangs by itself; the connection is well
 
 
 # -- the browser ------------------------------------------------------------------------------------------------------
@@ -5822,14 +5761,24 @@ def _redirect_once(listener: "socket.socket", secret: str, url: str) -> None:
 # -- tunnels that are up ----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def written_down(record: TunnelRecord) -> Iterator[None]:
-    """Keep a record of our tunnel while it is up, for a second copy of us and for `close`; where there is a place."""
-    path = write_tunnel(record)
-    try:
-        yield
-    finally:
-        remove_files([path])
+class TunnelRecord(Record):
+    """A tunnel of ours that is up here, for a second copy of us and for `close`: PID.json."""
+
+    pid: int
+    identity: str
+    destination: str
+    typed: str = ""  # with its path
+    ssh: "List[str]" = []
+    further: "List[str]" = []
+    request: "Request" = Request()
+    is_background: bool = False
+    url: str
+    base_url: str = "/"
+    local_port: int
+    id: str
+    created: float = 0.0
+    control: str = ""  # the control socket of its ssh, where that is a master of ours
+    config: str = ""  # what `ssh -G` said when it connected
 
 
 def write_tunnel(record: TunnelRecord) -> str:
@@ -5937,13 +5886,10 @@ class Background:
     def __init__(self) -> None:
         if not hasattr(os, "fork"):
             raise Failure("cannot go to the background", "Windows has no fork", "a window of its own, without -f")
-        self._ready, ready = os.pipe()
+        reading, writing = os.pipe()
         self.pid = os.fork()
-        if self.pid:
-            os.close(ready)
-        else:
-            os.close(self._ready)
-            self._ready = ready
+        self._ready = reading if self.pid else writing
+        os.close(writing if self.pid else reading)
 
     def wait(self) -> int:
         """In the parent: wait until the child is up or has ended; return the exit status."""
@@ -6188,8 +6134,9 @@ def revive_recorder(record: ServerRecord) -> None:
     """Start a recorder again that was killed; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, record.file("recorder.json"))
     if mark and not is_same_process(mark.pid, mark.identity) and not record.request.is_held:
-        if place_of(record).is_here:
-            run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
+        with contextlib.suppress(OSError):
+            if place_of(record).is_here:
+                run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
 
 
 def recorder_main(directory: str) -> None:
@@ -6356,7 +6303,6 @@ class RecordedKernel:
 
     def close(self) -> None:
         """Let go of a kernel that is gone, or was restarted under another name: how its cell ended is unknown."""
-        self.hear()
         self._lose_all()
         for socket in (self.socket, self.monitor):
             self.recorder.poller.unregister(socket)
@@ -6368,7 +6314,6 @@ class RecordedKernel:
     def notice_end(self) -> None:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
         self.monitor.recv_multipart()
-        self.hear()
         self._lose_all()
 
     def hear(self) -> None:
@@ -6452,6 +6397,7 @@ class RecordedKernel:
 
     def _lose_all(self) -> None:
         """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
+        self.hear()
         self._end_all()
         if self.shell:
             self.recorder.poller.unregister(self.shell)
@@ -6839,8 +6785,7 @@ def away_from(request: Request, identity: str) -> "List[Away]":
     """Return what the recorder noted for this open, each once; what was missed goes into the notebooks."""
     found = []
     for record in [record for record in KINDS["server"].records() if record.id == identity]:
-        with contextlib.suppress(OSError):
-            revive_recorder(record)
+        revive_recorder(record)
         for path, mark in marks_of(record, ".away"):
             executions = Executions(JournalReader(path).lines())
             ids = [name for name in read_text(beside(path, ".away")).split() if name in executions.cells]
@@ -7261,7 +7206,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     if begun and begun.kind != "run" and waits:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     found = begun or same[0]
-    return StartReply(id=found.id, pid=found.pid, is_started=bool(begun), age_s=found.age_s())
+    return StartReply(id=found.id, is_started=bool(begun), age_s=found.age_s())
 
 
 def place_of_result(request: Request) -> str:
@@ -7465,11 +7410,9 @@ def files_dir() -> str:
 def put_files(request: Request, channel: Channel) -> Record:
     """Take a part of a tar. Whoever sends it writes the same bytes, for its name is their digest."""
     descriptor = os.open(os.path.join(files_dir(), os.path.basename(request.files)), os.O_WRONLY | os.O_CREAT, 0o600)
-    try:
-        os.lseek(descriptor, request.offset, os.SEEK_SET)
-        write_all(descriptor, binascii.a2b_base64(request.data))
-    finally:
-        os.close(descriptor)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.seek(request.offset)
+        stream.write(binascii.a2b_base64(request.data))
     return Record()
 
 
@@ -7593,17 +7536,15 @@ def unpack(
     stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            members = []
             for member in tar:
                 left -= member.size
                 if member.size < 0 or left < 0:
                     raise Wrong("%s: it has %d bytes, more than came" % (member.name, member.size))
-                members.append(member)
             stream.seek(tar.offset)  # where tarfile took a damaged head for the end
             if any(block.strip(b"\0") for block in iter(lambda: stream.read(PART_BYTES), b"")):
                 raise Wrong("it is damaged")
             # Links come last: nothing goes through a link of it.
-            for member in sorted(members, key=lambda member: member.issym()):
+            for member in sorted(tar.getmembers(), key=lambda member: member.issym()):
                 try:
                     if patterns is not None and not is_matched(member.name, patterns):
                         raise OSError("it was not asked for")
@@ -7662,8 +7603,7 @@ class Run:
         self.directory = directory
         self.nbformat = nbformat
         self.request = left_request(directory)
-        timeout_s = self.request.timeout_s
-        self.deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
+        self.deadline = time.monotonic() + (self.request.timeout_s or float("inf"))
         self.notebook = nbformat.reads(self.request.notebook, as_version=4)
         self.pair = self._read_pair() if self.request.file else None
         self.remarks = []  # type: List[str]
@@ -8147,11 +8087,6 @@ class Source(NamedTuple):
         """True when it is on the host already."""
         return self.name.startswith(":")
 
-    @property
-    def key(self) -> str:
-        """What tells it from other notebooks, so that two runs of one do not overlap."""
-        return "" if self.is_on_host else "%s:%s" % (socket.gethostname(), os.path.realpath(self.name))
-
     @classmethod
     def from_argument(cls, name: str, output: Optional[str], is_in_place: bool) -> "Source":
         """Read the notebook that an argument names; raises Failure when there is none, or no room for its result."""
@@ -8594,10 +8529,9 @@ def label_of(name: str, values: Dict[str, Any]) -> str:
     stem = name[: -len(".ipynb")] if name.endswith(".ipynb") else name
 
     def is_word(value: Any) -> bool:
-        try:
+        with contextlib.suppress(ValueError):
             return isinstance(value, str) and bool(parse_value(value) == value)
-        except ValueError:
-            return False
+        return False
 
     words = {key: value if is_word(value) else json.dumps(value) for key, value in values.items()}
     label = ",".join("%s=%s" % pair for pair in words.items())
@@ -8882,8 +8816,7 @@ def kernel_for_eval(request: Request, channel: Channel) -> "Tuple[ServerRecord, 
             raise Failure("no kernel could be started", why, "rjupyter HOST logs")
         request = request.but(name=fact(said, "id", ""))
     record, kernel = kernel_named(request)
-    with contextlib.suppress(OSError):
-        revive_recorder(record)
+    revive_recorder(record)
     path = record.file("cells", kernel.id + ".json")
     if not record.directory or not until(lambda: os.path.exists(path), UNKNOWN_KERNEL_S / 2):
         why = "what its kernels print is not recorded (--no-record, or another program's server)"
@@ -9771,10 +9704,9 @@ def container_words(record: WrapperRecord, environment: "Dict[str, str]", say: "
 
 def network_identity() -> str:
     """Return what tells the network that we are in from others (network_namespaces(7)); empty where nothing does."""
-    try:
+    with contextlib.suppress(OSError):
         return "%s %s" % (boot_identity().partition("/")[0], os.readlink("/proc/self/ns/net"))
-    except OSError:
-        return ""
+    return ""
 
 
 # agent ends
@@ -10439,7 +10371,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         facts.update(config=agent.ssh.config_text, control=agent.ssh.way.control_path if agent.ssh.process else "")
         identity = process_identity(os.getpid())
         record = TunnelRecord(created=time.time(), pid=os.getpid(), identity=identity, **facts)
-        with written_down(record):
+        with contextlib.ExitStack() as up:
+            up.callback(remove_files, [write_tunnel(record)])
             if args.background:
                 messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
             elif args.stop_on_exit:
@@ -10953,7 +10886,8 @@ def tasks_of(source: Source, args: Args, request: Request) -> List[Task]:
     request = request.but(
         notebook=source.text and without_old_outputs(source.text),
         file=source.name[1:] if source.is_on_host else "",
-        key=source.key,
+        # What tells it from other notebooks, so that two runs of one do not overlap.
+        key="" if source.is_on_host else "%s:%s" % (socket.gethostname(), os.path.realpath(source.name)),
         is_in_place=source.is_on_host and args.inplace,
     )
     original = source.text if args.inplace else ""

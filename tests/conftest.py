@@ -190,9 +190,10 @@ def fresh_hosts(
         if user:
             sshd.serve(user.name, user.home)
         cache = sshd.home / ".cache/rjupyter"
-        shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
+        if sshd.home.stat().st_dev == base.stat().st_dev:  # not one that is full, or keeps no permissions
+            shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
         if user:
-            for place in [cache.parent, cache, *cache.rglob("*")]:
+            for place in [cache.parent, cache, *cache.rglob("*")] if cache.exists() else []:
                 os.chown(place, user.uid, -1)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:

@@ -90,7 +90,7 @@ REPLIES: Dict[str, Dict[str, Any]] = {
     "stop": {"count": 1, "busy": [SERVER], "runs": [RUN]},
     "describe_end": {"is_running": False, "reason": "it was stopped", "log": "bye"},
     "examine": EXAMINED,
-    "start_run": {"id": "r07af", "is_started": True, "pid": 3, "age_s": 1},
+    "start_run": {"id": "r07af", "is_started": True, "age_s": 1},
     "put_files": {},
     "bring_files": {"refused": ["out/odd: it is not a file"], "unmatched": ["*.pt"]},
     "follow_runs": {"ended": {"r07af": {**RUN, "brings": ["*.pt"]}}, "failed": {}},
