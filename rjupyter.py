@@ -1412,17 +1412,23 @@ class Growing:
         return b""
 
     def lines(self, has_ended: bool = False) -> "Iterator[str]":
-        """Yield the lines that are complete; of a file that has ended, the last one without a newline as well."""
+        """Yield the lines that are complete; of a file that has ended, the last one without a newline as well.
+
+        They are of one file, also where another one takes its name meanwhile.
+        """
         begun = bytearray()  # of a line, which may be longer than many parts
-        for part in iter(self.part, b""):
-            *ends, rest = part.split(b"\n")
-            for end in ends:
-                yield (begun + end).decode("utf-8", "replace").rstrip("\r\n")
-                begun.clear()
-            begun += rest
-            if len(begun) > self._most:
-                yield begun.decode("utf-8", "replace")
-                begun.clear()
+        with contextlib.suppress(OSError), open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            for part in iter(lambda: stream.read(PART_BYTES), b""):
+                self.offset += len(part)
+                *ends, rest = part.split(b"\n")
+                for end in ends:
+                    yield (begun + end).decode("utf-8", "replace").rstrip("\r\n")
+                    begun.clear()
+                begun += rest
+                if len(begun) > self._most:
+                    yield begun.decode("utf-8", "replace")
+                    begun.clear()
         if not has_ended:
             self.offset -= len(begun)
         elif begun:
@@ -5929,7 +5935,7 @@ REPLY_LATE_MS = 1000  # in which a kernel that is idle has answered who asked it
 DIRECTORY_TICK_S = 5.0  # in which a directory may change again and its time not (coarse clocks; another machine's)
 SERVER_EVERY_S = 2.0  # between two looks whether the server is there
 KEEP_EVERY_S = 3600.0  # between two signs that its recording is not to be forgotten
-PAGE_GONE_S = 16.0  # in which Jupyter notices that a page is gone (ADDED)
+PAGE_GONE_S = 20.0  # in which Jupyter notices that a page is gone (ADDED)
 SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Server 2.21 fails, and logs a traceback
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
@@ -6684,7 +6690,7 @@ class JournalReader:
 
     def __init__(self, path: str, offset: int = 0) -> None:
         self.path = path
-        self._new = Growing(path, offset)
+        self._offset = offset  # in the newer half
         self._head = self._head_of(path) if offset else ""
         self.at = offset + fact(facts_in(self._head), "at", 0)  # where the next line begins, in all that ever came
 
@@ -6696,6 +6702,12 @@ class JournalReader:
             return head.decode("ascii", "replace") if head.endswith(b"\n") or len(head) == HEAD_BYTES else ""
         return ""
 
+    def _lines_in(self, path: str, head: str, offset: int) -> "Tuple[List[str], int]":
+        """Return the lines of a half from an offset on, and where they end; none where its name is another's now."""
+        growing = Growing(path, offset)
+        lines = list(growing.lines())
+        return (lines, growing.offset) if self._head_of(path) == head else ([], offset)
+
     def lines(self) -> "List[str]":
         """Return the lines that came since we looked last."""
         return [line for _, line in self.placed()]
@@ -6704,12 +6716,14 @@ class JournalReader:
         """Return the lines that came since we looked last, each with where it begins."""
         head, old = self._head_of(self.path), []  # type: Tuple[str, List[str]]
         if head not in ("", self._head):  # the half that we know has become the older one, or is gone
-            is_known = bool(self._head) and self._head_of(self.path + ".old") == self._head
-            old = list(Growing(self.path + ".old", self._new.offset if is_known else 0).lines())
-            self._new, self._head = Growing(self.path), head
+            older = self._head_of(self.path + ".old")
+            is_known = bool(self._head) and older == self._head
+            old, _ = self._lines_in(self.path + ".old", older, self._offset if is_known else 0)
+            self._offset, self._head = 0, head
+        new, self._offset = self._lines_in(self.path, self._head, self._offset)
         found = []
         is_again = False
-        for line in [*old, *self._new.lines()]:  # at once: what is half read may become the older one
+        for line in old + new:
             if line.endswith('"kind": "half"}'):
                 half = facts_in(line)
                 at, running = fact(half, "at", 0), fact(half, "cell", "")

@@ -5,6 +5,7 @@ import datetime
 import errno
 import getpass
 import io
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from jupyters import interpreters
@@ -567,6 +568,32 @@ def test_a_journal_that_another_recorder_began(tmp_path: Path) -> None:
         told(journal, number)
         found += read(reader)
     assert found == ["%03d" % number for number in range(12, 24)]
+
+
+@pytest.mark.parametrize("known", [0, 3])
+def test_a_journal_that_turns_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Of neither half a line is lost, or comes twice, however little of one is read at once."""
+    journal = rjupyter.Journal(str(tmp_path / "a.journal"), most=600)
+    reader = rjupyter.JournalReader(journal.path)
+    monkeypatch.setattr(rjupyter, "PART_BYTES", 50)
+    numbers = iter(range(1000))
+    told(journal, *itertools.islice(numbers, known))
+    found = read(reader)
+    told(journal, *itertools.islice(numbers, 6))
+    plain = rjupyter.Growing.lines
+
+    def lines(growing: rjupyter.Growing, has_ended: bool = False) -> Iterator[str]:
+        for line in plain(growing, has_ended):
+            yield line
+            if not os.path.exists(journal.path + ".old"):
+                while not os.path.exists(journal.path + ".old"):
+                    told(journal, next(numbers))
+                told(journal, *itertools.islice(numbers, 5))
+
+    monkeypatch.setattr(rjupyter.Growing, "lines", lines)
+    for _ in range(3):
+        found += read(reader)
+    assert found == ["%03d" % number for number in range(next(numbers))]
 
 
 def test_a_journal_whose_disk_is_full_when_a_half_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
