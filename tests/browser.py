@@ -52,7 +52,7 @@ def run_cell(driver: Any, code: str, output: str) -> None:
         editor.send_keys(code)
         return code in text_of(".jp-Cell .cm-content")
 
-    wait = WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+    wait = WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException])
     wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
     wait.until(type_code)
     wait.until(begin_first_cell)
@@ -93,7 +93,7 @@ def patience(driver: Any) -> Any:
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(driver, 60, ignored_exceptions=[WebDriverException])
+    return WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException])
 
 
 def shown_in(driver: Any) -> str:
