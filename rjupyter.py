@@ -2176,6 +2176,7 @@ class Ssh:
         self.is_mux = is_mux
         self.masters = list(MASTERS)  # where there may be one to go through
         self.control_name = "%x.ctl" % os.getpid()
+        self.jump: List[str] = []  # the ssh that is the way there, where we made it
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2235,7 +2236,8 @@ class Ssh:
         silent = each("-o", ["NumberOfPasswordPrompts=0" if has_terminal() else "BatchMode=yes"])
         files = [word for pair in pairs_of(self.options) if pair[0] == "-F" for word in pair]
         hops = self.config.get("proxyjump", "none") if os.name == "posix" else "none"
-        jump: List[str] = []  # ssh's own would offer each hop an empty password, three times, where nobody can answer
+        # Else each hop would be offered an empty password, three times.
+        jump = ["-o", "ProxyCommand=" + shlex.join([*self.jump[:1], *silent, *self.jump[1:]])] if self.jump else []
         for user, host, port in [] if hops == "none" else re.findall(HOP, hops):  # ssh:// takes no brackets, and one @
             before = [word.replace("%", "%%") for word in jump]
             login = [*(["-l", user] if user else []), *(["-p", port] if port else [])]
@@ -9443,9 +9445,10 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     options += ["-o", "User=" + ssh.config["user"]] if "user" in ssh.config else []  # which -l may have set before
     master = ["-S", ssh.way.control_path, "-o", "ControlMaster=no"] if ssh.way.control_path else []
     words = [word.replace("%", "%%") for word in (*master, *ssh.options, ssh.destination)]
-    jump = shlex.join(["ssh", *words[:-1], "-W", "%h:%p", words[-1]])
-    there = Ssh(server.node, [*options, "-o", "ProxyCommand=" + jump], ssh.can_ask, ssh.messages, ssh.is_mux)
-    there.further = ssh.further
+    jump = ["ssh", *words[:-1], "-W", "%h:%p", words[-1]]
+    options += ["-o", "ProxyCommand=" + shlex.join(jump)]
+    there = Ssh(server.node, options, ssh.can_ask, ssh.messages, ssh.is_mux)
+    there.further, there.jump = ssh.further, jump
     there.control_name = "%xn.ctl" % os.getpid()  # beside the login node's, which the jump goes through
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
@@ -10175,7 +10178,9 @@ class CommandLine:
             right = self.words(self.destination, self.action)
             right = [near + word[len(unknown[0]) :] if word.startswith(unknown[0]) else word for word in right]
             why = "unknown option: %s" if unknown[0].startswith("-") else "one argument too many: %s"
-            raise wrong_usage(why % " ".join(unknown), near and command_line(*right))
+            is_host = (self.destination, self.action) == (NO_HOST, "close") and not unknown[0].startswith("-")
+            right = [unknown[0], "close"] if is_host else right if near else []
+            raise wrong_usage(why % " ".join(unknown), command_line(*right) if right else "")
         if row and not row.many and not taken:
             raise wrong_usage("%s needs %s: %s" % (self.action, row.metavar, row.text))
         if not self.destination:

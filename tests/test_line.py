@@ -98,6 +98,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["gpu1", "stop", "--a"], ["unknown option: --a\n"]),
         (["gpu1,gpu2"], ["only list takes several hosts", "gpu1,gpu2 list"]),
         (["close"], ["close whose tunnels?", "close --all"]),
+        (["close", "gpu1:work"], ["one argument too many: gpu1:work", "rjupyter.py gpu1:work close\n"]),
         (["--lab"], ["no host was given\n", "rjupyter.py --lab HOST\n"]),
         (
             ["--lab", "--slurm", "gpu1:work"],

@@ -268,6 +268,15 @@ def test_patience_with_a_login(behind: str, can_ask: bool, seconds: int) -> None
     assert "ConnectTimeout=%d" % seconds in ssh.patience()
 
 
+def test_way_to_a_node_asks_nobody_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login node would be offered an empty password, three times, at each attempt."""
+    monkeypatch.setattr(rjupyter, "has_terminal", lambda: False)
+    for can_ask, ways in ((True, []), (False, ["ProxyCommand=ssh -o BatchMode=yes -W %h:%p login"])):
+        ssh = rjupyter.Ssh("node1", [], can_ask, rjupyter.Messages(quiet=True), False)
+        ssh.jump = ["ssh", "-W", "%h:%p", "login"]
+        assert [word for word in ssh.patience() if word.startswith("ProxyCommand")] == ways
+
+
 JUMPS = {
     "bastion": (getpass.getuser(), "bastion", "22"),
     "bob@bastion:2222": ("bob", "bastion", "2222"),
