@@ -3522,7 +3522,7 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
         elif "interactive" not in how and not said.startswith(NO_ANSWER):
             channel.tell(
-                "note", text="The start-up files of %s exit before a command can run; going on without them." % shell
+                "note", text="The start-up files of %s exit before any command; going on without them." % shell
             )
     channel.progress("")
     if init and not found:
