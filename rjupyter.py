@@ -3521,9 +3521,8 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         if said.startswith(NO_ANSWER) and "interactive" in how:  # once
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
         elif "interactive" not in how and not said.startswith(NO_ANSWER):
-            channel.tell(
-                "note", text="The start-up files of %s exit before any command; going on without them." % shell
-            )
+            text = "The start-up files of %s exit before any command; going on without them."
+            channel.tell("note", text=text % shell)
     channel.progress("")
     if init and not found:
         raise Failure("--init failed on the host", "%s\n%s" % (" && ".join(init), said), "try it in a shell there")
