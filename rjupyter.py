@@ -2177,6 +2177,7 @@ class Ssh:
         self.masters = list(MASTERS)  # where there may be one to go through
         self.control_name = "%x.ctl" % os.getpid()
         self.jump: List[str] = []  # the ssh that is the way there, where we made it
+        self.before: Optional[Ssh] = None  # the connection that it goes through, as long as that stands
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2456,6 +2457,8 @@ class Ssh:
         for spec in [] if self.process else sorted(self.way.forwards):
             self.way.cancel(spec)
         self.hang_up()
+        if self.before:  # it may be as dead; without its socket the jump logs in
+            self.before.close()
         self.way = Direct(self)
 
     def hang_up(self) -> None:
@@ -3520,7 +3523,7 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
         if said.startswith(NO_ANSWER) and "interactive" in how:  # once
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
-        elif "interactive" not in how and not said.startswith(NO_ANSWER):
+        elif "interactive" not in how and not init and not said.startswith((NO_ANSWER, "[Errno")):
             text = "The start-up files of %s exit before any command; going on without them."
             channel.tell("note", text=text % shell)
     channel.progress("")
@@ -4303,7 +4306,7 @@ TAKES_SOCKETS = r"\S*(python[\d.]* (-\S+ )*-m (ipy|bash_|octave_)kernel|R .*IRke
 
 def takes_sockets(argv: "List[str]") -> bool:
     """True for the command of a kernel that is known to take sockets; there may be spaces in a path."""
-    return bool(re.match(TAKES_SOCKETS, " ".join(word.replace(" ", "_") for word in argv)))
+    return bool(re.match(TAKES_SOCKETS, " ".join(str(word).replace(" ", "_") for word in argv)))
 
 
 def transport_of_kernels(found: Launcher, request: Request, runtime: str, channel: Channel) -> "List[str]":
@@ -4562,7 +4565,7 @@ def open_server(request: Request, channel: Channel) -> Server:
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
         found.left_s, found.pid = place.left_s(), place.held.pid
-        remedy = what_keeps(found.pid) if place.is_here and found.is_launched else ""
+        remedy = what_keeps(found.pid) if place.is_here and found.is_launched and not request.wrapper else ""
         if remedy:
             channel.tell("note", text="It ends when you log out of the host. To keep it: " + remedy)
     if file and record and can_ask_server(record, found):
@@ -5652,7 +5655,7 @@ class Tunnel:
             what = "%s on %s has ended" % (self.server.title, self.ssh.destination)
             why = end.reason + ("; the end of its log:\n%s" % end.log if end.log else "")
             raise Failure(what, why, self.hint("--new") + "   (starts another)", EXIT_SERVER_ENDED)
-        if end.is_elsewhere:  # one name for several login nodes
+        if end.is_elsewhere and self.ssh.way.has_login:  # one name for several login nodes
             raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
         return end
 
@@ -5696,7 +5699,8 @@ class Tunnel:
             raise self.port.taken()
         if self._is_answering():
             return True
-        return not self._ask_end().is_answering  # it hangs by itself; the connection is well
+        end = self._ask_end()
+        return not (end.is_answering or end.is_elsewhere)  # it hangs by itself; the connection is well
 
 
 # -- the browser ------------------------------------------------------------------------------------------------------
@@ -5793,7 +5797,7 @@ class TunnelRecord(Record):
 def write_tunnel(record: TunnelRecord) -> str:
     """Write down what a tunnel is; return the file, or nothing where there is no place."""
     with contextlib.suppress(OSError, Failure):
-        path = os.path.join(private_runtime_dir(), "%d.json" % record.pid)
+        path = os.path.join(os.path.dirname(record.control) or private_runtime_dir(), "%d.json" % record.pid)
         write_whole(path, json.dumps(record.facts()))
         return path
     return ""
@@ -9449,7 +9453,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     jump = ["ssh", *words[:-1], "-W", "%h:%p", words[-1]]
     options += ["-o", "ProxyCommand=" + shlex.join(jump)]
     there = Ssh(server.node, options, ssh.can_ask, ssh.messages, ssh.is_mux)
-    there.further, there.jump = ssh.further, jump
+    there.further, there.jump, there.before = ssh.further, jump, ssh
     there.control_name = "%xn.ctl" % os.getpid()  # beside the login node's, which the jump goes through
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
@@ -10433,7 +10437,8 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
             if not does_answer(record):
-                messages.note("It does not answer: it is connecting again, or waits in its terminal for a login.")
+                waits = "" if record.is_background else "waits for a login in its terminal, "
+                messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
             for spec in further:
                 add_forward(record, spec, agent.ssh)
                 address, port, target = spec.split(":", 2)
@@ -11415,7 +11420,7 @@ def carry_out(words: List[str]) -> int:
             right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
             failure.try_ = command_line(*right) if near not in ("", args.host) else failure.try_
         messages.failure(failure)
-        if (args.gateway if args else "--gateway" in words) and "--json" not in words:
+        if (args.gateway if args else "--gateway" in words) and not messages.as_json:
             messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there
         return failure.status
 

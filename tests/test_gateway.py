@@ -14,7 +14,7 @@ from typing import Iterator
 
 import pytest
 import websocket
-from client import api, new_session
+from client import api, events_of, new_session
 from jupyters import CACHE
 from sides import SCRIPT, VENV_BIN, Host, Laptop, processes_with, quiet_port, ssh_of, wait_until
 
@@ -112,6 +112,9 @@ def test_no_jupyterlab_starts_where_the_line_or_the_configuration_is_wrong(lapto
         file.write_text(text)
         run = laptop.run("--gateway", *words)
         assert run.status == 2 and run.stdout == "false\n", run.text
+    file.write_text("[*]\njson = yes\n")
+    (event,) = events_of(laptop.run("--gateway", "nohost.invalid"))
+    assert event["event"] == "failure"
 
 
 # What VS Code and others do, and a page: they speak to a server through this library.

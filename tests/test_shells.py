@@ -344,6 +344,10 @@ def test_start_up_files_that_leave_or_print_elsewhere(tmp_path: Path, monkeypatc
         (tmp_path / name).write_text("exit\n")
     rjupyter.enter_terminal(rjupyter.Request(), channel, [])
     assert told == ["The start-up files of /bin/bash exit before any command; going on without them."]
+    monkeypatch.setattr(rjupyter, "of_terminal", None)
+    with pytest.raises(rjupyter.Failure, match="--init failed"):  # where that is what fails, they are not blamed
+        rjupyter.enter_terminal(rjupyter.Request(init=["false"]), channel, [])
+    assert len(told) == 1
     (tmp_path / ".bash_profile").write_text("exec 1>&2\necho hello\nexport LICENCE=s3cret\n")
     found, said = rjupyter.shell_environment("/bin/bash", [], is_interactive=True)
     assert found["LICENCE"] == "s3cret" and "hello" in said and "s3cret" not in said

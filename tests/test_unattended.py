@@ -99,6 +99,10 @@ def test_unknown_host_key_and_a_password_end_at_once_with_the_cause(
     check_failure(bare.run(*mode, "host"), 255, "Connection refused", "is sshd running there")
 
 
+def listed_tunnels(laptop: Laptop) -> List[Dict[str, Any]]:
+    return [event for event in events_of(laptop.run("--json", "tunnels")) if event["event"] == "tunnel"]
+
+
 def test_second_copy_says_that_it_is_up_whatever_started_the_first(laptop: Laptop, host: Host) -> None:
     port = str(quiet_port())
     cron = dict(laptop.environment, XDG_RUNTIME_DIR="", PATH="/usr/bin:/bin")
@@ -112,6 +116,8 @@ def test_second_copy_says_that_it_is_up_whatever_started_the_first(laptop: Lapto
         assert second.stdout == url + "\n"
         assert ("The tunnel is up already (pid %d)." % first.pid in second.stderr) == ("-q" not in arguments)
         assert "It does not answer" not in second.stderr
+    added = laptop.run("-L", str(quiet_port()), "host")  # to the one record that there is
+    assert "Forwarding" in added.stderr and len(listed_tunnels(laptop)) == 1, added.text
     assert host.sshd.logins() == logins
     other = laptop.run("--no-config", "--local-port", str(quiet_port()), "host", "list")
     assert other.status == 0
