@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, check_failure
+from client import api, check_failure, is_up
 from jupyters import LIGHT, TODAY, environment, standin
 from private_machines import find_namespaces_obstacle
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
@@ -411,12 +412,13 @@ def test_shutdown_in_the_browser_that_takes_its_time_is_told_as_an_end(laptop: L
 
 def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str) -> None:
     """What ends is not found, and not in the way of the next."""
-    run, _ = server_slow_to_end(laptop, host)
+    run, url = server_slow_to_end(laptop, host)
     run.interrupt()
     run.wait()
     (record,) = host.servers()
+    there = re.sub(r":\d+/", ":%d/" % record["port"], url)  # past the tunnel
     os.kill(record["pid"], signal.SIGTERM)
-    wait_until(lambda: not runtime_files(host), "it ends")
+    wait_until(lambda: not runtime_files(host) and not is_up(there), "it ends")
     assert [row["state"] for row in rows(laptop)] in (["ending"], ["ended"], ["no answer"], [])
     again = laptop.start("host", has_terminal=False)
     assert api(again.url(), "status")["kernels"] == 0

@@ -19,6 +19,8 @@ from jupyters import standin
 from sides import VENV_BIN, Host, Laptop, processes_with, quiet_port, wait_until
 from strangers import counting_ps, leave_runtime_files, runtime_directory
 
+import rjupyter
+
 
 def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host) -> None:
     """As PATH is; whatever directory Jupyter is then started in."""
@@ -310,7 +312,9 @@ def test_logs(laptop: Laptop, host: Host) -> None:
     url = laptop.start("host", has_terminal=False).url()
     token = parse_qs(urlsplit(url).query)["token"][0]
     (record,) = host.servers()
-    with open(host.home / ".local/state/rjupyter/servers" / record["id"] / "log", "a") as log:
+    path = host.home / ".local/state/rjupyter/servers" / record["id"] / "log"
+    wait_until(lambda: rjupyter.OUR_PROBE in path.read_text(), "both lines of our probe are there")
+    with open(path, "a") as log:
         log.write("at http://127.0.0.1/?token=%s and \033[31mred\n" % token)
     for arguments in ([], [record["id"]]):
         run = laptop.run("host", "logs", *arguments)
