@@ -2175,7 +2175,6 @@ class Ssh:
         self.messages = messages
         self.is_mux = is_mux
         self.masters = list(MASTERS)  # where there may be one to go through
-        self.control_name = "%x.ctl" % os.getpid()
         self.jump: List[str] = []  # the ssh that is the way there, where we made it
         self.before: Optional[Ssh] = None  # the connection that it goes through, as long as that stands
         self.way: "Union[Mux, Direct]" = Direct(self)
@@ -2268,11 +2267,12 @@ class Ssh:
         """Start a master in the foreground, the process that Ctrl-C ends, and wait until its control socket appears."""
         try:
             directory = private_runtime_dir()
+            own = "%x%s.ctl" % (os.getpid(), "n" if self.before else "")  # beside that of the one before
             for name in os.listdir(directory):  # of runs that are gone: its name is the pid, which may be ours again
                 match = re.fullmatch(r"([0-9a-f]{1,8})n?\.ctl", name)
-                if match and (name == self.control_name or not process_identity(int(match.group(1), 16))):
+                if match and (name == own or not process_identity(int(match.group(1), 16))):
                     remove_files([os.path.join(directory, name)])
-            self.way = way = Mux(self, os.path.join(directory, self.control_name))
+            self.way = way = Mux(self, os.path.join(directory, own))
             doing = "Connecting to " + self.destination
             # The socket appears in one piece, when it has logged in.
             argv = self.argv(MASTER, "-M", "-N", "-S", way.control_path, *self.patience())
@@ -4542,15 +4542,14 @@ def open_server(request: Request, channel: Channel) -> Server:
         if not found and not starter:
             if not request.wrapper:  # what runs outside cannot be seen from in there
                 forget_ended(KINDS["server"])
-                top = root_dir or os.path.expanduser("~")
-                same = [record for record in KINDS["server"].listed() if is_same_dir(record.root_dir, top)]
-                for record in [r for r in same if request.allows(r.request) and not place_of(r).is_known][:1]:
+                unknown = [record for record in KINDS["server"].listed() if not place_of(record).is_known]
+                for record in matching_servers(request, root_dir or os.path.expanduser("~"), unknown)[:1]:
                     text = "Your server %s runs on another node, %s, if it has not ended. To open it, log in there."
                     channel.tell("note", text=text % (record.id, record.node))
             launched, seconds = launch(request, root_dir, channel, launch_server)
             info = server_info(launched)
             assert info is not None  # it has answered, and that is written down
-            hint = "" if request.is_held else next(filter(None, (kind.hint() for kind in STARTERS)), "")
+            hint = "" if request.is_held else scheduler_here()
             found = open_reply(launched, info, is_launched=True, seconds=seconds, scheduler=hint)
     if starter:  # outside of the lock, for a queue may be long
         found = Server.read(KINDS[starter.kind].await_reply(starter, channel))
@@ -4575,6 +4574,11 @@ def open_server(request: Request, channel: Channel) -> Server:
     found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(request, found.id))]
     found.foreign = foreign_files()
     return found
+
+
+def scheduler_here() -> str:
+    """Return the command of a scheduler that is on PATH here; empty for none."""
+    return next(filter(None, (kind.hint() for kind in STARTERS)), "")
 
 
 def what_keeps(pid: int) -> str:
@@ -4628,9 +4632,15 @@ def open_reply(record: ServerRecord, info: RuntimeInfo, **facts: "Any") -> Serve
     return Server(**dict(of_record, id=record.id, **dict(info.facts(), **facts)))
 
 
-def matching_servers(request: Request, root_dir: str) -> "List[ServerRecord]":
-    """Return the servers of ours that the request means: same PATH, app and environment, each as far as it is named."""
-    servers = [server for server in KINDS["server"].running() if request.allows(server.request)]
+def matching_servers(
+    request: Request, root_dir: str, among: "Optional[List[ServerRecord]]" = None
+) -> "List[ServerRecord]":
+    """Return the servers that the request means: same PATH, app and environment, each as far as it is named.
+
+    Of ours that run, or `among` others.
+    """
+    servers = KINDS["server"].running() if among is None else among
+    servers = [server for server in servers if request.allows(server.request)]
     return [server for server in servers if not root_dir or is_same_dir(server.root_dir, root_dir)]
 
 
@@ -4838,7 +4848,7 @@ def examine_host(request: Request, channel: Channel) -> "Json":
         with contextlib.suppress(OSError):
             uids.add(os.stat(process).st_uid)
     facts["other_users"] = len([uid for uid in uids if uid >= 1000 and uid not in (os.getuid(), 65534)])
-    facts["scheduler"] = next(filter(None, (kind.hint() for kind in STARTERS)), "")
+    facts["scheduler"] = scheduler_here()
     return facts
 
 
@@ -6752,7 +6762,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
     found.sort(key=lambda row: os.stat(row[1]).st_mtime, reverse=True)
     named = [row for row in found if is_named(wanted, row[2].notebook, os.path.basename(row[1]))]
-    named.sort(key=lambda row: bool(wanted) and row[2].notebook not in (wanted, wanted + ".ipynb"))
+    named.sort(key=lambda row: not is_whole_name(wanted, row[2].notebook))
     named = named or [row for row in found if any(is_named(wanted, former, "") for former in row[2].former)]
     if named:
         return named[0]
@@ -6780,6 +6790,11 @@ def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]
 def mark_of(record: ServerRecord, kernel: str) -> KernelMark:
     """Return what the recorder wrote down of a kernel."""
     return read_record(KernelMark, record.file("cells", kernel + ".json")) or KernelMark()
+
+
+def is_whole_name(name: str, notebook: str) -> bool:
+    """True when a name is all of a notebook's path, with its ending or without: it goes before one that ends so."""
+    return bool(name) and notebook in (name, name + ".ipynb")
 
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
@@ -8615,8 +8630,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     for record, kernel in [] if named else kernels:
         former = mark_of(record, kernel.id).former
         named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
-    exact = [row for row in named if request.name and row[1].notebook in (request.name, request.name + ".ipynb")]
-    named = exact or named
+    named = [row for row in named if is_whole_name(request.name, row[1].notebook)] or named
     if len(named) == 1:
         return named[0]
     there = ", ".join(kernel.title for _, kernel in kernels)
@@ -9454,7 +9468,6 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     options += ["-o", "ProxyCommand=" + shlex.join(jump)]
     there = Ssh(server.node, options, ssh.can_ask, ssh.messages, ssh.is_mux)
     there.further, there.jump, there.before = ssh.further, jump, ssh
-    there.control_name = "%xn.ctl" % os.getpid()  # beside the login node's, which the jump goes through
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
     there.messages.step(text, "connected", node=server.node)

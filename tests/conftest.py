@@ -192,9 +192,8 @@ def fresh_hosts(
         cache = sshd.home / ".cache/rjupyter"
         if sshd.home.stat().st_dev == base.stat().st_dev:  # not one that is full, or keeps no permissions
             shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
-        if user:
-            for place in [cache.parent, cache, *cache.rglob("*")] if cache.exists() else []:
-                os.chown(place, user.uid, -1)
+            for place in [cache.parent, cache, *cache.rglob("*")]:
+                os.chown(place, user.uid if user else -1, -1)
         sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
