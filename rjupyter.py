@@ -4145,8 +4145,8 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
         until(lambda: not place.is_running(), LIFE_S)  # it has ended with its job; that is known a little later
         return info if place.is_running() else None
     status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
-    if info and not runtime_info(record) and (status or not listens(info)):
-        return None  # it is about to end, and its port is another's already, or nobody's
+    if info and not runtime_info(record) and (status or until(lambda: not listens(info), ASK_TIMEOUT_S)):
+        return None  # it is about to end, and its port is another's already, or soon nobody's
     if info and status:
         why = "what listens there is not the server %s: it accepts any token, or another, or is not yours" % record.id
         what = "something else answers on port %d of the host" % info.port
@@ -5557,7 +5557,7 @@ class Tunnel:
                 why = "its sshd may forbid it (AllowStreamLocalForwarding); the server runs: %s" % self.server.id
                 raise Failure(what, why, "stop it, then open without --socket") from None
             can_reach, words = self.ssh.can_reach(self.server.target)
-            if can_reach:
+            if can_reach or ("Connection refused" in words and not self.server.job):  # it ended just now
                 raise Failure("Jupyter does not answer", str(error), another, EXIT_SERVER_ENDED) from None
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
             if self.server.job:
@@ -10409,7 +10409,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         identity = process_identity(os.getpid())
         record = TunnelRecord(created=time.time(), pid=os.getpid(), identity=identity, **facts)
         with contextlib.ExitStack() as up:
-            up.callback(remove_files, [write_tunnel(record)])
+            with signals_held():  # or it stays behind
+                up.callback(remove_files, [write_tunnel(record)])
             if args.background:
                 messages.note("The tunnel is in the background.\nTo close it: %s" % args.again("close"))
             elif args.stop_on_exit:

@@ -206,7 +206,7 @@ def test_what_is_lost_on_the_way_is_told(laptop: Laptop, host: Host, run: Run, k
     said = laptop.run("host", "eval", "print('x' * 40_000_000, flush=True)\nprint('after')")
     assert said.stdout == "after\n"
     assert "[an output of 38 MB was not kept]\n" in said.stderr
-    printing = waits_for(gate, "for i in range(150): print(i, 'x' * 1_000_000, flush=True)")
+    printing = waits_for(gate, "for i in range(150): print(f'{i} ' + 'x' * 1_000_000, flush=True)")
     asked = laptop.start("--json", "host", "eval", "print('begun', flush=True)\n" + printing, has_terminal=False)
     asked.expect("begun")
     os.kill(asked.pid, signal.SIGSTOP)

@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import api, check_failure, is_up
+from client import api, check_failure
 from jupyters import LIGHT, TODAY, environment, standin
 from private_machines import find_namespaces_obstacle
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
@@ -377,14 +376,19 @@ import atexit, os, time
 
 @atexit.register
 def linger():
+    open(os.path.expanduser("~/lingers"), "w").close()
+    time.sleep(0)
     os.closerange(3, 1024)
     time.sleep(4)
 """
 
 
-def server_slow_to_end(laptop: Laptop, host: Host, *arguments: str) -> "tuple[Run, str]":
-    """Open a server whose process is there for a while after its last answer: much memory, or a slow disk."""
-    configure(host, SLOW_END)
+def server_slow_to_end(laptop: Laptop, host: Host, *arguments: str, deaf_s: int = 0) -> "tuple[Run, str]":
+    """Open a server whose process is there for a while after its last answer: much memory, or a slow disk.
+
+    For `deaf_s` it takes connections still.
+    """
+    configure(host, SLOW_END.replace("sleep(0)", "sleep(%d)" % deaf_s))
     run = laptop.start(*arguments, "host", has_terminal=False)
     url = run.url()
     run.expect("To end it")
@@ -410,18 +414,37 @@ def test_shutdown_in_the_browser_that_takes_its_time_is_told_as_an_end(laptop: L
     assert "it was shut down" in run.stderr and "is lost" not in run.stderr
 
 
-def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str) -> None:
+@pytest.mark.parametrize("deaf_s", [0, 2])
+def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str, deaf_s: int) -> None:
     """What ends is not found, and not in the way of the next."""
-    run, url = server_slow_to_end(laptop, host)
+    run, _ = server_slow_to_end(laptop, host, deaf_s=deaf_s)
     run.interrupt()
     run.wait()
     (record,) = host.servers()
-    there = re.sub(r":\d+/", ":%d/" % record["port"], url)  # past the tunnel
     os.kill(record["pid"], signal.SIGTERM)
-    wait_until(lambda: not runtime_files(host) and not is_up(there), "it ends")
-    assert [row["state"] for row in rows(laptop)] in (["ending"], ["ended"], ["no answer"], [])
+    wait_until((host.home / "lingers").exists, "it ends")
+    if not deaf_s:
+        assert [row["state"] for row in rows(laptop)] in (["ended"], ["no answer"], [])
     again = laptop.start("host", has_terminal=False)
     assert api(again.url(), "status")["kernels"] == 0
+
+
+STOPS_LISTENING = """
+import http.server, socket
+send = http.server.BaseHTTPRequestHandler.send_response
+def send_response(self, status):
+    send(self, status)
+    if status == 403:
+        self.server.socket.shutdown(socket.SHUT_RDWR)
+http.server.BaseHTTPRequestHandler.send_response = send_response
+"""
+
+
+def test_server_that_listens_no_more_when_its_tunnel_is_checked(laptop: Laptop, host: Host, mark: str) -> None:
+    configure(host, STOPS_LISTENING)
+    run = laptop.run("host")
+    check_failure(run, 4, "Jupyter does not answer", "  why: ", " --new ")  # reset, or closed without an answer
+    assert "AllowTcpForwarding" not in run.text
 
 
 # -- a server of JupyterHub -------------------------------------------------------------------------------------------
