@@ -2774,53 +2774,61 @@ class LocalPort:
     """A port here that is kept for ssh, from the first moment to the last: what a page sends to it is for nobody else.
 
     Linux lets several sockets have one port as long as all of them have SO_REUSEADDR and none listens, and it looks at
-    that whenever one more is bound. So ours has the port all the time, and lets ssh in when that is about to listen.
-    Where a port cannot be shared, ours is closed for ssh, and there again when ssh has ended.
+    that whenever one more is bound. So ours has the port all the time, and lets ssh in when that is about to listen; a
+    second one of ours keeps others off while ours begins to listen. Where a port cannot be shared, ours is closed for
+    ssh, and there again when ssh has ended.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._socket: "Optional[socket.socket]" = None
+        self._sockets: "List[socket.socket]" = []  # the first listens
 
     def hold(self) -> bool:
         """Keep others off, and let a page that comes wait; False where it is another's already."""
         try:
-            if self._socket is None:
-                self._socket = listen_on(self.number)
-            self._share(True)  # those connections that ssh has just lost have the port, too
-            self._socket.listen(8)
+            if not self._sockets:
+                self._sockets = [listen_on(self.number)]
+                if sys.platform == "linux":
+                    self._sockets.append(socket.socket())
+                    for ours in self._sockets:
+                        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)  # among those of one user
+                    self._share(self._sockets, True)
+                    self._sockets[1].bind(("127.0.0.1", self.number))
+                    self._share(self._sockets, False)
+            self._share(self._sockets[:1], True)  # those connections that ssh has just lost have the port, too
+            self._sockets[0].listen(8)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise Failure("cannot listen on local port %d" % self.number, str(error)) from None
             return False
         finally:
-            self._share(False)
+            self._share(self._sockets, False)
         return True
 
-    def _share(self, is_shared: bool) -> None:
-        if self._socket and os.name == "posix":
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
+    @staticmethod
+    def _share(sockets: "List[socket.socket]", is_shared: bool) -> None:
+        for one in sockets if os.name == "posix" else []:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Let ssh listen on it meanwhile, when it is held; afterwards, ssh has it or nobody."""
         try:
-            self._share(True)
-            if self._socket:
-                self._socket.shutdown(socket.SHUT_RDWR)  # it listens no more, and is still bound
+            self._share(self._sockets, True)
+            if self._sockets:
+                self._sockets[0].shutdown(socket.SHUT_RDWR)  # it listens no more, and is still bound
                 listen_on(self.number).close()  # as ssh will
         except OSError:
             self.close()
         try:
             yield
         finally:
-            self._share(False)
+            self._share(self._sockets, False)
 
     def close(self) -> None:
         """Leave it to others."""
-        if self._socket:
-            self._socket.close()
-        self._socket = None
+        while self._sockets:
+            self._sockets.pop().close()
 
     def taken_by(self) -> str:
         """Return " by" and the name of the other user who listens there, as far as that can be seen."""

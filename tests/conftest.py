@@ -1,5 +1,6 @@
 """Fixtures: a laptop and a host, each with a home of its own, and a check that nothing is left behind by a test."""
 
+import collections
 import contextlib
 import os
 import shutil
@@ -30,6 +31,9 @@ PARTS = {
 }
 # The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
 COPIED = {"test_terminal"}
+# From where to where in the whole run the tests of a kind begin. While some wait, others compute: the cores are busy to
+# the end, and what takes longest is not alone there.
+SPREAD = {"waits": (0, 0.5), "cluster": (0, 0.8), "unit": (1, 2), "": (0, 1)}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
@@ -43,8 +47,14 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             item.add_marker("unit")
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))  # one process has them all
-    # What waits longest begins first, and what never waits comes last: the cores are busy to the end.
-    items.sort(key=lambda item: 2 * bool(item.get_closest_marker("unit")) - bool(item.get_closest_marker("cluster")))
+    kinds = [next((kind for kind in SPREAD if item.get_closest_marker(kind)), "") for item in items]
+    counts, seen = collections.Counter(kinds), dict.fromkeys(SPREAD, 0)
+    places = {}
+    for item, kind in zip(items, kinds):
+        begin, end = SPREAD[kind]
+        places[item] = begin + (end - begin) * seen[kind] / counts[kind]
+        seen[kind] += 1
+    items.sort(key=places.__getitem__)
 
 
 def pytest_report_header(config: pytest.Config) -> List[str]:

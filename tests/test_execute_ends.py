@@ -99,6 +99,7 @@ def test_kernel_that_does_not_start(laptop: Laptop, host: Host, mark: str) -> No
     wait_until(lambda: not processes_with(mark), "the kernels are gone", 15)
 
 
+@pytest.mark.waits
 def test_kernel_that_takes_66_seconds(laptop: Laptop, host: Host) -> None:
     """A longer `--start-timeout` lets a slow kernel start (nbclient's own limit is 60 s). (G15)"""
     add_slow_kernel(host.home, "slow", 66)

@@ -264,6 +264,7 @@ WHAT_ADDS = {
 }
 
 
+@pytest.mark.waits
 def test_what_is_said_to_add_jupyter_adds_it_in_every_kind_of_environment(laptop: Laptop, workshop: Workshop) -> None:
     """One project inside another, so that one start names them all; then their Pythons are gone. Each is taken then."""
     home = workshop.host.home

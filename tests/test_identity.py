@@ -330,6 +330,7 @@ def test_runtime_file_that_is_unlinked_by_the_real_command_of_another_node(
     check_one_server(laptop, named)
 
 
+@pytest.mark.waits
 def test_runtime_file_that_is_unlinked_while_the_tunnel_is_up(laptop: Laptop, host: Host) -> None:
     run = laptop.start("--local-port", str(quiet_port()), "host", has_terminal=False)
     url = run.url()

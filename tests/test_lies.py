@@ -792,6 +792,7 @@ ENDLESS = {
 MEMORY_BYTES = 700 << 20  # of addresses; the longest message is let in, and none of the above
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("name", sorted(ENDLESS))
 def test_stub_of_ssh_whose_host_prints_without_end(laptop: Laptop, name: str) -> None:
     """It ends with one error, in the memory that there is; how long it takes is no matter of the host's."""

@@ -219,6 +219,7 @@ def test_every_kind_of_refusal_counts_unattended_and_the_third_ends_it(
     assert host.sshd.attempts() - before <= 3 + 1  # the look whether sshd is up is one
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 def test_refused_login_among_others_that_time_out_counts_once(laptop: Laptop, host: Host) -> None:
     """One refusal, then a host that is not there for a while: that is not three refusals."""

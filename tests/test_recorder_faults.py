@@ -75,10 +75,9 @@ def test_page_that_went_in_the_middle_of_a_cell(
         )
         assert re.search(wanted, told), told
     with chromium(laptop) as driver:
-        for name, url in pages.items():
-            driver.get(url)
-            patience(driver).until(lambda _: has_all(shown_in(driver)))
-            driver.save_screenshot(str(tmp_path / (name + ".png")))
+        driver.get(pages[names[-1]])
+        patience(driver).until(lambda _: has_all(shown_in(driver)))
+        driver.save_screenshot(str(tmp_path / "back.png"))
 
 
 # -- the link, and us -------------------------------------------------------------------------------------------------

@@ -597,6 +597,43 @@ def test_another_user_does_not_get_the_local_port_while_ssh_is_down(
     assert is_up(url)
 
 
+BIND = """
+import socket, sys
+s = socket.socket()
+for option in socket.SO_REUSEADDR, socket.SO_REUSEPORT:
+    s.setsockopt(socket.SOL_SOCKET, option, 1)
+try:
+    s.bind(("127.0.0.1", int(sys.argv[1])))
+    print("got it")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_another_user_does_not_get_the_local_port_as_we_begin_to_listen(
+    eve: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment ours can be shared, as with what ssh has just lost; on a busy machine, for longer."""
+    port = rjupyter.LocalPort(quiet_port())
+    tried = []
+
+    def listen_late(self: socket.socket, backlog: int) -> None:
+        tried.append(as_user(eve, BIND, str(port.number)))
+        listen(self, backlog)
+
+    assert port.hold()
+    with port.lent(), rjupyter.listen_on(port.number) as ssh:
+        client = socket.create_connection(("127.0.0.1", port.number))
+        lost, _ = ssh.accept()
+    listen = socket.socket.listen
+    monkeypatch.setattr(socket.socket, "listen", listen_late)
+    assert port.hold()
+    monkeypatch.undo()
+    assert tried == ["Address already in use\n"]
+    for each in (lost, client, port):
+        each.close()
+
+
 def test_another_user_does_not_get_the_local_port_of_a_server_that_ended(
     laptop: Laptop, host: Host, eve: User, mark: str
 ) -> None:
@@ -723,6 +760,7 @@ ioloop.PeriodicCallback = lambda function, time_ms, *more: PeriodicCallback(func
 """
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 @pytest.mark.parametrize("age", ["", "notebook-6.4", "lab-3.2"])
 def test_an_idle_server_ends_by_itself_although_its_tunnel_stays(

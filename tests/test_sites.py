@@ -588,6 +588,7 @@ def test_stop_goes_on_past_a_job_that_cannot_be_cancelled(
     assert sorted(slurm.squeue()) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.waits
 def test_stop_of_a_job_whose_scheduler_hangs(laptop: Laptop, slurm: PrivateSlurm, site: Site, login: Host) -> None:
     """For a minute, with each of its commands: the agent is heard to live, and says itself what did not answer."""
     job = job_that_waits(laptop, slurm)
@@ -792,6 +793,7 @@ def preempted(slurm: PrivateSlurm, job: int) -> None:
     slurm.command("sbatch", "--partition=urgent", "--exclusive", "-N2", "--output=/dev/null", "--wrap=sleep infinity")
 
 
+@pytest.mark.waits
 def test_job_that_is_queued_again(
     laptop: Laptop, make_slurm: Callable[..., PrivateSlurm], site: Site, make_host: Callable[..., Host]
 ) -> None:

@@ -114,6 +114,7 @@ FAULTS = [kill_ssh, kill_sshd_session, cut, freeze_ssh, freeze_sshd_session, unl
 FAULTS_OF_ROOT = [*FAULTS, rename_host]
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 @BOTH_MODES
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["lost", "frozen"])
@@ -160,6 +161,7 @@ def can_listen(port: int) -> bool:
     return True
 
 
+@pytest.mark.waits
 def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
     run, url, kernel = start_and_remember(laptop, *proxy.ssh_options())
     proxy.is_frozen = True
@@ -169,6 +171,7 @@ def test_packets_swallowed(laptop: Laptop, host: Host, proxy: Proxy) -> None:
     check_same(run, url, kernel)
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 def test_jupyter_that_hangs_is_said_and_waited_for(laptop: Laptop, host: Host) -> None:
     run, url, kernel = start_and_remember(laptop)
@@ -187,6 +190,7 @@ START_UP_FILES = {
 }
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("trouble", sorted(START_UP_FILES))
 def test_connection_that_stands_is_kept_where_the_host_can_not_say_how_jupyter_does(
     laptop: Laptop, host: Host, trouble: str

@@ -89,6 +89,7 @@ def test_grid_engine_runs_the_server_and_a_notebook(
     see_nothing_left(engine)
 
 
+@pytest.mark.waits
 def test_grid_engine_is_waited_for_and_a_job_that_ends_is_said(
     laptop: Laptop, engine: PrivateGridEngine, login: Host
 ) -> None:

@@ -664,6 +664,7 @@ def events_of_kernels(laptop: Laptop, host: Host, url: str) -> List[Dict[str, An
     return seen
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 def test_json_events_are_the_ones_of_the_help(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mark: str

@@ -490,6 +490,7 @@ def test_container_whose_client_was_killed_is_stopped(laptop: Laptop, boxed: Hos
     assert not podman.containers(boxed.home)
 
 
+@pytest.mark.waits
 def test_container_that_is_killed(laptop: Laptop, boxed: Host, podman: PrivatePodman) -> None:
     run = held(laptop, "--container", IMAGE, "host")
     (name,) = podman.containers(boxed.home)
