@@ -2790,11 +2790,11 @@ class LocalPort:
                 self._sockets = [listen_on(self.number)]
                 if sys.platform == "linux":
                     self._sockets.append(socket.socket())
-                    for ours in self._sockets:
-                        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)  # among those of one user
-                    self._share(self._sockets, True)
-                    self._sockets[1].bind(("127.0.0.1", self.number))
-                    self._share(self._sockets, False)
+                    with contextlib.suppress(AttributeError, OSError):  # WSL 1 has no such option, nor have old Condas
+                        for ours in self._sockets:
+                            ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)  # among those of one user
+                        self._share(self._sockets, True)
+                        self._sockets[1].bind(("127.0.0.1", self.number))
             self._share(self._sockets[:1], True)  # those connections that ssh has just lost have the port, too
             self._sockets[0].listen(8)
         except OSError as error:
@@ -3121,7 +3121,10 @@ def first_private(candidates: "List[str]") -> str:
     reasons = []
     for path in candidates:
         try:
-            private_dir(os.path.dirname(path))
+            top = os.path.dirname(path)
+            if own_state_dir and os.path.isdir(top) and os.stat(top).st_mode & 0o077 and os.listdir(top):
+                raise PermissionError("%s is open to others, and not empty: name a new directory in it" % top)
+            private_dir(top)
             return private_dir(path)
         except OSError as error:
             reasons.append(str(error))
@@ -3133,7 +3136,8 @@ def kept_dirs(kind: Kind) -> "List[str]":
     found = []
     for top in state_dirs(kind.name + "s"):
         with contextlib.suppress(OSError):
-            if os.stat(top).st_uid == os.getuid():
+            # No link, and in no directory of another's: what is old in there is removed.
+            if os.lstat(top).st_uid == os.lstat(os.path.dirname(top)).st_uid == os.getuid():
                 found += [os.path.join(top, name) for name in os.listdir(top)]
     return found
 
@@ -3214,7 +3218,7 @@ def forget_ended(kind: Kind) -> None:
     """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; what runs stays."""
     for path in kept_dirs(kind):
         record = record_in(kind, path)
-        changed_at = time_of(path)
+        changed_at = max(time_of(os.path.join(path, name)) for name in ("", "journal", "log"))  # a run may end unseen
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
         is_known = record is None or is_here(record) or is_marked(record, "stop")
         if is_old and is_known and not (record and kind.goes_on(record)):
@@ -3649,7 +3653,7 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     home = os.path.realpath(os.path.expanduser("~"))
     above = [os.path.realpath(root_dir or home)]
     with contextlib.suppress(OSError):
-        while above[-1] != home:
+        while above[-1] not in (home, os.sep):
             parent = os.path.dirname(above[-1])
             if not (parent + os.sep).startswith(home + os.sep) and not os.stat(parent).st_uid == os.getuid() != 0:
                 break
@@ -4153,6 +4157,8 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
         until(lambda: not place.is_running(), LIFE_S)  # it has ended with its job; that is known a little later
         return info if place.is_running() else None
     status = ask_server(info.but(token=""), STATUS_PATH)[0] if info else 0
+    if info and status and answers(info):  # it was slow for a moment
+        return info
     if info and not runtime_info(record) and (status or until(lambda: not listens(info), ASK_TIMEOUT_S)):
         return None  # it is about to end, and its port is another's already, or soon nobody's
     if info and status:
@@ -4791,10 +4797,11 @@ def what_to_stop(request: Request) -> "List[Any]":
         return [r for r in goes_on if is_below(r, root_dir) and request.app in ("", r.request.app)]
     found = matching_servers(request, root_dir)  # type: List[Any]
     found = found or [record for kind in STARTERS for record in kind.waiting(request)]
-    there = found or matching_servers(request.but(app=""), root_dir)
+    there = found or matching_servers(Request(), root_dir)
     if len(there) > 1 or len(there) > len(found):
         names = ["%s   %s in %s" % (r.id, r.request.app or r.kind, r.root_dir or r.request.path or "~") for r in there]
-        what = "%d servers run or wait there" % len(found) if found else "no %s runs there" % APPS[request.app].title
+        title = APPS[request.app].title if request.app else "such server"
+        what = "%d servers run or wait there" % len(found) if found else "no %s runs there" % title
         raise Failure(what, "\n".join(names), "`stop` with an id, or with --all")
     return found
 
@@ -9241,13 +9248,15 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
     What was written down of its end is final. Slurm knows of a job whether it is live; of others only a job that waits
-    is looked for in the queue, and one that has begun says itself that it lives. An answer may be a minute old.
+    or gives no signs is looked for in the queue: one that has begun says itself that it lives. An answer may be a
+    minute old.
     """
     end = read_record(JobState, record.file("end.json"))
     if end:
         return end
     begun = begun_of(record)
-    if record.command in SCHEDULERS and (record.command == "sbatch" or not begun):
+    is_mute = begun is not None and not gives_signs(record)  # its scheduler may have suspended it
+    if record.command in SCHEDULERS and (record.command == "sbatch" or not begun or is_mute):
         state = state_in(record, *query(record, max_age_s))
     else:
         state = JobState() if (begun or may_be_taken(record)) and gives_signs(record) else ENDED
@@ -9255,7 +9264,7 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
         state = ENDED.but(word="CANCELLED")
     elif state.is_live and is_marked(record, "ended"):
         state = ENDED
-    elif state.is_live and begun and not state.node and gives_signs(record):  # its row is older, or does not tell
+    elif state.is_live and begun and not state.node and (record.command != "sbatch" or not is_mute):  # its row is older
         state = begun.but(is_waiting=False, word="RUNNING")
     if not state.is_live:
         note_end(record, state)
@@ -10140,9 +10149,10 @@ class CommandLine:
         return [typed.value for typed in self.behind if not typed.flag and typed.value is not None]
 
     def _is_option(self, word: str) -> bool:
-        """True for what begins with a dash; with a space in it, only if it begins with one of ours."""
+        """True for what begins with a dash; with a space in it, only if it begins with one of ours that has a value."""
         flag = word.partition("=")[0] if word.startswith("--") else word[:2]
-        return word[:1] == "-" and word != "-" and (" " not in word or flag in self.known)
+        has_value = flag in self.known and bool(self.known[flag].metavar)
+        return word[:1] == "-" and word != "-" and (" " not in word or has_value)
 
     def _option(self, word: str) -> Typed:
         """Return an option, with its value; of switches in one word, the next one stays in the rest."""
@@ -10430,6 +10440,11 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
                 background.detach()
                 agent.ssh.can_ask = can_ask()
             tunnel.hold(redials=not args.no_reconnect)
+    except Failure as failure:
+        if args.stop_on_exit and not tunnel and agent.launching and failure.status != EXIT_SSH:
+            with contextlib.suppress(Failure):  # the first one is the cause
+                agent.ask(Request(action="stop", ids=[agent.launching]), Record, "Stopping")
+        raise
     except (KeyboardInterrupt, Terminated):
         is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
         if tunnel or is_ended:
@@ -10602,7 +10617,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         reply = agent.ask(request_of(args, "list"), reply_of(runs="List[RunView]", **kinds), "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
         ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
-        views["run"] = [run for run in reply.runs if run not in ended]
+        views["run"] = [run for run in reply.runs if run.state in GOING_ON or args.all or args.json]
         ids = [view.id for found in views.values() for view in found]
         if kept_here().hosts.get(agent.ssh.destination) != ids:  # to complete a line with
             keep_here("hosts", agent.ssh.destination, ids)
@@ -10803,7 +10818,8 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
     if not args.ids or any(re.fullmatch(r"[rjw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
         agent.ssh.masters.remove(master_of_a_tunnel)
     agent.ssh.connect()
-    request = request_of(args, "stop", app=args.typed.get("app", ""))
+    chosen = {name: args.typed[name] for name in Request.CHOOSING if name in args.typed and name != "submit"}
+    request = request_of(args, "stop", **chosen)
     kind = reply_of(count="int", busy="List[ServerView]", runs="List[RunView]")
     reply = agent.ask(request.but(asks=not args.yes), kind, "Stopping")
     if reply.busy or reply.runs:

@@ -417,11 +417,15 @@ def test_ended_runs_are_kept_for_a_week(laptop: Laptop, host: Host) -> None:
     past = time.time() - 7 * 86400 - 60
     os.utime(old, (past, past))
     assert laptop.run("host", "execute", "a.ipynb").status == 0
+    assert old.exists()  # it ran for longer than that, and was killed now
+    for name in ("journal", "log"):
+        os.utime(old / name, (past, past))
+    assert laptop.run("host", "execute", "a.ipynb").status == 0
     assert not old.exists()
     assert laptop.run("host", "list").stdout == ""
     table = laptop.run("host", "list", "--all").stdout.splitlines()
     assert table[1].split() == ["ID", "STATE", "CELL", "NOTEBOOK", "DIRECTORY", "AGE"]
-    assert [line.split()[1:4] for line in table[2:]] == [["done", "1/1", "a.ipynb"]] * 2
+    assert [line.split()[1:4] for line in table[2:]] == [["done", "1/1", "a.ipynb"]] * 3
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

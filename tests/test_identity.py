@@ -430,6 +430,30 @@ def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str
     assert api(again.url(), "status")["kernels"] == 0
 
 
+def test_server_that_is_slow_for_a_moment_is_come_back_to(laptop: Laptop, host: Host, mark: str) -> None:
+    """It answers the second time; as nobody in particular is asked then, what it says fits a stranger, too."""
+    with laptop.opened("host"):
+        pass
+    (record,) = host.servers()
+    os.kill(record["pid"], signal.SIGSTOP)
+    run = laptop.start("host", has_terminal=False)
+    try:
+        here = ":%04X " % record["port"]
+        asked = {row.split()[2] for row in rows_of_tcp(here)}
+        wait_until(lambda: len({row.split()[2] for row in rows_of_tcp(here)} - asked) > 1, "it is asked again")
+    finally:
+        os.kill(record["pid"], signal.SIGCONT)
+    assert run.url()
+    run.expect("Found Jupyter")
+    assert len(host.servers()) == 1
+
+
+def rows_of_tcp(here: str) -> List[str]:
+    """Return the connections to a port here, as proc(5) has them, from the side that listens."""
+    rows = Path("/proc/net/tcp").read_text().splitlines()
+    return [row for row in rows if here in row.split()[1] + " " and row.split()[3] != "0A"]
+
+
 STOPS_LISTENING = """
 import http.server, socket
 send = http.server.BaseHTTPRequestHandler.send_response

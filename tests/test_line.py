@@ -57,7 +57,9 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
     alias = read("-f gpu1 logs")  # an alias that has it works with each action
     assert (alias["is_followed"], alias["background"]) == (False, True)
     assert read("gpu1 eval -- -1")["code"] == "-1"
-    assert rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1", "eval", "-1 + 2"])).code == "-1 + 2"
+    for code in ("-1 + 2", "-4 + 5", "-f(x) + 1", "-v - w", "-q + 1", "-h * 2"):
+        args = rjupyter.Args(rjupyter.CommandLine(["--no-config", "gpu1", "eval", code]))
+        assert (args.code, args.ssh, args.background) == (code, [], False), code
 
 
 @pytest.mark.parametrize(

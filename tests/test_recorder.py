@@ -287,7 +287,8 @@ def test_what_was_recorded_is_kept_when_its_server_ends(laptop: Laptop, host: Ho
     assert all(directory.exists() for directory in directories)
     past = time.time() - KEPT_S - 60
     for directory in directories:
-        os.utime(directory, (past, past))
+        for path in (directory, directory / "log"):
+            os.utime(path, (past, past))
     last = held(laptop, "--local-port", str(quiet_port()), "--new", "host")
     assert not any(directory.exists() for directory in directories)
     # One that was stopped and ran no cell leaves nothing.

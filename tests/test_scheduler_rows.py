@@ -81,16 +81,23 @@ def test_line_of_another_scheduler(line: str) -> None:
     assert not rjupyter.state_in(record, 2000.0, answer.replace(line, "")).is_live
 
 
-def test_job_that_gives_no_signs_for_a_while_has_not_ended_for_good(tmp_path: Path) -> None:
-    """It was suspended, or its home was away; a job that says so itself has ended."""
+def test_job_that_gives_no_signs_for_a_while_has_not_ended_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its home was away, or its scheduler suspended it and has it still; a job that says so itself has ended."""
     record = rjupyter.JobRecord(number="123", command="qsub", created=0.0, node="login")
     record.directory = str(tmp_path)
     (tmp_path / "begun.json").write_text(json.dumps(rjupyter.JobState(node="node1").facts()))
+    queue = tmp_path / "qstat"
+    monkeypatch.setenv("PATH", "%s:%s" % (tmp_path, os.environ["PATH"]))
     seen = []
-    for step in ("alive", "", "alive", "ended"):
+    for number, step in enumerate(("alive", "", "suspended", "alive", "ended")):
+        monkeypatch.setenv("RJUPYTER_TMP", str(tmp_path / str(number)))  # no answer is kept
         (tmp_path / (step or "looked")).write_text("")
-        if not step:
+        if step in ("", "suspended"):
             os.utime(str(tmp_path / "alive"), (1, 1))
+        queue.write_text("#!/bin/sh\necho '%s.srv job.sh ana 0 S workq'\n" % (123 if step == "suspended" else 7))
+        queue.chmod(0o755)
         seen.append(rjupyter.job_state(record).is_live)
-    assert seen == [True, False, True, False]
+    assert seen == [True, False, True, True, False]
     assert rjupyter.read_record(rjupyter.JobState, str(tmp_path / "end.json"))

@@ -35,6 +35,19 @@ def test_state_directory_that_is_named_from_home(laptop: Laptop, host: Host) -> 
     assert not [path for path in host.home.rglob("scratch") if path.parent != host.home]
 
 
+def test_state_directory_that_others_use_is_left_as_it_is(laptop: Laptop, host: Host) -> None:
+    scratch = host.home / "scratch"
+    scratch.mkdir()
+    scratch.chmod(0o755)
+    (scratch / "data").write_text("")
+    check_failure(laptop.run("--state-dir", "scratch", "host"), 1, "scratch is open to others, and not empty")
+    assert scratch.stat().st_mode & 0o777 == 0o755
+    for _ in range(2):
+        with laptop.opened("--state-dir", "scratch/ours", "host"):
+            pass
+    assert laptop.run("--state-dir", "scratch/ours", "host", "stop").status == 0
+
+
 @pytest.mark.jupyter
 def test_notebook_whose_state_directory_is_named_from_home(laptop: Laptop, host: Host) -> None:
     (host.home / "work").mkdir()
@@ -279,6 +292,19 @@ def test_what_chooses_a_launch_does_not_hide_what_is_there(laptop: Laptop, host:
     stop = laptop.run("host", "stop")
     assert (stop.status, "Stopped Jupyter Notebook in" in stop.stderr) == (0, True), stop.text
     assert "No server of yours runs there." in laptop.run("--lab", "host", "stop").stderr
+
+
+def test_stop_ends_no_server_of_another_environment_than_is_typed(laptop: Laptop, host: Host) -> None:
+    """As an alias has it that names one: the other's kernels would be lost without a question."""
+    for name, value in (("one", "1"), ("two", "2")):
+        with laptop.opened("--init", "export NUMBER=" + value, "host", "--local-port", str(quiet_port())):
+            pass
+        if name == "one":
+            assert laptop.run("--init", "export NUMBER=1", "host", "stop").status == 0
+    (server,) = host.servers()
+    stop = laptop.run("--init", "export NUMBER=1", "host", "stop")
+    check_failure(stop, 1, "no such server runs there", server["id"], "`stop` with an id")
+    assert laptop.run("--init", "export NUMBER=2", "host", "stop").status == 0 and not host.servers()
 
 
 @pytest.mark.jupyter

@@ -634,6 +634,16 @@ def test_another_user_does_not_get_the_local_port_as_we_begin_to_listen(
         each.close()
 
 
+def test_local_port_is_held_where_it_cannot_be_shared_among_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a Python without that option: Anaconda's of 2020."""
+    monkeypatch.delattr(socket, "SO_REUSEPORT")
+    port = rjupyter.LocalPort(quiet_port())
+    assert port.hold() and port.hold()
+    with port.lent(), rjupyter.listen_on(port.number):
+        pass
+    port.close()
+
+
 def test_another_user_does_not_get_the_local_port_of_a_server_that_ended(
     laptop: Laptop, host: Host, eve: User, mark: str
 ) -> None:
@@ -747,6 +757,32 @@ def test_an_address_that_others_reach_is_warned_of(laptop: Laptop, host: Host, a
     run = laptop.start("--ip", address, "host", has_terminal=False)
     assert is_up(run.url())
     assert words in run.stderr if words else "--ip" not in run.stderr
+
+
+# -- what is removed ---------------------------------------------------------------------------------------------------
+
+
+def test_what_another_user_put_into_our_place_leads_to_nothing_of_ours(
+    laptop: Laptop, host: Host, directory: Path, eve: User
+) -> None:
+    """Ours in /tmp is hers if she was first; what is a week old in there would be removed."""
+    ours = directory / ("host/rjupyter-%d" % os.getuid())
+    ours.mkdir()
+    thesis = host.home / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").write_text("all of it")
+    for path in (thesis / "chapter.tex", thesis):
+        os.utime(path, (1, 1))
+    for name in ("servers", "runs"):
+        (ours / name).symlink_to(host.home)
+        os.chown(ours / name, eve.uid, -1, follow_symlinks=False)
+    os.chown(ours, eve.uid, -1)
+    with laptop.opened("host"):
+        pass
+    assert (thesis / "chapter.tex").read_text() == "all of it"
+    os.chown(ours, os.getuid(), -1)
+    for name in ("servers", "runs"):
+        (ours / name).unlink()
 
 
 # -- idle -------------------------------------------------------------------------------------------------------------

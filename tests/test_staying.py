@@ -326,6 +326,8 @@ def test_forwarding_forbidden(laptop: Laptop, make_host: Callable[..., Host], se
     words = ("host does not forward to 127.0.0.1:", "administratively prohibited", "try: AllowTcpForwarding and Permit")
     check_failure(laptop.run(*mode, "host"), 1, *words)
     assert len(host.servers()) == 1
+    check_failure(laptop.run(*mode, "--stop-on-exit", "--new", "host"), 1, *words)
+    assert len(host.servers()) == 1  # the second one has ended with it
 
 
 @BOTH_MODES

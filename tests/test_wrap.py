@@ -17,7 +17,7 @@ from notebooks import printed, write_notebook
 from private_podman import IMAGE, PrivatePodman, small_tar
 from private_slurm import PrivateSlurm
 from readme import README
-from sides import VENV_BIN, Host, Laptop, User, nicer, processes_with, quiet_port, wait_until, without_port
+from sides import TOP, VENV_BIN, Host, Laptop, User, nicer, processes_with, quiet_port, wait_until, without_port
 
 import rjupyter
 
@@ -159,6 +159,30 @@ def test_pids_of_its_own(laptop: Laptop, bwrap: Host, mark: str, wrap: List[str]
     assert "Launched" not in held(laptop, *wrap, "host", "--local-port", str(quiet_port())).text
     assert laptop.run("host", "stop", "--yes").status == 0
     is_clean(bwrap, mark)
+
+
+IN_A_ROOT_OF_OURS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import rjupyter
+assert os.stat("/").st_uid == os.getuid() != 0
+print(list(rjupyter.environments_of_project("/data/proj")))
+"""
+
+
+def test_root_directory_that_is_the_users_own(bwrap: Host, make_user: Callable[[str], User]) -> None:
+    """bwrap makes it, and what is above what it binds: who looks upwards comes to an end there."""
+    user = make_user("/bin/sh")
+    argv = ["bwrap", "--dev", "/dev", "--proc", "/proc", "--bind", str(user.home), "/data/proj"]
+    places = [place for place in ("/usr", "/lib", "/lib64", "/bin", "/etc", str(TOP)) if os.path.exists(place)]
+    argv += [word for place in places for word in ("--ro-bind", place, place)]
+    argv += ["/usr/bin/python3", "-c", IN_A_ROOT_OF_OURS, str(TOP)]
+    told = subprocess.run(
+        argv, user=user.uid, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, timeout=60
+    )
+    if "bwrap:" in told.stderr:
+        pytest.skip("a user's bwrap runs nothing here: %s" % told.stderr)
+    assert told.stdout == "[]\n", told.stderr
 
 
 def test_jupyter_that_dies_among_pids_of_its_own(laptop: Laptop, bwrap: Host, mark: str) -> None:
