@@ -6490,6 +6490,8 @@ class RecordedKernel:
             self._journal.mark(notebook)
             for begun in self._running.values():
                 begun.notebook = notebook
+        with contextlib.suppress(OSError):
+            self._journal.pay()
         if self._unseen and has_just_ended:
             self._tell_unseen(connections_of(server_info(self.recorder.record), self.id))
 
@@ -6504,6 +6506,7 @@ class Journal:
         self._file = -1
         self._size = 0
         self._lost = ""
+        self._owed = b""
         self._before = 0  # the bytes of what was written before this half
         self._mark = None  # type: Optional[KernelMark]
 
@@ -6516,13 +6519,18 @@ class Journal:
         try:
             if self._size + len(line) > self.most and self._size:
                 self._turn()
-            if self._lost:
-                self._write(gap_line(self.head, self._lost))
-                self._lost = ""
+            self.pay()
             self._write(line)
         except OSError as error:
             self._lost = self._lost or error.strerror or str(error)
+            self._owed += line if kind == "finished" else b""
         return entry
+
+    def pay(self) -> None:
+        """Say what was lost, and how cells ended meanwhile, as soon as there is room again. Raises OSError."""
+        if self._lost:
+            self._write(gap_line(self.head, self._lost) + self._owed)
+            self._lost, self._owed = "", b""
 
     def close(self) -> None:
         """Close the file, which the next line opens again. Raises OSError, where NFS tells of a full disk only now."""
@@ -6837,7 +6845,10 @@ def away_from(request: Request, identity: str) -> "List[Away]":
     found = []
     for record in [record for record in KINDS["server"].records() if record.id == identity]:
         revive_recorder(record)
-        for path, mark in marks_of(record, ".away"):
+        marks = marks_of(record, ".away")
+        journals = sorted(marks_of(record, ".journal") if marks else [], key=lambda row: time_of(row[0]))
+        newest = {mark.notebook: path for path, mark in journals}
+        for path, mark in marks:
             executions = Executions(JournalReader(path).lines())
             ids = [name for name in read_text(beside(path, ".away")).split() if name in executions.cells]
             remove_files([beside(path, ".away")])
@@ -6850,6 +6861,8 @@ def away_from(request: Request, identity: str) -> "List[Away]":
             found.append(away)
             try:
                 if not request.no_save:
+                    if newest.get(mark.notebook) != path:
+                        raise Failure("another kernel has executed it since")
                     _, placed = save_into(record, mark.notebook, executions)
                     away.why = "" if set(ids) <= set(placed) else "the code was changed since"
             except (Failure, OSError, ValueError) as error:  # nobody is to be kept from the page by that
@@ -8031,6 +8044,7 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # in place of nbclient's own
                 loop.add_signal_handler(signum, end, signal.Signals(signum).name)
             client = await super().async_start_new_kernel_client()
+            client.iopub_channel.socket.rcvhwm = 0  # else a cell that is quicker than we are loses what it shows
             run.has_kernel = True
             self.shutdown_kernel = "graceful"
             return client
@@ -8067,6 +8081,7 @@ def new_engine(run: Run, nbclient: "Any", tell_kernel: "Callable[[int], None]", 
         config=config,
         timeout=None,
         startup_timeout=max(1, int(start_s)),
+        iopub_timeout=int(START_TIMEOUT_S),  # for what has come by then, and is not taken yet
         allow_errors=run.request.allows_errors,
         kernel_name=run.kernel,
         shutdown_kernel="immediate",  # until it has answered
@@ -8643,7 +8658,7 @@ def kernel_named(request: Request, thing: str = "kernel") -> "Tuple[ServerRecord
     kernels = live_kernels(request)
     named = [row for row in kernels if is_named(request.name, row[1].notebook, row[1].id)]
     for record, kernel in [] if named else kernels:
-        former = mark_of(record, kernel.id).former
+        former = mark_of(record, kernel.id).named(kernel.notebook).former
         named += [(record, kernel)] if any(is_named(request.name, notebook, "") for notebook in former) else []
     named = [row for row in named if is_whole_name(request.name, row[1].notebook)] or named
     if len(named) == 1:
@@ -8757,21 +8772,35 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     processes = identities_of(kernel.id)
     began = time.monotonic()
     was_idle = False
+    journal, executions = JournalReader(record.file("cells", kernel.id + ".journal")), Executions()
+
+    def cells() -> "List[CellOutput]":
+        for line in journal.lines() if record.directory else ():
+            if not line.endswith('"kind": "printed"}'):
+                executions.take(facts_in(line))
+        return list(executions.cells.values()) or [CellOutput()]
 
     def look() -> str:
         nonlocal was_idle
         kernel.state = state_of_kernel(record, kernel.id, processes)
         is_late = time.monotonic() - began > STARTING_S
-        if kernel.state == "starting" and (is_late or last_execution(record, kernel.id)):
+        last = cells()[-1]
+        # Jupyter calls it idle when a debugger or a widget's subshell is, and starting until a page has come.
+        recorder = read_record(RecorderMark, record.file("recorder.json")) if last.begun and not last.finished else None
+        if kernel.state in ("idle", "starting") and recorder and is_same_process(recorder.pid, recorder.identity):
+            kernel.state = "busy"
+        if kernel.state == "starting" and (is_late or last.finished):
             return "idle"
         has_ended = kernel.state == "dead" or (kernel.state == "idle" and was_idle)  # once may be between two cells
         was_idle = kernel.state == "idle"
         return kernel.state if has_ended else ""
 
+    def last_ended() -> "List[CellOutput]":
+        return [cell for cell in [cell for cell in cells() if cell.begun][-1:] if cell.finished]
+
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
-    last = until(lambda: last_execution(record, kernel.id), LATE_WORD_S) if state == "idle" else None
     reply = {"kernel": kernel, "state": state, "count": None, "seconds": None, "is_done": None}
-    if last:
+    for last in until(last_ended, LATE_WORD_S) if state == "idle" else ():
         seconds = last.finished.time - last.begun.time
         reply.update(count=last.begun.count, seconds=seconds, is_done=last.finished.is_done)
     return reply
@@ -8779,7 +8808,10 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
 
 def identities_of(kernel: str) -> "List[Tuple[int, str]]":
     """Return the process of a kernel, and what tells it from a later one; nothing if that cannot be seen."""
-    return [(pid, process_identity(pid)) for pid in processes_of_kernel(kernel, all_processes())[:1]]
+    processes = all_processes()
+    found = processes_of_kernel(kernel, processes)
+    tops = [pid for pid in found if processes[pid][0] not in found]  # what it forked has its command line
+    return [(pid, process_identity(pid)) for pid in tops[:1]]
 
 
 def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[int, str]]") -> str:
@@ -8792,15 +8824,6 @@ def state_of_kernel(record: ServerRecord, identity: str, processes: "List[Tuple[
     info = server_info(record)
     status, said = ask_server(info, "api/kernels/%s?no_track_activity=1" % identity) if info else (404, None)
     return "dead" if status == 404 or not place_of(record).is_running() else fact(said, "execution_state", "")
-
-
-def last_execution(record: ServerRecord, identity: str) -> "Optional[CellOutput]":
-    """Return the last execution of a kernel, if it was recorded and has ended."""
-    path = record.file("cells", identity + ".journal")
-    lines = Growing(path).lines() if record.directory else ()
-    executions = Executions(line for line in lines if not line.endswith('"kind": "printed"}'))
-    cells = [cell for cell in executions.cells.values() if cell.begun]
-    return cells[-1] if cells and cells[-1].finished else None
 
 
 # -- eval -------------------------------------------------------------------------------------------------------------

@@ -37,13 +37,18 @@ def token_of(url: str) -> str:
     return parse_qs(urlsplit(url).query)["token"][0]
 
 
-def send(url: str, code: str, kernel: str, *more: str) -> websocket.WebSocket:
-    """Let a kernel run `code`, as message "1", and more of it, and return the connection to its channels."""
+def connected(url: str, kernel: str) -> websocket.WebSocket:
+    """Return a connection to the channels of a kernel, as a page has it."""
     parts = urlsplit(url)
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
     header = {"Authorization": "token " + token_of(url)}
-    connection = websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
+    return websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
+
+
+def send(url: str, code: str, kernel: str, *more: str) -> websocket.WebSocket:
+    """Let a kernel run `code`, as message "1", and more of it, and return the connection to its channels."""
+    connection = connected(url, kernel)
     for number, source in enumerate((code, *more), 1):
         content = {
             "code": source,

@@ -1,6 +1,7 @@
 """One kernel at a time: `list --kernels`, `wait`, `stop KERNEL`."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Dict, Iterator, List
 
 import pytest
-from client import api, check_failure, compute, end_kernels, events_of, held, new_session, send
+from client import api, check_failure, compute, connected, end_kernels, events_of, held, new_session, send
 from notebooks import write_notebook
 from proxy import Proxy
 from sides import Host, Laptop, Run, process_of, quiet_port, wait_until
+
+import rjupyter
 
 pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 
@@ -170,6 +173,29 @@ def test_wait_no_longer_than_it_may(laptop: Laptop, host: Host, run: Run) -> Non
     gate = compute_until(run, host, kernel)
     check_failure(laptop.run("host", "wait", "--timeout", "1"), 6, "it's here.ipynb is still busy")
     open(gate, "w").close()
+
+
+def test_wait_for_a_cell_in_a_kernel_that_jupyter_calls_idle(laptop: Laptop, host: Host, run: Run) -> None:
+    """It does since its page asked for a subshell, as for a widget's messages; the cell runs on."""
+    kernel = new_session(run.url(), "it's here.ipynb")
+    gate = compute_until(run, host, kernel)
+    page = connected(run.url(), kernel)
+    head = {"msg_id": "2", "msg_type": "create_subshell_request", "username": "", "session": "s"}
+    request = {"header": head, "parent_header": {}, "metadata": {}, "content": {}, "channel": "control"}
+    page.send(json.dumps(request))
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "Jupyter calls it idle")
+    check_failure(laptop.run("host", "wait", "--timeout", "3"), 6, "it's here.ipynb is still busy")
+    open(gate, "w").close()
+    assert "done after" in laptop.run("host", "wait").stdout
+    page.close()
+
+
+def test_process_of_a_kernel_is_not_one_that_it_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That has its command line, and a lower number once these have begun anew."""
+    words = "python -m ipykernel_launcher -f /run/kernel-%s.json" % "k"
+    processes = {7: (2000, 1, words), 1999: (1, 1, "jupyter"), 2000: (1999, 1, words)}
+    monkeypatch.setattr(rjupyter, "all_processes", lambda: processes)
+    assert [pid for pid, _ in rjupyter.identities_of("k")] == [2000]
 
 
 def test_wait_outlives_the_connection(laptop: Laptop, host: Host, run: Run) -> None:

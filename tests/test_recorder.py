@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_session, send
-from notebooks import write_notebook
+from notebooks import code, write_notebook
 from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 import rjupyter
@@ -129,8 +129,8 @@ CELLS = {
 @pytest.mark.shared
 def test_output_is_as_the_page_would_show_it(laptop: Laptop, host: Host, run: Run) -> None:
     kernel = new_session(run.url(), "page.ipynb")
-    for code, _ in CELLS.values():
-        compute(run.url(), code, kernel)
+    for source, _ in CELLS.values():
+        compute(run.url(), source, kernel)
     wait_for_end(host, kernel, len(CELLS))
     shown = laptop.run("host", "output", "page").stdout
     cells = re.split(r"\n(?=In \[)", shown)
@@ -217,6 +217,30 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     page_of_three = api(again.url(), "contents/three.ipynb?content=1")["content"]
     assert [cell["metadata"]["trusted"] for cell in page_of_three["cells"]] == [True, True, True]
     assert "away" not in held(laptop, "host", "--local-port", str(quiet_port())).text
+
+
+def test_what_another_kernel_executed_since_stays_in_its_notebook(laptop: Laptop, host: Host) -> None:
+    """The one whose cell nobody saw end is gone since."""
+    write_notebook(host.home / "a.ipynb", "print(next(n))")
+    run = held(laptop, "host")
+    first = new_session(run.url(), "a.ipynb")
+    for source in ("n = iter([1])", "print(next(n))"):
+        compute(run.url(), source, first)
+    wait_for_end(host, first, 2)
+    wait_until(lambda: list(host.home.glob(NOTES)), "the page is gone", 30)
+    api(run.url(), "kernels/" + first, "DELETE")
+    second = new_session(run.url(), "a.ipynb")
+    page = send(run.url(), "n = iter([2])", second, "print(next(n))")
+    wait_for_end(host, second, 2)
+    shown = {"output_type": "stream", "name": "stdout", "text": "2\n"}
+    write_notebook(host.home / "a.ipynb", dict(code("print(next(n))"), outputs=[shown]))
+    page.close()
+    notes = [path for path in host.home.glob(NOTES) if second in path.name]
+    for path in notes:
+        path.unlink()
+    again = held(laptop, "host", "--local-port", str(quiet_port()))
+    assert "; not put into the notebook: another kernel has executed it since." in again.text
+    assert texts(cells_of(host, "a.ipynb")[0]) == ["2\n"]
 
 
 NOTES = ".local/state/rjupyter/servers/*/cells/*.away"

@@ -151,6 +151,15 @@ def test_a_full_disk_is_a_gap_and_the_kernel_goes_on(laptop: Laptop, host: Host)
         wait_until(lambda: "after" in laptop.run("host", "output").stdout, "it goes on")
         shown = laptop.run("host", "output").stdout
         assert re.search(r"before\n(.|\n)*\[No space left on device\](.|\n)*after\n", shown), shown
+        waits = "import os, time\nwhile not os.path.exists(%r): time.sleep(.05)\n" % str(host.home / "gate")
+        dots = "for _ in range(60): print('.', end='', flush=True)"  # until there is no room for the shortest line
+        asked = laptop.start("host", "eval", waits + dots, has_terminal=False)
+        wait_until(lambda: kinds(host).count("begun") == 4, "it runs")
+        fill(state / "filler")
+        (host.home / "gate").write_text("")
+        wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it has ended")
+        (state / "filler").unlink()
+        assert asked.wait() == 0, asked.text  # how it ended is written down all the same
         laptop.run("host", "stop")
         run.wait(20)
 
