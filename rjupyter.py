@@ -2362,12 +2362,19 @@ class Ssh:
                 self._guard.kill()
             self._guard = None
 
-    def reconnect(self, why: str, resume: Callable[[], bool], port: "Optional[LocalPort]" = None) -> None:
+    def reconnect(
+        self,
+        why: str,
+        resume: Callable[[], bool],
+        port: "Optional[LocalPort]" = None,
+        ask_before: Callable[[], None] = lambda: None,
+    ) -> None:
         """Connect again, at once and then after growing delays, until `resume` says that all goes on.
 
         Nobody is asked: only when ssh says that it needs a login, and there is a terminal, one line offers it. While
-        somebody else has the `port`, nobody logs in. Raises the Failure that ends it: the server has ended (4), the
-        host's key is another one, or nobody is let in (255).
+        somebody else has the `port`, nobody logs in. `ask_before` asks what is known where this one goes through.
+        Raises the Failure that ends it: the server has ended (4), the host's key is another one, or nobody is let in
+        (255).
         """
         local_port = port.number if port else None
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
@@ -2375,7 +2382,7 @@ class Ssh:
         began = time.monotonic()
         could_ask = self.can_ask
         try:
-            self._redial(resume, port)
+            self._redial(resume, port, ask_before)
         finally:
             self.can_ask = could_ask
             self._is_again = False
@@ -2383,7 +2390,7 @@ class Ssh:
         text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
         self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
 
-    def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]") -> None:
+    def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]", ask_before: Callable[[], None]) -> None:
         self._shown.clear()
         self.can_ask = False
         denials = 0
@@ -2402,6 +2409,10 @@ class Ssh:
                     self._delay_s = min(REDIAL_MAX_S, max(0.25, 2 * pause_s))
                     if port and not port.hold():
                         raise port.taken()
+                    if self.before and self.is_mux:
+                        self.before.can_ask = self.can_ask
+                        self.before.connect(is_again=True)
+                        ask_before()  # an end may have taken the node along, or our login there
                     self.connect(is_again=True)
                     if resume():
                         self._again_at = time.monotonic()
@@ -5361,7 +5372,7 @@ class Agent:
         while True:
             patience_s = silence_s
             if is_login and self.ssh.can_ask:
-                patience_s = float("inf")  # it may wait for a person, who is here
+                patience_s += 2 * BATCH_LOGIN_TIMEOUT_S  # a person is here, who may be asked on the way, too
             elif self.ssh.asked:
                 patience_s = BATCH_LOGIN_TIMEOUT_S  # one who may see what it shows
             line = child.next_line(min(ASKING_S, patience_s - (time.monotonic() - heard_at)))
@@ -5375,7 +5386,7 @@ class Agent:
             if not is_message and (time.monotonic() - heard_at >= patience_s or noise_bytes > NOISE_BYTES):
                 if self.ssh.asked:
                     raise self.ssh.no_login()
-                why = "the agent said nothing for %d s" % silence_s
+                why = "the agent said nothing for %d s" % patience_s
                 if noise_bytes > NOISE_BYTES:
                     why = "%d MB came that are not for us: %s" % (NOISE_BYTES >> 20, noise[-1][:200])
                 try_ = self.ssh.typed("true") + "   (does it answer?)"
@@ -5608,7 +5619,7 @@ class Tunnel:
                 why = self._watch()
                 if not redials:
                     raise Failure("the connection to %s was lost" % self.ssh.destination, why, self.hint(), EXIT_SSH)
-                self.ssh.reconnect(why, self._comes_through, self.port)
+                self.ssh.reconnect(why, self._comes_through, self.port, self._ask_login_node)
                 # Before its first session on a connection, sshd holds small packets back: each answer through a forward
                 # is then 40 ms late (TCP_NODELAY, set in session.c; measured, OpenSSH 9.2).
                 if self.ssh.way.has_login:
@@ -5683,6 +5694,17 @@ class Tunnel:
         if end.is_elsewhere and self.ssh.way.has_login:  # one name for several login nodes
             raise Failure("this is another node of " + self.ssh.destination, "the server runs on %s" % end.node)
         return end
+
+    def _ask_login_node(self) -> None:
+        """Raise Failure (4) when the server has ended, as far as that is known without its node."""
+        there, self.agent.ssh = self.agent.ssh, self.ssh.before or self.ssh
+        try:
+            self._ask_end()
+        except Failure as failure:
+            if failure.status == EXIT_SERVER_ENDED:
+                raise
+        finally:
+            self.agent.ssh = there
 
     def _wake_at_end(self) -> None:
         """Keep a connection to the server that says nothing: its end tells at once that the server may have ended."""
