@@ -768,6 +768,7 @@ class Away(Record):
     """A notebook whose cells ended while no page was connected to its kernel: how many, and how the last one did."""
 
     notebook: str
+    kernel: str = ""  # how its id begins, where the notebook's name leads to another one's output
     cells: int = 1
     count: "Optional[int]" = None
     seconds: float
@@ -2177,6 +2178,7 @@ class Ssh:
         self.masters = list(MASTERS)  # where there may be one to go through
         self.jump: List[str] = []  # the ssh that is the way there, where we made it
         self.before: Optional[Ssh] = None  # the connection that it goes through, as long as that stands
+        self.before_is_ours = False  # so it has the same socket when it is made again
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2409,7 +2411,7 @@ class Ssh:
                     self._delay_s = min(REDIAL_MAX_S, max(0.25, 2 * pause_s))
                     if port and not port.hold():
                         raise port.taken()
-                    if self.before and self.is_mux:
+                    if self.before and self.before_is_ours:
                         self.before.can_ask = self.can_ask
                         self.before.connect(is_again=True)
                         ask_before()  # an end may have taken the node along, or our login there
@@ -3229,7 +3231,8 @@ def forget_ended(kind: Kind) -> None:
     """Remove what is kept of a kind and ended on this node, or was stopped, more than a week ago; what runs stays."""
     for path in kept_dirs(kind):
         record = record_in(kind, path)
-        changed_at = max(time_of(os.path.join(path, name)) for name in ("", "journal", "log"))  # a run may end unseen
+        # A run that is cut off has written into these alone for a while.
+        changed_at = max(map(time_of, [path, os.path.join(path, "journal"), os.path.join(path, "log")]))
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
         is_known = record is None or is_here(record) or is_marked(record, "stop")
         if is_old and is_known and not (record and kind.goes_on(record)):
@@ -4584,7 +4587,7 @@ def open_server(request: Request, channel: Channel) -> Server:
         root_dir, top = (os.path.realpath(place) for place in (root_dir, native(found.root_dir)))
         file = os.path.relpath(os.path.join(root_dir, file), top)
     found.file = portable(file)
-    found.is_only = len(KINDS["server"].running()) == 1
+    found.is_only = [record.id for record in KINDS["server"].running()] == [found.id]
     record = kept_record(KINDS["server"], found.id)
     if record:  # what another one began, it told as it sees it in there
         place = place_of(record)
@@ -5583,7 +5586,8 @@ class Tunnel:
                 why = "its sshd may forbid it (AllowStreamLocalForwarding); the server runs: %s" % self.server.id
                 raise Failure(what, why, "stop it, then open without --socket") from None
             can_reach, words = self.ssh.can_reach(self.server.target)
-            if can_reach or ("Connection refused" in words and not self.server.job):  # it ended just now
+            is_refused = "Connection refused" in words and self.ssh.way.has_login and not self.server.job
+            if can_reach or is_refused:  # it ended just now
                 raise Failure("Jupyter does not answer", str(error), another, EXIT_SERVER_ENDED) from None
             try_ = "AllowTcpForwarding and PermitOpen in its sshd_config; ask its administrator"
             if self.server.job:
@@ -6881,9 +6885,10 @@ def away_from(request: Request, identity: str) -> "List[Away]":
             facts["lines"] = sum(text_of(output).count("\n") for output in last.outputs)
             away = Away(notebook=mark.notebook, cells=len(ids), seconds=last.finished.time - last.begun.time, **facts)
             found.append(away)
+            away.kernel = "" if newest.get(mark.notebook) == path else os.path.basename(path)[:8]
             try:
                 if not request.no_save:
-                    if newest.get(mark.notebook) != path:
+                    if away.kernel:
                         raise Failure("another kernel has executed it since")
                     _, placed = save_into(record, mark.notebook, executions)
                     away.why = "" if set(ids) <= set(placed) else "the code was changed since"
@@ -8810,7 +8815,9 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
         # Jupyter calls it idle when a debugger or a widget's subshell is, and starting until a page has come.
         recorder = read_record(RecorderMark, record.file("recorder.json")) if last.begun and not last.finished else None
         if kernel.state in ("idle", "starting") and recorder and is_same_process(recorder.pid, recorder.identity):
-            kernel.state = "busy"
+            with contextlib.suppress(OSError):  # on a full disk, no end can be written down
+                private_dir(record.file("cells"))
+                kernel.state = "busy"
         if kernel.state == "starting" and (is_late or last.finished):
             return "idle"
         has_ended = kernel.state == "dead" or (kernel.state == "idle" and was_idle)  # once may be between two cells
@@ -9289,6 +9296,10 @@ def early_words(record: JobRecord) -> str:
     return os.path.join(os.path.dirname(os.path.dirname(record.directory)), record.id + ".out")
 
 
+# What a row says of a job that has begun and does not run now: it waits again, is held or over; not: it is suspended.
+RUNS_NO_MORE = r" (?:[CEFHQWX]|E?h?R?(?:qw|wq)|PEND|PSUSP|DONE|EXIT)(?: |$)|^\d+ [1345](?: |$)"
+
+
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     """Say where a job stands. A scheduler that does not answer leaves it as it was: live, with "unknown" for a word.
 
@@ -9303,6 +9314,8 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     is_mute = begun is not None and not gives_signs(record)  # its scheduler may have suspended it
     if record.command in SCHEDULERS and (record.command == "sbatch" or not begun or is_mute):
         state = state_in(record, *query(record, max_age_s))
+        if is_mute and record.command != "sbatch" and re.search(RUNS_NO_MORE, state.reason):
+            state = ENDED
     else:
         state = JobState() if (begun or may_be_taken(record)) and gives_signs(record) else ENDED
     if state.is_live and is_marked(record, "cancelled"):
@@ -9529,7 +9542,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     jump = ["ssh", *words[:-1], "-W", "%h:%p", words[-1]]
     options += ["-o", "ProxyCommand=" + shlex.join(jump)]
     there = Ssh(server.node, options, ssh.can_ask, ssh.messages, ssh.is_mux)
-    there.further, there.jump, there.before = ssh.further, jump, ssh
+    there.further, there.jump, there.before, there.before_is_ours = ssh.further, jump, ssh, bool(ssh.process)
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
     there.messages.step(text, "connected", node=server.node)
@@ -10486,7 +10499,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
                 agent.ssh.can_ask = can_ask()
             tunnel.hold(redials=not args.no_reconnect)
     except Failure as failure:
-        if args.stop_on_exit and not tunnel and agent.launching and failure.status != EXIT_SSH:
+        can_tell = failure.status != EXIT_SSH or (agent.ssh.way.has_login and agent.ssh.stands)
+        if args.stop_on_exit and not tunnel and agent.launching and can_tell:
             with contextlib.suppress(Failure):  # the first one is the cause
                 agent.ask(Request(action="stop", ids=[agent.launching]), Record, "Stopping")
         raise
@@ -10630,7 +10644,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         text = "While you were away: %s %s (%s)%s" % (away.notebook, ending, count_of(away.lines, "line"), more)
         where = "" if args.no_save else "; %s in the notebook" % it
         where = "; not put into the notebook: " + away.why if away.why else where
-        see = "\nTo see it: " + args.again("output", away.notebook) if away.why or args.no_save else ""
+        see = "\nTo see it: " + args.again("output", away.kernel or away.notebook) if away.why or args.no_save else ""
         messages.note("%s%s.%s" % (text, where, see))
     if server.is_launched and agent.hello["is_root"]:
         messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
@@ -10859,6 +10873,8 @@ def run_stop(args: Args, agent: Agent, messages: Messages) -> int:
 
     Raises Failure where there is something to ask, and nobody who could answer.
     """
+    if args.typed.get("attach") and not (args.ids or args.is_all):
+        args.ids = [args.attach]
     # Through a tunnel to what is ended, which ends as well, we would cut ourselves off. These words are ids.
     if not args.ids or any(re.fullmatch(r"[rjw]?[0-9a-f]{4}|p[0-9]+", word) for word in args.ids):
         agent.ssh.masters.remove(master_of_a_tunnel)

@@ -240,6 +240,8 @@ def test_what_another_kernel_executed_since_stays_in_its_notebook(laptop: Laptop
         path.unlink()
     again = held(laptop, "host", "--local-port", str(quiet_port()))
     assert "; not put into the notebook: another kernel has executed it since." in again.text
+    assert re.search("^To see it: .* output %s$" % first[:8], again.text, re.MULTILINE), again.text
+    assert "1\n" in laptop.run("host", "output", first[:8]).stdout
     assert texts(cells_of(host, "a.ipynb")[0]) == ["2\n"]
 
 

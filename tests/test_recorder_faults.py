@@ -158,6 +158,7 @@ def test_a_full_disk_is_a_gap_and_the_kernel_goes_on(laptop: Laptop, host: Host)
         fill(state / "filler")
         (host.home / "gate").write_text("")
         wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "it has ended")
+        assert laptop.run("host", "wait", "--timeout", "30").status == 0  # that is known without what is written down
         (state / "filler").unlink()
         assert asked.wait() == 0, asked.text  # how it ended is written down all the same
         laptop.run("host", "stop")

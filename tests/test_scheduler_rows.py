@@ -91,13 +91,14 @@ def test_job_that_gives_no_signs_for_a_while_has_not_ended_for_good(
     queue = tmp_path / "qstat"
     monkeypatch.setenv("PATH", "%s:%s" % (tmp_path, os.environ["PATH"]))
     seen = []
-    for number, step in enumerate(("alive", "", "suspended", "alive", "ended")):
+    rows = {"suspended": "123.srv job.sh ana 0 S workq", "queued": "123.srv job.sh ana 0 Q workq"}
+    for number, step in enumerate(("alive", "", "suspended", "queued", "alive", "ended")):
         monkeypatch.setenv("RJUPYTER_TMP", str(tmp_path / str(number)))  # no answer is kept
         (tmp_path / (step or "looked")).write_text("")
-        if step in ("", "suspended"):
+        if step in ("", *rows):
             os.utime(str(tmp_path / "alive"), (1, 1))
-        queue.write_text("#!/bin/sh\necho '%s.srv job.sh ana 0 S workq'\n" % (123 if step == "suspended" else 7))
+        queue.write_text("#!/bin/sh\necho '%s'\n" % rows.get(step, "7.srv job.sh ana 0 R workq"))
         queue.chmod(0o755)
         seen.append(rjupyter.job_state(record).is_live)
-    assert seen == [True, False, True, True, False]
+    assert seen == [True, False, True, False, True, False]
     assert rjupyter.read_record(rjupyter.JobState, str(tmp_path / "end.json"))

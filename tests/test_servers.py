@@ -123,6 +123,7 @@ def test_list(laptop: Laptop, host: Host, by_hand: "subprocess.Popen[bytes]") ->
     with laptop.opened("--attach", other["id"], "host") as run:
         assert compute(run.url(), "import os; print(os.getcwd())") == "%s\n" % (host.home / "hand")
         assert "Found JupyterLab" in run.stderr
+        assert run.stderr.rstrip().endswith("host stop " + other["id"]), run.stderr  # there is ours, which is not meant
     write_notebook(host.home / "hand/sub/a.ipynb")
     with laptop.opened("--attach", other["id"], "host:hand/sub/a.ipynb") as run:
         assert urlsplit(run.url()).path == "/lab/tree/sub/a.ipynb"
@@ -292,6 +293,18 @@ def test_what_chooses_a_launch_does_not_hide_what_is_there(laptop: Laptop, host:
     stop = laptop.run("host", "stop")
     assert (stop.status, "Stopped Jupyter Notebook in" in stop.stderr) == (0, True), stop.text
     assert "No server of yours runs there." in laptop.run("--lab", "host", "stop").stderr
+
+
+def test_stop_ends_the_server_that_an_alias_attaches(laptop: Laptop, host: Host) -> None:
+    for place in ("a", "b"):
+        (host.home / place).mkdir()
+        with laptop.opened("host:" + place):
+            pass
+    for server in host.servers():
+        stop = laptop.run("--attach", server["id"], "host", "stop")
+        assert stop.status == 0 and "Stopped" in stop.stderr, stop.text
+        assert server["id"] not in [left["id"] for left in host.servers()]
+    check_failure(laptop.run("--attach", server["id"], "host", "stop"), 1, "no such server")
 
 
 def test_stop_ends_no_server_of_another_environment_than_is_typed(laptop: Laptop, host: Host) -> None:

@@ -179,7 +179,7 @@ def test_wait_for_a_busy_cluster_whose_controller_goes_and_comes_back(
     blocking = slurm.occupy()
     run = laptop.start("--slurm", "-t 10", "host", has_terminal=False)
     run.expect(r"^Job 3 pending \((Resources|Priority|None)\)|^Job 3 pending")
-    run.expect(r"^Job 3 pending \((Resources|Priority)\), expected \d\d:\d\d\.$")
+    run.expect(r"^Job 3 pending \((Resources|Priority)\), expected ([\d-]+ )?\d\d:\d\d\.$")
     # Another laptop, or we again: the same job.
     second = laptop.start("host", has_terminal=False)
     second.expect("^Job 3 pending")
