@@ -418,7 +418,7 @@ def test_shutdown_in_the_browser_that_takes_its_time_is_told_as_an_end(laptop: L
 @pytest.mark.parametrize("deaf_s", [0, 2])
 def test_list_and_open_while_a_server_ends(laptop: Laptop, host: Host, mark: str, deaf_s: int) -> None:
     """What ends is not found, and not in the way of the next."""
-    run, _ = server_slow_to_end(laptop, host, deaf_s=deaf_s)
+    run, _ = server_slow_to_end(laptop, host, "--port", str(quiet_port()), deaf_s=deaf_s)  # nobody takes it then
     run.interrupt()
     run.wait()
     (record,) = host.servers()

@@ -173,7 +173,7 @@ print(list(rjupyter.environments_of_project("/data/proj")))
 def test_root_directory_that_is_the_users_own(bwrap: Host, make_user: Callable[[str], User]) -> None:
     """bwrap makes it, and what is above what it binds: who looks upwards comes to an end there."""
     user = make_user("/bin/sh")
-    argv = ["bwrap", "--dev", "/dev", "--proc", "/proc", "--bind", str(user.home), "/data/proj"]
+    argv = ["bwrap", "--die-with-parent", "--dev", "/dev", "--proc", "/proc", "--bind", str(user.home), "/data/proj"]
     places = [place for place in ("/usr", "/lib", "/lib64", "/bin", "/etc", str(TOP)) if os.path.exists(place)]
     argv += [word for place in places for word in ("--ro-bind", place, place)]
     argv += ["/usr/bin/python3", "-c", IN_A_ROOT_OF_OURS, str(TOP)]
