@@ -2177,8 +2177,7 @@ class Ssh:
         self.is_mux = is_mux
         self.masters = list(MASTERS)  # where there may be one to go through
         self.jump: List[str] = []  # the ssh that is the way there, where we made it
-        self.before: Optional[Ssh] = None  # the connection that it goes through, as long as that stands
-        self.before_is_ours = False  # so it has the same socket when it is made again
+        self.before: Optional[Ssh] = None  # the master of ours that it goes through: made again, it has the same socket
         self.way: "Union[Mux, Direct]" = Direct(self)
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
@@ -2411,7 +2410,7 @@ class Ssh:
                     self._delay_s = min(REDIAL_MAX_S, max(0.25, 2 * pause_s))
                     if port and not port.hold():
                         raise port.taken()
-                    if self.before and self.before_is_ours:
+                    if self.before:
                         self.before.can_ask = self.can_ask
                         self.before.connect(is_again=True)
                         ask_before()  # an end may have taken the node along, or our login there
@@ -6808,7 +6807,7 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     """Return the newest journal of the notebook or kernel that is named, in PATH's servers. The Failure names all."""
     wanted = request.name or (resolve_path(request.path)[1] if request.path else "")
     records = [record for record in KINDS["server"].records() if is_in_path(record, request)]
-    found = [(record, path, mark) for record in records for path, mark in marks_of(record, ".journal")]
+    found = [(record, path, mark) for record in records for path, mark in marks_of(record)]
     found.sort(key=lambda row: os.stat(row[1]).st_mtime, reverse=True)
     named = [row for row in found if is_named(wanted, row[2].notebook, os.path.basename(row[1]))]
     named.sort(key=lambda row: not is_whole_name(wanted, row[2].notebook))
@@ -6825,11 +6824,11 @@ def journal_asked_for(request: Request) -> "Tuple[ServerRecord, str, KernelMark]
     raise Failure(what, why, "name one of these" if there else "")
 
 
-def marks_of(record: ServerRecord, suffix: str) -> "List[Tuple[str, KernelMark]]":
-    """Return the journals of a server that have such a file beside them, and what their notebooks are called now."""
+def marks_of(record: ServerRecord) -> "List[Tuple[str, KernelMark]]":
+    """Return the journals of a server, and what their notebooks are called now."""
     directory = record.file("cells")
     names = os.listdir(directory) if os.path.isdir(directory) else []
-    kernels = sorted(name[: -len(suffix)] for name in names if name.endswith(suffix))
+    kernels = sorted(name[: -len(".journal")] for name in names if name.endswith(".journal"))
     info = server_info(record) if kernels and place_of(record).is_running() else None
     notebooks = notebooks_of(info) if info and can_ask_server(record, info) else {}
     marks = [mark_of(record, kernel).named(notebooks.get(kernel, "")) for kernel in kernels]
@@ -6871,10 +6870,9 @@ def away_from(request: Request, identity: str) -> "List[Away]":
     found = []
     for record in [record for record in KINDS["server"].records() if record.id == identity]:
         revive_recorder(record)
-        marks = marks_of(record, ".away")
-        journals = sorted(marks_of(record, ".journal") if marks else [], key=lambda row: time_of(row[0]))
-        newest = {mark.notebook: path for path, mark in journals}
-        for path, mark in marks:
+        journals = marks_of(record) if found_in([record.file("cells")], "*.away") else []
+        newest = {mark.notebook: path for path, mark in sorted(journals, key=lambda row: time_of(row[0]))}
+        for path, mark in [row for row in journals if os.path.exists(beside(row[0], ".away"))]:
             executions = Executions(JournalReader(path).lines())
             ids = [name for name in read_text(beside(path, ".away")).split() if name in executions.cells]
             remove_files([beside(path, ".away")])
@@ -8801,17 +8799,11 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
     was_idle = False
     journal, executions = JournalReader(record.file("cells", kernel.id + ".journal")), Executions()
 
-    def cells() -> "List[CellOutput]":
-        for line in journal.lines() if record.directory else ():
-            if not line.endswith('"kind": "printed"}'):
-                executions.take(facts_in(line))
-        return list(executions.cells.values()) or [CellOutput()]
-
     def look() -> str:
         nonlocal was_idle
         kernel.state = state_of_kernel(record, kernel.id, processes)
         is_late = time.monotonic() - began > STARTING_S
-        last = cells()[-1]
+        last = cells_so_far(journal, executions)[-1]
         # Jupyter calls it idle when a debugger or a widget's subshell is, and starting until a page has come.
         recorder = read_record(RecorderMark, record.file("recorder.json")) if last.begun and not last.finished else None
         if kernel.state in ("idle", "starting") and recorder and is_same_process(recorder.pid, recorder.identity):
@@ -8824,15 +8816,25 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
         was_idle = kernel.state == "idle"
         return kernel.state if has_ended else ""
 
-    def last_ended() -> "List[CellOutput]":
-        return [cell for cell in [cell for cell in cells() if cell.begun][-1:] if cell.finished]
+    def last_ended() -> "Optional[CellOutput]":
+        ran = [cell for cell in cells_so_far(journal, executions) if cell.begun]
+        return ran[-1] if ran and ran[-1].finished else None
 
     state = until(look, request.timeout_s or float("inf"), WAIT_EVERY_S) or "busy"
+    last = until(last_ended, LATE_WORD_S) if state == "idle" else None
     reply = {"kernel": kernel, "state": state, "count": None, "seconds": None, "is_done": None}
-    for last in until(last_ended, LATE_WORD_S) if state == "idle" else ():
+    if last:
         seconds = last.finished.time - last.begun.time
         reply.update(count=last.begun.count, seconds=seconds, is_done=last.finished.is_done)
     return reply
+
+
+def cells_so_far(journal: JournalReader, executions: Executions) -> "List[CellOutput]":
+    """Take what came into a journal since the last look, but not what cells printed; return the cells, at least one."""
+    for line in journal.lines():
+        if not line.endswith('"kind": "printed"}'):
+            executions.take(facts_in(line))
+    return list(executions.cells.values()) or [CellOutput()]
 
 
 def identities_of(kernel: str) -> "List[Tuple[int, str]]":
@@ -8932,8 +8934,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     info = server_info(record)
     journal = JournalReader(record.file("cells", kernel.id + ".journal"))
     processes = identities_of(kernel.id)
-    recorded = Executions(line for line in journal.lines() if not line.endswith('"kind": "printed"}'))
-    last = next(reversed(list(recorded.cells.values())), CellOutput())
+    last = cells_so_far(journal, Executions())[-1]
     is_recorded = bool(last.begun and not last.finished)  # Jupyter calls a kernel "starting" until a page has come
     is_idle = not is_recorded and state_of_kernel(record, kernel.id, processes) != "busy"
     status = ask_server(info, "api/kernels/%s/interrupt" % kernel.id, "POST")[0] if info else 0
@@ -9311,18 +9312,20 @@ def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
     if end:
         return end
     begun = begun_of(record)
-    is_mute = begun is not None and not gives_signs(record)  # its scheduler may have suspended it
-    if record.command in SCHEDULERS and (record.command == "sbatch" or not begun or is_mute):
+    is_slurm = record.command == "sbatch"
+    is_mute = bool(begun) and not is_slurm and not gives_signs(record)  # its scheduler may have suspended it
+    if record.command in SCHEDULERS and (is_slurm or not begun or is_mute):
         state = state_in(record, *query(record, max_age_s))
-        if is_mute and record.command != "sbatch" and re.search(RUNS_NO_MORE, state.reason):
+        if is_mute and re.search(RUNS_NO_MORE, state.reason):
             state = ENDED
     else:
-        state = JobState() if (begun or may_be_taken(record)) and gives_signs(record) else ENDED
+        is_live = not is_mute if begun else may_be_taken(record) and gives_signs(record)
+        state = JobState() if is_live else ENDED
     if state.is_live and is_marked(record, "cancelled"):
         state = ENDED.but(word="CANCELLED")
     elif state.is_live and is_marked(record, "ended"):
         state = ENDED
-    elif state.is_live and begun and not state.node and (record.command != "sbatch" or not is_mute):  # its row is older
+    elif state.is_live and begun and not state.node and (not is_slurm or gives_signs(record)):  # its row is older
         state = begun.but(is_waiting=False, word="RUNNING")
     if not state.is_live:
         note_end(record, state)
@@ -9542,7 +9545,7 @@ def move_to_node(ssh: Ssh, server: Server) -> Ssh:
     jump = ["ssh", *words[:-1], "-W", "%h:%p", words[-1]]
     options += ["-o", "ProxyCommand=" + shlex.join(jump)]
     there = Ssh(server.node, options, ssh.can_ask, ssh.messages, ssh.is_mux)
-    there.further, there.jump, there.before, there.before_is_ours = ssh.further, jump, ssh, bool(ssh.process)
+    there.further, there.jump, there.before = ssh.further, jump, ssh if ssh.process else None
     there.connect()
     text = "Connected to %s through %s." % (server.node, ssh.destination)
     there.messages.step(text, "connected", node=server.node)
@@ -10664,7 +10667,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         return list_hosts(args, messages)
     agent.ssh.connect()
     views: Dict[str, List[Any]]
-    ended: List[RunView] = []
+    hidden = 0
     if args.kernels:
         kernels = reply_of(kernels="List[KernelState]", missing="str")
         reply = agent.ask(request_of(args, "list_kernels"), kernels, "Asking the servers")
@@ -10675,8 +10678,8 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         kinds = {"jobs": "List[StarterView]", "servers": "List[ServerView]", "wrappers": "List[StarterView]"}
         reply = agent.ask(request_of(args, "list"), reply_of(runs="List[RunView]", **kinds), "Asking the servers")
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
-        ended = [run for run in reply.runs if run.state not in GOING_ON and not (args.all or args.json)]
         views["run"] = [run for run in reply.runs if run.state in GOING_ON or args.all or args.json]
+        hidden = len(reply.runs) - len(views["run"])
         ids = [view.id for found in views.values() for view in found]
         if kept_here().hosts.get(agent.ssh.destination) != ids:  # to complete a line with
             keep_here("hosts", agent.ssh.destination, ids)
@@ -10686,8 +10689,8 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         print_rows(event, found, messages)
         if event in ("server", "kernel") and not found:
             messages.note("No %s of yours runs there." % event)
-    if ended:
-        words = count_of(len(ended), "finished execution"), "them" if ended[1:] else "it", args.again("list", "--all")
+    if hidden:
+        words = count_of(hidden, "finished execution"), "them" if hidden > 1 else "it", args.again("list", "--all")
         messages.note("%s not shown.\nTo list %s: %s" % words)
     return EXIT_OK
 

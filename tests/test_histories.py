@@ -423,7 +423,7 @@ def check_pace(world: World) -> None:
 def test_histories(live: Callable[[int], Tuple[World, str, object]]) -> None:
     first = int(os.environ.get("RJUPYTER_SEED") or random.randrange(10**9))
     seen = {"logins": 0, "ends": 0, "taken": 0}
-    for seed in range(first, first + int(os.environ.get("RJUPYTER_HISTORIES") or 3000)):
+    for seed in range(first, first + int(os.environ.get("RJUPYTER_HISTORIES") or 5000)):
         world, said, end = live(seed)
         try:
             check_end(world, end, said)

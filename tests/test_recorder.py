@@ -298,7 +298,7 @@ def test_what_was_recorded_is_kept_when_its_server_ends(laptop: Laptop, host: Ho
         os.utime(directories[-1], (past, past))  # it has run for months
         end(laptop, run, record["pid"])
         wait_until(lambda: not recorders(mark), "the recorder has ended: " + name, 20)
-        words = ["host:%s/train.ipynb" % name, *(["host:" + name, "host", "host:"] if number == 0 else [])]
+        words = ["host:" + name, "host:%s/train.ipynb" % name, *(["host", "host:"] if number == 0 else [])]
         for place in words:
             shown = laptop.run(place, "output")
             assert re.fullmatch(r"In \[\d+\] [^\n]*, failed\n(.*\n)?kept\n(.*Interrupt.*\n)?", shown.stdout), shown.text

@@ -75,9 +75,10 @@ def test_page_that_went_in_the_middle_of_a_cell(
         )
         assert re.search(wanted, told), told
     with chromium(laptop) as driver:
-        driver.get(pages[names[-1]])
-        patience(driver).until(lambda _: has_all(shown_in(driver)))
-        driver.save_screenshot(str(tmp_path / "back.png"))
+        for name, url in pages.items():
+            driver.get(url)
+            patience(driver).until(lambda _: has_all(shown_in(driver)))
+            driver.save_screenshot(str(tmp_path / (name + ".png")))
 
 
 # -- the link, and us -------------------------------------------------------------------------------------------------
