@@ -7197,6 +7197,7 @@ class ShownCells:
 # agent begins
 
 STOP_TIMEOUT_S = 10  # for a cell that was interrupted
+SAVING_S = 2.0  # in which Jupyter writes a notebook, which it empties first
 GOING_ON = ("starting", "running")
 TAG = "parameters"  # of the cell that sets them; papermill's, as is the other one
 
@@ -7313,7 +7314,10 @@ def with_notebook(request: Request, root_dir: str) -> Request:
         place = os.path.join(root_dir, os.path.expanduser(native(request.file)))
         suffix = "" if os.path.exists(place) else ".ipynb" if os.path.exists(place + ".ipynb") else ""
         if not request.notebook:
-            text = read_notebook(place + suffix)
+            try:
+                text = read_notebook(place + suffix)
+            except (OSError, ValueError) as error:
+                raise Failure("cannot read %s on the host" % portable(place + suffix), str(error))
             request = request.but(notebook=without_old_outputs(text), original=digest_of(text))
         key = request.key or "host:" + portable(os.path.realpath(place + suffix))
         name = request.name if request.name.endswith(".ipynb") else request.name + suffix
@@ -7344,12 +7348,17 @@ def digest_of(text: str) -> str:
 
 
 def read_notebook(path: str) -> str:
-    """Return the text of a notebook on this host; raises Failure when there is none."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure("cannot read %s on the host" % portable(path), str(error))
+    """Return the text of a notebook, a moment later where it is being saved; raises OSError, or ValueError."""
+    text = ""
+
+    def is_whole() -> bool:
+        nonlocal text
+        with open(path, encoding="utf-8-sig") as stream:
+            text = stream.read()
+        return text.rstrip().endswith("}")
+
+    until(is_whole, SAVING_S)
+    return text
 
 
 def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channel) -> "Optional[RunRecord]":
@@ -7857,8 +7866,6 @@ class Run:
             signing = threading.Thread(target=self._sign, args=(before, read_notebook(place)), daemon=True)
             signing.start()
             signing.join(COMMAND_TIMEOUT_S)  # a database, on a home that may be slow
-        except Failure as failure:
-            return failure.why
         except Exception as error:  # the system's, or jupytext's
             return str(error)
         return ""
@@ -8189,8 +8196,7 @@ class Source(NamedTuple):
             name = name if os.path.exists(name) or not os.path.exists(name + ".ipynb") else name + ".ipynb"
             result = name if is_in_place else executed_name(name)
             try:
-                with open(name, encoding="utf-8-sig") as stream:
-                    text = stream.read()
+                text = read_notebook(name)
                 notebook = json.loads(text)
             except OSError as error:
                 raise Failure("cannot read " + name, str(error), "for one on the host, write :%s" % name) from None

@@ -1,7 +1,7 @@
 """A real browser: Chromium, driven by Selenium."""
 
 import shutil
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 from sides import Laptop
@@ -36,10 +36,8 @@ def chromium(laptop: Laptop) -> Any:
 
 def run_cell(driver: Any, code: str, output: str) -> None:
     """Type `code` into the notebook's first cell, run it, and wait for its output. The page may redraw meanwhile."""
-    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
 
     def text_of(selector: str) -> str:
         return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
@@ -52,11 +50,11 @@ def run_cell(driver: Any, code: str, output: str) -> None:
         editor.send_keys(code)
         return code in text_of(".jp-Cell .cm-content")
 
-    wait = WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException])
-    wait.until(lambda _: "Python 3" in text_of(".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"))
-    wait.until(type_code)
-    wait.until(begin_first_cell)
-    wait.until(lambda _: output in text_of(".jp-OutputArea"))
+    names = ".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"
+    wait_for_page(driver, lambda _: "Python 3" in text_of(names))
+    wait_for_page(driver, type_code)
+    wait_for_page(driver, begin_first_cell)
+    wait_for_output(driver, output)
 
 
 def begin_first_cell(driver: Any) -> Any:
@@ -82,18 +80,36 @@ def run_first_cell(driver: Any, url: str, printed: str) -> None:
     from selenium.webdriver.common.by import By
 
     driver.get(url)
-    wait = patience(driver)
-    wait.until(lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
-    wait.until(begin_first_cell)
-    wait.until(lambda _: printed in shown_in(driver))
+    wait_for_page(driver, lambda _: "Python 3" in driver.find_element(By.CSS_SELECTOR, "body").text)
+    wait_for_page(driver, begin_first_cell)
+    wait_for_output(driver, printed)
 
 
-def patience(driver: Any) -> Any:
-    """Return what waits for the page, also while it takes its elements away and makes them anew."""
-    from selenium.common.exceptions import WebDriverException
+def wait_for_page(driver: Any, condition: Callable[[Any], Any], deadline_s: float = 90) -> None:
+    """Wait until `condition` holds, also while the page takes its elements away and makes them anew.
+
+    On a busy machine a page asks after some seconds whether to wait on; its question lies over the cells, and is
+    answered as a person would.
+    """
+    from selenium.common.exceptions import TimeoutException, WebDriverException
+    from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException])
+    def holds(_: Any) -> Any:
+        for button in driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog button"):
+            if "waiting" in button.text.lower():
+                button.click()
+        return condition(driver)
+
+    try:
+        WebDriverWait(driver, deadline_s, ignored_exceptions=[WebDriverException]).until(holds)
+    except TimeoutException:
+        shown = driver.find_element(By.CSS_SELECTOR, "body").text
+        raise AssertionError("the page does not come to it; it shows:\n" + shown) from None
+
+
+def wait_for_output(driver: Any, text: str) -> None:
+    wait_for_page(driver, lambda _: text in shown_in(driver))
 
 
 def shown_in(driver: Any) -> str:

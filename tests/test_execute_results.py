@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from browser import chromium, patience, shown_in
+from browser import chromium, wait_for_output
 from client import api, check_failure, held
 from execution import (
     cells_of,
@@ -332,7 +332,7 @@ def test_a_notebook_that_is_held_elsewhere_is_executed_as_the_page_shows_it(
             assert source in text.read_text() and "x = 2" in text.read_text()
             if not number:
                 driver.get(run.url().replace("/tree", "/notebooks/sub/pair.ipynb"))
-            patience(driver).until(lambda _, source=source: source[7:10] + " 2" in shown_in(driver))
+            wait_for_output(driver, source[7:10] + " 2")
     write_notebook(pair, "print('three')")
     os.utime(text, (1, 1))
     before = pair.read_text()

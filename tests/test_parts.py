@@ -685,6 +685,20 @@ def test_equal_cells_of_which_one_was_executed() -> None:
     assert [cell["execution_count"] for cell in cells] == [1, 7]
 
 
+def test_a_notebook_that_a_page_saves_just_now_is_read_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jupyter empties it first. What is no notebook is read as it is, after a while."""
+    path = tmp_path / "a.ipynb"
+    writes = iter(["", '{"cells": [', '{"cells": []}\n'])
+    path.write_text(next(writes))
+    monkeypatch.setattr("rjupyter.time.sleep", lambda _: path.write_text(next(writes)))
+    assert rjupyter.read_notebook(str(path)) == '{"cells": []}\n'
+    monkeypatch.undo()
+    path.write_text("<<<<<<< ours")
+    assert rjupyter.read_notebook(str(path)) == "<<<<<<< ours"
+
+
 def test_displays_that_are_no_text(tmp_path: Path) -> None:
     data = {"application/vnd.plotly.v1+json": {"a": None, "b": [True]}, "text/html": "\ud800"}
     written = rjupyter.write_display(rjupyter.Entry(kind="printed", content={"data": data}), str(tmp_path / "x"))

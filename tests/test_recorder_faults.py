@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
-from browser import chromium, patience, run_first_cell, shown_in
+from browser import chromium, run_first_cell, shown_in, wait_for_page
 from client import api, check_failure, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
 from jupyters import jupyter_with_pairs
@@ -77,7 +77,7 @@ def test_page_that_went_in_the_middle_of_a_cell(
     with chromium(laptop) as driver:
         for name, url in pages.items():
             driver.get(url)
-            patience(driver).until(lambda _: has_all(shown_in(driver)))
+            wait_for_page(driver, lambda _: has_all(shown_in(driver)))
             driver.save_screenshot(str(tmp_path / (name + ".png")))
 
 
