@@ -25,7 +25,10 @@ if is_ours and os.path.isabs(cache):
     module = sys.modules["rjupyter"] = type(sys)("rjupyter")
     module.__file__ = path
     sys.pycache_prefix = cache
-    code = importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    try:
+        code = importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    except (EOFError, ValueError, TypeError):  # a full disk has cut the bytecode
+        code = compile(open(path, "rb").read(), path, "exec")
     sys.pycache_prefix = None
     exec(code, module.__dict__)
     module.command()
@@ -1744,7 +1747,7 @@ def ask_person(question: str) -> str:
     """Ask on the terminal, wherever stdin and stdout lead; return the answer."""
     names = ("/dev/tty", "/dev/tty") if os.name == "posix" else ("CONOUT$", "CONIN$")
     with open(names[0], "w") as output, open(names[1]) as terminal:
-        output.write(question)
+        output.write(printable(question))
         output.flush()
         return terminal.readline().strip()
 
@@ -2196,6 +2199,7 @@ class Ssh:
         self._is_woken = False
         self._again_at = float("-inf")  # when it was last connected again
         self._delay_s = 0.0  # before the next attempt
+        self.until_s = float("inf")  # when what goes through it is waited for no more (monotonic)
 
     # -- argv ---------------------------------------------------------------------------------------------------------
 
@@ -2432,6 +2436,8 @@ class Ssh:
                 self._delay_s = max(self._delay_s, DENIED_PAUSE_S * is_denied)  # it may pass: a keyring that is locked
                 if is_denied and (denials >= DENIALS_MAX or self.can_ask):
                     raise
+                if time.monotonic() > self.until_s:
+                    raise Failure(failure.what, failure.why, "", EXIT_TIMEOUT) from None
                 self.can_ask = is_denied and has_terminal()  # the next attempt may ask, once
                 if self.can_ask:
                     ask_person("%s needs a new login. Press Enter to log in: " % self.destination)
@@ -2446,7 +2452,8 @@ class Ssh:
         return words.strip()
 
     def _read_config(self) -> None:
-        status, said, words = run_command(self.argv(ASKING, "-G"), CONTROL_TIMEOUT_S)
+        limit_s = BATCH_LOGIN_TIMEOUT_S if self.can_ask else CONTROL_TIMEOUT_S  # a Match exec may open a page
+        status, said, words = run_command(self.argv(ASKING, "-G"), limit_s)
         if status == 127 and "No such file" not in words and os.name == "posix":
             raise Failure("cannot start ssh", words)  # there is no room for it
         if status == 127:
@@ -2459,7 +2466,8 @@ class Ssh:
             return
         if status:
             plain = shlex.join(["ssh", "-G", *self.options, self.destination])
-            kind = Failure if self.config else HostRefused  # what it took before, it takes when names resolve again
+            is_slow = status == 124  # that Match exec, or a name server that is away
+            kind = Failure if self.config or is_slow else HostRefused  # what it took before, it takes again
             raise kind("ssh does not take this", words.strip(), plain, EXIT_SSH)
         self.config_text = said
         self.config = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
@@ -2505,14 +2513,15 @@ class Ssh:
             if re.match(FATAL_WORDS, text) or text in self._warned:
                 self.messages.detail("ssh: " + text)
             elif is_first or self.can_ask:
-                self.messages.note(text)
+                is_question = self.can_ask and re.search(WANTS_PERSON, text)
+                (self.messages.warn if is_question else self.messages.note)(text)
                 self._warned += [text] if re.match(WARNINGS, text) else []
         elif self.words and not (is_first or self.can_ask) and time.monotonic() - self._heard_at > ASKING_S:
             for word in self.words:
                 if re.match(FATAL_WORDS + "|" + WARNINGS, word) or not re.search(WANTS_PERSON, word):
                     continue
                 if word not in self._shown:
-                    self.messages.note(word)
+                    self.messages.warn(word)
                     self._shown.append(word)
                 if word not in self.greeting + self.asked:
                     self.asked.append(word)
@@ -2529,12 +2538,13 @@ class Ssh:
     def connect_failure(self, words: List[str]) -> NotConnected:
         """Turn the last words of an ssh that did not log in into a failure (255) with a cause and a remedy."""
         host = self.destination.rsplit("@", 1)[-1]
-        removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]
+        removal = [line.strip() for line in words if line.startswith("  ssh-keygen")]  # as Debian's ssh says it
+        known = (re.findall(r"ost key for (\S+) has changed", "\n".join(words)) or [host])[0]
         facts = {
             "host": host + (", or of a jump host before it," if self.config.get("proxyjump", "none") != "none" else ""),
             "ssh": self.typed("true"),
             "verbose": "ssh -v" + self.typed("true")[len("ssh") :],
-            "removal": (removal or [shlex.join(["ssh-keygen", "-R", host])])[0],
+            "removal": (removal or [shlex.join(["ssh-keygen", "-R", known])])[0],
         }
         cause = cause_of(words)
         what = "cannot connect to " + self.destination
@@ -2758,8 +2768,14 @@ class Mux:
 
 def own_master(ssh: Ssh) -> str:
     """Return the control socket of the user's own live master for this destination: no login at all."""
-    path = ssh.config.get("controlpath", "none")
+    path = "none" if ssh.jump else ssh.config.get("controlpath", "none")  # its name is one of another network
     if path == "none" or not ssh.call(ssh.argv(ASKING, "-O", "check"))[0]:
+        return ""
+    ssh.way = Mux(ssh, path)
+    if not ssh.is_alive():  # its process is there, but what it leads through has gone with a network, or in a sleep
+        ssh.way = Direct(ssh)
+        show = ssh.messages.detail if ssh._is_again else ssh.messages.note
+        show("Your own control master at %s does not answer: logging in anew." % path)
         return ""
     ssh.messages.detail("Using your own control master at %s." % path)
     return path
@@ -3063,6 +3079,12 @@ class Elsewhere:
         """End it, when it has not done so by itself within `polite_s`; and what is left of its children."""
 
 
+class Forgotten(Elsewhere):
+    """In a job, or in a wrapper, of which nothing is kept any more: it ended a week ago."""
+
+    is_known = True
+
+
 class Here(Elsewhere):
     """On this node: its process tells."""
 
@@ -3107,9 +3129,12 @@ def is_here(record: Kept) -> bool:
 def place_of(record: Kept) -> Elsewhere:
     """Return where the thing of a record runs."""
     for kind in reversed(STARTERS):
-        outer = kept_record(kind, getattr(record, kind.name))
+        identity = getattr(record, kind.name)
+        outer = kept_record(kind, identity)
         if outer and outer.id != own_wrapper:
             return kind.place(record, outer)  # type: ignore[no-any-return]
+        if identity and not outer:
+            return Forgotten(record)
     return Here(record) if is_here(record) else Elsewhere(record)
 
 
@@ -3233,7 +3258,7 @@ def forget_ended(kind: Kind) -> None:
         # A run that is cut off has written into these alone for a while.
         changed_at = max(map(time_of, [path, os.path.join(path, "journal"), os.path.join(path, "log")]))
         is_old = changed_at and time.time() - changed_at > KEEP_ENDED_S  # not where that cannot be told
-        is_known = record is None or is_here(record) or is_marked(record, "stop")
+        is_known = record is None or place_of(record).is_known or is_marked(record, "stop")
         if is_old and is_known and not (record and kind.goes_on(record)):
             remove_tree(path)
 
@@ -3444,7 +3469,8 @@ def match_head(script: str, *forms: str) -> str:
 
 # Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
 MULTIPLEXED = {"TMUX": "/", "STY": "0", "ZELLIJ": "0", "ABDUCO_SESSION": "x", "TERM": "screen", "TERM_PROGRAM": "tmux"}
-NO_ANSWER = "no answer within %d s" % SHELL_TIMEOUT_S
+NO_ANSWER = "no answer within "
+OF_A_JOB = r"(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|TMPDIR$|SLURM_|PBS_|LSB_"
 of_terminal = None  # type: Optional[Dict[str, str]] # what one sets in another way than our session, once we know
 
 
@@ -3482,7 +3508,8 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
             )
         except OSError as error:
             return {}, str(error)
-        if not until(lambda: process.poll() is not None, SHELL_TIMEOUT_S):
+        timeout_s = START_TIMEOUT_S if init else SHELL_TIMEOUT_S
+        if not until(lambda: process.poll() is not None, timeout_s):
             inner = [pid for pid in parents() if session_of(pid) == process.pid and pid != process.pid]
             words = [command_of_process(pid).replace("\0", " ").strip()[:60] for pid in inner]
             os.killpg(process.pid, signal.SIGKILL)
@@ -3490,7 +3517,7 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
-            return {}, NO_ANSWER + (" (it runs %s)" % ", ".join(words) if words else "")
+            return {}, "%s%d s" % (NO_ANSWER, timeout_s) + (" (it runs %s)" % ", ".join(words) if words else "")
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGHUP)
         out.seek(0)
@@ -3538,6 +3565,8 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         found, said = shell_environment(shell, init, "interactive" in how)
         if found:
             channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
+            if request.job:  # whose GPUs and directory are its scheduler's to say
+                found.update({name: os.environ[name] for name in os.environ if re.match(OF_A_JOB, name)})
             of_terminal = {name: found[name] for name in found if os.environ.get(name) != found[name]}
             path = found.get("PATH", "").split(os.pathsep)
             # What the session alone has there stays in front: /etc/profile may set PATH anew.
@@ -3546,6 +3575,8 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
             os.environ.update(found, HOME=home, PATH=os.pathsep.join(filter(None, path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
+        if init and said.startswith(NO_ANSWER):
+            break
         if said.startswith(NO_ANSWER) and "interactive" in how:  # once
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
         elif "interactive" not in how and not init and not said.startswith((NO_ANSWER, "[Errno")):
@@ -3572,7 +3603,7 @@ def with_variables(request: Request, channel: Channel) -> Request:
         return os.environ[name]
 
     top = os.path.expanduser("~")
-    for field in ("state_dir", "python", "env", "path", "file"):
+    for field in ("state_dir", "python", "env", "container", "path", "file"):
         path = native(getattr(request, field) or "")
         place = os.path.join(top, os.path.expanduser(path))
         if "$" in path and not os.path.lexists(place) and not os.path.lexists(place + ".ipynb"):
@@ -3666,9 +3697,11 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     home = os.path.realpath(os.path.expanduser("~"))
     above = [os.path.realpath(root_dir or home)]
     with contextlib.suppress(OSError):
-        while above[-1] not in (home, os.sep):
+        while above[-1] != home and os.path.dirname(above[-1]) != os.sep:
             parent = os.path.dirname(above[-1])
-            if not (parent + os.sep).startswith(home + os.sep) and not os.stat(parent).st_uid == os.getuid() != 0:
+            state = os.stat(parent)
+            is_own = state.st_uid == os.getuid() and not state.st_mode & stat.S_IWOTH  # all is root's, also /tmp
+            if not (parent + os.sep).startswith(home + os.sep) and not is_own:
                 break
             above.append(parent)
     configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
@@ -3910,7 +3943,10 @@ def install_jupyter(apps: "List[str]", channel: Channel) -> Launcher:
     channel.tell("installing", path=portable(venv), tool="uv" if commands[0][0].endswith("uv") else "pip")
     began = time.monotonic()
     with one_at_a_time(os.path.dirname(venv), channel, "another run of rjupyter is installing it; waiting"):
-        for argv in commands if not own_launcher(apps, INSTALLED, []) else []:
+        found = own_launcher(apps, INSTALLED, [])
+        asked = [interpreter_of(found[0]), "-c", HAS_MODULE, PROGRAMS[found[0].app].module] if found else []
+        has_it = asked and not run_command(asked, COMMAND_TIMEOUT_S)[0]  # its Python may be a newer one by now
+        for argv in [] if has_it else commands:
             status, output = run_with_progress(argv, channel)
             if status:
                 why = "%s\n%s" % (" ".join(argv), output)
@@ -4343,17 +4379,16 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
     be ports, a line says so. It is one way for all kernels of a server.
     """
     sockets = "--KernelManager.transport=ipc"
-    if request.socket:
-        return [sockets]
     prefixes = [os.path.dirname(os.path.dirname(interpreter_of(found))), "/usr/local", "/usr"]
     own = os.environ.get("JUPYTER_CONFIG_DIR") or "~/.jupyter"
     homes = [own, "/etc/jupyter", *[prefix + "/etc/jupyter" for prefix in prefixes]]
     homes += filter(None, found.environment.get("JUPYTER_CONFIG_PATH", "").split(":"))
     files = [path for form in ("jupyter_*config*", "jupyter_*config.d/*.json") for path in found_in(homes, form)]
     theirs = re.sub(r"(?m)^\s*#.*", "", "\n".join(read_text(path, 1 << 20) for path in files))
-    if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)):
+    if re.search(r"KernelManager\W+(transport|ip)\b", theirs + "".join(request.server_args)) and not request.socket:
         return []
-    why = "" if can_hold_kernels(runtime) else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
+    can_hold = request.socket or can_hold_kernels(runtime)
+    why = "" if can_hold else "%s can hold no sockets. To put them elsewhere: --socket" % runtime
     tops = [data_dir(), *[prefix + "/share/jupyter" for prefix in prefixes]]
     tops += filter(None, found.environment.get("JUPYTER_PATH", "").split(":"))
     for path in found_in(tops, "kernels/*/kernel.json"):
@@ -4363,8 +4398,9 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
                 why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
     if why:
         text = "Kernels listen on ports, where other users of the host can read what they print: "
-        channel.tell("note", text=text + portable(why))
-    return [] if why else [sockets]
+        why = "Kernels listen on sockets, and %s." % why.partition(".")[0] if request.socket else text + why
+        channel.tell("note", text=portable(why))
+    return [sockets] if request.socket or not why else []
 
 
 def server_arguments(request: Request, root_dir: str, directory: str) -> "List[str]":
@@ -5124,12 +5160,15 @@ BOOTSTRAP = (
     "words = sys.argv[1:] or sys.stdin.buffer.read().decode().split() or sys.exit(0); exec(decode(words[-2]))"
 )
 NO_PYTHON = "rjupyter: no python3"
-# Imports a file as a module, whose bytecode Python keeps beside it.
+# Imports a file as a module, whose bytecode Python keeps beside it; by its source where a full disk has cut that.
 LOAD = """import importlib.machinery, sys
 def load(path, code=None):
     module = sys.modules["rjupyter"] = type(sys)("rjupyter")
     module.__file__ = path
-    code = code or importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    try:
+        code = code or importlib.machinery.SourceFileLoader("rjupyter", path).get_code("rjupyter")
+    except Exception:
+        code = open(path, "rb").read()
     exec(code, module.__dict__)
     return module
 """
@@ -5771,9 +5810,12 @@ def open_browser(url: str, command: Optional[str], messages: Messages) -> thread
     # In a process and a session of its own: the browser must outlive our Ctrl-C, and not write on our terminal.
     warnings.simplefilter("ignore", ResourceWarning)  # that it still runs at our end
     script = "import sys, webbrowser; browser = webbrowser.get(sys.argv[2] or None); "
-    script += "sys.exit(getattr(browser, 'name', '') in sys.argv[3:] or not browser.open(sys.argv[1]))"
+    script += "name = getattr(browser, 'name', '').rpartition('/')[2]; "
+    script += "sys.exit(name in sys.argv[3:] or not browser.open(sys.argv[1]))"
     if command and os.path.isfile(command):  # a space in it is no gap between words
         command = shlex.quote(command) + " %s"
+    elif command and " " in command and "%s" not in command:
+        command += " %s"
     address = "http://127.0.0.1:%d%s" % (listener.getsockname()[1], secret)
     argv = [sys.executable, "-I", "-c", script, address, command or "", *([] if command else TEXT_BROWSERS)]
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -6161,6 +6203,7 @@ def ask_for_list(info: "Optional[RuntimeInfo]", path: str) -> "List[Json]":
 def notebooks_of(info: "Optional[RuntimeInfo]") -> "Dict[str, str]":
     """Return the notebook of each kernel of a server, relative to the server's directory, by the kernel's id."""
     sessions = ask_for_list(info, "api/sessions")
+    sessions.sort(key=lambda session: fact(session, "type", "") == "notebook")  # before a console on the same kernel
     return {fact(fact(session, "kernel", {}), "id", ""): fact(session, "path", "") for session in sessions}
 
 
@@ -6176,30 +6219,43 @@ def is_in_path(record: ServerRecord, request: Request) -> bool:
 
 def start_recorder(record: ServerRecord, found: Launcher) -> None:
     """Start what writes down what the cells of a new server print."""
-    python = interpreter_of(found)
-    if record.request.no_record or not python:
-        return
+    if not record.request.no_record:
+        first_recorder(record, interpreter_of(found), found.environment)
+
+
+def first_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
+    """Start the recorder of a server that had none; raises OSError."""
+    named = command_of_process(record.pid).split("\0")[0]  # by a script that is not Python's, which has become it
+    python = python or (named if os.path.isabs(named) and "python" in os.path.basename(named) else "")
+    if not python:
+        raise OSError("%s does not say which Python runs Jupyter" % (portable(named) or record.app))
     private_dir(record.file("cells"))
     leave_agent(record.directory, recorder_main, record.request)
-    run_recorder(record, python, found.environment)
+    run_recorder(record, python, environment)
 
 
 def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
     """Start the recorder's program, and write down which process it is."""
     log = record.file("recorder.log")
     argv = [python, record.file("agent.py")]
-    with start_detached(argv, environment, "/", log, record.request.is_held) as process:
+    directory = native(record.root_dir) or "/"  # a pyenv chooses its Python by it
+    with start_detached(argv, environment, directory, log, record.request.is_held) as process:
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
         write_whole(record.file("recorder.json"), json.dumps(mark.facts()))
 
 
 def revive_recorder(record: ServerRecord) -> None:
-    """Start a recorder again that was killed; what was printed meanwhile is a gap."""
+    """Start a recorder again that was killed, or never came; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, record.file("recorder.json"))
-    if mark and not is_same_process(mark.pid, mark.identity) and not record.request.is_held:
+    is_due = mark or record.age_s() > START_TIMEOUT_S  # else its launch is about to start it
+    is_wanted = record.directory and is_due and not record.request.no_record and not record.request.is_held
+    if is_wanted and not (mark and is_same_process(mark.pid, mark.identity)):
         with contextlib.suppress(OSError):
-            if place_of(record).is_here:
-                run_recorder(record, mark.python, environment_of(record.pid) or dict(os.environ))
+            environment = environment_of(record.pid) or dict(os.environ)
+            if place_of(record).is_here and mark:
+                run_recorder(record, mark.python, environment)
+            elif place_of(record).is_here:
+                first_recorder(record, "", environment)
 
 
 def recorder_main(directory: str) -> None:
@@ -6354,6 +6410,7 @@ class RecordedKernel:
         self._session = None  # type: Any
         self._failed: "Set[str]" = set()
         self._unseen = {}  # type: Dict[str, float] # when cells ended with a page that may be gone, for its link died
+        self._alone = set()  # type: Set[str] # the cells during which there was no page for a while
         self._ended_at = 0.0
         self.shell = None  # type: Any # what it is asked through, and answers
         self._asked = set()  # type: Set[str] # the ids of messages of ours that it has not begun with
@@ -6427,6 +6484,8 @@ class RecordedKernel:
             self._end(identity)
         elif kind == "execute_reply" and asked_by in self._payloads:
             self._payloads[asked_by] = objects(content, "payload")
+            if content.get("status") != "ok":  # interrupted, R and bash say so here alone
+                self._failed.add(identity)
 
     def _begin(self, asked_by: str, content: "Json") -> None:
         self._begun += 1
@@ -6460,7 +6519,9 @@ class RecordedKernel:
 
     def _lose_all(self) -> None:
         """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
-        self.hear()
+        deadline = time.monotonic() + LATE_WORD_S
+        while self.socket.poll(0) and time.monotonic() < deadline:  # all that it said comes before its end
+            self.hear()
         self._end_all()
         if self.shell:
             self.recorder.poller.unregister(self.shell)
@@ -6491,17 +6552,23 @@ class RecordedKernel:
         if begun.notebook and not begun.is_eval:
             recent = {name: at for name, at in self._unseen.items() if self._ended_at - at < PAGE_GONE_S}
             self._unseen = dict(recent, **{identity: self._ended_at})
-            self._tell_unseen(connections)
+            self._tell_unseen(0 if identity in self._alone else connections)
 
     def _tell_unseen(self, connections: int) -> None:
-        """Note for the next open what ended with no page connected; where there is one, nothing was missed."""
+        """Note for the next open what ended with no page connected; where there is one, that was not missed.
+
+        A page that came in the middle of a cell shows the rest of it only if it is the one that was there before.
+        """
         path = beside(self._journal.path, ".away")
-        if connections > 0:
-            remove_files([path])
-        elif connections == 0:
-            with contextlib.suppress(OSError):
-                write_whole(path, read_text(path) + "\n".join([*self._unseen, ""]))
+        noted = [name for name in read_text(path).split() if connections <= 0 or name in self._alone]
+        if connections == 0:
+            noted += self._unseen
             self._unseen = {}
+        if not noted:
+            remove_files([path])
+            return
+        with contextlib.suppress(OSError):
+            write_whole(path, "\n".join([*noted, ""]))
 
     def look_again(self) -> None:
         """Learn what changes in and after a cell: the notebook's name, and whether a page is there.
@@ -6515,6 +6582,8 @@ class RecordedKernel:
             self._journal.mark(notebook)
             for begun in self._running.values():
                 begun.notebook = notebook
+        if self._running and connections_of(server_info(self.recorder.record), self.id) == 0:
+            self._alone.update(self._running)
         with contextlib.suppress(OSError):
             self._journal.pay()
         if self._unseen and has_just_ended:
@@ -6847,6 +6916,7 @@ def is_whole_name(name: str, notebook: str) -> bool:
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
     """True when a name means this notebook, or the kernel whose id begins so."""
+    name = os.path.normpath(name) if name else ""  # ./a.ipynb
     paths = (notebook, notebook[: -len(".ipynb")] if notebook.endswith(".ipynb") else notebook)
     is_notebook = bool(notebook) and any(("/" + path).endswith("/" + name.lstrip("/")) for path in paths)
     return not name or is_notebook or (len(name) >= 4 and kernel.startswith(name))
@@ -6882,23 +6952,28 @@ def away_from(request: Request, identity: str) -> "List[Away]":
             facts = {"count": last.begun.count, "is_done": last.finished.is_done, "has_died": last.finished.has_died}
             facts["lines"] = sum(text_of(output).count("\n") for output in last.outputs)
             away = Away(notebook=mark.notebook, cells=len(ids), seconds=last.finished.time - last.begun.time, **facts)
-            found.append(away)
+            changed = 1
             away.kernel = "" if newest.get(mark.notebook) == path else os.path.basename(path)[:8]
             try:
                 if not request.no_save:
                     if away.kernel:
                         raise Failure("another kernel has executed it since")
-                    _, placed = save_into(record, mark.notebook, executions)
+                    changed, placed = save_into(record, mark.notebook, executions, ids)
                     away.why = "" if set(ids) <= set(placed) else "the code was changed since"
             except (Failure, OSError, ValueError) as error:  # nobody is to be kept from the page by that
                 why = (error.why or error.what) if isinstance(error, Failure) else str(error)
                 away.why = why.split("\n")[0]
+            if changed or away.why or last.finished.connections <= 0:  # else a page that came back had it all
+                found.append(away)
     return found
 
 
-def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "Tuple[int, List[str]]":
+def save_into(
+    record: ServerRecord, notebook: str, executions: Executions, missed: "Optional[List[str]]" = None
+) -> "Tuple[int, List[str]]":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
+    Where these ids were `missed`, no other that a page has saved since: what it lacks then was taken out, or is older.
     Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
     changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
@@ -6910,7 +6985,12 @@ def save_into(record: ServerRecord, notebook: str, executions: Executions) -> "T
     check_alone(info, notebook)
     before = contents_of(info, api, "?type=notebook&content=1")
     cells = objects(before.get("content"), "cells")
-    changed, placed = fill_in(cells, list(executions.cells.values()))
+    unsaved_s = seconds_since(before["last_modified"]) or 0.0
+    known = []  # type: List[str]
+    if missed is not None:
+        ended = [cell.finished for cell in executions.cells.values() if cell.finished]
+        known = [each.id for each in ended if each.id not in missed and time.time() - each.time > unsaved_s]
+    changed, placed = fill_in(cells, list(executions.cells.values()), known)
     if changed:
         check_alone(info, notebook)
         if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
@@ -6944,9 +7024,12 @@ def check_alone(info: RuntimeInfo, notebook: str) -> None:
             raise Failure("%s is open" % notebook, why, "close its page, then the same command again")
 
 
-def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> "Tuple[int, List[str]]":
+def fill_in(
+    cells: "List[Json]", executions: "List[CellOutput]", known: "Sequence[str]" = ()
+) -> "Tuple[int, List[str]]":
     """Give cells the outputs of the executions of their code, equal ones by their order; trusted, as in a page.
 
+    An `eval` has no cell, and what is `known` already stays as it is.
     Where equal cells were executed more often than there are, the last executions count. Return how many cells changed,
     and the ids of the executions of what is still there.
     """
@@ -6955,7 +7038,7 @@ def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> "Tuple[int, 
         if fact(cell, "cell_type", "") == "code":
             by_code.setdefault(joined_text(cell.get("source", "")), []).append(cell)
     changed, placed = 0, []  # type: int, List[str]
-    begun = [(execution.begun, execution) for execution in executions if execution.begun]
+    begun = [(each.begun, each) for each in executions if each.begun and not each.begun.is_eval]
     for code, same in by_code.items():
         ran = [row for row in begun if row[0].code == code]
         placed += [its.id for its, _ in ran]
@@ -6963,6 +7046,8 @@ def fill_in(cells: "List[Json]", executions: "List[CellOutput]") -> "Tuple[int, 
             counts = [None, *(its.count for its, _ in ran)]
             same.sort(key=lambda cell, counts=counts: cell.get("execution_count") not in counts)  # type: ignore[misc]
         for cell, (its, execution) in zip(same, ran[-len(same) :]):
+            if its.id in known:
+                continue
             has_ended = execution.finished or cell.get("execution_count") == its.count
             count = its.count if has_ended else None  # as a page has it
             ours = outputs_in_file(execution)
@@ -7292,7 +7377,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         if is_new and jobs:
             begun = jobs[0].begin(request, channel)
         elif is_new:
-            begun = launch(request, root_dir, channel, launch_run)[0]
+            begun = launch(request, native(request.path or ""), channel, launch_run)[0]  # where the notebook is
     if begun and begun.kind != "run" and waits:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     found = begun or same[0]
@@ -7651,7 +7736,7 @@ def unpack(
                     written += lay_down(tar, member, base, overwrites)
                 except OSError as error:
                     refused.append("%s: %s" % (portable(member.name), error.strerror or error))
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
         raise Wrong(error) from None
     return written, refused
 
@@ -8318,7 +8403,7 @@ class Execution:
         self.is_one_of_many = False  # its messages carry its name, and its cells are not reported
         self.offset = 0  # in its journal
         self.path: Optional[str] = None  # where its result is
-        self._rest = b""
+        self._rest = bytearray()  # of a line, which may be longer than many parts
         self._screen = Screen(self._show_line)
         self._bad_lines = 0
         self._begun: Dict[str, Entry] = {}
@@ -8345,11 +8430,16 @@ class Execution:
         part = unpacked(message)
         if message.file == "result":
             self.result.append(part)
+            if len(self.result) * PART_BYTES > NOTEBOOK_MAX:
+                raise Wrong("a result of more than %d MB" % (NOTEBOOK_MAX >> 20))
             return
         self.offset += len(part)
-        *lines, self._rest = (self._rest + part).split(b"\n")
-        for line in lines:
-            self._take(entry_in(facts_in(line.decode("utf-8", "replace"))), show)
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            self._rest += end
+            self._take(entry_in(facts_in(self._rest.decode("utf-8", "replace"))), show)
+            self._rest.clear()
+        self._rest += rest
         self._screen.show()
 
     def _take(self, entry: Entry, show: Show) -> None:
@@ -8455,6 +8545,7 @@ class Execution:
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
         base = os.path.dirname(path) or "."
+        room = shutil.disk_usage(tempfile.gettempdir()).free // 2
         with tempfile.TemporaryFile() as stream:
 
             def request() -> Request:
@@ -8463,6 +8554,8 @@ class Execution:
                 return Request(action="bring_files", id=self.id, brings=self.brings)
 
             def take(message: Told, show: Show) -> None:
+                if stream.tell() > room:
+                    raise Wrong("more than the disk here has room for")
                 stream.write(unpacked(message))
 
             doing = "Bringing what %s wrote" % self.name
@@ -8789,6 +8882,8 @@ def gpu_memory() -> "Optional[Dict[int, int]]":
 def end_kernel(request: Request, channel: Channel) -> None:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
     record, kernel = kernel_named(request, "server, execution or kernel")
+    if request.asks and kernel.state == "busy":
+        raise Failure("nothing was stopped", "the kernel of %s computes" % kernel.title, "the same with --yes")
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):
@@ -8886,8 +8981,10 @@ def eval_code(request: Request, channel: Channel) -> "Json":
     executions = Executions()
     cell = executions.cells[request.errand] = CellOutput()  # until it begins
 
+    alive_at = time.monotonic()
+
     def look() -> str:
-        nonlocal cell
+        nonlocal cell, alive_at
         is_lost = is_visible and recorder and not is_same_process(recorder.pid, recorder.identity)
         state = state_of_kernel(record, kernel.id, processes)  # before the look at what it wrote
         for at, line in journal.placed():
@@ -8903,7 +9000,10 @@ def eval_code(request: Request, channel: Channel) -> "Json":
         if cell.finished:
             how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
             return "dead" if cell.finished.has_died else how
-        return "dead" if state == "dead" else "lost" if is_lost else "closed" if channel.is_closed else ""
+        alive_at = alive_at if state == "dead" else time.monotonic()
+        has_died = time.monotonic() - alive_at > LATE_WORD_S or is_lost  # else what it said last may be on its way
+        is_over = state == "dead" and has_died
+        return "dead" if is_over else "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
     if state == "lost":  # the next recorder is not to send it when nobody waits any more
@@ -9172,7 +9272,8 @@ class JobKind(Starter):
         job is. A submission that fails may have been taken all the same (sbatch says "Socket timed out" of a slurmctld
         that goes on later): it is marked "unwanted", which ends such a job when it begins.
         """
-        forget_ended(self)
+        for kind in KINDS.values():  # what was in a job before the job
+            forget_ended(kind)
         if request.may_install and not request.python and not request.env and not request.outside:
             next(launchers(request, resolve_path(request.path)[0], channel, []))
         enter_terminal(request, channel, [])
@@ -9305,6 +9406,7 @@ def early_words(record: JobRecord) -> str:
 
 # What a row says of a job that has begun and does not run now: it waits again, is held or over; not: it is suspended.
 RUNS_NO_MORE = r" (?:[CEFHQWX]|E?h?R?(?:qw|wq)|PEND|PSUSP|DONE|EXIT)(?: |$)|^\d+ [1345](?: |$)"
+IS_OVER = r" (?:[CFX]|DONE|EXIT)(?: |$)|^\d+ [34](?: |$)"  # and kept in the queue for a while
 
 
 def job_state(record: JobRecord, max_age_s: float = QUERY_MIN_S) -> JobState:
@@ -9384,15 +9486,15 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
         is_there = may_be_taken(record)
         return JobState(is_live=is_there, is_waiting=is_there, word="unknown", reason="the scheduler does not answer")
     row = row_of(record, output)
-    if not row:
+    if not row or row.get("state") == "REVOKED":  # another cluster of the federation has it
         is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-        has_gone = begun_of(record) is not None and not gives_signs(record)  # it ran, and ended before we saw it there
-        return JobState() if is_unseen and not has_gone and may_be_taken(record) else ENDED
+        is_live = gives_signs(record) if begun_of(record) else is_unseen and may_be_taken(record)
+        return JobState() if is_live else ENDED
     if record.directory and not is_marked(record, "seen"):
         with contextlib.suppress(OSError):
             write_whole(record.file("seen"), row["script"])
     if record.command != "sbatch":
-        return JobState(word="PENDING", reason=row["reason"])
+        return ENDED if re.search(IS_OVER, row["reason"]) else JobState(word="PENDING", reason=row["reason"])
     waits, runs = row["state"] in SLURM_WAITS, row["state"] in SLURM_RUNS
     facts = {name: row[name] for name in ("reason", "start", "node")}
     left = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", row["left"] if runs else "")  # not where it is UNLIMITED
@@ -9401,11 +9503,17 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
+unshared = {}  # type: Dict[int, Tuple[float, Optional[str]]] # when, and what a scheduler said: /tmp took no file
+
+
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     """Return when a job's scheduler was asked, and its answer, which serves all of ours; (0, "") for none."""
     which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
+    when, text = unshared.get(which, (0.0, None))
+    if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
+        return (when if text else 0.0), text or ""
     text = None
-    with contextlib.suppress(OSError):  # a full /tmp: each asks for itself
+    with contextlib.suppress(OSError):  # a full /tmp, or another user's directory there
         path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
         with open(path + ".lock", "w") as lock:
 
@@ -9421,7 +9529,9 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
                 return found
             text = ask_scheduler(record)
             write_whole(path, text)
+            return (time.time() if text else 0.0), text
     text = ask_scheduler(record) if text is None else text
+    unshared[which] = time.time(), text
     return (time.time() if text else 0.0), text
 
 
@@ -9848,7 +9958,7 @@ def parse_destination(text: str) -> Tuple[str, Optional[str]]:
     bracketed = re.fullmatch(r"((?:[^@:/]*@)?)\[([^\]]*)\](?::(.*))?", text, re.DOTALL)
     if bracketed:
         name, path = bracketed.group(1) + bracketed.group(2), bracketed.group(3)
-    elif re.fullmatch(r"(?:[^@]*@)?(?=.*::|(?:[^:]*:){7})[0-9A-Fa-f:.]+(?:%\w+)?", text):  # of IPv6
+    elif re.fullmatch(r"(?:[^@]*@)?(?=.*::|(?:[^:]*:){7})[0-9A-Fa-f:.]+(?:%[\w.-]+)?", text):  # of IPv6
         name, path = text, None
     else:
         name, mark, rest = text[len(scheme) :].partition("/" if scheme else ":")
@@ -10039,7 +10149,7 @@ OPTIONS: Dict[str, List[Option]] = {
         Option("--port N", "first port to try on the host (%d)" % DEFAULT_PORT, _port, 0, "server"),
         Option("--ip ADDR", "address Jupyter listens on (127.0.0.1)", _address, "127.0.0.1", "server"),
         Option("--socket", "listen on a Unix socket of yours instead of a port", chooses="server"),
-        Option("--no-record", "do not keep what cells print"),
+        Option("--no-record", "do not keep what cells print", chooses="server"),
         Option("--no-save", "do not put what you missed into the notebooks there"),
         Option("--idle-timeout DURATION", "end the server after this long without use: 12h", _duration_s, 0, "server"),
         Option("--server-arg ARG", "pass this argument to Jupyter; repeatable", str, [], "server", "server_args"),
@@ -10312,7 +10422,8 @@ class CommandLine:
         for typed in self.before:
             value = typed.value or ""
             is_ours = {"-f": True, "-p": value.isdigit(), "-o": bool(re.search("[= ]", value))}  # and the action's
-            for name in [self.action] if typed.option or self.action in actions else actions:
+            named = [word for word in [self.action, *self.operands] if word in actions][:1]
+            for name in [self.action] if typed.option else named or actions:
                 row = by_flag(OPTIONS_OF.get(name, ())).get(typed.flag)
                 if row and not (typed.option and is_ours.get(typed.flag)):
                     right = command_line("HOST", name, typed.flag, *filter(None, [row.metavar]))
@@ -10587,14 +10698,15 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
     agent.port.number = local_port
-    agent.port.hold()
+    if not agent.port.hold() and args.local_port and not args.further:  # else a tunnel to the same server may have it
+        raise agent.port.taken("another --local-port, or none")
     with asking, leaving:
         request = request.but(local_port=local_port, errand=os.urandom(8).hex())
         server = agent.ask_on(lambda: request, Server, "Launching Jupyter", waiting.handlers)
     # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
     # else the line that starts such another one would start it in another environment, or outside of a job.
     names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
-    launched_with = {name: getattr(server.request, name) for name in names}
+    launched_with = {name: value for name in names for value in [getattr(server.request, name)] if value}
     words = [word for word in server.request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
         launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
@@ -10602,11 +10714,11 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
         launched_with["submit"] = shlex.join(server.request.submit)
     for option in EVERY_OPTION:
         value = launched_with.get(option.key)
-        if value and getattr(args, option.key) in (None, False, []):
+        if value is not None and getattr(args, option.key) == option.default:
             setattr(args, option.key, value)
             values = value if isinstance(value, list) else [None if value is True else value]
             flag = option.flags[0]
-            args.line.before += [Typed(option, flag, one, [flag, *([one] if one else [])]) for one in values]
+            args.line.before += [Typed(option, flag, one, [flag, *([] if one is None else [one])]) for one in values]
     say_server(server, request, args, agent, messages)
     return server
 
@@ -10661,7 +10773,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
 
 def wants_browser(args: Args) -> bool:
     """True when a browser is to be opened: asked for by name, or where a person sits in front of this machine."""
-    return not args.no_browser and (bool(args.browser) or (has_terminal() and "SSH_CONNECTION" not in os.environ))
+    return not args.no_browser and ("browser" in args.typed or (has_terminal() and "SSH_CONNECTION" not in os.environ))
 
 
 # -- list, logs, stop, close ------------------------------------------------------------------------------------------
@@ -10686,7 +10798,7 @@ def run_list(args: Args, agent: Agent, messages: Messages) -> int:
         views = {"job": reply.jobs, "server": reply.servers, "wrapper": reply.wrappers, "run": reply.runs}
         views["run"] = [run for run in reply.runs if run.state in GOING_ON or args.all or args.json]
         hidden = len(reply.runs) - len(views["run"])
-        ids = [view.id for found in views.values() for view in found]
+        ids = [view.id for found in views.values() for view in found if re.fullmatch(r"\w{3,10}", view.id)][:100]
         if kept_here().hosts.get(agent.ssh.destination) != ids:  # to complete a line with
             keep_here("hosts", agent.ssh.destination, ids)
     for event, found in views.items():
@@ -10747,9 +10859,10 @@ def list_hosts(args: Args, messages: Messages) -> int:
     return status
 
 
-def within(timeout_s: int, request: Callable[[], Request]) -> Callable[[], Request]:
+def within(timeout_s: int, agent: Agent, request: Callable[[], Request]) -> Callable[[], Request]:
     """Return what makes a request, each time with what is left of the time from now on; 0 is no limit."""
     began = time.monotonic()
+    agent.ssh.until_s = began + (timeout_s or float("inf"))
     return lambda: request().but(timeout_s=timeout_s and max(1, timeout_s - int(time.monotonic() - began)))
 
 
@@ -10759,7 +10872,7 @@ def run_wait(args: Args, agent: Agent, messages: Messages) -> int:
     agent.ssh.connect()
     last = {"count": "Optional[int]", "seconds": "Optional[float]", "is_done": "Optional[bool]"}  # its last cell
     kind = reply_of(kernel="KernelState", state="str", **last)
-    reply = agent.ask_on(within(args.timeout_s, lambda: request), kind, "Waiting for the kernel")
+    reply = agent.ask_on(within(args.timeout_s, agent, lambda: request), kind, "Waiting for the kernel")
     name = reply.kernel.notebook or reply.kernel.id[:8]
     if reply.state == "busy":
         raise Failure("%s is still busy" % name, "after %s" % duration(args.timeout_s), "", EXIT_TIMEOUT)
@@ -10826,7 +10939,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
 
     with agent.leaving(goes_on):
         agent.ssh.connect()
-        asking = within(args.timeout_s, lambda: request.but(line=lines))
+        asking = within(args.timeout_s, agent, lambda: request.but(line=lines))
         reply = agent.ask_on(asking, became, "", {"recorded": take})
     if reply.state in ("busy", "queued"):
         raise Failure("it is not done after " + duration(args.timeout_s), goes_on(), "", EXIT_TIMEOUT)
@@ -11120,7 +11233,7 @@ def execution_of(task: Task, identity: str, args: Args, agent: Agent) -> Executi
     execution.overwrites, execution.shows_output = args.force, args.show_output
     execution.again = args.again("execute", "--attach", identity)
     key = "%s %s" % (agent.ssh.destination, identity)
-    kept = kept_here().brings.get(key, [])
+    kept = kept_here().brings.get(key, []) if args.run_id else []  # else the host would say which
     if args.bring and args.bring != kept:
         keep_here("brings", key, args.bring)
     execution.brings = list(args.bring or kept)
@@ -11523,10 +11636,12 @@ def carry_out(words: List[str]) -> int:
         if args and failure.try_.startswith("rjupyter HOST "):  # the host's advice, as it is typed here
             advice, gap, remark = failure.try_.partition("   ")
             failure.try_ = args.again(*advice.split()[2:]) + gap + remark
-        if args and "resolve hostname" in failure.why:
-            near = nearest(args.host, ssh_hosts(args.line))
-            right = args.line.words(args.line.destination.replace(args.host, near, 1), args.line.action)
-            failure.try_ = command_line(*right) if near not in ("", args.host) else failure.try_
+        name = args.host.rpartition("@")[2] if args else ""
+        is_unknown = name and "resolve hostname %s:" % name.lower() in failure.why  # and not a jump host on the way
+        if args and is_unknown and args.action not in ("stop", "execute", "eval"):  # those are not for a guess
+            near = nearest(name, ssh_hosts(args.line))
+            right = args.line.words(args.line.destination.replace(name, near, 1), args.line.action)
+            failure.try_ = command_line(*right) if near not in ("", name) else failure.try_
         messages.failure(failure)
         if (args.gateway if args else "--gateway" in words) and not messages.as_json:
             messages.line("false")  # eval "$(...)" && jupyter lab: no kernels here, where there are none there

@@ -12,7 +12,7 @@ from typing import Callable
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, new_session, send
-from execution import add_kernel, add_r
+from execution import add_bash, add_kernel, add_r
 from notebooks import write_notebook
 from readme import readme_block
 from sides import SCRIPT, Host, Laptop, Run, process_of, wait_until
@@ -295,6 +295,17 @@ def test_interrupted_is_said_where_the_next_cell_begins(laptop: Laptop, run: Run
     assert asked.wait() == 5, asked.text
     gate.write_text("")
     page.close()
+
+
+def test_a_kernel_that_tells_an_interrupt_in_its_reply_alone(laptop: Laptop, host: Host, run: Run) -> None:
+    """As bash and R do: it was not done."""
+    add_bash(host.home)
+    bash = new_session(run.url(), "bash.ipynb", "bash")
+    asked = laptop.start("host", "eval", "-k", bash[:8], "echo begun; sleep 600", has_terminal=False)
+    asked.expect("begun")
+    laptop.run("host", "eval", "-k", bash[:8], "--interrupt")
+    assert asked.wait() == 5, asked.text
+    api(run.url(), "kernels/" + bash, "DELETE")
 
 
 def test_a_kernel_that_dies_is_told(laptop: Laptop, run: Run, kernel: str) -> None:

@@ -290,6 +290,11 @@ def test_environment_with_nbclient_alone(
         result = laptop.home / RESULT
         assert Path(printed(result)[0].strip()).resolve() == bare.parent.resolve(), way
         result.unlink()
+    if not is_on_path:  # and where the notebook is there, beside it
+        write_notebook(host.home / "work/q.ipynb", "import sys; print(sys.prefix)")
+        run = laptop.run("--no-install", "host", "execute", ":work/q.ipynb")
+        assert run.status == 0, run.text
+        assert Path(printed(laptop.home / "q.executed.ipynb")[0].strip()).resolve() == bare.parent.resolve()
 
 
 # -- G21: values ------------------------------------------------------------------------------------------------------

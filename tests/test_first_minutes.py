@@ -300,6 +300,7 @@ LATE = [
     ["--server-arg=--ServerApp.allow_origin=*"],
     ["--port", "18765"],
     ["--ip", "0.0.0.0"],
+    ["--no-record"],
     ["--idle-timeout", "1h", "--port", "18765"],
 ]
 
@@ -314,6 +315,7 @@ def test_option_that_acts_at_a_launch_alone_is_said_not_to_apply(laptop: Laptop,
         for option in options:
             if option.startswith("--"):
                 assert option.split("=")[0] in line, (options, line)
+                assert option in run.stderr.partition("For a new one: ")[2].splitlines()[0], run.stderr
         assert "whoever reaches" not in run.stderr, (options, run.stderr)
     assert len(host.servers()) == 1
     run = laptop.start("--json", "--idle-timeout", "1h", "host", has_terminal=False)

@@ -120,6 +120,7 @@ def test_a_letter_of_both_is_the_actions_behind_it() -> None:
         (["--attach", "r12ab", "gpu1", "execute"], ["gpu1 execute --attach r12ab"]),
         (["--all", "close"], ["--all is an option of close", "close --all"]),
         (["--grid", "x=[1]", "gpu1", "execute"], ["--grid is an option of execute", "HOST execute --grid"]),
+        (["gpu1", "--timeout", "5", "wait"], ["--timeout is an option of wait", "HOST wait --timeout S"]),
     ],
 )
 def test_line_that_is_none_is_printed_as_it_should_be(laptop: Laptop, typed: List[str], words: List[str]) -> None:

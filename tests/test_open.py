@@ -379,6 +379,24 @@ def test_unknown_host(laptop: Laptop) -> None:
     check_failure(run, 255, "cannot connect to no-such-host.invalid", "why: ssh: Could not resolve", "try: ssh no-such")
 
 
+def test_a_name_that_is_mistyped_is_guessed_but_not_for_what_ends_something(laptop: Laptop, host: Host) -> None:
+    """The user stays; and where a jump host is out of reach, the name is right."""
+    for typed, words in (["hosst:work", "host:work"], ["bob@hosst", "bob@host"]):
+        assert laptop.run(typed).stderr.rstrip().endswith(" " + words)
+    for action in (["stop", "--all"], ["eval", "1"]):
+        assert " host " not in laptop.run("hosst", *action).stderr.partition("try: ")[2]
+    with host.sshd.config.open("a") as stream:
+        stream.write("\nHost hos*\nProxyJump no-such-host.invalid\n")
+    assert not laptop.run("host2").stderr.rstrip().endswith(" host")
+
+
+def test_a_local_port_that_is_taken_is_told_before_anything_is_launched(laptop: Laptop, host: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = laptop.run("--local-port", str(taken.getsockname()[1]), "host")
+    check_failure(run, 1, "cannot listen on local port", "another --local-port")
+    assert "Launch" not in run.stderr and not host.servers()
+
+
 def test_refused(laptop: Laptop, host: Host) -> None:
     host.sshd.stop()
     run = laptop.run("host")

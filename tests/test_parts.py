@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -249,6 +250,57 @@ def test_what_ssh_says_as_it_ends_is_explained_whatever_a_host_says_before(line:
     failure = ssh.connect_failure(["Welcome to gpu1", line, "Connection closed by 192.0.2.1 port 22"])
     assert advice in failure.why + failure.try_, failure
     assert advice != "true" or line in failure.why, failure
+
+
+def test_a_key_to_remove_has_the_name_that_ssh_knows_it_by() -> None:
+    """Where no line of ssh itself says how, as only Debian's does."""
+    ssh = rjupyter.Ssh("gpu1", [], False, rjupyter.Messages(quiet=True), False)
+    words = ["Host key for [10.0.0.5]:2222 has changed and you have requested strict checking."]
+    failure = ssh.connect_failure([*words, "Host key verification failed."])
+    assert "ssh-keygen -R '[10.0.0.5]:2222'" in failure.why + failure.try_, failure
+
+
+@pytest.mark.parametrize("words", ["Confirm user presence for key ED25519-SK", "visit https://login.example/x"])
+def test_what_a_login_waits_for_is_said_also_under_q(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ssh = rjupyter.Ssh("gpu1", [], True, rjupyter.Messages(quiet=True), False)
+    ssh.hear_login(("stdout", "Welcome to gpu1"))
+    ssh.hear_login(("stdout", words))
+    assert capsys.readouterr().err == words + "\n"
+
+
+def test_a_console_does_not_name_the_kernel_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = [{"path": path, "type": kind, "kernel": {"id": "k"}} for path, kind in
+                [("a.ipynb", "notebook"), ("console-1", "console")]]  # fmt: skip
+    monkeypatch.setattr("rjupyter.ask_for_list", lambda info, path: list(sessions))
+    assert rjupyter.notebooks_of(None) == {"k": "a.ipynb"}
+
+
+def test_what_is_kept_of_a_job_that_is_forgotten_has_ended() -> None:
+    record: Any = types.SimpleNamespace(node="another", pid=0, identity="", job="", wrapper="")
+    assert not rjupyter.place_of(record).is_known
+    record.job = "j000f"
+    place = rjupyter.place_of(record)
+    assert place.is_known and not place.is_running()
+
+
+def test_a_tar_of_heads_alone_is_damaged(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("././@LongLink")
+    member.type = tarfile.GNUTYPE_LONGNAME
+    head = member.tobuf(tarfile.GNU_FORMAT)
+    with pytest.raises(rjupyter.Wrong):
+        rjupyter.unpack(io.BytesIO(head * 3000), str(tmp_path), True, ["*"])
+
+
+def test_a_project_of_roots_own_outside_of_its_home(tmp_path: Path) -> None:
+    """Up to the last directory that is the user's alone, which /tmp is not."""
+    (tmp_path / "proj/.venv").mkdir(parents=True)
+    (tmp_path / "proj/notebooks").mkdir()
+    tmp_path.chmod(0o777)
+    (tmp_path / ".venv").mkdir()
+    for path in (tmp_path / "proj/.venv", tmp_path / ".venv"):
+        (path / "pyvenv.cfg").write_text("")
+    found = [place for _, place in rjupyter.environments_of_project(str(tmp_path / "proj/notebooks"))]
+    assert str(tmp_path / "proj/.venv") in found and str(tmp_path / ".venv") not in found
 
 
 @pytest.mark.parametrize(

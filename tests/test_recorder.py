@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_session, send
-from notebooks import code, write_notebook
-from sides import Host, Laptop, Run, processes_with, quiet_port, wait_until
+from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_kernel, new_session, send
+from notebooks import code, printed, write_notebook
+from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -390,6 +390,47 @@ def test_two_servers_record_each_its_own(laptop: Laptop, host: Host, run: Run) -
         assert len(list(host.home.glob(".local/state/rjupyter/servers/*/cells/%s.journal" % kernel))) == 1
         assert word in laptop.run("host", "output", kernel).stdout
     assert laptop.run("host:other", "stop", "--yes").status == 0
+
+
+@pytest.mark.shared
+def test_a_cell_that_no_page_heard_for_a_while_is_told_of_whatever_page_came_then(
+    laptop: Laptop, host: Host, run: Run
+) -> None:
+    """A new page does not show what a cell prints that another one began; one that it begins itself, it does."""
+    code = "import os, time\nprint('begun', flush=True)\nwhile not os.path.exists('go'): time.sleep(.05)\nprint('end')"
+    write_notebook(host.home / "train.ipynb", code, "print(2)")
+    kernel = new_session(run.url(), "train.ipynb")
+    send(run.url(), code, kernel).close()
+    wait_until(lambda: "begun" in laptop.run("host", "output", "train").stdout, "it prints")
+    time.sleep(2 * rjupyter.SERVER_EVERY_S)  # the recorder asks so often whether there is a page, and tells nobody
+    page = send(run.url(), "print(2)", kernel)
+    (host.home / "go").write_text("")
+    wait_for_end(host, kernel, 2)
+    assert [entry["connections"] for entry in journal(host, kernel) if entry["kind"] == "finished"] == [1, 1]
+    page.close()
+    (host.home / "go").unlink()
+    assert list(journal_of(host, kernel).parent.glob("*.away"))
+    wait_until(lambda: api(run.url(), "kernels/" + kernel)["connections"] == 0, "the page is gone")
+    told = held(laptop, "host", "--local-port", str(quiet_port())).text
+    assert "While you were away: train.ipynb In [1]" in told, told
+    assert printed(host.home / "train.ipynb") == ["begun\nend\n", "2\n"]  # which its page has not saved either
+
+
+def test_a_jupyter_behind_a_script_of_the_sites_is_recorded(
+    laptop: Laptop, make_host: Callable[..., Host], directory: Path
+) -> None:
+    """It names no Python; that of the process does."""
+    front = directory / "site"
+    front.mkdir()
+    (front / "jupyter-notebook").write_text('#!/bin/sh\nexec %s "$@"\n' % (VENV_BIN / "jupyter-notebook"))
+    (front / "jupyter-notebook").chmod(0o755)
+    host = make_host(path=str(front))
+    run = held(laptop, "host")
+    assert "not kept" not in run.text, run.text
+    kernel = new_kernel(run.url())
+    compute(run.url(), "print('kept')", kernel)
+    wait_for_end(host, kernel)
+    assert "kept" in laptop.run("host", "output").stdout
 
 
 @pytest.mark.shared

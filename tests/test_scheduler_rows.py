@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import List
 
 import pytest
 
@@ -79,6 +80,52 @@ def test_line_of_another_scheduler(line: str) -> None:
     state = rjupyter.state_in(record, 2000.0, answer)
     assert (state.word, state.reason, state.is_waiting) == ("PENDING", " ".join(line.split()), True)
     assert not rjupyter.state_in(record, 2000.0, answer.replace(line, "")).is_live
+
+
+ENDED = [
+    "123.torque    job.sh    ana    00:00:00 C batch",
+    "123     ana     EXIT  normal     login       -           /home/ana/job.sh Nov 24 22:22",
+    "123 4 Job terminated of its own accord",
+]
+
+
+@pytest.mark.parametrize("line", ENDED)
+def test_line_of_a_job_that_is_over_and_kept_for_a_while(line: str) -> None:
+    record = rjupyter.JobRecord(number="123", command="qsub", created=0.0, node="login")
+    assert not rjupyter.state_in(record, 2000.0, line + "\n").is_live
+
+
+@pytest.mark.parametrize("output", ["", SLURM % ("123", "REVOKED")])
+def test_job_that_lives_though_its_own_cluster_does_not_tell(tmp_path: Path, output: str) -> None:
+    """In a federation another cluster may have it: then it says itself that it lives."""
+    (tmp_path / "seen").write_text("job.sh")
+    record = rjupyter.JobRecord(number="123", command="sbatch", created=0.0, node="login")
+    record.directory = str(tmp_path)
+    assert not rjupyter.state_in(record, 2000.0, output).is_live
+    (tmp_path / "begun.json").write_text(json.dumps(rjupyter.JobState(node="node1").facts()))
+    (tmp_path / "alive").write_text("")
+    assert rjupyter.state_in(record, 2000.0, output).is_live
+    os.utime(tmp_path / "alive", (1, 1))
+    assert not rjupyter.state_in(record, 2000.0, output).is_live
+
+
+def test_a_scheduler_is_not_asked_more_often_where_its_answer_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user has made our directory in /tmp."""
+    asked: List[str] = []
+
+    def refuse(path: str) -> str:
+        raise OSError("it is another user's")
+
+    monkeypatch.setattr("rjupyter.private_dir", refuse)
+
+    def ask(record: rjupyter.JobRecord) -> str:
+        asked.append(record.number)
+        return "123 PENDING"
+
+    monkeypatch.setattr("rjupyter.ask_scheduler", ask)
+    record = rjupyter.JobRecord(number="123", command="sbatch", created=0.0, node="login", cluster="alone")
+    found = [rjupyter.query(record, 0.0) for _ in range(5)]
+    assert len(asked) == 1 and {text for _, text in found} == {"123 PENDING"}
 
 
 def test_job_that_gives_no_signs_for_a_while_has_not_ended_for_good(

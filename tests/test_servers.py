@@ -333,6 +333,16 @@ def test_stop_without_a_question(laptop: Laptop, host: Host, mark: str) -> None:
 
 
 @pytest.mark.jupyter
+def test_stop_of_a_notebook_asks_for_a_word_while_its_kernel_computes(laptop: Laptop, host: Host) -> None:
+    url = laptop.start("host", has_terminal=False).url()
+    busy_kernel(url)
+    (kernel,) = api(url, "kernels")
+    check_failure(laptop.run("host", "stop", kernel["id"][:8]), 1, "nothing was stopped", "computes", "--yes")
+    assert laptop.run("host", "stop", kernel["id"][:8], "--yes").status == 0
+    assert api(url, "kernels") == []
+
+
+@pytest.mark.jupyter
 def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     laptop: Laptop, host: Host, mark: str
 ) -> None:

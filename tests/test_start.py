@@ -93,6 +93,15 @@ def test_cache_that_is_not_ours_is_not_used(copied: Path, tmp_path: Path, place:
         assert start([copied], tmp_path) == version("7.7.7")
 
 
+def test_bytecode_that_a_full_disk_has_cut_is_passed_over(copied: Path, tmp_path: Path) -> None:
+    assert start([copied], tmp_path).startswith("rjupyter ")
+    (kept,) = bytecode(tmp_path)
+    whole = kept.read_bytes()
+    for left in (whole[:16], whole[:5000], whole[:16] + bytes(5000)):
+        kept.write_bytes(left)
+        assert start([copied], tmp_path).startswith("rjupyter ")
+
+
 def test_each_python_has_its_own(copied: Path, tmp_path: Path) -> None:
     pythons = [path for minor, path in sorted(interpreters().items()) if minor >= 8]
     for python in pythons:

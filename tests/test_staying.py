@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from browser import run_cell
-from client import api, check_failure, compute, is_up, new_kernel, send
+from client import api, busy_kernel, check_failure, compute, is_up, new_kernel, send
 from notebooks import write_notebook
 from private_machines import find_namespaces_obstacle
 from proxy import Proxy
@@ -378,6 +378,36 @@ def test_own_live_master_is_used_and_left_alone(laptop: Laptop, host: Host, dire
             check_same(lost, url, kernel)
         finally:
             mine.kill()
+
+
+@pytest.mark.waits
+def test_own_master_whose_link_is_dead_is_not_the_way(laptop: Laptop, host: Host, directory: Path) -> None:
+    """Its process answers `ssh -O check` all the same, as after a sleep or in another network."""
+    control = directory / "mine"
+    with open(laptop.config, "a") as config:
+        config.write("  ControlPath %s\n  ControlMaster auto\n" % control)
+    argv = ["ssh", "-F", laptop.config, "-M", "-N", "host"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=laptop.environment) as mine:
+        try:
+            wait_until(control.exists, "the master is up")
+            host.sshd.end_connections(signal.SIGSTOP)
+            run = laptop.run("host", "list")
+            assert run.status == 0 and "does not answer: logging in anew" in run.stderr, run.text
+            assert mine.poll() is None
+        finally:
+            mine.kill()
+            host.sshd.end_connections()
+
+
+@pytest.mark.jupyter
+def test_wait_has_its_deadline_also_while_the_host_is_away(laptop: Laptop, host: Host) -> None:
+    run = laptop.start(*arguments_of_open(), has_terminal=False)
+    busy_kernel(run.url())
+    waiting = laptop.start("host", "wait", "--timeout", "4", has_terminal=False)
+    waiting.expect("Waiting for the kernel")
+    host.sshd.stop()
+    host.sshd.end_connections()
+    assert waiting.wait() == 6, waiting.text
 
 
 def test_stub_ssh_whose_multiplexing_is_broken(laptop: Laptop, host: Host, directory: Path) -> None:
