@@ -88,24 +88,26 @@ def run_first_cell(driver: Any, url: str, printed: str) -> None:
 def wait_for_page(driver: Any, condition: Callable[[Any], Any], deadline_s: float = 90) -> None:
     """Wait until `condition` holds, also while the page takes its elements away and makes them anew.
 
-    On a busy machine a page asks after some seconds whether to wait on; its question lies over the cells, and is
-    answered as a person would.
+    On a busy machine a page asks after some seconds whether to wait on, or has not loaded its theme: what says so lies
+    over the cells, and is answered as a person would.
     """
     from selenium.common.exceptions import TimeoutException, WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
     def holds(_: Any) -> Any:
-        for button in driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog button"):
-            if "waiting" in button.text.lower():
-                button.click()
+        for dialog in driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog"):
+            for button in dialog.find_elements(By.CSS_SELECTOR, "button") if "Loading" in dialog.text else []:
+                if button.text.lower().endswith(("waiting", "ok")):
+                    button.click()
         return condition(driver)
 
     try:
         WebDriverWait(driver, deadline_s, ignored_exceptions=[WebDriverException]).until(holds)
     except TimeoutException:
         shown = driver.find_element(By.CSS_SELECTOR, "body").text
-        raise AssertionError("the page does not come to it; it shows:\n" + shown) from None
+        said = "\n".join(str(entry["message"]) for entry in driver.get_log("browser"))
+        raise AssertionError("the page does not come to it; it shows:\n%s\nand says:\n%s" % (shown, said)) from None
 
 
 def wait_for_output(driver: Any, text: str) -> None:
