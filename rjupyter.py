@@ -2612,7 +2612,7 @@ class Ssh:
         `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
         """
         self.words = []
-        can_reach, words = self.call(self.way.session_argv("-W", target))
+        can_reach, words = self.call(self.way.session_argv("-W", target, "-o", "LogLevel=INFO"))
         if not can_reach and self.process is not None:
             self.wait(0.2)  # the reason is told to the master, not to the session
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
@@ -3133,7 +3133,8 @@ def place_of(record: Kept) -> Elsewhere:
         outer = kept_record(kind, identity)
         if outer and outer.id != own_wrapper:
             return kind.place(record, outer)  # type: ignore[no-any-return]
-        if identity and not outer:
+        is_forgotten = identity and identity not in map(os.path.basename, kept_dirs(kind))
+        if is_forgotten and not is_here(record):  # a node may see a new job late
             return Forgotten(record)
     return Here(record) if is_here(record) else Elsewhere(record)
 
@@ -3470,7 +3471,7 @@ def match_head(script: str, *forms: str) -> str:
 # Start-up files are told that they run in a multiplexer, or they would `exec` one. It is no part of what they set up.
 MULTIPLEXED = {"TMUX": "/", "STY": "0", "ZELLIJ": "0", "ABDUCO_SESSION": "x", "TERM": "screen", "TERM_PROGRAM": "tmux"}
 NO_ANSWER = "no answer within "
-OF_A_JOB = r"(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|TMPDIR$|SLURM_|PBS_|LSB_"
+OF_A_JOB = r"(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|SLURM_|PBS_|LSB_"
 of_terminal = None  # type: Optional[Dict[str, str]] # what one sets in another way than our session, once we know
 
 
@@ -3490,7 +3491,8 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
     those files print as well. What they leave running is told that its terminal is gone.
     """
     nonce = os.urandom(8).hex()
-    script = " && ".join(init + [dump_command(nonce)])
+    begin = ["echo begun-" + nonce] if init else []  # what was typed may take its time; start-up files may hang
+    script = " && ".join(begin + init + [dump_command(nonce)])
     # A leading dash makes any shell a login shell. With -c, csh does not count itself as interactive; it takes its
     # commands from stdin.
     argv = ["-" + os.path.basename(shell)] + (["-i"] if is_interactive else [])
@@ -3508,8 +3510,12 @@ def shell_environment(shell: str, init: "List[str]", is_interactive: bool) -> "T
             )
         except OSError as error:
             return {}, str(error)
-        timeout_s = START_TIMEOUT_S if init else SHELL_TIMEOUT_S
-        if not until(lambda: process.poll() is not None, timeout_s):
+        timeout_s = SHELL_TIMEOUT_S
+        has_ended = until(lambda: process.poll() is not None, timeout_s)
+        if not has_ended and ("begun-" + nonce).encode() in os.pread(out.fileno(), 1 << 20, 0):
+            timeout_s = START_TIMEOUT_S
+            has_ended = until(lambda: process.poll() is not None, timeout_s)
+        if not has_ended:
             inner = [pid for pid in parents() if session_of(pid) == process.pid and pid != process.pid]
             words = [command_of_process(pid).replace("\0", " ").strip()[:60] for pid in inner]
             os.killpg(process.pid, signal.SIGKILL)
@@ -3565,8 +3571,9 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
         found, said = shell_environment(shell, init, "interactive" in how)
         if found:
             channel.tell("terminal", shell=shell, how=how, seconds=time.monotonic() - began)
-            if request.job:  # whose GPUs and directory are its scheduler's to say
-                found.update({name: os.environ[name] for name in os.environ if re.match(OF_A_JOB, name)})
+            if request.job:  # whose GPUs are its scheduler's to say, or those of --init
+                given = [name for name in os.environ if re.match(OF_A_JOB, name) and name not in " ".join(init)]
+                found.update({name: os.environ[name] for name in given})
             of_terminal = {name: found[name] for name in found if os.environ.get(name) != found[name]}
             path = found.get("PATH", "").split(os.pathsep)
             # What the session alone has there stays in front: /etc/profile may set PATH anew.
@@ -3575,7 +3582,7 @@ def enter_terminal(request: Request, channel: Channel, tried: "List[str]") -> No
             os.environ.update(found, HOME=home, PATH=os.pathsep.join(filter(None, path)))
             break
         tried.append("the environment of %s: %s" % (shell, said or "it gave none"))
-        if init and said.startswith(NO_ANSWER):
+        if said.startswith("%s%d s" % (NO_ANSWER, START_TIMEOUT_S)):
             break
         if said.startswith(NO_ANSWER) and "interactive" in how:  # once
             channel.tell("note", text="The start-up files of %s do not end: %s; going on without them." % (shell, said))
@@ -3707,7 +3714,7 @@ def environments_of_project(root_dir: str) -> "Iterator[Tuple[str, str]]":
     configs = found_in(["$POETRY_CONFIG_DIR"], "config.toml")
     configs += found_in(["$XDG_CONFIG_HOME", "~/.config", "~/Library/Application Support"], "pypoetry/config.toml")
     for directory in above:
-        forms = [".venv", "venv", "env", ".conda", ".direnv/python-*", ".devenv/state/venv"]
+        forms = [".venv", "venv", "env", ".env", "ENV", ".conda", ".direnv/python-*", ".devenv/state/venv"]
         forms += [".pixi/envs/default", ".pixi/envs/*"] if directory != home else []  # in ~/.pixi pixi has tools
         prefixes = [prefix for form in forms for prefix in found_in([directory], form)]
         named = native(read_text(os.path.join(directory, ".venv")).strip())  # pipenv's file
@@ -3851,10 +3858,15 @@ def launchers_of_project(
 
 
 def new_launcher(app: str, argv: "List[str]", where: str) -> Launcher:
-    """Return a launcher in its environment, activated. Its directory is first on PATH: `!pip` is the pip beside it."""
+    """Return a launcher in its environment, activated. Its directory is first on PATH: `!pip` is the pip beside it.
+
+    One of the system's stays where it is: a module's gcc comes before it.
+    """
     place = os.path.dirname(argv[0])
     environment = activated(os.path.dirname(place))
-    environment["PATH"] = place + os.pathsep + environment.get("PATH", os.defpath)
+    places = environment.get("PATH", os.defpath).split(os.pathsep)
+    is_of_system = place in ("/bin", "/usr/bin", "/usr/local/bin") and place in places
+    environment["PATH"] = os.pathsep.join(places if is_of_system else [place, *places])
     return Launcher(app=app, argv=argv, where=where, environment=environment)
 
 
@@ -4398,7 +4410,7 @@ def transport_of_kernels(found: Launcher, request: Request, runtime: str, channe
                 why = "the kernel %s may know no sockets. If it does: --server-arg=%s" % (name, sockets)
     if why:
         text = "Kernels listen on ports, where other users of the host can read what they print: "
-        why = "Kernels listen on sockets, and %s." % why.partition(".")[0] if request.socket else text + why
+        why = "Kernels listen on sockets, and %s." % why.partition(". ")[0] if request.socket else text + why
         channel.tell("note", text=portable(why))
     return [sockets] if request.socket or not why else []
 
@@ -6247,15 +6259,15 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
 def revive_recorder(record: ServerRecord) -> None:
     """Start a recorder again that was killed, or never came; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, record.file("recorder.json"))
-    is_due = mark or record.age_s() > START_TIMEOUT_S  # else its launch is about to start it
+    is_due = mark or (record.has_answered and record.age_s() > START_TIMEOUT_S)  # its launch is about to start it
     is_wanted = record.directory and is_due and not record.request.no_record and not record.request.is_held
     if is_wanted and not (mark and is_same_process(mark.pid, mark.identity)):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), open(record.file("recorder.lock"), "w") as lock:
             environment = environment_of(record.pid) or dict(os.environ)
-            if place_of(record).is_here and mark:
-                run_recorder(record, mark.python, environment)
-            elif place_of(record).is_here:
-                first_recorder(record, "", environment)
+            python = mark.python if mark else ""
+            mark = read_record(RecorderMark, record.file("recorder.json"))  # another one of ours may have done so
+            if place_of(record).is_here and has_lock(lock) and not (mark and is_same_process(mark.pid, mark.identity)):
+                (run_recorder if python else first_recorder)(record, python, environment)
 
 
 def recorder_main(directory: str) -> None:
@@ -6519,7 +6531,7 @@ class RecordedKernel:
 
     def _lose_all(self) -> None:
         """Its process has gone: nothing that it was asked for goes on, or will be begun with."""
-        deadline = time.monotonic() + LATE_WORD_S
+        deadline = time.monotonic() + SETTLES_S
         while self.socket.poll(0) and time.monotonic() < deadline:  # all that it said comes before its end
             self.hear()
         self._end_all()
@@ -6911,7 +6923,8 @@ def mark_of(record: ServerRecord, kernel: str) -> KernelMark:
 
 def is_whole_name(name: str, notebook: str) -> bool:
     """True when a name is all of a notebook's path, with its ending or without: it goes before one that ends so."""
-    return bool(name) and notebook in (name, name + ".ipynb")
+    name = os.path.normpath(name)  # ./a.ipynb
+    return notebook in (name, name + ".ipynb")
 
 
 def is_named(name: str, notebook: str, kernel: str) -> bool:
@@ -6974,6 +6987,7 @@ def save_into(
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
     Where these ids were `missed`, no other that a page has saved since: what it lacks then was taken out, or is older.
+    What an `eval` printed is no cell's then.
     Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
     changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
@@ -6986,11 +7000,12 @@ def save_into(
     before = contents_of(info, api, "?type=notebook&content=1")
     cells = objects(before.get("content"), "cells")
     unsaved_s = seconds_since(before["last_modified"]) or 0.0
-    known = []  # type: List[str]
+    ran, known = list(executions.cells.values()), []  # type: List[CellOutput], List[str]
     if missed is not None:
-        ended = [cell.finished for cell in executions.cells.values() if cell.finished]
+        ran = [cell for cell in ran if not (cell.begun and cell.begun.is_eval)]
+        ended = [cell.finished for cell in ran if cell.finished]
         known = [each.id for each in ended if each.id not in missed and time.time() - each.time > unsaved_s]
-    changed, placed = fill_in(cells, list(executions.cells.values()), known)
+    changed, placed = fill_in(cells, ran, known)
     if changed:
         check_alone(info, notebook)
         if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
@@ -7029,7 +7044,7 @@ def fill_in(
 ) -> "Tuple[int, List[str]]":
     """Give cells the outputs of the executions of their code, equal ones by their order; trusted, as in a page.
 
-    An `eval` has no cell, and what is `known` already stays as it is.
+    What is `known` already stays as it is.
     Where equal cells were executed more often than there are, the last executions count. Return how many cells changed,
     and the ids of the executions of what is still there.
     """
@@ -7038,7 +7053,7 @@ def fill_in(
         if fact(cell, "cell_type", "") == "code":
             by_code.setdefault(joined_text(cell.get("source", "")), []).append(cell)
     changed, placed = 0, []  # type: int, List[str]
-    begun = [(each.begun, each) for each in executions if each.begun and not each.begun.is_eval]
+    begun = [(execution.begun, execution) for execution in executions if execution.begun]
     for code, same in by_code.items():
         ran = [row for row in begun if row[0].code == code]
         placed += [its.id for its, _ in ran]
@@ -7356,7 +7371,9 @@ def start_run(request: Request, channel: Channel) -> StartReply:
     waits = not request.is_one_of_many
     request = request.but(is_one_of_many=False)
     root_dir = resolve_path(request.path)[0] or os.path.expanduser("~")
+    is_project = bool(request.path)
     request = with_notebook(request, root_dir)
+    project_dir = root_dir if is_project else native(request.path or "")  # else the notebook's own
     jobs = [kind for kind in STARTERS if kind.takes(request)]
     same = []  # type: List[Kept]
     with one_at_a_time(own_tmp_dir(), channel, "another run of rjupyter is starting; waiting"):
@@ -7377,7 +7394,7 @@ def start_run(request: Request, channel: Channel) -> StartReply:
         if is_new and jobs:
             begun = jobs[0].begin(request, channel)
         elif is_new:
-            begun = launch(request, native(request.path or ""), channel, launch_run)[0]  # where the notebook is
+            begun = launch(request, project_dir, channel, launch_run)[0]
     if begun and begun.kind != "run" and waits:  # outside of the lock, for a queue may be long
         return StartReply.read(KINDS[begun.kind].await_reply(begun, channel)).but(is_started=True)
     found = begun or same[0]
@@ -8545,7 +8562,8 @@ class Execution:
     def _bring(self, path: str, is_silent: bool) -> List[str]:
         """Bring what the run wrote to where its result is; return what is not here, each with the reason."""
         base = os.path.dirname(path) or "."
-        room = shutil.disk_usage(tempfile.gettempdir()).free // 2
+        here, top = os.stat(base).st_dev, tempfile.gettempdir()
+        room = shutil.disk_usage(top).free // (2 if here == os.stat(top).st_dev else 1)  # or it lies there twice
         with tempfile.TemporaryFile() as stream:
 
             def request() -> Request:
@@ -9488,8 +9506,10 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     row = row_of(record, output)
     if not row or row.get("state") == "REVOKED":  # another cluster of the federation has it
         is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
-        is_live = gives_signs(record) if begun_of(record) else is_unseen and may_be_taken(record)
-        return JobState() if is_live else ENDED
+        has_begun = begun_of(record) is not None
+        has_said = has_begun and is_marked(record, "alive")  # one that is killed as it begins has not
+        is_young = is_unseen and may_be_taken(record) and (not has_begun or gives_signs(record))
+        return JobState() if is_young or (has_said and gives_signs(record)) else ENDED
     if record.directory and not is_marked(record, "seen"):
         with contextlib.suppress(OSError):
             write_whole(record.file("seen"), row["script"])
@@ -9508,7 +9528,7 @@ unshared = {}  # type: Dict[int, Tuple[float, Optional[str]]] # when, and what a
 
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     """Return when a job's scheduler was asked, and its answer, which serves all of ours; (0, "") for none."""
-    which = zlib.crc32(repr((record.cluster, sorted(record.environment.items()))).encode("utf-8"))
+    which = zlib.crc32(repr((record.command, record.cluster, sorted(record.environment.items()))).encode("utf-8"))
     when, text = unshared.get(which, (0.0, None))
     if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
         return (when if text else 0.0), text or ""
@@ -10908,6 +10928,7 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         raise Failure("cannot write into " + args.save_images, error.strerror or str(error)) from None
     request = request_of(args, "eval_code", errand=os.urandom(16).hex(), data=code)
     executions, lines = Executions(), 0
+    updates: Dict[str, Entry] = {}  # what displays show at last, by the id of each
 
     def take(message: Told, show: Show) -> None:
         """Print what comes: results on stdout, the rest on stderr; with --json, each output."""
@@ -10916,6 +10937,13 @@ def run_eval(args: Args, agent: Agent, messages: Messages) -> int:
         cell, entry = executions.take(message.entry)
         if args.json and cell:
             tell_entry(entry, cell, messages)
+        if entry.type == "update_display_data" and not args.save_images:
+            name = fact(fact(entry.content, "transient", {}), "display_id", "")
+            updates[name] = entry.but(type="display_data")
+        for each in [entry, *(updates.values() if entry.kind == "finished" else [])]:
+            show_entry(cell, each)
+
+    def show_entry(cell: Optional[CellOutput], entry: Entry) -> None:
         written = {}
         if args.save_images and cell and cell.begun and entry.kind == "printed":
             written = write_display(entry, os.path.join(args.save_images, "cell-%s" % cell.begun.count))
@@ -11640,7 +11668,8 @@ def carry_out(words: List[str]) -> int:
         is_unknown = name and "resolve hostname %s:" % name.lower() in failure.why  # and not a jump host on the way
         if args and is_unknown and args.action not in ("stop", "execute", "eval"):  # those are not for a guess
             near = nearest(name, ssh_hosts(args.line))
-            right = args.line.words(args.line.destination.replace(name, near, 1), args.line.action)
+            host = args.host[: -len(name)] + near
+            right = args.line.words(args.line.destination.replace(args.host, host, 1), args.line.action)
             failure.try_ = command_line(*right) if near not in ("", name) else failure.try_
         messages.failure(failure)
         if (args.gateway if args else "--gateway" in words) and not messages.as_json:

@@ -144,6 +144,11 @@ def test_help_of_r_is_printed(laptop: Laptop, host: Host, run: Run) -> None:
     end_kernels(run.url())
 
 
+def test_a_display_that_is_updated_is_printed_as_it_is_at_last(laptop: Laptop, run: Run, kernel: str) -> None:
+    code = "shown = display('loading', display_id=True)\nfor n in range(3): shown.update('acc %d' % n)"
+    assert laptop.run("host", "eval", code).stdout == "'loading'\n'acc 2'\n"
+
+
 PICTURES = """
 from IPython.display import HTML, SVG, Image, display
 import base64

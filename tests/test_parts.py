@@ -291,6 +291,16 @@ def test_a_tar_of_heads_alone_is_damaged(tmp_path: Path) -> None:
         rjupyter.unpack(io.BytesIO(head * 3000), str(tmp_path), True, ["*"])
 
 
+def test_a_systems_directory_stays_where_the_terminals_path_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a module put before it, as a gcc, is what a kernel finds."""
+    monkeypatch.setenv("PATH", "/apps/gcc/12/bin:/usr/bin:/bin")
+    paths = [
+        rjupyter.new_launcher("notebook", [place + "/jupyter-notebook"], "").environment["PATH"].split(":")[0]
+        for place in ("/usr/bin", "/usr/local/bin", "/opt/conda/bin")
+    ]
+    assert paths == ["/apps/gcc/12/bin", "/usr/local/bin", "/opt/conda/bin"]
+
+
 def test_a_project_of_roots_own_outside_of_its_home(tmp_path: Path) -> None:
     """Up to the last directory that is the user's alone, which /tmp is not."""
     (tmp_path / "proj/.venv").mkdir(parents=True)

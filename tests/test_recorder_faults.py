@@ -299,20 +299,19 @@ def test_nothing_that_a_notebook_has_is_lost_for_what_was_not_kept(tmp_path: Pat
     assert (changed, cell["execution_count"]) == (0, COUNT if is_ended or number == COUNT else None)
 
 
-def test_what_is_known_already_and_what_an_eval_printed_stay_out_of_a_notebook() -> None:
+def test_what_is_known_already_stays_out_of_a_notebook() -> None:
     """Outputs that were cleared, and what was executed before a restart: they were not missed."""
     executions = rjupyter.Executions()
-    for number, code in enumerate("xyz", 1):
-        begun = {"kind": "begun", "id": str(number), "time": number, "count": number, "code": code}
-        executions.take(dict(begun, is_eval=code == "z"))
+    for number, code in enumerate("xy", 1):
+        executions.take({"kind": "begun", "id": str(number), "time": number, "count": number, "code": code})
         content = {"name": "stdout", "text": code}
         executions.take({"kind": "printed", "id": str(number), "type": "stream", "content": content})
         executions.take({"kind": "finished", "id": str(number), "time": number + 0.5, "is_done": True})
     cells: List[Dict[str, Any]] = [
-        {"cell_type": "code", "source": code, "metadata": {}, "execution_count": None, "outputs": []} for code in "xyz"
+        {"cell_type": "code", "source": code, "metadata": {}, "execution_count": None, "outputs": []} for code in "xy"
     ]
     assert rjupyter.fill_in(cells, list(executions.cells.values()), ["1"]) == (1, ["1", "2"])
-    assert [cell["outputs"] for cell in cells] == [[], outputs("y"), []]
+    assert [cell["outputs"] for cell in cells] == [[], outputs("y")]
 
 
 def test_a_recorder_that_was_killed_takes_nothing_from_a_notebook(tmp_path: Path) -> None:
