@@ -489,6 +489,7 @@ def test_quota_is_full(laptop: Laptop, make_user: Callable[[str], User], make_ho
     user = make_user("/bin/bash")
     with mounted(user.home, "-t", "tmpfs", "-o", "size=64k,mode=755,uid=%d" % user.uid, "tmpfs"):
         user.write(".profile", "PATH=%s:$PATH\n" % jupyter_for_everyone())
+        user.write(".jupyter/migrated", "")  # as after a first start; without it, Jupyter may want to write it
         filler = os.open(str(user.home / "filler"), os.O_WRONLY | os.O_CREAT)
         with pytest.raises(OSError, match="No space"):
             while True:
