@@ -8901,7 +8901,7 @@ def end_kernel(request: Request, channel: Channel) -> None:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
     record, kernel = kernel_named(request, "server, execution or kernel")
     if request.asks and kernel.state == "busy":
-        raise Failure("nothing was stopped", "the kernel of %s computes" % kernel.title, "the same with --yes")
+        raise Failure("nothing was stopped", "its kernel is busy: %s" % kernel.title, "the same with --yes")
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
     if status not in (204, 404):

@@ -337,7 +337,7 @@ def test_stop_of_a_notebook_asks_for_a_word_while_its_kernel_computes(laptop: La
     url = laptop.start("host", has_terminal=False).url()
     busy_kernel(url)
     (kernel,) = api(url, "kernels")
-    check_failure(laptop.run("host", "stop", kernel["id"][:8]), 1, "nothing was stopped", "computes", "--yes")
+    check_failure(laptop.run("host", "stop", kernel["id"][:8]), 1, "nothing was stopped", "its kernel is busy", "--yes")
     assert laptop.run("host", "stop", kernel["id"][:8], "--yes").status == 0
     assert api(url, "kernels") == []
 
