@@ -6259,7 +6259,7 @@ def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]
 def revive_recorder(record: ServerRecord) -> None:
     """Start a recorder again that was killed, or never came; what was printed meanwhile is a gap."""
     mark = read_record(RecorderMark, record.file("recorder.json"))
-    is_due = mark or (record.has_answered and record.age_s() > START_TIMEOUT_S)  # its launch is about to start it
+    is_due = mark or (record.has_answered and record.age_s() > START_TIMEOUT_S)  # else its launch starts it
     is_wanted = record.directory and is_due and not record.request.no_record and not record.request.is_held
     if is_wanted and not (mark and is_same_process(mark.pid, mark.identity)):
         with contextlib.suppress(OSError), open(record.file("recorder.lock"), "w") as lock:
@@ -6576,11 +6576,11 @@ class RecordedKernel:
         if connections == 0:
             noted += self._unseen
             self._unseen = {}
-        if not noted:
-            remove_files([path])
-            return
         with contextlib.suppress(OSError):
-            write_whole(path, "\n".join([*noted, ""]))
+            if noted:
+                write_whole(path, "\n".join([*noted, ""]))
+            else:
+                remove_files([path])
 
     def look_again(self) -> None:
         """Learn what changes in and after a cell: the notebook's name, and whether a page is there.
@@ -8451,12 +8451,11 @@ class Execution:
                 raise Wrong("a result of more than %d MB" % (NOTEBOOK_MAX >> 20))
             return
         self.offset += len(part)
-        *ends, rest = part.split(b"\n")
-        for end in ends:
-            self._rest += end
-            self._take(entry_in(facts_in(self._rest.decode("utf-8", "replace"))), show)
-            self._rest.clear()
-        self._rest += rest
+        self._rest += part
+        if b"\n" in part:
+            *lines, self._rest = self._rest.split(b"\n")
+            for line in lines:
+                self._take(entry_in(facts_in(line.decode("utf-8", "replace"))), show)
         self._screen.show()
 
     def _take(self, entry: Entry, show: Show) -> None:
@@ -9019,9 +9018,10 @@ def eval_code(request: Request, channel: Channel) -> "Json":
             how = "done" if cell.finished.is_done else "failed" if cell.begun else "aborted"
             return "dead" if cell.finished.has_died else how
         alive_at = alive_at if state == "dead" else time.monotonic()
-        has_died = time.monotonic() - alive_at > LATE_WORD_S or is_lost  # else what it said last may be on its way
-        is_over = state == "dead" and has_died
-        return "dead" if is_over else "lost" if is_lost else "closed" if channel.is_closed else ""
+        is_over = time.monotonic() - alive_at > LATE_WORD_S or is_lost  # else what it said last may be on its way
+        if state == "dead" and is_over:
+            return "dead"
+        return "lost" if is_lost else "closed" if channel.is_closed else ""
 
     state = until(look, request.timeout_s or float("inf"), FOLLOW_MAX_S)
     if state == "lost":  # the next recorder is not to send it when nobody waits any more
@@ -10726,7 +10726,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     # From now on, print commands that choose what the server was launched with, even if this open did not ask for it:
     # else the line that starts such another one would start it in another environment, or outside of a job.
     names = ("python", "env", "init", "wrap", "container", "socket", "via_node")
-    launched_with = {name: value for name in names for value in [getattr(server.request, name)] if value}
+    launched_with = {name: getattr(server.request, name) for name in names if getattr(server.request, name)}
     words = [word for word in server.request.submit if word != "{script}"]
     if words[: len(SBATCH)] == SBATCH:
         launched_with["slurm"] = shlex.join(words[len(SBATCH) :])
