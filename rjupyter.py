@@ -3133,8 +3133,8 @@ def place_of(record: Kept) -> Elsewhere:
         outer = kept_record(kind, identity)
         if outer and outer.id != own_wrapper:
             return kind.place(record, outer)  # type: ignore[no-any-return]
-        is_forgotten = identity and identity not in map(os.path.basename, kept_dirs(kind))
-        if is_forgotten and not is_here(record):  # a node may see a new job late
+        is_lost = identity and not outer and not is_here(record)  # a node may see a new job late
+        if is_lost and identity not in map(os.path.basename, kept_dirs(kind)):
             return Forgotten(record)
     return Here(record) if is_here(record) else Elsewhere(record)
 
@@ -6594,8 +6594,9 @@ class RecordedKernel:
             self._journal.mark(notebook)
             for begun in self._running.values():
                 begun.notebook = notebook
-        if self._running and connections_of(server_info(self.recorder.record), self.id) == 0:
-            self._alone.update(self._running)
+        heard = set(self._running) - self._alone
+        if heard and connections_of(server_info(self.recorder.record), self.id) == 0:
+            self._alone.update(heard)
         with contextlib.suppress(OSError):
             self._journal.pay()
         if self._unseen and has_just_ended:
@@ -9507,9 +9508,10 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     if not row or row.get("state") == "REVOKED":  # another cluster of the federation has it
         is_unseen = looked < record.created + UNSEEN_S and not is_marked(record, "seen")
         has_begun = begun_of(record) is not None
+        is_mute = has_begun and not gives_signs(record)
         has_said = has_begun and is_marked(record, "alive")  # one that is killed as it begins has not
-        is_young = is_unseen and may_be_taken(record) and (not has_begun or gives_signs(record))
-        return JobState() if is_young or (has_said and gives_signs(record)) else ENDED
+        is_live = not is_mute and (has_said or (is_unseen and may_be_taken(record)))
+        return JobState() if is_live else ENDED
     if record.directory and not is_marked(record, "seen"):
         with contextlib.suppress(OSError):
             write_whole(record.file("seen"), row["script"])
@@ -9523,15 +9525,19 @@ def state_in(record: JobRecord, looked: float, output: str) -> JobState:
     return JobState(is_live=waits or runs, is_waiting=waits, word=row["state"], left_s=left_s, **facts)
 
 
-unshared = {}  # type: Dict[int, Tuple[float, Optional[str]]] # when, and what a scheduler said: /tmp took no file
+unshared = {}  # type: Dict[int, Tuple[float, str]] # when, and what a scheduler said: /tmp took no file
 
 
 def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
     """Return when a job's scheduler was asked, and its answer, which serves all of ours; (0, "") for none."""
     which = zlib.crc32(repr((record.command, record.cluster, sorted(record.environment.items()))).encode("utf-8"))
-    when, text = unshared.get(which, (0.0, None))
-    if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
-        return (when if text else 0.0), text or ""
+
+    def fresh(when: float, text: str) -> "Optional[Tuple[float, str]]":
+        return (when if text else 0.0, text) if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S) else None
+
+    kept = fresh(*unshared.get(which, (0.0, "")))
+    if kept:
+        return kept
     text = None
     with contextlib.suppress(OSError):  # a full /tmp, or another user's directory there
         path = os.path.join(private_dir(own_tmp_dir()), "%s-%08x.answer" % (record.command, which))
@@ -9539,9 +9545,9 @@ def query(record: JobRecord, max_age_s: float) -> "Tuple[float, str]":
 
             def look() -> "Any":  # another one of ours may be asking
                 with contextlib.suppress(OSError), open(path, encoding="utf-8") as stream:
-                    when, text = os.fstat(stream.fileno()).st_mtime, stream.read()
-                    if 0 <= time.time() - when < max(max_age_s, QUERY_MIN_S):
-                        return (when if text else 0.0), text
+                    kept = fresh(os.fstat(stream.fileno()).st_mtime, stream.read())
+                    if kept:
+                        return kept
                 return has_lock(lock)
 
             found = until(look, float("inf"))

@@ -85,7 +85,7 @@ def run_first_cell(driver: Any, url: str, printed: str) -> None:
     wait_for_output(driver, printed)
 
 
-def wait_for_page(driver: Any, condition: Callable[[Any], Any], deadline_s: float = 90) -> None:
+def wait_for_page(driver: Any, condition: Callable[[Any], Any]) -> None:
     """Wait until `condition` holds, also while the page takes its elements away and makes them anew.
 
     On a busy machine a page asks after some seconds whether to wait on, or has not loaded its theme: what says so lies
@@ -103,7 +103,7 @@ def wait_for_page(driver: Any, condition: Callable[[Any], Any], deadline_s: floa
         return condition(driver)
 
     try:
-        WebDriverWait(driver, deadline_s, ignored_exceptions=[WebDriverException]).until(holds)
+        WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException]).until(holds)
     except TimeoutException:
         shown = driver.find_element(By.CSS_SELECTOR, "body").text
         said = "\n".join(str(entry["message"]) for entry in driver.get_log("browser"))

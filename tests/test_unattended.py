@@ -299,7 +299,7 @@ def test_connection_again_offers_one_login_and_asks_nobody_before(
 def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., Host], user: User) -> None:
     """Two steps, two questions; while the tunnel is held, none."""
     host = make_host(settings=PASSWORD_ONLY, user=user)
-    port = str(quiet_port())
+    port = str(quiet_port())  # one that is taken meanwhile would cost another login
     run = laptop.start("--no-mux", "--no-browser", "--local-port", port, "host")
     run.expect("password:")
     time.sleep(1.5)  # a spinner comes after a second, and none must
