@@ -1565,6 +1565,13 @@ LINKS = {"VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "iTe
 FRAMES = ("|/-\\", "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f")  # of the spinner
 
 
+def has_no_reader(descriptor: int) -> bool:
+    """Return whether nobody reads what is written there any more, before anything is written."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # for its errors, which are told in any case
+    return any(word & (select.POLLERR | select.POLLHUP) for _, word in poll.poll(0))
+
+
 class Messages:
     """The voice of the program: steps, details, results and failures, each in its place.
 
@@ -1611,6 +1618,11 @@ class Messages:
                 raise Terminated(13) from None  # SIGPIPE
         except OSError as error:
             raise Failure("cannot write to stdout: %s" % error.strerror) from None
+
+    def check_reader(self) -> None:
+        """End where what only reads has nobody to read it to: `| head -1` may have its line, and no more comes."""
+        if self.ends_with_reader and os.name == "posix" and has_no_reader(sys.stdout.fileno()):
+            raise Terminated(13)
 
     def event(self, event: str, **facts: Any) -> None:
         """Print one of EVENTS where a program reads us; a key that has no fact here is null."""
@@ -2961,9 +2973,7 @@ class Channel:
     @property
     def is_closed(self) -> bool:
         """True when nobody listens any more."""
-        poll = select.poll()
-        poll.register(self._stream.fileno(), 0)  # for its errors, which are told in any case
-        return self._has_failed or bool(poll.poll(0))
+        return self._has_failed or has_no_reader(self._stream.fileno())
 
     def progress(self, text: str) -> None:
         """Say what takes its time."""
@@ -5429,6 +5439,7 @@ class Agent:
             elif self.ssh.asked:
                 patience_s = BATCH_LOGIN_TIMEOUT_S  # one who may see what it shows
             line = child.next_line(min(ASKING_S, patience_s - (time.monotonic() - heard_at)))
+            self.messages.check_reader()
             if line is None and (child.has_ended or time.monotonic() - heard_at >= patience_s):
                 line = child.next_line(LAST_WORDS_S)  # it may have replied since we looked: we may have been stopped
             if line is None and child.has_ended:

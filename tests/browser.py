@@ -1,7 +1,7 @@
 """A real browser: Chromium, driven by Selenium."""
 
 import shutil
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import pytest
 from sides import Laptop
@@ -42,18 +42,17 @@ def run_cell(driver: Any, code: str, output: str) -> None:
     def text_of(selector: str) -> str:
         return "".join(element.text for element in driver.find_elements(By.CSS_SELECTOR, selector))
 
-    def type_code(_: Any) -> bool:
+    def begin_code(_: Any) -> Any:
         editor = driver.find_element(By.CSS_SELECTOR, ".jp-Cell .cm-content")
         editor.click()
         editor.send_keys(Keys.CONTROL, "a")
         editor.send_keys(Keys.DELETE)
         editor.send_keys(code)
-        return code in text_of(".jp-Cell .cm-content")
+        return code in text_of(".jp-Cell .cm-content") and begin_first_cell(driver)
 
     names = ".jp-Toolbar-kernelName, .jp-KernelName, .jp-Notebook-footer, body"
     wait_for_page(driver, lambda _: "Python 3" in text_of(names))
-    wait_for_page(driver, type_code)
-    wait_for_page(driver, begin_first_cell)
+    wait_for_page(driver, begin_code)
     wait_for_output(driver, output)
 
 
@@ -85,17 +84,25 @@ def run_first_cell(driver: Any, url: str, printed: str) -> None:
     wait_for_output(driver, printed)
 
 
-def wait_for_page(driver: Any, condition: Callable[[Any], Any]) -> None:
+def wait_for_page(driver: Any, condition: Callable[[Any], Any], is_loaded: bool = False) -> None:
     """Wait until `condition` holds, also while the page takes its elements away and makes them anew.
 
     On a busy machine a page asks after some seconds whether to wait on, or has not loaded its theme: what says so lies
-    over the cells, and is answered as a person would.
+    over the cells, and is answered as a person would. When an address of the machine comes or goes, Chromium fails
+    what it is loading just then (ERR_NETWORK_CHANGED), and JupyterLab stays without it: the page is loaded again,
+    unless `is_loaded`.
     """
     from selenium.common.exceptions import TimeoutException, WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
+    said: List[str] = []
+
     def holds(_: Any) -> Any:
+        heard = [str(entry["message"]) for entry in driver.get_log("browser")]
+        said.extend(heard)
+        if not is_loaded and any("ERR_NETWORK_CHANGED" in line for line in heard):
+            driver.refresh()
         for dialog in driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog"):
             for button in dialog.find_elements(By.CSS_SELECTOR, "button") if "Loading" in dialog.text else []:
                 if button.text.lower().endswith(("waiting", "ok")):
@@ -106,12 +113,12 @@ def wait_for_page(driver: Any, condition: Callable[[Any], Any]) -> None:
         WebDriverWait(driver, 90, ignored_exceptions=[WebDriverException]).until(holds)
     except TimeoutException:
         shown = driver.find_element(By.CSS_SELECTOR, "body").text
-        said = "\n".join(str(entry["message"]) for entry in driver.get_log("browser"))
-        raise AssertionError("the page does not come to it; it shows:\n%s\nand says:\n%s" % (shown, said)) from None
+        words = "the page does not come to it; it shows:\n%s\nand says:\n%s" % (shown, "\n".join(said))
+        raise AssertionError(words) from None
 
 
 def wait_for_output(driver: Any, text: str) -> None:
-    wait_for_page(driver, lambda _: text in shown_in(driver))
+    wait_for_page(driver, lambda _: text in shown_in(driver), is_loaded=True)
 
 
 def shown_in(driver: Any) -> str:

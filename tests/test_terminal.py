@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from execution import code, write_notebook
-from sides import MODULE, SCRIPT, Host, Laptop, Run
+from sides import DEADLINE_S, MODULE, SCRIPT, Host, Laptop, Run
 
 PROGRAM = [sys.executable, "-c", MODULE, str(SCRIPT)]
 HERE = {"PATH": os.environ["PATH"], "TERM": "xterm", "HOME": "/h"}
@@ -174,14 +174,28 @@ def test_results_of_a_host_that_cannot_be_written(laptop: Laptop, host: Host) ->
         (identity,) = set(re.findall(r"\((r\w+)\)", told.stderr.decode()))
         shown = subprocess.run([*argv, "host", "logs", identity], env=windows, capture_output=True, check=True)
         assert b"42 \\u6771\\u4eac\\u3000 12\xa0% \\u2588" in shown.stdout
-        follower = 'exec "$@" host logs -f | head -n 1'
-        subprocess.run(["sh", "-c", follower, "sh", *argv], env=laptop.environment, timeout=60, check=True)
+        check_follower_whose_reader_has_left([*argv, "host", "logs"], laptop.environment)
         bad = [*argv, "host", "execute", str(laptop.home / "bad.ipynb")]
         failed = redirected(">/dev/full", bad, laptop.environment)
         assert "cannot write to stdout" in failed.stderr and "ZeroDivisionError" in failed.stderr, failed
         assert failed.returncode == 5
     new = redirected(">/dev/full", [*argv, "--new", "host"], laptop.environment)  # the address itself
     assert new.returncode == 1 and "cannot write to stdout" in new.stderr and "Launched" in new.stderr, new
+
+
+def check_follower_whose_reader_has_left(argv: List[str], environment: Dict[str, str]) -> None:
+    """It has read all that there is, as `| head -1` may: the follower ends, although nothing more comes."""
+    known = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    with subprocess.Popen([*argv, "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as run:
+        assert run.stdout and run.stderr
+        read = [run.stdout.readline().decode().rstrip("\n") for _ in known]
+        assert read == known
+        run.stdout.close()
+        try:
+            assert run.wait(DEADLINE_S) in (-13, 141)
+        finally:
+            run.kill()
+        assert not run.stderr.read()
 
 
 def check_reader_that_has_left(argv: List[str], environment: Dict[str, str]) -> None:
