@@ -4656,9 +4656,14 @@ def open_server(request: Request, channel: Channel) -> Server:
         name = "".join("%%%02x" % byte for byte in os.fsencode(file))
         if ask_server(found, "api/contents/%s?content=0" % name)[0] == 404:
             channel.tell("note", text="Jupyter has no %s to show: it is hidden, or not in its contents." % found.file)
-    found.away = [away for tell in TELLING for away in ([] if request.is_held else tell(request, found.id))]
+    found.away = [] if request.is_held else away_since(request.but(attach=found.id), channel)["away"]
     found.foreign = foreign_files()
     return found
+
+
+def away_since(request: Request, channel: Channel) -> "Json":
+    """Tell who comes back to a server what was missed there, each once."""
+    return {"away": [away for tell in TELLING for away in tell(request, request.attach)]}
 
 
 def scheduler_here() -> str:
@@ -4940,6 +4945,7 @@ def examine_host(request: Request, channel: Channel) -> "Json":
 
 REQUESTS = {}  # type: Dict[str, Callable[[Request, Channel], Any]]
 REQUESTS["open"] = open_server
+REQUESTS["away"] = away_since
 REQUESTS["list"] = list_all
 REQUESTS["logs"] = follow_log
 REQUESTS["stop"] = stop_all
@@ -10681,7 +10687,7 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
 def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages, server: str = "") -> bool:
     """True when a tunnel is up already that does what is asked for, or leads to a server: its page is shown again.
 
-    Nothing is connected: a further forward is added to what is up.
+    Nobody logs in: through what is up, a further forward is added, and a person is told what was missed.
     """
     for record in [] if args.is_new else tunnels():
         further = [spec for spec in args.further if spec not in record.further]
@@ -10692,6 +10698,14 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
             if not does_answer(record):
                 waits = "" if record.is_background else "waits for a login in its terminal, "
                 messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
+            elif record.control and has_terminal() and not further:
+                agent.ssh.masters = [lambda _, record=record: record.control]  # type: ignore[misc]
+                agent.ssh.can_ask = False
+                with contextlib.suppress(Failure):  # nobody is to be kept from the page by that
+                    agent.ssh.connect()
+                    asked = request.but(action="away", attach=record.id)
+                    reply = agent.ask(asked, reply_of(away="List[Away]"), silence_s=CHECK_TIMEOUT_S)
+                    say_away(reply.away, args, messages)
             for spec in further:
                 add_forward(record, spec, agent.ssh)
                 address, port, target = spec.split(":", 2)
@@ -10796,7 +10810,14 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
     if server.foreign:
         text = "Notebooks may fail on %s: another user owns files of Jupyter's.\nTo fix it, on the host: %s"
         messages.note(text % (destination, how_to_own(server.foreign, agent.hello["user"])))
-    for away in server.away:
+    say_away(server.away, args, messages)
+    if server.is_launched and agent.hello["is_root"]:
+        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
+
+
+def say_away(found: List[Away], args: Args, messages: Messages) -> None:
+    """Say which cells ended while no page was connected, and where their outputs are."""
+    for away in found:
         more, it = (", the last of %d cells" % away.cells, "they are") if away.cells > 1 else ("", "it is")
         ending = ending_of(away.count, away.is_done, away.seconds) + (": its kernel died" if away.has_died else "")
         text = "While you were away: %s %s (%s)%s" % (away.notebook, ending, count_of(away.lines, "line"), more)
@@ -10804,8 +10825,6 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
         where = "; not put into the notebook: " + away.why if away.why else where
         see = "\nTo see it: " + args.again("output", away.kernel or away.notebook) if away.why or args.no_save else ""
         messages.note("%s%s.%s" % (text, where, see))
-    if server.is_launched and agent.hello["is_root"]:
-        messages.note("You are root on %s: Jupyter runs as root there (--allow-root)." % destination)
 
 
 def wants_browser(args: Args) -> bool:

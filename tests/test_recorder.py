@@ -219,6 +219,24 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
     assert "away" not in held(laptop, "host", "--local-port", str(quiet_port())).text
 
 
+def test_an_open_that_joins_a_tunnel_tells_what_was_missed(laptop: Laptop, host: Host) -> None:
+    """A tunnel in the background is up for days, and nobody comes back in another way. Nobody logs in for it."""
+    write_notebook(host.home / "night.ipynb", "print(6 * 7)")
+    run = held(laptop, "host")
+    kernel = new_session(run.url(), "night.ipynb")
+    send(run.url(), "print(6 * 7)", kernel).close()
+    wait_for_end(host, kernel, 1)
+    wait_until(lambda: list(host.home.glob(NOTES)), "the page is gone", 30)
+    logins = host.sshd.logins()
+    assert "While" not in laptop.run("host").stderr  # nobody would read it
+    for told in (1, 0):
+        again = laptop.start("host", has_terminal=True)
+        assert again.wait() == 0
+        assert again.text.count("While you were away: night.ipynb In [1] done") == told, again.text
+    assert texts(cells_of(host, "night.ipynb")[0]) == ["42\n"]
+    assert host.sshd.logins() == logins
+
+
 def test_what_another_kernel_executed_since_stays_in_its_notebook(laptop: Laptop, host: Host) -> None:
     """The one whose cell nobody saw end is gone since."""
     write_notebook(host.home / "a.ipynb", "print(next(n))")
