@@ -7034,6 +7034,9 @@ def save_into(
         if status not in (200, 201):
             why = fact(said, "message", "") or "HTTP status %d" % status
             raise Failure("cannot save into " + notebook, why)
+        kept = [] if notebook.endswith(".ipynb") else contents_of(info, api, "?type=notebook&content=1")["content"]
+        if kept and fill_in(objects(kept, "cells"), ran, known)[0]:
+            raise Failure("cannot save into " + notebook, "it is a text notebook, which keeps no outputs")
     return changed, placed
 
 

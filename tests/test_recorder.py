@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_kernel, new_session, send
+from jupyters import jupyter_with_pairs
 from notebooks import code, printed, write_notebook
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
 
@@ -235,6 +236,23 @@ def test_an_open_that_joins_a_tunnel_tells_what_was_missed(laptop: Laptop, host:
         assert again.text.count("While you were away: night.ipynb In [1] done") == told, again.text
     assert texts(cells_of(host, "night.ipynb")[0]) == ["42\n"]
     assert host.sshd.logins() == logins
+
+
+def test_a_text_notebook_that_keeps_no_outputs_is_not_said_to_have_them(
+    laptop: Laptop, make_host: Callable[..., Host]
+) -> None:
+    host = make_host(path=str(jupyter_with_pairs()))
+    (host.home / "note.py").write_text("# %%\nprint(6 * 7)\n")
+    run = held(laptop, "host")
+    kernel = new_session(run.url(), "note.py")
+    send(run.url(), "print(6 * 7)", kernel).close()
+    wait_for_end(host, kernel, 1)
+    wait_until(lambda: list(host.home.glob(NOTES)), "the page is gone", 30)
+    saved = laptop.run("host", "output", "note.py", "--save")
+    assert saved.status == 1 and "it is a text notebook, which keeps no outputs" in saved.stderr
+    again = held(laptop, "host", "--local-port", str(quiet_port()))
+    told = r"While you were away: note\.py In \[1\] done .*; not put into the notebook: it is a text notebook.*\nTo see"
+    assert re.search(told, again.text), again.text
 
 
 def test_what_another_kernel_executed_since_stays_in_its_notebook(laptop: Laptop, host: Host) -> None:
