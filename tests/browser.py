@@ -1,14 +1,19 @@
 """A real browser: Chromium, driven by Selenium."""
 
+import contextlib
+import fcntl
+import re
 import shutil
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
+from private_machines import network_lock
 from sides import Laptop
 
 
-def chromium(laptop: Laptop) -> Any:
-    """Return a headless Chromium with a profile of its own, as a context manager; skip where there is none."""
+@contextlib.contextmanager
+def chromium(laptop: Laptop) -> Iterator[Any]:
+    """Start a headless Chromium with a profile of its own; skip where there is none."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program or not shutil.which("chromedriver"):
         pytest.skip("there is no chromium with its chromedriver; tests/setup.sh installs them")
@@ -31,7 +36,9 @@ def chromium(laptop: Laptop) -> Any:
         "--user-data-dir=%s" % profile,
     ):
         options.add_argument(argument)
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    service = Service(shutil.which("chromedriver"))
+    with network_lock(fcntl.LOCK_SH), webdriver.Chrome(options=options, service=service) as driver:
+        yield driver
 
 
 def run_cell(driver: Any, code: str, output: str) -> None:
@@ -84,13 +91,13 @@ def run_first_cell(driver: Any, url: str, printed: str) -> None:
     wait_for_output(driver, printed)
 
 
-def wait_for_page(driver: Any, condition: Callable[[Any], Any], is_loaded: bool = False) -> None:
+def wait_for_page(driver: Any, condition: Callable[[Any], Any]) -> None:
     """Wait until `condition` holds, also while the page takes its elements away and makes them anew.
 
     On a busy machine a page asks after some seconds whether to wait on, or has not loaded its theme: what says so lies
     over the cells, and is answered as a person would. When an address of the machine comes or goes, Chromium fails
     what it is loading just then (ERR_NETWORK_CHANGED), and JupyterLab stays without it: the page is loaded again,
-    unless `is_loaded`.
+    unless a cell has begun.
     """
     from selenium.common.exceptions import TimeoutException, WebDriverException
     from selenium.webdriver.common.by import By
@@ -101,8 +108,10 @@ def wait_for_page(driver: Any, condition: Callable[[Any], Any], is_loaded: bool 
     def holds(_: Any) -> Any:
         heard = [str(entry["message"]) for entry in driver.get_log("browser")]
         said.extend(heard)
-        if not is_loaded and any("ERR_NETWORK_CHANGED" in line for line in heard):
-            driver.refresh()
+        if any("ERR_NETWORK_CHANGED" in line for line in heard):
+            prompts = [element.text for element in driver.find_elements(By.CSS_SELECTOR, ".jp-InputPrompt")]
+            if not re.search("[0-9*]", "".join(prompts)):
+                driver.refresh()
         for dialog in driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog"):
             for button in dialog.find_elements(By.CSS_SELECTOR, "button") if "Loading" in dialog.text else []:
                 if button.text.lower().endswith(("waiting", "ok")):
@@ -118,7 +127,7 @@ def wait_for_page(driver: Any, condition: Callable[[Any], Any], is_loaded: bool 
 
 
 def wait_for_output(driver: Any, text: str) -> None:
-    wait_for_page(driver, lambda _: text in shown_in(driver), is_loaded=True)
+    wait_for_page(driver, lambda _: text in shown_in(driver))
 
 
 def shown_in(driver: Any) -> str:

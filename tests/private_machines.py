@@ -13,6 +13,8 @@ Everything of a machine ends with the first process of its pid namespace, jobs a
 cluster leaks, even one that is killed with the test that it was for (of that one, an empty network bridge remains).
 """
 
+import contextlib
+import fcntl
 import os
 import random
 import shlex
@@ -22,8 +24,9 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
+from jupyters import CACHE
 from private_sshd import children
 from sides import TOP
 
@@ -79,6 +82,18 @@ def wait_for(condition: Callable[[], bool], what: str, process: "Optional[subpro
         if time.monotonic() > deadline or (process and process.poll() is not None):
             raise RuntimeError("not within %d s, or ended: %s" % (DEADLINE_S, what))
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def network_lock(kind: int) -> Iterator[None]:
+    """Hold the lock of this machine's addresses: LOCK_EX for who changes them, LOCK_SH for who cannot bear that.
+
+    When one comes or goes, Chromium fails what it is loading just then (ERR_NETWORK_CHANGED).
+    """
+    CACHE.mkdir(mode=0o755, exist_ok=True)
+    with (CACHE / "network.lock").open("w") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
 
 class Machine:
@@ -177,7 +192,8 @@ class Cluster:
 
     def start_machines(self) -> None:
         """Start the machines, and connect them with each other and with the login node."""
-        self._add_bridge()
+        with network_lock(fcntl.LOCK_EX):
+            self._add_bridge()
         names = "".join("%s %s\n" % (address, name) for name, address in self.addresses.items())
         hosts = Path("/etc/hosts").read_text().rstrip("\n")
         (self.directory / "hosts").write_text("%s\n%s login\n%s" % (hosts, self.login_address, names))
@@ -190,7 +206,9 @@ class Cluster:
         # The links first: those of a machine that ended go later, when the kernel finds time.
         names = [self._port(name) for name in self.machines] + [self.bridge]
         lines = "".join("link delete %s\n" % name for name in names if name)
-        subprocess.run(["ip", "-force", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), capture_output=True)
+        argv = ["ip", "-force", "-batch", "-"]
+        with network_lock(fcntl.LOCK_EX):
+            subprocess.run(argv, env={"PATH": PATH}, input=lines.encode(), capture_output=True)
         for machine in self.machines.values():
             machine.kill()
         for daemon in self._daemons:
@@ -211,19 +229,26 @@ class Cluster:
         self.bridge = bridge
         self.login_address, *others = [net % ((start & 255) + offset) for offset in range(1, 2 + len(self.names))]
         self.addresses = dict(zip(self.names, others))
+        self._take_no_address(bridge)
         lines = "addr add %s/29 dev %s\nlink set %s up\n" % (self.login_address, bridge, bridge)
         subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), check=True)
 
     def _connect_machines(self) -> None:
-        lines = ""
-        for machine in self.machines.values():
-            port = self._port(machine.name)
-            lines += "link add %s type veth peer name eth0 netns %d\n" % (port, machine.pid)
-            lines += "link set %s master %s up\n" % (port, self.bridge)
-        subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), check=True)
+        ports = {self._port(machine.name): machine for machine in self.machines.values()}
+        links = ["link add %s type veth peer name eth0 netns %d\n" % (port, ports[port].pid) for port in ports]
+        joins = ["link set %s master %s up\n" % (port, self.bridge) for port in ports]
+        with network_lock(fcntl.LOCK_EX):
+            subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input="".join(links).encode(), check=True)
+            self._take_no_address(*ports)
+            subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input="".join(joins).encode(), check=True)
         for machine in self.machines.values():
             lines = "link set lo up\naddr add %s/29 dev eth0\nlink set eth0 up\n" % machine.address
             machine.run("ip", "-batch", "-", given=lines)
+
+    def _take_no_address(self, *links: str) -> None:
+        """Give links none by themselves, a moment after they are up and with a machine's end, where there is IPv6."""
+        lines = "".join("link set %s addrgenmode none\n" % link for link in links)
+        subprocess.run(["ip", "-force", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), capture_output=True)
 
     def _port(self, machine: str) -> str:
         """Return the name of the link that leads to a machine."""

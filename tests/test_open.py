@@ -29,7 +29,8 @@ def is_running(pid: int) -> bool:
 
 def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
     (host.home / "work").mkdir()
-    run = laptop.start("--no-browser", "host:work")
+    port = str(quiet_port())  # or a page of another test comes to it, and that is told
+    run = laptop.start("--no-browser", "--local-port", port, "host:work")
     run.expect(r"To end it: .*\n")  # all of the line, or ^C would stand in it
     run.interrupt()
     assert run.wait() == 0
@@ -43,7 +44,7 @@ def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
         r"Ctrl-C closes the tunnel; the server keeps running\.",
         r"To end it: \S*rjupyter\.py -F \S+ host stop",
         r"\^C",
-        r"Closed\. To come back: \S*rjupyter\.py -F \S+ host:work",
+        r"Closed\. To come back: \S*rjupyter\.py -F \S+ --local-port %s host:work" % port,
     ]
     assert len(lines) == len(patterns), lines
     for line, pattern in zip(lines, patterns):
