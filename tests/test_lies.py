@@ -31,6 +31,7 @@ Lines = List[Tuple[str, str]]
 JUPYTER: Dict[str, Any] = {"hostname": "127.0.0.1", "port": 8888, "token": "abc", "base_url": "/", "root_dir": "/a"}
 OPEN: Dict[str, Any] = {
     "id": "07af",
+    "away": [{"notebook": "a.ipynb", "cells": 2, "count": 3, "seconds": 2.5, "lines": 4, "is_done": True}],
     "pid": 12,
     "app": "notebook",
     "app_version": "7.0",
