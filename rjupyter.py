@@ -10701,7 +10701,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
             if not does_answer(record):
                 waits = "" if record.is_background else "waits for a login in its terminal, "
                 messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
-            elif record.control and has_terminal() and not further:
+            elif record.control and agent.ssh.is_mux and has_terminal() and not (further or server):
                 agent.ssh.masters = [lambda _, record=record: record.control]  # type: ignore[misc]
                 agent.ssh.can_ask = False
                 with contextlib.suppress(Failure):  # nobody is to be kept from the page by that
