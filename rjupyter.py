@@ -5445,7 +5445,8 @@ class Agent:
             elif self.ssh.asked:
                 patience_s = BATCH_LOGIN_TIMEOUT_S  # one who may see what it shows
             line = child.next_line(min(ASKING_S, patience_s - (time.monotonic() - heard_at)))
-            self.messages.check_reader()
+            if line is None:
+                self.messages.check_reader()
             if line is None and (child.has_ended or time.monotonic() - heard_at >= patience_s):
                 line = child.next_line(LAST_WORDS_S)  # it may have replied since we looked: we may have been stopped
             if line is None and child.has_ended:
@@ -7034,9 +7035,10 @@ def save_into(
         if status not in (200, 201):
             why = fact(said, "message", "") or "HTTP status %d" % status
             raise Failure("cannot save into " + notebook, why)
-        kept = [] if notebook.endswith(".ipynb") else contents_of(info, api, "?type=notebook&content=1")["content"]
-        if kept and fill_in(objects(kept, "cells"), ran, known)[0]:
-            raise Failure("cannot save into " + notebook, "it is a text notebook, which keeps no outputs")
+        if not notebook.endswith(".ipynb"):
+            kept = objects(contents_of(info, api, "?type=notebook&content=1").get("content"), "cells")
+            if fill_in(kept, ran, known)[0]:
+                raise Failure("cannot save into " + notebook, "it is a text notebook, which keeps no outputs")
     return changed, placed
 
 

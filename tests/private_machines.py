@@ -96,6 +96,12 @@ def network_lock(kind: int) -> Iterator[None]:
         yield
 
 
+def change_links(lines: str, may_fail: bool = False) -> None:
+    """Carry out lines of ip(8); those that `may_fail` do so by themselves, and the others go on."""
+    argv = ["ip", *["-force"] * may_fail, "-batch", "-"]
+    subprocess.run(argv, env={"PATH": PATH}, input=lines.encode(), capture_output=may_fail, check=not may_fail)
+
+
 class Machine:
     """Namespaces with a host name, an address, a loopback and process ids of their own, kept by a process."""
 
@@ -206,9 +212,8 @@ class Cluster:
         # The links first: those of a machine that ended go later, when the kernel finds time.
         names = [self._port(name) for name in self.machines] + [self.bridge]
         lines = "".join("link delete %s\n" % name for name in names if name)
-        argv = ["ip", "-force", "-batch", "-"]
         with network_lock(fcntl.LOCK_EX):
-            subprocess.run(argv, env={"PATH": PATH}, input=lines.encode(), capture_output=True)
+            change_links(lines, may_fail=True)
         for machine in self.machines.values():
             machine.kill()
         for daemon in self._daemons:
@@ -230,25 +235,23 @@ class Cluster:
         self.login_address, *others = [net % ((start & 255) + offset) for offset in range(1, 2 + len(self.names))]
         self.addresses = dict(zip(self.names, others))
         self._take_no_address(bridge)
-        lines = "addr add %s/29 dev %s\nlink set %s up\n" % (self.login_address, bridge, bridge)
-        subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), check=True)
+        change_links("addr add %s/29 dev %s\nlink set %s up\n" % (self.login_address, bridge, bridge))
 
     def _connect_machines(self) -> None:
         ports = {self._port(machine.name): machine for machine in self.machines.values()}
         links = ["link add %s type veth peer name eth0 netns %d\n" % (port, ports[port].pid) for port in ports]
         joins = ["link set %s master %s up\n" % (port, self.bridge) for port in ports]
         with network_lock(fcntl.LOCK_EX):
-            subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input="".join(links).encode(), check=True)
+            change_links("".join(links))
             self._take_no_address(*ports)
-            subprocess.run(["ip", "-batch", "-"], env={"PATH": PATH}, input="".join(joins).encode(), check=True)
+            change_links("".join(joins))
         for machine in self.machines.values():
             lines = "link set lo up\naddr add %s/29 dev eth0\nlink set eth0 up\n" % machine.address
             machine.run("ip", "-batch", "-", given=lines)
 
     def _take_no_address(self, *links: str) -> None:
         """Give links none by themselves, a moment after they are up and with a machine's end, where there is IPv6."""
-        lines = "".join("link set %s addrgenmode none\n" % link for link in links)
-        subprocess.run(["ip", "-force", "-batch", "-"], env={"PATH": PATH}, input=lines.encode(), capture_output=True)
+        change_links("".join("link set %s addrgenmode none\n" % link for link in links), may_fail=True)
 
     def _port(self, machine: str) -> str:
         """Return the name of the link that leads to a machine."""

@@ -131,8 +131,8 @@ TOLD: List[Dict[str, Any]] = [
     {"kind": "line", "text": "[I] listening"},
     *({"kind": "recorded", "entry": entry} for entry in RECORDED),
 ]
-# What a person types, and what it asks the host for.
 OF_A_TUNNEL = {"describe_end", "away"}  # asked while one is up; `open` has what was missed in its reply, too
+# What a person types, and what it asks the host for.
 COMMANDS: Dict[str, List[str]] = {
     "open": ["--no-browser", "host"],
     "list": ["host", "list"],

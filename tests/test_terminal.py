@@ -188,10 +188,9 @@ def check_follower_whose_reader_has_left(argv: List[str], environment: Dict[str,
     known = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     with subprocess.Popen([*argv, "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as run:
         assert run.stdout and run.stderr
-        read = [run.stdout.readline().decode().rstrip("\n") for _ in known]
-        assert read == known
-        run.stdout.close()
         try:
+            assert [run.stdout.readline().decode().rstrip("\n") for _ in known] == known
+            run.stdout.close()
             assert run.wait(DEADLINE_S) in (-13, 141)
         finally:
             run.kill()
