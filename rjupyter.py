@@ -10705,7 +10705,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
                 messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
             elif record.control and agent.ssh.is_mux and has_terminal() and not (further or server):
                 agent.ssh.masters = [lambda _, record=record: record.control]  # type: ignore[misc]
-                agent.ssh.can_ask = False
+                agent.ssh.can_ask, agent.greets_after_s = False, float("inf")
                 with contextlib.suppress(Failure):  # nobody is to be kept from the page by that
                     agent.ssh.connect()
                     asked = request.but(action="away", attach=record.id)

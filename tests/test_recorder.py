@@ -234,6 +234,7 @@ def test_an_open_that_joins_a_tunnel_tells_what_was_missed(laptop: Laptop, host:
         again = laptop.start("host", has_terminal=True)
         assert again.wait() == 0
         assert again.text.count("While you were away: night.ipynb In [1] done") == told, again.text
+        assert "Connected" not in again.text
     assert texts(cells_of(host, "night.ipynb")[0]) == ["42\n"]
     assert host.sshd.logins() == logins
 
