@@ -32,6 +32,19 @@ def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
         return json.loads(answer.read() or b"null")
 
 
+def wait_for_server(url: str) -> None:
+    """Wait until a server answers: the test before may have cut the tunnel to it."""
+
+    def answers() -> bool:
+        try:
+            api(url, "status")
+        except OSError:
+            return False
+        return True
+
+    wait_until(answers, "the server answers")
+
+
 def token_of(url: str) -> str:
     """Return the token in a printed URL."""
     return parse_qs(urlsplit(url).query)["token"][0]

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence, cast
 
 import pytest
 from browser import chromium
@@ -122,7 +122,10 @@ def tunnel(shared: Shared) -> Iterator[Run]:
 
 def shared_by(request: pytest.FixtureRequest) -> Optional[Shared]:
     """Return what the test shares with others of its file, where it is marked so."""
-    return request.getfixturevalue("shared") if request.node.get_closest_marker("shared") else None
+    if not request.node.get_closest_marker("shared"):
+        return None
+    assert "PYTEST_XDIST_WORKER" not in os.environ or "@" in request.node.nodeid, "xdist has scattered the group"
+    return cast(Shared, request.getfixturevalue("shared"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from client import api, check_failure, compute, end_kernels, events_of, new_session, send
+from client import api, check_failure, compute, end_kernels, events_of, new_session, send, wait_for_server
 from execution import add_bash, add_kernel, add_r
 from notebooks import write_notebook
 from readme import readme_block
@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 @pytest.fixture
 def run(tunnel: Run, host: Host) -> Run:
     write_notebook(host.home / "it's here.ipynb")
+    wait_for_server(tunnel.url())
     return tunnel
 
 

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Dict, Iterator, List
 
 import pytest
-from client import api, check_failure, compute, connected, end_kernels, events_of, held, new_session, send
+from client import (
+    api,
+    check_failure,
+    compute,
+    connected,
+    end_kernels,
+    events_of,
+    held,
+    new_session,
+    send,
+    wait_for_server,
+)
 from notebooks import write_notebook
 from proxy import Proxy
 from sides import Host, Laptop, Run, process_of, quiet_port, wait_until
@@ -26,6 +37,7 @@ pytestmark = [pytest.mark.jupyter, pytest.mark.shared]
 def run(tunnel: Run, host: Host) -> Run:
     """The server that the tests share, with no kernel."""
     write_notebook(host.home / "it's here.ipynb")
+    wait_for_server(tunnel.url())
     end_kernels(tunnel.url())
     return tunnel
 

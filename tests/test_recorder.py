@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from client import api, check_failure, compute, end_kernels, events_of, held, listed, new_kernel, new_session, send
+from client import (
+    api,
+    check_failure,
+    compute,
+    end_kernels,
+    events_of,
+    held,
+    listed,
+    new_kernel,
+    new_session,
+    send,
+    wait_for_server,
+)
 from jupyters import jupyter_with_pairs
 from notebooks import code, printed, write_notebook
 from sides import VENV_BIN, Host, Laptop, Run, processes_with, quiet_port, wait_until
@@ -51,6 +63,7 @@ def recorders(mark: str) -> List[int]:
 def run(tunnel: Run, host: Host) -> Run:
     """The server that the tests share, with no kernel."""
     write_notebook(host.home / "train.ipynb")
+    wait_for_server(tunnel.url())
     end_kernels(tunnel.url())
     return tunnel
 
@@ -72,7 +85,7 @@ def test_recorder_sleeps_where_there_is_no_kernel(run: Run, mark: str) -> None:
 def test_notebook_that_gets_its_name_while_a_cell_runs(laptop: Laptop, host: Host, run: Run) -> None:
     """As a page has it that is asked for a cell as soon as it is there; or a notebook that is moved meanwhile."""
     kernel = new_session(run.url(), "5e1c0f3a-of-a-page")
-    wait = "import os, time\nprint('begun')\nwhile not os.path.exists('go'): time.sleep(.05)"
+    wait = "import os, time\nprint('begun')\nwhile not os.path.exists('moved'): time.sleep(.05)"
     connection = send(run.url(), wait, kernel)
     wait_until_printed(host, kernel, "begun")
     (session,) = [each for each in api(run.url(), "sessions") if each["kernel"]["id"] == kernel]
@@ -80,7 +93,7 @@ def test_notebook_that_gets_its_name_while_a_cell_runs(laptop: Laptop, host: Hos
     api(run.url(), "sessions/" + session["id"], "PATCH", facts)
     wait_until(lambda: "begun" in laptop.run("host", "output", "late.ipynb").stdout, "it is known by that", 20, 0.5)
     connection.close()
-    (host.home / "go").touch()
+    (host.home / "moved").touch()
     wait_for_end(host, kernel)
     again = held(laptop, "host")
     assert "While you were away: late.ipynb In [" in again.text, again.text
