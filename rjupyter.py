@@ -2784,7 +2784,9 @@ def own_master(ssh: Ssh) -> str:
     if path == "none" or not ssh.call(ssh.argv(ASKING, "-O", "check"))[0]:
         return ""
     ssh.way = Mux(ssh, path)
-    if not ssh.is_alive():  # its process is there, but what it leads through has gone with a network, or in a sleep
+    with ssh.messages.working("" if ssh._is_again else "Asking your own control master at %s" % path):
+        is_alive = ssh.is_alive()
+    if not is_alive:  # its process is there, but what it leads through has gone with a network, or in a sleep
         ssh.way = Direct(ssh)
         show = ssh.messages.detail if ssh._is_again else ssh.messages.note
         show("Your own control master at %s does not answer: logging in anew." % path)
@@ -3945,10 +3947,12 @@ def install_commands() -> "List[List[str]]":
     venv = os.path.expanduser(VENV_DIR)
     python = os.path.join(venv, "bin", "python")
     uv = found_program("uv")
+    is_dead = os.path.lexists(python) and not os.path.exists(python)  # its Python is gone; a venv keeps such a link
+    clear = ["--clear"] if is_dead else []
     if uv:
-        make = [uv, "venv", "--allow-existing", "--system-site-packages", "--python", sys.executable, venv]
-        return [make, [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
-    make = [sys.executable, "-I", "-m", "venv", "--system-site-packages", venv]
+        make = [uv, "venv", *(clear or ["--allow-existing"]), "--system-site-packages", "--python", sys.executable]
+        return [[*make, venv], [uv, "pip", "install", "--python", python, "notebook", "jupyterlab"]]
+    make = [sys.executable, "-I", "-m", "venv", *clear, "--system-site-packages", venv]
     # Whatever the user's settings say of --user; pip 9, which RHEL 8 has for Python 3.6, knows no --no-user.
     install = ["env", "PIP_USER=no", python, "-I", "-m", "pip", "install", "--disable-pip-version-check"]
     upgrade = [[*install, "--upgrade", "pip"]] if sys.version_info < (3, 7) else []  # its own takes no wheels of today
@@ -4060,7 +4064,8 @@ def foreign_files() -> "List[str]":
     data = data_dir()
     paths = [data, os.path.join(data, "nbsignatures.db"), os.path.join(data, "notebook_secret")]
     paths += [os.path.expanduser(path) for path in ("~/.jupyter", "~/.ipython")]
-    return [portable(path) for path in paths if os.path.exists(path) and not os.access(path, os.W_OK)]
+    theirs = [path for path in paths if os.path.exists(path) and os.stat(path).st_uid != own_uid()]
+    return [portable(path) for path in theirs if not os.access(path, os.W_OK)]
 
 
 def can_hold_kernels(directory: str) -> bool:
@@ -4243,6 +4248,7 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
 
 
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
+COMPUTING = []  # type: List[Callable[[ServerRecord], int]] # each counts kernels of a server that compute
 ENDING = []  # type: List[Callable[[Request, Channel], None]] # each ends what has no record, by its name
 TELLING = []  # type: List[Callable[[Request, str], List[Away]]] # each has something for who comes back to a server
 
@@ -4565,8 +4571,9 @@ def other_servers(ended: str = "") -> "List[ServerRecord]":
             if pid < 2 or not info or [r for r in ours if r.pid in (pid, session_of(pid))]:
                 continue
             words = command_of_process(pid)
-            if words and not re.search("jupyter|notebook|nbclassic", words, re.IGNORECASE):
-                continue  # its pid is another process's now
+            program = r"(?i)(\A|[/\0 ])(jupyter|notebook|nbclassic)[\w.-]*(?<!\.ipynb)([\0\s]|\Z)"
+            if words and not re.search(program, words):
+                continue  # its pid is another process's now, be it a kernel of ~/jupyter
             # Of a jpserver the file does not tell: its command line names Lab's command, or its module.
             is_lab = kind == "jpserver" and any(sign in words for sign in APPS["lab"][1:3])
             record = ServerRecord(
@@ -4838,6 +4845,9 @@ def stop_all(request: Request, channel: Channel) -> "Json":
     names = [word for word in request.ids if word not in {record.id for record in found}]
     inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
     views = [KINDS[record.kind].describe(record) for record in found + inside if request.asks]
+    for record, view in zip(found + inside, views):
+        if isinstance(view, ServerView):  # Jupyter calls a kernel idle that computes, for one
+            view.busy = max([view.busy, *(count(record) for count in COMPUTING)])
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
@@ -6069,6 +6079,7 @@ SETTLES_S = 1.0  # in which Jupyter starts a kernel: asked meanwhile, Jupyter Se
 UNKNOWN_KERNEL_S = 20.0  # in which Jupyter comes to know a kernel that it starts; another's is left alone then
 CELL_FRESH_S = 1.0  # for which the server's word on its notebooks holds
 SAVE_TIMEOUT_S = 60.0
+SAVE_LOOKS = 2  # a server that collaborates saves by itself a moment after its pages have gone
 NOTEBOOK_MAX = 1 << 30  # bytes
 SIGNED = b"<IDS|MSG>"  # what follows it in a message is its signature, and what that signs
 RECONNECT_MS = 10  # to a kernel that is started anew: it may be asked for something as soon as it is there
@@ -6250,24 +6261,21 @@ def is_in_path(record: ServerRecord, request: Request) -> bool:
 def start_recorder(record: ServerRecord, found: Launcher) -> None:
     """Start what writes down what the cells of a new server print."""
     if not record.request.no_record:
-        first_recorder(record, interpreter_of(found), found.environment)
+        run_recorder(record, interpreter_of(found), found.environment)
 
 
-def first_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
-    """Start the recorder of a server that had none; raises OSError."""
+def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
+    """Start the recorder of a server, and write down which process it is; raises OSError.
+
+    It is left there anew each time: what it was loaded from may be gone with ~/.cache.
+    """
     named = command_of_process(record.pid).split("\0")[0]  # by a script that is not Python's, which has become it
     python = python or (named if os.path.isabs(named) and "python" in os.path.basename(named) else "")
     if not python:
         raise OSError("%s does not say which Python runs Jupyter" % (portable(named) or record.app))
     private_dir(record.file("cells"))
-    leave_agent(record.directory, recorder_main, record.request)
-    run_recorder(record, python, environment)
-
-
-def run_recorder(record: ServerRecord, python: str, environment: "Dict[str, str]") -> None:
-    """Start the recorder's program, and write down which process it is."""
+    argv = [python, leave_agent(record.directory, recorder_main, record.request)]
     log = record.file("recorder.log")
-    argv = [python, record.file("agent.py")]
     directory = native(record.root_dir) or "/"  # a pyenv chooses its Python by it
     with start_detached(argv, environment, directory, log, record.request.is_held) as process:
         mark = RecorderMark(pid=process.pid, identity=process_identity(process.pid), python=python)
@@ -6285,7 +6293,7 @@ def revive_recorder(record: ServerRecord) -> None:
             python = mark.python if mark else ""
             mark = read_record(RecorderMark, record.file("recorder.json"))  # another one of ours may have done so
             if place_of(record).is_here and has_lock(lock) and not (mark and is_same_process(mark.pid, mark.identity)):
-                (run_recorder if python else first_recorder)(record, python, environment)
+                run_recorder(record, python, environment)
 
 
 def recorder_main(directory: str) -> None:
@@ -6362,6 +6370,8 @@ class Recorder:
             if changed_at != self._changed_at or time.time() - changed_at < DIRECTORY_TICK_S:
                 self._changed_at = changed_at
                 self._seen_at = {n: self._seen_at.get(n, now) for n in os.listdir(runtime) if kernel_id_of(n)}
+                for name in set(self._known) & set(self._seen_at):
+                    self._known[name].follow(read_record(Connection, os.path.join(runtime, name)))
             for name in set(self._known) - set(self._seen_at):
                 self._known.pop(name).close()
         ages_s = {name: now - at for name, at in self._seen_at.items() if name not in self._known}
@@ -6460,6 +6470,15 @@ class RecordedKernel:
         self.socket.close()
         with contextlib.suppress(OSError):
             self._journal.close()
+
+    def follow(self, connection: "Optional[Connection]") -> None:
+        """Hear it where it is now: one that dies in its first seconds is started again on other ports."""
+        if connection and connection != self._connection:
+            self._lose_all()
+            with contextlib.suppress(self.recorder.zmq.ZMQError):
+                self.socket.disconnect(self._connection.address(self._connection.iopub_port))
+            self._connection = connection
+            self.socket.connect(connection.address(connection.iopub_port))
 
     def notice_end(self) -> None:
         """Its process has gone: what ran has ended. Jupyter starts another one, which says nothing of that."""
@@ -7005,8 +7024,8 @@ def save_into(
 ) -> "Tuple[int, List[str]]":
     """Put what cells printed into their notebook, through Jupyter; only where a cell still has the code that ran.
 
+    What an `eval` printed is no cell's.
     Where these ids were `missed`, no other that a page has saved since: what it lacks then was taken out, or is older.
-    What an `eval` printed is no cell's then.
     Return how many cells changed, and the ids of the executions that the notebook shows now. Raises Failure, and
     changes nothing, while a page is connected to the kernel, and when the file changes meanwhile.
     """
@@ -7015,30 +7034,32 @@ def save_into(
         why = "its server has ended, or only its own node reaches it" if notebook else "its kernel has no notebook"
         raise Failure("cannot save into a notebook", why, "output, without --save")
     api = "api/contents/" + urllib.parse.quote(notebook)
-    check_alone(info, notebook)
-    before = contents_of(info, api, "?type=notebook&content=1")
-    cells = objects(before.get("content"), "cells")
-    unsaved_s = seconds_since(before["last_modified"]) or 0.0
-    ran, known = list(executions.cells.values()), []  # type: List[CellOutput], List[str]
-    if missed is not None:
-        ran = [cell for cell in ran if not (cell.begun and cell.begun.is_eval)]
-        ended = [cell.finished for cell in ran if cell.finished]
-        known = [each.id for each in ended if each.id not in missed and time.time() - each.time > unsaved_s]
-    changed, placed = fill_in(cells, ran, known)
-    if changed:
+    ran = [cell for cell in executions.cells.values() if not (cell.begun and cell.begun.is_eval)]
+    ended = [cell.finished for cell in ran if cell.finished and missed is not None]
+    for _ in range(SAVE_LOOKS):
         check_alone(info, notebook)
-        if contents_of(info, api, "?content=0")["last_modified"] != before["last_modified"]:
-            raise Failure("%s was changed meanwhile" % notebook, "nothing was saved", "the same command again")
-        content = dict(before["content"], cells=cells)
-        sent = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
-        status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
-        if status not in (200, 201):
-            why = fact(said, "message", "") or "HTTP status %d" % status
-            raise Failure("cannot save into " + notebook, why)
-        if not notebook.endswith(".ipynb"):
-            kept = objects(contents_of(info, api, "?type=notebook&content=1").get("content"), "cells")
-            if fill_in(kept, ran, known)[0]:
-                raise Failure("cannot save into " + notebook, "it is a text notebook, which keeps no outputs")
+        before = contents_of(info, api, "?type=notebook&content=1")
+        cells = objects(before.get("content"), "cells")
+        unsaved_s = seconds_since(before["last_modified"]) or 0.0
+        known = [each.id for each in ended if each.id not in (missed or []) and time.time() - each.time > unsaved_s]
+        changed, placed = fill_in(cells, ran, known)
+        if not changed:
+            return changed, placed
+        check_alone(info, notebook)
+        if contents_of(info, api, "?content=0")["last_modified"] == before["last_modified"]:
+            break
+    else:
+        raise Failure("%s was changed meanwhile" % notebook, "nothing was saved", "the same command again")
+    content = dict(before["content"], cells=cells)
+    sent = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
+    status, said = ask_server(info, api, "PUT", SAVE_TIMEOUT_S, sent=sent)
+    if status not in (200, 201):
+        why = fact(said, "message", "") or "HTTP status %d" % status
+        raise Failure("cannot save into " + notebook, why)
+    if not notebook.endswith(".ipynb"):
+        kept = objects(contents_of(info, api, "?type=notebook&content=1").get("content"), "cells")
+        if fill_in(kept, ran, known)[0]:
+            raise Failure("cannot save into " + notebook, "it is a text notebook, which keeps no outputs")
     return changed, placed
 
 
@@ -7065,11 +7086,11 @@ def check_alone(info: RuntimeInfo, notebook: str) -> None:
 def fill_in(
     cells: "List[Json]", executions: "List[CellOutput]", known: "Sequence[str]" = ()
 ) -> "Tuple[int, List[str]]":
-    """Give cells the outputs of the executions of their code, equal ones by their order; trusted, as in a page.
+    """Give cells the outputs of the executions of their code; trusted, as in a page.
 
-    What is `known` already stays as it is.
-    Where equal cells were executed more often than there are, the last executions count. Return how many cells changed,
-    and the ids of the executions of what is still there.
+    Of equal cells, each has the execution of its number; the others are taken in order. What is `known` already stays
+    as it is. Where equal cells were executed more often than there are, the last executions count.
+    Return how many cells changed, and the ids of the executions of what is still there.
     """
     by_code = {}  # type: Dict[str, List[Json]]
     for cell in cells:
@@ -7083,7 +7104,14 @@ def fill_in(
         if len(ran) < len(same):  # a cell that ran has the number of its execution, or none yet
             counts = [None, *(its.count for its, _ in ran)]
             same.sort(key=lambda cell, counts=counts: cell.get("execution_count") not in counts)  # type: ignore[misc]
-        for cell, (its, execution) in zip(same, ran[-len(same) :]):
+        pairs, left = [], []  # type: List[Any], List[Any]
+        for row in reversed(ran[-len(same) :]):  # a number comes again after a restart
+            own = [at for at, cell in enumerate(same) if cell.get("execution_count") == row[0].count]
+            if own:
+                pairs.append((same.pop(own[-1]), row))
+            else:
+                left.insert(0, row)
+        for cell, (its, execution) in [*pairs, *zip(same, left)]:
             if its.id in known:
                 continue
             has_ended = execution.finished or cell.get("execution_count") == its.count
@@ -7509,7 +7537,8 @@ def launch_run(found: Launcher, request: Request, root_dir: str, channel: Channe
         facts.update(facts_of(process.pid, root_dir, request))
         record = RunRecord(request=request.to_keep().but(app=found.app), **facts)
         write_down(record, directory)
-    until(lambda: process.poll() is not None or os.path.exists(os.path.join(directory, "state.json")), float("inf"))
+    state = os.path.join(directory, "state.json")
+    until(lambda: process.poll() is not None or os.path.exists(state), request.start_timeout_s)
     if process.poll() == CANNOT_RUN:
         remove_tree(directory)
         return None
@@ -8922,7 +8951,8 @@ def gpu_memory() -> "Optional[Dict[int, int]]":
 def end_kernel(request: Request, channel: Channel) -> None:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
     record, kernel = kernel_named(request, "server, execution or kernel")
-    if request.asks and kernel.state == "busy":
+    journal = JournalReader(record.file("cells", kernel.id + ".journal"))
+    if request.asks and (kernel.state == "busy" or is_computing(record, cells_so_far(journal, Executions())[-1])):
         raise Failure("nothing was stopped", "its kernel is busy: %s" % kernel.title, "the same with --yes")
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
@@ -8945,15 +8975,15 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
         kernel.state = state_of_kernel(record, kernel.id, processes)
         is_late = time.monotonic() - began > STARTING_S
         last = cells_so_far(journal, executions)[-1]
-        # Jupyter calls it idle when a debugger or a widget's subshell is, and starting until a page has come.
-        recorder = read_record(RecorderMark, record.file("recorder.json")) if last.begun and not last.finished else None
-        if kernel.state in ("idle", "starting") and recorder and is_same_process(recorder.pid, recorder.identity):
+        if kernel.state in ("idle", "starting") and is_computing(record, last):
             with contextlib.suppress(OSError):  # on a full disk, no end can be written down
                 private_dir(record.file("cells"))
                 kernel.state = "busy"
         if kernel.state == "starting" and (is_late or last.finished):
             return "idle"
         has_ended = kernel.state == "dead" or (kernel.state == "idle" and was_idle)  # once may be between two cells
+        if channel.is_closed:
+            return "closed"
         was_idle = kernel.state == "idle"
         return kernel.state if has_ended else ""
 
@@ -8968,6 +8998,21 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
         seconds = last.finished.time - last.begun.time
         reply.update(count=last.begun.count, seconds=seconds, is_done=last.finished.is_done)
     return reply
+
+
+def is_computing(record: ServerRecord, last: CellOutput) -> bool:
+    """True when a kernel's last cell goes on, and its recorder would know otherwise.
+
+    Jupyter calls a kernel idle when a debugger or a widget's subshell is, and starting until a page has come.
+    """
+    recorder = read_record(RecorderMark, record.file("recorder.json")) if last.begun and not last.finished else None
+    return bool(recorder and is_same_process(recorder.pid, recorder.identity))
+
+
+def computing_kernels(record: ServerRecord) -> int:
+    """Return how many kernels of a server compute, as its recorder saw."""
+    journals = [JournalReader(path) for path in found_in([record.file("cells")], "*.journal")]
+    return len([j for j in journals if is_computing(record, cells_so_far(j, Executions())[-1])])
 
 
 def cells_so_far(journal: JournalReader, executions: Executions) -> "List[CellOutput]":
@@ -9098,7 +9143,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> "Json":
     state = "idle" if is_idle else until(has_heeded, INTERRUPT_TIMEOUT_S, WAIT_EVERY_S)
     if not state:
         why = "it was told to, and computes on after %d s" % INTERRUPT_TIMEOUT_S
-        try_ = "rjupyter HOST stop %s   (ends the kernel)" % kernel.id[:8]
+        try_ = "rjupyter HOST stop %s --yes   (ends the kernel)" % kernel.id[:8]
         raise Failure("the kernel was not interrupted", why, try_)
     return {"kernel": kernel, "state": state}
 
@@ -9106,6 +9151,7 @@ def interrupt_kernel(request: Request, channel: Channel) -> "Json":
 REQUESTS.update(eval_code=eval_code, interrupt_kernel=interrupt_kernel)
 REQUESTS.update(list_kernels=list_kernels, wait_for_kernel=wait_for_kernel)
 ENDING.append(end_kernel)
+COMPUTING.append(computing_kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10251,7 +10297,13 @@ OPTIONS: Dict[str, List[Option]] = {
 }
 EVERY_OPTION = [option for group in OPTIONS.values() for option in group]
 # Of these, one can be given.
-APART = (("--new", "--attach"), ("--install", "--no-install"), ("--slurm", "--submit"), ("--python", "--env"))
+APART = (
+    ("--new", "--attach"),
+    ("--install", "--no-install"),
+    ("--slurm", "--submit"),
+    ("--python", "--env"),
+    ("--browser", "--no-browser"),
+)
 SYNONYMS = {"ls": "list", "ps": "list", "status": "list", "run": "execute", "exec": "execute", "kill": "stop"}
 SYNONYMS.update(log="logs", open="", start="")  # an open takes no word
 NO_HOST = "no-host.invalid"  # in place of a destination, for what needs none
@@ -10633,6 +10685,16 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
     if background and background.pid:
         return background.wait()
     tunnel: Optional[Tunnel] = None
+
+    def end_server(identity: str) -> None:
+        try:
+            agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
+        except (Failure, KeyboardInterrupt, Terminated):
+            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", identity))
+            raise
+
+    if args.background:
+        agent.ssh.masters.remove(master_of_a_tunnel)  # which would end with its terminal, and this one with it
     try:
         agent.ssh.connect()
         server = get_server(args, request, agent, messages)
@@ -10670,15 +10732,16 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         can_tell = failure.status != EXIT_SSH or (agent.ssh.way.has_login and agent.ssh.stands)
         if args.stop_on_exit and not tunnel and agent.launching and can_tell:
             with contextlib.suppress(Failure):  # the first one is the cause
-                agent.ask(Request(action="stop", ids=[agent.launching]), Record, "Stopping")
+                end_server(agent.launching)
+        elif args.stop_on_exit and tunnel and failure.status != EXIT_SERVER_ENDED:
+            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", tunnel.server.id))
         raise
     except (KeyboardInterrupt, Terminated):
         is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
         if tunnel or is_ended:
             messages.end_line()
         if is_ended:
-            identity = tunnel.server.id if tunnel else agent.launching
-            agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
+            end_server(tunnel.server.id if tunnel else agent.launching)
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
@@ -10700,6 +10763,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         is_same = request.same_as(record.request) or record.id == server
         if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
+            say_ignored([] if server else too_late(request, record.request), args, messages)
             if not does_answer(record):
                 waits = "" if record.is_background else "waits for a login in its terminal, "
                 messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
@@ -10750,6 +10814,8 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
+    while not args.local_port and any(spec.split(":")[1] == str(local_port) for spec in args.further):
+        local_port = find_free_port(local_port + 1)
     waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))
@@ -10779,6 +10845,19 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     return server
 
 
+def too_late(request: Request, launched: Request) -> List[str]:
+    """Return the options that are asked for, and act only at a launch that was without them."""
+    fields = request.too_late(launched)
+    return ["--" + option.name for option in EVERY_OPTION if option.key in fields]
+
+
+def say_ignored(options: List[str], args: Args, messages: Messages) -> None:
+    """Say which options come too late for a server that runs, and what has them."""
+    if options:
+        text = "%s takes effect only at launch, and this server was running already.\nFor a new one: %s"
+        messages.note(text % (", ".join(options), args.again("--new")))
+
+
 def how_to_own(paths: List[str], user: str) -> str:
     """Return the command that gives files back to their user."""
     return "sudo chown -R %s" % shlex.join([user, *paths])
@@ -10800,12 +10879,9 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
             text = "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
             messages.note(text % (args.ip, where))
     else:
-        fields = request.too_late(server.request)
-        ignored = ["--" + option.name for option in EVERY_OPTION if option.key in fields]
+        ignored = too_late(request, server.request)
         messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
-        if ignored:
-            text = "%s takes effect only at launch, and this server was running already.\nFor a new one: %s"
-            messages.note(text % (", ".join(ignored), args.again("--new")))
+        say_ignored(ignored, args, messages)
     if server.is_on_node and not args.via_node:
         text = "Jupyter is on %s, an address of %s: whoever reaches that can connect; the token alone keeps them out."
         messages.note(text % (server.host, server.node))

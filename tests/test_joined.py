@@ -68,6 +68,25 @@ def test_a_second_open_goes_through_the_first_and_outlives_it(laptop: Laptop, ho
     assert host.sshd.logins() == before + 1
 
 
+def test_a_tunnel_in_the_background_has_a_connection_of_its_own(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    """It outlives the terminal of the first, where nobody can be asked for a second factor."""
+    (host.sshd.home / "other").mkdir()
+    background = laptop.start("-f", "--local-port", str(quiet_port()), "--new", "host:other", has_terminal=False)
+    assert background.wait() == 0, background.text
+    before = host.sshd.logins()
+    tunnel.interrupt()
+    tunnel.wait(20)
+    assert is_up(background.url())
+    assert host.sshd.logins() == before
+    assert laptop.run("host:other", "close").status == 0
+
+
+def test_an_open_that_joins_says_what_comes_too_late(laptop: Laptop, host: Host, tunnel: Run) -> None:
+    joined = laptop.run("--idle-timeout", "12h", "host")
+    assert joined.stdout == tunnel.url() + "\n"
+    assert "--idle-timeout takes effect only at launch" in joined.stderr and " --new " in joined.stderr, joined.text
+
+
 def test_what_goes_through_a_tunnel_that_connects_again_does_so_too(
     laptop: Laptop, host: Host, mark: str, tunnel: Run
 ) -> None:

@@ -26,7 +26,7 @@ from client import (
 )
 from notebooks import write_notebook
 from proxy import Proxy
-from sides import Host, Laptop, Run, process_of, quiet_port, wait_until
+from sides import Host, Laptop, Run, process_of, processes_with, quiet_port, wait_until
 
 import rjupyter
 
@@ -197,6 +197,8 @@ def test_wait_for_a_cell_in_a_kernel_that_jupyter_calls_idle(laptop: Laptop, hos
     page.send(json.dumps(request))
     wait_until(lambda: api(run.url(), "kernels/" + kernel)["execution_state"] == "idle", "Jupyter calls it idle")
     check_failure(laptop.run("host", "wait", "--timeout", "3"), 6, "it's here.ipynb is still busy")
+    for what in ([kernel[:8]], []):
+        check_failure(laptop.run("host", "stop", *what), 1, "nothing was stopped", "ts kernel is busy", "--yes")
     open(gate, "w").close()
     assert "done after" in laptop.run("host", "wait").stdout
     page.close()
@@ -220,6 +222,17 @@ def test_wait_outlives_the_connection(laptop: Laptop, host: Host, run: Run) -> N
     open(gate, "w").close()
     assert waiting.wait() == 0, waiting.text
     assert "done after" in waiting.stdout
+
+
+def test_wait_leaves_nothing_on_the_host_when_it_is_killed(laptop: Laptop, host: Host, run: Run, mark: str) -> None:
+    gate = compute_until(run, host, new_session(run.url(), "it's here.ipynb"))
+    before = set(processes_with(mark))
+    waiting = laptop.start("host", "wait", has_terminal=False)
+    waiting.expect("Waiting for the kernel")
+    assert set(processes_with(mark)) - before
+    os.kill(waiting.pid, signal.SIGKILL)
+    wait_until(lambda: not set(processes_with(mark)) - before, "it is gone there, too")
+    open(gate, "w").close()
 
 
 def test_a_kernel_is_ended_by_its_notebook(laptop: Laptop, host: Host, run: Run) -> None:

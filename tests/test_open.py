@@ -139,6 +139,19 @@ def test_stop_on_exit(laptop: Laptop, host: Host) -> None:
     assert host.servers() == []
 
 
+def test_stop_on_exit_where_the_host_cannot_be_reached(laptop: Laptop, host: Host) -> None:
+    run = laptop.start("--stop-on-exit", "host", has_terminal=False)
+    run.expect("ends the server")
+    host.sshd.stop()
+    host.sshd.end_connections()
+    run.expect("onnection .*lost|onnecting")
+    run.interrupt()
+    assert run.wait() != 0
+    assert re.search(r"The server keeps running\.\nTo end it: .* host stop \w{4}\n", run.stderr), run.text
+    host.sshd.start()
+    assert "Stopped" in laptop.run("host", "stop").stderr
+
+
 def test_background_and_close(laptop: Laptop, host: Host, mark: str) -> None:
     run = laptop.start("-f", "--no-browser", "host")
     assert run.wait() == 0
@@ -536,7 +549,7 @@ def test_no_jupyter_installs_a_private_one_by_uv(
 def test_no_jupyter_installs_a_private_one_by_pip(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path
 ) -> None:
-    """Which the next run takes, and installs none."""
+    """Which the next run takes, and installs none; until its Python is gone, as after an upgrade of the system's."""
     path = bare_python(directory / "bin")
     host = make_host(path=path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(standin_wheels()))
     assert api(installed(laptop, host, "pip"), "status")["kernels"] == 0
@@ -545,6 +558,12 @@ def test_no_jupyter_installs_a_private_one_by_pip(
     again = laptop.start("host", has_terminal=False)
     again.url()
     assert "installing" not in again.stderr
+    laptop.end_runs()
+    assert "Stopped" in laptop.run("host", "stop").stderr
+    for python in (host.home / ".local/share/rjupyter/venv/bin").glob("python*"):
+        python.unlink()
+        python.symlink_to("/usr/bin/python-of-before")
+    assert api(installed(laptop, host, "pip"), "status")["kernels"] == 0
 
 
 def test_install_that_fails(laptop: Laptop, make_host: Callable[..., Host], directory: Path) -> None:

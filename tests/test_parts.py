@@ -747,6 +747,29 @@ def test_equal_cells_of_which_one_was_executed() -> None:
     assert [cell["execution_count"] for cell in cells] == [1, 7]
 
 
+@pytest.mark.parametrize(
+    ("counts", "executed", "shown"),
+    [
+        ([2, 1], [1, 2], ["2", "1"]),  # the second one first
+        ([None, 1], [1, 2], ["2", "1"]),  # and its page has gone before it saved the first
+        ([None, None], [1, 2], ["1", "2"]),
+        ([1, 2], [1, 2, 3, 4], ["3", "4"]),  # all once more
+        ([5, None], [1, 3, 5], ["5", "3"]),
+    ],
+)
+def test_equal_cells_keep_what_is_their_own(counts: List[Optional[int]], executed: List[int], shown: List[str]) -> None:
+    cells: List[Dict[str, Any]] = [
+        {"cell_type": "code", "source": "f()", "execution_count": count, "outputs": [], "metadata": {}}
+        for count in counts
+    ]
+    lines = []
+    for count in executed:
+        lines.append({"kind": "begun", "id": str(count), "time": 1.0, "count": count, "code": "f()"})
+        lines.append({"kind": "finished", "id": str(count), "time": 2.0, "is_done": True})
+    rjupyter.fill_in(cells, list(rjupyter.Executions(map(json.dumps, lines)).cells.values()))
+    assert [str(cell["execution_count"]) for cell in cells] == shown
+
+
 def test_a_notebook_that_a_page_saves_just_now_is_read_a_moment_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -570,6 +570,7 @@ def test_outputs_are_saved_into_the_cells_that_still_have_the_code(laptop: Lapto
     assert texts(after[2])[-1] == "error"
     assert texts(after[3]) == ["run 2\n"]
     assert after[4:] == before[4:]
+    assert laptop.run("host", "eval", "-k", "saved.ipynb", equal).stdout == "run 3\n"  # which is of no cell
     again = laptop.run("host", "output", "saved.ipynb", "--save")
     assert (again.status, "saved.ipynb has all of these outputs already." in again.stderr) == (0, True), again.text
     write_notebook(host.home / "saved.ipynb", "'all edited'")

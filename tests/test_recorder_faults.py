@@ -14,7 +14,7 @@ from client import api, check_failure, compute, held, new_session, send
 from execution import add_bash, add_r, mounted
 from jupyters import jupyter_with_pairs
 from notebooks import write_notebook
-from sides import VENV_BIN, Host, Laptop, Run, command_of, quiet_port, ssh_of, wait_until
+from sides import VENV_BIN, Host, Laptop, Run, command_of, process_of, quiet_port, ssh_of, wait_until
 
 import rjupyter
 
@@ -79,6 +79,33 @@ def test_page_that_went_in_the_middle_of_a_cell(
             driver.get(url)
             wait_for_page(driver, lambda _: has_all(shown_in(driver)))
             driver.save_screenshot(str(tmp_path / (name + ".png")))
+
+
+SAVES_BY_ITSELF = """
+import os
+from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
+class Manager(AsyncLargeFileManager):
+    async def get(self, path, content=True, **more):
+        model = await super().get(path, content, **more)
+        if content and path.strip("/") == "train.ipynb" and not os.path.exists("saved"):
+            open("saved", "w").close()
+            os.utime(self._get_os_path(path))
+        return model
+c.ServerApp.contents_manager_class = Manager
+"""
+
+
+def test_a_notebook_that_the_server_itself_saves_meanwhile_is_looked_at_again(laptop: Laptop, host: Host) -> None:
+    """As one that collaborates does, a moment after the last page has gone."""
+    (host.home / ".jupyter").mkdir()
+    (host.home / ".jupyter/jupyter_server_config.py").write_text(SAVES_BY_ITSELF)
+    write_notebook(host.home / "train.ipynb", "print('kept')")
+    run = held(laptop, "host")
+    compute(run.url(), "print('kept')", new_session(run.url(), "train.ipynb"))
+    wait_until(lambda: "finished" in kinds(host), "it is written down")
+    saved = laptop.run("host", "output", "--save")
+    assert "Saved the outputs of 1 cell into train.ipynb." in saved.stderr, saved.text
+    assert (host.home / "saved").exists()
 
 
 # -- the link, and us -------------------------------------------------------------------------------------------------
@@ -355,12 +382,27 @@ def test_a_recorder_that_was_killed_is_there_again_after_the_next_open(laptop: L
     wait_until(lambda: kinds(host).count("finished") == 1, "it is written down")
     kill_recorder(host)
     compute(run.url(), "print('lost')", kernel)
+    (program,) = host.home.glob(".local/state/rjupyter/servers/*/agent.py")  # it loads what another version kept, and
+    program.write_text(program.read_text().replace("/.cache/", "/.emptied/"))  # a cache may be emptied
     held(laptop, "host", "--local-port", str(quiet_port()))
     wait_until(lambda: "gap" in kinds(host), "there is another")
     compute(run.url(), "print('after')", kernel)
     wait_until(lambda: kinds(host).count("finished") == 2, "it is written down")
     shown = laptop.run("host", "output").stdout
     assert re.search(r"before\n\n\[the output printed here is lost: .*\]\n\nIn .*\nafter\n", shown), shown
+
+
+def test_a_kernel_that_died_at_its_start_is_heard_on_its_new_ports(laptop: Laptop, host: Host) -> None:
+    """Without a cache of them, and before there was one, Jupyter deals anew; the file keeps its name."""
+    settings = ["--server-arg=--KernelManager." + words for words in ("transport=tcp", "cache_ports=False")]
+    run = held(laptop, *settings, "host")
+    kernel = new_session(run.url())
+    (path,) = host.home.rglob("kernel-%s.json" % kernel)
+    ports = json.loads(path.read_text())["iopub_port"]
+    os.kill(process_of(kernel), signal.SIGKILL)
+    wait_until(lambda: json.loads(path.read_text() or "{}").get("iopub_port", ports) != ports, "it has others")
+    said = laptop.run("host", "eval", "6 * 7")
+    assert said.stdout == "42\n", said.text
 
 
 def kill_recorder(host: Host) -> None:

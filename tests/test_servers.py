@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -204,7 +205,9 @@ def test_files_that_make_no_sense_are_skipped(laptop: Laptop, host: Host) -> Non
     (odd / "jpserver-x.json").write_text(json.dumps(good))
     (odd / ("jpserver-%s.json" % ("9" * 40))).write_text(json.dumps(good))
     (odd / "jpserver-16.json").write_text("[" * 30000)
-    stranger = subprocess.Popen(["sleep", "60"])  # left by a server whose pid this is now: to stop it would end this
+    # Left by a server whose pid this kernel has now: to stop that would end this.
+    words = ["/home/ana/jupyter/env", "/home/ana/.local/share/jupyter/runtime/kernel-1.json", "my notebook.ipynb"]
+    stranger = subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE)
     (odd / ("jpserver-%d.json" % stranger.pid)).write_text(json.dumps(dict(good, pid=stranger.pid)))
     for name, text in (
         ("aaaa", "[]"),

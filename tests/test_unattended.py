@@ -603,6 +603,7 @@ def test_config_sections_are_host_patterns_and_the_first_value_holds(
     assert typed["init"] == (["true"], "command line")
     python = options_of(laptop, "--python", "/opt/py/bin/python", "gpu9")
     assert (python["env"], python["python"][1]) == ((None, "default"), "command line")
+    assert options_of(laptop, "--browser", "firefox", "gpu1")["no-browser"] == (False, "default")
     assert options_of(laptop, "--no-config", "gpu1")["port"] == (0, "default")
 
 
