@@ -2624,7 +2624,8 @@ class Ssh:
         `-O forward` returns 0 although sshd forbids forwarding; `-W` fails at once (measured, OpenSSH 9.2).
         """
         self.words = []
-        can_reach, words = self.call(self.way.session_argv("-W", target, "-o", "LogLevel=INFO"))
+        limit_s = CONTROL_TIMEOUT_S if self.way.has_login else BATCH_LOGIN_TIMEOUT_S
+        can_reach, words = self.call(self.way.session_argv("-W", target, "-o", "LogLevel=INFO"), limit_s)
         if not can_reach and self.process is not None:
             self.wait(0.2)  # the reason is told to the master, not to the session
             words = next((line for line in reversed(self.words) if "open failed" in line), words)
@@ -2667,18 +2668,18 @@ class Ssh:
         if self.process is not None:
             self.process.wake()
 
-    def call(self, argv: List[str]) -> Tuple[bool, str]:
-        """Run an ssh that takes no time; return whether it succeeded, and what it printed."""
+    def call(self, argv: List[str], limit_s: float = CONTROL_TIMEOUT_S) -> Tuple[bool, str]:
+        """Run an ssh that takes no time, but for a login; return whether it succeeded, and what it printed."""
         self.log_argv(argv)
         child = None
         try:
             with signals_held():
                 child = Child(argv, is_merged=True, can_ask=self.can_ask)
             words: List[str] = []
-            for _, text in child.remaining_lines(CONTROL_TIMEOUT_S):
+            for _, text in child.remaining_lines(limit_s):
                 words = [*words[-99:], text]
             if not child.has_ended:
-                return False, "no answer from ssh within %d s" % CONTROL_TIMEOUT_S
+                return False, "no answer from ssh within %d s" % limit_s
             return child.process.wait(CONTROL_TIMEOUT_S) == 0, "\n".join(words).strip()
         finally:
             if child:
@@ -4754,6 +4755,7 @@ def servers_to_attach(request: Request, root_dir: str) -> "List[ServerRecord]":
     if request.attach:
         found = [record for record in KINDS["server"].running() + other_servers() if record.id == request.attach]
         if not found:
+            check_elsewhere([request.attach])
             raise Failure("no server of yours has this id: " + request.attach, "", "rjupyter HOST list")
         if found[0].manager:
             why = "its page is reached through the %s that started it" % found[0].manager
@@ -4843,6 +4845,7 @@ def stop_all(request: Request, channel: Channel) -> "Json":
     else:
         found = what_to_stop(request)
     names = [word for word in request.ids if word not in {record.id for record in found}]
+    check_elsewhere(names)
     inside = [record for record in KINDS["server"].running() if {record.job, record.wrapper} & set(request.ids)]
     views = [KINDS[record.kind].describe(record) for record in found + inside if request.asks]
     for record, view in zip(found + inside, views):
@@ -4890,6 +4893,13 @@ def what_to_stop(request: Request) -> "List[Any]":
         what = "%d servers run or wait there" % len(found) if found else "no %s runs there" % title
         raise Failure(what, "\n".join(names), "`stop` with an id, or with --all")
     return found
+
+
+def check_elsewhere(ids: "List[str]") -> None:
+    """Raise Failure where one of these ids is of what another node runs: this one can neither reach nor end it."""
+    for record in [record for kind in KINDS.values() for record in kind.listed() if record.id in ids]:
+        if not place_of(record).is_known:
+            raise Failure("%s is on another node, %s" % (record.id, record.node), "", "log in there, and do the same")
 
 
 def describe_end(request: Request, channel: Channel) -> EndReply:
@@ -6987,11 +6997,18 @@ def save_output(request: Request, channel: Channel) -> "Json":
 
 
 def away_from(request: Request, identity: str) -> "List[Away]":
-    """Return what the recorder noted for this open, each once; what was missed goes into the notebooks."""
-    found = []
-    for record in [record for record in KINDS["server"].records() if record.id == identity]:
-        revive_recorder(record)
-        journals = marks_of(record) if found_in([record.file("cells")], "*.away") else []
+    """Return what the recorder noted for this open, each once; what was missed goes into the notebooks.
+
+    Also that of servers of the same directory which have ended: their notebooks are this one's.
+    """
+    found = []  # type: List[Away]
+    records = KINDS["server"].records()
+    for server in [record for record in records if record.id == identity]:
+        revive_recorder(server)
+        noted = [record for record in records if found_in([record.file("cells")], "*.away")]
+        places = [(record, place_of(record)) for record in noted if record.root_dir == server.root_dir]
+        ended = [record for record, place in places if place.is_known and not place.is_running()]
+        journals = [row for record in [*ended, server] for row in marks_of(record)] if server in noted or ended else []
         newest = {mark.notebook: path for path, mark in sorted(journals, key=lambda row: time_of(row[0]))}
         for path, mark in [row for row in journals if os.path.exists(beside(row[0], ".away"))]:
             executions = Executions(JournalReader(path).lines())
@@ -7009,8 +7026,10 @@ def away_from(request: Request, identity: str) -> "List[Away]":
                 if not request.no_save:
                     if away.kernel:
                         raise Failure("another kernel has executed it since")
-                    changed, placed = save_into(record, mark.notebook, executions, ids)
-                    away.why = "" if set(ids) <= set(placed) else "the code was changed since"
+                    changed, placed = save_into(server, mark.notebook, executions, ids)
+                    lost = [name for name in ids if name not in placed]
+                    count = "%d of %d: " % (len(lost), len(ids)) if 0 < len(lost) < len(ids) else ""
+                    away.why = count + "the code was changed since" if lost else ""
             except (Failure, OSError, ValueError) as error:  # nobody is to be kept from the page by that
                 why = (error.why or error.what) if isinstance(error, Failure) else str(error)
                 away.why = why.split("\n")[0]
@@ -10583,6 +10602,7 @@ class Args(types.SimpleNamespace):
                 if typed.option and typed.option.chooses == chooses and not is_dropped:
                     words += typed.words
         is_near = opens or action[0] == "close" or action == ("list", "--all")
+        is_near = is_near or (action[0] == "output" and "attach" not in self.typed)  # a server's path may be above it
         words.append(self.line.destination if is_near else self.host)
         return command_line(*words, *(() if opens else action))
 

@@ -315,7 +315,7 @@ class Connection(rjupyter.Ssh):
     def start_guard(self, script: str, *arguments: str) -> None:
         pass
 
-    def call(self, argv: List[str]) -> Tuple[bool, str]:
+    def call(self, argv: List[str], limit_s: float = 0.0) -> Tuple[bool, str]:
         self.world.sleep(0.02)
         if "forward" in argv:
             is_open = self.world.stands() and self.world.listen()

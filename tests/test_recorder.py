@@ -466,6 +466,30 @@ def test_a_cell_that_no_page_heard_for_a_while_is_told_of_whatever_page_came_the
     assert printed(host.home / "train.ipynb") == ["begun\nend\n", "2\n"]  # which its page has not saved either
 
 
+def test_what_was_missed_is_told_although_its_server_has_ended(laptop: Laptop, host: Host) -> None:
+    """By the next one there; and what it does not put into the notebook is found with the command that it prints."""
+    (host.home / "work").mkdir()
+    for name in ("train", "edited"):
+        write_notebook(host.home / ("work/%s.ipynb" % name), "print('kept')")
+    run = held(laptop, "host:work")
+    for name in ("train", "edited"):
+        compute(run.url(), "print('kept')", new_session(run.url(), name + ".ipynb"))
+    wait_until(lambda: len(list(host.home.rglob("*.away"))) == 2, "it is noted")
+    write_notebook(host.home / "work/edited.ipynb", "print('edited')")
+    os.kill(host.servers()[0]["pid"], signal.SIGKILL)
+    assert run.wait(30) == 4
+    other = held(laptop, "host")
+    assert "While you were away" not in other.text, other.text
+    told = held(laptop, "host:work").text
+    assert re.search(r"While you were away: train.ipynb In \[1\] done .*; it is in the notebook\.", told), told
+    assert printed(host.home / "work/train.ipynb") == ["kept\n"]
+    (words,) = re.findall(
+        r"edited.ipynb In .*; not put into the notebook: .*\nTo see it: .* (host\S* output \S+)$", told, re.M
+    )
+    assert "kept\n" in laptop.run(*words.split()).stdout, words
+    assert "While you were away" not in held(laptop, "--new", "host:work").text
+
+
 def test_a_jupyter_behind_a_script_of_the_sites_is_recorded(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path
 ) -> None:

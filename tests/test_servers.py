@@ -185,6 +185,8 @@ def test_server_on_another_node_and_one_that_ended(laptop: Laptop, host: Host) -
     os.killpg(ended["pid"], signal.SIGKILL)
     states = {server["id"]: server["state"] for server in listed(laptop) if server["is_ours"]}
     assert states == {elsewhere["id"]: "on node7", ended["id"]: "ended"}
+    for words in (["host", "stop", elsewhere["id"]], ["--attach", elsewhere["id"], "host"]):
+        check_failure(laptop.run(*words), 1, "%s is on another node, node7" % elsewhere["id"], "log in there")
     laptop.end_runs()
     with laptop.opened("host") as run:
         assert "Your server %s runs on another node, node7, if" % elsewhere["id"] in run.stderr, run.text
