@@ -55,7 +55,7 @@ def connected(url: str, kernel: str) -> websocket.WebSocket:
     parts = urlsplit(url)
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     address = "%s://%s%sapi/kernels/%s/channels" % (scheme, parts.netloc, base_url(url), kernel)
-    header = {"Authorization": "token " + token_of(url)}
+    header = {"Authorization": "token " + token_of(url)} if parts.query else {}
     return websocket.create_connection(address, timeout=60, header=header, sslopt={"cert_reqs": ssl.CERT_NONE})
 
 

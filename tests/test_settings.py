@@ -652,12 +652,13 @@ def test_file_that_jupyter_does_not_show_is_named(laptop: Laptop, host: Host) ->
         assert "Jupyter has no seen.ipynb to show: it is hidden, or not in its contents." in run.stderr
 
 
-def new_session_without_token(url: str, path: str) -> None:
-    """Start a notebook's kernel as its page does: what the cookie says is said again."""
+def new_session_without_token(url: str, path: str) -> str:
+    """Start a notebook's kernel as its page does, and return its id: what the cookie says is said again."""
     body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
     headers = {"Cookie": "_xsrf=said-twice", "X-XSRFToken": "said-twice"}
     request = urllib.request.Request(url.partition("/tree")[0] + "/api/sessions", json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.loads(answer.read())["kernel"]["id"])
 
 
 @pytest.mark.jupyter
@@ -677,8 +678,9 @@ def test_server_without_a_token_does_all(
     write_notebook(host.home / "n.ipynb", "print('kept')")
     with laptop.opened(*options, "host") as run:
         url = run.url().partition("/lab")[0]
-        new_session_without_token(url, "n.ipynb")
-        assert laptop.run("host", "eval", "print('kept')").stdout == "kept\n"
+        kernel = new_session_without_token(url, "n.ipynb")
+        assert compute(run.url(), "print('kept')", kernel) == "kept\n"
+        assert laptop.run("host", "eval", "print('told')").stdout == "told\n"
         assert "Saved the outputs of 1 cell into n.ipynb." in laptop.run("host", "output", "n.ipynb", "--save").stderr
         code = "%xmode Minimal\nimport time; print('begun', flush=True); time.sleep(600)"
         computing = laptop.start("host", "eval", code, has_terminal=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from client import check_failure, events_of, is_up, new_session
+from client import check_failure, compute, events_of, is_up, new_session
 from jupyters import jupyter_for_everyone, standin
 from notebooks import write_notebook
 from private_sshd import find_sshd
@@ -656,7 +656,7 @@ def test_help_knows_every_event_of_the_program() -> None:
 def events_of_kernels(laptop: Laptop, host: Host, url: str) -> List[Dict[str, Any]]:
     """Return what is printed of a notebook's kernel; in its journal, a gap."""
     write_notebook(host.home / "n.ipynb", "print(1)")
-    new_session(url, "n.ipynb")
+    compute(url, "print(1)", new_session(url, "n.ipynb"))
     seen = events_of(laptop.run("--json", "-q", "host", "eval", "-k", "n.ipynb", "print(1)"))
     (journal,) = host.home.glob(".local/state/rjupyter/servers/*/cells/*.journal")
     with open(journal, "a") as stream:
