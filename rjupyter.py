@@ -2397,11 +2397,11 @@ class Ssh:
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
-        could_ask = self.can_ask
+        could_ask, masters = self.can_ask, self.masters
         try:
             self._redial(resume, port, ask_before)
         finally:
-            self.can_ask = could_ask
+            self.can_ask, self.masters = could_ask, masters
             self._is_again = False
         seconds = time.monotonic() - began
         text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
@@ -2410,6 +2410,7 @@ class Ssh:
     def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]", ask_before: Callable[[], None]) -> None:
         self._shown.clear()
         self.can_ask = False
+        masters = self.masters
         denials = 0
         told: List[str] = []  # of what is no matter of the connection, and a person may mend
         if time.monotonic() - self._again_at > PROBE_EVERY_S:  # else it goes on where it was
@@ -2438,7 +2439,7 @@ class Ssh:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
                 is_guest = isinstance(self.way, Mux) and not self.process
-                self.masters = [] if is_guest else list(MASTERS)  # by turns, for another's master may be stuck
+                self.masters = [] if is_guest else masters  # by turns, for another's master may be stuck
                 text = "%s: %s" % (failure.what, failure.why.replace("\n", "; "))
                 is_news = not isinstance(failure, NotConnected) and text not in told
                 told += [text] if is_news else []
@@ -4851,6 +4852,7 @@ def stop_all(request: Request, channel: Channel) -> "Json":
     for record, view in zip(found + inside, views):
         if isinstance(view, ServerView):  # Jupyter calls a kernel idle that computes, for one
             view.busy = max([view.busy, *(count(record) for count in COMPUTING)])
+            view.kernels = max(view.kernels, view.busy)
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
     if busy or runs:
@@ -4896,8 +4898,8 @@ def what_to_stop(request: Request) -> "List[Any]":
 
 
 def check_elsewhere(ids: "List[str]") -> None:
-    """Raise Failure where one of these ids is of what another node runs: this one can neither reach nor end it."""
-    for record in [record for kind in KINDS.values() for record in kind.listed() if record.id in ids]:
+    """Raise Failure where one of these ids is of a server on another node: this one can neither reach nor end it."""
+    for record in [record for record in KINDS["server"].listed() if record.id in ids]:
         if not place_of(record).is_known:
             raise Failure("%s is on another node, %s" % (record.id, record.node), "", "log in there, and do the same")
 
@@ -5635,7 +5637,9 @@ class Tunnel:
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
         usual = self.server.local_port
-        for number in [fixed_port] if fixed_port else itertools.chain([usual], range(LOCAL_PORT, 65536)):
+        taken = [int(spec.split(":")[1]) for spec in self.ssh.further]
+        numbers = (number for number in itertools.chain([usual], range(LOCAL_PORT, 65536)) if number not in taken)
+        for number in [fixed_port] if fixed_port else numbers:
             if number != self.port.number:
                 self.port.close()
                 self.port.number = number
@@ -7005,12 +7009,14 @@ def away_from(request: Request, identity: str) -> "List[Away]":
     records = KINDS["server"].records()
     for server in [record for record in records if record.id == identity]:
         revive_recorder(server)
-        noted = [record for record in records if found_in([record.file("cells")], "*.away")]
-        places = [(record, place_of(record)) for record in noted if record.root_dir == server.root_dir]
+        there = [record for record in records if record.root_dir == server.root_dir]
+        noted = [record for record in there if found_in([record.file("cells")], "*.away")]
+        places = [(record, place_of(record)) for record in noted]
         ended = [record for record, place in places if place.is_known and not place.is_running()]
-        journals = [row for record in [*ended, server] for row in marks_of(record)] if server in noted or ended else []
-        newest = {mark.notebook: path for path, mark in sorted(journals, key=lambda row: time_of(row[0]))}
-        for path, mark in [row for row in journals if os.path.exists(beside(row[0], ".away"))]:
+        journals = [(record, *row) for record in there for row in marks_of(record)] if noted else []
+        newest = {mark.notebook: path for _, path, mark in sorted(journals, key=lambda row: time_of(row[1]))}
+        mine = [row for row in journals if row[0] in [*ended, server] and os.path.exists(beside(row[1], ".away"))]
+        for _, path, mark in mine:
             executions = Executions(JournalReader(path).lines())
             ids = [name for name in read_text(beside(path, ".away")).split() if name in executions.cells]
             remove_files([beside(path, ".away")])
@@ -7124,13 +7130,15 @@ def fill_in(
             counts = [None, *(its.count for its, _ in ran)]
             same.sort(key=lambda cell, counts=counts: cell.get("execution_count") not in counts)  # type: ignore[misc]
         pairs, left = [], []  # type: List[Any], List[Any]
-        for row in reversed(ran[-len(same) :]):  # a number comes again after a restart
+        numbers = [cell.get("execution_count") for cell in same]
+        has_last = bool(ran) and ran[-1][0].count in numbers
+        for row in reversed(ran if has_last else ran[-len(same) :]):  # a number comes again after a restart
             own = [at for at, cell in enumerate(same) if cell.get("execution_count") == row[0].count]
-            if own:
+            if own and row[0].count is not None:
                 pairs.append((same.pop(own[-1]), row))
             else:
                 left.insert(0, row)
-        for cell, (its, execution) in [*pairs, *zip(same, left)]:
+        for cell, (its, execution) in [*pairs, *zip(same, left[-len(same) :])]:
             if its.id in known:
                 continue
             has_ended = execution.finished or cell.get("execution_count") == its.count
@@ -9030,7 +9038,8 @@ def is_computing(record: ServerRecord, last: CellOutput) -> bool:
 
 def computing_kernels(record: ServerRecord) -> int:
     """Return how many kernels of a server compute, as its recorder saw."""
-    journals = [JournalReader(path) for path in found_in([record.file("cells")], "*.journal")]
+    there = [kernel_id_of(os.path.basename(path)) for path in found_in([native(record.runtime_dir)], "kernel-*.json")]
+    journals = [JournalReader(record.file("cells", kernel + ".journal")) for kernel in there]
     return len([j for j in journals if is_computing(record, cells_so_far(j, Executions())[-1])])
 
 
@@ -10730,7 +10739,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         facts.update(destination=args.host, typed=args.line.destination, ssh=args.ssh, further=args.further)
-        facts.update(request=request, is_background=args.background, base_url=server.base_url)
+        launched = {name: getattr(server.request, name) for name in ("no_record", "idle_timeout_s")}
+        facts.update(request=request.but(**launched), is_background=args.background, base_url=server.base_url)
         facts.update(config=agent.ssh.config_text, control=agent.ssh.way.control_path if agent.ssh.process else "")
         identity = process_identity(os.getpid())
         record = TunnelRecord(created=time.time(), pid=os.getpid(), identity=identity, **facts)
@@ -10753,8 +10763,9 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if args.stop_on_exit and not tunnel and agent.launching and can_tell:
             with contextlib.suppress(Failure):  # the first one is the cause
                 end_server(agent.launching)
-        elif args.stop_on_exit and tunnel and failure.status != EXIT_SERVER_ENDED:
-            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", tunnel.server.id))
+        elif args.stop_on_exit and (tunnel or agent.launching) and failure.status != EXIT_SERVER_ENDED:
+            identity = tunnel.server.id if tunnel else agent.launching
+            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", identity))
         raise
     except (KeyboardInterrupt, Terminated):
         is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
@@ -10834,8 +10845,6 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     """Come back to a server on the host, or launch one, and say which."""
     # The local port is kept for us while Jupyter starts: the agent writes it down, and the next run looks for it.
     local_port = args.local_port or find_free_port(LOCAL_PORT)
-    while not args.local_port and any(spec.split(":")[1] == str(local_port) for spec in args.further):
-        local_port = find_free_port(local_port + 1)
     waiting = Queue(agent, messages, args.again, lambda identity: args.again())
     asking = contextlib.nullcontext() if args.stop_on_exit else waiting.asking()
     leaving = agent.leaving(lambda: "" if args.stop_on_exit else agent.what_goes_on("Jupyter", args.again))

@@ -755,6 +755,7 @@ def test_equal_cells_of_which_one_was_executed() -> None:
         ([None, None], [1, 2], ["1", "2"]),
         ([1, 2], [1, 2, 3, 4], ["3", "4"]),  # all once more
         ([5, None], [1, 3, 5], ["5", "3"]),
+        ([5, 8], [5, 6, 7, 8], ["5", "8"]),
     ],
 )
 def test_equal_cells_keep_what_is_their_own(counts: List[Optional[int]], executed: List[int], shown: List[str]) -> None:
