@@ -652,6 +652,11 @@ def test_file_that_jupyter_does_not_show_is_named(laptop: Laptop, host: Host) ->
         assert "Jupyter has no seen.ipynb to show: it is hidden, or not in its contents." in run.stderr
 
 
+def port_of_its_own() -> List[str]:
+    """Without a token, what another test launched at the same moment is no other server; its lock is another's, too."""
+    return ["--port", str(quiet_port())]
+
+
 def new_session_without_token(url: str, path: str) -> str:
     """Start a notebook's kernel as its page does, and return its id: what the cookie says is said again."""
     body = {"path": path, "type": "notebook", "name": path, "kernel": {"name": "python3"}}
@@ -676,6 +681,7 @@ def test_server_without_a_token_does_all(
     file = host.home / (".jupyter/jupyter_%s_config.py" % ("notebook" if app == "NotebookApp" else "server"))
     file.write_text("c.%s.token = ''\n" % app)
     write_notebook(host.home / "n.ipynb", "print('kept')")
+    options = [*options, *port_of_its_own()]
     with laptop.opened(*options, "host") as run:
         url = run.url().partition("/lab")[0]
         kernel = new_session_without_token(url, "n.ipynb")
@@ -705,8 +711,9 @@ def test_password_that_jupyters_own_command_wrote_is_said(laptop: Laptop, host: 
     salted = "sha1:0123456789ab:" + hashlib.sha1(b"opensesame" + b"0123456789ab").hexdigest()
     settings = {"IdentityProvider": {"hashed_password": salted}}
     (host.home / ".jupyter/jupyter_server_config.json").write_text(json.dumps(settings))
+    options = port_of_its_own()
     for how in ("Launched", "Found"):
-        with laptop.opened("host") as run:
+        with laptop.opened(*options, "host") as run:
             assert how in run.stderr and "The server has a password; the page asks for it." in run.stderr, run.text
 
 
