@@ -23,6 +23,7 @@ from client import (
     new_session,
     send,
     wait_for_server,
+    wait_until_restarted,
 )
 from notebooks import write_notebook
 from proxy import Proxy
@@ -178,6 +179,7 @@ def test_wait_tells_that_the_kernel_died(laptop: Laptop, host: Host, run: Run) -
     os.kill(process_of(kernel), signal.SIGKILL)
     assert waiting.wait() == 4
     assert waiting.stdout == "it's here.ipynb: its kernel died, or was restarted.\n"
+    wait_until_restarted(run.url(), kernel)
 
 
 def test_wait_no_longer_than_it_may(laptop: Laptop, host: Host, run: Run) -> None:
