@@ -2197,6 +2197,7 @@ class Ssh:
         self.process: Optional[Child] = None  # the ssh that is the connection, as far as it is ours
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
         self._is_again = False  # the connection was lost
+        self._is_alone = False  # it goes through nobody else's master
         self.unknown: List[str] = []  # keywords that this ssh does not know, in lower case
         self.config_text = ""  # what `ssh -G` says of the destination
         self.config: Dict[str, str] = {}  # the same by keyword, in lower case
@@ -2272,7 +2273,7 @@ class Ssh:
         self._read_config()
         self._is_woken = False
         self._is_again = is_again
-        for find in self.masters if self.is_mux else []:
+        for find in self.masters if self.is_mux and not self._is_alone else []:
             path = find(self)
             if path:
                 self.way = Mux(self, path)
@@ -2397,12 +2398,12 @@ class Ssh:
         text = "The connection to %s is lost (%s). Trying again." % (self.destination, why)
         self.messages.step(text, "lost", why=why, local_port=local_port)
         began = time.monotonic()
-        could_ask, masters = self.can_ask, self.masters
+        could_ask = self.can_ask
         try:
             self._redial(resume, port, ask_before)
         finally:
-            self.can_ask, self.masters = could_ask, masters
-            self._is_again = False
+            self.can_ask = could_ask
+            self._is_again = self._is_alone = False
         seconds = time.monotonic() - began
         text = "Connected to %s again (after %s)." % (self.destination, duration(seconds))
         self.messages.step(text, "reconnected", seconds=seconds, local_port=local_port)
@@ -2410,7 +2411,6 @@ class Ssh:
     def _redial(self, resume: Callable[[], bool], port: "Optional[LocalPort]", ask_before: Callable[[], None]) -> None:
         self._shown.clear()
         self.can_ask = False
-        masters = self.masters
         denials = 0
         told: List[str] = []  # of what is no matter of the connection, and a person may mend
         if time.monotonic() - self._again_at > PROBE_EVERY_S:  # else it goes on where it was
@@ -2438,8 +2438,7 @@ class Ssh:
             except Failure as failure:
                 if failure.status == EXIT_SERVER_ENDED or isinstance(failure, HostRefused):
                     raise
-                is_guest = isinstance(self.way, Mux) and not self.process
-                self.masters = [] if is_guest else masters  # by turns, for another's master may be stuck
+                self._is_alone = isinstance(self.way, Mux) and not self.process  # by turns, for that may be stuck
                 text = "%s: %s" % (failure.what, failure.why.replace("\n", "; "))
                 is_news = not isinstance(failure, NotConnected) and text not in told
                 told += [text] if is_news else []
@@ -4250,7 +4249,7 @@ def come_back(record: ServerRecord, start_timeout_s: float) -> "Optional[Runtime
 
 
 BESIDE = []  # type: List[Callable[[ServerRecord, Launcher], None]] # each starts something beside a new server
-COMPUTING = []  # type: List[Callable[[ServerRecord], int]] # each counts kernels of a server that compute
+COMPUTING = []  # type: List[Callable[[ServerRecord], List[str]]] # each knows kernels of a server that compute
 ENDING = []  # type: List[Callable[[Request, Channel], None]] # each ends what has no record, by its name
 TELLING = []  # type: List[Callable[[Request, str], List[Away]]] # each has something for who comes back to a server
 
@@ -4851,7 +4850,7 @@ def stop_all(request: Request, channel: Channel) -> "Json":
     views = [KINDS[record.kind].describe(record) for record in found + inside if request.asks]
     for record, view in zip(found + inside, views):
         if isinstance(view, ServerView):  # Jupyter calls a kernel idle that computes, for one
-            view.busy = max([view.busy, *(count(record) for count in COMPUTING)])
+            view.busy = max([view.busy, *(len(seen(record)) for seen in COMPUTING)])
             view.kernels = max(view.kernels, view.busy)
     busy = [view for view in views if isinstance(view, ServerView) and view.busy]
     runs = [view for view in views if isinstance(view, RunView) and not request.ids]
@@ -5637,8 +5636,8 @@ class Tunnel:
     def open(self, fixed_port: Optional[int]) -> None:
         """Forward a local port to the server: `fixed_port` and no other; or its usual one, else the first free one."""
         usual = self.server.local_port
-        taken = [int(spec.split(":")[1]) for spec in self.ssh.further]
-        numbers = (number for number in itertools.chain([usual], range(LOCAL_PORT, 65536)) if number not in taken)
+        asked = [int(spec.split(":")[1]) for spec in self.ssh.further]
+        numbers = (number for number in itertools.chain([usual], range(LOCAL_PORT, 65536)) if number not in asked)
         for number in [fixed_port] if fixed_port else numbers:
             if number != self.port.number:
                 self.port.close()
@@ -8978,8 +8977,7 @@ def gpu_memory() -> "Optional[Dict[int, int]]":
 def end_kernel(request: Request, channel: Channel) -> None:
     """End one kernel, as its page would (Jupyter Server, "Kernels API")."""
     record, kernel = kernel_named(request, "server, execution or kernel")
-    journal = JournalReader(record.file("cells", kernel.id + ".journal"))
-    if request.asks and (kernel.state == "busy" or is_computing(record, cells_so_far(journal, Executions())[-1])):
+    if request.asks and (kernel.state == "busy" or kernel.id in computing_kernels(record)):
         raise Failure("nothing was stopped", "its kernel is busy: %s" % kernel.title, "the same with --yes")
     info = server_info(record)
     status = ask_server(info, "api/kernels/" + kernel.id, "DELETE", COMMAND_TIMEOUT_S)[0] if info else 0
@@ -9009,10 +9007,8 @@ def wait_for_kernel(request: Request, channel: Channel) -> "Json":
         if kernel.state == "starting" and (is_late or last.finished):
             return "idle"
         has_ended = kernel.state == "dead" or (kernel.state == "idle" and was_idle)  # once may be between two cells
-        if channel.is_closed:
-            return "closed"
         was_idle = kernel.state == "idle"
-        return kernel.state if has_ended else ""
+        return kernel.state if has_ended else "closed" if channel.is_closed else ""
 
     def last_ended() -> "Optional[CellOutput]":
         ran = [cell for cell in cells_so_far(journal, executions) if cell.begun]
@@ -9036,11 +9032,11 @@ def is_computing(record: ServerRecord, last: CellOutput) -> bool:
     return bool(recorder and is_same_process(recorder.pid, recorder.identity))
 
 
-def computing_kernels(record: ServerRecord) -> int:
-    """Return how many kernels of a server compute, as its recorder saw."""
+def computing_kernels(record: ServerRecord) -> "List[str]":
+    """Return the ids of a server's kernels that compute, as its recorder saw."""
     there = [kernel_id_of(os.path.basename(path)) for path in found_in([native(record.runtime_dir)], "kernel-*.json")]
-    journals = [JournalReader(record.file("cells", kernel + ".journal")) for kernel in there]
-    return len([j for j in journals if is_computing(record, cells_so_far(j, Executions())[-1])])
+    journals = [(kernel, JournalReader(record.file("cells", kernel + ".journal"))) for kernel in there]
+    return [kernel for kernel, j in journals if is_computing(record, cells_so_far(j, Executions())[-1])]
 
 
 def cells_so_far(journal: JournalReader, executions: Executions) -> "List[CellOutput]":
@@ -10715,12 +10711,16 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         return background.wait()
     tunnel: Optional[Tunnel] = None
 
-    def end_server(identity: str) -> None:
+    def end_server(can_tell: bool) -> None:
+        identity = tunnel.server.id if tunnel else agent.launching
+        has_ended = False
         try:
-            agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
-        except (Failure, KeyboardInterrupt, Terminated):
-            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", identity))
-            raise
+            if can_tell:
+                agent.ask(Request(action="stop", ids=[identity]), Record, "Stopping")
+                has_ended = True
+        finally:
+            if not has_ended:
+                messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", identity))
 
     if args.background:
         agent.ssh.masters.remove(master_of_a_tunnel)  # which would end with its terminal, and this one with it
@@ -10739,7 +10739,8 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
         if wants_browser(args):
             open_browser(url, args.browser, messages)
         facts.update(destination=args.host, typed=args.line.destination, ssh=args.ssh, further=args.further)
-        launched = {name: getattr(server.request, name) for name in ("no_record", "idle_timeout_s")}
+        names = set(Request.LAUNCHING) - set(Request.TELLING)
+        launched = {name: getattr(server.request, name) for name in names}
         facts.update(request=request.but(**launched), is_background=args.background, base_url=server.base_url)
         facts.update(config=agent.ssh.config_text, control=agent.ssh.way.control_path if agent.ssh.process else "")
         identity = process_identity(os.getpid())
@@ -10760,19 +10761,17 @@ def run_open(args: Args, agent: Agent, messages: Messages) -> int:
             tunnel.hold(redials=not args.no_reconnect)
     except Failure as failure:
         can_tell = failure.status != EXIT_SSH or (agent.ssh.way.has_login and agent.ssh.stands)
-        if args.stop_on_exit and not tunnel and agent.launching and can_tell:
+        is_left = failure.status != EXIT_SERVER_ENDED if tunnel else bool(agent.launching)
+        if args.stop_on_exit and is_left:
             with contextlib.suppress(Failure):  # the first one is the cause
-                end_server(agent.launching)
-        elif args.stop_on_exit and (tunnel or agent.launching) and failure.status != EXIT_SERVER_ENDED:
-            identity = tunnel.server.id if tunnel else agent.launching
-            messages.note("The server keeps running.\nTo end it: %s" % args.again("stop", identity))
+                end_server(can_tell and not tunnel)
         raise
     except (KeyboardInterrupt, Terminated):
         is_ended = args.stop_on_exit and bool(tunnel or agent.launching)
         if tunnel or is_ended:
             messages.end_line()
         if is_ended:
-            end_server(tunnel.server.id if tunnel else agent.launching)
+            end_server(True)
         if not tunnel:
             raise
         text = "Closed." if is_ended else "Closed. To come back: %s" % args.again()
@@ -10794,7 +10793,7 @@ def joins_tunnel(args: Args, request: Request, agent: Agent, messages: Messages,
         is_same = request.same_as(record.request) or record.id == server
         if is_there and is_same and args.local_port in (None, record.local_port) and not is_leaving(record):
             messages.step("The tunnel is up already (pid %d)." % record.pid, "joined", tunnel_pid=record.pid)
-            say_ignored([] if server else too_late(request, record.request), args, messages)
+            say_ignored([] if server else ignored_options(request, record.request), args, messages)
             if not does_answer(record):
                 waits = "" if record.is_background else "waits for a login in its terminal, "
                 messages.note("It does not answer: it is connecting again, %sor Jupyter hangs." % waits)
@@ -10874,7 +10873,7 @@ def get_server(args: Args, request: Request, agent: Agent, messages: Messages) -
     return server
 
 
-def too_late(request: Request, launched: Request) -> List[str]:
+def ignored_options(request: Request, launched: Request) -> List[str]:
     """Return the options that are asked for, and act only at a launch that was without them."""
     fields = request.too_late(launched)
     return ["--" + option.name for option in EVERY_OPTION if option.key in fields]
@@ -10908,7 +10907,7 @@ def say_server(server: Server, request: Request, args: Args, agent: Agent, messa
             text = "--ip %s: whoever reaches %s can connect to Jupyter, past ssh; the token alone keeps them out."
             messages.note(text % (args.ip, where))
     else:
-        ignored = too_late(request, server.request)
+        ignored = ignored_options(request, server.request)
         messages.step("Found %sup %s)." % (text, duration(server.seconds)), "found", ignored=ignored, **facts)
         say_ignored(ignored, args, messages)
     if server.is_on_node and not args.via_node:

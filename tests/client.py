@@ -34,15 +34,7 @@ def api(url: str, path: str, method: str = "GET", body: Any = None) -> Any:
 
 def wait_for_server(url: str) -> None:
     """Wait until a server answers: the test before may have cut the tunnel to it."""
-
-    def answers() -> bool:
-        try:
-            api(url, "status")
-        except OSError:
-            return False
-        return True
-
-    wait_until(answers, "the server answers")
+    wait_until(lambda: is_up(url), "the server answers")
 
 
 def wait_until_restarted(url: str, kernel: str) -> None:
