@@ -8,8 +8,9 @@ import signal
 import sys
 import tempfile
 import uuid
+import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, cast
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, cast
 
 import pytest
 from browser import chromium
@@ -18,7 +19,20 @@ from jupyters import kept_agent, nbclient_alone, standin
 from machine import report
 from private_slurm import PrivateSlurm, find_slurm_obstacle
 from private_sshd import PrivateSshd
-from sides import MARK, ON_HOST, SYSTEM_PATH, TOP, VENV_BIN, Host, Laptop, Run, Shared, User, processes_with, wait_until
+from sides import (
+    MARK,
+    ON_HOST,
+    SYSTEM_PATH,
+    TOP,
+    VENV_BIN,
+    Host,
+    Laptop,
+    Run,
+    Shared,
+    User,
+    processes_with,
+    wait_until_gone,
+)
 
 sys.path.insert(0, str(TOP))
 sys.dont_write_bytecode = False  # whatever the shell says: to make each process compile the tests takes 3 s of a core
@@ -31,9 +45,9 @@ PARTS = {
 }
 # The tests in which the laptop has rjupyter.py as most people do: one file that is started by its path.
 COPIED = {"test_terminal"}
-# From where to where in the whole run the tests of a kind begin. While some wait, others compute: the cores are busy to
-# the end, and what takes longest is not alone there.
-SPREAD = {"waits": (0, 0.5), "cluster": (0, 0.8), "unit": (1, 2), "": (0, 1)}
+# From where to where in the whole run the tests of a kind begin, mixed: while some wait, others compute. The cores are
+# busy to the end, and what takes longest is not alone there.
+SPREAD = {"shared": (0, 0), "waits": (0, 0.5), "cluster": (0, 0.8), "unit": (1, 2), "": (0, 1)}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
@@ -47,13 +61,13 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             item.add_marker("unit")
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))  # one process has them all
-    kinds = [next((kind for kind in SPREAD if item.get_closest_marker(kind)), "") for item in items]
-    counts, seen = collections.Counter(kinds), dict.fromkeys(SPREAD, 0)
+    kinds = {item: next((kind for kind in SPREAD if item.get_closest_marker(kind)), "") for item in items}
+    counts, seen = collections.Counter(kinds.values()), dict.fromkeys(SPREAD, 0)
     places = {}
-    for item, kind in zip(items, kinds):
-        begin, end = SPREAD[kind]
-        places[item] = begin + (end - begin) * seen[kind] / counts[kind]
-        seen[kind] += 1
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):  # the same order in each process
+        begin, end = SPREAD[kinds[item]]
+        places[item] = begin + (end - begin) * seen[kinds[item]] / counts[kinds[item]]
+        seen[kinds[item]] += 1
     items.sort(key=places.__getitem__)
 
 
@@ -72,7 +86,7 @@ def fresh_directory(mark: str) -> Iterator[Path]:
     yield path
     try:
         # Long enough for a command of a scheduler whose controller has just been stopped.
-        wait_until(lambda: not processes_with(mark), "no process left: %s" % processes_with(mark), 30)
+        wait_until_gone(mark, "no process is left", 30)
     except AssertionError:
         left = processes_with(mark)
         for pid in left:
@@ -219,9 +233,11 @@ def fresh_hosts(
     yield make
     # The laptop's side first: what is left of it after its runs is a leak, and would end with sshd.
     laptop.end_runs()
-    with contextlib.suppress(AssertionError):
-        wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
-    local = processes_with(mark, without=ON_HOST)
+    local: Dict[int, str] = {}
+    try:
+        wait_until_gone(mark, "nothing is left on the laptop", 10, without=ON_HOST)
+    except AssertionError:
+        local = processes_with(mark, without=ON_HOST)
     for host in hosts:
         host.end_servers()
         host.sshd.stop()

@@ -246,9 +246,9 @@ if [ "$(cat ".venv/requirements.$purpose" 2>/dev/null)" != "$wanted" ]; then
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     # shellcheck disable=SC2086 # words on purpose
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $wanted
-    [ "$purpose" = demo ] || .venv/bin/python tests/jupyters.py .venv
     echo "$wanted" >".venv/requirements.$purpose"
 fi
+case $purpose in test | bench) .venv/bin/python tests/jupyters.py .venv ;; esac
 
 image=/var/tmp/rjupyter-tests-0/image.tar
 if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null && [ ! -e $image ]; then

@@ -84,6 +84,31 @@ def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
     return found
 
 
+def wait_until_gone(mark: str, what: str, timeout_s: float = DEADLINE_S, without: str = "\0") -> None:
+    """Wait until no process has `mark` in its environment, or none without `without`.
+
+    Once seen, a process is looked for by its pid: to look at all of them takes as long as all tests together have some.
+    """
+    seen: Dict[int, str] = {}
+
+    def is_gone() -> bool:
+        nonlocal seen
+        if not any(is_running(pid) for pid in seen):
+            seen = processes_with(mark, without)
+        return not seen
+
+    wait_until(is_gone, what, timeout_s)
+
+
+def is_running(pid: int) -> bool:
+    """True for a process that has not ended; one that nobody has asked for its status has."""
+    try:
+        with open("/proc/%d/stat" % pid) as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def process_of(kernel: str) -> int:
     """Return the process of a kernel, once it is there."""
 
@@ -220,6 +245,8 @@ class Run:
         deadline = time.monotonic() + timeout_s
         while self.status is None:
             self._read(0.02)
+            if not self._fds:
+                time.sleep(0.002)  # it has closed its outputs, and is about to end
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)

@@ -17,7 +17,7 @@ from execution import mounted
 from jupyters import AGES, jupyter_for_everyone, jupyter_of, nbclient_alone
 from notebooks import PYTHON_SPEC, cells_of, code, printed, write_notebook
 from readme import README
-from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, User, processes_with, wait_until, words_of
+from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, User, processes_with, wait_until, wait_until_gone, words_of
 
 import rjupyter
 
@@ -286,7 +286,7 @@ def test_stop_of_a_kernel_that_does_not_hear(laptop: Laptop, host: Host, mark: s
     assert laptop.run("host", "stop", "--all", "--yes").status == 0
     assert run.wait() == 1
     assert printed(laptop.home / "d.executed.ipynb")[0] == "1\n"
-    wait_until(lambda: not processes_with(mark), "runner and kernel are gone")
+    wait_until_gone(mark, "runner and kernel are gone")
 
 
 def test_disk_that_is_full(laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host]) -> None:
@@ -375,7 +375,7 @@ def test_kill_9_of_us(laptop: Laptop, host: Host, mark: str) -> None:
     run, identity = start_waiting(laptop)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+    wait_until_gone(mark, "nothing is left on the laptop", 15, without=ON_HOST)
     (host.home / "go").write_text("")
     assert laptop.run("host", "execute", "--attach", identity).status == 0
     assert printed(laptop.home / "w.executed.ipynb")[2] == "1\n"

@@ -26,7 +26,7 @@ from execution import (
     waiting_for,
     write_notebook,
 )
-from sides import ON_HOST, Host, Laptop, Run, processes_with, wait_until
+from sides import ON_HOST, Host, Laptop, Run, processes_with, wait_until, wait_until_gone
 
 pytestmark = pytest.mark.nbclient
 
@@ -96,7 +96,7 @@ def test_kernel_that_does_not_start(laptop: Laptop, host: Host, mark: str) -> No
         assert run.wait() == 4, run.text
         assert "kernel" in run.stderr and "AssertionError" not in run.stderr
         assert run.stderr.count("libodd" if kind == "ends" else "--start-timeout") == 1, run.stderr
-    wait_until(lambda: not processes_with(mark), "the kernels are gone", 15)
+    wait_until_gone(mark, "the kernels are gone", 15)
 
 
 @pytest.mark.waits
@@ -282,7 +282,7 @@ def test_run_that_is_told_to_end(laptop: Laptop, host: Host, mark: str, signum: 
     assert printed(laptop.home / RESULT)[:2] == ["", "waits\n"]
     (listed,) = listed_runs(laptop)
     assert listed["state"] not in ("failed", "running")
-    wait_until(lambda: not processes_with(mark), "no kernel is left", 15)
+    wait_until_gone(mark, "no kernel is left", 15)
 
 
 # -- G19: -v ----------------------------------------------------------------------------------------------------------
@@ -350,11 +350,11 @@ def test_no_kernel_outlives_a_run_that_was_killed(
     if not is_watched:
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+        wait_until_gone(mark, "nothing is left on the laptop", 15, without=ON_HOST)
     os.kill(pid, signal.SIGKILL)
     if is_watched:
         assert run.wait() == 1, run.text
-    wait_until(lambda: not processes_with(mark), "no kernel is left: %s" % processes_with(mark), 20)
+    wait_until_gone(mark, "no kernel is left", 20)
     assert not [path for path in host.sshd.directory.rglob("*") if path.is_socket() and "-k-" in path.name]
 
 
@@ -370,7 +370,7 @@ def test_what_a_cell_started_ends_with_the_kernel_of_a_run_that_was_killed(
     wait_until(lambda: "sleep 600" in processes_with(mark).values(), "the cell runs")
     os.kill(runner_pid(host), signal.SIGKILL)
     assert run.wait() == 1
-    wait_until(lambda: not processes_with(mark), "nothing is left", 20)
+    wait_until_gone(mark, "nothing is left", 20)
 
 
 # -- G22: sys.exit ----------------------------------------------------------------------------------------------------

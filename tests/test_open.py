@@ -17,7 +17,18 @@ from browser import run_cell
 from client import api, check_failure, compute, is_up, listed
 from jupyters import CACHE, standin, standin_wheels
 from notebooks import write_notebook
-from sides import SYSTEM_PATH, VENV_BIN, Host, Laptop, Run, bare_python, processes_with, quiet_port, wait_until
+from sides import (
+    SYSTEM_PATH,
+    VENV_BIN,
+    Host,
+    Laptop,
+    Run,
+    bare_python,
+    processes_with,
+    quiet_port,
+    wait_until,
+    wait_until_gone,
+)
 
 
 def is_running(pid: int) -> bool:
@@ -93,7 +104,7 @@ def test_kernel_computes_through_the_tunnel_and_stop_ends_it(laptop: Laptop, hos
     assert stop.status == 0
     assert "Stopped Jupyter Notebook in ~ (pid " in stop.stderr
     assert host.servers() == []
-    wait_until(lambda: not processes_with(mark), "all gone")
+    wait_until_gone(mark, "all gone")
     again = laptop.run("host", "stop")
     assert (again.status, "No server of yours runs there." in again.stderr) == (0, True)
 

@@ -17,7 +17,7 @@ import pytest
 from client import api, busy_kernel, check_failure, compute, listed
 from execution import code, printed, write_notebook
 from jupyters import standin
-from sides import VENV_BIN, Host, Laptop, processes_with, quiet_port, wait_until
+from sides import VENV_BIN, Host, Laptop, processes_with, quiet_port, wait_until, wait_until_gone
 from strangers import counting_ps, leave_runtime_files, runtime_directory
 
 import rjupyter
@@ -357,7 +357,7 @@ def test_stop_of_a_server_that_hangs_ends_its_kernels_and_removes_its_files(
     os.kill(record["pid"], signal.SIGSTOP)
     assert [server["state"] for server in listed(laptop)] == ["no answer"]
     assert laptop.run("host", "stop", "--yes").status == 0
-    wait_until(lambda: not processes_with(mark), "server and kernel are gone")
+    wait_until_gone(mark, "server and kernel are gone")
     assert not list(runtime_directory(host).glob("jpserver-*"))
 
 

@@ -34,6 +34,7 @@ from sides import (
     processes_with,
     quiet_port,
     wait_until,
+    wait_until_gone,
 )
 
 
@@ -54,7 +55,7 @@ def ended(run: Run) -> None:
 
 
 def nothing_on_the_laptop(mark: str) -> None:
-    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+    wait_until_gone(mark, "nothing is left on the laptop", 15, without=ON_HOST)
 
 
 # -- ssh_config(5) ----------------------------------------------------------------------------------------------------

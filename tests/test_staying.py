@@ -17,7 +17,7 @@ from client import api, busy_kernel, check_failure, compute, is_up, new_kernel, 
 from notebooks import write_notebook
 from private_machines import find_namespaces_obstacle
 from proxy import Proxy
-from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, processes_with, quiet_port, ssh_of, wait_until
+from sides import BOTH_MODES, ON_HOST, Host, Laptop, Run, quiet_port, ssh_of, wait_until, wait_until_gone
 
 import rjupyter
 
@@ -281,7 +281,7 @@ def test_second_ctrl_c_leaves_at_once(laptop: Laptop, host: Host, mark: str) -> 
     run.expect(r"\^C")
     run.interrupt()
     assert run.wait(10) in (0, 130)
-    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing on the laptop", 10)
+    wait_until_gone(mark, "nothing on the laptop", 10, without=ON_HOST)
     laptop.start("host", has_terminal=False).expect("To end it")  # and clears away a file that was left in the hurry
 
 
@@ -298,7 +298,7 @@ def test_signal_at_every_step(laptop: Laptop, host: Host, mark: str, signum: int
         os.kill(run.pid, signum)
         status = run.wait(20)
         assert status in ((-9,) if signum == signal.SIGKILL else (0, 130, 128 + signum)), moment
-        wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 15)
+        wait_until_gone(mark, "nothing is left on the laptop", 15, without=ON_HOST)
         if moment == "^Connected":  # it may have been launched all the same, and the next is to launch one
             again = laptop.start(*mode, "host", has_terminal=False)
             again.url()
@@ -468,7 +468,7 @@ def random_faults(laptop: Laptop, host: Host, mark: str, proxy: Proxy, count: in
     (host.home / "gate").write_text("")
     check_every_line(laptop, talker)
     assert "Stopped" in laptop.run("host", "stop", "--yes").stderr
-    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing is left on the laptop", 10)
+    wait_until_gone(mark, "nothing is left on the laptop", 10, without=ON_HOST)
 
 
 TALKING = """import itertools, os, time
@@ -500,6 +500,7 @@ def starting(laptop: Laptop, host: Host, *arguments: str) -> Iterator[Run]:
     assert run.wait() == 0, run.text
 
 
+@pytest.mark.waits
 @pytest.mark.jupyter
 def test_random_faults(laptop: Laptop, make_host: Callable[..., Host], mark: str) -> None:
     """RJUPYTER_FAULTS=50 is the long run; RJUPYTER_SEED repeats one."""

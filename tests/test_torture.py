@@ -16,7 +16,7 @@ import pytest
 from client import events_of
 from jupyters import nbclient_alone, standin
 from notebooks import write_notebook
-from sides import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until
+from sides import ON_HOST, Host, Laptop, Run, processes_with, quiet_port, wait_until, wait_until_gone
 
 HOOK = Path(__file__).with_name("torture.py")
 PYTHON = """#!/bin/sh
@@ -91,7 +91,7 @@ class Torture:
         said = "%s\n%s" % (what, run.text)
         assert not re.search("Traceback|this is a bug", run.text), said
         assert len(re.findall("^rjupyter: ", run.text, re.MULTILINE)) == (run.status not in (0, 5)), said
-        wait_until(lambda: not processes_with(self.mark, without=ON_HOST), "nothing left on the laptop: " + said, 20)
+        wait_until_gone(self.mark, "nothing left on the laptop: " + said, 20, without=ON_HOST)
         wait_until(lambda: set(self.running()) <= set(self.shown()), "all that runs is shown: " + said, 20, 0.2)
         assert self.stop().status == 0, said
         wait_until(lambda: not self.running(), "what is shown can be stopped: " + said, 20)

@@ -37,6 +37,7 @@ from sides import (
     quiet_port,
     ssh_of,
     wait_until,
+    wait_until_gone,
 )
 
 import rjupyter
@@ -191,7 +192,7 @@ def test_crontab_line(bare: Laptop, host: Host, installed: Path, mark: str) -> N
     answer = cron()
     assert (answer.returncode, answer.stdout, tunnel()) == (0, "", first)
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: not processes_with(mark, without=ON_HOST), "nothing of it is left", 20)
+    wait_until_gone(mark, "nothing of it is left", 20, without=ON_HOST)
     answer = cron()
     assert (answer.returncode, answer.stdout) == (0, "")
     assert tunnel() != first
