@@ -37,11 +37,6 @@ def wait_for_server(url: str) -> None:
     wait_until(lambda: is_up(url), "the server answers")
 
 
-def wait_until_restarted(url: str, kernel: str) -> None:
-    """Wait until Jupyter has started a kernel again that died in a cell: to end it before that fails in Jupyter."""
-    wait_until(lambda: api(url, "kernels/" + kernel)["execution_state"] != "busy", "the kernel is there again")
-
-
 def token_of(url: str) -> str:
     """Return the token in a printed URL."""
     return parse_qs(urlsplit(url).query)["token"][0]

@@ -455,13 +455,17 @@ def rows_of_tcp(here: str) -> List[str]:
 
 
 STOPS_LISTENING = """
-import http.server, socket
-send = http.server.BaseHTTPRequestHandler.send_response
-def send_response(self, status):
-    send(self, status)
-    if status == 403:
-        self.server.socket.shutdown(socket.SHUT_RDWR)
-http.server.BaseHTTPRequestHandler.send_response = send_response
+import socket, socketserver
+setup = socketserver.StreamRequestHandler.setup
+def setup_and_look(handler):
+    setup(handler)
+    write = handler.wfile.write
+    def write_and_look(data):
+        write(data)
+        if data.startswith(b"HTTP/1.1 403"):
+            handler.server.socket.shutdown(socket.SHUT_RDWR)
+    handler.wfile.write = write_and_look
+socketserver.StreamRequestHandler.setup = setup_and_look
 """
 
 
