@@ -18,6 +18,7 @@ from client import check_failure, is_up
 from jupyters import standin
 from notebooks import write_notebook
 from private_machines import Cluster, find_obstacle
+from private_pam import asks_pam
 from proxy import Proxy
 from sides import (
     BOTH_MODES,
@@ -758,14 +759,14 @@ def test_command_that_sshd_forces_is_told_in_the_hosts_words_alone(
 def test_password_that_has_expired_is_said_with_the_ssh_that_changes_it(
     laptop: Laptop, make_user: Callable[[str], User], make_host: Callable[..., Host], action: List[str]
 ) -> None:
-    if not Path("/etc/pam.d/sshd").exists():
-        pytest.skip("sshd knows of an expired password by PAM alone, and there is no /etc/pam.d/sshd")
     user = make_user("/bin/bash")
     subprocess.run(["chpasswd"], input="%s:%s\n" % (user.name, os.urandom(8).hex()), text=True, check=True)
     subprocess.run(["chage", "-d", "0", user.name], check=True)
-    host = make_host(user=user, settings="UsePAM yes")
-    assert "expired" in host.sshd.ssh("true").stderr
-    run = laptop.run("host", *action)
+    host = make_host(user=user)
+    service = "auth required pam_permit.so\naccount required pam_unix.so\npassword required pam_unix.so\n"
+    with asks_pam(host, service + "session required pam_permit.so\n"):  # sshd alone knows nothing of it
+        assert "expired" in host.sshd.ssh("true").stderr
+        run = laptop.run("host", *action)
     check_failure(run, run.status or 1, "expired")
     assert "start-up file" not in run.stderr, run.stderr
     try_ = re.search(r"try: (ssh .*)", run.stderr)

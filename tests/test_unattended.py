@@ -4,7 +4,6 @@ The crontab line, the unit and the configuration are the README's own.
 """
 
 import configparser
-import contextlib
 import os
 import re
 import shlex
@@ -13,15 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from client import check_failure, compute, events_of, is_up, new_session
 from jupyters import jupyter_for_everyone, standin
 from notebooks import write_notebook
-from private_sshd import find_sshd
+from private_pam import asks_pam
 from readme import help_events, readme_block
 from sides import (
     BOTH_MODES,
@@ -318,48 +316,19 @@ def test_password_without_multiplexing(laptop: Laptop, make_host: Callable[..., 
     assert run.wait(20) == 0
 
 
-@contextlib.contextmanager
-def pam_service(name: str, text: str) -> Iterator[None]:
-    """A PAM service of this machine, for as long as the test runs."""
-    file = Path("/etc/pam.d", name)
-    if os.getuid() or not file.parent.is_dir():
-        pytest.skip("only root can make a PAM service")
-    file.write_text(text)
-    try:
-        yield
-    finally:
-        file.unlink()
-
-
 @BOTH_MODES
 def test_second_factor_is_asked_once_for_each_login(
     laptop: Laptop, make_host: Callable[..., Host], directory: Path, mode: List[str]
 ) -> None:
-    """A key and then a code, by PAM. Its service has the name of the sshd program; from OpenSSH 9.8 on, a given one."""
-    name = "rjupyter-" + uuid.uuid4().hex[:8]
+    """A key and then a code, by PAM."""
     check = directory / "check"
     check.write_text("#!/bin/sh\n[ \"$(tr -d '\\000')\" = 271828 ]\n")
     check.chmod(0o755)
     text = "auth required pam_echo.so Open your app for a code.\nauth required pam_exec.so quiet expose_authtok %s\n"
     text += "auth required pam_permit.so\naccount required pam_permit.so\nsession required pam_permit.so\n"
-    with pam_service(name, text % check):
-        settings = "UsePAM yes\nAuthenticationMethods publickey,keyboard-interactive\nKbdInteractiveAuthentication yes"
-        host = make_host()
-        host.sshd.stop()
-        host.sshd.settings = settings
-        if not settings_are_known("PAMServiceName " + name):
-            program = Path(find_sshd())
-            script = re.search(rb"exec '(.*)'", program.read_bytes()) if program.parent.name == ".sshd" else None
-            os.symlink(script.group(1).decode() if script else program, directory / name)
-            host.sshd.program = str(directory / name)
-            if script:  # of tests/setup.sh: it says where the libraries are
-                host.sshd.program = str(directory / "sshd")
-                text = program.read_text().replace(script.group(1).decode(), str(directory / name))
-                Path(host.sshd.program).write_text(text)
-                os.chmod(host.sshd.program, 0o755)
-        else:
-            host.sshd.settings += "\nPAMServiceName " + name
-        host.sshd.start()
+    settings = "AuthenticationMethods publickey,keyboard-interactive\nKbdInteractiveAuthentication yes"
+    host = make_host()
+    with asks_pam(host, text % check, settings):
         run = laptop.start(*mode, "--no-browser", "--local-port", str(quiet_port()), "host")
         logins = 2 if mode else 1
         for number in range(logins):
@@ -369,11 +338,6 @@ def test_second_factor_is_asked_once_for_each_login(
         run.expect("To end it")
         assert is_up(url)
         assert (run.text.count("Password:"), host.sshd.logins()) == (logins, logins)
-
-
-def settings_are_known(settings: str) -> bool:
-    argv = [find_sshd(), "-G", "-f", "/dev/null", *["-o%s" % line for line in settings.splitlines()]]
-    return subprocess.run(argv, capture_output=True).returncode == 0
 
 
 def test_askpass_program_of_the_user_is_asked_without_a_terminal(
