@@ -216,8 +216,8 @@ def lighten(venv: Path) -> None:
     """Let a Jupyter and its kernels start sooner.
 
     As without Node.js, it looks for no language server, nor for yarn's settings. Notebook has no page of JupyterLab's
-    (which `jupyter lab` brings whatever is set). Together with LIGHT, a start takes 0.9 s of a core instead of 3.0.
-    Kernels have no debugger, which none of the tests asks for, and start in 0.5 s of a core instead of 0.6.
+    (which `jupyter lab` brings whatever is set). Together with LIGHT, a start takes 0.7 s of a core instead of 3.0.
+    Kernels have no debugger, which none of the tests asks for, and start in 0.4 s of a core instead of 0.6.
     """
     settings = venv / "etc/jupyter/jupyter_server_config.d"
     if settings.is_dir():

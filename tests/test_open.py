@@ -24,18 +24,12 @@ from sides import (
     Laptop,
     Run,
     bare_python,
+    is_running,
     processes_with,
     quiet_port,
     wait_until,
     wait_until_gone,
 )
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie has ended
-    except OSError:
-        return False
 
 
 def test_session_is_the_one_of_the_design(laptop: Laptop, host: Host) -> None:
