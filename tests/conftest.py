@@ -10,7 +10,7 @@ import tempfile
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, cast
+from typing import Any, Callable, Iterator, List, Optional, Sequence, cast
 
 import pytest
 from browser import chromium
@@ -30,8 +30,7 @@ from sides import (
     Run,
     Shared,
     User,
-    processes_with,
-    wait_until_gone,
+    left_of,
 )
 
 sys.path.insert(0, str(TOP))
@@ -61,13 +60,14 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             item.add_marker("unit")
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))  # one process has them all
-    kinds = {item: next((kind for kind in SPREAD if item.get_closest_marker(kind)), "") for item in items}
-    counts, seen = collections.Counter(kinds.values()), dict.fromkeys(SPREAD, 0)
+    by_kind = collections.defaultdict(list)
+    for item in items:
+        by_kind[next((kind for kind in SPREAD if item.get_closest_marker(kind)), "")].append(item)
     places = {}
-    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):  # the same order in each process
-        begin, end = SPREAD[kinds[item]]
-        places[item] = begin + (end - begin) * seen[kinds[item]] / counts[kinds[item]]
-        seen[kinds[item]] += 1
+    for kind, those in by_kind.items():
+        begin, end = SPREAD[kind]
+        those.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))  # the same order in each process
+        places.update({item: begin + (end - begin) * number / len(those) for number, item in enumerate(those)})
     items.sort(key=places.__getitem__)
 
 
@@ -85,10 +85,7 @@ def fresh_directory(mark: str) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="rj-"))
     yield path
     try:
-        # Long enough for a command of a scheduler whose controller has just been stopped.
-        wait_until_gone(mark, "no process is left", 30)
-    except AssertionError:
-        left = processes_with(mark)
+        left = left_of(mark, 30)  # long enough for a command of a scheduler whose controller has just been stopped
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -234,11 +231,7 @@ def fresh_hosts(
     yield make
     # The laptop's side first: what is left of it after its runs is a leak, and would end with sshd.
     laptop.end_runs()
-    local: Dict[int, str] = {}
-    try:
-        wait_until_gone(mark, "nothing is left on the laptop", 10, without=ON_HOST)
-    except AssertionError:
-        local = processes_with(mark, without=ON_HOST)
+    local = left_of(mark, 10, without=ON_HOST)
     for host in hosts:
         host.end_servers()
         host.sshd.stop()

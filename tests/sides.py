@@ -84,20 +84,24 @@ def processes_with(mark: str, without: str = "\0") -> Dict[int, str]:
     return found
 
 
-def wait_until_gone(mark: str, what: str, timeout_s: float = DEADLINE_S, without: str = "\0") -> None:
-    """Wait until no process has `mark` in its environment, or none without `without`.
+def left_of(mark: str, timeout_s: float, without: str = "\0") -> Dict[int, str]:
+    """Return what `processes_with` finds after so long; nothing as soon as all of them have ended.
 
-    Once seen, a process is looked for by its pid: to look at all of them takes as long as all tests together have some.
+    Meanwhile those are looked for by their pids: to look at all that the tests have started takes milliseconds.
     """
-    seen: Dict[int, str] = {}
-
-    def is_gone() -> bool:
-        nonlocal seen
+    deadline = time.monotonic() + timeout_s
+    seen = processes_with(mark, without)
+    while seen and time.monotonic() < deadline:
+        time.sleep(0.02)
         if not any(is_running(pid) for pid in seen):
             seen = processes_with(mark, without)
-        return not seen
+    return seen and processes_with(mark, without)
 
-    wait_until(is_gone, what, timeout_s)
+
+def wait_until_gone(mark: str, what: str, timeout_s: float = DEADLINE_S, without: str = "\0") -> None:
+    """Wait until `processes_with` finds nothing."""
+    left = left_of(mark, timeout_s, without)
+    assert not left, "not within %d s: %s; there is %s" % (timeout_s, what, left)
 
 
 def is_running(pid: int) -> bool:

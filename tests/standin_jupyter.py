@@ -88,7 +88,7 @@ def serve(argv: list[str]) -> None:
 
         def take(self) -> bool:
             """Answer one request, and return whether there may be another one."""
-            words = self.rfile.readline().decode().split()
+            words = self.rfile.readline().decode("latin-1").split()
             if len(words) != 3:
                 return False
             self.method, self.path, version = words
