@@ -6351,8 +6351,8 @@ class Recorder:
                     break
                 for kernel in self._known.values():
                     kernel.look_again()
+            self.pass_on()  # not to one that we are only about to hear: it could answer before it knows of us
             pause_s = BIRTH_EVERY_S if self.look_for_kernels() else RECORD_EVERY_S
-            self.pass_on()
             if not self.poller.sockets:
                 until(lambda: None, pause_s)  # of nothing, pyzmq's poll returns at once
             heard = dict(self.poller.poll(int(1000 * pause_s)))
@@ -6413,9 +6413,10 @@ class Recorder:
             changed_at = os.stat(directory).st_mtime
             if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
                 return
-            self._asked_at = changed_at
             kernels = {kernel.id: kernel for kernel in self._known.values()}
-            for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
+            names = [name for name in os.listdir(directory) if name.endswith(".ask")]
+            self._asked_at = changed_at if all(name.split(".")[0] in kernels for name in names) else 0.0
+            for name in names:
                 kernel, identity = name.split(".")[:2]
                 path = os.path.join(directory, name)
                 if kernel in kernels:

@@ -219,7 +219,11 @@ def fresh_hosts(
             shutil.copytree(kept_agent(), cache, ignore=shutil.ignore_patterns("complete"))
             for place in [cache.parent, cache, *cache.rglob("*")]:
                 os.chown(place, user.uid if user else -1, -1)
-        sshd.environment.update({MARK: mark, "RJUPYTER_SIDE": "host"}, **environment)
+        temporary = base / "tmp"  # what is killed leaves its files there; TEMP where a test says a TMPDIR that is none
+        temporary.mkdir()
+        temporary.chmod(0o1777)
+        marks = {MARK: mark, "RJUPYTER_SIDE": "host", "TMPDIR": str(temporary), "TEMP": str(temporary)}
+        sshd.environment.update(marks, **environment)
         if not user:
             sshd.environment["RJUPYTER_TMP"] = str(base)
         host = Host(sshd)

@@ -155,7 +155,7 @@ def add_r(home: Path) -> Dict[str, str]:
     if not program or subprocess.run(test, capture_output=True).returncode:
         pytest.skip("there is no R with IRkernel on this machine; tests/setup.sh installs it where Debian has it")
     argv = [program, "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"]
-    add_kernel(home, "ir", argv, "R", TMPDIR=str(home))  # what is killed leaves its directory there
+    add_kernel(home, "ir", argv, "R")
     return {"name": "ir", "display_name": "R", "language": "R"}
 
 

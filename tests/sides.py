@@ -224,7 +224,8 @@ class Run:
         """Wait until the output matches, so many times, and return the last of these matches."""
         deadline = time.monotonic() + timeout_s
         while True:
-            matches = list(re.finditer(pattern, self.text, re.MULTILINE))
+            shown = self.text.replace("\r\x1b[K", "\n")  # each line stands for itself, also after a spinner
+            matches = list(re.finditer(pattern, shown, re.MULTILINE))
             if len(matches) >= times:
                 return matches[times - 1]
             assert self._fds and time.monotonic() < deadline, "no %r in:\n%s" % (pattern, self.text)
@@ -294,6 +295,7 @@ class Laptop:
             "TERM": "xterm",
             "LANG": "C.UTF-8",
             "RJUPYTER_TMP": str(directory),
+            "TMPDIR": str(directory),
             MARK: mark,
         }
 

@@ -641,7 +641,7 @@ def test_make_demo(laptop: Laptop, mark: str) -> None:
     """The README's first host, in a terminal: what its welcome advises is typed; afterwards nothing of it is left."""
     top = Path(__file__).parent.parent
     argv = ["make", "-C", str(top), "demo", "PYTHON=%s" % sys.executable]
-    run = Run(argv, dict(laptop.environment, TMPDIR=str(laptop.directory)), has_terminal=True, cwd=str(top))
+    run = Run(argv, laptop.environment, has_terminal=True, cwd=str(top))
     laptop.runs.append(run)
     prompts = 1
 
