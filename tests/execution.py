@@ -130,8 +130,15 @@ def add_kernel(home: Path, name: str, argv: Sequence[str] = (), language: str = 
 
 
 def add_slow_kernel(home: Path, name: str, seconds: float) -> None:
-    """Register a Python kernel that takes its time to start."""
-    add_kernel(home, name, ["/bin/sh", "-c", 'sleep %s; exec "$0" "$@"' % seconds, *IPYKERNEL])
+    """Register a Python kernel that takes its time to start; on sockets, for ports are others' meanwhile.
+
+    A client that has met another program there does not try again (libzmq #4196), and waits for the kernel in vain.
+    """
+    program = home / name / "python"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nsleep %s\nexec %s "$@"\n' % (seconds, IPYKERNEL[0]))
+    program.chmod(0o755)
+    add_kernel(home, name, [str(program), *IPYKERNEL[1:]])
 
 
 def add_kernel_that_ignores_its_parent(home: Path, name: str) -> None:
