@@ -224,7 +224,7 @@ def test_the_way_back_tells_once_what_ended_meanwhile(laptop: Laptop, host: Host
         assert match, name + again.text
         assert all(hint.endswith("host output %s.ipynb" % name) for hint in match.groups()), again.text
     page.close()
-    assert again.text.index("While you were away") < again.text.index("http://"), again.text
+    assert again.stderr.index("While you were away") < again.stderr.index("Forwarding "), again.text
     assert (host.home / "open.ipynb").read_text() == before
     assert [texts(cell) for cell in cells_of(host, "three.ipynb")] == [["display_data"], ["execute_result"], ["3\n"]]
     assert texts(cells_of(host, "one.ipynb")[0]) == ["1\n2\n"] and texts(cells_of(host, "edited.ipynb")[0]) == []
