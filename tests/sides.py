@@ -107,7 +107,7 @@ def wait_until_gone(mark: str, what: str, timeout_s: float = DEADLINE_S, without
 def is_running(pid: int) -> bool:
     """True for a process that has not ended; one that nobody has asked for its status has."""
     try:
-        with open("/proc/%d/stat" % pid) as stream:
+        with open("/proc/%d/stat" % pid, errors="replace") as stream:
             return stream.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
@@ -125,7 +125,7 @@ def process_of(kernel: str) -> int:
 
 def command_of(pid: int) -> str:
     try:
-        with open("/proc/%d/cmdline" % pid) as stream:
+        with open("/proc/%d/cmdline" % pid, errors="replace") as stream:  # another test's may be Latin-1
             return stream.read()
     except OSError:
         return ""
