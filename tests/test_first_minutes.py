@@ -205,6 +205,7 @@ class Workshop:
         self.environment.update(
             UV_OFFLINE="1", UV_NO_INDEX="1", UV_FIND_LINKS=wheels, VIRTUALENV_NO_PERIODIC_UPDATE="1"
         )
+        self.environment["TMPDIR"] = host.sshd.environment["TMPDIR"]
 
     def type(self, command: str, place: Path) -> None:
         """Type a command on the host, which succeeds."""
