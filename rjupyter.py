@@ -6413,10 +6413,9 @@ class Recorder:
             changed_at = os.stat(directory).st_mtime
             if changed_at == self._asked_at and time.time() - changed_at >= DIRECTORY_TICK_S:
                 return
+            self._asked_at = changed_at
             kernels = {kernel.id: kernel for kernel in self._known.values()}
-            names = [name for name in os.listdir(directory) if name.endswith(".ask")]
-            self._asked_at = changed_at if all(name.split(".")[0] in kernels for name in names) else 0.0
-            for name in names:
+            for name in [name for name in os.listdir(directory) if name.endswith(".ask")]:
                 kernel, identity = name.split(".")[:2]
                 path = os.path.join(directory, name)
                 if kernel in kernels:

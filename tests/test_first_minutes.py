@@ -203,9 +203,12 @@ class Workshop:
         wheels = str(standin_wheels())
         self.environment = {"HOME": str(host.home), "PATH": SYSTEM_PATH, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels}
         self.environment.update(
-            UV_OFFLINE="1", UV_NO_INDEX="1", UV_FIND_LINKS=wheels, VIRTUALENV_NO_PERIODIC_UPDATE="1"
+            UV_OFFLINE="1",
+            UV_NO_INDEX="1",
+            UV_FIND_LINKS=wheels,
+            VIRTUALENV_NO_PERIODIC_UPDATE="1",
+            TMPDIR=host.sshd.environment["TMPDIR"],
         )
-        self.environment["TMPDIR"] = host.sshd.environment["TMPDIR"]
 
     def type(self, command: str, place: Path) -> None:
         """Type a command on the host, which succeeds."""

@@ -59,6 +59,7 @@ print("done")
 def test_spinner_stays_on_one_line(columns: int) -> None:
     run = in_terminal(columns, sys.executable, "-c", SPINNER, PYTHONPATH=str(Path(SCRIPT).parent))
     run.expect("^\u2819 A step")
+    assert "\r\x1b[K\u2819 A step" in run.text
     run.type("\n")
     lines = ended(run)
     frames = [frame for line in lines for frame in line.split("\r\x1b[K") if " A step" in frame]
